@@ -1,0 +1,25 @@
+# Everything runs in .venv, made from requirements.txt; torch is pinned and installed first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint bench
+setup: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv || (echo "needs Python 3.11 or newer with venv (Debian: apt install python3-venv)"; exit 1)
+	$(BIN)/pip install $$(grep '^torch==' requirements.txt)
+	$(BIN)/pip install -r requirements.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python -m train.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	bash bench/gpu.sh

@@ -1,0 +1,153 @@
+"""Dataclass <- YAML <- `key=value`: the one door between what a person writes and what a program reads.
+
+Each component owns a frozen dataclass in its own file; a program composes them. A field's comment is its
+documentation: `--help` prints it, so it cannot drift. Nothing past this file sees a DictConfig.
+Rejected: argparse or pydantic beside the dataclasses, which would spell every field twice.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+Config = TypeVar("Config")
+
+REFUSED = 2  # exit status of a program that refused its config or its input before working
+
+
+def load_config(schema: type[Config], argv: list[str]) -> Config:
+    """Return `schema` filled from `config=FILE` (any number, later wins) and then `key=value` arguments.
+
+    Raises ValueError naming the key, the value and what was expected; FileNotFoundError for a missing file.
+    """
+    files = [argument.removeprefix("config=") for argument in argv if argument.startswith("config=")]
+    overrides = [argument for argument in argv if not argument.startswith("config=")]
+    for argument in overrides:
+        if "=" not in argument or argument.startswith("-"):
+            raise ValueError(f"argument {argument!r} is not of the form key=value; --help lists the keys")
+    merged = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(merged, False)
+    layers = [(path, _read_yaml(path)) for path in files] + [("command line", OmegaConf.from_dotlist(overrides))]
+    for origin, layer in layers:
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except ConfigKeyError as error:
+            raise ValueError(f"{origin}: {_unknown_key(schema, error.full_key)}") from None
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{origin}: {error.full_key}: {str(error).splitlines()[0]}") from None
+    try:
+        return OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise ValueError(f"{key} is required: give {key}=VALUE or set it in config=FILE") from None
+
+
+def to_yaml(config: Any) -> str:
+    """Render a resolved config so that `config=` reads it back."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def run_program(main: Callable[[list[str]], int | None]) -> None:
+    """Run a program's `main(argv)` and exit; print a user's mistake as one message, without a traceback.
+
+    Exit status: main's own (0 when None), 2 for a refusal, 130 for Ctrl-C. `TRACEBACK=1` shows where a refusal arose.
+    """
+    module = inspect.getmodule(main)
+    name = f"train.{Path(module.__file__).stem}"
+    argv = sys.argv[1:]
+    if {"--help", "-h", "help"} & set(argv):
+        print(help_text(f"python -m {name}", inspect.getdoc(module) or "", module.CONFIG))
+        sys.exit(0)
+    try:
+        sys.exit(main(argv) or 0)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
+        status = 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            traceback.print_exc()
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("RANK", "0")) else ""
+        print(f"{rank}{name}: {error}", file=sys.stderr)
+        status = REFUSED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        os._exit(status)  # peers may be inside a collective: a tidy shutdown would wait for them
+    sys.exit(status)
+
+
+def help_text(command: str, purpose: str, schema: type) -> str:
+    """List every option of `schema` with its type, default and comment."""
+    lines = [f"usage: {command} [config=FILE.yaml] [key=value ...]", "", purpose, "", "options (key: type = default):"]
+    for key, type_name, default, comment in options(schema):
+        lines.append(f"  {key}: {type_name} = {default}")
+        if comment:
+            lines.append(f"      {comment}")
+    return "\n".join(lines)
+
+
+def options(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Yield (dotted key, type, default, comment) of each leaf field, nested dataclasses included."""
+    hints, comments = get_type_hints(schema), _field_comments(schema)
+    for field in dataclasses.fields(schema):
+        hint, key = hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(hint):
+            yield from options(hint, f"{key}.")
+            continue
+        if get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
+            yield key, "name: settings", "{}", comments.get(field.name, "")
+            yield from options(get_args(hint)[1], f"{key}.NAME.")
+            continue
+        yield key, _type_name(hint), _default(field), comments.get(field.name, "")
+
+
+def _read_yaml(path: str) -> Any:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config={path}: no such file")
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:  # the YAML library's own errors share no base with ours
+        raise ValueError(f"config={path}: not readable as YAML: {error}") from None
+    if not OmegaConf.is_dict(layer):
+        raise ValueError(f"config={path}: expected a mapping of keys to values")
+    return layer
+
+
+def _unknown_key(schema: type, key: str) -> str:
+    known = [name for name, *_ in options(schema)]
+    known += sorted({name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)})
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists the keys)"
+
+
+def _field_comments(schema: type) -> dict[str, str]:
+    """Return each field's comment: the trailing one, or the comment lines right above it."""
+    comments, above = {}, []
+    for base in reversed([c for c in schema.__mro__ if dataclasses.is_dataclass(c)]):
+        for line in inspect.getsource(base).splitlines():
+            field = re.match(r"    (\w+):[^#]*?(?:#\s*(.*))?$", line)
+            if comment := re.match(r"    #\s*(.*)$", line):
+                above.append(comment[1])
+                continue
+            if field:
+                comments[field[1]] = " ".join([*above, field[2] or ""]).strip()
+            above = []
+    return comments
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _default(field: dataclasses.Field) -> str:
+    value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    return "(required)" if value is dataclasses.MISSING or value == MISSING else str(value)
