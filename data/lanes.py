@@ -1,0 +1,268 @@
+"""The order of documents: a lane is an endless, deterministic stream of packed sequences.
+
+Step s of lane l is the same sequence whoever computes it, so elasticity, determinism and resume are one thing:
+assigning lanes to ranks. An epoch permutes a source's shards, lays their documents end to end and cuts L ranges of
+equal tokens at document borders; a lane reads its range, shuffling within bounded blocks. A lane's state is a few
+ints a source and the positions of pending documents, never contents. Rejected: shards dealt out to ranks and
+workers (the order would depend on both) and replay on resume (its cost grows with the run).
+"""
+
+import bisect
+import os
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from omegaconf import MISSING
+
+from data.documents import OrderConfig, arrange, decode_document, seed_from, uniforms
+from data.manifest import Manifest
+from data.packing import PackedSequence, Piece, lay_out, pack
+from data.shards import BadRecord, read_at
+from data.tokenizer import SpecialIds
+
+MIN_CUT = 8  # tokens: a shorter piece of a cut text teaches nothing and costs a document border
+OPEN_SHARDS = 64  # file descriptors and indices a process keeps
+NAMES_KEPT = 4  # names of skipped documents in a lane's state; the log has them all
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    path: str = MISSING  # folder of encoded shards with its manifest.json
+    weight: float = 1.0  # share of all tokens relative to the other sources, > 0
+    repeat: bool = True  # start another epoch when one ends; else the share goes to the other sources
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight={self.weight}: expected more than 0; leave the source out instead")
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """Everything that decides the order besides the data; resume refuses a change of any of it."""
+
+    seed: int
+    lanes: int
+    sequence_length: int
+    patch_size: int
+    shuffle_block: int  # documents
+    look_ahead: int  # documents
+    order: OrderConfig
+    special: SpecialIds
+
+
+class Source:
+    """One encoded data set: the order of its documents for each (epoch, lane), and reading them."""
+
+    def __init__(self, number: int, config: SourceConfig, manifest: Manifest, settings: LaneSettings):
+        self.number, self.config, self.manifest, self.settings = number, config, manifest, settings
+        self._shard_tokens = np.array([shard.tokens(settings.patch_size) for shard in manifest.shards], dtype=np.int64)
+        self._index = lru_cache(OPEN_SHARDS)(manifest.load_index)
+        self._epoch = lru_cache(4)(self._lay_out_epoch)
+        self._range = lru_cache(4 * settings.lanes)(self._cut_range)
+        self._block = lru_cache(2 * settings.lanes)(self._permute_block)
+        self._files: dict[int, int] = {}
+
+    def position(self, epoch: int, lane: int, ordinal: int) -> tuple[int, int] | None:
+        """Return (shard, record) of the lane's `ordinal`-th document in `epoch`, None past its range."""
+        spans, ends = self._range(epoch, lane)
+        if not ends or ordinal >= ends[-1]:
+            return None
+        block_size = self.settings.shuffle_block
+        block, inside = divmod(ordinal, block_size)
+        size = min(block_size, ends[-1] - block * block_size)
+        in_order = block * block_size + int(self._block(epoch, lane, block, size)[inside])
+        i = bisect.bisect_right(ends, in_order)
+        shard, first = spans[i]
+        return shard, first + in_order - (ends[i - 1] if i else 0)
+
+    def read(self, epoch: int, shard: int, record: int) -> Piece:
+        """Read, verify, arrange and lay out one document; raise BadRecord if any of that fails."""
+        where = f"{self.manifest.shard_path(shard)}#{record}"
+        span = self._index(shard).spans[record]
+        try:
+            members = read_at(self._open(shard), span, where)
+        except OSError as error:
+            self._close(shard)
+            raise BadRecord("unreadable shard", where, error.strerror or str(error)) from None
+        settings = self.settings
+        document = decode_document(members, where)
+        document = arrange(document, settings.order, settings.seed, epoch, self.number, shard, record)
+        try:
+            piece = lay_out(document, settings.special, settings.patch_size)
+        except ValueError as error:
+            raise BadRecord("latent grid not tiled by patches", where, str(error)) from None
+        if not piece.cuttable and len(piece) > settings.sequence_length:
+            raise BadRecord("longer than a sequence", where, f"{len(piece)} of {settings.sequence_length} tokens")
+        return piece
+
+    def _open(self, shard: int) -> int:
+        if shard not in self._files:
+            if len(self._files) >= OPEN_SHARDS:
+                self._close(next(iter(self._files)))
+            self._files[shard] = os.open(self.manifest.shard_path(shard), os.O_RDONLY)
+        return self._files[shard]
+
+    def _close(self, shard: int) -> None:
+        if shard in self._files:
+            os.close(self._files.pop(shard))
+
+    def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the epoch's order of shards and where each starts, in tokens, plus the end: [n], [n + 1]."""
+        generator = np.random.default_rng(seed_from("shards", self.settings.seed, epoch, self.number))
+        order = generator.permutation(len(self._shard_tokens))
+        return order, np.concatenate([[0], np.cumsum(self._shard_tokens[order])])
+
+    def _cut_range(self, epoch: int, lane: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """Return the lane's runs of records: [(shard, first record)] and the running count at each run's end."""
+        order, starts = self._epoch(epoch)
+        total, lanes = int(starts[-1]), self.settings.lanes
+        low, high = total * lane // lanes, total * (lane + 1) // lanes
+        spans, ends, count = [], [], 0
+        for place in range(np.searchsorted(starts, low, "right") - 1, np.searchsorted(starts, high, "left")):
+            shard, start, stop = int(order[place]), int(starts[place]), int(starts[place + 1])
+            first, last = 0, self.manifest.shards[shard].records
+            if start < low or stop > high:  # a border shard: a document belongs where its first token lies
+                begins = np.cumsum(self._index(shard).document_tokens(self.settings.patch_size))
+                begins = start + np.concatenate([[0], begins[:-1]])
+                first, last = (int(np.searchsorted(begins, bound, "left")) for bound in (low, high))
+            if last > first:
+                count += last - first
+                spans.append((shard, first))
+                ends.append(count)
+        return spans, ends
+
+    def _permute_block(self, epoch: int, lane: int, block: int, size: int) -> np.ndarray:
+        seed = seed_from("block", self.settings.seed, epoch, self.number, lane, block)
+        return np.random.default_rng(seed).permutation(size)
+
+
+@dataclass
+class Cursor:
+    """Where a lane stands in one source."""
+
+    epoch: int = 0
+    ordinal: int = 0  # next document of the lane's range
+    tokens: int = 0  # drawn so far: the running account that holds the mix
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A document that was drawn and is not used up: its position, and how many of its tokens are."""
+
+    source: int
+    epoch: int
+    shard: int
+    record: int
+    cut: int = 0
+
+
+class Lane:
+    """One lane: `next_row()` packs its next sequence, `state()` is all that is needed to go on from here."""
+
+    def __init__(self, number: int, sources: list[Source], settings: LaneSettings, state: dict | None = None):
+        self.number, self.sources, self.settings = number, sources, settings
+        phases = uniforms("mix", settings.seed, number, count=len(sources))
+        weights = [source.config.weight for source in sources]
+        # A phase of up to one sequence, so that lanes do not all begin with the same source.
+        self._phases = [phase * settings.sequence_length for phase in phases]
+        self._weights = [weight / sum(weights) for weight in weights]
+        self._skipped: Counter = Counter()
+        self._skipped_names: list[str] = []
+        self._cursors = [Cursor() for _ in sources]
+        self._pending: list[tuple[Pending, Piece]] = []
+        if state is not None:
+            self._restore(state)
+
+    def next_row(self) -> PackedSequence | None:
+        """Return the next packed sequence; None when every source has ended."""
+        length, chosen, space = self.settings.sequence_length, [], self.settings.sequence_length
+        while space:
+            self._refill()
+            place = next((i for i, (_, piece) in enumerate(self._pending) if len(piece) <= space), None)
+            if place is not None:
+                chosen.append(self._pending.pop(place)[1])
+            else:
+                place = next((i for i, (_, piece) in enumerate(self._pending) if piece.cuttable), None)
+                if place is None or space < MIN_CUT:
+                    break
+                pending, piece = self._pending[place]
+                head, rest = piece.split(space)
+                self._pending[place] = (Pending(*_ints(pending)[:4], pending.cut + space), rest)
+                chosen.append(head)
+            space -= len(chosen[-1])
+        return pack(chosen, length, self.settings.special.pad) if chosen else None
+
+    def state(self) -> dict:
+        """Return a JSON-able copy of the state."""
+        return {
+            "cursors": [_ints(cursor) for cursor in self._cursors],
+            "pending": [_ints(pending) for pending, _ in self._pending],
+            "skipped": dict(self._skipped),
+            "skipped_names": list(self._skipped_names),
+        }
+
+    def _restore(self, state: dict) -> None:
+        self._cursors = [Cursor(*ints) for ints in state["cursors"]]
+        self._skipped.update(state["skipped"])
+        self._skipped_names = list(state["skipped_names"])
+        for ints in state["pending"]:
+            pending = Pending(*ints)
+            if (piece := self._read(pending)) is not None:
+                self._pending.append((pending, piece.split(pending.cut)[1] if pending.cut else piece))
+
+    def _refill(self) -> None:
+        while len(self._pending) < self.settings.look_ahead and (drawn := self._draw()) is not None:
+            self._pending.append(drawn)
+
+    def _draw(self) -> tuple[Pending, Piece] | None:
+        """Draw the next good document of the source that is furthest behind its share; None when all have ended."""
+        ended: set[int] = set()
+        while len(ended) < len(self.sources):
+            number = min(
+                (n for n in range(len(self.sources)) if n not in ended),
+                key=lambda n: (self._cursors[n].tokens + self._phases[n]) / self._weights[n],
+            )
+            pending = self._advance(number)
+            if pending is None:
+                ended.add(number)
+            elif (piece := self._read(pending)) is not None:
+                self._cursors[number].tokens += len(piece)
+                return pending, piece
+        return None
+
+    def _advance(self, number: int) -> Pending | None:
+        """Take the next position of a source, through empty ranges into the next epochs if it repeats."""
+        source, cursor = self.sources[number], self._cursors[number]
+        for _ in range(1000):
+            position = source.position(cursor.epoch, self.number, cursor.ordinal)
+            if position is not None:
+                cursor.ordinal += 1
+                return Pending(number, cursor.epoch, *position)
+            if not source.config.repeat:
+                return None
+            cursor.epoch, cursor.ordinal = cursor.epoch + 1, 0
+        raise ValueError(
+            f"lane {self.number} found no document of {source.manifest.folder} in 1000 epochs: "
+            f"{source.manifest.records} documents are too few or too long for {self.settings.lanes} lanes"
+        )
+
+    def _read(self, pending: Pending) -> Piece | None:
+        try:
+            return self.sources[pending.source].read(pending.epoch, pending.shard, pending.record)
+        except BadRecord as error:
+            self._skipped[error.reason] += 1
+            self._skipped_names = [*self._skipped_names, str(error)][-NAMES_KEPT:]
+            return None
+
+
+def lanes_of_rank(rank: int, world_size: int, lanes: int) -> range:
+    """Return the lanes a rank owns; any world size up to the number of lanes."""
+    if world_size > lanes:
+        raise ValueError(f"{world_size} ranks, but data.lanes={lanes}: use at most one rank a lane, or more lanes")
+    return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
+
+
+def _ints(record: Cursor | Pending) -> list[int]:
+    return list(vars(record).values())

@@ -1,0 +1,276 @@
+"""Lanes -> PackedBatch: workers, prefetch, pinned memory, the state that rides along, the random draws of each lane.
+
+Workers own lanes and yield rows; a thread of the main process collates them into micro-batches and keeps a step or
+two ready, so that a rank that waits for data can go on answering its peers. The state is ours, by lane, and does not
+depend on the number of workers; torchdata's loader runs the workers and its own state is not used.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import MISSING
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data.documents import OrderConfig, seed_from
+from data.lanes import Lane, LaneSettings, Source, SourceConfig, lanes_of_rank
+from data.manifest import LatentSpec, Manifest
+from data.packing import ImageDraws, PackedBatch, PackedSequence, collate, pack, patch_grid
+from data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # encoded data sets by name, mixed by weight
+    tokenizer: str = MISSING  # SentencePiece model that made the shards' token ids
+    lanes: int = 512  # L, sequences a global batch; the number of ranks may not exceed it
+    sequence_length: int = 4096  # S, tokens a sequence
+    shuffle_block: int = 1024  # documents a lane shuffles among
+    look_ahead: int = 16  # documents a lane keeps pending to fill sequences from
+    order: OrderConfig = field(default_factory=OrderConfig)
+    num_workers: int = 0  # loader processes a rank; 0 reads in the rank's own prefetch thread
+    prefetch_steps: int = 2  # steps a rank keeps ready, >= 1
+    max_bad_documents: int = 100  # skipped documents over all lanes after which the run stops
+
+    def __post_init__(self) -> None:
+        for name in ("lanes", "sequence_length", "shuffle_block", "look_ahead", "prefetch_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)}: expected at least 1")
+        for name in ("num_workers", "max_bad_documents"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a config's `data` section names, opened and checked."""
+
+    sources: list[Source]
+    settings: LaneSettings
+    tokenizer: Tokenizer
+    latent_spec: LatentSpec | None  # None when every source is text only
+    grids: list[tuple[int, int]]  # latent grids that occur, sorted
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What a resume must find unchanged."""
+        return {
+            "tokenizer": self.tokenizer.hash,
+            "sources": ",".join(f"{s.manifest.content_hash}*{s.config.repeat}" for s in self.sources),
+            "lanes": repr(self.settings),
+        }
+
+
+def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
+    """Open every source; raise ValueError or FileNotFoundError for data that this run cannot train on."""
+    if not config.sources:
+        raise ValueError("data.sources is empty; name at least one, e.g. data.sources.images.path=FOLDER")
+    tokenizer = Tokenizer(config.tokenizer)
+    settings = LaneSettings(
+        seed=seed,
+        lanes=config.lanes,
+        sequence_length=config.sequence_length,
+        patch_size=patch_size,
+        shuffle_block=config.shuffle_block,
+        look_ahead=config.look_ahead,
+        order=config.order,
+        special=tokenizer.special,
+    )
+    sources, spec, grids = [], None, set()
+    for number, (name, source) in enumerate(config.sources.items()):
+        manifest = Manifest.load(Path(source.path))
+        manifest.check_files()
+        if manifest.tokenizer_hash != tokenizer.hash:
+            raise ValueError(
+                f"data.sources.{name} was encoded with tokenizer {manifest.tokenizer_hash}, but {config.tokenizer} is "
+                f"{tokenizer.hash}; name the tokenizer it was encoded with, or encode it again"
+            )
+        if spec is not None and manifest.latent_spec not in (None, spec):
+            raise ValueError(
+                f"data.sources.{name} holds latents of VAE {manifest.latent_spec.vae_hash}, other sources those of "
+                f"{spec.vae_hash} (or other statistics); encode all sources with one VAE and `stats_from` one of them"
+            )
+        if manifest.records < config.lanes:
+            raise ValueError(
+                f"data.sources.{name} has {manifest.records} documents, fewer than data.lanes={config.lanes}; "
+                "use fewer lanes or more data"
+            )
+        spec = spec or manifest.latent_spec
+        grids |= manifest.grids()
+        sources.append(Source(number, source, manifest, settings))
+    for grid in grids:
+        rows, columns = patch_grid(grid, patch_size)
+        if rows * columns + 4 > config.sequence_length:
+            raise ValueError(
+                f"an image of latent grid {grid[0]}x{grid[1]} is {rows * columns + 4} tokens with BOS, BOI, EOI, EOS: "
+                f"more than data.sequence_length={config.sequence_length}"
+            )
+    return DataSet(sources, settings, tokenizer, spec, sorted(grids))
+
+
+@dataclass
+class StepBatch:
+    """One rank's share of a step, and the state of its lanes after it."""
+
+    step: int  # counts from 1: the batch that makes the model's step-th update
+    micro_batches: list[PackedBatch]
+    lane_states: dict[int, dict]
+    num_skipped: int  # documents skipped so far by this rank's lanes
+    ended: bool  # no lane of this rank had anything left
+
+    @property
+    def num_text_targets(self) -> int:
+        return sum(batch.num_text_targets for batch in self.micro_batches)
+
+    @property
+    def num_images(self) -> int:
+        return sum(batch.num_images for batch in self.micro_batches)
+
+
+def draw_images(seed: int, step: int, lane: int, row: PackedSequence) -> ImageDraws:
+    """Draw u, noise and posterior noise of a row's images on the CPU from (seed, step, lane)."""
+    generator = torch.Generator().manual_seed(seed_from("images", seed, step, lane))
+    u = torch.rand(len(row.images), generator=generator)
+    noise, posterior_noise = [], []
+    for image in row.images:
+        channels, h, w = image.moments.shape
+        both = torch.randn((2, channels // 2, h, w), generator=generator)
+        noise.append(both[0])
+        posterior_noise.append(both[1])
+    return ImageDraws(u, noise, posterior_noise)
+
+
+@dataclass
+class LaneRow:
+    lane: int
+    row: PackedSequence | None  # None: the lane has ended
+    draws: ImageDraws | None
+    state: dict
+
+
+class LaneRows(IterableDataset):
+    """Yield, step by step, the rows of the lanes this process or worker owns."""
+
+    def __init__(self, data: DataSet, lanes: range, first_step: int, states: dict[int, dict]):
+        self.data, self.lanes, self.first_step, self.states = data, lanes, first_step, states
+
+    def __iter__(self) -> Iterator[list[LaneRow]]:
+        worker = get_worker_info()
+        numbers = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
+        settings = self.data.settings
+        lanes = [Lane(number, self.data.sources, settings, self.states.get(number)) for number in numbers]
+        step = self.first_step
+        while True:
+            rows = [self._row(lane, step) for lane in lanes]
+            yield rows
+            step += 1
+
+    def _row(self, lane: Lane, step: int) -> LaneRow:
+        row = lane.next_row()
+        draws = draw_images(self.data.settings.seed, step, lane.number, row) if row is not None else None
+        return LaneRow(lane.number, row, draws, lane.state())
+
+
+class Loader:
+    """Hand one rank its StepBatch of each step, from `first_step` on, continuing from `states` (by lane)."""
+
+    def __init__(
+        self,
+        data: DataSet,
+        config: DataConfig,
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        first_step: int = 1,
+        states: dict[int, dict] | None = None,
+        pin_memory: bool = False,
+    ):
+        self.data, self.config, self.pin_memory = data, config, pin_memory
+        self.lanes = lanes_of_rank(rank, world_size, config.lanes)
+        most = -(-config.lanes // world_size)  # rows of the fullest rank: all ranks run as many micro-steps
+        self.micro_batch_size = min(micro_batch_size, most)
+        self.micro_steps = -(-most // self.micro_batch_size)
+        self._rows = LaneRows(data, self.lanes, first_step, states or {})
+        self._first_step = first_step
+        self._ready: queue.Queue = queue.Queue(maxsize=config.prefetch_steps)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
+        self._thread.start()
+
+    def next(self, timeout_seconds: float) -> StepBatch | None:
+        """Return the next step's batch, None if it is not there in time; raise what the reader raised."""
+        try:
+            item = self._ready.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return None
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(timeout=5)
+
+    def _fill(self) -> None:
+        try:
+            for step, rows in enumerate(self._steps(), start=self._first_step):
+                item = self._collate(step, sorted(rows, key=lambda row: row.lane))
+                while not self._closed.is_set():
+                    try:
+                        self._ready.put(item, timeout=0.2)
+                        break
+                    except queue.Full:
+                        continue
+                if self._closed.is_set():
+                    return
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _steps(self) -> Iterator[list[LaneRow]]:
+        """Yield the rows of all owned lanes, a step at a time, whatever the number of workers."""
+        workers = min(self.config.num_workers, len(self.lanes))
+        if not workers:
+            yield from self._rows
+            return
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        # Each worker yields one item a step (all its lanes), and items come in the workers' order.
+        items = iter(
+            StatefulDataLoader(
+                self._rows,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=self.config.prefetch_steps,
+                snapshot_every_n_steps=1 << 40,
+            )
+        )
+        while True:
+            yield [row for _ in range(workers) for row in next(items)]
+
+    def _collate(self, step: int, rows: list[LaneRow]) -> StepBatch:
+        settings = self.data.settings
+        empty = pack([], settings.sequence_length, settings.special.pad)
+        no_draws = ImageDraws(torch.zeros(0), [], [])
+        filled = [(row.row, row.draws) if row.row is not None else (empty, no_draws) for row in rows]
+        filled += [(empty, no_draws)] * (self.micro_steps * self.micro_batch_size - len(filled))
+        size = self.micro_batch_size
+        batches = [
+            collate(*zip(*filled[i : i + size], strict=True), settings.patch_size) for i in range(0, len(filled), size)
+        ]
+        return StepBatch(
+            step=step,
+            micro_batches=[batch.pin_memory() for batch in batches] if self.pin_memory else batches,
+            lane_states={row.lane: row.state for row in rows},
+            num_skipped=sum(sum(row.state["skipped"].values()) for row in rows),
+            ended=all(row.row is None for row in rows),
+        )
+
+
+def epochs(lane_states: dict[int, dict]) -> np.ndarray:
+    """Return the epoch of each (lane, source), int64 [L, sources]: lanes advance on their own."""
+    return np.array([[cursor[0] for cursor in state["cursors"]] for state in lane_states.values()])

@@ -1,0 +1,138 @@
+"""The manifest of an encoded data set: which shards, how much they hold, and which tokenizer and VAE made them.
+
+`manifest.json` is rebuilt from the shards' sidecars, never edited; it is what a run trusts at start-up, so that a
+mismatch of tokenizer, VAE or latent grid is refused before the first step and not found in the samples.
+"""
+
+import hashlib
+import json
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data.shards import BadRecord, ShardIndex, atomic_write, index_path
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """What the moments in the shards are: two data sets may be mixed only if these are equal."""
+
+    vae_hash: str
+    channels: int
+    stride: int  # pixels a latent cell
+    resolution: int  # pixels of the encoded pictures' shorter side
+    mean: tuple[float, ...]  # per channel, of sampled latents; training whitens with these
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    name: str
+    bytes: int
+    index_crc32: int
+    records: int
+    text_tokens: int
+    grids: dict[str, int]  # "8x8" -> images of that latent grid
+
+    def tokens(self, patch_size: int) -> int:
+        """Total document length in tokens, as ShardIndex.document_tokens counts it."""
+        sizes = ((tuple(map(int, grid.split("x"))), count) for grid, count in self.grids.items())
+        images = sum(((h // patch_size) * (w // patch_size) + 2) * count for (h, w), count in sizes)
+        return 2 * self.records + self.text_tokens + images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    folder: Path
+    tokenizer_hash: str
+    vocab_size: int
+    latent_spec: LatentSpec | None  # None: text only
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def records(self) -> int:
+        return sum(shard.records for shard in self.shards)
+
+    @property
+    def content_hash(self) -> str:
+        """Identify the data: the same shards in the same order, made by the same tokenizer and VAE."""
+        return hashlib.sha256(json.dumps(self._contents(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def grids(self) -> set[tuple[int, int]]:
+        return {tuple(map(int, grid.split("x"))) for shard in self.shards for grid in shard.grids}
+
+    def shard_path(self, shard: int) -> Path:
+        return self.folder / self.shards[shard].name
+
+    def load_index(self, shard: int) -> ShardIndex:
+        """Load a shard's index; raise BadRecord unless it is the one the manifest was made with."""
+        path = index_path(self.shard_path(shard))
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BadRecord("unreadable index", str(path), str(error)) from None
+        if zlib.crc32(data) != self.shards[shard].index_crc32:
+            raise BadRecord("unreadable index", str(path), "checksum differs from the manifest's")
+        return ShardIndex.load(path)
+
+    def check_files(self) -> None:
+        """Raise ValueError naming the first shard or index that is missing or has another size than recorded."""
+        for entry in self.shards:
+            path = self.folder / entry.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry.bytes:
+                found = "missing" if size is None else f"{size} bytes, the manifest says {entry.bytes}"
+                raise ValueError(f"shard {path} is {found}; restore it, or encode the data set again")
+            if not index_path(path).is_file():
+                raise ValueError(f"index {index_path(path)} is missing; encode the data set again")
+
+    def save(self) -> None:
+        with atomic_write(self.folder / FILE_NAME) as file:
+            file.write(json.dumps(self._contents(), indent=1).encode())
+
+    def _contents(self) -> dict:
+        fields = asdict(self)
+        del fields["folder"]
+        return {"format_version": FORMAT_VERSION, **fields}
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Raise FileNotFoundError for a folder without a manifest, ValueError for one we cannot read."""
+        folder = Path(folder)
+        path = folder / FILE_NAME
+        if not path.is_file():
+            state = "has no manifest.json" if folder.is_dir() else "does not exist"
+            raise FileNotFoundError(f"data folder {folder} {state}; make it with `python -m train.encode`")
+        try:
+            fields = json.loads(path.read_text())
+            version = fields.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
+            spec = fields.pop("latent_spec")
+            if spec is not None:
+                spec = LatentSpec(**{**spec, "mean": tuple(spec["mean"]), "std": tuple(spec["std"])})
+            shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
+            manifest = cls(folder=folder, latent_spec=spec, shards=shards, **fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a manifest this program reads: {error}") from None
+        if not manifest.records:
+            raise ValueError(f"{path} lists no records; the data set is empty")
+        return manifest
+
+
+def shard_entry(path: Path, index: ShardIndex) -> ShardEntry:
+    """Describe a shard whose index is saved beside it."""
+    grids: dict[str, int] = {}
+    for h, w in index.grids.tolist():
+        grids[f"{h}x{w}"] = grids.get(f"{h}x{w}", 0) + 1
+    return ShardEntry(
+        name=path.name,
+        bytes=path.stat().st_size,
+        index_crc32=zlib.crc32(index_path(path).read_bytes()),
+        records=len(index),
+        text_tokens=int(index.text_tokens.sum()),
+        grids=dict(sorted(grids.items())),
+    )

@@ -1,0 +1,377 @@
+"""The embedded data set: drawn scenes with captions, and the judge that reads a picture back.
+
+A scene is one or two shapes on a light ground. Everything is a pure function of (seed, index), so a data set is
+remade rather than shipped. The captions' grammar is one table that writes and reads: `parse_caption` accepts exactly
+what `caption` can say. The judge knows nothing of what was asked for; it segments by hue, takes area and centre of
+each blob and compares it with the three shapes of that area. Rejected: a learnt classifier as judge, which would be
+lenient in ways nobody can state.
+
+Lengths are in canvas units: the picture is 32 wide whatever its resolution. A corner shape stays inside its quadrant,
+so two shapes in different corners never touch.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS = ("red", "green", "blue", "yellow")
+POSITIONS = ("centre", "top left", "top right", "bottom left", "bottom right")
+SIZES = ("small", "large")
+UNCLEAR = "unclear"  # what the judge says of a shape or position that is none of the above
+
+CANVAS = 32.0
+CENTRES = {
+    "centre": (16, 16),
+    "top left": (8, 8),
+    "top right": (24, 8),
+    "bottom left": (8, 24),
+    "bottom right": (24, 24),
+}
+RADII = {"small": 5.2, "large": 6.9}
+HUES = {"red": 0.0, "green": 130.0, "blue": 222.0, "yellow": 50.0}  # degrees
+SQUARE_SIDE = 0.9  # half a square's side in radii: between equal box and equal area
+
+# Placeholder -> (the attribute it speaks of, attribute value -> words).
+PHRASES = {
+    "size": ("size", {size: size for size in SIZES}),
+    "big": ("size", {"small": "little", "large": "big"}),
+    "colour": ("colour", {colour: colour for colour in COLOURS}),
+    "shape": ("shape", {shape: shape for shape in SHAPES}),
+    "at": ("position", {p: "in the centre" if p == "centre" else f"at the {p}" for p in POSITIONS}),
+    "corner": ("position", {p: "in the middle" if p == "centre" else f"in the {p} corner" for p in POSITIONS}),
+}
+WORDINGS = (
+    "a {size0} {colour0} {shape0} {at0}",
+    "there is a {size0} {colour0} {shape0} {at0}",
+    "{at0}, a {size0} {colour0} {shape0}",
+    "a {big0} {colour0} {shape0} {corner0}",
+    "the {shape0} {at0} is {size0} and {colour0}",
+    "a picture of a {big0} {colour0} {shape0} {at0}",
+    "{size0} {colour0} {shape0} {at0}",
+    "{corner0} there is a {big0} {colour0} {shape0}",
+    "a {colour0} {shape0}, {size0}, {at0}",
+    "we see a {size0} {colour0} {shape0} {corner0}",
+)
+PAIR_WORDINGS = (
+    "a {size0} {colour0} {shape0} {at0} and a {size1} {colour1} {shape1} {at1}",
+    "there is a {size0} {colour0} {shape0} {at0} and a {size1} {colour1} {shape1} {at1}",
+    "{at0}, a {size0} {colour0} {shape0}; {at1}, a {size1} {colour1} {shape1}",
+    "a {big0} {colour0} {shape0} {corner0} with a {big1} {colour1} {shape1} {corner1}",
+)
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """One shape of a scene; on its own it is also the *combination* that the splits speak of."""
+
+    shape: str
+    colour: str
+    position: str
+    size: str
+
+    @property
+    def combination(self) -> str:
+        """Name the combination, as the records do."""
+        return f"{self.size} {self.colour} {self.shape} {self.position}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture (uint8 [H, W, 3]) with the caption and the shapes it shows."""
+
+    picture: np.ndarray
+    caption: str
+    shapes: tuple[Shape, ...]
+    wording: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which attributes of *every* shape are right; all False when the number of shapes differs."""
+
+    colour: bool
+    shape: bool
+    position: bool
+
+    @property
+    def all_right(self) -> bool:
+        """Whether colour, shape and position are right together."""
+        return self.colour and self.shape and self.position
+
+
+# ---- captions
+
+
+def caption(shapes: tuple[Shape, ...], wording: int) -> str:
+    """Say `shapes` in one of WORDINGS (one shape) or PAIR_WORDINGS (two)."""
+    template = (WORDINGS, PAIR_WORDINGS)[len(shapes) - 1][wording]
+    words = {
+        f"{name}{i}": says[getattr(shape, attribute)]
+        for i, shape in enumerate(shapes)
+        for name, (attribute, says) in PHRASES.items()
+    }
+    return template.format(**words)
+
+
+def parse_caption(text: str) -> tuple[Shape, ...] | None:
+    """Read back what `caption` wrote; None for any other text. Case, spacing and a final full stop do not matter."""
+    text = " ".join(text.lower().split()).removesuffix(".").rstrip()
+    for pattern, placeholders in _GRAMMAR:
+        if match := pattern.fullmatch(text):
+            values = [{}, {}]
+            for name, words in zip(placeholders, match.groups(), strict=True):
+                attribute, says = PHRASES[name[:-1]]
+                values[int(name[-1])][attribute] = next(value for value, said in says.items() if said == words)
+            return tuple(Shape(**attributes) for attributes in values if attributes)
+    return None
+
+
+def _pattern(template: str) -> tuple[re.Pattern, list[str]]:
+    placeholders = re.findall(r"\{(\w+)\}", template)
+    choices = {name: "(" + "|".join(PHRASES[name[:-1]][1].values()) + ")" for name in placeholders}
+    return re.compile(template.format(**choices)), placeholders
+
+
+_GRAMMAR = [_pattern(template) for template in WORDINGS + PAIR_WORDINGS]
+
+
+# ---- splits
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What is trained and what is held out, for one seed.
+
+    `held_out_wordings[combination]` are the wordings with which a trained combination never occurs in training.
+    """
+
+    seed: int
+    trained: tuple[Shape, ...]
+    held_out: tuple[Shape, ...]
+    held_out_wordings: dict[Shape, tuple[int, ...]] = field(repr=False)
+
+    def trains(self, shapes: tuple[Shape, ...], wording: int) -> bool:
+        """Whether this scene with this wording may occur in training."""
+        if any(shape not in self.held_out_wordings for shape in shapes):
+            return False
+        if len(shapes) == 1:
+            return wording not in self.held_out_wordings[shapes[0]]
+        return _hash(self.seed, *sorted(shape.combination for shape in shapes)) % 10 != 0
+
+
+def make_splits(seed: int) -> Splits:
+    """Hold out one combination in ten, and two wordings of each other one.
+
+    The held-out combinations are spread evenly: no attribute value has more than its share, so each occurs in training.
+    """
+    every = [Shape(*values) for values in itertools.product(SHAPES, COLOURS, POSITIONS, SIZES)]
+    number = len(every) // 10
+    held_out, taken = [], {}
+    for shape in sorted(every, key=lambda shape: _hash(seed, shape.combination)):
+        values = [(shape.shape, len(SHAPES)), (shape.colour, len(COLOURS))]
+        values += [(shape.position, len(POSITIONS)), (shape.size, len(SIZES))]
+        if all(taken.get(value, 0) < -(-number // share) for value, share in values):
+            held_out.append(shape)
+            taken.update({value: taken.get(value, 0) + 1 for value, _ in values})
+    trained = tuple(shape for shape in every if shape not in held_out)
+    wordings = {
+        shape: tuple(sorted(range(len(WORDINGS)), key=lambda w, s=shape: _hash(seed, s.combination, str(w)))[:2])
+        for shape in trained
+    }
+    return Splits(seed, trained, tuple(sorted(held_out)), wordings)
+
+
+def training_example(splits: Splits, index: int, resolution: int, two_shapes_share: float) -> Example:
+    """Return training example `index`: a pure function of its arguments."""
+    rng = np.random.default_rng((splits.seed, 0, index))
+    two = rng.random() < two_shapes_share
+    while True:
+        shapes = _random_pair(splits, rng) if two else (splits.trained[rng.integers(len(splits.trained))],)
+        wording = int(rng.integers(len(PAIR_WORDINGS if two else WORDINGS)))
+        if splits.trains(shapes, wording):
+            return Example(draw(shapes, rng, resolution), caption(shapes, wording), shapes, wording)
+
+
+def held_out_examples(splits: Splits, resolution: int, num_two_shapes: int) -> Iterator[tuple[str, Example]]:
+    """Yield (split, example): each held-out pair ("seen"), each held-out combination in each wording ("unseen"),
+    and `num_two_shapes` scenes of two trained combinations that training never shows together ("two_shapes").
+    """
+    rng = np.random.default_rng((splits.seed, 1))
+    asked = [("seen", (s,), w) for s, wordings in splits.held_out_wordings.items() for w in wordings]
+    asked += [("unseen", (s,), w) for s in splits.held_out for w in range(len(WORDINGS))]
+    pairs = {}
+    while len(pairs) < num_two_shapes:
+        pair = _random_pair(splits, rng)
+        if not splits.trains(pair, 0):
+            pairs.setdefault(tuple(sorted(pair)), pair)
+    asked += [("two_shapes", pair, int(rng.integers(len(PAIR_WORDINGS)))) for pair in pairs.values()]
+    for split, shapes, wording in asked:
+        yield split, Example(draw(shapes, rng, resolution), caption(shapes, wording), shapes, wording)
+
+
+def _random_pair(splits: Splits, rng: np.random.Generator) -> tuple[Shape, Shape]:
+    """Draw two trained combinations of different colours in different corners."""
+    while True:
+        a, b = (splits.trained[i] for i in rng.integers(len(splits.trained), size=2))
+        if a.colour != b.colour and a.position != b.position and "centre" not in (a.position, b.position):
+            return a, b
+
+
+def _hash(seed: int, *parts: str) -> int:
+    return int.from_bytes(hashlib.blake2b("|".join((str(seed), *parts)).encode(), digest_size=8).digest(), "big")
+
+
+# ---- pictures
+
+
+def draw(shapes: tuple[Shape, ...], rng: np.random.Generator, resolution: int) -> np.ndarray:
+    """Draw an anti-aliased picture, uint8 [H, W, 3]; `rng` jitters place, size, colour and ground."""
+    picture = np.broadcast_to(rng.uniform(0.82, 0.96) + rng.uniform(-0.015, 0.015, 3), (resolution, resolution, 3))
+    for shape in shapes:
+        x, y = np.array(CENTRES[shape.position]) + rng.uniform(-0.6, 0.6, 2)
+        radius = RADII[shape.size] * rng.uniform(0.97, 1.03)
+        hue = HUES[shape.colour] + rng.uniform(-7, 7)
+        rgb = _rgb(hue, saturation=rng.uniform(0.8, 0.95), value=rng.uniform(0.8, 0.95))
+        alpha = coverage(shape.shape, x, y, radius, resolution)[..., None]
+        picture = picture + alpha * (rgb - picture)
+    return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+
+
+def coverage(shape: str, x: float, y: float, radius: float, resolution: int) -> np.ndarray:
+    """Return the share of each pixel that the shape covers, f64 [H, W], from the signed distance to its outline."""
+    ticks = (np.arange(resolution) + 0.5) * (CANVAS / resolution)
+    dx, dy = ticks[None, :] - x, ticks[:, None] - y
+    if shape == "circle":
+        inside = radius - np.hypot(dx, dy)
+    elif shape == "square":
+        inside = SQUARE_SIDE * radius - np.maximum(abs(dx), abs(dy))
+    else:  # as high as it is wide, apex at the top
+        inside = np.minimum(radius - dy, ((dy + radius) / 2 - abs(dx)) / np.sqrt(1.25))
+    return np.clip(inside * (resolution / CANVAS) + 0.5, 0, 1)
+
+
+def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
+    """Convert HSV (degrees, 0..1, 0..1) to RGB in 0..1."""
+    k = (np.array([5.0, 3.0, 1.0]) + hue / 60) % 6
+    return value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
+
+
+# ---- the judge
+
+MIN_CHROMA = 0.25  # of a shape's pixel; drawn shapes have 0.64..0.9, the ground below 0.03
+MIN_AREA = 20.0  # square canvas units; the smallest drawn shape has 50
+MIN_OVERLAP = 0.75  # intersection over union with the best template; drawn shapes have 0.93 and more
+MAX_OFFSET = 4.5  # canvas units from a position's centre; neighbours are 11.3 apart
+
+
+def judge(picture: np.ndarray) -> tuple[Shape, ...]:
+    """Read the shapes back from any square picture, uint8 [H, W, 3]; () where there is none."""
+    assert picture.ndim == 3 and picture.shape[0] == picture.shape[1] and picture.shape[2] == 3, picture.shape
+    pixels = picture / 255.0
+    unit = (CANVAS / len(picture)) ** 2  # area of a pixel
+    colour_of = _colour_of(pixels)
+    labels = _components(colour_of)
+    areas = np.bincount(labels.ravel()) * unit
+    ground = np.median(pixels.reshape(-1, 3), axis=0)  # shapes cover less than half of a picture
+    found = []
+    for label in np.flatnonzero(areas >= MIN_AREA):
+        if label > 0:
+            blob = labels == label
+            free = _grown(blob) & ((colour_of < 0) | blob)
+            towards = np.median(pixels[blob], axis=0) - ground
+            alpha = np.where(free, np.clip((pixels - ground) @ towards / (towards @ towards + 1e-9), 0, 1), 0)
+            found.append(_identify(alpha, COLOURS[colour_of[blob][0]]))
+    return tuple(sorted(found))
+
+
+def score(picture: np.ndarray, scene: tuple[Shape, ...]) -> Verdict:
+    """Compare what the judge sees in `picture` with what was asked for."""
+    return compare(judge(picture), scene)
+
+
+def compare(found: tuple[Shape, ...] | None, wanted: tuple[Shape, ...]) -> Verdict:
+    """Compare two scenes as sets, under the pairing of their shapes that agrees most; size is not compared."""
+    if found is None or len(found) != len(wanted):
+        return Verdict(False, False, False)
+    verdicts = [
+        Verdict(*(all(getattr(f, a) == getattr(w, a) for f, w in zip(order, wanted, strict=True)) for a in _SCORED))
+        for order in itertools.permutations(found)
+    ]
+    return max(verdicts, key=lambda verdict: verdict.colour + verdict.shape + verdict.position)
+
+
+_SCORED = ("colour", "shape", "position")
+
+
+def _colour_of(pixels: np.ndarray) -> np.ndarray:
+    """Return the index in COLOURS of the nearest hue, int [H, W]; -1 where a pixel is nearly grey."""
+    high, chroma = pixels.max(-1), np.ptp(pixels, axis=-1)
+    r, g, b = np.moveaxis(pixels, -1, 0)
+    c = np.maximum(chroma, 1e-9)
+    hue = 60 * np.where(high == r, ((g - b) / c) % 6, np.where(high == g, (b - r) / c + 2, (r - g) / c + 4))
+    away = abs((hue[..., None] - np.array([HUES[colour] for colour in COLOURS]) + 180) % 360 - 180)
+    return np.where(chroma > MIN_CHROMA, away.argmin(-1), -1)
+
+
+def _components(kind: np.ndarray) -> np.ndarray:
+    """Label the 4-connected regions of equal `kind`, int [H, W]; 0 where kind < 0."""
+    labels = np.where(kind >= 0, np.arange(1, kind.size + 1).reshape(kind.shape), 0)
+    down, right = (kind[1:] == kind[:-1]) & (kind[1:] >= 0), (kind[:, 1:] == kind[:, :-1]) & (kind[:, 1:] >= 0)
+    while True:
+        before = labels.copy()
+        for joined, a, b in ((down, labels[1:], labels[:-1]), (right, labels[:, 1:], labels[:, :-1])):
+            larger = np.where(joined, np.maximum(a, b), 0)
+            np.maximum(a, larger, out=a)
+            np.maximum(b, larger, out=b)
+        if np.array_equal(before, labels):
+            return labels
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """Grow a mask by one pixel on each side."""
+    padded = np.pad(mask, 1)
+    rows = padded[:-2] | padded[1:-1] | padded[2:]
+    return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+
+
+def _identify(alpha: np.ndarray, colour: str) -> Shape:
+    """Name the shape whose template of the same area and centre of mass overlaps `alpha` [H, W] best.
+
+    Each template is tried sharp and blurred, so that a soft picture loses no corners to the circle.
+    """
+    unit = CANVAS / len(alpha)
+    ticks = (np.arange(len(alpha)) + 0.5) * unit
+    total = alpha.sum()
+    x, y, area = alpha.sum(0) @ ticks / total, alpha.sum(1) @ ticks / total, total * unit**2
+    best = 0.0, "", 0.0, 0.0
+    for shape, (unit_area, drop) in _MASS.items():
+        radius = np.sqrt(area / unit_area)
+        template = coverage(shape, x, y - drop * radius, radius, len(alpha))
+        for _ in range(3):
+            overlap = np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum()
+            best = max(best, (overlap, shape, y - drop * radius, radius))
+            template = _blurred(template)
+    overlap, shape, y, radius = best
+    offset, position = min((np.hypot(x - cx, y - cy), position) for position, (cx, cy) in CENTRES.items())
+    return Shape(
+        shape=shape if overlap >= MIN_OVERLAP else UNCLEAR,
+        colour=colour,
+        position=position if offset <= MAX_OFFSET else UNCLEAR,
+        size=min(SIZES, key=lambda size: abs(radius - RADII[size])),
+    )
+
+
+# Shape -> (area for radius 1, how far its centre of mass lies below its centre, in radii).
+_MASS = {"circle": (np.pi, 0.0), "square": (4 * SQUARE_SIDE**2, 0.0), "triangle": (2.0, 1 / 3)}
+
+
+def _blurred(template: np.ndarray) -> np.ndarray:
+    """Blur by the binomial 1-2-1 on both axes (sigma 0.7 pixels)."""
+    padded = np.pad(template, 1, mode="edge")
+    rows = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+    return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 4

@@ -1,0 +1,85 @@
+"""SentencePiece: train, load, encode, decode; the special ids; the hash that ties shards to a tokenizer.
+
+`<boi>` and `<eoi>` are control pieces, so that no text can spell them. A foreign model without them (Llama's) gets
+them appended after its own vocabulary.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from data.shards import atomic_write
+
+BOI_PIECE, EOI_PIECE = "<boi>", "<eoi>"
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    bos: int
+    eos: int
+    boi: int
+    eoi: int
+    pad: int  # fills image slots and padding; its embedding is never read
+
+
+class Tokenizer:
+    def __init__(self, path: str | Path):
+        """Raise FileNotFoundError or ValueError when `path` is not a SentencePiece model."""
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"tokenizer {path}: no such file; train one with `python -m train.tokenizer`")
+        model = self.path.read_bytes()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer {path} is not a SentencePiece model: {error}") from None
+        self.hash = hashlib.sha256(model).hexdigest()[:16]
+        size = self._processor.get_piece_size()
+        unknown = self._processor.unk_id()
+        boi, eoi = (self._processor.piece_to_id(piece) for piece in (BOI_PIECE, EOI_PIECE))
+        if boi == unknown or eoi == unknown:
+            boi, eoi, size = size, size + 1, size + 2
+        self.vocab_size = size
+        pad = self._processor.pad_id()
+        self.special = SpecialIds(
+            bos=self._processor.bos_id(), eos=self._processor.eos_id(), boi=boi, eoi=eoi, pad=max(pad, 0)
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return token ids int64 [len], without special ids."""
+        return np.array(self._processor.encode(text), dtype=np.int64)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Return the text of ids; special and appended ids are left out."""
+        pieces = self._processor.get_piece_size()
+        ids = [int(i) for i in token_ids if int(i) < pieces and not self._processor.is_control(int(i))]
+        return self._processor.decode(ids)
+
+
+def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
+    """Train a BPE model with byte fallback; raise ValueError when the texts cannot fill `vocab_size`."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=0.9999,
+            control_symbols=[BOI_PIECE, EOI_PIECE],
+            pad_id=3,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"could not train a tokenizer of vocab_size={vocab_size}: {error}; give more or other text, "
+                         "or a smaller vocab_size") from None  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(model.getvalue())

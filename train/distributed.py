@@ -1,0 +1,195 @@
+"""Ranks: who this process is among its peers, the groups they talk on, the one vote a step, and how a rank dies.
+
+Two gloo groups besides the default one, because two threads that use one group mis-order its collectives:
+`vote_group` belongs to the main thread, `checkpoint_group` to whoever saves. A plain `python -m` run is one rank
+with the same groups, so nothing else in the trainer asks whether it is distributed.
+Rejected: one all-reduce per agreed quantity; a vote is one message however many questions it answers.
+"""
+
+import os
+import re
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from train.signals import StopKind
+
+T = TypeVar("T")
+
+# What gloo and NCCL say when the fault is a peer's; matched on RuntimeErrors only.
+LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|timed? ?out|no route to host", re.IGNORECASE)
+PEER_LOST_STATUS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among its peers. Groups are None for `alone()`: a tool that reads without a process group."""
+
+    rank: int  # 0 ... world_size - 1
+    world_size: int
+    local_rank: int  # on this machine
+    device: torch.device
+    vote_group: dist.ProcessGroup | None  # gloo, the main thread's
+    checkpoint_group: dist.ProcessGroup | None  # gloo, for whoever saves or loads
+
+    @property
+    def is_first(self) -> bool:
+        """Return whether this is rank 0, which owns files that exist once."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's small, picklable `value`, in rank order. Collective on `checkpoint_group`."""
+        if self.checkpoint_group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.checkpoint_group)
+        return values
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and return its result on all. Collective on `checkpoint_group`.
+
+        An OSError, ValueError or RuntimeError of `work` is raised on every rank, so none waits for one that left.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = work()
+            except (OSError, ValueError, RuntimeError) as error:
+                outcome[1] = error
+        if self.checkpoint_group is not None:
+            dist.broadcast_object_list(outcome, src=0, group=self.checkpoint_group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def close(self) -> None:
+        """Wait for the peers and take the process groups down. Collective; the end of a run that went well."""
+        if dist.is_initialized():
+            dist.barrier(group=self.vote_group)
+            dist.destroy_process_group()
+
+
+def init_ranks(*, timeout_s: float, checkpoint_timeout_s: float = 1800.0, cpu: bool = False) -> Ranks:
+    """Join the process groups that torchrun's environment describes, or make a group of one without it.
+
+    A collective that waits longer than `timeout_s` raises; on `checkpoint_group` longer than `checkpoint_timeout_s`,
+    since the slowest disk decides there. `cpu=True` leaves CUDA alone. Also sets the number of CPU threads.
+    """
+    launched = "RANK" in os.environ
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    on_cuda = torch.cuda.is_available() and not cpu
+    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    _set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    rendezvous = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout, **rendezvous)
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        vote_group=dist.new_group(backend="gloo", timeout=timeout),
+        checkpoint_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=checkpoint_timeout_s)),
+    )
+
+
+def alone(device: str | torch.device = "cpu") -> Ranks:
+    """Return the one rank of a program that needs no process group: a viewer, a sampler."""
+    device = torch.device(device)
+    return Ranks(rank=0, world_size=1, local_rank=0, device=device, vote_group=None, checkpoint_group=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ballot:
+    """What one rank says about the coming step."""
+
+    text_targets: int = 0  # of this rank's rows
+    images: int = 0
+    has_batch: bool = True  # False: this rank's lanes are exhausted
+    stop: StopKind = StopKind.NONE
+    write_failed: bool = False  # a background checkpoint write of this rank failed
+    data_failed: bool = False  # this rank's budget of bad records is spent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """What all ranks said, the same on every rank."""
+
+    text_targets: int  # global: the denominators of the two losses
+    images: int
+    ranks_with_batch: int
+    ranks_write_failed: int
+    ranks_data_failed: int
+    stop: StopKind  # the gravest any rank asked for
+
+
+class PendingVote:
+    """A vote under way: launched when the batch arrives, awaited before the step, one per step and rank.
+
+    Collective on `vote_group`, main thread only. One SUM answers every question: each kind of stop has a slot of
+    its own, so that the greatest kind with a count is the maximum.
+    """
+
+    def __init__(self, ballot: Ballot, ranks: Ranks) -> None:
+        counts = [ballot.text_targets, ballot.images, ballot.has_batch, ballot.write_failed, ballot.data_failed]
+        kinds = [ballot.stop == kind for kind in StopKind]
+        self._sums = torch.tensor([*counts, *kinds], dtype=torch.int64)
+        self._work = dist.all_reduce(self._sums, group=ranks.vote_group, async_op=True)
+
+    def wait(self) -> Vote:
+        """Return the result; raises RuntimeError when a peer is lost or the group's timeout passes."""
+        self._work.wait()
+        text_targets, images, with_batch, write_failed, data_failed, *kinds = self._sums.tolist()
+        return Vote(
+            text_targets=text_targets,
+            images=images,
+            ranks_with_batch=with_batch,
+            ranks_write_failed=write_failed,
+            ranks_data_failed=data_failed,
+            stop=max(kind for kind, count in zip(StopKind, kinds, strict=True) if count),
+        )
+
+
+@contextmanager
+def last_words(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
+    """Around the training loop: an exception ends this process at once, after saying which rank died, where, of what.
+
+    Exiting closes the connections, so the peers' collectives fail within milliseconds instead of at the timeout. A
+    rank whose error is only the loss of a peer says so in one line, so that the culprit's traceback stands alone.
+    `where` names the place, for example `lambda: f"step {step}"`. Refusals belong before this context.
+    """
+    try:
+        yield
+    except Exception as error:  # nothing is swallowed: the process ends here
+        name = f"rank {ranks.rank} of {ranks.world_size} ({socket.gethostname()}, pid {os.getpid()})"
+        reason = f"{type(error).__name__}: {str(error).strip()}"
+        if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+            words = f"{name} lost a peer at {where()}; the peer's own message says why ({reason.splitlines()[0]})\n"
+        else:
+            words = f"{''.join(traceback.format_exception(error))}{name} died at {where()}: {reason}\n"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(sys.stderr.fileno(), words.encode())  # one write: lines of several ranks do not mix
+        os._exit(PEER_LOST_STATUS)
+
+
+def _set_cpu_threads(local_world_size: int) -> None:
+    """Share the machine's cores among its ranks, unless OMP_NUM_THREADS says otherwise.
+
+    torchrun sets OMP_NUM_THREADS=1 where the user set nothing, so under it 1 counts as unset: otherwise two ranks on
+    32 cores would compute on two of them.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS")
+    if asked is None or (asked == "1" and local_world_size > 1):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))

@@ -1,0 +1,210 @@
+"""Draw the embedded data set: a raw image-text WebDataset of captioned shapes, and text-only documents.
+
+Writes under `output`: train/ and heldout/ (tars of KEY.png, KEY.txt, KEY.json, the img2dataset layout), text/ and
+text_heldout/ (.jsonl of {"text": ...}), and scenes.json last, which marks the folder complete. The same settings give
+the same bytes on any machine. A second call reuses a complete folder; other settings make it anew.
+"""
+
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import webdataset as wds
+from PIL import Image
+from tqdm import tqdm
+
+from data.prose import text_documents
+from data.scenes import Example, Splits, held_out_examples, make_splits, training_example
+from train.config import load_config, run_program
+
+FORMAT = 1  # of the folder and of the drawing: a change of either remakes finished folders
+DOCUMENTS_PER_FILE = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesConfig:
+    output: str = "runs/demo/scenes"  # folder to write; must be absent, empty or made by this program
+    seed: int = 0  # of pictures, captions and splits; 0 or more
+    resolution: int = 32  # pixels a side; a multiple of 8, at least 16
+    num_train: int = 20000  # training pictures; 1 or more
+    shard_size: int = 2000  # pictures a shard; 1..10000
+    two_shapes_share: float = 0.15  # share of training pictures with two shapes; 0..1
+    num_heldout_two_shapes: int = 120  # held-out pictures with two shapes; 0..200
+    num_text: int = 4000  # text-only training documents; 1 or more
+    num_text_heldout: int = 400  # text-only held-out documents; 1 or more
+    processes: int = 2  # processes that draw; 1 or more; does not change what is drawn
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be drawn."""
+        limits = {
+            "seed": (0, 2**63 - 1),
+            "num_train": (1, 10**8),
+            "shard_size": (1, 10000),
+            "two_shapes_share": (0, 1),
+            "num_heldout_two_shapes": (0, 200),
+            "num_text": (1, 10**8),
+            "num_text_heldout": (1, 10**8),
+            "processes": (1, 1024),
+        }
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}={getattr(self, name)}: expected {low}..{high}")
+        if self.resolution % 8 or self.resolution < 16:
+            raise ValueError(f"resolution={self.resolution}: expected a multiple of 8, at least 16 (32 is the default)")
+        if not self.output:
+            raise ValueError("output is empty: name the folder to write")
+
+
+CONFIG = ScenesConfig
+
+
+def main(argv: list[str]) -> int | None:
+    """Draw the data set, or say that it is there."""
+    config = load_config(CONFIG, argv)
+    output = Path(config.output)
+    settings = {name: value for name, value in asdict(config).items() if name not in ("output", "processes")}
+    if _is_complete(output, settings):
+        print(f"train.scenes: {output} is complete for these settings; reusing it")
+        return
+    partial = output.with_name(output.name + ".partial")  # left by an interrupted run: cheap to redo
+    if partial.exists():
+        shutil.rmtree(partial)
+    for name in ("train", "heldout", "text", "text_heldout"):
+        (partial / name).mkdir(parents=True)
+
+    splits = make_splits(config.seed)
+    _draw_training(partial / "train", config)
+    held_out = list(held_out_examples(splits, config.resolution, config.num_heldout_two_shapes))
+    _write_shard(partial / "heldout" / _shard_name(0), _held_out_records(splits, held_out))
+    training_texts, held_out_texts = text_documents(splits, config.num_text, config.num_text_heldout)
+    _write_texts(partial / "text", training_texts)
+    _write_texts(partial / "text_heldout", held_out_texts)
+
+    counts = {"train": config.num_train, "text": len(training_texts), "text_heldout": len(held_out_texts)}
+    counts |= {f"heldout_{split}": number for split, number in Counter(split for split, _ in held_out).items()}
+    combinations = {"trained": splits.trained, "held_out": splits.held_out}
+    summary = {
+        "format": FORMAT,
+        "settings": settings,
+        "counts": counts,
+        "combinations": {name: [shape.combination for shape in shapes] for name, shapes in combinations.items()},
+    }
+    (partial / "scenes.json").write_text(json.dumps(summary, indent=1) + "\n")
+    _commit(partial, output)
+    print(f"train.scenes: wrote {output}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
+
+
+def _is_complete(output: Path, settings: dict) -> bool:
+    """Whether `output` holds this very data set. Raises ValueError where it holds something that is not ours."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    mark = output / "scenes.json"
+    if not mark.is_file():
+        raise ValueError(
+            f"output={output}: exists and was not made by train.scenes; choose another folder or remove it"
+        )
+    try:
+        summary = json.loads(mark.read_text())
+    except ValueError as error:
+        raise ValueError(f"{mark}: not readable ({error}); remove {output} to draw it anew") from None
+    same = summary.get("format") == FORMAT and summary.get("settings") == settings
+    if not same:
+        print(f"train.scenes: {output} was drawn with other settings; drawing it anew")
+    return same
+
+
+def _commit(partial: Path, output: Path) -> None:
+    """Put the finished folder in place of whatever was there."""
+    old = output.with_name(output.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if output.exists():
+        os.replace(output, old)
+    os.replace(partial, output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _draw_training(folder: Path, config: ScenesConfig) -> None:
+    shards = range(-(-config.num_train // config.shard_size))
+    bar = tqdm(total=config.num_train, unit="picture", desc="train.scenes", mininterval=1, file=sys.stdout)
+    with bar, ProcessPoolExecutor(config.processes, initializer=_ignore_interrupt) as pool:
+        drawn = [pool.submit(_draw_shard, folder, config, shard) for shard in shards]
+        try:
+            for done in as_completed(drawn):
+                bar.update(done.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+
+
+def _draw_shard(folder: Path, config: ScenesConfig, shard: int) -> int:
+    """Write training shard `shard`; return its number of pictures."""
+    splits = make_splits(config.seed)
+    first = shard * config.shard_size
+    indices = range(first, min(first + config.shard_size, config.num_train))
+
+    def records() -> Iterator[dict[str, str | bytes]]:
+        for index in indices:
+            example = training_example(splits, index, config.resolution, config.two_shapes_share)
+            yield _record(f"{shard:05d}{index - first:04d}", example, seed=splits.seed, index=index)
+
+    _write_shard(folder / _shard_name(shard), records())
+    return len(indices)
+
+
+def _held_out_records(splits: Splits, examples: list[tuple[str, Example]]) -> Iterator[dict[str, str | bytes]]:
+    for index, (split, example) in enumerate(examples):
+        yield _record(f"{0:05d}{index:04d}", example, seed=splits.seed, index=index, split=split)
+
+
+def _record(key: str, example: Example, **extra: int | str) -> dict[str, str | bytes]:
+    """Lay an example out as img2dataset does: KEY.png, KEY.txt, KEY.json."""
+    png = io.BytesIO()
+    Image.fromarray(example.picture).save(png, format="PNG", compress_level=1)
+    about = {
+        "key": key,
+        "caption": example.caption,
+        "width": example.picture.shape[1],
+        "height": example.picture.shape[0],
+        "shapes": [asdict(shape) for shape in example.shapes],
+        "combination": " + ".join(shape.combination for shape in example.shapes),
+        "wording": example.wording,
+        "two_shapes": len(example.shapes) == 2,
+    }
+    text = example.caption.encode()
+    return {"__key__": key, "png": png.getvalue(), "txt": text, "json": json.dumps(about | extra).encode()}
+
+
+def _shard_name(shard: int) -> str:
+    return f"{shard:05d}.tar"
+
+
+def _write_shard(path: Path, records: Iterator[dict[str, str | bytes]]) -> None:
+    """Write a tar whose bytes depend on nothing but the records."""
+    beside = path.with_suffix(".tmp")
+    with open(beside, "wb") as file, wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
+        for record in records:
+            writer.write(record)
+    os.replace(beside, path)
+
+
+def _write_texts(folder: Path, documents: list[str]) -> None:
+    for number, first in enumerate(range(0, len(documents), DOCUMENTS_PER_FILE)):
+        lines = (json.dumps({"text": text}) + "\n" for text in documents[first : first + DOCUMENTS_PER_FILE])
+        (folder / f"{number:05d}.jsonl").write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    run_program(main)
