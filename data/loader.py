@@ -130,6 +130,11 @@ class StepBatch:
     def num_images(self) -> int:
         return sum(batch.num_images for batch in self.micro_batches)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return sum(batch.input_ids.numel() - batch.num_padding for batch in self.micro_batches)
+
 
 def draw_images(seed: int, step: int, lane: int, row: PackedSequence) -> ImageDraws:
     """Draw u, noise and posterior noise of a row's images on the CPU from (seed, step, lane)."""

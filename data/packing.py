@@ -26,7 +26,7 @@ class Piece:
     input_ids: np.ndarray  # int64
     labels: np.ndarray  # int64, IGNORE where there is no text target
     image_ids: np.ndarray  # int32, index into `images`, NO_IMAGE for text
-    grid_positions: np.ndarray  # int32 [len, 2], (row, column) of a patch
+    grid_positions: np.ndarray  # int32 [len, 2], (row, column) of a patch, (-1, -1) for text
     images: tuple[ImageSegment, ...]
 
     def __len__(self) -> int:
@@ -36,6 +36,12 @@ class Piece:
     def cuttable(self) -> bool:
         """Only text may be cut: a caption and its image are one piece."""
         return not self.images
+
+    @property
+    def num_attention_pairs(self) -> int:
+        """Pairs the mask allows: the causal triangle, and the upper one inside each image."""
+        patches = np.bincount(self.image_ids[self.image_ids != NO_IMAGE]).tolist() if self.images else []
+        return len(self) * (len(self) + 1) // 2 + sum(count * (count - 1) // 2 for count in patches)
 
     def split(self, length: int) -> tuple["Piece", "Piece"]:
         assert self.cuttable and 0 < length < len(self), (length, len(self))
@@ -53,9 +59,10 @@ class PackedSequence:
     image_ids: np.ndarray  # int32
     position_ids: np.ndarray  # int32, from 0 in each document
     visible_until: np.ndarray  # int32, a key is seen by later queries up to here
-    grid_positions: np.ndarray  # int32 [S, 2]
+    grid_positions: np.ndarray  # int32 [S, 2], (-1, -1) for text
     images: tuple[ImageSegment, ...]
     num_documents: int
+    num_attention_pairs: int  # (query, key) pairs that the mask allows
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class PackedBatch:
     num_text_targets: int = 0
     num_images: int = 0
     num_padding: int = 0
+    num_attention_pairs: int = 0  # (query, key) pairs that the mask allows, padding left out: what FLOPs count
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Copy to `device`; from pinned memory the copies do not block."""
@@ -116,14 +124,15 @@ def _map_tensors(batch: PackedBatch | ImageBatch, change) -> dict:
 
 def lay_out(document: Document, special: SpecialIds, patch_size: int) -> Piece:
     """Return the document's tokens; raise ValueError for a latent grid that patches do not tile."""
-    ids, image_ids, grids, is_target = [np.array([special.bos])], [np.array([NO_IMAGE])], [np.zeros((1, 2))], [[False]]
+    no_grid = np.full((1, 2), NO_IMAGE)
+    ids, image_ids, grids, is_target = [np.array([special.bos])], [np.array([NO_IMAGE])], [no_grid], [[False]]
     images: list[ImageSegment] = []
     for segment in document.segments:
         if isinstance(segment, TextSegment):
             length = len(segment.token_ids)
             ids.append(segment.token_ids)
             image_ids.append(np.full(length, NO_IMAGE))
-            grids.append(np.zeros((length, 2)))
+            grids.append(np.full((length, 2), NO_IMAGE))
             is_target.append([True] * length)
             continue
         rows, columns = patch_grid(segment.moments.shape[1:], patch_size)
@@ -131,7 +140,7 @@ def lay_out(document: Document, special: SpecialIds, patch_size: int) -> Piece:
         ids.append(np.array([special.boi] + [special.pad] * patches + [special.eoi]))
         image_ids.append(np.array([NO_IMAGE] + [len(images)] * patches + [NO_IMAGE]))
         inside = np.indices((rows, columns)).reshape(2, patches).T
-        grids.append(np.concatenate([np.zeros((1, 2)), inside, np.zeros((1, 2))]))
+        grids.append(np.concatenate([no_grid, inside, no_grid]))
         is_target.append([True] + [False] * (patches + 1))
         images.append(segment)
     input_ids = np.concatenate([*ids, [special.eos]]).astype(np.int64)
@@ -142,7 +151,7 @@ def lay_out(document: Document, special: SpecialIds, patch_size: int) -> Piece:
         input_ids=input_ids,
         labels=labels,
         image_ids=np.concatenate([*image_ids, [NO_IMAGE]]).astype(np.int32),
-        grid_positions=np.concatenate([*grids, np.zeros((1, 2))]).astype(np.int32),
+        grid_positions=np.concatenate([*grids, no_grid]).astype(np.int32),
         images=tuple(images),
     )
 
@@ -169,7 +178,7 @@ def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
     for piece in pieces:
         image_ids.append(np.where(piece.image_ids >= 0, piece.image_ids + len(images), NO_IMAGE))
         images.extend(piece.images)
-    grid_positions = np.zeros((length, 2), dtype=np.int32)
+    grid_positions = np.full((length, 2), NO_IMAGE, dtype=np.int32)
     if pieces:
         grid_positions[: length - padding] = np.concatenate([piece.grid_positions for piece in pieces])
     return PackedSequence(
@@ -182,6 +191,7 @@ def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
         grid_positions=grid_positions,
         images=tuple(images),
         num_documents=len(pieces),
+        num_attention_pairs=sum(piece.num_attention_pairs for piece in pieces),
     )
 
 
@@ -229,6 +239,7 @@ def collate(rows: Sequence[PackedSequence], draws: Sequence[ImageDraws], patch_s
         num_text_targets=len(targets),
         num_images=sum(len(group) for group in groups.values()),
         num_padding=int((stack["document_ids"] == PADDING_DOCUMENT).sum()),
+        num_attention_pairs=sum(row.num_attention_pairs for row in rows),
     )
 
 

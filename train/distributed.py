@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 # What gloo and NCCL say when the fault is a peer's; matched on RuntimeErrors only.
 LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|timed? ?out|no route to host", re.IGNORECASE)
-PEER_LOST_STATUS = 1
+DIED = 1  # exit status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +116,13 @@ class Ballot:
 
     text_targets: int = 0  # of this rank's rows
     images: int = 0
-    has_batch: bool = True  # False: this rank's lanes are exhausted
-    stop: StopKind = StopKind.NONE
+    tokens: int = 0  # padding left out
+    documents_skipped: int = 0  # since the run began, by this rank's lanes
+    has_batch: bool = True  # False: this rank still waits for data, and the step cannot be run
+    ended: bool = False  # every lane of this rank is at its end
     write_failed: bool = False  # a background checkpoint write of this rank failed
-    data_failed: bool = False  # this rank's budget of bad records is spent
+    data_failed: bool = False  # this rank's reader failed
+    stop: StopKind = StopKind.NONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,10 @@ class Vote:
 
     text_targets: int  # global: the denominators of the two losses
     images: int
+    tokens: int
+    documents_skipped: int
     ranks_with_batch: int
+    ranks_ended: int
     ranks_write_failed: int
     ranks_data_failed: int
     stop: StopKind  # the gravest any rank asked for
@@ -142,7 +148,7 @@ class PendingVote:
     """
 
     def __init__(self, ballot: Ballot, ranks: Ranks) -> None:
-        counts = [ballot.text_targets, ballot.images, ballot.has_batch, ballot.write_failed, ballot.data_failed]
+        counts = [value for name, value in vars(ballot).items() if name != "stop"]  # in the order of Vote's fields
         kinds = [ballot.stop == kind for kind in StopKind]
         self._sums = torch.tensor([*counts, *kinds], dtype=torch.int64)
         self._work = dist.all_reduce(self._sums, group=ranks.vote_group, async_op=True)
@@ -150,15 +156,11 @@ class PendingVote:
     def wait(self) -> Vote:
         """Return the result; raises RuntimeError when a peer is lost or the group's timeout passes."""
         self._work.wait()
-        text_targets, images, with_batch, write_failed, data_failed, *kinds = self._sums.tolist()
-        return Vote(
-            text_targets=text_targets,
-            images=images,
-            ranks_with_batch=with_batch,
-            ranks_write_failed=write_failed,
-            ranks_data_failed=data_failed,
-            stop=max(kind for kind, count in zip(StopKind, kinds, strict=True) if count),
-        )
+        sums = self._sums.tolist()
+        counts, kinds = sums[: -len(StopKind)], sums[-len(StopKind) :]
+        stop = max(kind for kind, count in zip(StopKind, kinds, strict=True) if count)
+        names = [field.name for field in fields(Vote)]
+        return Vote(**dict(zip(names, [*counts, stop], strict=True)))
 
 
 @contextmanager
@@ -181,7 +183,7 @@ def last_words(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os.write(sys.stderr.fileno(), words.encode())  # one write: lines of several ranks do not mix
-        os._exit(PEER_LOST_STATUS)
+        os._exit(DIED)
 
 
 def _set_cpu_threads(local_world_size: int) -> None:

@@ -149,13 +149,14 @@ def _lock(folder: Path) -> int:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            log.warning("%s: no file locks here (%s); only attempt.json guards against a second copy", folder, error)
+            return descriptor
         holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "an unknown process"
         os.close(descriptor)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError(
-                f"run folder {folder} is in use by {holder}: stop that run or wait for its end, or give another folder"
-            ) from None
-        raise
+        raise BlockingIOError(
+            f"run folder {folder} is in use by {holder}: stop that run or wait for its end, or give another folder"
+        ) from None
     who = _whoami()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"pid {who['pid']} on {who['host']} since {who['started']}\n".encode(), 0)

@@ -5,7 +5,6 @@ text_heldout/ (.jsonl of {"text": ...}), and scenes.json last, which marks the f
 the same bytes on any machine. A second call reuses a complete folder; other settings make it anew.
 """
 
-import io
 import json
 import os
 import shutil
@@ -17,12 +16,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import webdataset as wds
-from PIL import Image
 from tqdm import tqdm
 
+from data.pictures import encode_png
 from data.prose import text_documents
 from data.scenes import Example, Splits, held_out_examples, make_splits, training_example
+from data.shards import Record, write_shard
 from train.config import load_config, run_program
 
 FORMAT = 1  # of the folder and of the drawing: a change of either remakes finished folders
@@ -75,15 +74,18 @@ def main(argv: list[str]) -> int | None:
         print(f"train.scenes: {output} is complete for these settings; reusing it")
         return
     partial = output.with_name(output.name + ".partial")  # left by an interrupted run: cheap to redo
-    if partial.exists():
-        shutil.rmtree(partial)
-    for name in ("train", "heldout", "text", "text_heldout"):
-        (partial / name).mkdir(parents=True)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        for name in ("train", "heldout", "text", "text_heldout"):
+            (partial / name).mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"output={output}: cannot write there ({error.strerror}); choose a writable folder") from None
 
     splits = make_splits(config.seed)
     _draw_training(partial / "train", config)
     held_out = list(held_out_examples(splits, config.resolution, config.num_heldout_two_shapes))
-    _write_shard(partial / "heldout" / _shard_name(0), _held_out_records(splits, held_out))
+    write_shard(partial / "heldout" / _shard_name(0), _held_out_records(splits, held_out))
     training_texts, held_out_texts = text_documents(splits, config.num_text, config.num_text_heldout)
     _write_texts(partial / "text", training_texts)
     _write_texts(partial / "text_heldout", held_out_texts)
@@ -134,7 +136,13 @@ def _commit(partial: Path, output: Path) -> None:
 
 def _draw_training(folder: Path, config: ScenesConfig) -> None:
     shards = range(-(-config.num_train // config.shard_size))
-    bar = tqdm(total=config.num_train, unit="picture", desc="train.scenes", mininterval=1, file=sys.stdout)
+    bar = tqdm(
+        total=config.num_train,
+        unit="picture",
+        desc="train.scenes",
+        mininterval=1 if sys.stdout.isatty() else 5,
+        file=sys.stdout,
+    )
     with bar, ProcessPoolExecutor(config.processes, initializer=_ignore_interrupt) as pool:
         drawn = [pool.submit(_draw_shard, folder, config, shard) for shard in shards]
         try:
@@ -155,24 +163,22 @@ def _draw_shard(folder: Path, config: ScenesConfig, shard: int) -> int:
     first = shard * config.shard_size
     indices = range(first, min(first + config.shard_size, config.num_train))
 
-    def records() -> Iterator[dict[str, str | bytes]]:
+    def records() -> Iterator[Record]:
         for index in indices:
             example = training_example(splits, index, config.resolution, config.two_shapes_share)
             yield _record(f"{shard:05d}{index - first:04d}", example, seed=splits.seed, index=index)
 
-    _write_shard(folder / _shard_name(shard), records())
+    write_shard(folder / _shard_name(shard), records())
     return len(indices)
 
 
-def _held_out_records(splits: Splits, examples: list[tuple[str, Example]]) -> Iterator[dict[str, str | bytes]]:
+def _held_out_records(splits: Splits, examples: list[tuple[str, Example]]) -> Iterator[Record]:
     for index, (split, example) in enumerate(examples):
         yield _record(f"{0:05d}{index:04d}", example, seed=splits.seed, index=index, split=split)
 
 
-def _record(key: str, example: Example, **extra: int | str) -> dict[str, str | bytes]:
+def _record(key: str, example: Example, **extra: int | str) -> Record:
     """Lay an example out as img2dataset does: KEY.png, KEY.txt, KEY.json."""
-    png = io.BytesIO()
-    Image.fromarray(example.picture).save(png, format="PNG", compress_level=1)
     about = {
         "key": key,
         "caption": example.caption,
@@ -183,21 +189,16 @@ def _record(key: str, example: Example, **extra: int | str) -> dict[str, str | b
         "wording": example.wording,
         "two_shapes": len(example.shapes) == 2,
     }
-    text = example.caption.encode()
-    return {"__key__": key, "png": png.getvalue(), "txt": text, "json": json.dumps(about | extra).encode()}
+    return {
+        "__key__": key.encode(),
+        "png": encode_png(example.picture),
+        "txt": example.caption.encode(),
+        "json": json.dumps(about | extra).encode(),
+    }
 
 
 def _shard_name(shard: int) -> str:
     return f"{shard:05d}.tar"
-
-
-def _write_shard(path: Path, records: Iterator[dict[str, str | bytes]]) -> None:
-    """Write a tar whose bytes depend on nothing but the records."""
-    beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as file, wds.TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
-        for record in records:
-            writer.write(record)
-    os.replace(beside, path)
 
 
 def _write_texts(folder: Path, documents: list[str]) -> None:

@@ -1,0 +1,246 @@
+"""Rotary positions, the attention mask, attention itself and the key-value cache.
+
+The mask is one sentence (the paper, section 3): allowed(q, k) <=> same document and (same image, or k <= q and
+q < visible_until[k]). It comes in two forms built from the same ids: a dense boolean for SDPA and a `BlockMask` for
+FlexAttention, which skips empty blocks and runs `mask_mod` only in partial ones. Rejected: `create_block_mask`, which
+evaluates all S x S pairs and at 4k tokens costs more than the attention it saves.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128  # tokens a side of a mask block: flex attention's own tile
+
+
+class RotaryTables:
+    """Cosines and sines of one batch, f32 [B, S, 1, K/2], computed once a forward and shared by all blocks.
+
+    A plain class on purpose: FSDP2's mixed precision casts every float tensor that it finds in a module's arguments,
+    in tuples and dataclasses too, and angles rounded to bf16 blur positions.
+    """
+
+    __slots__ = ("cos", "sin", "turns")
+
+    def __init__(self, angles: Tensor) -> None:
+        self.cos, self.sin = angles.cos(), angles.sin()
+        self.turns = None if angles.is_cuda else torch.complex(self.cos, self.sin)
+
+
+def rotary_tables(
+    position_ids: Tensor, head_dim: int, theta: float, grid_positions: Tensor | None = None
+) -> RotaryTables:
+    """Return the tables of `position_ids` int [B, S].
+
+    With `grid_positions` int [B, S, 2] (ours: 2-D RoPE), every second frequency turns by the (row, column) inside
+    images; (-1, -1) marks text, which keeps plain RoPE in all of them.
+    """
+    frequency = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
+    inverse = theta ** (-frequency / head_dim)  # [K/2]
+    positions = position_ids[..., None].float()  # [B, S, 1]
+    if grid_positions is not None:
+        # Axis of each frequency: 1-D, row, 1-D, column, ... so both axes see coarse and fine turns.
+        axis = torch.arange(head_dim // 2, device=position_ids.device) % 4
+        row, column = grid_positions[..., None].float().unbind(-2)  # [B, S, 1] each
+        is_image = row >= 0
+        positions = torch.where(is_image & (axis == 1), row, positions)
+        positions = torch.where(is_image & (axis == 3), column, positions)  # [B, S, K/2]
+    return RotaryTables((positions * inverse).unsqueeze(2))
+
+
+def apply_rope(x: Tensor, tables: RotaryTables) -> Tensor:
+    """Rotate x [B, S, heads, K] by its positions; pairs are (2i, 2i + 1), as in Meta's Llama."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if tables.turns is not None and not torch.compiler.is_compiling():
+        # One complex product: on CPU a fifth of the time of the real ones. Compilers cannot fuse complex numbers.
+        return torch.view_as_real(torch.view_as_complex(pairs) * tables.turns).flatten(-2).to(x.dtype)
+    even, odd = pairs.unbind(-1)
+    turned = (even * tables.cos - odd * tables.sin, odd * tables.cos + even * tables.sin)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+
+
+def allowed(
+    q: Tensor, k: Tensor, q_ids: tuple[Tensor, Tensor], k_ids: tuple[Tensor, Tensor], visible_until_k: Tensor
+) -> Tensor:
+    """Return, broadcast, whether query index `q` may see key index `k`: the one spelling of the mask.
+
+    `q_ids` and `k_ids` are (document_ids, image_ids) at those indices, `visible_until_k` the first index that no longer
+    sees the key. Image ids are unique within the row, -1 for text; padding is document 0.
+    """
+    (q_document, q_image), (k_document, k_image) = q_ids, k_ids
+    same_image = (q_image == k_image) & (q_image >= 0)
+    return (q_document == k_document) & (same_image | ((k <= q) & (q < visible_until_k)))
+
+
+def dense_mask(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor) -> Tensor:
+    """Return bool [B, 1, S, S], True where attention is allowed, from int ids [B, S]."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    q_ids = document_ids[:, :, None], image_ids[:, :, None]
+    k_ids = document_ids[:, None, :], image_ids[:, None, :]
+    return allowed(index[:, None], index[None, :], q_ids, k_ids, visible_until[:, None, :])[:, None]
+
+
+def block_mask(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor, block: int = BLOCK) -> BlockMask:
+    """Return the BlockMask of int ids [B, S], on their device, without waiting for it.
+
+    Blocks are classified from their ids' minima and maxima: empty or full only where that proves it, else partial,
+    where `mask_mod` decides. So the classification can be coarse but never wrong.
+    """
+    length = document_ids.shape[1]
+    empty, full = _classify(document_ids, image_ids, visible_until, block)
+    kv_num_blocks, kv_indices = _ordered(~empty & ~full)
+    full_kv_num_blocks, full_kv_indices = _ordered(full)
+    return BlockMask.from_kv_blocks(
+        kv_num_blocks,
+        kv_indices,
+        full_kv_num_blocks,
+        full_kv_indices,
+        BLOCK_SIZE=block,
+        mask_mod=_mask_mod(document_ids, image_ids, visible_until),
+        seq_lengths=(length, length),
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor | None) -> Tensor:
+    """Return attention [B, Hq, S, K] of q [B, Hq, S, K] over k, v [B, Hkv, Skv, K]; `mask` None sees everything."""
+    grouped = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        attention = _compiled_flex() if q.is_cuda else flex_attention
+        return attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+class KVCache:
+    """Preallocated keys and values of every layer, with a length per row; what lies past the length is never seen.
+
+    A forward of n tokens writes slots [length, length + n) of each row; only `advance` keeps them, so writing again
+    without it overwrites: that is how denoising steps share a prefix. Attention always spans the whole capacity, so
+    that a row's bits depend on the cache's shape and not on how long its neighbours are.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        # Zeros, not empty: a masked slot still enters the product with weight 0, and 0 * nan is nan.
+        shape = (layers, rows, capacity, kv_heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.row_index = torch.arange(rows, device=device)[:, None]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def first_rows(self, rows: int) -> "KVCache":
+        """Return a view of rows [0, rows) that shares storage and lengths."""
+        view = KVCache.__new__(KVCache)
+        view.keys, view.values = self.keys[:, :rows], self.values[:, :rows]
+        view.lengths, view.row_index = self.lengths[:rows], self.row_index[:rows]
+        return view
+
+    def slots(self, count: int) -> Tensor:
+        """Return the next `count` slots of each row, int64 [rows, count]: also their positions in the document."""
+        return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+
+    def mask(self, count: int, causal: bool) -> Tensor:
+        """Return bool [rows, 1, count, capacity] for the next `count` tokens: text (causal), or one image (not)."""
+        last_visible = self.slots(count) if causal else (self.lengths + count - 1)[:, None].expand(-1, count)
+        return (torch.arange(self.capacity, device=self.lengths.device) <= last_visible[..., None])[:, None]
+
+    def layer(self, index: int) -> "LayerCache":
+        """Return layer `index`'s part, which its attention writes and reads."""
+        return LayerCache(self, index)
+
+    def advance(self, counts: Tensor) -> None:
+        """Keep the first `counts` int [rows] of the slots written last."""
+        self.lengths += counts
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget what lies past `lengths` int [rows]."""
+        self.lengths.copy_(torch.minimum(self.lengths, lengths))
+
+
+class LayerCache:
+    """One layer of a KVCache: what a block gets, so that no block is compiled for its own layer number."""
+
+    def __init__(self, cache: KVCache, index: int) -> None:
+        self._cache, self._keys, self._values = cache, cache.keys[index], cache.values[index]
+
+    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v [rows, n, Hkv, K] to the next slots; return all of the layer's, [rows, Hkv, capacity, K]."""
+        at = self._cache.row_index, self._cache.slots(k.shape[1])
+        self._keys[at] = k.to(self._keys.dtype)
+        self._values[at] = v.to(self._values.dtype)
+        return self._keys.transpose(1, 2), self._values.transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _mask_mod(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor) -> Callable[..., Tensor]:
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        q_ids = document_ids[b, q], image_ids[b, q]
+        k_ids = document_ids[b, k], image_ids[b, k]
+        return allowed(q, k, q_ids, k_ids, visible_until[b, k])
+
+    return mask_mod
+
+
+def _classify(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return bool (empty, full) [B, Q, Kv] of the block pairs; a last, short block is never called full."""
+    length = document_ids.shape[1]
+    blocks = -(-length // block)
+    index = torch.arange(blocks * block, device=document_ids.device).clamp(max=length - 1)  # repeats the last token
+    ends = torch.arange(blocks, device=document_ids.device)
+
+    def extremes(ids: Tensor) -> tuple[Tensor, Tensor]:  # [B, S] -> [B, blocks] twice
+        blocked = ids[:, index].unflatten(1, (blocks, block))
+        return blocked.amin(2), blocked.amax(2)
+
+    document_min, document_max = extremes(document_ids)
+    image_min, image_max = extremes(image_ids)
+    # Over images alone: text (-1) must not stretch the interval.
+    first_image, _ = extremes(torch.where(image_ids >= 0, image_ids, torch.iinfo(torch.int32).max))
+    until_min, until_max = extremes(visible_until)
+    q_first, q_last = ends[:, None] * block, (ends[:, None] + 1) * block - 1
+    k_first, k_last = ends[None, :] * block, (ends[None, :] + 1) * block - 1
+
+    documents_meet = _intervals_meet(document_min, document_max, document_min, document_max)
+    images_meet = _intervals_meet(first_image, image_max, first_image, image_max)
+    some_causal = (k_first <= q_last) & (q_first < until_max[:, None, :])
+    empty = ~(documents_meet & (images_meet | some_causal))
+
+    one_document = _same_constant(document_min, document_max)
+    one_image = _same_constant(image_min, image_max) & (image_min >= 0)[:, None, :]
+    all_causal = (k_last <= q_first) & (q_last < until_min[:, None, :])
+    whole = (k_last < length) & (q_last < length)
+    return empty, one_document & (one_image | all_causal) & whole
+
+
+def _intervals_meet(q_min: Tensor, q_max: Tensor, k_min: Tensor, k_max: Tensor) -> Tensor:
+    return (q_min[:, :, None] <= k_max[:, None, :]) & (k_min[:, None, :] <= q_max[:, :, None])
+
+
+def _same_constant(low: Tensor, high: Tensor) -> Tensor:
+    constant = low == high
+    return constant[:, :, None] & constant[:, None, :] & (low[:, :, None] == low[:, None, :])
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int32 (count [B, 1, Q], indices [B, 1, Q, Kv], the chosen ones first) of bool [B, Q, Kv]."""
+    indices = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[:, None], indices.to(torch.int32)[:, None]

@@ -1,0 +1,158 @@
+"""The trunk: a Llama stack (pre-norm RMSNorm, rotary attention, SwiGLU; no biases, no dropout).
+
+It sees embeddings [B, S, D], positions and a mask, never tokens or images. Queries, keys and values are one linear,
+gate and up another: fewer, larger products, which on two CPU cores decides the speed. Blocks are a plain ModuleList, so
+that checkpointing, compilation and sharding are applied to each from outside.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from model.attention import KVCache, LayerCache, RotaryTables, apply_rope, attend, rotary_tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    width: int = 768  # D, dimensions of the residual stream; a multiple of heads
+    layers: int = 16  # number of blocks, >= 1
+    heads: int = 12  # query heads, >= 1; head dimension is width / heads, even
+    kv_heads: int | None = None  # key-value heads, a divisor of heads; None: as many as heads
+    ffn_hidden: int | None = None  # hidden dimensions of SwiGLU, >= 1; None: Llama's rule
+    ffn_multiple_of: int = 256  # Llama's rule rounds 8/3 width up to a multiple of this, >= 1
+    rope_theta: float = 10000.0  # base of the rotary frequencies, > 1
+    rope_2d: bool = False  # ours: half of the rotary frequencies turn by row and column inside images
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm, > 0
+    qk_norm: bool = False  # RMSNorm of each query and key head (Chameleon); off in the paper
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "ffn_multiple_of"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
+        if self.width % self.heads or self.head_dim % 2:
+            raise ValueError(
+                f"width={self.width}, heads={self.heads}: expected an even whole head dimension; "
+                f"choose heads so that width is a multiple of 2 * heads"
+            )
+        if self.rope_2d and self.head_dim % 8:
+            raise ValueError(f"rope_2d with head dimension {self.head_dim}: expected a multiple of 8; change heads")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"kv_heads={self.kv_heads}: expected a divisor of heads={self.heads}, or null")
+        if self.ffn_hidden is not None and self.ffn_hidden < 1:
+            raise ValueError(f"ffn_hidden={self.ffn_hidden}: expected a positive number, or null for Llama's rule")
+        if self.rope_theta <= 1 or self.norm_eps <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: expected > 1 and > 0")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def hidden(self) -> int:
+        if self.ffn_hidden is not None:
+            return self.ffn_hidden
+        return -(-(8 * self.width // 3) // self.ffn_multiple_of) * self.ffn_multiple_of
+
+
+# The paper's table 1.
+SIZES = {
+    "0.16b": TransformerConfig(width=768, layers=16, heads=12),
+    "0.37b": TransformerConfig(width=1024, layers=24, heads=16),
+    "0.76b": TransformerConfig(width=1536, layers=24, heads=24),
+    "1.4b": TransformerConfig(width=2048, layers=24, heads=16),
+    "7b": TransformerConfig(width=4096, layers=32, heads=32),
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads, config.head_dim
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(self.heads * self.head_dim, config.width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: RotaryTables,
+        mask: BlockMask | Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Return [B, S, D]; with a cache, x are the next S tokens of each row and `mask` spans its capacity."""
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, Hq + 2 Hkv, K]
+        if self.q_norm is None:
+            qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+            q, k = apply_rope(qk, rotary).split((self.heads, self.kv_heads), dim=2)
+        else:
+            q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+            q, k = apply_rope(self.q_norm(q), rotary), apply_rope(self.k_norm(k), rotary)
+        k, v = (k.transpose(1, 2), v.transpose(1, 2)) if cache is None else cache.write(k, v)
+        mixed = attend(q.transpose(1, 2), k, v, mask)  # [B, Hq, S, K]
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self,
+        h: Tensor,
+        rotary: RotaryTables,
+        mask: BlockMask | Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        h = h + self.attention(self.attention_norm(h), rotary, mask, cache)
+        return h + self.ffn(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+
+    def forward(
+        self,
+        h: Tensor,
+        position_ids: Tensor,
+        grid_positions: Tensor,
+        mask: BlockMask | Tensor | None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Return the normalised hidden states [B, S, D] of embeddings h [B, S, D].
+
+        `position_ids` int [B, S]; `grid_positions` int [B, S, 2], (-1, -1) for text, read only with rope_2d; `mask`
+        from `attention.block_mask`, `attention.dense_mask` or `KVCache.mask`, or None to see everything.
+        """
+        grid = grid_positions if self.config.rope_2d else None
+        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, grid)
+        for layer, block in enumerate(self.blocks):
+            h = block(h, rotary, mask, None if cache is None else cache.layer(layer))
+        return self.norm(h)

@@ -1,0 +1,154 @@
+"""The model: one trunk over text embeddings and image patches, a text head and a noise head.
+
+`forward` takes fixed-capacity index arrays instead of lists of spans: slots that hold nothing point at index 0 and add
+zero. So shapes never change, nothing waits for the device, and the patchers always run: every rank takes part in the
+same all-gathers, and every parameter has a gradient, in a batch without images too.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from model.attention import KVCache
+from model.losses import linear_cross_entropy
+from model.patches import LinearPatches, Skips
+from model.transformer import Transformer, TransformerConfig
+
+Grid = tuple[int, int]  # (h, w) of an image's latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransfusionConfig:
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    patch_size: int = 2  # latent pixels a side of one image token, >= 1; the paper: 1, 2, 4 or 8
+    latent_channels: int = 8  # channels of the VAE's latents, >= 1
+    text_loss_chunk: int = 2048  # text targets whose logits exist at once, >= 1; bounds memory, not the result
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "latent_channels", "text_loss_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
+
+
+class TransfusionOutput(NamedTuple):
+    """A NamedTuple, not a dataclass: FSDP2 hooks its backward on the tensors that pytree finds in the output."""
+
+    text_nll_sum: Tensor  # f32 scalar
+    text_count: Tensor  # int64 scalar
+    noise_pred: dict[Grid, Tensor]  # [N_cap, C, h, w] each; what it predicts is diffusion's `prediction`
+
+
+class Transfusion(nn.Module):
+    def __init__(self, config: TransfusionConfig, vocab_size: int) -> None:
+        super().__init__()
+        width = config.transformer.width
+        self.config = config
+        self.text_embedding = nn.Embedding(vocab_size, width)
+        self.patches = LinearPatches(width, config.latent_channels, config.patch_size)
+        self.transformer = Transformer(config.transformer)
+        self.text_head = nn.Linear(width, vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        grid_positions: Tensor,
+        is_image: Tensor,
+        mask: BlockMask | Tensor,
+        text_target_index: Tensor,
+        text_targets: Tensor,
+        noisy: dict[Grid, Tensor],
+        timesteps: dict[Grid, Tensor],
+        image_valid: dict[Grid, Tensor],
+        image_token_index: Tensor,
+    ) -> TransfusionOutput:
+        """Return the summed text loss and the predictions for every image slot.
+
+        `input_ids` int64, `position_ids` int32, `is_image` bool [B, S]; `grid_positions` int32 [B, S, 2];
+        `text_target_index` int64 [T_cap] into the flattened B*S positions, `text_targets` int64 [T_cap], -100 in unused
+        slots. By grid: `noisy` f32 [N_cap, C, h, w], `timesteps` [N_cap], `image_valid` bool [N_cap], N_cap >= 1;
+        `image_token_index` int64 [sum of N_cap * P] into B*S, in the order of `noisy`, 0 in unused slots.
+        """
+        encoded = {grid: self.embed_images(noisy[grid], timesteps[grid]) for grid in noisy}
+        valid_tokens = [tokens * image_valid[grid][:, None, None] for grid, (tokens, _) in encoded.items()]
+        flat_tokens = torch.cat([tokens.flatten(0, 1) for tokens in valid_tokens])
+
+        h = self.embed_text(input_ids.flatten()).masked_fill_(is_image.flatten()[:, None], 0.0)  # [B*S, D]
+        h = h.index_add_(0, image_token_index, flat_tokens.to(h.dtype)).unflatten(0, input_ids.shape)
+        hidden = self.trunk(h, position_ids, grid_positions, mask).flatten(0, 1)  # [B*S, D]
+
+        # index_select, not indexing: its backward is one index_add instead of a sort.
+        nll_sum, count = linear_cross_entropy(
+            hidden.index_select(0, text_target_index), self.text_head.weight, text_targets, self.config.text_loss_chunk
+        )
+        image_hidden = hidden.index_select(0, image_token_index).split([t[..., 0].numel() for t in valid_tokens])
+        noise_pred = {}
+        for (grid, (tokens, skips)), part in zip(encoded.items(), image_hidden, strict=True):
+            noise_pred[grid] = self.predict_noise(part.view(tokens.shape), skips, timesteps[grid], *grid)
+        return TransfusionOutput(nll_sum, count, noise_pred)
+
+    def embed_text(self, input_ids: Tensor) -> Tensor:
+        """Return [..., D] of token ids int64 [...]."""
+        return self.text_embedding(input_ids)
+
+    def embed_images(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skips]:
+        """Return (tokens [N, P, D], skips for `predict_noise`) of latents [N, C, h, w] at timesteps [N]."""
+        return self.patches.encode(latents, timesteps)
+
+    def trunk(
+        self,
+        h: Tensor,
+        position_ids: Tensor,
+        grid_positions: Tensor,
+        mask: BlockMask | Tensor | None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Return the hidden states [B, S, D] of embeddings [B, S, D]."""
+        return self.transformer(h, position_ids, grid_positions, mask, cache)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Return [..., V] of hidden states [..., D]."""
+        return self.text_head(hidden)
+
+    def predict_noise(self, hidden: Tensor, skips: Skips, timesteps: Tensor, h: int, w: int) -> Tensor:
+        """Return the prediction [N, C, h, w] of the hidden states of images [N, P, D]."""
+        return self.patches.decode(hidden, skips, timesteps, h, w)
+
+
+def initial_value(
+    name: str, shape: tuple[int, ...], config: TransfusionConfig, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return the full initial parameter `name` (as in `named_parameters`), f32 on CPU: a pure function of its inputs.
+
+    ours (the paper is silent): normal with std fan_in^-1/2; projections into the residual stream divided by
+    sqrt(2 layers), so that its variance does not grow with depth; a small noise head, so that the first predictions are
+    near zero, the mean of the noise; ones for norms, zeros for biases.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    std = shape[-1] ** -0.5
+    if name.endswith(("attention.out.weight", "ffn.down.weight")):
+        std /= (2 * config.transformer.layers) ** 0.5
+    elif name.endswith("patches.to_patch.weight"):
+        std *= 0.1
+    return torch.empty(shape).normal_(std=std, generator=generator)
+
+
+def parameter_generator(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator that depends on (seed, name) alone, so every rank and world size draws the same."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@torch.no_grad()
+def init_weights(model: Transfusion, seed: int) -> None:
+    """Fill a plain, unsharded model with `initial_value`s."""
+    for name, parameter in model.named_parameters():
+        value = initial_value(name, tuple(parameter.shape), model.config, parameter_generator(seed, name))
+        parameter.copy_(value)

@@ -1,0 +1,106 @@
+"""Run a function on N real ranks: separate processes, gloo, the environment that torchrun would give them.
+
+Processes are forked from a server that has imported torch and run nothing, so that each starts in a tenth of a second
+instead of the eight of importing torch and torch._dynamo (which fully_shard does); the server starts once per test
+run. Forking the test process itself would hand on its OpenMP and autograd threads, which do not survive a fork. The
+store is the parent's, as it is the agent's under torchrun, so no port has to be guessed.
+"""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.distributed as dist
+
+from train.distributed import Ranks, init_ranks
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo"])
+
+
+class RankProcesses:
+    """`function(ranks, *args)` running on `world_size` ranks; `function` must be importable, `args` picklable."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        timeout_s: float = 60.0,
+        collective_timeout_s: float = 20.0,
+    ) -> None:
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._deadline = time.monotonic() + timeout_s
+        self.processes, self._results = [], []
+        for rank in range(world_size):
+            receiving, sending = _context.Pipe(duplex=False)
+            environment = _environment(rank, world_size, self._store.port)
+            process = _context.Process(target=_run, args=(function, args, environment, collective_timeout_s, sending))
+            process.daemon = True
+            process.start()
+            sending.close()
+            self.processes.append(process)
+            self._results.append(receiving)
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to one rank."""
+        os.kill(self.processes[rank].pid, number)
+
+    def wait(self) -> list[tuple[int | None, Any]]:
+        """Return (exit status, result or traceback or None) of each rank; those still running at the deadline are
+        killed and have status None."""
+        outcomes = []
+        for process, receiving in zip(self.processes, self._results, strict=True):
+            answered = receiving.poll(max(0.0, self._deadline - time.monotonic()))
+            result = _receive(receiving) if answered else None
+            process.join(max(0.1, self._deadline - time.monotonic()))
+            outcomes.append((process.exitcode, result))
+            if process.exitcode is None:
+                process.kill()
+        return outcomes
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    """Return what `function(ranks, *args)` returned on each rank; fails with the tracebacks if any rank failed."""
+    outcomes = RankProcesses(function, world_size, *args, timeout_s=timeout_s).wait()
+    failed = [f"rank {rank}: status {status}\n{what}" for rank, (status, what) in enumerate(outcomes) if status != 0]
+    assert not failed, "\n".join(failed)
+    return [result for _, result in outcomes]
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _run(function: Callable, args: tuple, environment: dict[str, str], timeout_s: float, sending: Connection) -> None:
+    os.environ.update(environment)
+    try:
+        ranks: Ranks = init_ranks(timeout_s=timeout_s, checkpoint_timeout_s=timeout_s, cpu=True)
+        result = function(ranks, *args)
+        ranks.close()
+    except BaseException:  # reported to the parent, which fails the test
+        sending.send_bytes(pickle.dumps(traceback.format_exc()))
+        os._exit(1)
+    sending.send_bytes(pickle.dumps(result))  # by value: the parent may outlive this process's shared memory
+    sending.close()
+
+
+def _receive(receiving: Connection) -> Any:
+    try:
+        return pickle.loads(receiving.recv_bytes())
+    except EOFError:  # the process died without a word
+        return None

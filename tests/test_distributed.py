@@ -1,0 +1,115 @@
+"""Ranks agree in one message a step, and a rank that dies says so and takes the others down."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import RankProcesses, run_ranks
+from train.distributed import Ballot, PendingVote, Ranks, Vote, alone, init_ranks, last_words
+from train.signals import StopKind
+
+
+def _vote_several_times(ranks: Ranks) -> list[Vote]:
+    first, second = ranks.rank == 0, ranks.rank == 1
+    ballots = [
+        Ballot(text_targets=10**12 + ranks.rank, images=ranks.rank),
+        Ballot(text_targets=5 * first, has_batch=not second, stop=StopKind.REQUEUE if second else StopKind.NONE),
+        Ballot(stop=StopKind.REQUEUE if first else StopKind.CANCEL, write_failed=second, data_failed=not first),
+    ]
+    pending = [PendingVote(ballot, ranks) for ballot in ballots]  # several under way at once
+    return [vote.wait() for vote in pending]
+
+
+def test_every_rank_learns_the_sums_and_the_gravest_stop() -> None:
+    """P6, P2: one all-reduce answers all questions, with counts beyond 32 bits."""
+    votes = run_ranks(_vote_several_times, 3)
+    counts = {"ranks_with_batch": 3, "ranks_write_failed": 0, "ranks_data_failed": 0}
+    assert (
+        votes
+        == [
+            [
+                Vote(text_targets=3 * 10**12 + 3, images=3, stop=StopKind.NONE, **counts),
+                Vote(text_targets=5, images=0, stop=StopKind.REQUEUE, **counts | {"ranks_with_batch": 2}),
+                Vote(
+                    text_targets=0,
+                    images=0,
+                    stop=StopKind.CANCEL,
+                    **counts | {"ranks_write_failed": 1, "ranks_data_failed": 2},
+                ),
+            ]
+        ]
+        * 3
+    )
+
+
+def _gather_and_decide(ranks: Ranks) -> tuple[list[int], str, str]:
+    def refuse() -> None:
+        raise FileNotFoundError("no such shards")
+
+    decided = ranks.on_first(lambda: f"rank {ranks.rank} decided")
+    with pytest.raises(FileNotFoundError) as refusal:
+        ranks.on_first(refuse)
+    return ranks.gather(ranks.rank), decided, str(refusal.value)
+
+
+def test_what_the_first_rank_decides_or_refuses_holds_for_all() -> None:
+    answer = ([0, 1], "rank 0 decided", "no such shards")
+    assert run_ranks(_gather_and_decide, 2) == [answer] * 2
+    assert _gather_and_decide(alone()) == ([0], "rank 0 decided", "no such shards")
+
+
+def _be_one_rank(_: Ranks) -> tuple[int, Vote, int]:
+    torch.distributed.destroy_process_group()
+    for name in [name for name in os.environ if name in {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}]:
+        del os.environ[name]
+    ranks = init_ranks(timeout_s=5, cpu=True)
+    vote = PendingVote(Ballot(text_targets=7), ranks).wait()
+    ranks.close()
+    return ranks.world_size, vote, torch.get_num_threads()
+
+
+def test_a_plain_process_is_a_group_of_one_with_all_cores() -> None:
+    """No launcher, no environment, no port."""
+    ((world_size, vote, num_threads),) = run_ranks(_be_one_rank, 1)
+    assert (world_size, vote.text_targets, vote.ranks_with_batch) == (1, 7, 1)
+    assert num_threads == len(os.sched_getaffinity(0))
+
+
+def _fail_on_rank_1(ranks: Ranks, folder: Path) -> None:
+    sys.stderr = (folder / f"{ranks.rank}.txt").open("w")
+    with last_words(ranks, where=lambda: "step 7"):
+        if ranks.rank == 1:
+            raise IndexError("lane 5 is out of range")
+        PendingVote(Ballot(), ranks).wait()
+
+
+def test_a_rank_that_raises_takes_the_others_down_and_only_its_own_traceback_is_shown(tmp_path: Path) -> None:
+    started = time.monotonic()
+    outcomes = RankProcesses(_fail_on_rank_1, 3, tmp_path).wait()
+    assert [status for status, _ in outcomes] == [1, 1, 1]
+    assert time.monotonic() - started < 15, "at once, not at the timeout"
+    lost, culprit, also_lost = ((tmp_path / f"{rank}.txt").read_text() for rank in range(3))
+    assert culprit.startswith("Traceback") and culprit.endswith("died at step 7: IndexError: lane 5 is out of range\n")
+    assert "rank 1 of 3" in culprit
+    for words in (lost, also_lost):
+        assert "lost a peer at step 7" in words and words.count("\n") == 1
+
+
+def _freeze_rank_1(ranks: Ranks, folder: Path) -> None:
+    sys.stderr = (folder / f"{ranks.rank}.txt").open("w")
+    with last_words(ranks, where=lambda: "step 7"):
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        PendingVote(Ballot(), ranks).wait()
+
+
+def test_a_frozen_rank_is_given_up_at_the_timeout(tmp_path: Path) -> None:
+    processes = RankProcesses(_freeze_rank_1, 2, tmp_path, timeout_s=8, collective_timeout_s=2)
+    (status, _), (frozen, _) = processes.wait()
+    assert status == 1 and frozen is None
+    assert "lost a peer at step 7" in (tmp_path / "0.txt").read_text()

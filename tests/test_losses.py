@@ -1,0 +1,107 @@
+"""Both losses against their definitions; the chunked one in values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.losses import linear_cross_entropy, noise_error
+
+
+def problem(tokens=37, width=16, vocab=29, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab, width, generator=generator) / 4).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (tokens,), generator=generator)
+    targets[torch.rand(tokens, generator=generator) < 0.3] = -100
+    return hidden, weight, targets
+
+
+def gradients(total, *inputs):
+    return torch.autograd.grad(total * 0.37, inputs)
+
+
+def test_cross_entropy_equals_its_definition():
+    hidden, weight, targets = problem(tokens=9)
+    expected = 0.0
+    for x, target in zip(hidden.double(), targets.tolist(), strict=True):
+        if target >= 0:
+            logits = weight.double() @ x
+            expected += logits.exp().sum().log() - logits[target]
+    total, count = linear_cross_entropy(hidden, weight, targets, chunk=4)
+    assert abs(total - expected) < 1e-4
+    assert count == (targets >= 0).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 37, 100])
+def test_chunks_change_neither_the_sum_nor_the_gradients(chunk):
+    hidden, weight, targets = problem()
+    total, _ = linear_cross_entropy(hidden, weight, targets, chunk=chunk)
+    expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")
+    assert torch.allclose(total, expected, rtol=1e-6)
+    for ours, theirs in zip(gradients(total, hidden, weight), gradients(expected, hidden, weight), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch < 2.13 has none")
+def test_cross_entropy_equals_torchs_own():
+    hidden, weight, targets = problem()
+    expected = F.linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction="sum")
+    total, _ = linear_cross_entropy(hidden, weight, targets, chunk=8)
+    assert torch.allclose(total, expected, rtol=1e-5)
+    for ours, theirs in zip(gradients(total, hidden, weight), gradients(expected, hidden, weight), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_gradients_pass_gradcheck_in_f64():
+    hidden, weight, targets = problem(tokens=6, width=3, vocab=5, dtype=torch.float64)
+
+    def reference(hidden, weight):
+        return F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")
+
+    total, _ = linear_cross_entropy(hidden, weight, targets, chunk=4)
+    for ours, theirs in zip(gradients(total, hidden, weight), gradients(reference(hidden, weight), hidden, weight)):  # noqa: B905
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_bf16_is_near_f32():
+    hidden, weight, targets = problem(dtype=torch.bfloat16)
+    total, _ = linear_cross_entropy(hidden, weight, targets, chunk=8)
+    expected = F.cross_entropy(hidden.float() @ weight.float().T, targets, ignore_index=-100, reduction="sum")
+    assert total.dtype == torch.float32
+    assert abs(total / expected - 1) < 1e-2
+    for ours, theirs in zip(gradients(total, hidden, weight), gradients(expected, hidden, weight), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+
+
+def test_nothing_to_predict_is_zero_with_zero_gradients():
+    hidden, weight, targets = problem()
+    total, count = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    assert total == 0 and count == 0
+    assert all(grad.eq(0).all() for grad in gradients(total, hidden, weight))
+
+
+def test_without_gradients_the_sum_is_the_same():
+    hidden, weight, targets = problem()
+    with torch.no_grad():
+        frozen, _ = linear_cross_entropy(hidden, weight, targets, chunk=8)
+    assert torch.equal(frozen, linear_cross_entropy(hidden, weight, targets, chunk=8)[0].detach())
+
+
+def test_noise_error_is_a_sum_of_per_image_means_over_valid_images():
+    generator = torch.Generator().manual_seed(0)
+    pred, target = torch.randn(2, 4, 3, 2, 6, generator=generator)
+    valid = torch.tensor([True, False, True, False])
+    weight = torch.tensor([0.5, 9.0, 2.0, 9.0])
+    means = [sum((a - b) ** 2 for a, b in zip(p.flatten(), t.flatten())) / 36 for p, t in zip(pred, target)]  # noqa: B905
+    total, count = noise_error(pred, target, valid)
+    assert torch.allclose(total, means[0] + means[2]) and count == 2
+    weighted, _ = noise_error(pred, target, valid, weight)
+    assert torch.allclose(weighted, 0.5 * means[0] + 2.0 * means[2])
+
+
+def test_noise_error_sends_no_gradient_to_unused_slots():
+    pred = torch.randn(2, 3, 2, 2, requires_grad=True)
+    total, _ = noise_error(pred, torch.randn(2, 3, 2, 2), torch.tensor([True, False]))
+    total.backward()
+    assert pred.grad[0].ne(0).any() and pred.grad[1].eq(0).all()

@@ -1,0 +1,112 @@
+"""A run folder has one owner, says so to a second, and keeps one row of metrics a step."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.disks import small_disk
+from tests.ranks import run_ranks
+from train.distributed import Ranks, alone
+from train.run_folder import RunFolder, RunTakenOver
+
+HOLD = """
+import sys, time
+from train.distributed import alone
+from train.run_folder import RunFolder
+import os
+run = RunFolder(sys.argv[1], alone())
+if os.fork() == 0:  # like a forked loader worker, which outlives a kill -9 of the rank for a while
+    time.sleep(60)
+print(run.attempt, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_copy_is_refused_at_once_and_a_killed_one_leaves_the_folder_free(tmp_path: Path) -> None:
+    """P10, P5: the message names the holder; `kill -9` of the rank frees the folder even while its workers live."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert holder.stdout.readline() == "1\n"
+        with pytest.raises(BlockingIOError, match=f"in use by pid {holder.pid} on "):
+            RunFolder(tmp_path, alone())
+        assert json.loads((tmp_path / "attempt.json").read_text())["attempt"] == 1
+        holder.kill()
+        holder.wait()
+        with RunFolder(tmp_path, alone()) as run:
+            assert run.attempt == 2
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_later_attempt_takes_the_folder_from_an_earlier_one(tmp_path: Path) -> None:
+    """P5: what no lock sees (a requeued job on another host), the attempt's token does."""
+    early = RunFolder(tmp_path, alone())
+    early.assert_current()
+    early.close()  # as if its lock had no effect here
+    late = RunFolder(tmp_path, alone())
+    late.assert_current()
+    with pytest.raises(RunTakenOver, match="taken over from attempt 1 by attempt 2 "):
+        early.assert_current()
+    late.close()
+    (tmp_path / "attempt.json").unlink()
+    with pytest.raises(RunTakenOver):
+        late.assert_current()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    """P10."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/run is not writable \(Not a directory: .*give a folder"):
+        RunFolder(tmp_path / "file" / "run", alone())
+
+
+def _attempt_or_error(ranks: Ranks, path: Path) -> str:
+    try:
+        with RunFolder(path, ranks) as run:
+            return f"attempt {run.attempt}"
+    except OSError as error:
+        return str(error)
+
+
+def test_all_ranks_share_one_attempt_or_one_refusal(tmp_path: Path) -> None:
+    assert run_ranks(_attempt_or_error, 2, tmp_path / "run") == ["attempt 1"] * 2
+    with RunFolder(tmp_path / "run", alone()):
+        first, second = run_ranks(_attempt_or_error, 2, tmp_path / "run")
+    assert first == second and f"in use by pid {os.getpid()} on " in first
+
+
+def test_resume_cuts_the_rows_that_it_will_write_again(tmp_path: Path) -> None:
+    """One row a step on the final trajectory; a line torn by `kill -9` goes, everything else stays as it was."""
+    with RunFolder(tmp_path, alone()) as run:
+        for step in range(1, 6):
+            run.append_metrics({"step": step, "loss": 1 / step})
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 6, "lo')
+    with RunFolder(tmp_path, alone()) as run:
+        run.cut_metrics(last_step=3)
+        assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
+        run.append_metrics({"step": 4, "loss": 0.5})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_delays_rows_but_loses_none(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kib=256) as disk, RunFolder(disk / "run", alone()) as run:
+        run.append_metrics({"step": 1})
+        filler = disk / "filler"
+        with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as stream:
+            while True:
+                stream.write(bytes(1024))
+        for step in range(2, 500):
+            run.append_metrics({"step": step, "text": "x" * 40})
+        filler.unlink()
+        run.append_metrics({"step": 500})
+        rows = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 501))

@@ -1,0 +1,75 @@
+"""Signals set a flag and nothing else (P6); the ranks agree on it in the vote."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from train.signals import StopKind, StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_termination_signal_asks_for_save_and_requeue(number: int) -> None:
+    """P6: exit 75 means saved, requeue me."""
+    with StopSignal() as stop:
+        assert stop.kind == StopKind.NONE and stop.name is None
+        os.kill(os.getpid(), number)
+        assert stop.kind == StopKind.REQUEUE and stop.kind.exit_code == 75
+        assert stop.name == signal.Signals(number).name
+
+
+def test_ctrl_c_wins_over_a_requeue_in_either_order() -> None:
+    for numbers in ([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]):
+        with StopSignal() as stop:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            assert stop.kind == StopKind.CANCEL and stop.kind.exit_code == 130
+
+
+def test_the_handlers_of_before_come_back() -> None:
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
+    before = [signal.getsignal(number) for number in numbers]
+    with StopSignal():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_second_ctrl_c_kills_at_once_and_a_shielded_worker_outlives_signals_but_not_its_parent() -> None:
+    program = """
+import os, signal, time
+from train.signals import StopSignal, shield_worker
+with StopSignal() as stop:
+    worker = os.fork()
+    if worker == 0:
+        shield_worker()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    while not stop.kind:
+        time.sleep(0.01)
+    print("asked", flush=True)
+    time.sleep(60)
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    worker = int(child.stdout.readline())
+    child.send_signal(signal.SIGINT)
+    assert child.stdout.readline() == "asked\n"
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=10) == -signal.SIGINT
+    for _ in range(500):
+        if not _runs(worker):
+            break
+        time.sleep(0.01)
+    assert not _runs(worker)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

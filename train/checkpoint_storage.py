@@ -1,0 +1,237 @@
+"""The files of one checkpoint: written through a hash, listed with their checksums, verified, then read.
+
+DCP plans, splits and reshards, and its own tools can read the folder; the integrity of the bytes is ours, for DCP has
+no checksums and takes a folder with `.metadata` for complete. Rejected: hashing after the write (a second read, and
+of what the disk returned rather than of what was meant) and sha256 (twice the cost; no adversary here).
+P11: only tensors go through DCP, since it pickles everything else. `.metadata` is a pickle too: its checksum is
+verified first, and it is read by an unpickler that knows DCP's record types and nothing more.
+"""
+
+import io
+import json
+import os
+import pickle
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from train.run_folder import sync_folder
+
+LISTING, INDEX = "checksums.json", ".metadata"
+READ_BYTES = 1 << 22
+HASH_BYTES = 1 << 20  # hashed and written while still in the cache
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What went into one file of a checkpoint, counted on the way to the disk."""
+
+    name: str
+    num_bytes: int
+    crc32: str  # 8 hexadecimal digits
+
+
+def read_listing(folder: Path) -> dict[str, WrittenFile]:
+    """Return what `folder` should hold, by name; raises OSError or ValueError if its listing is missing or damaged."""
+    try:
+        files = json.loads((folder / LISTING).read_bytes())["files"]
+        listing = {name: WrittenFile(name, file["bytes"], file["crc32"]) for name, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{LISTING} is damaged: {type(error).__name__}: {error}") from None
+    if INDEX not in listing:
+        raise ValueError(f"{LISTING} is damaged: it does not name {INDEX}")
+    return listing
+
+
+def problem_of(folder: Path, expected: WrittenFile) -> str | None:
+    """Read one file whole and return what is wrong with it, or None."""
+    num_bytes = crc32 = 0
+    buffer = memoryview(bytearray(READ_BYTES))
+    try:
+        with (folder / expected.name).open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                num_bytes += count
+                crc32 = zlib.crc32(buffer[:count], crc32)
+    except OSError as error:
+        return f"{expected.name}: {error.strerror}"
+    if num_bytes != expected.num_bytes:
+        return f"{expected.name}: {num_bytes} bytes, {expected.num_bytes} were written"
+    if _hex(crc32) != expected.crc32:
+        return f"{expected.name}: crc32 {_hex(crc32)}, {expected.crc32} was written"
+    return None
+
+
+def read_checked(folder: Path, name: str) -> bytes:
+    """Return the content of a small file; raises ValueError if it is not what was written, OSError if it is gone."""
+    content = (folder / name).read_bytes()
+    found, expected = WrittenFile(name, len(content), _hex(zlib.crc32(content))), read_listing(folder).get(name)
+    if found != expected:
+        raise ValueError(f"checkpoint {folder} is damaged: {name}: expected {expected}, found {found}")
+    return content
+
+
+def read_index(folder: Path) -> Metadata:
+    """Return DCP's index of `folder`: names, sizes, dtypes and places of the tensors.
+
+    Raises ValueError if it is damaged or holds anything but DCP's records.
+    """
+    try:
+        return _IndexUnpickler(io.BytesIO(read_checked(folder, INDEX))).load()
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"checkpoint {folder}: {INDEX} was not written by this trainer: {error}") from None
+
+
+class HashingWriter(dcp.FileSystemWriter):
+    """DCP's writer into `folder`, hashing. Each rank's checksums travel to rank 0 among its write results.
+
+    On rank 0 `finish` adds the index, the `extra` files and the listing, makes all of it durable and calls `commit`;
+    what any rank raises on the way, DCP raises on every rank.
+    """
+
+    def __init__(self, folder: Path, extra: Mapping[str, bytes], commit: Callable[[], None]) -> None:
+        super().__init__(folder, thread_count=1, sync_files=True)  # DCP loses the errors of further threads
+        self.fs = _HashingFiles()
+        self._extra, self._commit = extra, commit
+
+    def storage_meta(self) -> StorageMeta:
+        """Return an empty record: DCP's own would put the path of the temporary folder into the checkpoint."""
+        return StorageMeta()
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
+        """Write this rank's tensors; the result is DCP's write results followed by our WrittenFiles."""
+        results = super().write_data(plan, planner).value()
+        done: torch.futures.Future = torch.futures.Future()
+        done.set_result([*results, *self.fs.written.values()])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        """Complete the folder and commit it; rank 0 only."""
+        written = [result for of_rank in results for result in of_rank if isinstance(result, WrittenFile)]
+        self.fs.written = {file.name: file for file in written}
+        super().finish(metadata, [[r for r in of_rank if not isinstance(r, WrittenFile)] for of_rank in results])
+        for name, content in self._extra.items():
+            assert Path(name).name == name and name not in {*self.fs.written, LISTING}, name
+            self._write(name, content)
+        files = {f.name: {"bytes": f.num_bytes, "crc32": f.crc32} for f in self.fs.written.values()}
+        self._write(LISTING, json.dumps({"files": files}, indent=1, sort_keys=True).encode())
+        sync_folder(self.path)
+        self._commit()
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self.fs.create_stream(self.path / name, "wb") as stream:
+            stream.write(content)
+            os.fsync(stream.fileno())
+
+
+class CheckedReader(dcp.FileSystemReader):
+    """DCP's reader of `folder` over an index that was verified before it was unpickled."""
+
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self._index = index
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Return the verified index."""
+        return self._index
+
+
+class _HashingFiles(filesystem.FileSystem):
+    """DCP's file access, with every file hashed as it is written."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, WrittenFile] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator["_HashedFile"]:
+        assert mode == "wb", mode
+        with Path(path).open(mode, buffering=HASH_BYTES) as stream:
+            file = _HashedFile(stream)
+            try:
+                yield file
+            except (OSError, RuntimeError):
+                if file.failure:
+                    raise file.failure from None
+                raise
+        self.written[Path(path).name] = WrittenFile(Path(path).name, file.num_bytes, _hex(file.crc32))
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        file, name = self.written.pop(Path(path).name), Path(new_path).name
+        self.written[name] = WrittenFile(name, file.num_bytes, file.crc32)
+
+
+class _HashedFile:
+    """A file being written: counts and hashes what passes, and remembers the first error of the disk.
+
+    torch.save's archive writer follows a failed write by another and reports that one ("unexpected pos"), which
+    would hide "No space left on device".
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.num_bytes = self.crc32 = 0
+        self.failure: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        for start in range(0, view.nbytes, HASH_BYTES):
+            piece = view[start : start + HASH_BYTES]
+            try:
+                self._stream.write(piece)
+            except OSError as error:
+                self.failure = self.failure or error
+                raise
+            self.crc32 = zlib.crc32(piece, self.crc32)
+        self.num_bytes += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        self._stream.flush()  # asked for in order to fsync, which sees only what has left the buffer
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Unpickle DCP's index: its record types, torch's sizes and dtypes; nothing that executes."""
+
+    KNOWN = {
+        "torch": ["Size"],
+        "torch.serialization": ["_get_layout"],
+        "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
+        "torch.distributed.checkpoint.metadata": [
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        ],
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in self.KNOWN.get(module, []):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
+
+
+def _hex(crc32: int) -> str:
+    return f"{crc32:08x}"

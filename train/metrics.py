@@ -1,0 +1,174 @@
+"""Honest numbers: what is summed between log lines, reduced once an interval, and where it is written (P9, P13).
+
+A row goes to metrics.jsonl first; wandb gets a copy and may fail, hang or be absent without a say in the training.
+"""
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from data.loader import StepBatch
+from model.transfusion import TransfusionConfig
+from train.distributed import Ranks, Vote
+from train.run_folder import RunFolder
+from train.step import StepLoss
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    interval_steps: int = 10  # steps between rows of metrics.jsonl, >= 1
+    wandb: Literal["disabled", "offline", "online"] = "disabled"  # offline writes to the run folder only
+    project: str = "transfusion"  # wandb project
+
+    def __post_init__(self) -> None:
+        if self.interval_steps < 1:
+            raise ValueError(f"log.interval_steps={self.interval_steps}: expected at least 1")
+
+
+class Interval:
+    """Sums over the steps since the last log line; `row()` reduces them over ranks and starts anew."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self._reset()
+
+    def _reset(self) -> None:
+        self._device_sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # text nll, image error
+        self._sums = dict.fromkeys(("slots", "attention_pairs", "data_wait_s"), 0.0)
+        self._global = dict.fromkeys(("text_targets", "images", "tokens", "steps"), 0)
+        self.checkpoint_s = 0.0
+        self._start = time.monotonic()
+
+    def add(self, batch: StepBatch, losses: list[StepLoss], vote: Vote, data_wait_s: float) -> None:
+        """Add one step of this rank; the vote has the global counts."""
+        for loss in losses:
+            self._device_sums += torch.stack([loss.text_nll, loss.image_error]).to(torch.float64)
+        for micro_batch in batch.micro_batches:
+            self._sums["slots"] += micro_batch.input_ids.numel()
+            self._sums["attention_pairs"] += micro_batch.num_attention_pairs
+        self._sums["data_wait_s"] += data_wait_s
+        self._global["text_targets"] += vote.text_targets
+        self._global["images"] += vote.images
+        self._global["tokens"] += vote.tokens
+        self._global["steps"] += 1
+
+    def row(self, flops: "Flops") -> dict[str, float]:
+        """Return the interval's metrics, the same on every rank. Collective; waits for the device."""
+        seconds = time.monotonic() - self._start
+        sums = torch.cat([self._device_sums.cpu(), torch.tensor(list(self._sums.values()), dtype=torch.float64)])
+        dist.all_reduce(sums, group=self.ranks.vote_group)
+        text_nll, image_error, slots, pairs, data_wait_s = sums.tolist()
+        counts, world_size = self._global, self.ranks.world_size
+        model_flops = flops.per_token * counts["tokens"] + flops.per_pair * pairs
+        model_flops += flops.per_text_target * counts["text_targets"]
+        row = {
+            "text_loss": text_nll / max(counts["text_targets"], 1),  # nats a text target
+            "image_loss": image_error / max(counts["images"], 1),  # mean squared error of the prediction
+            "tokens_per_s": counts["tokens"] / seconds,
+            "images_per_s": counts["images"] / seconds,
+            "step_s": seconds / max(counts["steps"], 1),
+            "padding_share": 1 - counts["tokens"] / max(slots, 1),  # of all token slots, idle rows included
+            "data_stall_share": data_wait_s / world_size / seconds,
+            "checkpoint_stall_share": self.checkpoint_s / seconds,
+            "model_tflops_per_s_per_rank": model_flops / seconds / world_size / 1e12,
+        }
+        self._reset()
+        return row
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Model FLOPs, forward and backward, of what the mask allows; the patchers' (under 1 %) are left out."""
+
+    per_token: float  # in the blocks' matrices
+    per_pair: float  # (query, key) pair that the mask allows, over all layers
+    per_text_target: float  # in the text head
+
+    @classmethod
+    def of(cls, config: TransfusionConfig, vocab_size: int) -> "Flops":
+        trunk = config.transformer
+        kv_share = trunk.num_kv_heads / trunk.heads
+        matrices = trunk.layers * (trunk.width**2 * (2 + 2 * kv_share) + 3 * trunk.width * trunk.hidden)
+        return cls(6 * matrices, 12 * trunk.layers * trunk.width, 6 * trunk.width * vocab_size)
+
+
+class Console:
+    """One line a log interval on rank 0: step, losses, speed and the time left."""
+
+    def __init__(self, steps: int, first_step: int, ranks: Ranks):
+        self.steps, self.first_step, self.ranks = steps, first_step, ranks
+        self._start = time.monotonic()
+
+    def show(self, row: dict[str, Any]) -> None:
+        if not self.ranks.is_first:
+            return
+        done, left = row["step"] - self.first_step, self.steps - row["step"]
+        seconds = (time.monotonic() - self._start) / max(done, 1) * left
+        print(
+            f"step {row['step']}/{self.steps}  text {row['text_loss']:.4f}  image {row['image_loss']:.4f}  "
+            f"norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.1e}  {row['tokens_per_s']:,.0f} tokens/s  "
+            f"{row['images_per_s']:,.1f} images/s  {timedelta(seconds=round(seconds))} left",
+            flush=True,
+        )
+
+
+class MetricsLog:
+    """Write rows to the run folder and, if asked and able, to wandb; rank 0 only."""
+
+    def __init__(self, config: LogConfig, folder: RunFolder, ranks: Ranks, recipe: dict[str, Any], run_id: str):
+        self.folder = folder
+        self._wandb = None
+        if config.wandb != "disabled" and ranks.is_first:
+            self._wandb = _start_wandb(config, folder, recipe, run_id)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.folder.append_metrics(row)
+        self._copy(lambda run: run.log(row))
+
+    def picture(self, path: os.PathLike, step: int) -> None:
+        """Show a saved picture on the run's page."""
+        import wandb
+
+        self._copy(lambda run: run.log({"preview": wandb.Image(str(path)), "step": step}))
+
+    def close(self) -> None:
+        self._copy(lambda run: run.finish())
+        self._wandb = None
+
+    def _copy(self, send) -> None:
+        if self._wandb is None:
+            return
+        try:
+            send(self._wandb)
+        except Exception as error:  # a logger may fail in any way; the run goes on without its page
+            log.warning("wandb is off from here on: %s", error)
+            self._wandb = None
+
+
+def _start_wandb(config: LogConfig, folder: RunFolder, recipe: dict[str, Any], run_id: str):
+    try:
+        import wandb
+
+        settings = wandb.Settings(init_timeout=20, console="off", silent=True, x_disable_stats=True)
+        run = wandb.init(
+            project=config.project,
+            dir=str(folder.path),
+            id=run_id,
+            resume="allow",
+            mode=config.wandb,
+            config=recipe,
+            settings=settings,
+        )
+        run.define_metric("*", step_metric="step")
+        return run
+    except Exception as error:  # the logger cannot stop training (P13)
+        log.warning("wandb is off: %s; metrics.jsonl has everything", error)
+        return None

@@ -1,0 +1,76 @@
+"""Parallelism, applied from outside and block by block: activation checkpointing -> compile -> fully_shard.
+
+The model does not know its ranks. It is built on the meta device, sharded, and only then given memory, so no rank
+ever holds more than one full parameter; each is drawn on the CPU from (seed, name), so every world size starts alike.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from model.transfusion import initial_value, parameter_generator
+from train.distributed import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    # Number format of parameters in forward and backward; master weights and gradient sums stay float32.
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    activation_checkpointing: Literal["none", "full"] = "none"  # full: recompute each block in backward
+    compile: bool = False  # torch.compile each block (needs a C++ compiler on CPU, Triton on CUDA)
+    shard_blocks: bool = True  # each block its own FSDP unit; false: one unit for the whole (small) model
+    reshard_after_forward: bool = True  # free gathered parameters between forward and backward
+
+
+def parallelize(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> FSDPModule:
+    """Wrap a meta-device model for `ranks`; gradients come out summed over ranks, never averaged."""
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("dp_shard",))
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
+    blocks = model.transformer.blocks
+    for i, block in enumerate(blocks):
+        if config.activation_checkpointing == "full":
+            blocks[i] = block = checkpoint_wrapper(block)
+        if config.compile:
+            block.compile()
+        if config.shard_blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # the loss is divided by global counts already
+    return model
+
+
+def initialize(model: nn.Module, seed: int, device: torch.device) -> None:
+    """Give a sharded meta-device model memory and its initial weights, the same for every world size (P3)."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            name = plain_name(name)
+            generator = parameter_generator(seed, name)
+            full = initial_value(name, tuple(parameter.shape), model.config, generator).to(device)
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                # src_data_rank=None: each rank cuts its own slice, nothing is sent
+                full = distribute_tensor(full, mesh, placements, src_data_rank=None)
+            parameter.copy_(full)
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name as in the unwrapped model."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def gather_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return unsharded copies on the CPU of every rank, by plain name. Collective."""
+    full = {}
+    for name, tensor in weights.items():
+        tensor = tensor.detach()
+        full[plain_name(name)] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
+    return full

@@ -1,0 +1,45 @@
+"""The recipe of a training run: every component's config, composed. Saved in the run folder and in each checkpoint.
+
+It lives apart from the program that runs it, so that `sample`, `evaluate` and `report` can read a checkpoint back.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from data.loader import DataConfig
+from model.diffusion import DiffusionConfig
+from model.transfusion import TransfusionConfig
+from train.checkpoint import CheckpointConfig
+from train.metrics import LogConfig
+from train.optim import OptimConfig
+from train.parallelize import ParallelConfig
+from train.previews import PreviewConfig
+from train.step import LossConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    run_dir: str = MISSING  # folder of this run: checkpoints, metrics.jsonl, previews; resumed if it has any
+    seed: int = 0  # of weights, order, noise and everything else that is drawn
+    vae: str | None = None  # AutoencoderKL, a folder or hub id, to decode previews; must be the data's
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
+    micro_batch_size: int = 8  # sequences a rank runs at once; the global batch stays data.lanes sequences
+    deterministic: bool = False  # bit-exact kernels on CUDA too, slower
+    timeout_minutes: float = 10.0  # a collective that waits longer ends the run, > 0
+    model: TransfusionConfig = field(default_factory=TransfusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size}: expected at least 1")
+        if self.timeout_minutes <= 0:
+            raise ValueError(f"timeout_minutes={self.timeout_minutes}: expected more than 0")

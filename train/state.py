@@ -1,0 +1,72 @@
+"""Everything a training run carries from step to step, and its way into a checkpoint and back.
+
+Tensors go through `train.checkpoint`; lanes, counters, the resolved config and the hashes of what the run was trained
+on are extra files beside them, readable by people.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from train import checkpoint
+from train.distributed import Ranks
+from train.optim import Optimizer
+from train.run_folder import RunFolder
+
+
+@dataclass
+class Progress:
+    """Counters of a run. `step` names the last batch whose update was made (or skipped for bad numbers)."""
+
+    step: int = 0
+    tokens_seen: int = 0  # text, special and image tokens, padding left out, on all ranks
+    images_seen: int = 0
+
+
+@dataclass
+class TrainState:
+    """`lane_states` holds this rank's lanes while training and all lanes right after a load."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    fingerprint: dict[str, str]  # of data and VAE; a resume must find it unchanged
+    recipe: str  # the resolved config as YAML
+    progress: Progress = field(default_factory=Progress)
+    lane_states: dict[int, dict] = field(default_factory=dict)
+
+    def save(self, folder: RunFolder, config: checkpoint.CheckpointConfig, ranks: Ranks) -> Path:
+        """Write a checkpoint of the present step, then remove what is no longer kept. Collective."""
+        lanes = {lane: state for part in ranks.gather(self.lane_states) for lane, state in part.items()}
+        extra = {
+            "lanes.json": json.dumps(lanes).encode(),
+            "meta.json": json.dumps({"progress": vars(self.progress), "fingerprint": self.fingerprint}).encode(),
+            "config.yaml": self.recipe.encode(),
+        }
+        path = checkpoint.save(folder, self.progress.step, self._tensors(), extra, ranks)
+        checkpoint.retain(folder.checkpoints, config, ranks)
+        return path
+
+    def load(self, path: Path, ranks: Ranks) -> None:
+        """Continue from a checkpoint that verified, on any world size. Collective.
+
+        Raises ValueError when the data, tokenizer, VAE, seed or lanes are not those it was trained with.
+        """
+        meta = json.loads(checkpoint.read_extra(path, "meta.json"))
+        for name, value in meta["fingerprint"].items():
+            if self.fingerprint.get(name) != value:
+                raise ValueError(
+                    f"{path} was trained with another {name}: {value}, here {self.fingerprint.get(name)}; restore it, "
+                    "or start a new run_dir (learning rate, steps, ranks, workers and intervals may change)"
+                )
+        checkpoint.load(path, self._tensors(), ranks)
+        self.progress = Progress(**meta["progress"])
+        lanes = json.loads(checkpoint.read_extra(path, "lanes.json"))
+        self.lane_states = {int(lane): state for lane, state in lanes.items()}
+
+    def _tensors(self) -> checkpoint.State:
+        state = checkpoint.training_state(self.model, self.optimizer.adamw)
+        if self.optimizer.ema is not None:
+            state["ema"] = self.optimizer.ema
+        return state
