@@ -89,8 +89,8 @@ def save(run: RunFolder, step: int, state: State, extra: Mapping[str, bytes], ra
     try:
         ranks.on_first(lambda: _make_empty(beside))
         writer = HashingWriter(beside, extra, commit)
-        with _quiet_alone():
-            dcp.save(state, storage_writer=writer, process_group=ranks.checkpoint_group)
+        with _group_of(ranks) as group:
+            dcp.save(state, storage_writer=writer, **group)
     except (CheckpointException, OSError) as error:
         if ranks.is_first:  # every rank has stopped writing: each reported its outcome
             shutil.rmtree(beside, ignore_errors=True)
@@ -112,8 +112,8 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
             f"checkpoint {folder} does not fit: {'; '.join(misfits[:NAMED_MISFITS])}{more}. Resume with the "
             "configuration that is stored in it, or start in a new run folder"
         )
-    with _quiet_alone():
-        dcp.load(state, storage_reader=CheckedReader(folder, index), process_group=ranks.checkpoint_group)
+    with _group_of(ranks) as group:
+        dcp.load(state, storage_reader=CheckedReader(folder, index), **group)
 
 
 def read_extra(folder: Path, name: str) -> bytes:
@@ -193,11 +193,14 @@ def clean(root: Path, ranks: Ranks) -> None:
 
 
 @contextmanager
-def _quiet_alone() -> Iterator[None]:
-    """Silence DCP's warning that there is no process group, which `alone()` means."""
+def _group_of(ranks: Ranks) -> Iterator[dict[str, Any]]:
+    """Yield DCP's arguments for `ranks`; for `alone()` also silence DCP's warning that there is no process group."""
+    if ranks.checkpoint_group is not None:
+        yield {"process_group": ranks.checkpoint_group}
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        yield {"no_dist": True}
 
 
 def _commit(beside: Path, final: Path) -> None:

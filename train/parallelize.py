@@ -44,6 +44,7 @@ def parallelize(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> FSDPM
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the loss is divided by global counts already
+            module.set_force_sum_reduction_for_comms(True)  # else a pre-multiplied sum, which gloo refuses
     return model
 
 

@@ -1,0 +1,77 @@
+"""Small encoded data sets, made through the real writer, and the documents in them.
+
+    make_source(folder, tokenizer, pairs(20) + texts(10), shard_sizes=[7, 13, 10])
+
+Everything is a function of the arguments, so two calls give the same bytes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.documents import document_sizes, encode_record
+from data.manifest import LatentSpec, Manifest, shard_entry
+from data.shards import index_path, index_shard, write_shard
+from data.tokenizer import Tokenizer
+
+CHANNELS = 2  # of the latents
+SPEC = LatentSpec(vae_hash="a" * 16, channels=CHANNELS, stride=8, resolution=32, mean=(0.0,) * 2, std=(1.0,) * 2)
+
+Content = tuple[np.ndarray, np.ndarray | None]  # token ids int32 [len], and moments f16 [2C, h, w] or None
+
+
+def texts(count: int, *, lengths: tuple[int, int] = (1, 40), seed: int = 0, vocab_size: int = 270) -> list[Content]:
+    """Return text documents of random token ids and of lengths in the closed range `lengths`."""
+    rng = np.random.default_rng((seed, 0))
+    sizes = rng.integers(lengths[0], lengths[1] + 1, count)
+    return [(rng.integers(4, vocab_size, size, dtype=np.int32), None) for size in sizes]
+
+
+def pairs(
+    count: int,
+    *,
+    grids: Sequence[tuple[int, int]] = ((4, 4),),
+    lengths: tuple[int, int] = (1, 8),
+    seed: int = 0,
+    channels: int = CHANNELS,
+) -> list[Content]:
+    """Return image-caption documents; every picture differs, grids take turns."""
+    rng = np.random.default_rng((seed, 1))
+    captions = texts(count, lengths=lengths, seed=seed + 1000)
+    return [
+        (tokens, rng.normal(size=(2 * channels, *grids[i % len(grids)])).astype(np.float16))
+        for i, (tokens, _) in enumerate(captions)
+    ]
+
+
+def make_source(
+    folder: Path,
+    tokenizer: Tokenizer,
+    documents: Sequence[Content],
+    *,
+    shard_sizes: Sequence[int] | None = None,
+    spec: LatentSpec | None = SPEC,
+) -> Path:
+    """Write `documents` as an encoded data set of shards of the given sizes (one shard when None)."""
+    folder.mkdir(parents=True)
+    sizes = list(shard_sizes or [len(documents)])
+    assert sum(sizes) == len(documents), (sizes, len(documents))
+    entries, first = [], 0
+    for number, size in enumerate(sizes):
+        shard = folder / f"{number:05d}.tar"
+        contents = enumerate(documents[first : first + size], start=first)
+        write_shard(shard, (encode_record(f"{i:06d}", tokens, moments, b"{}") for i, (tokens, moments) in contents))
+        index = index_shard(shard, document_sizes)
+        index.save(index_path(shard))
+        entries.append(shard_entry(shard, index))
+        first += size
+    has_images = any(moments is not None for _, moments in documents)
+    Manifest(
+        folder=folder,
+        tokenizer_hash=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+        latent_spec=spec if has_images else None,
+        shards=tuple(entries),
+    ).save()
+    return folder
