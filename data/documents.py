@@ -8,12 +8,18 @@ the document and not to whoever reads it.
 
 import hashlib
 import io
+import re
 import struct
 from dataclasses import dataclass
 
 import numpy as np
 
 from data.shards import BadRecord, Record
+
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<>=|]\w+)', 'fortran_order': False, 'shape': \(([\d, ]{,40})\), \} *\n",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -51,15 +57,13 @@ class OrderConfig:
 
 def seed_from(*parts: int | str) -> int:
     """Hash a tuple of ints and names to a 63-bit seed: the one source of every draw that must not depend on ranks."""
-    packed = b"".join(p.encode() + b"\0" if isinstance(p, str) else struct.pack("<q", p) for p in parts)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(_digest(parts, 8), "little") >> 1
 
 
 def uniforms(*parts: int | str, count: int) -> list[float]:
     """Return `count` floats in [0, 1) that depend on `parts` alone."""
-    packed = struct.pack("<Q", seed_from(*parts))
-    digest = hashlib.blake2b(packed, digest_size=8 * count).digest()
-    return [value / 2**64 for value in struct.unpack(f"<{count}Q", digest)]
+    values = struct.unpack(f"<{count}Q", _digest(parts, 8 * count))
+    return [(value >> 11) / 2**53 for value in values]
 
 
 def decode_document(record: Record, where: str) -> Document:
@@ -68,17 +72,29 @@ def decode_document(record: Record, where: str) -> Document:
         raise BadRecord("no tokens and no moments", where, f"members {sorted(record)}")
     segments: list[TextSegment | ImageSegment] = []
     if "tokens.npy" in record:
-        token_ids = _load_array(record["tokens.npy"], where, np.int32, 1)
+        token_ids = _load_array(record["tokens.npy"], where, "<i4", 1)
         if len(token_ids):
             segments.append(TextSegment(token_ids.astype(np.int64)))
     if "moments.npy" in record:
-        moments = _load_array(record["moments.npy"], where, np.float16, 3)
+        moments = _load_array(record["moments.npy"], where, "<f2", 3)
+        if 0 in moments.shape or moments.shape[0] % 2:
+            raise BadRecord("wrong array", where, f"moments {moments.shape}, expected [2C, h, w]")
         if not np.isfinite(moments).all():
             raise BadRecord("non-finite latents", where)
         segments.append(ImageSegment(moments))
     if not segments:
         raise BadRecord("empty document", where)
     return Document(tuple(segments))
+
+
+def check_document(document: Document, vocab_size: int, channels: int, where: str) -> None:
+    """Raise BadRecord for token ids or latents that are none of the tokenizer's and VAE's of the manifest."""
+    for segment in document.segments:
+        if isinstance(segment, TextSegment):
+            if segment.token_ids.view(np.uint64).max() >= vocab_size:  # a negative id is a large one here
+                raise BadRecord("token id out of range", where, f"expected 0...{vocab_size - 1}")
+        elif len(segment.moments) != 2 * channels:
+            raise BadRecord("wrong array", where, f"moments {segment.moments.shape}, expected {2 * channels} channels")
 
 
 def encode_record(key: str, token_ids: np.ndarray, moments: np.ndarray | None, info: bytes) -> Record:
@@ -114,14 +130,27 @@ def arrange(document: Document, config: OrderConfig, *origin: int) -> Document:
     return Document((ImageSegment(image.moments, before_caption=True), caption))
 
 
-def _load_array(data: bytes, where: str, dtype: type, ndim: int) -> np.ndarray:
+def _digest(parts: tuple[int | str, ...], size: int) -> bytes:
+    packed = b"".join(p.encode() + b"\0" if isinstance(p, str) else struct.pack("<q", p) for p in parts)
+    return hashlib.shake_128(packed).digest(size)
+
+
+def _load_array(data: bytes, where: str, dtype: str, ndim: int) -> np.ndarray:
+    """Return the .npy array in `data`, read-only.
+
+    Takes only what np.save writes for our arrays and never asks numpy to parse: its parser evaluates Python literals
+    (a hostile header exhausts it), unpickles if told to, and takes longer than all the rest of a read.
+    """
+    match = _NPY_HEADER.match(data)
+    if match is None:
+        raise BadRecord("undecodable array", where, f"not a plain .npy file: {data[:64]!r}")
+    found, shape = match[1].decode(), tuple(int(size) for size in match[2].split(b",") if size.strip())
+    if found != dtype or len(shape) != ndim:
+        raise BadRecord("wrong array", where, f"{found} {shape}, expected {dtype} of {ndim} dimensions")
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        return np.frombuffer(data, dtype, offset=match.end()).reshape(shape)
+    except ValueError as error:
         raise BadRecord("undecodable array", where, str(error)) from None
-    if array.dtype != dtype or array.ndim != ndim:
-        raise BadRecord("wrong array", where, f"{array.dtype} {array.shape}, expected {np.dtype(dtype)} {ndim}-d")
-    return array
 
 
 def _save_array(array: np.ndarray) -> bytes:

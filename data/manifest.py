@@ -10,7 +10,9 @@ import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.shards import BadRecord, ShardIndex, atomic_write, index_path
+import numpy as np
+
+from data.shards import ShardIndex, atomic_write, index_path
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -27,6 +29,12 @@ class LatentSpec:
     mean: tuple[float, ...]  # per channel, of sampled latents; training whitens with these
     std: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"latent mean {self.mean}, std {self.std}: expected {self.channels} channels")
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std) > 0):
+            raise ValueError(f"latent mean {self.mean}, std {self.std}: expected finite numbers and std > 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
@@ -36,6 +44,10 @@ class ShardEntry:
     records: int
     text_tokens: int
     grids: dict[str, int]  # "8x8" -> images of that latent grid
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name:
+            raise ValueError(f"shard name {self.name!r}: expected a file in the manifest's folder")
 
     def tokens(self, patch_size: int) -> int:
         """Total document length in tokens, as ShardIndex.document_tokens counts it."""
@@ -69,14 +81,7 @@ class Manifest:
 
     def load_index(self, shard: int) -> ShardIndex:
         """Load a shard's index; raise BadRecord unless it is the one the manifest was made with."""
-        path = index_path(self.shard_path(shard))
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadRecord("unreadable index", str(path), str(error)) from None
-        if zlib.crc32(data) != self.shards[shard].index_crc32:
-            raise BadRecord("unreadable index", str(path), "checksum differs from the manifest's")
-        return ShardIndex.load(path)
+        return ShardIndex.load(index_path(self.shard_path(shard)), self.shards[shard].index_crc32)
 
     def check_files(self) -> None:
         """Raise ValueError naming the first shard or index that is missing or has another size than recorded."""
@@ -116,7 +121,7 @@ class Manifest:
                 spec = LatentSpec(**{**spec, "mean": tuple(spec["mean"]), "std": tuple(spec["std"])})
             shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
             manifest = cls(folder=folder, latent_spec=spec, shards=shards, **fields)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is not a manifest this program reads: {error}") from None
         if not manifest.records:
             raise ValueError(f"{path} lists no records; the data set is empty")

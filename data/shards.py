@@ -3,28 +3,47 @@
 One reader serves raw and encoded shards. webdataset writes them and gives the key rule, but it does not read them
 here: it drops a truncated tail uncounted and hands on the cut sample without its later members. A record is the run
 of consecutive members that share a key; it is complete only if another record or the end-of-archive block follows.
+Keys are valid UTF-8 and stay inside the archive: no `..`, no leading slash.
 """
 
+import io
 import os
 import re
+import struct
 import tarfile
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-Record = dict[str, bytes]  # extension -> contents, and "__key__" -> the key's bytes
+Record = dict[str, bytes]  # extension -> contents, and "__key__" -> the key in UTF-8
 
 TAR_BLOCK = 512
 MAX_RECORD_BYTES = 1 << 30  # a header that claims more is hostile or broken
-_KEY_RULE = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's: the key ends at the name's first dot
-_FILE_TYPES = (b"0", b"\0")
-_NAME_TYPES = (b"x", b"L")  # headers that name the member after them
-_IGNORED_TYPES = (b"5", b"g", b"K")  # folders, global headers, link names: no contents of a record
+MAX_NAME_BYTES = 1 << 16
+_KEY_RULE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the name's first dot
+_META_RULE = re.compile(r"__[^/]*__($|/)")  # webdataset's: members about the archive, part of no record
+_FILE_TYPES = (b"0", b"\0", b"7")
+_LINK_OR_FOLDER_TYPES = (b"1", b"2", b"3", b"4", b"5", b"6")  # have no contents, whatever size they claim
+_HEADER_TYPES = (b"x", b"L", b"g", b"K")  # describe the member after them (x and L: its name) or the archive
+_END_OF_ARCHIVE = bytes(TAR_BLOCK)
+# What numpy and zipfile raise for bytes that are no archive of arrays.
+_NOT_ARRAYS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 class BadRecord(ValueError):
@@ -83,13 +102,29 @@ class ShardIndex:
             np.savez(file, **vars(self))
 
     @classmethod
-    def load(cls, path: Path) -> "ShardIndex":
-        """Raise BadRecord where the file is missing, torn or not an index."""
+    def load(cls, path: Path, crc32: int | None = None) -> "ShardIndex":
+        """Raise BadRecord where the file is missing, torn, not an index or (if given) of another checksum."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(**{name: arrays[name] for name in ("spans", "text_tokens", "grid_starts", "grids")})
-        except (OSError, ValueError, KeyError, EOFError, tarfile.TarError) as error:
+            data = path.read_bytes()
+            if crc32 is not None and zlib.crc32(data) != crc32:
+                raise ValueError("its checksum differs from the manifest's")
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                index = cls(**{name: arrays[name] for name in ("spans", "text_tokens", "grid_starts", "grids")})
+            index._check_shapes()
+        except _NOT_ARRAYS as error:
             raise BadRecord("unreadable index", str(path), str(error)) from None
+        return index
+
+    def _check_shapes(self) -> None:
+        shapes = [(array.ndim, array.dtype.kind) for array in vars(self).values()]
+        if shapes != [(2, "i"), (1, "i"), (1, "i"), (2, "i")]:
+            raise ValueError(f"arrays of (dimensions, kind) {shapes}")
+        records, images = len(self.spans), len(self.grids)
+        starts = self.grid_starts
+        if self.spans.shape[1] != 3 or self.grids.shape[1] != 2 or len(self.text_tokens) != records:
+            raise ValueError(f"arrays of shapes {[array.shape for array in vars(self).values()]}")
+        if len(starts) != records + 1 or starts[0] != 0 or starts[-1] != images or (np.diff(starts) < 0).any():
+            raise ValueError(f"grid_starts do not cut {images} images into {records} records")
 
     def document_tokens(self, patch_size: int) -> np.ndarray:
         """Return each record's length in tokens, int64 [R]: BOS, EOS, text, and BOI + patches + EOI an image."""
@@ -125,13 +160,21 @@ def index_path(shard: Path) -> Path:
 
 
 def write_shard(path: Path, records: Iterable[Record]) -> None:
-    """Write records as a tar through webdataset: same records, same bytes (times, owners and modes fixed)."""
+    """Write records as a tar through webdataset: same records, same bytes (times, owners and modes fixed).
+
+    Raises ValueError for a key that would not read back as it is, or that is the same as its predecessor's.
+    """
     import webdataset
 
+    last = None
     with atomic_write(path) as file:
         writer = webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o444)
         for record in records:
-            writer.write({name: value.decode() if name == "__key__" else value for name, value in record.items()})
+            key = record["__key__"].decode()
+            if key == last or _key_of(f"{key}.x") != (key, "x") or _name_problem(key):
+                raise ValueError(f"{path}: key {key!r} repeats, holds a dot or leaves the archive; rename the record")
+            writer.write({**record, "__key__": key})
+            last = key
         writer.close()
 
 
@@ -143,8 +186,9 @@ def index_shard(path: Path, sizes_of: Callable[[Record], tuple[int, list[tuple[i
     spans, text_tokens, counts, grids = [], [], [0], []
     with open(path, "rb") as file:
         for offset, length in _scan(file, str(path)):
-            span = os.pread(file.fileno(), length, offset)
-            tokens, record_grids = sizes_of(parse_record(span, f"{path}@{offset}"))
+            where = f"{path}@{offset}"
+            span = _read_span(file.fileno(), offset, length, where)
+            tokens, record_grids = sizes_of(parse_record(span, where))
             spans.append((offset, length, zlib.crc32(span)))
             text_tokens.append(tokens)
             grids.extend(record_grids)
@@ -159,44 +203,54 @@ def index_shard(path: Path, sizes_of: Callable[[Record], tuple[int, list[tuple[i
 
 def read_at(file_descriptor: int, span: np.ndarray, where: str) -> Record:
     """Read one record at its index span (offset, length, crc32); raise BadRecord unless the bytes are the indexed."""
-    offset, length, crc = (int(value) for value in span)
-    data = os.pread(file_descriptor, length, offset)
-    if len(data) != length:
-        raise BadRecord("truncated", where, f"{len(data)} of {length} bytes")
-    if zlib.crc32(data) != crc:
+    offset, length, crc32 = span.tolist()
+    data = _read_span(file_descriptor, offset, length, where)
+    if zlib.crc32(data) != crc32:
         raise BadRecord("checksum", where)
     return parse_record(data, where)
 
 
 def read_shard(path: Path, bad: BadRecords) -> Iterator[Record]:
-    """Yield a shard's complete records in file order; a broken tail is counted in `bad` and ends the shard."""
+    """Yield a shard's good records in file order; bad ones are counted in `bad`, and a broken tail as one."""
     with open(path, "rb") as file:
-        try:
-            for offset, length in _scan(file, str(path)):
+        spans = _scan(file, str(path))
+        while True:
+            try:
+                offset, length = next(spans)
+                where = f"{path}@{offset}"
+                record = parse_record(_read_span(file.fileno(), offset, length, where), where)
+            except StopIteration:
+                return
+            except BadRecord as error:  # one record's, or the tail's: then the next turn ends the shard
                 bad.seen += 1
-                yield parse_record(os.pread(file.fileno(), length, offset), f"{path}@{offset}")
-        except BadRecord as error:
-            bad.seen += 1
-            bad.add(error)
-            bad.check()
+                bad.add(error)
+                bad.check()
+            else:
+                bad.seen += 1
+                yield record
 
 
 def parse_record(span: bytes, where: str) -> Record:
-    """Return the members of one record's bytes by extension, and its key."""
+    """Return the members of one record's bytes by extension, and its key; raise BadRecord for one we do not trust."""
     record: Record = {}
     for member in _members(lambda offset, size: span[offset : offset + size], len(span), where):
-        if member.key is not None:
-            record["__key__"] = member.key.encode()
-            record[member.extension] = span[member.start : member.start + member.size]
+        if member.key is None:
+            continue
+        key = member.key.encode(errors="surrogateescape")
+        if member.problem is not None:
+            raise BadRecord(member.problem, where, repr(key))
+        if record.setdefault("__key__", key) != key or member.extension in record:
+            raise BadRecord("duplicate member", where, f"{key!r} {member.extension}")
+        record[member.extension] = span[member.start : member.start + member.size]
     return record
 
 
-@dataclass(frozen=True)
-class _Member:
-    """One tar member: its header's offset, where its contents start, their size, where the next header is."""
+class _Member(NamedTuple):
+    """One tar member: its first header's offset, where its contents start, their size, where the next header is."""
 
-    key: str | None  # None: a folder or a name without an extension, part of no record
+    key: str | None  # None: a folder, a name without an extension or webdataset's meta data: part of no record
     extension: str
+    problem: str | None  # why its record cannot be used
     offset: int
     start: int
     size: int
@@ -223,30 +277,47 @@ def _members(read: Callable[[int, int], bytes], end: int, where: str, whole: boo
     long_name = None
     while offset < end or whole:
         header = read(offset, TAR_BLOCK)
-        if header == bytes(TAR_BLOCK):
+        if header == _END_OF_ARCHIVE:
             return
         place = f"{where}@{offset}"
         if len(header) < TAR_BLOCK:
             raise BadRecord("truncated", place, "no end-of-archive block")
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, ValueError) as error:
             raise BadRecord("broken header", place, str(error)) from None
-        start, after = offset + TAR_BLOCK, offset + TAR_BLOCK + -(-info.size // TAR_BLOCK) * TAR_BLOCK
-        if not 0 <= info.size <= MAX_RECORD_BYTES:
-            raise BadRecord("oversized member", place, f"{info.size} bytes")
+        size = 0 if info.type in _LINK_OR_FOLDER_TYPES else info.size
+        is_member = info.type not in _HEADER_TYPES
+        if not 0 <= size <= (MAX_RECORD_BYTES if is_member else MAX_NAME_BYTES):
+            raise BadRecord("oversized member", place, f"{size} bytes")
+        start = offset + TAR_BLOCK
+        after = start + -(-size // TAR_BLOCK) * TAR_BLOCK
+        if is_member:
+            name = long_name or info.name
+            key, extension = _key_of(name) if info.type != tarfile.DIRTYPE else (None, "")
+            problem = "member is not a file" if info.type not in _FILE_TYPES else _name_problem(name)
+            # A member that is cut is handed on before the error: its name shows that the record before it is whole.
+            yield _Member(key, extension, problem, first, start, size, after)
         if after > end:
-            raise BadRecord("truncated", place, f"{info.name} ends at byte {after} of {end}")
-        if info.type in _NAME_TYPES:
-            long_name = _long_name(info.type, read(start, info.size)) or long_name
-        elif info.type in (*_FILE_TYPES, *_IGNORED_TYPES):
-            match = _KEY_RULE.match(long_name or info.name) if info.type in _FILE_TYPES else None
-            key, extension = (match[1], match[2].lower()) if match else (None, "")
-            yield _Member(key, extension, first, start, info.size, after)
+            raise BadRecord("truncated", place, f"{info.name!r} ends at byte {after} of {end}")
+        if is_member:
             first, long_name = after, None
-        else:
-            raise BadRecord("member is not a file", place, info.name)
+        elif info.type in (b"x", b"L"):
+            long_name = _long_name(info.type, read(start, size)) or long_name
         offset = after
+
+
+def _key_of(name: str) -> tuple[str | None, str]:
+    """Return (key, extension) of a member's name by webdataset's rules; key None where it is part of no record."""
+    match = _KEY_RULE.fullmatch(name)
+    return (match[1], match[2].lower()) if match and not _META_RULE.match(name) else (None, "")
+
+
+def _name_problem(name: str) -> str | None:
+    """Return what is wrong with a name that is not UTF-8 or would leave a folder it is unpacked in, else None."""
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        return "unsafe member name"
+    return None if name.isascii() or not re.search("[\ud800-\udfff]", name) else "member name is not UTF-8"
 
 
 def _long_name(kind: bytes, contents: bytes) -> str | None:
@@ -255,3 +326,12 @@ def _long_name(kind: bytes, contents: bytes) -> str | None:
         return contents.rstrip(b"\0").decode("utf-8", "surrogateescape")
     match = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", contents)
     return match[1].decode("utf-8", "surrogateescape") if match else None
+
+
+def _read_span(file_descriptor: int, offset: int, length: int, where: str) -> bytes:
+    if offset < 0 or not 0 <= length <= MAX_RECORD_BYTES:
+        raise BadRecord("oversized record", where, f"{length} bytes at {offset}")
+    data = os.pread(file_descriptor, length, offset)
+    if len(data) != length:
+        raise BadRecord("truncated", where, f"{len(data)} of {length} bytes")
+    return data

@@ -143,11 +143,11 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[2]
 
-    def first_rows(self, rows: int) -> "KVCache":
-        """Return a view of rows [0, rows) that shares storage and lengths."""
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """Return a view of some rows that shares storage and lengths."""
         view = KVCache.__new__(KVCache)
-        view.keys, view.values = self.keys[:, :rows], self.values[:, :rows]
-        view.lengths, view.row_index = self.lengths[:rows], self.row_index[:rows]
+        view.keys, view.values = self.keys[:, start:stop], self.values[:, start:stop]
+        view.lengths, view.row_index = self.lengths[start:stop], self.row_index[: stop - start]
         return view
 
     def slots(self, count: int) -> Tensor:

@@ -115,7 +115,7 @@ def load_vae(folder_or_hub_id: str | Path) -> "AutoencoderKL":
     if looks_local and not folder.is_dir():
         raise FileNotFoundError(f"vae={folder_or_hub_id}: no such folder; make one with `python -m train.vae`")
     try:
-        return AutoencoderKL.from_pretrained(str(folder_or_hub_id), use_safetensors=True)
+        return AutoencoderKL.from_pretrained(str(folder_or_hub_id), use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"vae={folder_or_hub_id}: not an AutoencoderKL in safetensors: {reason}") from None

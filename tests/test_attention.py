@@ -48,10 +48,8 @@ def slow_mask(document_ids, image_ids, visible_until):
             for k in range(length):
                 if document[q] != document[k]:
                     continue
-                if image[q] >= 0 and image[q] == image[k]:
-                    mask[b, q, k] = True
-                elif k <= q and q < until[k]:
-                    mask[b, q, k] = True
+                same_image = image[q] >= 0 and image[q] == image[k]
+                mask[b, q, k] = same_image or (k <= q and q < until[k])
     return mask
 
 
@@ -220,7 +218,8 @@ def test_cache_appends_at_each_rows_own_length_and_overwrites_until_advanced():
     keys, values = cache.layer(0).write(k + 100, -k)
     assert torch.equal(keys[0, 0, 3:6], k[0, :, 0] + 100)
     assert torch.equal(keys[1, 0, 1:4], k[1, :, 0] + 100)
-    keys, values = cache.layer(0).write(k + 200, -k)
+    assert torch.equal(values[1, 0, 1:4], -k[1, :, 0])
+    keys, _ = cache.layer(0).write(k + 200, -k)
     assert torch.equal(keys[0, 0, :6], torch.cat((k[0, :, 0], k[0, :, 0] + 200)))
     cache.truncate(torch.tensor([2, 9]))
     assert cache.lengths.tolist() == [2, 1]

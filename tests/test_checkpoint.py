@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, zeros
 
 from tests.disks import small_disk
 from tests.ranks import RankProcesses, run_ranks
@@ -95,6 +95,10 @@ def _load_all(ranks: Ranks, roots: list[Path]) -> list[dict[str, torch.Tensor]]:
         live = {"model": dict(model.named_parameters()) | dict(model.named_buffers())}
         assert _same_bits(_full({"model": state["model"]}), _full(live)), "loading reaches the live parameters"
         loaded.append(_full(state))
+        if ranks.is_first:  # as a sampler would, while the peers are elsewhere
+            ema = {"ema": {name: torch.zeros(tensor.shape) for name, tensor in Tiny().named_parameters()}}
+            checkpoint.load(folder, ema, alone())
+            assert all(torch.equal(tensor, loaded[-1][name]) for name, tensor in _full(ema).items())
     return loaded
 
 
@@ -295,11 +299,7 @@ def _save_two(ranks: Ranks, path: Path, size: int, at_commit: bool) -> str:
 
 def _sharded(ranks: Ranks, size: int) -> checkpoint.State:
     mesh = init_device_mesh("cpu", (ranks.world_size,))
-    return {"model": {"a": torch.distributed.tensor.zeros(size, device_mesh=mesh, placements=[_shard()])}}
-
-
-def _shard() -> torch.distributed.tensor.Shard:
-    return torch.distributed.tensor.Shard(0)
+    return {"model": {"a": zeros(size, device_mesh=mesh, placements=[Shard(0)])}}
 
 
 def _assert_next_start_is_clean(path: Path) -> None:
@@ -345,7 +345,7 @@ def _save_despite_faults(ranks: Ranks, path: Path, filler: Path | None) -> tuple
         elif ranks.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         try:
-            checkpoint.save(run, 2, _sharded(ranks, 400_000), {}, ranks)
+            checkpoint.save(run, 2, _sharded(ranks, 1_000_000), {}, ranks)
             message = "saved"
         except CheckpointError as error:
             message = str(error)
@@ -354,7 +354,7 @@ def _save_despite_faults(ranks: Ranks, path: Path, filler: Path | None) -> tuple
             ranks.on_first(filler.unlink)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         problems = checkpoint.verify(root / "step-00000001", ranks)
-        problems += checkpoint.verify(checkpoint.save(run, 3, _sharded(ranks, 400_000), {}, ranks), ranks)
+        problems += checkpoint.verify(checkpoint.save(run, 3, _sharded(ranks, 1_000_000), {}, ranks), ranks)
     return message, left, problems
 
 

@@ -159,7 +159,7 @@ def test_no_draw_leaves_the_schedule():
             config = DiffusionConfig(timestep_sampling=sampling, before_caption_max_timestep=cap)
             for before in (False, True):
                 t = timesteps_from_uniform(u, torch.tensor([before, before]), config)
-                assert 0 <= t.min() and t.max() <= (cap if before and cap is not None else 999)
+                assert t.min() >= 0 and t.max() <= (cap if before and cap is not None else 999)
 
 
 def test_logit_normal_draws_have_the_stated_median_and_spread():

@@ -28,6 +28,7 @@ from train.run_folder import sync_folder
 LISTING, INDEX = "checksums.json", ".metadata"
 READ_BYTES = 1 << 22
 HASH_BYTES = 1 << 20  # hashed and written while still in the cache
+BUFFER_BYTES = 1 << 16  # gathers torch.save's forty small writes a tensor; larger ones pass it by
 
 
 @dataclass(frozen=True)
@@ -152,12 +153,12 @@ class _HashingFiles(filesystem.FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator["_HashedFile"]:
         assert mode == "wb", mode
-        with Path(path).open(mode, buffering=HASH_BYTES) as stream:
+        with Path(path).open(mode, buffering=BUFFER_BYTES) as stream:
             file = _HashedFile(stream)
             try:
                 yield file
             except (OSError, RuntimeError):
-                if False and file.failure:
+                if file.failure:
                     raise file.failure from None
                 raise
         self.written[Path(path).name] = WrittenFile(Path(path).name, file.num_bytes, _hex(file.crc32))

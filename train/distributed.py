@@ -94,7 +94,7 @@ def init_ranks(*, timeout_s: float, checkpoint_timeout_s: float = 1800.0, cpu: b
     rendezvous = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout, **rendezvous)
-    return Ranks(
+    ranks = Ranks(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
@@ -102,6 +102,8 @@ def init_ranks(*, timeout_s: float, checkpoint_timeout_s: float = 1800.0, cpu: b
         vote_group=dist.new_group(backend="gloo", timeout=timeout),
         checkpoint_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=checkpoint_timeout_s)),
     )
+    ranks.gather(None)  # a rank that failed already would break the connecting of the others, with a worse message
+    return ranks
 
 
 def alone(device: str | torch.device = "cpu") -> Ranks:

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int | None:
             optimizer=Optimizer(model, config.optim),
             fingerprint={**data.fingerprint, "vae": vae},
             recipe=to_yaml(config),
+            data={"latent_spec": data.latent_spec and asdict(data.latent_spec), "grids": data.grids},
         )
         checkpoint.clean(folder.checkpoints, ranks)
         if (path := checkpoint.latest(folder.checkpoints, ranks)) is not None:

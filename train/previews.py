@@ -1,32 +1,46 @@
 """Sample pictures every so often, from the weights in training (their EMA if there is one)."""
 
-from dataclasses import dataclass, field
-
 from data.loader import DataSet
+from data.shards import atomic_write
+from model.sampler import SamplerConfig
+from model.transfusion import Transfusion
 from train.distributed import Ranks
+from train.figures import contact_sheet
+from train.generation import Generation
 from train.metrics import MetricsLog
 from train.optim import Optimizer
+from train.parallelize import gather_weights
+from train.recipe import PretrainConfig
 from train.run_folder import RunFolder
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreviewConfig:
-    interval_steps: int | None = None  # steps between sheets of sample pictures, >= 1; null: none
-    prompts: list[str] = field(default_factory=list)  # captions to draw
-    steps: int = 50  # sampler steps a picture
-    guidance: float = 3.0  # classifier-free guidance scale, 1 is none
-
-    def __post_init__(self) -> None:
-        if self.interval_steps is not None and (self.interval_steps < 1 or not self.prompts):
-            raise ValueError("preview.interval_steps: expected at least 1, and preview.prompts to draw")
-
-
 class Previews:
-    def __init__(self, config, data: DataSet, ranks: Ranks, folder: RunFolder, log: MetricsLog):
-        self.config, self.data, self.ranks, self.folder, self.log = config.preview, data, ranks, folder, log
+    """Draws on rank 0 from gathered weights; the other ranks wait at their next vote."""
+
+    def __init__(self, recipe: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder, log: MetricsLog):
+        """Raise ValueError when previews are asked for and cannot be decoded."""
+        self.recipe, self.data, self.ranks, self.folder, self.log = recipe, data, ranks, folder, log
+        self._generation: Generation | None = None
+        if recipe.preview.interval_steps is not None and ranks.is_first:
+            model = Transfusion(recipe.model, data.tokenizer.vocab_size).to(ranks.device).eval()
+            spec, grids = data.latent_spec, data.grids
+            self._generation = Generation.of(model, data.tokenizer, recipe, spec, grids, recipe.vae)
+            (folder.path / "previews").mkdir(exist_ok=True)
 
     def due(self, step: int) -> bool:
-        return self.config.interval_steps is not None and step % self.config.interval_steps == 0
+        interval = self.recipe.preview.interval_steps
+        return interval is not None and step % interval == 0
 
     def make(self, optimizer: Optimizer, step: int) -> None:
-        raise NotImplementedError
+        """Save a sheet of the prompts' pictures. Collective; the random state of training is not touched."""
+        weights = gather_weights(optimizer.ema or optimizer.parameters)
+        if self._generation is None:
+            return
+        self._generation.model.load_state_dict(weights)
+        config = self.recipe.preview
+        sampler = SamplerConfig(sampler="ddim", steps=config.steps, guidance_scale=config.guidance)
+        pictures = self._generation.draw(config.prompts, sampler, self.recipe.seed)
+        path = self.folder.path / "previews" / f"step-{step:08d}.png"
+        with atomic_write(path) as file:
+            contact_sheet(pictures, config.prompts).save(file, "PNG")
+        self.log.picture(path, step)

@@ -15,8 +15,19 @@ from train.checkpoint import CheckpointConfig
 from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.parallelize import ParallelConfig
-from train.previews import PreviewConfig
 from train.step import LossConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    interval_steps: int | None = None  # steps between sheets of sample pictures, >= 1; null: none
+    prompts: list[str] = field(default_factory=list)  # captions to draw
+    steps: int = 50  # sampler steps a picture
+    guidance: float = 3.0  # classifier-free guidance scale, 1 is none
+
+    def __post_init__(self) -> None:
+        if self.interval_steps is not None and (self.interval_steps < 1 or not self.prompts):
+            raise ValueError("preview.interval_steps: expected at least 1, and preview.prompts to draw")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from torch import nn
 from train import checkpoint
 from train.distributed import Ranks
 from train.optim import Optimizer
+from train.parallelize import plain_name
 from train.run_folder import RunFolder
 
 
@@ -33,15 +34,17 @@ class TrainState:
     optimizer: Optimizer
     fingerprint: dict[str, str]  # of data and VAE; a resume must find it unchanged
     recipe: str  # the resolved config as YAML
+    data: dict  # what a sampler must know of it: `latent_spec`, `grids`
     progress: Progress = field(default_factory=Progress)
     lane_states: dict[int, dict] = field(default_factory=dict)
 
     def save(self, folder: RunFolder, config: checkpoint.CheckpointConfig, ranks: Ranks) -> Path:
         """Write a checkpoint of the present step, then remove what is no longer kept. Collective."""
         lanes = {lane: state for part in ranks.gather(self.lane_states) for lane, state in part.items()}
+        meta = {"progress": vars(self.progress), "fingerprint": self.fingerprint, **self.data}
         extra = {
             "lanes.json": json.dumps(lanes).encode(),
-            "meta.json": json.dumps({"progress": vars(self.progress), "fingerprint": self.fingerprint}).encode(),
+            "meta.json": json.dumps(meta).encode(),
             "config.yaml": self.recipe.encode(),
         }
         path = checkpoint.save(folder, self.progress.step, self._tensors(), extra, ranks)
@@ -68,5 +71,5 @@ class TrainState:
     def _tensors(self) -> checkpoint.State:
         state = checkpoint.training_state(self.model, self.optimizer.adamw)
         if self.optimizer.ema is not None:
-            state["ema"] = self.optimizer.ema
+            state["ema"] = {plain_name(name): tensor for name, tensor in self.optimizer.ema.items()}
         return state

@@ -1,0 +1,323 @@
+"""Decoding: text mode samples tokens until BOI, image mode denoises P patch slots, and the two alternate.
+
+The paper, section 3 (inference), batched: rows are grouped by mode. Everything before an image stays in the cache and
+is never computed again: each denoising step overwrites the image's slots, both guidance branches in one forward (the
+unconditional one has the prefix `BOS BOI`), and the clean image is written last, at t = 0, for the text after it.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from model.decoder import Decoder
+from model.diffusion import (
+    DiffusionConfig,
+    Spacing,
+    alphas_cumprod,
+    ddim_step,
+    ddpm_step,
+    sampling_timesteps,
+    to_x0_and_eps,
+)
+from model.transfusion import Grid, Transfusion
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ancestral, or DDIM with eta
+    steps: int = 250  # denoising steps a picture, 1...num_timesteps
+    spacing: Spacing = "leading"  # which timesteps: leading, trailing or linspace, as in diffusers
+    eta: float = 0.0  # DDIM's noise, 0 (deterministic)...1 (as DDPM)
+    guidance_scale: float = 3.0  # classifier-free guidance; 1 is none (the paper: 5 and 3)
+    clip_x0: float | None = None  # bound on the predicted clean latents' magnitude, > 0; null: none
+    temperature: float = 1.0  # of text, 0 (greedy) or more
+    top_p: float = 1.0  # text tokens are drawn from the smallest set that holds this probability, (0, 1]
+    max_new_tokens: int = 256  # text tokens sampled a row, 0 or more
+    max_images: int = 1  # pictures drawn a row, 0 or more
+    max_length: int | None = None  # tokens a row may hold, prompt included; null: what the longest row can need
+    prefill_chunk: int = 64  # prompt tokens a forward, >= 1
+
+    def __post_init__(self) -> None:
+        expectations = {
+            "steps": (self.steps >= 1, "at least 1"),
+            "eta": (0 <= self.eta <= 1, "0...1"),
+            "guidance_scale": (self.guidance_scale >= 0, "0 or more; 1 is no guidance"),
+            "clip_x0": (self.clip_x0 is None or self.clip_x0 > 0, "a positive number, or null for none"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "max_new_tokens": (self.max_new_tokens >= 0, "0 or more"),
+            "max_images": (self.max_images >= 0, "0 or more"),
+            "max_length": (self.max_length is None or self.max_length >= 1, "at least 1, or null"),
+            "prefill_chunk": (self.prefill_chunk >= 1, "at least 1"),
+        }
+        for name, (holds, expected) in expectations.items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    bos: int
+    eos: int
+    boi: int
+    eoi: int
+    never: tuple[int, ...] = ()  # further ids that text mode must not emit: padding, unknown
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a row starts from. BOS, and BOI and EOI around images, are added here, as in training.
+
+    `segments`: text int64 [len], or the clean, whitened latents of an image f32 [C, h, w]. `draw`: begin with a
+    picture. `index` names the sample: its noise depends on (seed, index), not on its place in the batch.
+    """
+
+    segments: Sequence[Tensor]
+    draw: bool = False
+    index: int = 0
+
+
+class Draws(Protocol):
+    """Where randomness comes from."""
+
+    def noise(self, index: int, image: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        """Return f32 [C, h, w]: the start of a picture at step 0, a sampler's own noise at step 1, 2, ..."""
+        ...
+
+    def uniform(self, index: int, token: int) -> float:
+        """Return a number in [0, 1) that decides the row's sampled token number `token`."""
+        ...
+
+
+class SeededDraws:
+    """Draws on CPU that depend on (seed, index) and the place inside the sample, on nothing else."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def noise(self, index: int, image: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator().manual_seed(self._hash("noise", index, image, step) >> 1)
+        return torch.randn(shape, generator=generator)
+
+    def uniform(self, index: int, token: int) -> float:
+        return (self._hash("uniform", index, token) >> 11) / 2**53
+
+    def _hash(self, *parts: int | str) -> int:
+        text = "/".join(str(part) for part in (self.seed, *parts))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def generate(
+    model: Transfusion,
+    prompts: Sequence[Prompt],
+    config: SamplerConfig,
+    diffusion: DiffusionConfig,
+    special: SpecialTokens,
+    grid: Grid,
+    draws: Draws,
+) -> list[list[Tensor]]:
+    """Return for each prompt what follows it: text int64 [len] without special tokens, and latents f32 [C, h, w].
+
+    The model is plain and unsharded; `grid` is the latent size (h, w) of new pictures. Raises ValueError for a prompt
+    that leaves no room in `max_length`.
+    """
+    if not prompts:
+        return []
+    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws)
+    decoding.prefill()
+    while not all(row.mode == "done" for row in decoding.rows):
+        decoding.text_mode()
+        if any(row.mode == "image" for row in decoding.rows):
+            decoding.image_mode()
+    return [row.segments() for row in decoding.rows]
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Return int64 [R] from logits [R, V]: nucleus sampling by the inverse of the cumulative, at `uniforms` [R]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, order = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    cumulative = probs.cumsum(-1)
+    kept = (cumulative - probs < top_p).sum(-1, keepdim=True)  # at least one
+    threshold = uniforms.double()[:, None] * cumulative.gather(1, kept - 1)
+    choice = (cumulative <= threshold).sum(-1, keepdim=True)
+    return order.gather(1, torch.minimum(choice, kept - 1))[:, 0]
+
+
+@dataclass
+class _Row:
+    index: int
+    pending: deque[Tensor]  # the prompt's pieces that are not in the cache yet: token ids or latents
+    mode: Literal["text", "image", "done"]
+    num_tokens: int = 0  # text tokens sampled
+    num_images: int = 0
+    output: list[list[int] | Tensor] = field(default_factory=list)
+
+    def add_token(self, token: int) -> None:
+        if not self.output or isinstance(self.output[-1], Tensor):
+            self.output.append([])
+        self.output[-1].append(token)
+
+    def take_text(self, count: int) -> list[int]:
+        """Take at most `count` tokens from the head of `pending`, none if that is an image."""
+        if not self.pending or self.pending[0].ndim == 3:
+            return []
+        piece = self.pending.popleft()
+        if len(piece) > count:
+            self.pending.appendleft(piece[count:])
+        return piece[:count].tolist()
+
+    def segments(self) -> list[Tensor]:
+        return [part if isinstance(part, Tensor) else torch.tensor(part) for part in self.output]
+
+
+class _Decoding:
+    def __init__(
+        self,
+        model: Transfusion,
+        prompts: Sequence[Prompt],
+        config: SamplerConfig,
+        diffusion: DiffusionConfig,
+        special: SpecialTokens,
+        grid: Grid,
+        draws: Draws,
+    ) -> None:
+        self.config, self.diffusion, self.special, self.draws = config, diffusion, special, draws
+        self.patch_size = model.config.patch_size
+        self.shape = (model.config.latent_channels, *grid)  # of a picture
+        self.patches = self._num_patches(self.shape)
+        self.rows = [self._start(prompt) for prompt in prompts]
+        self.max_length = self._max_length()
+        images = [self._num_patches(part.shape) for row in self.rows for part in row.pending if part.ndim == 3]
+        largest = max(config.prefill_chunk, self.patches, *images)
+        unconditional = None if config.guidance_scale == 1 else [special.bos, special.boi]
+        self.decoder = Decoder(model, len(self.rows), self.max_length + largest, unconditional)
+
+    def prefill(self) -> None:
+        """Append all prompts: text by chunks, images whole, rows side by side."""
+        chunk = self.config.prefill_chunk
+        while any(row.pending for row in self.rows):
+            pieces = [row.take_text(chunk) for row in self.rows]
+            if any(pieces):
+                self.decoder.append_text(pieces, chunk)
+            heads = [row.pending[0] if row.pending and row.pending[0].ndim == 3 else None for row in self.rows]
+            for shape in sorted({tuple(head.shape) for head in heads if head is not None}):
+                chosen = [head is not None and tuple(head.shape) == shape for head in heads]
+                blank = torch.zeros(shape)
+                latents = [head if take else blank for head, take in zip(heads, chosen, strict=True)]
+                self.decoder.append_images(torch.stack(latents).to(self.decoder.device), chosen)
+                for row, take in zip(self.rows, chosen, strict=True):
+                    if take:
+                        row.pending.popleft()
+
+    def text_mode(self) -> None:
+        """Sample tokens until every row has begun a picture or is done."""
+        while any(row.mode == "text" for row in self.rows):
+            pieces: list[list[int]] = [[] for _ in self.rows]
+            for i, (row, token) in enumerate(zip(self.rows, self._next_tokens(), strict=True)):
+                if row.mode != "text":
+                    continue
+                full = row.num_tokens == self.config.max_new_tokens or not self._fits(i, 1)
+                if full or token == self.special.eos:
+                    row.mode = "done"
+                    continue
+                row.num_tokens += 1
+                pieces[i].append(token)
+                if token == self.special.boi:
+                    row.mode = "image"
+                else:
+                    row.add_token(token)
+            if any(pieces):
+                self.decoder.append_text(pieces, 1)
+
+    def image_mode(self) -> None:
+        """Draw a picture in every row that has begun one, then close it in the cache."""
+        drawing = [row.mode == "image" for row in self.rows]
+        latents = self._denoise()
+        for i, (row, picture) in enumerate(zip(self.rows, latents, strict=True)):
+            if drawing[i]:
+                row.output.append(picture.cpu())
+                row.num_images += 1
+                goes_on = row.num_tokens < self.config.max_new_tokens and self._fits(i, self.patches + 1)
+                row.mode = "text" if goes_on else "done"
+        going_on = [take and row.mode == "text" for row, take in zip(self.rows, drawing, strict=True)]
+        if any(going_on):
+            self.decoder.append_images(latents, going_on)
+            self.decoder.append_text([[self.special.eoi] if goes_on else [] for goes_on in going_on], 1)
+
+    def _denoise(self) -> Tensor:
+        """Return clean latents f32 [R, C, h, w], drawn in the slots after each row's prefix; nothing is kept there."""
+        config, table = self.config, alphas_cumprod(self.diffusion.num_timesteps).tolist()
+        timesteps = sampling_timesteps(config.steps, config.spacing, self.diffusion.num_timesteps)
+        stochastic = config.sampler == "ddpm" or config.eta > 0
+        x_t = self._noise(0)
+        for step, t in enumerate(timesteps):
+            last = step + 1 == len(timesteps)
+            alpha, alpha_prev = table[t], 1.0 if last else table[timesteps[step + 1]]
+            pred = self.decoder.predict(x_t, t, config.guidance_scale)
+            x0, eps = to_x0_and_eps(pred, x_t, alpha, self.diffusion.prediction)
+            if config.clip_x0 is not None:
+                x0 = x0.clamp(-config.clip_x0, config.clip_x0)
+                _, eps = to_x0_and_eps(x0, x_t, alpha, "x0")
+            noise = self._noise(step + 1) if stochastic and not last else None
+            if config.sampler == "ddpm":
+                x_t = ddpm_step(x_t, x0, alpha, alpha_prev, noise)
+            else:
+                x_t = ddim_step(x0, eps, alpha, alpha_prev, config.eta, noise)
+        return x_t
+
+    def _noise(self, step: int) -> Tensor:
+        rows = [self.draws.noise(row.index, row.num_images, step, self.shape) for row in self.rows]
+        return torch.stack(rows).to(self.decoder.device)
+
+    def _next_tokens(self) -> list[int]:
+        config, logits = self.config, self.decoder.logits()
+        logits[:, [self.special.bos, self.special.eoi, *self.special.never]] = -torch.inf
+        no_picture = [
+            row.num_images >= config.max_images or not self._fits(i, 1 + self.patches)
+            for i, row in enumerate(self.rows)
+        ]
+        logits[torch.tensor(no_picture, device=logits.device), self.special.boi] = -torch.inf
+        uniforms = torch.tensor([self.draws.uniform(row.index, row.num_tokens) for row in self.rows])
+        return sample_tokens(logits, uniforms.to(logits.device), config.temperature, config.top_p).tolist()
+
+    def _start(self, prompt: Prompt) -> _Row:
+        tokens, pending = [self.special.bos], deque()
+        for segment in prompt.segments:
+            if segment.ndim == 1:
+                tokens += segment.tolist()
+                continue
+            pending += [torch.tensor([*tokens, self.special.boi]), segment.float()]
+            tokens = [self.special.eoi]
+        pending.append(torch.tensor([*tokens, self.special.boi] if prompt.draw else tokens))
+        return _Row(prompt.index, pending, "image" if prompt.draw else "text")
+
+    def _max_length(self) -> int:
+        """Return the tokens a row may hold; refuse prompts that do not fit."""
+        lengths = [
+            sum(len(part) if part.ndim == 1 else self._num_patches(part.shape) for part in row.pending)
+            for row in self.rows
+        ]
+        first_pictures = [self.patches * (row.mode == "image") for row in self.rows]
+        needed = max(length + first for length, first in zip(lengths, first_pictures, strict=True))
+        config = self.config
+        if config.max_length is not None:
+            if needed > config.max_length:
+                raise ValueError(
+                    f"max_length={config.max_length}: a prompt needs {needed} tokens; raise it or shorten the prompt"
+                )
+            return config.max_length
+        images = max(config.max_images, int(any(first_pictures)))
+        most = max(lengths) + config.max_new_tokens + images * (self.patches + 2)
+        return -(-most // 64) * 64  # coarse, so that prompts of like length share a shape
+
+    def _fits(self, row: int, count: int) -> bool:
+        return self.decoder.lengths[row] + count <= self.max_length
+
+    def _num_patches(self, shape: Sequence[int]) -> int:
+        return shape[1] * shape[2] // self.patch_size**2

@@ -1,0 +1,263 @@
+"""Cached, batched decoding against a decoder that recomputes everything, one row and one branch at a time."""
+
+import pytest
+import torch
+
+from model.attention import dense_mask
+from model.diffusion import (
+    DiffusionConfig,
+    alphas_cumprod,
+    ddim_step,
+    ddpm_step,
+    sampling_timesteps,
+    to_x0_and_eps,
+)
+from model.sampler import Prompt, SamplerConfig, SeededDraws, SpecialTokens, generate, sample_tokens
+from model.transformer import TransformerConfig
+from model.transfusion import Transfusion, TransfusionConfig, init_weights
+
+SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4, never=(0,))
+VOCAB, CHANNELS, GRID, PATCHES = 12, 3, (4, 4), 4
+TABLE = alphas_cumprod().tolist()
+
+
+def tiny_model(seed=0, boi_bias=0.0, **changes):
+    trunk = TransformerConfig(width=16, layers=2, heads=2, ffn_hidden=24, **changes)
+    model = Transfusion(TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS), VOCAB)
+    init_weights(model, seed)
+    with torch.no_grad():
+        model.patches.to_patch.weight.mul_(10)  # predictions that matter
+        model.text_head.weight.mul_(2)
+    return model
+
+
+def settings(**changes):
+    defaults = {"sampler": "ddim", "steps": 4, "guidance_scale": 2.5, "max_new_tokens": 10, "max_images": 2}
+    return SamplerConfig(**{**defaults, "prefill_chunk": 3, "max_length": 64, **changes})
+
+
+def run(model, prompts, config, seed=0, prediction="eps"):
+    diffusion = DiffusionConfig(prediction=prediction)
+    return generate(model, prompts, config, diffusion, SPECIAL, GRID, SeededDraws(seed))
+
+
+def text(*ids):
+    return torch.tensor(ids)
+
+
+def picture(seed, grid=GRID):
+    return torch.randn(CHANNELS, *grid, generator=torch.Generator().manual_seed(seed))
+
+
+class Slow:
+    """A document as a list of token ids and (latents, t) images; every question is one full forward over it."""
+
+    def __init__(self, model):
+        self.model = model
+
+    @torch.no_grad()
+    def hidden(self, parts):
+        embedded, images, grids, spans = [], [], [], []
+        for part in parts:
+            if isinstance(part, int):
+                embedded.append(self.model.embed_text(torch.tensor([part])))
+                images.append(-1)
+                grids.append((-1, -1))
+                continue
+            latents, t = part
+            tokens, _ = self.model.embed_images(latents[None], torch.tensor([t]))
+            spans.append((len(images), tokens.shape[1], latents.shape[1:]))
+            embedded.append(tokens[0])
+            images += [len(spans) - 1] * tokens.shape[1]
+            grids += [(i, j) for i in range(latents.shape[1] // 2) for j in range(latents.shape[2] // 2)]
+        length = len(images)
+        ids = torch.tensor([images], dtype=torch.int32)
+        mask = dense_mask(torch.ones_like(ids), ids, torch.full_like(ids, length))
+        hidden = self.model.trunk(torch.cat(embedded)[None], torch.arange(length)[None], torch.tensor([grids]), mask)
+        return hidden[0], spans
+
+    def predict(self, parts, x_t, t):
+        hidden, spans = self.hidden([*parts, (x_t, t)])
+        first, count, grid = spans[-1]
+        timesteps = torch.tensor([t])
+        with torch.no_grad():
+            return self.model.predict_noise(hidden[None, first : first + count], None, timesteps, *grid)[0]
+
+    def denoise(self, parts, config, draws, index, image, prediction):
+        x = draws.noise(index, image, 0, (CHANNELS, *GRID))
+        timesteps = sampling_timesteps(config.steps, config.spacing)
+        for step, t in enumerate(timesteps):
+            alpha = TABLE[t]
+            alpha_prev = TABLE[timesteps[step + 1]] if step + 1 < len(timesteps) else 1.0
+            pred = self.predict(parts, x, t)
+            if config.guidance_scale != 1:
+                free = self.predict([SPECIAL.bos, SPECIAL.boi], x, t)
+                pred = free + config.guidance_scale * (pred - free)
+            x0, eps = to_x0_and_eps(pred, x, alpha, prediction)
+            noise = draws.noise(index, image, step + 1, (CHANNELS, *GRID))
+            if config.sampler == "ddpm":
+                x = ddpm_step(x, x0, alpha, alpha_prev, noise)
+            else:
+                x = ddim_step(x0, eps, alpha, alpha_prev, config.eta, noise)
+        return x
+
+    def generate(self, prompt, config, draws, prediction="eps"):
+        parts = [SPECIAL.bos]
+        for segment in prompt.segments:
+            parts += segment.tolist() if segment.ndim == 1 else [SPECIAL.boi, (segment, 0), SPECIAL.eoi]
+        output, tokens, images = [], 0, 0
+        drawing = prompt.draw
+        if drawing:
+            parts.append(SPECIAL.boi)
+        while True:
+            if drawing:
+                clean = self.denoise(parts, config, draws, prompt.index, images, prediction)
+                output.append(clean)
+                parts += [(clean, 0), SPECIAL.eoi]
+                images, drawing = images + 1, False
+            if tokens == config.max_new_tokens:
+                return output
+            with torch.no_grad():
+                logits = self.model.text_logits(self.hidden(parts)[0][-1])
+            logits[[0, SPECIAL.bos, SPECIAL.eoi]] = -torch.inf
+            if images >= config.max_images:
+                logits[SPECIAL.boi] = -torch.inf
+            u = torch.tensor([draws.uniform(prompt.index, tokens)])
+            token = sample_tokens(logits[None], u, config.temperature, config.top_p).item()
+            tokens += 1
+            if token == SPECIAL.eos:
+                return output
+            parts.append(token)
+            if token == SPECIAL.boi:
+                drawing = True
+            elif output and isinstance(output[-1], list):
+                output[-1].append(token)
+            else:
+                output.append([token])
+
+
+def assert_same(ours, expected):
+    assert len(ours) == len(expected)
+    for part, wanted in zip(ours, expected, strict=True):
+        if isinstance(wanted, list):
+            assert part.tolist() == wanted
+        else:
+            assert torch.allclose(part, wanted, atol=1e-4)
+
+
+MIXED = [
+    Prompt((text(5, 6, 7, 8, 9, 10, 11),), draw=True, index=0),
+    Prompt((text(5),), draw=True, index=1),
+    Prompt((picture(1),), index=2),
+    Prompt((), index=3),
+    Prompt((text(9, 9), picture(2), text(6, 7, 5, 8), picture(3, (2, 6)), text(10)), draw=True, index=4),
+]
+
+
+@pytest.mark.parametrize(
+    "changes,model_changes,prediction",
+    [
+        ({}, {}, "eps"),
+        ({}, {"rope_2d": True}, "eps"),
+        ({"sampler": "ddpm"}, {"kv_heads": 1, "qk_norm": True}, "v"),
+        ({"guidance_scale": 1.0, "eta": 0.5, "spacing": "trailing"}, {}, "x0"),
+        ({"temperature": 0.7, "top_p": 0.8, "max_length": None}, {"rope_2d": True}, "v"),
+    ],
+)
+def test_decoding_equals_a_full_forward_for_every_token_and_step(changes, model_changes, prediction):
+    config = settings(**changes)
+    kinds = set()
+    for seed in range(3):
+        model, draws = tiny_model(seed, **model_changes), SeededDraws(seed)
+        outputs = run(model, MIXED, config, seed, prediction)
+        for prompt, ours in zip(MIXED, outputs, strict=True):
+            assert_same(ours, Slow(model).generate(prompt, config, draws, prediction))
+            kinds.add("".join("t" if part.ndim == 1 else "i" for part in ours))
+    # Text after a drawn image and images after text were among them.
+    assert any("it" in kind for kind in kinds) and any("ti" in kind for kind in kinds), kinds
+
+
+def test_a_row_keeps_its_bits_whatever_its_neighbours_hold():
+    model, config = tiny_model(1), settings()
+    mine = Prompt((text(5, 6, 7), picture(9), text(8)), draw=True, index=7)
+    others = [MIXED, [Prompt((text(*([6] * 30)),), index=i) for i in range(5)], [Prompt((), draw=True, index=1)] * 5]
+    results = [run(model, [*neighbours[:4], mine], config)[4] for neighbours in others]
+    for result in results[1:]:
+        assert len(result) == len(results[0])
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_draws_follow_the_sample_and_not_its_place():
+    model, config = tiny_model(), settings()
+    forwards = run(model, MIXED[:2], config)
+    backwards = run(model, MIXED[1::-1], config)
+    assert all(torch.equal(a, b) for a, b in zip(forwards[0], backwards[1], strict=True))
+    same, other = SeededDraws(0), SeededDraws(1)
+    assert torch.equal(same.noise(3, 0, 0, (2, 2)), SeededDraws(0).noise(3, 0, 0, (2, 2)))
+    assert (
+        len(
+            {
+                draws.noise(i, j, s, (1,)).item()
+                for draws in (same, other)
+                for i in (0, 1)
+                for j in (0, 1)
+                for s in (0, 1)
+            }
+        )
+        == 16
+    )
+
+
+def test_a_picture_costs_its_own_tokens_alone():
+    model, config = tiny_model(), settings(max_new_tokens=0, steps=5)
+    widths = []
+    model.transformer.register_forward_pre_hook(lambda module, inputs: widths.append(tuple(inputs[0].shape[:2])))
+    run(model, [Prompt((text(*range(5, 12)),), draw=True)], config)
+    # The unconditional prefix, 9 prompt tokens in chunks of 3, then five steps of both branches and nothing else.
+    assert widths == [(1, 2)] + [(1, 3)] * 3 + [(2, PATCHES)] * 5
+
+
+def test_guidance_one_is_the_conditional_branch_and_zero_ignores_the_prompt():
+    model = tiny_model()
+    prompts = [Prompt((text(5, 6),), draw=True), Prompt((text(7, 8, 9),), draw=True)]
+    free = settings(guidance_scale=0.0, max_new_tokens=0)
+    first, second = run(model, prompts, free)
+    assert torch.equal(first[0], second[0])
+    first, second = run(model, prompts, settings(guidance_scale=1.0, max_new_tokens=0))
+    assert not torch.allclose(first[0], second[0], atol=1e-3)
+
+
+def test_limits_hold():
+    model = tiny_model(2)
+    for output in run(model, MIXED, settings(max_new_tokens=3, max_images=0, temperature=3.0)):
+        assert sum(len(part) for part in output if part.ndim == 1) <= 3
+    prompts = [Prompt((), index=i) for i in range(20)]
+    for output in run(model, prompts, settings(max_length=14, max_new_tokens=50, temperature=3.0)):
+        length = 1 + sum(len(part) if part.ndim == 1 else PATCHES + 2 for part in output)
+        assert length <= 15  # the last image needs no EOI
+        assert all(not set(part.tolist()) & {0, 1, 2, 3, 4} for part in output if part.ndim == 1)
+    assert run(model, [], settings()) == []
+    with pytest.raises(ValueError, match="max_length=8"):
+        run(model, [Prompt((text(*([5] * 4)),), draw=True)], settings(max_length=8))
+
+
+def test_nucleus_sampling_is_the_inverse_of_the_cumulative():
+    probs = torch.tensor([[0.1, 0.5, 0.15, 0.25]])
+    logits = probs.log()
+
+    def pick(u, temperature=1.0, top_p=1.0):
+        return sample_tokens(logits, torch.tensor([u]), temperature, top_p).item()
+
+    assert [pick(u) for u in (0.0, 0.49, 0.51, 0.74, 0.76, 0.89, 0.91, 1 - 1e-9)] == [1, 1, 3, 3, 2, 2, 0, 0]
+    assert [pick(u, top_p=0.7) for u in (0.0, 0.66, 0.67, 1 - 1e-9)] == [1, 1, 3, 3]
+    assert [pick(u, top_p=1e-6) for u in (0.0, 0.999)] == [1, 1]
+    assert pick(0.999, temperature=0) == 1
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    counts = sample_tokens(logits.expand(100_000, -1), u, 2.0, 1.0).bincount() / 100_000
+    assert torch.allclose(counts, (probs[0].sqrt() / probs.sqrt().sum()).to(counts.dtype), atol=1e-4)
+
+
+def test_config_refuses_what_makes_no_sense():
+    for bad in ({"steps": 0}, {"eta": 1.5}, {"top_p": 0.0}, {"temperature": -1.0}, {"prefill_chunk": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SamplerConfig(**bad)

@@ -1,0 +1,140 @@
+"""Run the whole demo: draw scenes, train tokenizer and VAE, encode, pretrain, sample, evaluate, report.
+
+Each stage is a program of its own, run here with the command that a person would type; finished stages are reused
+while their commands and configs stay the same.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.config import load_config, run_program
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    root: str = "."  # folder in which runs/demo is made
+    smoke: bool = False  # a minute of every stage at toy length: shows that it runs, not what it learns
+    ranks: int = 2  # processes of the stages that run distributed, >= 1
+
+
+CONFIG = DemoConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    minutes: float  # on two idle cores, for the time left
+    command: tuple[str, ...]
+
+
+def stages(config: DemoConfig) -> list[Stage]:
+    """Return the stages in order; `smoke` only shortens them."""
+
+    def run(name: str, minutes: float, program: str, *arguments: str, distributed: bool = False) -> Stage:
+        launcher = ("torchrun", "--nproc-per-node", str(config.ranks)) if distributed else ("python",)
+        short = SMOKE.get(program, ()) if config.smoke else ()
+        return Stage(name, minutes, (*launcher, "-m", f"train.{program}", *arguments, *short))
+
+    def encode(what: str, *more: str, distributed: bool = False) -> Stage:
+        folders = (f"inputs=[{DEMO}/scenes/{what}]", f"output={DEMO}/latents/{what}")
+        return run(f"encode {what}", 0.5 if distributed else 0.15, "encode", _config("encode"), *folders, *more,
+                   distributed=distributed)  # fmt: skip
+
+    return [
+        run("scenes", 0.3, "scenes", _config("scenes")),
+        run("tokenizer", 0.1, "tokenizer", _config("tokenizer")),
+        run("vae", 1.5, "vae", _config("vae")),
+        encode("train", distributed=True),
+        encode("heldout", f"stats_from={DEMO}/latents/train"),
+        encode("text"),
+        encode("text_heldout"),
+        run("pretrain", 6.5, "pretrain", _config("pretrain"), distributed=True),
+        run("sample", 0.2, "sample", _config("sample")),
+        run("evaluate", 0.5, "evaluate", _config("evaluate"), distributed=True),
+        run("report", 0.1, "report", _config("report")),
+    ]
+
+
+DEMO = "runs/demo"
+SMOKE = {
+    "scenes": ("num_train=400", "shard_size=100", "num_text=200", "num_text_heldout=40", "num_heldout_two_shapes=8"),
+    "vae": ("steps=8",),
+    "pretrain": ("optim.steps=12", "optim.warmup_steps=2", "checkpoint.interval_steps=6", "preview.interval_steps=6"),
+    "evaluate": ("max_prompts=8", "steps=4"),
+    "sample": ("steps=4",),
+}
+
+
+def main(argv: list[str]) -> int:
+    config = load_config(CONFIG, argv)
+    root = Path(config.root)
+    folder = root / DEMO
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stages").mkdir(exist_ok=True)
+    todo = stages(config)
+    seconds: dict[str, float] = {}
+    outdated = False  # a stage that ran again makes all later ones run again
+    for number, stage in enumerate(todo, start=1):
+        mark = folder / "stages" / f"{stage.name.replace(' ', '-')}.json"
+        done = json.loads(mark.read_text()) if mark.is_file() else {}
+        fingerprint = _fingerprint(stage)
+        left = sum(s.minutes for s in todo[number - 1 :])
+        head = f"[{number}/{len(todo)}] {stage.name}"
+        if not outdated and done.get("fingerprint") == fingerprint:
+            print(f"{head}: done before in {done['seconds']:.0f} s", flush=True)
+            seconds[stage.name] = done["seconds"]
+            continue
+        outdated = True
+        print(f"\n{head}, about {left:.0f} min to the end\n$ {shlex.join(stage.command)}", flush=True)
+        start = time.monotonic()
+        status = subprocess.run(_executable(stage.command), cwd=root, env=_environment(), check=False).returncode
+        if status:
+            print(f"demo: {stage.name} ended with status {status}; `make demo` goes on from here", file=sys.stderr)
+            return status
+        seconds[stage.name] = time.monotonic() - start
+        mark.write_text(json.dumps({"fingerprint": fingerprint, "seconds": seconds[stage.name]}))
+    scores = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    summary = {key: scores[key] for key in ("text_to_image", "image_to_text", "heldout")}
+    summary["seconds"] = {**seconds, "total": sum(seconds.values())}
+    (folder / "demo.json").write_text(json.dumps(summary, indent=1))
+    print(json.dumps(summary, indent=1))
+    print(f"report: {folder / 'report.html'}")
+    return 0
+
+
+def _config(name: str) -> str:
+    return f"config=configs/demo/{name}.yaml"
+
+
+def _fingerprint(stage: Stage) -> str:
+    """Hash the command and the config file it names."""
+    digest = hashlib.sha256(shlex.join(stage.command).encode())
+    for argument in stage.command:
+        if argument.startswith("config="):
+            digest.update((HERE / argument.removeprefix("config=")).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _executable(command: tuple[str, ...]) -> list[str]:
+    """Return the command with this environment's programs and absolute config paths, to run in any folder."""
+    absolute = [f"config={HERE / a.removeprefix('config=')}" if a.startswith("config=") else a for a in command[1:]]
+    torchrun = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
+    return [sys.executable, *torchrun, *absolute]
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+if __name__ == "__main__":
+    run_program(main)
