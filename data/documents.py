@@ -144,12 +144,12 @@ def _load_array(data: bytes, where: str, dtype: str, ndim: int) -> np.ndarray:
     match = _NPY_HEADER.match(data)
     if match is None:
         raise BadRecord("undecodable array", where, f"not a plain .npy file: {data[:64]!r}")
-    found, shape = match[1].decode(), tuple(int(size) for size in match[2].split(b",") if size.strip())
-    if found != dtype or len(shape) != ndim:
-        raise BadRecord("wrong array", where, f"{found} {shape}, expected {dtype} of {ndim} dimensions")
+    found, sizes = match[1].decode(), match[2].decode()
+    if found != dtype or len(shape := [size for size in sizes.split(",") if size.strip()]) != ndim:
+        raise BadRecord("wrong array", where, f"{found} ({sizes}), expected {dtype} of {ndim} dimensions")
     try:
-        return np.frombuffer(data, dtype, offset=match.end()).reshape(shape)
-    except ValueError as error:
+        return np.frombuffer(data, dtype, offset=match.end()).reshape([int(size) for size in shape])
+    except (ValueError, OverflowError) as error:
         raise BadRecord("undecodable array", where, str(error)) from None
 
 

@@ -8,15 +8,16 @@ workers (the order would depend on both) and replay on resume (its cost grows wi
 """
 
 import bisect
-import os
+import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import BinaryIO
 
 import numpy as np
 from omegaconf import MISSING
 
-from data.documents import OrderConfig, arrange, decode_document, seed_from, uniforms
+from data.documents import OrderConfig, arrange, check_document, decode_document, seed_from, uniforms
 from data.manifest import Manifest
 from data.packing import PackedSequence, Piece, lay_out, pack
 from data.shards import BadRecord, read_at
@@ -25,6 +26,9 @@ from data.tokenizer import SpecialIds
 MIN_CUT = 8  # tokens: a shorter piece of a cut text teaches nothing and costs a document border
 OPEN_SHARDS = 64  # file descriptors and indices a process keeps
 NAMES_KEPT = 4  # names of skipped documents in a lane's state; the log has them all
+SKIPS_IN_A_ROW = 1000  # documents: a lane that skips this many has nothing left to read and would search for ever
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +63,12 @@ class Source:
         self.number, self.config, self.manifest, self.settings = number, config, manifest, settings
         self._shard_tokens = np.array([shard.tokens(settings.patch_size) for shard in manifest.shards], dtype=np.int64)
         self._index = lru_cache(OPEN_SHARDS)(manifest.load_index)
+        self._begins = lru_cache(OPEN_SHARDS)(self._document_begins)
         self._epoch = lru_cache(4)(self._lay_out_epoch)
         self._range = lru_cache(4 * settings.lanes)(self._cut_range)
         self._block = lru_cache(2 * settings.lanes)(self._permute_block)
-        self._files: dict[int, int] = {}
+        self._channels = manifest.latent_spec.channels if manifest.latent_spec is not None else 0
+        self._files: dict[int, BinaryIO] = {}
 
     def position(self, epoch: int, lane: int, ordinal: int) -> tuple[int, int] | None:
         """Return (shard, record) of the lane's `ordinal`-th document in `epoch`, None past its range."""
@@ -82,12 +88,13 @@ class Source:
         where = f"{self.manifest.shard_path(shard)}#{record}"
         span = self._index(shard).spans[record]
         try:
-            members = read_at(self._open(shard), span, where)
+            members = read_at(self._open(shard).fileno(), span, where)
         except OSError as error:
-            self._close(shard)
+            self._files.pop(shard, None)
             raise BadRecord("unreadable shard", where, error.strerror or str(error)) from None
         settings = self.settings
         document = decode_document(members, where)
+        check_document(document, self.manifest.vocab_size, self._channels, where)
         document = arrange(document, settings.order, settings.seed, epoch, self.number, shard, record)
         try:
             piece = lay_out(document, settings.special, settings.patch_size)
@@ -97,16 +104,12 @@ class Source:
             raise BadRecord("longer than a sequence", where, f"{len(piece)} of {settings.sequence_length} tokens")
         return piece
 
-    def _open(self, shard: int) -> int:
+    def _open(self, shard: int) -> BinaryIO:
         if shard not in self._files:
             if len(self._files) >= OPEN_SHARDS:
-                self._close(next(iter(self._files)))
-            self._files[shard] = os.open(self.manifest.shard_path(shard), os.O_RDONLY)
+                self._files.pop(next(iter(self._files))).close()
+            self._files[shard] = self.manifest.shard_path(shard).open("rb", buffering=0)
         return self._files[shard]
-
-    def _close(self, shard: int) -> None:
-        if shard in self._files:
-            os.close(self._files.pop(shard))
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch's order of shards and where each starts, in tokens, plus the end: [n], [n + 1]."""
@@ -124,14 +127,22 @@ class Source:
             shard, start, stop = int(order[place]), int(starts[place]), int(starts[place + 1])
             first, last = 0, self.manifest.shards[shard].records
             if start < low or stop > high:  # a border shard: a document belongs where its first token lies
-                begins = np.cumsum(self._index(shard).document_tokens(self.settings.patch_size))
-                begins = start + np.concatenate([[0], begins[:-1]])
-                first, last = (int(np.searchsorted(begins, bound, "left")) for bound in (low, high))
+                begins = start + self._begins(shard)
+                first, last = np.searchsorted(begins, (low, high), "left").tolist()
             if last > first:
                 count += last - first
                 spans.append((shard, first))
                 ends.append(count)
         return spans, ends
+
+    def _document_begins(self, shard: int) -> np.ndarray:
+        """Return int64 [R]: tokens of the shard before each of its documents."""
+        try:
+            tokens = self._index(shard).document_tokens(self.settings.patch_size)
+        except BadRecord:  # lost since the start: spread its documents evenly; reading each will fail and be counted
+            records = self.manifest.shards[shard].records
+            tokens = np.full(records, self._shard_tokens[shard] // records)
+        return np.cumsum(tokens) - tokens
 
     def _permute_block(self, epoch: int, lane: int, block: int, size: int) -> np.ndarray:
         seed = seed_from("block", self.settings.seed, epoch, self.number, lane, block)
@@ -180,18 +191,18 @@ class Lane:
         length, chosen, space = self.settings.sequence_length, [], self.settings.sequence_length
         while space:
             self._refill()
-            place = next((i for i, (_, piece) in enumerate(self._pending) if len(piece) <= space), None)
-            if place is not None:
-                chosen.append(self._pending.pop(place)[1])
-            else:
+            # The oldest opens a row whatever its length, so that a long text is not passed over for ever.
+            place = next((i for i, (_, piece) in enumerate(self._pending) if len(piece) <= space or not chosen), None)
+            if place is None and space >= MIN_CUT:
                 place = next((i for i, (_, piece) in enumerate(self._pending) if piece.cuttable), None)
-                if place is None or space < MIN_CUT:
-                    break
-                pending, piece = self._pending[place]
-                head, rest = piece.split(space)
-                self._pending[place] = (Pending(*_ints(pending)[:4], pending.cut + space), rest)
-                chosen.append(head)
-            space -= len(chosen[-1])
+            if place is None:
+                break
+            pending, piece = self._pending.pop(place)
+            if len(piece) > space:
+                piece, rest = piece.split(space)
+                self._pending.insert(place, (replace(pending, cut=pending.cut + space), rest))
+            chosen.append(piece)
+            space -= len(piece)
         return pack(chosen, length, self.settings.special.pad) if chosen else None
 
     def state(self) -> dict:
@@ -219,6 +230,7 @@ class Lane:
     def _draw(self) -> tuple[Pending, Piece] | None:
         """Draw the next good document of the source that is furthest behind its share; None when all have ended."""
         ended: set[int] = set()
+        skipped = 0
         while len(ended) < len(self.sources):
             number = min(
                 (n for n in range(len(self.sources)) if n not in ended),
@@ -230,6 +242,11 @@ class Lane:
             elif (piece := self._read(pending)) is not None:
                 self._cursors[number].tokens += len(piece)
                 return pending, piece
+            elif (skipped := skipped + 1) == SKIPS_IN_A_ROW:
+                raise ValueError(
+                    f"lane {self.number} skipped {skipped} documents in a row ({dict(self._skipped)}), the last was "
+                    f"{self._skipped_names[-1]}; restore the data or leave the source out"
+                )
         return None
 
     def _advance(self, number: int) -> Pending | None:
@@ -252,6 +269,7 @@ class Lane:
         try:
             return self.sources[pending.source].read(pending.epoch, pending.shard, pending.record)
         except BadRecord as error:
+            log.warning("lane %d skipped %s", self.number, error)
             self._skipped[error.reason] += 1
             self._skipped_names = [*self._skipped_names, str(error)][-NAMES_KEPT:]
             return None

@@ -1,8 +1,9 @@
 """Lanes -> PackedBatch: workers, prefetch, pinned memory, the state that rides along, the random draws of each lane.
 
-Workers own lanes and yield rows; a thread of the main process collates them into micro-batches and keeps a step or
-two ready, so that a rank that waits for data can go on answering its peers. The state is ours, by lane, and does not
-depend on the number of workers; torchdata's loader runs the workers and its own state is not used.
+Workers own lanes and yield rows; a thread of the main process draws their noise (cheaper than sending it), collates
+them into micro-batches and keeps a step or two ready, so that a rank that waits for data can go on answering its
+peers. The state is ours, by lane, and does not depend on the number of workers; torchdata's loader runs the workers
+and its own state is not used.
 """
 
 import queue
@@ -153,31 +154,22 @@ def draw_images(seed: int, step: int, lane: int, row: PackedSequence) -> ImageDr
 class LaneRow:
     lane: int
     row: PackedSequence | None  # None: the lane has ended
-    draws: ImageDraws | None
-    state: dict
+    state: dict  # after this row
 
 
 class LaneRows(IterableDataset):
     """Yield, step by step, the rows of the lanes this process or worker owns."""
 
-    def __init__(self, data: DataSet, lanes: range, first_step: int, states: dict[int, dict]):
-        self.data, self.lanes, self.first_step, self.states = data, lanes, first_step, states
+    def __init__(self, data: DataSet, lanes: range, states: dict[int, dict]):
+        self.data, self.lanes, self.states = data, lanes, states
 
     def __iter__(self) -> Iterator[list[LaneRow]]:
         worker = get_worker_info()
         numbers = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
-        settings = self.data.settings
-        lanes = [Lane(number, self.data.sources, settings, self.states.get(number)) for number in numbers]
-        step = self.first_step
+        data = self.data
+        lanes = [Lane(number, data.sources, data.settings, self.states.get(number)) for number in numbers]
         while True:
-            rows = [self._row(lane, step) for lane in lanes]
-            yield rows
-            step += 1
-
-    def _row(self, lane: Lane, step: int) -> LaneRow:
-        row = lane.next_row()
-        draws = draw_images(self.data.settings.seed, step, lane.number, row) if row is not None else None
-        return LaneRow(lane.number, row, draws, lane.state())
+            yield [LaneRow(lane.number, lane.next_row(), lane.state()) for lane in lanes]
 
 
 class Loader:
@@ -200,7 +192,7 @@ class Loader:
         most = -(-config.lanes // world_size)  # rows of the fullest rank: all ranks run as many micro-steps
         self.micro_batch_size = min(micro_batch_size, most)
         self.micro_steps = -(-most // self.micro_batch_size)
-        self._rows = LaneRows(data, self.lanes, first_step, states or {})
+        self._rows = LaneRows(data, self.lanes, states or {})
         self._first_step = first_step
         self._ready: queue.Queue = queue.Queue(maxsize=config.prefetch_steps)
         self._closed = threading.Event()
@@ -214,6 +206,7 @@ class Loader:
         except queue.Empty:
             return None
         if isinstance(item, BaseException):
+            self._ready.put(item)  # the reader is gone: every later call says so too
             raise item
         return item
 
@@ -224,17 +217,19 @@ class Loader:
     def _fill(self) -> None:
         try:
             for step, rows in enumerate(self._steps(), start=self._first_step):
-                item = self._collate(step, sorted(rows, key=lambda row: row.lane))
-                while not self._closed.is_set():
-                    try:
-                        self._ready.put(item, timeout=0.2)
-                        break
-                    except queue.Full:
-                        continue
+                self._hand_over(self._collate(step, sorted(rows, key=lambda row: row.lane)))
                 if self._closed.is_set():
                     return
-        except BaseException as error:
-            self._ready.put(error)
+        except BaseException as error:  # whatever it is, `next` raises it in the trainer's thread
+            self._hand_over(error)
+
+    def _hand_over(self, item: StepBatch | BaseException) -> None:
+        while not self._closed.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
 
     def _steps(self) -> Iterator[list[LaneRow]]:
         """Yield the rows of all owned lanes, a step at a time, whatever the number of workers."""
@@ -244,12 +239,14 @@ class Loader:
             return
         from torchdata.stateful_dataloader import StatefulDataLoader
 
-        # Each worker yields one item a step (all its lanes), and items come in the workers' order.
+        # Each worker yields one item a step (all its lanes), and items come in the workers' order. Forked, because
+        # open sources (caches, files) do not pickle.
         items = iter(
             StatefulDataLoader(
                 self._rows,
                 batch_size=None,
                 num_workers=workers,
+                multiprocessing_context="fork",
                 prefetch_factor=self.config.prefetch_steps,
                 snapshot_every_n_steps=1 << 40,
             )
@@ -261,7 +258,10 @@ class Loader:
         settings = self.data.settings
         empty = pack([], settings.sequence_length, settings.special.pad)
         no_draws = ImageDraws(torch.zeros(0), [], [])
-        filled = [(row.row, row.draws) if row.row is not None else (empty, no_draws) for row in rows]
+        filled = [
+            (row.row, draw_images(settings.seed, step, row.lane, row.row)) if row.row is not None else (empty, no_draws)
+            for row in rows
+        ]
         filled += [(empty, no_draws)] * (self.micro_steps * self.micro_batch_size - len(filled))
         size = self.micro_batch_size
         batches = [

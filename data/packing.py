@@ -7,6 +7,7 @@ footnote 8), so EOI is no target either: the decoder appends it. Labels are shif
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -124,36 +125,38 @@ def _map_tensors(batch: PackedBatch | ImageBatch, change) -> dict:
 
 def lay_out(document: Document, special: SpecialIds, patch_size: int) -> Piece:
     """Return the document's tokens; raise ValueError for a latent grid that patches do not tile."""
-    no_grid = np.full((1, 2), NO_IMAGE)
-    ids, image_ids, grids, is_target = [np.array([special.bos])], [np.array([NO_IMAGE])], [no_grid], [[False]]
-    images: list[ImageSegment] = []
+    places = []  # (segment, its patches' positions or None for text, its length)
     for segment in document.segments:
         if isinstance(segment, TextSegment):
-            length = len(segment.token_ids)
-            ids.append(segment.token_ids)
-            image_ids.append(np.full(length, NO_IMAGE))
-            grids.append(np.full((length, 2), NO_IMAGE))
-            is_target.append([True] * length)
-            continue
-        rows, columns = patch_grid(segment.moments.shape[1:], patch_size)
-        patches = rows * columns
-        ids.append(np.array([special.boi] + [special.pad] * patches + [special.eoi]))
-        image_ids.append(np.array([NO_IMAGE] + [len(images)] * patches + [NO_IMAGE]))
-        inside = np.indices((rows, columns)).reshape(2, patches).T
-        grids.append(np.concatenate([no_grid, inside, no_grid]))
-        is_target.append([True] + [False] * (patches + 1))
-        images.append(segment)
-    input_ids = np.concatenate([*ids, [special.eos]]).astype(np.int64)
-    target = np.concatenate([*is_target, [True]]).astype(bool)
-    labels = np.full(len(input_ids), IGNORE, dtype=np.int64)
-    labels[:-1] = np.where(target[1:], input_ids[1:], IGNORE)
-    return Piece(
-        input_ids=input_ids,
-        labels=labels,
-        image_ids=np.concatenate([*image_ids, [NO_IMAGE]]).astype(np.int32),
-        grid_positions=np.concatenate([*grids, no_grid]).astype(np.int32),
-        images=tuple(images),
-    )
+            places.append((segment, None, len(segment.token_ids)))
+        else:
+            patches = _patch_positions(*patch_grid(segment.moments.shape[1:], patch_size))
+            places.append((segment, patches, len(patches) + 2))
+    length = 2 + sum(size for *_, size in places)
+    input_ids = np.full(length, special.pad, dtype=np.int64)
+    is_target = np.zeros(length, dtype=bool)
+    image_ids = np.full(length, NO_IMAGE, dtype=np.int32)
+    grid_positions = np.full((length, 2), NO_IMAGE, dtype=np.int32)
+    images: list[ImageSegment] = []
+    input_ids[0] = special.bos
+    start = 1
+    for segment, patches, size in places:
+        stop = start + size
+        if patches is None:
+            input_ids[start:stop] = segment.token_ids
+            is_target[start:stop] = True
+        else:
+            input_ids[start], input_ids[stop - 1] = special.boi, special.eoi
+            is_target[start] = True
+            image_ids[start + 1 : stop - 1] = len(images)
+            grid_positions[start + 1 : stop - 1] = patches
+            images.append(segment)
+        start = stop
+    input_ids[start] = special.eos
+    is_target[start] = True
+    labels = np.full(length, IGNORE, dtype=np.int64)
+    labels[:-1] = np.where(is_target[1:], input_ids[1:], IGNORE)
+    return Piece(input_ids, labels, image_ids, grid_positions, tuple(images))
 
 
 def patch_grid(grid: Sequence[int], patch_size: int) -> tuple[int, int]:
@@ -164,29 +167,39 @@ def patch_grid(grid: Sequence[int], patch_size: int) -> tuple[int, int]:
     return h // patch_size, w // patch_size
 
 
+@lru_cache(64)
+def _patch_positions(rows: int, columns: int) -> np.ndarray:
+    """Return int32 [rows * columns, 2]: (row, column) of each patch, row by row."""
+    return np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T
+
+
 def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
     """Lay pieces end to end in one row of `length` tokens and pad the rest."""
-    sizes = [len(piece) for piece in pieces]
-    padding = length - sum(sizes)
-    assert padding >= 0, (sizes, length)
-
-    def join(arrays: list[np.ndarray], fill: int, dtype: type) -> np.ndarray:
-        tail = np.full((padding, *arrays[0].shape[1:]) if arrays else (padding,), fill)
-        return np.concatenate([*arrays, tail]).astype(dtype)
-
-    image_ids, images = [], []
-    for piece in pieces:
-        image_ids.append(np.where(piece.image_ids >= 0, piece.image_ids + len(images), NO_IMAGE))
-        images.extend(piece.images)
+    assert sum(map(len, pieces)) <= length, ([len(piece) for piece in pieces], length)
+    input_ids = np.full(length, pad_id, dtype=np.int64)
+    labels = np.full(length, IGNORE, dtype=np.int64)
+    document_ids = np.full(length, PADDING_DOCUMENT, dtype=np.int32)
+    image_ids = np.full(length, NO_IMAGE, dtype=np.int32)
+    position_ids = np.zeros(length, dtype=np.int32)
     grid_positions = np.full((length, 2), NO_IMAGE, dtype=np.int32)
-    if pieces:
-        grid_positions[: length - padding] = np.concatenate([piece.grid_positions for piece in pieces])
+    images: list[ImageSegment] = []
+    start = 0
+    for number, piece in enumerate(pieces, start=1):
+        place = slice(start, start + len(piece))
+        input_ids[place] = piece.input_ids
+        labels[place] = piece.labels
+        document_ids[place] = number
+        image_ids[place] = np.where(piece.image_ids == NO_IMAGE, NO_IMAGE, piece.image_ids + len(images))
+        position_ids[place] = np.arange(len(piece))
+        grid_positions[place] = piece.grid_positions
+        images.extend(piece.images)
+        start = place.stop
     return PackedSequence(
-        input_ids=join([piece.input_ids for piece in pieces], pad_id, np.int64),
-        labels=join([piece.labels for piece in pieces], IGNORE, np.int64),
-        document_ids=join([np.full(size, i + 1) for i, size in enumerate(sizes)], PADDING_DOCUMENT, np.int32),
-        image_ids=join(image_ids, NO_IMAGE, np.int32),
-        position_ids=join([np.arange(size) for size in sizes], 0, np.int32),
+        input_ids=input_ids,
+        labels=labels,
+        document_ids=document_ids,
+        image_ids=image_ids,
+        position_ids=position_ids,
         visible_until=np.full(length, length, dtype=np.int32),
         grid_positions=grid_positions,
         images=tuple(images),
@@ -218,8 +231,8 @@ def collate(rows: Sequence[PackedSequence], draws: Sequence[ImageDraws], patch_s
     groups: dict[tuple[int, int], list[tuple]] = {}
     length = stack["input_ids"].shape[1]
     for row_number, (row, drawn) in enumerate(zip(rows, draws, strict=True)):
-        for i, image in enumerate(row.images):
-            first = row_number * length + int(np.argmax(row.image_ids == i))
+        firsts = row_number * length + np.flatnonzero((row.grid_positions == 0).all(axis=1))
+        for i, (image, first) in enumerate(zip(row.images, firsts.tolist(), strict=True)):
             group = groups.setdefault(tuple(image.moments.shape[1:]), [])
             group.append((image, drawn.u[i], drawn.noise[i], drawn.posterior_noise[i], first))
     images, token_index = {}, []
@@ -246,18 +259,16 @@ def collate(rows: Sequence[PackedSequence], draws: Sequence[ImageDraws], patch_s
 def _image_batch(group: list[tuple]) -> tuple[ImageBatch, torch.Tensor]:
     """Return the padded batch and int64 [N]: each image's first token in the flattened batch."""
     segments, u, noise, posterior_noise, firsts = zip(*group, strict=True)
-    padding = capacity(len(group)) - len(group)
 
-    def padded(tensors: list[torch.Tensor]) -> torch.Tensor:
-        stacked = torch.stack(tensors)
-        return torch.cat([stacked, stacked.new_zeros((padding, *stacked.shape[1:]))]) if padding else stacked
+    def padded(values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values, values.new_zeros((capacity(len(group)) - len(group), *values.shape[1:]))])
 
     batch = ImageBatch(
-        moments=padded([torch.from_numpy(segment.moments) for segment in segments]),
-        noise=padded(list(noise)),
-        posterior_noise=padded(list(posterior_noise)),
-        u=padded(list(u)),
-        before_caption=padded([torch.tensor(segment.before_caption) for segment in segments]),
+        moments=padded(torch.from_numpy(np.stack([segment.moments for segment in segments]))),
+        noise=padded(torch.stack(noise)),
+        posterior_noise=padded(torch.stack(posterior_noise)),
+        u=padded(torch.stack(u)),
+        before_caption=padded(torch.tensor([segment.before_caption for segment in segments])),
         num_valid=len(group),
     )
-    return batch, padded([torch.tensor(first) for first in firsts])
+    return batch, padded(torch.tensor(firsts))

@@ -15,9 +15,6 @@ from data.manifest import LatentSpec, Manifest, shard_entry
 from data.shards import index_path, index_shard, write_shard
 from data.tokenizer import Tokenizer
 
-CHANNELS = 2  # of the latents
-SPEC = LatentSpec(vae_hash="a" * 16, channels=CHANNELS, stride=8, resolution=32, mean=(0.0,) * 2, std=(1.0,) * 2)
-
 Content = tuple[np.ndarray, np.ndarray | None]  # token ids int32 [len], and moments f16 [2C, h, w] or None
 
 
@@ -34,7 +31,7 @@ def pairs(
     grids: Sequence[tuple[int, int]] = ((4, 4),),
     lengths: tuple[int, int] = (1, 8),
     seed: int = 0,
-    channels: int = CHANNELS,
+    channels: int = 2,
 ) -> list[Content]:
     """Return image-caption documents; every picture differs, grids take turns."""
     rng = np.random.default_rng((seed, 1))
@@ -51,7 +48,7 @@ def make_source(
     documents: Sequence[Content],
     *,
     shard_sizes: Sequence[int] | None = None,
-    spec: LatentSpec | None = SPEC,
+    vae_hash: str = "a" * 16,
 ) -> Path:
     """Write `documents` as an encoded data set of shards of the given sizes (one shard when None)."""
     folder.mkdir(parents=True)
@@ -66,12 +63,18 @@ def make_source(
         index.save(index_path(shard))
         entries.append(shard_entry(shard, index))
         first += size
-    has_images = any(moments is not None for _, moments in documents)
+    channels = next((len(moments) // 2 for _, moments in documents if moments is not None), None)
     Manifest(
         folder=folder,
         tokenizer_hash=tokenizer.hash,
         vocab_size=tokenizer.vocab_size,
-        latent_spec=spec if has_images else None,
+        latent_spec=latent_spec(channels, vae_hash) if channels is not None else None,
         shards=tuple(entries),
     ).save()
     return folder
+
+
+def latent_spec(channels: int, vae_hash: str = "a" * 16) -> LatentSpec:
+    """Return the spec of latents that are standard normal already."""
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    return LatentSpec(vae_hash=vae_hash, channels=channels, stride=8, resolution=32, mean=mean, std=std)
