@@ -63,12 +63,12 @@ class Source:
         self.number, self.config, self.manifest, self.settings = number, config, manifest, settings
         self._shard_tokens = np.array([shard.tokens(settings.patch_size) for shard in manifest.shards], dtype=np.int64)
         self._index = lru_cache(OPEN_SHARDS)(manifest.load_index)
+        self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
         self._begins = lru_cache(OPEN_SHARDS)(self._document_begins)
         self._epoch = lru_cache(4)(self._lay_out_epoch)
         self._range = lru_cache(4 * settings.lanes)(self._cut_range)
         self._block = lru_cache(2 * settings.lanes)(self._permute_block)
         self._channels = manifest.latent_spec.channels if manifest.latent_spec is not None else 0
-        self._files: dict[int, BinaryIO] = {}
 
     def position(self, epoch: int, lane: int, ordinal: int) -> tuple[int, int] | None:
         """Return (shard, record) of the lane's `ordinal`-th document in `epoch`, None past its range."""
@@ -88,9 +88,10 @@ class Source:
         where = f"{self.manifest.shard_path(shard)}#{record}"
         span = self._index(shard).spans[record]
         try:
-            members = read_at(self._open(shard).fileno(), span, where)
+            file = self._open(shard)
+            members = read_at(file.fileno(), span, where)
         except OSError as error:
-            self._files.pop(shard, None)
+            self._open.cache_clear()  # a stale handle would fail for ever
             raise BadRecord("unreadable shard", where, error.strerror or str(error)) from None
         settings = self.settings
         document = decode_document(members, where)
@@ -104,12 +105,8 @@ class Source:
             raise BadRecord("longer than a sequence", where, f"{len(piece)} of {settings.sequence_length} tokens")
         return piece
 
-    def _open(self, shard: int) -> BinaryIO:
-        if shard not in self._files:
-            if len(self._files) >= OPEN_SHARDS:
-                self._files.pop(next(iter(self._files))).close()
-            self._files[shard] = self.manifest.shard_path(shard).open("rb", buffering=0)
-        return self._files[shard]
+    def _open_shard(self, shard: int) -> BinaryIO:
+        return self.manifest.shard_path(shard).open("rb", buffering=0)
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch's order of shards and where each starts, in tokens, plus the end: [n], [n + 1]."""
@@ -137,11 +134,7 @@ class Source:
 
     def _document_begins(self, shard: int) -> np.ndarray:
         """Return int64 [R]: tokens of the shard before each of its documents."""
-        try:
-            tokens = self._index(shard).document_tokens(self.settings.patch_size)
-        except BadRecord:  # lost since the start: spread its documents evenly; reading each will fail and be counted
-            records = self.manifest.shards[shard].records
-            tokens = np.full(records, self._shard_tokens[shard] // records)
+        tokens = self._index(shard).document_tokens(self.settings.patch_size)
         return np.cumsum(tokens) - tokens
 
     def _permute_block(self, epoch: int, lane: int, block: int, size: int) -> np.ndarray:

@@ -167,15 +167,16 @@ def write_shard(path: Path, records: Iterable[Record]) -> None:
     import webdataset
 
     last = None
-    with atomic_write(path) as file:
-        writer = webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o444)
+    with (
+        atomic_write(path) as file,
+        webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o444) as writer,
+    ):
         for record in records:
             key = record["__key__"].decode()
             if key == last or _key_of(f"{key}.x") != (key, "x") or _name_problem(key):
                 raise ValueError(f"{path}: key {key!r} repeats, holds a dot or leaves the archive; rename the record")
             writer.write({**record, "__key__": key})
             last = key
-        writer.close()
 
 
 def index_shard(path: Path, sizes_of: Callable[[Record], tuple[int, list[tuple[int, int]]]]) -> ShardIndex:

@@ -10,7 +10,7 @@ from torch import Tensor
 IGNORE = -100  # target of a slot that is not trained on
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 2048) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
     """Return (f32 sum of -log softmax(hidden weight^T)[target], int64 number of targets that are not -100).
 
     `hidden` [T, D], `weight` [V, D], `targets` int64 [T]. Logits exist for `chunk` rows at a time, with the softmax in
@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             trained = (target != IGNORE)[:, None]
             grad_logits = log_probs.exp_()
             grad_logits.scatter_add_(1, target.clamp(min=0)[:, None], -trained.to(torch.float32))
-            grad_logits = (grad_logits * trained).to(x.dtype)
+            grad_logits = grad_logits.mul_(trained).to(x.dtype)
             if needs_hidden:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if needs_weight:

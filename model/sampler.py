@@ -39,7 +39,9 @@ class SamplerConfig:
     top_p: float = 1.0  # text tokens are drawn from the smallest set that holds this probability, (0, 1]
     max_new_tokens: int = 256  # text tokens sampled a row, 0 or more
     max_images: int = 1  # pictures drawn a row, 0 or more
-    max_length: int | None = None  # tokens a row may hold, prompt included; null: what the longest row can need
+    # Tokens a row may hold, prompt included; null: what the longest row of the batch can need, in steps of 64. Only a
+    # fixed number makes a row's bits quite independent of how long its neighbours' prompts are.
+    max_length: int | None = None
     prefill_chunk: int = 64  # prompt tokens a forward, >= 1
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ class TransfusionConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     patch_size: int = 2  # latent pixels a side of one image token, >= 1; the paper: 1, 2, 4 or 8
     latent_channels: int = 8  # channels of the VAE's latents, >= 1
-    text_loss_chunk: int = 2048  # text targets whose logits exist at once, >= 1; bounds memory, not the result
+    text_loss_chunk: int = 4096  # text targets whose logits exist at once, >= 1; bounds memory, not the result
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "latent_channels", "text_loss_chunk"):

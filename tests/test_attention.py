@@ -122,6 +122,13 @@ def test_a_block_inside_one_image_is_full():
     assert mask.kv_num_blocks.sum() == 0
 
 
+def test_a_short_last_block_is_left_to_the_mask():
+    document_ids = torch.ones(1, 100, dtype=torch.int32)
+    mask = block_mask(document_ids, torch.full_like(document_ids, -1), torch.full_like(document_ids, 100), block=32)
+    assert mask.full_kv_num_blocks.flatten().tolist() == [0, 1, 2, 0]
+    assert mask.kv_num_blocks.flatten().tolist() == [1, 1, 1, 4]
+
+
 def test_most_blocks_of_packed_documents_are_proved_empty_or_full():
     layout = random_layouts(2, 2048, seed=1, hide=False)
     _, (partial, full) = materialise(block_mask(*layout), 2048)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -33,34 +34,37 @@ CONFIG = DemoConfig
 class Stage:
     name: str
     minutes: float  # on two idle cores, for the time left
+    output: str  # what it makes, removed before a finished stage is made anew
     command: tuple[str, ...]
 
 
 def stages(config: DemoConfig) -> list[Stage]:
     """Return the stages in order; `smoke` only shortens them."""
 
-    def run(name: str, minutes: float, program: str, *arguments: str, distributed: bool = False) -> Stage:
+    def run(name: str, minutes: float, program: str, output: str, *more: str, distributed: bool = False) -> Stage:
         launcher = ("torchrun", "--nproc-per-node", str(config.ranks)) if distributed else ("python",)
         short = SMOKE.get(program, ()) if config.smoke else ()
-        return Stage(name, minutes, (*launcher, "-m", f"train.{program}", *arguments, *short))
+        settings = f"config=configs/demo/{program}.yaml"
+        return Stage(name, minutes, f"{DEMO}/{output}", (*launcher, "-m", f"train.{program}", settings, *more, *short))
 
     def encode(what: str, *more: str, distributed: bool = False) -> Stage:
-        folders = (f"inputs=[{DEMO}/scenes/{what}]", f"output={DEMO}/latents/{what}")
-        return run(f"encode {what}", 0.5 if distributed else 0.15, "encode", _config("encode"), *folders, *more,
-                   distributed=distributed)  # fmt: skip
+        output = f"latents/{what}"
+        folders = (f"inputs=[{DEMO}/scenes/{what}]", f"output={DEMO}/{output}")
+        minutes = 0.4 if distributed else 0.15
+        return run(f"encode {what}", minutes, "encode", output, *folders, *more, distributed=distributed)
 
     return [
-        run("scenes", 0.3, "scenes", _config("scenes")),
-        run("tokenizer", 0.1, "tokenizer", _config("tokenizer")),
-        run("vae", 1.5, "vae", _config("vae")),
+        run("scenes", 0.3, "scenes", "scenes"),
+        run("tokenizer", 0.1, "tokenizer", "tokenizer.model"),
+        run("vae", 1.2, "vae", "vae"),
         encode("train", distributed=True),
         encode("heldout", f"stats_from={DEMO}/latents/train"),
         encode("text"),
         encode("text_heldout"),
-        run("pretrain", 6.5, "pretrain", _config("pretrain"), distributed=True),
-        run("sample", 0.2, "sample", _config("sample")),
-        run("evaluate", 0.5, "evaluate", _config("evaluate"), distributed=True),
-        run("report", 0.1, "report", _config("report")),
+        run("pretrain", 6.5, "pretrain", "pretrain", distributed=True),
+        run("sample", 0.2, "sample", "samples"),
+        run("evaluate", 0.6, "evaluate", "evaluation", distributed=True),
+        run("report", 0.1, "report", "report.html"),
     ]
 
 
@@ -93,6 +97,9 @@ def main(argv: list[str]) -> int:
             print(f"{head}: done before in {done['seconds']:.0f} s", flush=True)
             seconds[stage.name] = done["seconds"]
             continue
+        if done:  # finished, with another config or from other inputs: not to be taken for what is asked now
+            _remove(root / stage.output)
+            mark.unlink()
         outdated = True
         print(f"\n{head}, about {left:.0f} min to the end\n$ {shlex.join(stage.command)}", flush=True)
         start = time.monotonic()
@@ -111,8 +118,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _config(name: str) -> str:
-    return f"config=configs/demo/{name}.yaml"
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _fingerprint(stage: Stage) -> str:

@@ -5,6 +5,7 @@ ever holds more than one full parameter; each is drawn on the CPU from (seed, na
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,7 +22,8 @@ from train.distributed import Ranks
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     # Number format of parameters in forward and backward; master weights and gradient sums stay float32.
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # auto: bfloat16 where the processor multiplies it natively (every CUDA device we support), else float32.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     activation_checkpointing: Literal["none", "full"] = "none"  # full: recompute each block in backward
     compile: bool = False  # torch.compile each block (needs a C++ compiler on CPU, Triton on CUDA)
     shard_blocks: bool = True  # each block its own FSDP unit; false: one unit for the whole (small) model
@@ -31,7 +33,7 @@ class ParallelConfig:
 def parallelize(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> FSDPModule:
     """Wrap a meta-device model for `ranks`; gradients come out summed over ranks, never averaged."""
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("dp_shard",))
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(config, ranks.device), reduce_dtype=torch.float32)
     blocks = model.transformer.blocks
     for i, block in enumerate(blocks):
         if config.activation_checkpointing == "full":
@@ -61,6 +63,20 @@ def initialize(model: nn.Module, seed: int, device: torch.device) -> None:
                 # src_data_rank=None: each rank cuts its own slice, nothing is sent
                 full = distribute_tensor(full, mesh, placements, src_data_rank=None)
             parameter.copy_(full)
+
+
+def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of forward and backward; without native bfloat16 a CPU would take ten times as long in it."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    native = device.type == "cuda" or any(flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 
 def plain_name(name: str) -> str:

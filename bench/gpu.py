@@ -1,0 +1,267 @@
+"""Measure one GPU: flex against dense attention, a compiled bf16 training step with its MFU, sampling.
+
+usage: python -m bench.gpu [--size 7b] [--layers 4] [--rows 2] [--length 4096] [--device cuda]
+
+Progress goes to stderr; the last line of stdout is one JSON object. `--device cpu` runs the same code at a tiny size,
+without compilation, to see that it works: its numbers mean nothing. A stack of a few of the paper's blocks stands for
+the whole: blocks are alike, and the rest is under a tenth of the work at 7B.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.attention import attend, block_mask, dense_mask
+from model.diffusion import DiffusionConfig
+from model.losses import noise_error
+from model.sampler import Prompt, SamplerConfig, SeededDraws, SpecialTokens, generate
+from model.transformer import SIZES, TransformerConfig
+from model.transfusion import Transfusion, TransfusionConfig, init_weights
+
+# Dense bf16 tensor-core peak in TFLOP/s, by a part of the device's name (makers' data sheets).
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "B200": 2250, "L40S": 362, "4090": 165}
+VOCAB = 32000
+GRID = (32, 32)  # the paper's latents: 256 tokens in 2 x 2 patches
+CAPTION = 64  # text tokens of each caption in the measured layout
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of `BOS caption BOI image EOI EOS` documents, then text to the end: about the paper's 1:1 mix."""
+
+    document_ids: Tensor  # int32 [B, S]
+    image_ids: Tensor  # int32 [B, S]
+    visible_until: Tensor  # int32 [B, S]
+    image_starts: list[int]  # first patch of each image in a row
+
+    @property
+    def allowed_pairs(self) -> int:
+        """Return how many (query, key) pairs the mask allows: what attention's useful FLOPs count."""
+        return int(dense_mask(self.document_ids, self.image_ids, self.visible_until).sum())
+
+
+def make_layout(rows: int, length: int, patches: int, device: torch.device) -> Layout:
+    """Lay out half of each row as image-caption documents and the rest as one text."""
+    document, image, starts = torch.ones(length, dtype=torch.int32), torch.full((length,), -1, dtype=torch.int32), []
+    size = CAPTION + patches + 4
+    for number in range(max(1, length // 2 // patches)):
+        first = number * size
+        if first + size > length:
+            break
+        starts.append(first + CAPTION + 2)
+        document[first : first + size] = number + 2
+        image[starts[-1] : starts[-1] + patches] = number
+    columns = (document, image, torch.full((length,), length, dtype=torch.int32))
+    return Layout(*(column.expand(rows, -1).contiguous().to(device) for column in columns), starts)
+
+
+def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Return the median wall time of `run`, after two runs to warm up, with the device waited for."""
+    times = []
+    for attempt in range(repeats + 2):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        if attempt >= 2:
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def measure_attention(config: TransformerConfig, layout: Layout, repeats: int) -> dict:
+    """Compare flex over the block mask with SDPA over its dense twin, both against SDPA in f32."""
+    ids = layout.document_ids, layout.image_ids, layout.visible_until
+    device = ids[0].device
+    rows, length = ids[0].shape
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (rows, config.heads, length, config.head_dim)
+    q, k, v, upstream = (torch.randn(shape, generator=generator, device=device) for _ in range(4))
+    masks = {"dense": dense_mask(*ids), "flex": block_mask(*ids)}
+    exact = _attention_run(q, k, v, upstream, masks["dense"], backward=True)
+    half = [tensor.bfloat16() for tensor in (q, k, v, upstream)]
+    record: dict = {
+        "block_mask_ms": _ms(seconds(lambda: block_mask(*ids), device, repeats)),
+        "blocks_skipped": round(masks["flex"].sparsity() / 100, 3),
+    }
+    for name, mask in masks.items():
+        backward = name == "dense" or device.type == "cuda"  # flex has no backward on CPU
+        results = _attention_run(*half, mask, backward)
+        forward = seconds(lambda mask=mask: _attention_run(*half, mask, False), device, repeats)
+        record[name] = {"forward_ms": _ms(forward), "forward_error": _relative_error(results[0], exact[0])}
+        if backward:
+            both = seconds(lambda mask=mask: _attention_run(*half, mask, True), device, repeats)
+            errors = [_relative_error(ours, theirs) for ours, theirs in zip(results[1:], exact[1:], strict=True)]
+            record[name] |= {"forward_backward_ms": _ms(both), "backward_error": max(errors)}
+    errors = ("forward_error", "backward_error")
+    # Both are bf16: flex may not be much further from f32 than SDPA is.
+    record["flex_is_right"] = all(
+        record["flex"].get(error, 0.0) <= 2 * record["dense"][error] + 1e-3 for error in errors
+    )
+    return record
+
+
+def measure_training(config: TransfusionConfig, layout: Layout, repeats: int, peak_tflops: float | None) -> dict:
+    """Time whole steps (forward, backward, fused AdamW) of a bf16 model whose blocks are compiled."""
+    device = layout.document_ids.device
+    model = _model(config, device)
+    if device.type == "cuda":
+        for block in model.transformer.blocks:
+            block.compile(dynamic=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch, noise = _batch(config, layout)
+
+    def step() -> None:
+        output = model(**batch)
+        error, images = noise_error(output.noise_pred[GRID], noise, batch["image_valid"][GRID])
+        (output.text_nll_sum / output.text_count + 5 * error / images).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    first = time.perf_counter() - start
+    step_seconds = seconds(step, device, repeats)
+    flops, tokens = _step_flops(model, batch, layout), batch["input_ids"].numel()
+    return {
+        "first_step_s": round(first, 1),
+        "step_ms": _ms(step_seconds),
+        "tokens_per_s": round(tokens / step_seconds),
+        "step_tflop": round(flops / 1e12, 4),
+        "achieved_tflops": round(flops / step_seconds / 1e12, 2),
+        "mfu": None if peak_tflops is None else round(flops / step_seconds / 1e12 / peak_tflops, 4),
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
+    }
+
+
+def measure_sampling(config: TransfusionConfig, device: torch.device, rows: int, steps: int) -> dict:
+    """Time pictures drawn from captions: guided DDIM, the caption cached."""
+    model = _model(config, device)
+    special = SpecialTokens(bos=1, eos=2, boi=3, eoi=4)
+    prompts = [Prompt((torch.arange(5, 5 + CAPTION),), draw=True, index=i) for i in range(rows)]
+    settings = SamplerConfig(sampler="ddim", steps=steps, max_new_tokens=0)
+
+    def draw() -> None:
+        generate(model, prompts, settings, DiffusionConfig(), special, GRID, SeededDraws(0))
+
+    total = seconds(draw, device, 1)
+    return {"rows": rows, "steps": steps, "step_ms": _ms(total / steps), "images_per_s": round(rows / total, 3)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="7b", help="whose blocks (7b)")
+    parser.add_argument("--layers", type=int, default=4, help="blocks of the measured stack (4)")
+    parser.add_argument("--rows", type=int, default=2, help="sequences a step (2)")
+    parser.add_argument("--length", type=int, default=4096, help="tokens a sequence (4096)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs; the median counts (10)")
+    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the device, TFLOP/s (by its name)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a tiny smoke run (cuda)")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench.gpu: needs a CUDA GPU and finds none; --device cpu runs a smoke test", file=sys.stderr)
+        return 2
+    trunk = dataclasses.replace(SIZES[options.size], layers=options.layers)
+    sampling_steps = 20
+    if options.device == "cpu":
+        trunk = TransformerConfig(width=32, layers=1, heads=2)
+        options.length, options.rows, options.repeats, sampling_steps = 512, 1, 1, 2
+    config, device = TransfusionConfig(transformer=trunk), torch.device(options.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    peak = options.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    layout = make_layout(options.rows, options.length, GRID[0] * GRID[1] // config.patch_size**2, device)
+    parts = {
+        "attention": lambda: measure_attention(trunk, layout, options.repeats),
+        "training": lambda: measure_training(config, layout, options.repeats, peak),
+        "sampling": lambda: measure_sampling(config, device, 2 * options.rows, sampling_steps),
+    }
+    record: dict = {"bench": "gpu", "device": name, "torch": torch.__version__, "peak_tflops": peak}
+    record |= {"blocks_of": options.size, "layers": trunk.layers, "rows": options.rows, "length": options.length}
+    for part, measure in parts.items():
+        record[part] = measure()
+        print(f"{part}: {record[part]}", file=sys.stderr)
+    print(json.dumps(record))
+    return 0 if record["attention"]["flex_is_right"] else 1
+
+
+def _attention_run(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, mask: object, backward: bool) -> list[Tensor]:
+    """Return [out], or [out, grad q, grad k, grad v]."""
+    if not backward:
+        with torch.no_grad():
+            return [attend(q, k, v, mask)]
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    out = attend(*leaves, mask)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def _model(config: TransfusionConfig, device: torch.device) -> Transfusion:
+    with torch.device("meta"):
+        model = Transfusion(config, VOCAB)
+    model.to_empty(device="cpu")
+    init_weights(model, 0)
+    return model.to(device, torch.bfloat16)
+
+
+def _batch(config: TransfusionConfig, layout: Layout) -> tuple[dict, Tensor]:
+    """Return the model's inputs, and the noise that it should predict."""
+    device, (rows, length) = layout.document_ids.device, layout.document_ids.shape
+    generator = torch.Generator(device).manual_seed(0)
+    patches = GRID[0] * GRID[1] // config.patch_size**2
+    starts = torch.tensor([b * length + start for b in range(rows) for start in layout.image_starts], device=device)
+    shape = (len(starts), config.latent_channels, *GRID)
+    is_image = layout.image_ids >= 0
+    text = (~is_image).flatten().nonzero()[:, 0]
+    inside = torch.arange(patches, device=device)
+    batch = {
+        "input_ids": torch.randint(0, VOCAB, (rows, length), generator=generator, device=device),
+        "position_ids": torch.arange(length, dtype=torch.int32, device=device).expand(rows, -1),
+        "grid_positions": torch.full((rows, length, 2), -1, dtype=torch.int32, device=device),
+        "is_image": is_image,
+        "mask": (block_mask if device.type == "cuda" else dense_mask)(
+            layout.document_ids, layout.image_ids, layout.visible_until
+        ),
+        "text_target_index": text,
+        "text_targets": torch.randint(0, VOCAB, text.shape, generator=generator, device=device),
+        "noisy": {GRID: torch.randn(shape, generator=generator, device=device)},
+        "timesteps": {GRID: torch.randint(0, 1000, (len(starts),), generator=generator, device=device)},
+        "image_valid": {GRID: torch.ones(len(starts), dtype=torch.bool, device=device)},
+        "image_token_index": (starts[:, None] + inside).flatten(),
+    }
+    return batch, torch.randn(shape, generator=generator, device=device)
+
+
+def _step_flops(model: Transfusion, batch: dict, layout: Layout) -> float:
+    """Return the FLOPs of a step: 6 a weight and token that meet in a product, 12 width a layer and allowed pair."""
+    trunk = model.config.transformer
+    products = sum(p.numel() for name, p in model.transformer.named_parameters() if p.ndim == 2)
+    patch_products = model.patches.to_width.weight.numel() + model.patches.to_patch.weight.numel()
+    linear = 6 * (
+        products * batch["input_ids"].numel()
+        + model.text_head.weight.numel() * len(batch["text_targets"])
+        + patch_products * len(batch["image_token_index"])
+    )
+    return linear + 12 * trunk.width * trunk.layers * layout.allowed_pairs
+
+
+def _relative_error(ours: Tensor, exact: Tensor) -> float:
+    return round(((ours.float() - exact).norm() / exact.norm()).item(), 6)
+
+
+def _ms(duration: float) -> float:
+    return round(1e3 * duration, 3)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Fixtures that many test files share: a tokenizer, and two small encoded data sets. None of them may be changed."""
+
+from pathlib import Path
+
+import pytest
+
+from data.tokenizer import Tokenizer, train_tokenizer
+from tests.sources import make_source, pairs, texts
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A SentencePiece model of 280 pieces."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer((f"a large red circle beside {i} small blue squares" for i in range(200)), path, 280)
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """60 pictures with captions in three shards of unequal sizes, latents of 4x4 and 4x8 cells and 2 channels."""
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    return make_source(folder, tokenizer, pairs(60, grids=[(4, 4), (4, 8)]), shard_sizes=[31, 7, 22])
+
+
+@pytest.fixture(scope="session")
+def texts_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """50 texts of 1 to 60 tokens in two shards."""
+    folder = tmp_path_factory.mktemp("data") / "texts"
+    return make_source(folder, tokenizer, texts(50, lengths=(1, 60)), shard_sizes=[20, 30])

@@ -1,0 +1,173 @@
+"""Documents keep the paper's shares of caption order, draws depend on their origin alone, bad arrays have names."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+
+from data.documents import (
+    Document,
+    ImageSegment,
+    OrderConfig,
+    TextSegment,
+    arrange,
+    check_document,
+    decode_document,
+    document_sizes,
+    encode_record,
+    seed_from,
+    uniforms,
+)
+from data.shards import BadRecord, Record
+
+MOMENTS = np.arange(4 * 2 * 6, dtype=np.float16).reshape(4, 2, 6)
+TOKENS = np.array([5, 6, 7])
+
+
+def npy(array: np.ndarray, **options: bool) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def layout(document: Document) -> str:
+    return " ".join("text" if isinstance(segment, TextSegment) else "image" for segment in document.segments)
+
+
+def reason(record: Record) -> str:
+    with pytest.raises(BadRecord) as caught:
+        decode_document(record, "a.tar#7")
+    assert str(caught.value).startswith("a.tar#7: ")
+    return caught.value.reason
+
+
+def test_a_record_reads_back_as_its_document() -> None:
+    document = decode_document(encode_record("key", TOKENS, MOMENTS, b"{}"), "here")
+    text, image = document.segments
+    assert text.token_ids.dtype == np.int64 and text.token_ids.tolist() == [5, 6, 7]
+    assert image.moments.dtype == np.float16 and np.array_equal(image.moments, MOMENTS) and not image.before_caption
+
+
+@pytest.mark.parametrize(
+    ("tokens", "moments", "expected", "sizes"),
+    [
+        (TOKENS, None, "text", (3, [])),
+        (TOKENS, MOMENTS, "text image", (3, [(2, 6)])),
+        (TOKENS[:0], MOMENTS, "image", (0, [(2, 6)])),
+        (TOKENS, MOMENTS[:, :, ::2], "text image", (3, [(2, 3)])),  # not contiguous
+        (TOKENS, np.asfortranarray(MOMENTS), "text image", (3, [(2, 6)])),
+    ],
+)
+def test_layouts(tokens: np.ndarray, moments: np.ndarray | None, expected: str, sizes: tuple) -> None:
+    record = encode_record("key", tokens, moments, b"{}")
+    document = decode_document(record, "here")
+    assert layout(document) == expected and document_sizes(record) == sizes
+    assert document.has_image == (moments is not None)
+    if moments is not None:
+        assert np.array_equal(document.segments[-1].moments, moments)
+
+
+def test_what_cannot_be_trained_on_is_refused_by_reason() -> None:
+    good = {"__key__": b"a", "tokens.npy": npy(np.array([1, 2], np.int32)), "moments.npy": npy(MOMENTS)}
+    decode_document(good, "here")
+    assert reason({"__key__": b"a", "json": b"{}"}) == "no tokens and no moments"
+    assert reason({"__key__": b"a", "tokens.npy": npy(np.zeros(0, np.int32))}) == "empty document"
+    for value in (np.nan, np.inf, -np.inf):
+        broken = MOMENTS.copy()
+        broken[1, 1, 3] = value
+        assert reason({**good, "moments.npy": npy(broken)}) == "non-finite latents"
+    wrong = {
+        "tokens.npy": [np.zeros(3), np.zeros(3, np.int64), np.zeros(3, ">i4"), np.zeros((3, 1), np.int32)],
+        "moments.npy": [
+            MOMENTS.astype(np.float32),
+            MOMENTS[0],
+            MOMENTS[None],
+            MOMENTS[:3],  # no pair of mean and log variance
+            MOMENTS[:0],
+            MOMENTS[:, :0],
+            MOMENTS.astype(">f2"),
+        ],
+    }
+    for name, arrays in wrong.items():
+        for array in arrays:
+            assert reason({**good, name: npy(array)}) == "wrong array", (name, array.dtype, array.shape)
+    for name in wrong:
+        whole = good[name]
+        torn = [b"", whole[:5], whole[:60], whole[:-1], whole + b"\0", b"PK\x03\x04" + whole]
+        headers = [b"(" * 5000, b"__import__('os')", b"{'descr': '<i4', 'fortran_order': False, 'shape': (1 2,), }\n"]
+        hostile = [b"\x93NUMPY\x01\x00" + len(h).to_bytes(2, "little") + h for h in headers]
+        for content in (*torn, *hostile):
+            assert reason({**good, name: content}) in ("undecodable array", "wrong array"), content[:80]
+
+
+def test_numbers_of_another_tokenizer_or_vae_are_refused() -> None:
+    """The manifest's hashes say what a record should hold; this is what holds it to that."""
+    document = decode_document(encode_record("key", np.array([0, 279]), MOMENTS, b"{}"), "here")
+    check_document(document, 280, 2, "here")
+    with pytest.raises(BadRecord, match=r"here: token id out of range \(expected 0...278\)"):
+        check_document(document, 279, 2, "here")
+    with pytest.raises(BadRecord, match="token id out of range"):
+        check_document(decode_document(encode_record("key", np.array([-1]), None, b"{}"), "here"), 280, 2, "here")
+    with pytest.raises(BadRecord, match=r"wrong array \(moments \(4, 2, 6\), expected 8 channels"):
+        check_document(document, 280, 4, "here")
+
+
+def test_caption_order_and_dropout_have_the_papers_shares() -> None:
+    """80 % captions first among those kept, 10 % dropped: within four standard deviations over 20,000 draws."""
+    document = Document((TextSegment(TOKENS), ImageSegment(MOMENTS)))
+    draws = 20_000
+    drawn = [arrange(document, OrderConfig(), 0, 0, 0, i // 100, i % 100) for i in range(draws)]
+    layouts = [layout(d) for d in drawn]
+    kept = draws - layouts.count("image")
+    for count, total, share in ((layouts.count("image"), draws, 0.1), (layouts.count("text image"), kept, 0.8)):
+        assert abs(count - share * total) < 4 * math.sqrt(total * share * (1 - share))
+    for d, name in zip(drawn, layouts, strict=True):
+        image = d.segments[0 if name != "text image" else 1]
+        assert image.before_caption == (name == "image text")  # a dropped caption leaves the noise uncapped
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (OrderConfig(caption_first=1, caption_dropout=0), "text image"),
+        (OrderConfig(caption_first=0, caption_dropout=0), "image text"),
+        (OrderConfig(caption_first=1, caption_dropout=1), "image"),
+    ],
+)
+def test_shares_of_zero_and_one_are_exact(config: OrderConfig, expected: str) -> None:
+    document = Document((TextSegment(TOKENS), ImageSegment(MOMENTS)))
+    assert {layout(arrange(document, config, 0, i)) for i in range(500)} == {expected}
+
+
+def test_other_documents_are_left_as_they_are() -> None:
+    always = OrderConfig(caption_first=0, caption_dropout=1)
+    text, image = TextSegment(TOKENS), ImageSegment(MOMENTS)
+    for segments in ((text,), (image,), (text, image, text), (image, text), (text, image, image)):
+        assert arrange(Document(segments), always, 1) == Document(segments)
+
+
+def test_draws_depend_on_every_part_of_their_origin_and_on_nothing_else() -> None:
+    """The same numbers on any machine: pinned. One part changed by one: other numbers."""
+    origin = (7, 1, 0, 12, 345)
+    assert seed_from("caption", *origin) == 7788534006671718050
+    assert uniforms("caption", *origin, count=2) == [0.8444345490510706, 0.8851112925424708]
+    changed = [(*origin[:i], origin[i] + 1, *origin[i + 1 :]) for i in range(5)]
+    seeds = {seed_from("caption", *parts) for parts in [origin, *changed, origin[:4]]} | {seed_from("mix", *origin)}
+    assert len(seeds) == 8
+    assert seed_from("caption", *(np.int64(part) for part in origin)) == seed_from("caption", *origin)
+
+
+def test_draws_are_uniform_and_below_one() -> None:
+    """Any number of them: a lane draws one for each of its sources."""
+    values = np.array([uniforms("mix", 0, lane, count=20) for lane in range(2000)])
+    assert values.shape == (2000, 20) and values.min() >= 0 and values.max() < 1
+    assert np.abs(values.mean(0) - 0.5).max() < 4 / math.sqrt(12 * 2000)
+    assert np.abs(np.corrcoef(values.T) - np.eye(20)).max() < 5 / math.sqrt(2000)
+
+
+@pytest.mark.parametrize("name", ["caption_first", "caption_dropout"])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_a_share_outside_its_range_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name}={value}: expected a share in \[0, 1\]"):
+        OrderConfig(**{name: value})

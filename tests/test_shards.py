@@ -1,0 +1,425 @@
+"""Shards read back what was written, agree with webdataset and tarfile, and bad bytes are typed, counted errors."""
+
+import io
+import os
+import pickle
+import random
+import tarfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from data.documents import decode_document, document_sizes, encode_record
+from data.shards import (
+    MAX_RECORD_BYTES,
+    BadRecord,
+    BadRecords,
+    Record,
+    ShardIndex,
+    atomic_write,
+    index_path,
+    index_shard,
+    parse_record,
+    read_at,
+    read_shard,
+    write_shard,
+)
+
+LONG = "folder/" + "long" * 60  # does not fit a plain tar header
+
+
+def raw_records(count: int, seed: int = 0) -> list[Record]:
+    """Records of pictures and captions, some with names and contents that need care."""
+    rng = random.Random(seed)
+    names = ["plain", "a/b", "with space", "ümlaut", LONG, "x" * 99]
+    return [
+        {
+            "__key__": f"{names[i % len(names)]}-{i}".encode(),
+            "png": rng.randbytes(rng.randrange(3000)),
+            "txt": f"caption {i}".encode() * rng.randrange(3),
+            "meta.json": b"{}",
+        }
+        for i in range(count)
+    ]
+
+
+def no_sizes(record: Record) -> tuple[int, list[tuple[int, int]]]:
+    return 0, []
+
+
+def read_all(path: Path, max_fraction: float = 1.0) -> tuple[list[Record], BadRecords]:
+    bad = BadRecords(max_fraction)
+    return list(read_shard(path, bad)), bad
+
+
+def by_webdataset(path: Path) -> list[Record]:
+    """What a plain WebDataset makes of a shard: the oracle."""
+    dataset = wds.WebDataset(str(path), shardshuffle=False, empty_check=False)
+    return [
+        {name: value.encode() if name == "__key__" else value for name, value in sample.items()}
+        for sample in ({k: v for k, v in s.items() if k not in ("__url__", "__local_path__")} for s in dataset)
+    ]
+
+
+def members(*items: tuple[str, bytes | tarfile.TarInfo], form: int = tarfile.PAX_FORMAT) -> bytes:
+    """Return a tar of (name, contents or a ready header) members."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
+        for name, contents in items:
+            if isinstance(contents, tarfile.TarInfo):
+                contents.name = name
+                archive.addfile(contents)
+            else:
+                info = tarfile.TarInfo(name)
+                info.size = len(contents)
+                archive.addfile(info, io.BytesIO(contents))
+    return buffer.getvalue()
+
+
+def special(kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo()
+    info.type, info.linkname = kind, target
+    return info
+
+
+def save(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def reasons(data: bytes, path: Path) -> tuple[list[str], dict[str, int]]:
+    """Return the keys that are read from a tar, and what was counted as bad."""
+    records, bad = read_all(save(path, data))
+    assert bad.seen == len(records) + bad.reasons.total()
+    return [record["__key__"].decode() for record in records], dict(bad.reasons)
+
+
+def test_what_is_written_is_read_in_order(tmp_path: Path) -> None:
+    written = raw_records(20)
+    write_shard(tmp_path / "a.tar", written)
+    records, bad = read_all(tmp_path / "a.tar", max_fraction=0)
+    assert records == written and bad.seen == 20
+    index = index_shard(tmp_path / "a.tar", no_sizes)
+    with open(tmp_path / "a.tar", "rb") as file:
+        for i in random.Random(0).sample(range(20), 20):
+            assert read_at(file.fileno(), index.spans[i], "here") == written[i]
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        write_shard(tmp_path / name, raw_records(20))
+        index_shard(tmp_path / name, no_sizes).save(index_path(tmp_path / name))
+        os.utime(tmp_path / name, (0, 0))
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    assert (tmp_path / "a.tar.idx").read_bytes() == (tmp_path / "b.tar.idx").read_bytes()
+
+
+def test_a_plain_webdataset_reads_our_shards(tmp_path: Path) -> None:
+    written = raw_records(20)
+    write_shard(tmp_path / "a.tar", written)
+    assert by_webdataset(tmp_path / "a.tar") == written
+
+
+def test_we_read_shards_that_webdataset_wrote(tmp_path: Path) -> None:
+    with wds.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i in range(5):
+            writer.write({"__key__": f"{LONG}{i}", "txt": f"caption {i}", "json": {"i": i}, "cls": i})
+    records, bad = read_all(tmp_path / "a.tar", max_fraction=0)
+    assert records == by_webdataset(tmp_path / "a.tar") and len(records) == 5 and bad.seen == 5
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_we_read_what_tarfile_writes_as_webdataset_does(tmp_path: Path, form: int) -> None:
+    """Folders, names without extension, upper case, webdataset's meta data and empty members included."""
+    long = LONG if form != tarfile.USTAR_FORMAT else "folder/" * 20 + "x"
+    data = members(
+        ("folder", special(tarfile.DIRTYPE)),
+        ("README", b"no extension"),
+        ("__meta__/about.txt", b"not a record"),
+        ("folder/a.JPG", b"1" * 512),
+        ("folder/a.txt", b""),
+        (long, special(tarfile.DIRTYPE)),
+        (f"{long}/b.jpg", b"2" * 513),
+        (f"{long}/b.seg.png", b"3"),
+        (f"{long}/none", b"no extension"),
+        ("dots.in/a.folder/c.d.e", b"4"),
+        ("ümlaut.txt", "ü".encode()),
+        ("./d.txt", b"5"),
+        ("new\nline.txt", b"6"),
+        form=form,
+    )
+    path = save(tmp_path / "a.tar", data)
+    records, bad = read_all(path, max_fraction=0)
+    expected = by_webdataset(path)
+    assert records == expected and len(records) == 6 and not bad.reasons
+    assert len(index_shard(path, no_sizes)) == 6
+
+
+def test_the_end_of_a_shard_ends_its_last_record_only_with_the_archive(tmp_path: Path) -> None:
+    """At each cut: the records that are provably complete, all bytes theirs, and one counted tail."""
+    written = raw_records(6)
+    write_shard(tmp_path / "whole.tar", written)
+    data = (tmp_path / "whole.tar").read_bytes()
+    spans = index_shard(tmp_path / "whole.tar", no_sizes).spans
+    end = int(spans[-1, 0] + spans[-1, 1])
+    cuts = {0, 1, 511, 512, 513, end - 1, end, end + 1, end + 511}
+    cuts |= {int(start) + delta for start in spans[:, 0] for delta in (-513, -1, 0, 1, 511, 512, 1024, 1500) if start}
+    for cut in sorted(cuts):
+        records, bad = read_all(save(tmp_path / "cut.tar", data[:cut]))
+        # A record is complete once the first header of the next one is whole: from there on its name is known.
+        assert records == written[: len(records)], cut
+        ends = [int(start + length) for start, length, _ in spans]
+        assert sum(stop + 3 * 512 + 512 <= cut for stop in ends[:-1]) <= len(records), cut
+        assert all(stop + 512 <= cut for stop in ends[: len(records)]), cut
+        assert dict(bad.reasons) == {"truncated": 1} and bad.seen == len(records) + 1, cut
+        with pytest.raises(BadRecord, match="truncated"):
+            index_shard(tmp_path / "cut.tar", no_sizes)
+    for cut in (end + 512, end + 1024, len(data)):
+        assert read_all(save(tmp_path / "cut.tar", data[:cut]), max_fraction=0)[0] == written
+
+
+def test_every_flipped_bit_of_a_record_is_found(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", raw_records(3))
+    data = (tmp_path / "a.tar").read_bytes()
+    spans = index_shard(tmp_path / "a.tar", no_sizes).spans
+    rng = random.Random(0)
+    for _ in range(100):
+        number = rng.randrange(3)
+        offset, length, _ = spans[number].tolist()
+        flipped = bytearray(data)
+        flipped[offset + rng.randrange(length)] ^= 1 << rng.randrange(8)
+        with open(save(tmp_path / "b.tar", flipped), "rb") as file:
+            with pytest.raises(BadRecord, match="checksum"):
+                read_at(file.fileno(), spans[number], "here")
+
+
+def test_a_shard_shorter_than_its_index_is_truncated(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", raw_records(3))
+    spans = index_shard(tmp_path / "a.tar", no_sizes).spans
+    os.truncate(tmp_path / "a.tar", int(spans[2, 0]) + 700)
+    with open(tmp_path / "a.tar", "rb") as file:
+        read_at(file.fileno(), spans[1], "here")
+        with pytest.raises(BadRecord, match="truncated"):
+            read_at(file.fileno(), spans[2], "here")
+        for hostile in ([0, 1 << 50, 0], [-5, 10, 0], [0, -1, 0], [1 << 60, 10, 0]):
+            with pytest.raises(BadRecord):
+                read_at(file.fileno(), np.array(hostile), "here")
+
+
+def test_an_index_keeps_sizes_and_reads_back(tmp_path: Path) -> None:
+    """Lengths by the slow count: BOS, text, EOS, and for each image BOI, patches, EOI."""
+    rng = np.random.default_rng(0)
+    grids = [None, (4, 4), (2, 8), None, (6, 4)]
+    lengths = [0, 0, 5, 1, 7]
+    moments = [None if grid is None else rng.normal(size=(4, *grid)).astype(np.float16) for grid in grids]
+    tokens = [np.arange(n, dtype=np.int32) for n in lengths]
+    contents = list(zip(tokens, moments, strict=True))[1:]
+    write_shard(tmp_path / "a.tar", (encode_record(f"{i}", t, m, b"{}") for i, (t, m) in enumerate(contents)))
+    index_shard(tmp_path / "a.tar", document_sizes).save(index_path(tmp_path / "a.tar"))
+    index = ShardIndex.load(index_path(tmp_path / "a.tar"))
+    assert index.text_tokens.tolist() == lengths[1:]
+    assert index.grids.tolist() == [list(grid) for grid in grids if grid]
+    for patch_size in (1, 2):
+        expected = [
+            1 + n + 1 + (1 + (grid[0] // patch_size) * (grid[1] // patch_size) + 1 if grid else 0)
+            for n, grid in list(zip(lengths, grids, strict=True))[1:]
+        ]
+        assert index.document_tokens(patch_size).tolist() == expected
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", raw_records(5))
+    path = index_path(tmp_path / "a.tar")
+    index_shard(tmp_path / "a.tar", no_sizes).save(path)
+    data = path.read_bytes()
+    crc32 = zlib.crc32(data)
+    assert len(ShardIndex.load(path, crc32)) == 5
+    rng = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        save(path, damaged)
+        with pytest.raises(BadRecord, match="unreadable index"):
+            ShardIndex.load(path, crc32)
+        try:  # without the manifest's checksum some damage passes, but nothing else may happen
+            ShardIndex.load(path)
+        except BadRecord as error:
+            assert error.reason == "unreadable index"
+    wrong = [b"", b"PK\x03\x04", data[:-30], pickle.dumps([1]), np.arange(3).tobytes()]
+    for content in wrong:
+        with pytest.raises(BadRecord, match="unreadable index"):
+            ShardIndex.load(save(path, content))
+    path.unlink()
+    with pytest.raises(BadRecord, match="unreadable index"):
+        ShardIndex.load(path)
+
+
+def test_an_index_of_inconsistent_arrays_is_refused(tmp_path: Path) -> None:
+    good = {
+        "spans": np.zeros((2, 3), np.int64),
+        "text_tokens": np.zeros(2, np.int64),
+        "grid_starts": np.array([0, 1, 1]),
+        "grids": np.ones((1, 2), np.int32),
+    }
+    bad = [
+        {"spans": np.zeros((2, 2), np.int64)},
+        {"spans": np.zeros((3, 3), np.int64)},
+        {"spans": np.zeros((2, 3))},
+        {"text_tokens": np.zeros(3, np.int64)},
+        {"grid_starts": np.array([0, 1, 2])},
+        {"grid_starts": np.array([0, 2, 1])},
+        {"grids": np.array([[object(), 1]])},
+    ]
+    for change in bad:
+        path = tmp_path / "a.idx"
+        np.savez(path.open("wb"), **{**good, **change})
+        with pytest.raises(BadRecord, match="unreadable index"):
+            ShardIndex.load(path)
+
+
+def test_hostile_members_cost_their_own_record_only(tmp_path: Path) -> None:
+    """Each is counted by reason; their neighbours are read."""
+    cases = [
+        ("unsafe member name", [("../x.txt", b"1")]),
+        ("unsafe member name", [("/etc/x.txt", b"1")]),
+        ("unsafe member name", [("a/../../x.txt", b"1")]),
+        ("member is not a file", [("x.txt", special(tarfile.SYMTYPE, "/etc/passwd"))]),
+        ("member is not a file", [("x.txt", special(tarfile.LNKTYPE, "a.txt"))]),
+        ("member is not a file", [("x.txt", special(tarfile.FIFOTYPE))]),
+        ("member is not a file", [("x.txt", special(tarfile.CHRTYPE))]),
+        ("duplicate member", [("x.txt", b"1"), ("x.TXT", b"2")]),
+        ("duplicate member", [("x.txt", b"1"), ("x.__key__", b"2")]),
+    ]
+    for reason, hostile in cases:
+        data = members(("a.txt", b"before"), *hostile, ("b.txt", b"after"))
+        assert reasons(data, tmp_path / "a.tar") == (["a", "b"], {reason: 1}), hostile
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    data = members(("a.txt", b"1"), ("x\udcff.txt", b"2"), ("b.txt", b"3"), form=tarfile.GNU_FORMAT)
+    assert reasons(data, tmp_path / "a.tar") == (["a", "b"], {"member name is not UTF-8": 1})
+
+
+def test_headers_that_claim_absurd_sizes_are_refused_without_reading(tmp_path: Path) -> None:
+    for size in (MAX_RECORD_BYTES + 1, 1 << 60):
+        info = tarfile.TarInfo("x.txt")
+        info.size = size
+        data = members(("a.txt", b"1"))[:1024] + info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+        assert reasons(data, tmp_path / "a.tar")[1] == {"oversized member": 1}
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 1 << 29
+    assert reasons(long_name.tobuf() + bytes(1024), tmp_path / "a.tar")[1] == {"oversized member": 1}
+
+
+def test_a_link_or_folder_that_claims_contents_does_not_hide_what_follows(tmp_path: Path) -> None:
+    """tarfile gives links and folders no contents, whatever their header says; nor do we."""
+    folder = special(tarfile.DIRTYPE)
+    folder.name, folder.size = "folder", 512
+    data = folder.tobuf() + members(("a.txt", b"1"))
+    path = save(tmp_path / "a.tar", data)
+    assert read_all(path, max_fraction=0)[0] == by_webdataset(path) == [{"__key__": b"a", "txt": b"1"}]
+
+
+@pytest.mark.parametrize("data", [b"", b"not a tar", b"\x1f\x8b" + bytes(2000), b"{}" * 5000])
+def test_what_is_no_tar_is_one_counted_error(tmp_path: Path, data: bytes) -> None:
+    assert reasons(data, tmp_path / "a.tar")[0] == []
+    assert reasons(data, tmp_path / "a.tar")[1] in ({"truncated": 1}, {"broken header": 1})
+
+
+def test_damaged_shards_give_only_typed_errors(tmp_path: Path) -> None:
+    """300 mutated shards: flips, cuts, swapped blocks, random headers. What is read was a record or is counted."""
+    write_shard(tmp_path / "a.tar", raw_records(4))
+    data = (tmp_path / "a.tar").read_bytes()
+    rng = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(rng.randrange(1, 4)):
+            match rng.randrange(4):
+                case 0:
+                    damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+                case 1:
+                    del damaged[rng.randrange(512, len(damaged) + 1) :]
+                case 2:
+                    a, b = (rng.randrange(len(damaged) // 512) * 512 for _ in range(2))
+                    damaged[a : a + 512], damaged[b : b + 512] = damaged[b : b + 512], damaged[a : a + 512]
+                case 3:
+                    a = rng.randrange(len(damaged) // 512) * 512
+                    damaged[a + 124 : a + 136] = rng.choice(
+                        [b"77777777777\0", b"\xff" * 12, b"\x80" + bytes(10) + b"\1"]
+                    )
+        reasons(bytes(damaged), tmp_path / "b.tar")
+
+
+def test_pickled_arrays_are_refused_unread(tmp_path: Path) -> None:
+    """P11: neither tokens nor moments are ever unpickled."""
+
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Bomb()], dtype=object), allow_pickle=True)
+    for name in ("tokens.npy", "moments.npy"):
+        for content in (buffer.getvalue(), pickle.dumps(Bomb())):
+            record = {"__key__": b"a", name: content}
+            with pytest.raises(BadRecord, match=r"wrong array|undecodable array"):
+                decode_document(record, "here")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_bad_records_stop_past_their_share(tmp_path: Path) -> None:
+    bad = BadRecords(max_fraction=0.1)
+    for i in range(40):
+        bad.seen += 1
+        if i in (3, 7, 30):
+            bad.add(BadRecord("broken", f"record {i}"))
+        bad.check()
+    assert bad.summary() == "broken: 3"
+    bad.add(BadRecord("other", "record x"))
+    bad.add(BadRecord("other", "record y"))
+    with pytest.raises(
+        ValueError, match=r"5 of 40 records are bad, more than max_bad_fraction=0.1: broken: 3, other: 2"
+    ):
+        bad.check()
+    few = BadRecords(max_fraction=0.1, seen=2)
+    few.add(BadRecord("broken", "a"))
+    few.check()  # too early to judge
+    with pytest.raises(ValueError, match="1 of 2"):
+        few.check(final=True)
+
+
+@pytest.mark.parametrize("key", ["a.b", "../a", "/a", "", "a/.b", "__x__/a"])
+def test_a_key_that_would_not_read_back_is_not_written(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match="rename the record"):
+        write_shard(tmp_path / "a.tar", [{"__key__": key.encode(), "txt": b""}])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_neighbours_of_one_key_are_not_written(tmp_path: Path) -> None:
+    """They would read back as one record."""
+    with pytest.raises(ValueError, match="repeats"):
+        write_shard(tmp_path / "a.tar", [{"__key__": b"a", "txt": b""}] * 2)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("before")
+
+    def failing() -> Iterable[Record]:
+        yield {"__key__": b"a", "txt": b""}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "a", failing())
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "before"
+    with atomic_write(tmp_path / "a") as file:
+        file.write(b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "after"
+
+
+def test_a_span_of_two_records_is_refused() -> None:
+    with pytest.raises(BadRecord, match="duplicate member"):
+        parse_record(members(("a.txt", b"1"), ("b.png", b"2")), "here")
