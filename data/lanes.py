@@ -108,17 +108,21 @@ class Source:
     def _open_shard(self, shard: int) -> BinaryIO:
         return self.manifest.shard_path(shard).open("rb", buffering=0)
 
-    def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the epoch's order of shards and where each starts, in tokens, plus the end: [n], [n + 1]."""
-        generator = np.random.default_rng(seed_from("shards", self.settings.seed, epoch, self.number))
+    def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the epoch's order of shards [n], the token each starts at and the end [n + 1], each lane's range [L].
+
+        Lanes change ranges, so that none meets the same documents (or, in a small set, none at all) for ever.
+        """
+        generator = np.random.default_rng(seed_from("epoch", self.settings.seed, epoch, self.number))
         order = generator.permutation(len(self._shard_tokens))
-        return order, np.concatenate([[0], np.cumsum(self._shard_tokens[order])])
+        starts = np.concatenate([[0], np.cumsum(self._shard_tokens[order])])
+        return order, starts, generator.permutation(self.settings.lanes)
 
     def _cut_range(self, epoch: int, lane: int) -> tuple[list[tuple[int, int]], list[int]]:
         """Return the lane's runs of records: [(shard, first record)] and the running count at each run's end."""
-        order, starts = self._epoch(epoch)
-        total, lanes = int(starts[-1]), self.settings.lanes
-        low, high = total * lane // lanes, total * (lane + 1) // lanes
+        order, starts, ranges = self._epoch(epoch)
+        total, lanes, part = int(starts[-1]), self.settings.lanes, int(ranges[lane])
+        low, high = total * part // lanes, total * (part + 1) // lanes
         spans, ends, count = [], [], 0
         for place in range(np.searchsorted(starts, low, "right") - 1, np.searchsorted(starts, high, "left")):
             shard, start, stop = int(order[place]), int(starts[place]), int(starts[place + 1])

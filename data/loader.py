@@ -8,7 +8,7 @@ and its own state is not used.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class DataSet:
         return {
             "tokenizer": self.tokenizer.hash,
             "sources": ",".join(f"{s.manifest.content_hash}*{s.config.repeat}" for s in self.sources),
-            "lanes": repr(self.settings),
+            **{name: str(value) for name, value in vars(self.settings).items()},
         }
 
 
@@ -107,8 +107,8 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
         rows, columns = patch_grid(grid, patch_size)
         if rows * columns + 4 > config.sequence_length:
             raise ValueError(
-                f"an image of latent grid {grid[0]}x{grid[1]} is {rows * columns + 4} tokens with BOS, BOI, EOI, EOS: "
-                f"more than data.sequence_length={config.sequence_length}"
+                f"an image of latent grid {grid[0]}x{grid[1]} is {rows * columns + 4} tokens with BOS, BOI, EOI, EOS, "
+                f"more than data.sequence_length={config.sequence_length}; use longer sequences or larger patches"
             )
     return DataSet(sources, settings, tokenizer, spec, sorted(grids))
 
@@ -186,8 +186,10 @@ class Loader:
         first_step: int = 1,
         states: dict[int, dict] | None = None,
         pin_memory: bool = False,
+        worker_init_fn: Callable[[int], None] | None = None,  # runs first in each loader process
     ):
         self.data, self.config, self.pin_memory = data, config, pin_memory
+        self._worker_init_fn = worker_init_fn
         self.lanes = lanes_of_rank(rank, world_size, config.lanes)
         most = -(-config.lanes // world_size)  # rows of the fullest rank: all ranks run as many micro-steps
         self.micro_batch_size = min(micro_batch_size, most)
@@ -247,6 +249,7 @@ class Loader:
                 batch_size=None,
                 num_workers=workers,
                 multiprocessing_context="fork",
+                worker_init_fn=self._worker_init_fn,
                 prefetch_factor=self.config.prefetch_steps,
                 snapshot_every_n_steps=1 << 40,
             )

@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.shards import BadRecord, Record
 
@@ -12,7 +12,7 @@ MAX_PIXELS = 64 * 1024 * 1024  # a header that claims more is a decompression bo
 
 
 def decode_picture(record: Record, resolution: int, where: str) -> np.ndarray:
-    """Return the record's picture as uint8 [resolution, resolution, 3]: shorter side resized, centre cropped.
+    """Return the record's picture as uint8 [resolution, resolution, 3]: upright, shorter side resized, centre cropped.
 
     Raises BadRecord when there is none or it does not decode.
     """
@@ -23,10 +23,13 @@ def decode_picture(record: Record, resolution: int, where: str) -> np.ndarray:
         with Image.open(io.BytesIO(record[extension]), formats=("JPEG", "PNG", "WEBP")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise BadRecord("oversized picture", where, f"{picture.width}x{picture.height}")
-            picture = picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, BadRecord):
-            raise
+            ImageOps.exif_transpose(picture, in_place=True)
+            picture = _to_rgb(picture)
+    except BadRecord:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadRecord("oversized picture", where, str(error)) from None
+    except Exception as error:  # Pillow's decoders share no error class, and what they raise is the picture's fault
         raise BadRecord("undecodable picture", where, str(error)) from None
     if picture.size != (resolution, resolution):
         side = min(picture.size)
@@ -34,6 +37,16 @@ def decode_picture(record: Record, resolution: int, where: str) -> np.ndarray:
         box = (left, top, left + side, top + side)
         picture = picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
     return np.asarray(picture)
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert any mode; 16-bit greys keep their upper byte (Pillow clips them to white), transparency shows white."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

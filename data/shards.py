@@ -26,6 +26,7 @@ Record = dict[str, bytes]  # extension -> contents, and "__key__" -> the key in 
 TAR_BLOCK = 512
 MAX_RECORD_BYTES = 1 << 30  # a header that claims more is hostile or broken
 MAX_NAME_BYTES = 1 << 16
+NAMES_KEPT = 20  # of bad records
 _KEY_RULE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the name's first dot
 _META_RULE = re.compile(r"__[^/]*__($|/)")  # webdataset's: members about the archive, part of no record
 _FILE_TYPES = (b"0", b"\0", b"7")
@@ -65,7 +66,7 @@ class BadRecords:
 
     def add(self, error: BadRecord) -> None:
         self.reasons[error.reason] += 1
-        if len(self.names) < 20:
+        if len(self.names) < NAMES_KEPT:
             self.names.append(str(error))
 
     def check(self, final: bool = False) -> None:
@@ -74,7 +75,7 @@ class BadRecords:
         if bad and (final or self.seen >= 20) and bad > self.max_fraction * max(self.seen, 1):
             raise ValueError(
                 f"{bad} of {self.seen} records are bad, more than max_bad_fraction={self.max_fraction}: "
-                f"{self.summary()}. First: {'; '.join(self.names[:3])}"
+                f"{self.summary()}" + (f". First: {'; '.join(self.names[:3])}" if self.names else "")
             )
 
     def summary(self) -> str:

@@ -35,7 +35,8 @@ class Tokenizer:
             raise FileNotFoundError(f"tokenizer {path}: no such file; train one with `python -m train.tokenizer`")
         model = self.path.read_bytes()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise ValueError(f"tokenizer {path} is not a SentencePiece model: {error}") from None
         self.hash = hashlib.sha256(model).hexdigest()[:16]
@@ -45,6 +46,8 @@ class Tokenizer:
         if boi == unknown or eoi == unknown:
             boi, eoi, size = size, size + 1, size + 2
         self.vocab_size = size
+        if self._processor.bos_id() < 0 or self._processor.eos_id() < 0:
+            raise ValueError(f"tokenizer {path} has no BOS or no EOS piece, which every document needs; use another")
         pad = self._processor.pad_id()
         self.special = SpecialIds(
             bos=self._processor.bos_id(), eos=self._processor.eos_id(), boi=boi, eoi=eoi, pad=max(pad, 0)
@@ -62,7 +65,10 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
-    """Train a BPE model with byte fallback; raise ValueError when the texts cannot fill `vocab_size`."""
+    """Train a BPE model with byte fallback; raise ValueError when the texts cannot fill `vocab_size`.
+
+    Text decodes to what was encoded: no normalisation, and line breaks and runs of spaces stay.
+    """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -74,6 +80,9 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
             character_coverage=0.9999,
             control_symbols=[BOI_PIECE, EOI_PIECE],
             pad_id=3,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 24,  # bytes; the default leaves out texts longer than 4 KB
             num_threads=1,
             minloglevel=2,
         )

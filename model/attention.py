@@ -84,6 +84,11 @@ def dense_mask(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor) -
     return allowed(index[:, None], index[None, :], q_ids, k_ids, visible_until[:, None, :])[:, None]
 
 
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 0 where bool `mask` allows and -inf elsewhere: SDPA would make this of a boolean anew in every layer."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
 def block_mask(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor, block: int = BLOCK) -> BlockMask:
     """Return the BlockMask of int ids [B, S], on their device, without waiting for it.
 
@@ -121,7 +126,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor | None) -> 
 def _attend_bf16_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Return the same by plain products: torch's CPU kernel is five times slower in bf16, forward and backward."""
     rows, heads, length, head_dim = q.shape
-    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)  # [B, 1, S, Skv]
+    bias = additive_mask(mask, q.dtype) if mask.dtype == torch.bool else mask  # [B, 1, S, Skv]
     bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)
     scores = torch.baddbmm(bias, (q * head_dim**-0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(rows, heads, length, head_dim)

@@ -51,20 +51,27 @@ class TimestepEmbedding(nn.Module):
 
 
 class LinearPatches(nn.Module):
-    """The paper's linear patcher: add the timestep embedding to every patch vector, then one linear layer."""
+    """The paper's linear patcher: add the timestep embedding to every patch vector, then one linear layer.
 
-    def __init__(self, width: int, latent_channels: int, patch_size: int) -> None:
+    With `timestep_after` (ours) it is added after that layer, in the width of the trunk: a patch vector of few
+    dimensions has no room for both.
+    """
+
+    def __init__(self, width: int, latent_channels: int, patch_size: int, timestep_after: bool = False) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.timestep_after = patch_size, timestep_after
         patch_dim = patch_size * patch_size * latent_channels
-        self.timestep = TimestepEmbedding(width, patch_dim)
+        self.timestep = TimestepEmbedding(width, width if timestep_after else patch_dim)
         self.to_width = nn.Linear(patch_dim, width)
         self.to_patch = nn.Linear(width, patch_dim)
 
     def encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skips]:
         """Return (tokens [N, P, D], None) of noisy latents [N, C, h, w] at timesteps [N]."""
         patches = patchify(latents, self.patch_size).to(self.to_width.weight.dtype)
-        return self.to_width(patches + self.timestep(timesteps)[:, None]), None
+        embedding = self.timestep(timesteps)[:, None]
+        if self.timestep_after:
+            return self.to_width(patches) + embedding, None
+        return self.to_width(patches + embedding), None
 
     def decode(self, hidden: Tensor, skips: Skips, timesteps: Tensor, h: int, w: int) -> Tensor:
         """Return the prediction [N, C, h, w] of hidden states [N, P, D]."""

@@ -7,11 +7,12 @@ that checkpointing, compilation and sharding are applied to each from outside.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from model.attention import KVCache, LayerCache, RotaryTables, apply_rope, attend, rotary_tables
+from model.attention import KVCache, LayerCache, RotaryTables, additive_mask, apply_rope, attend, rotary_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +71,42 @@ SIZES = {
 }
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, with a shorter way on CPU: half the time there, which is a twentieth of a small model's step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        return _CPURMSNorm.apply(x, self.weight, self.eps)
+
+
+class _CPURMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)  # [..., 1]
+        unit = x * scale
+        ctx.save_for_backward(unit, scale, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        unit, scale, weight = ctx.saved_tensors
+        product = (grad * unit).flatten(0, -2)
+        # d x = scale (grad w - unit mean(grad w unit))
+        mean = (product @ weight).view(scale.shape).div_(-unit.shape[-1])
+        return torch.addcmul(grad * weight, unit, mean).mul_(scale), product.sum(0), None
+
+
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads, config.head_dim
         self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(self.heads * self.head_dim, config.width, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -115,9 +144,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = FeedForward(config)
 
     def forward(
@@ -136,7 +165,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
 
     def forward(
         self,
@@ -153,6 +182,8 @@ class Transformer(nn.Module):
         """
         grid = grid_positions if self.config.rope_2d else None
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, grid)
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            mask = additive_mask(mask, h.dtype)
         for layer, block in enumerate(self.blocks):
             h = block(h, rotary, mask, None if cache is None else cache.layer(layer))
         return self.norm(h)

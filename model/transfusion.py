@@ -26,6 +26,8 @@ class TransfusionConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     patch_size: int = 2  # latent pixels a side of one image token, >= 1; the paper: 1, 2, 4 or 8
     latent_channels: int = 8  # channels of the VAE's latents, >= 1
+    # ours: add the timestep embedding after the patches' linear layer instead of before it; off in the paper
+    timestep_after_patches: bool = False
     text_loss_chunk: int = 4096  # text targets whose logits exist at once, >= 1; bounds memory, not the result
 
     def __post_init__(self) -> None:
@@ -48,7 +50,7 @@ class Transfusion(nn.Module):
         width = config.transformer.width
         self.config = config
         self.text_embedding = nn.Embedding(vocab_size, width)
-        self.patches = LinearPatches(width, config.latent_channels, config.patch_size)
+        self.patches = LinearPatches(width, config.latent_channels, config.patch_size, config.timestep_after_patches)
         self.transformer = Transformer(config.transformer)
         self.text_head = nn.Linear(width, vocab_size, bias=False)
 

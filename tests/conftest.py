@@ -3,16 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.tokenizer import Tokenizer, train_tokenizer
+from model.vae import VaeConfig, build_vae
 from tests.sources import make_source, pairs, texts
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A SentencePiece model of 280 pieces."""
+    """A SentencePiece model of 300 pieces."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer((f"a large red circle beside {i} small blue squares" for i in range(200)), path, 280)
+    train_tokenizer((f"a large red circle beside {i} small blue squares" for i in range(200)), path, 300)
     return Tokenizer(path)
 
 
@@ -28,3 +30,16 @@ def texts_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer)
     """50 texts of 1 to 60 tokens in two shards."""
     folder = tmp_path_factory.mktemp("data") / "texts"
     return make_source(folder, tokenizer, texts(50, lengths=(1, 60)), shard_sizes=[20, 30])
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untrained VAE of 2 channels and stride 4, in diffusers' layout."""
+    folder = tmp_path_factory.mktemp("vae")
+    config = VaeConfig(
+        latent_channels=2, block_channels=(8, 8, 8), layers_per_block=1, norm_groups=4, mid_attention=False
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        build_vae(config).save_pretrained(folder)
+    return folder

@@ -1,4 +1,4 @@
-"""Run a function on N real ranks: separate processes, gloo, the environment that torchrun would give them.
+"""Run a function, or a program's `main`, on N real ranks: processes, gloo, the environment torchrun would give them.
 
 Processes are forked from a server that has imported torch and run nothing, so that each starts in a tenth of a second
 instead of the eight of importing torch and torch._dynamo (which fully_shard does); the server starts once per test
@@ -10,18 +10,22 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from train.config import run_program
 from train.distributed import Ranks, init_ranks
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo"])
+_preload = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "train.pretrain"]
+_context.set_forkserver_preload(_preload)
 
 
 class RankProcesses:
@@ -72,6 +76,64 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     failed = [f"rank {rank}: status {status}\n{what}" for rank, (status, what) in enumerate(outcomes) if status != 0]
     assert not failed, "\n".join(failed)
     return [result for _, result in outcomes]
+
+
+class ProgramRanks:
+    """`main(argv)` of a program on `world_size` ranks, or started directly (None); leaving the context kills them.
+
+    Each rank writes what it prints to `<log>.<rank>`, standard error too.
+    """
+
+    def __init__(
+        self, main: Callable[[list[str]], int | None], argv: Sequence[str], world_size: int | None, log: Path
+    ) -> None:
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(world_size or 1)]
+        self.processes = []
+        for rank, path in enumerate(self.logs):
+            environment = _environment(rank, world_size, self._store.port) if world_size else {}
+            # Not daemonic: such a process may have no children, and loader workers are children.
+            process = _context.Process(target=_run_program, args=(main, list(argv), environment, path))
+            process.start()
+            self.processes.append(process)
+
+    def __enter__(self) -> "ProgramRanks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to one rank, or to all that still run."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            if process.exitcode is None:
+                os.kill(process.pid, number)
+
+    def wait(self, timeout_s: float = 90.0) -> list[int | None]:
+        """Return the exit status of each rank, None for one that still runs at the deadline."""
+        deadline = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def running(self) -> bool:
+        return any(process.exitcode is None for process in self.processes)
+
+    @property
+    def output(self) -> str:
+        """What all ranks have printed so far."""
+        return "".join(path.read_text() for path in self.logs if path.exists())
+
+
+def _run_program(main: Callable, argv: list[str], environment: dict[str, str], log: Path) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = [main.__module__, *argv]
+    run_program(main)
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -7,10 +7,13 @@ Everything is a function of the arguments, so two calls give the same bytes.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data.documents import document_sizes, encode_record
+from data.lanes import SourceConfig
+from data.loader import DataConfig
 from data.manifest import LatentSpec, Manifest, shard_entry
 from data.shards import index_path, index_shard, write_shard
 from data.tokenizer import Tokenizer
@@ -78,3 +81,10 @@ def latent_spec(channels: int, vae_hash: str = "a" * 16) -> LatentSpec:
     """Return the spec of latents that are standard normal already."""
     mean, std = (0.0,) * channels, (1.0,) * channels
     return LatentSpec(vae_hash=vae_hash, channels=channels, stride=8, resolution=32, mean=mean, std=std)
+
+
+def data_config(tokenizer: Tokenizer, sources: dict[str, Path | SourceConfig], **changes: Any) -> DataConfig:
+    """Return the config of a small data set: four lanes of 64 tokens unless `changes` says otherwise."""
+    settings = {"lanes": 4, "sequence_length": 64, "shuffle_block": 8, "look_ahead": 4, **changes}
+    named = {k: v if isinstance(v, SourceConfig) else SourceConfig(path=str(v)) for k, v in sources.items()}
+    return DataConfig(sources=named, tokenizer=str(tokenizer.path), **settings)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.attention import KVCache, apply_rope, attend, block_mask, dense_mask, rotary_tables
+from model.attention import KVCache, additive_mask, apply_rope, attend, block_mask, dense_mask, rotary_tables
 
 
 def random_layout(length, generator, padding=True, hide=True):
@@ -157,6 +157,23 @@ def test_attention_equals_a_softmax_written_out():
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     expected = weights @ v.repeat_interleave(2, dim=1)
     assert torch.allclose(attend(q, k, v, mask), expected, atol=1e-5)
+
+
+def test_bf16_attention_on_cpu_is_near_f32_in_value_and_gradients():
+    layout = random_layouts(2, 40, seed=6)
+    generator = torch.Generator().manual_seed(7)
+    exact = [torch.randn(2, 4, 40, 16, generator=generator).requires_grad_() for _ in range(3)]
+    upstream = torch.randn(2, 4, 40, 16, generator=generator)
+    mask = dense_mask(*layout)
+    expected = attend(*exact, mask)
+    wanted = torch.autograd.grad(expected, exact, upstream)
+    for form in (mask, additive_mask(mask, torch.bfloat16)):
+        half = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+        out = attend(*half, form)
+        gradients = torch.autograd.grad(out, half, upstream.bfloat16())
+        for ours, theirs in zip((out, *gradients), (expected, *wanted), strict=True):
+            assert ours.dtype == torch.bfloat16
+            assert (ours - theirs).norm() < 2e-2 * theirs.norm()
 
 
 def test_new_masks_of_the_same_shape_do_not_recompile():

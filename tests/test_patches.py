@@ -51,6 +51,16 @@ def test_linear_patches_add_the_timestep_to_every_patch_then_project():
     assert patcher.decode(tokens, skips, timesteps, 4, 4).shape == latents.shape
 
 
+@torch.no_grad()
+def test_timestep_after_adds_it_in_the_width_of_the_trunk():
+    torch.manual_seed(0)
+    patcher = LinearPatches(width=12, latent_channels=3, patch_size=2, timestep_after=True)
+    latents, timesteps = torch.randn(2, 3, 4, 4), torch.tensor([3, 700])
+    tokens, _ = patcher.encode(latents, timesteps)
+    expected = patcher.to_width(patchify(latents, 2)) + patcher.timestep(timesteps)[:, None]
+    assert torch.allclose(tokens, expected, atol=1e-6)
+
+
 def test_linear_patches_are_under_half_a_percent_of_7b():
     with torch.device("meta"):
         patcher = LinearPatches(width=4096, latent_channels=8, patch_size=8)

@@ -6,11 +6,13 @@ import torch
 from model.attention import dense_mask
 from model.diffusion import (
     DiffusionConfig,
+    add_noise,
     alphas_cumprod,
     ddim_step,
     ddpm_step,
     sampling_timesteps,
     to_x0_and_eps,
+    training_target,
 )
 from model.sampler import Prompt, SamplerConfig, SeededDraws, SpecialTokens, generate, sample_tokens
 from model.transformer import TransformerConfig
@@ -21,7 +23,7 @@ VOCAB, CHANNELS, GRID, PATCHES = 12, 3, (4, 4), 4
 TABLE = alphas_cumprod().tolist()
 
 
-def tiny_model(seed=0, boi_bias=0.0, **changes):
+def tiny_model(seed=0, **changes):
     trunk = TransformerConfig(width=16, layers=2, heads=2, ffn_hidden=24, **changes)
     model = Transfusion(TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS), VOCAB)
     init_weights(model, seed)
@@ -239,6 +241,81 @@ def test_limits_hold():
     assert run(model, [], settings()) == []
     with pytest.raises(ValueError, match="max_length=8"):
         run(model, [Prompt((text(*([5] * 4)),), draw=True)], settings(max_length=8))
+
+
+def lay_out(parts):
+    """Return the model's inputs for one row of token ids and (noisy latents, t) images, targets by the paper's rule."""
+    ids, images, grids, noisy, timesteps = [], [], [], [], []
+    for part in parts:
+        if isinstance(part, int):
+            ids, images, grids = [*ids, part], [*images, -1], [*grids, (-1, -1)]
+            continue
+        ids, images = ids + [0] * PATCHES, images + [len(noisy)] * PATCHES
+        grids += [(i, j) for i in range(2) for j in range(2)]
+        noisy.append(part[0])
+        timesteps.append(part[1])
+    is_image = torch.tensor(images) >= 0
+    follows = torch.tensor(ids[1:])
+    index = torch.nonzero(~is_image[:-1] & ~is_image[1:] & (follows != SPECIAL.eoi))[:, 0]
+    image_ids = torch.tensor([images], dtype=torch.int32)
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.arange(len(ids))[None],
+        "grid_positions": torch.tensor([grids]),
+        "is_image": is_image[None],
+        "mask": dense_mask(torch.ones_like(image_ids), image_ids, torch.full_like(image_ids, len(ids))),
+        "text_target_index": index,
+        "text_targets": follows[index],
+        "noisy": {GRID: torch.stack(noisy)},
+        "timesteps": {GRID: torch.tensor(timesteps)},
+        "image_valid": {GRID: torch.ones(len(noisy), dtype=torch.bool)},
+        "image_token_index": torch.nonzero(is_image)[:, 0],
+    }
+
+
+def collate(rows):
+    """Stack one-row inputs of equal length; indices point into the flattened batch."""
+    length = rows[0]["input_ids"].shape[1]
+    batch = {}
+    for name, value in rows[0].items():
+        if isinstance(value, dict):
+            batch[name] = {GRID: torch.cat([row[name][GRID] for row in rows])}
+        else:
+            shift = length if name.endswith("_index") else 0
+            batch[name] = torch.cat([row[name] + i * shift if shift else row[name] for i, row in enumerate(rows)])
+    return batch
+
+
+def test_a_model_that_learned_two_pictures_draws_and_describes_each():
+    trunk = TransformerConfig(width=32, layers=2, heads=2, ffn_hidden=64)
+    model = Transfusion(TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS), VOCAB)
+    init_weights(model, 0)
+    captions, pictures = [[5, 6, 10], [7, 8, 9]], [picture(1), picture(2)]
+    table, generator = alphas_cumprod(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    x0 = torch.stack(pictures * 4)
+    for _ in range(300):
+        noise = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(0, 1000, (8,), generator=generator)
+        x_t = add_noise(x0, noise, t, table)
+        rows = []
+        for i in range(8):
+            caption, image = captions[i % 2], [SPECIAL.boi, (x_t[i], int(t[i])), SPECIAL.eoi]
+            rows.append(lay_out([SPECIAL.bos, *(caption + image if i < 4 else image + caption), SPECIAL.eos]))
+        output = model(**collate(rows))
+        error = output.noise_pred[GRID] - training_target(x0, noise, t, table, "v")
+        (output.text_nll_sum / output.text_count + 5 * error.square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    prompts = [Prompt((torch.tensor(caption),), draw=True, index=i) for i, caption in enumerate(captions)]
+    config = settings(steps=25, guidance_scale=1.0, max_new_tokens=0)
+    for i, (drawn,) in enumerate(run(model, prompts, config, prediction="v")):
+        own, other = ((drawn - pictures[j]).square().mean() for j in (i, 1 - i))
+        assert own < 0.5 and other > 1.5, (own, other)
+    prompts = [Prompt((clean,), index=i) for i, clean in enumerate(pictures)]
+    described = run(model, prompts, settings(temperature=0.0, max_images=0), prediction="v")
+    assert [part.tolist() for (part,) in described] == captions
 
 
 def test_nucleus_sampling_is_the_inverse_of_the_cumulative():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from model.attention import KVCache
-from model.transformer import SIZES, Transformer, TransformerConfig
+from model.transformer import SIZES, RMSNorm, Transformer, TransformerConfig
 
 PAPER = {
     "0.16b": (16, 768, 12),
@@ -107,6 +107,23 @@ def test_cached_steps_equal_the_full_forward(changes):
         pieces.append(piece)
         cache.advance(torch.tensor([stop - start] * 2))
     assert torch.allclose(torch.cat(pieces, 1), full, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_rms_norm_equals_torchs_in_value_and_gradients(dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(24, eps=1e-5, dtype=dtype)
+    norm.weight.data.copy_(torch.rand(24, generator=generator) + 0.5)
+    x = (torch.randn(3, 5, 24, generator=generator) * 3).to(dtype).requires_grad_()
+    upstream = torch.randn(3, 5, 24, generator=generator).to(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, norm.weight)]
+    expected = F.rms_norm(exact[0], (24,), exact[1], 1e-5)
+    ours = norm(x)
+    assert ours.dtype == dtype
+    assert torch.allclose(ours.double(), expected, rtol=tolerance, atol=tolerance)
+    gradients = torch.autograd.grad(ours, (x, norm.weight), upstream)
+    for grad, wanted in zip(gradients, torch.autograd.grad(expected, exact, upstream.double()), strict=True):
+        assert (grad - wanted).norm() <= tolerance * wanted.norm()
 
 
 def test_sizes_are_the_papers():

@@ -3,17 +3,21 @@
 A row goes to metrics.jsonl first; wandb gets a copy and may fail, hang or be absent without a say in the training.
 """
 
+import hashlib
 import logging
 import os
+import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.loader import StepBatch
+from data.loader import StepBatch, epochs
 from model.transfusion import TransfusionConfig
 from train.distributed import Ranks, Vote
 from train.run_folder import RunFolder
@@ -36,18 +40,22 @@ class LogConfig:
 class Interval:
     """Sums over the steps since the last log line; `row()` reduces them over ranks and starts anew."""
 
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
+    def __init__(self, flops: "Flops", ranks: Ranks):
+        self.flops, self.ranks = flops, ranks
         self._reset()
 
     def _reset(self) -> None:
         self._device_sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # text nll, image error
         self._sums = dict.fromkeys(("slots", "attention_pairs", "data_wait_s"), 0.0)
-        self._global = dict.fromkeys(("text_targets", "images", "tokens", "steps"), 0)
+        self._global = dict.fromkeys(("text_targets", "images", "tokens"), 0)
+        self._last: dict[str, Any] = {}  # of the last step only
+        self.num_steps = 0
         self.checkpoint_s = 0.0
         self._start = time.monotonic()
 
-    def add(self, batch: StepBatch, losses: list[StepLoss], vote: Vote, data_wait_s: float) -> None:
+    def add(
+        self, batch: StepBatch, losses: list[StepLoss], vote: Vote, data_wait_s: float, grad_norm: torch.Tensor
+    ) -> None:
         """Add one step of this rank; the vote has the global counts."""
         for loss in losses:
             self._device_sums += torch.stack([loss.text_nll, loss.image_error]).to(torch.float64)
@@ -58,27 +66,35 @@ class Interval:
         self._global["text_targets"] += vote.text_targets
         self._global["images"] += vote.images
         self._global["tokens"] += vote.tokens
-        self._global["steps"] += 1
+        self._last = {"grad_norm": grad_norm, "skipped_documents": vote.documents_skipped}
+        self.num_steps += 1
 
-    def row(self, flops: "Flops") -> dict[str, float]:
+    def row(self, lane_states: dict[int, dict]) -> dict[str, float]:
         """Return the interval's metrics, the same on every rank. Collective; waits for the device."""
         seconds = time.monotonic() - self._start
         sums = torch.cat([self._device_sums.cpu(), torch.tensor(list(self._sums.values()), dtype=torch.float64)])
         dist.all_reduce(sums, group=self.ranks.vote_group)
         text_nll, image_error, slots, pairs, data_wait_s = sums.tolist()
-        counts, world_size = self._global, self.ranks.world_size
+        epoch = np.concatenate(self.ranks.gather(epochs(lane_states)))  # [L, sources]
+        counts, world_size, flops = self._global, self.ranks.world_size, self.flops
         model_flops = flops.per_token * counts["tokens"] + flops.per_pair * pairs
         model_flops += flops.per_text_target * counts["text_targets"]
         row = {
+            "interval_steps": self.num_steps,  # what the sums and means below are over
             "text_loss": text_nll / max(counts["text_targets"], 1),  # nats a text target
             "image_loss": image_error / max(counts["images"], 1),  # mean squared error of the prediction
             "tokens_per_s": counts["tokens"] / seconds,
             "images_per_s": counts["images"] / seconds,
-            "step_s": seconds / max(counts["steps"], 1),
+            "step_s": seconds / max(self.num_steps, 1),
             "padding_share": 1 - counts["tokens"] / max(slots, 1),  # of all token slots, idle rows included
             "data_stall_share": data_wait_s / world_size / seconds,
             "checkpoint_stall_share": self.checkpoint_s / seconds,
             "model_tflops_per_s_per_rank": model_flops / seconds / world_size / 1e12,
+            "grad_norm": float(self._last["grad_norm"]),  # before clipping, of the last step
+            "skipped_documents": self._last["skipped_documents"],  # since the run began
+            "epoch_min": int(epoch.min()),  # over lanes and sources
+            "epoch_mean": float(epoch.mean()),
+            "epoch_max": int(epoch.max()),
         }
         self._reset()
         return row
@@ -123,11 +139,11 @@ class Console:
 class MetricsLog:
     """Write rows to the run folder and, if asked and able, to wandb; rank 0 only."""
 
-    def __init__(self, config: LogConfig, folder: RunFolder, ranks: Ranks, recipe: dict[str, Any], run_id: str):
+    def __init__(self, config: LogConfig, folder: RunFolder, ranks: Ranks, recipe: dict[str, Any]):
         self.folder = folder
         self._wandb = None
         if config.wandb != "disabled" and ranks.is_first:
-            self._wandb = _start_wandb(config, folder, recipe, run_id)
+            self._wandb = _start_wandb(config, folder, recipe)
 
     def write(self, row: dict[str, Any]) -> None:
         self.folder.append_metrics(row)
@@ -135,15 +151,19 @@ class MetricsLog:
 
     def picture(self, path: os.PathLike, step: int) -> None:
         """Show a saved picture on the run's page."""
-        import wandb
 
-        self._copy(lambda run: run.log({"preview": wandb.Image(str(path)), "step": step}))
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({"preview": wandb.Image(str(path)), "step": step})
+
+        self._copy(send)
 
     def close(self) -> None:
         self._copy(lambda run: run.finish())
         self._wandb = None
 
-    def _copy(self, send) -> None:
+    def _copy(self, send: Callable[[Any], object]) -> None:
         if self._wandb is None:
             return
         try:
@@ -153,15 +173,19 @@ class MetricsLog:
             self._wandb = None
 
 
-def _start_wandb(config: LogConfig, folder: RunFolder, recipe: dict[str, Any], run_id: str):
+def _start_wandb(config: LogConfig, folder: RunFolder, recipe: dict[str, Any]) -> Any:
+    # The same page after a resume, and never that of another run whose folder has the same name.
+    path = folder.path.resolve()
+    run_id = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', path.name)}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     try:
         import wandb
 
-        settings = wandb.Settings(init_timeout=20, console="off", silent=True, x_disable_stats=True)
+        settings = wandb.Settings(init_timeout=20, finish_timeout=60, console="off", silent=True, x_disable_stats=True)
         run = wandb.init(
             project=config.project,
             dir=str(folder.path),
             id=run_id,
+            name=path.name,
             resume="allow",
             mode=config.wandb,
             config=recipe,

@@ -24,7 +24,7 @@ class OptimConfig:
     weight_decay: float = 0.1  # on matrices; none on norms, biases and embeddings' vectors of one axis
     clip_norm: float = 1.0  # global gradient norm, > 0
     ema_decay: float | None = None  # exponential moving average of the weights, in (0, 1); None keeps none
-    max_nonfinite_in_a_row: int = 5  # skipped updates in a row after which the run stops
+    max_nonfinite_in_a_row: int = 5  # skipped updates in a row after which the next log row stops the run, >= 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_learning_rate <= self.learning_rate:
@@ -37,6 +37,13 @@ class OptimConfig:
                 f"optim.steps={self.steps}, warmup_steps={self.warmup_steps}, clip_norm={self.clip_norm}: expected "
                 "steps >= 1, warmup_steps >= 0, clip_norm > 0"
             )
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0 and self.weight_decay >= 0):
+            raise ValueError(
+                f"optim.beta1={self.beta1}, beta2={self.beta2}, eps={self.eps}, weight_decay={self.weight_decay}: "
+                "expected betas in [0, 1), eps > 0, weight_decay >= 0"
+            )
+        if self.max_nonfinite_in_a_row < 1:
+            raise ValueError(f"optim.max_nonfinite_in_a_row={self.max_nonfinite_in_a_row}: expected at least 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"optim.ema_decay={self.ema_decay}: expected in (0, 1), or null for no EMA")
 

@@ -84,10 +84,12 @@ def plain_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def gather_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return unsharded copies on the CPU of every rank, by plain name. Collective."""
-    full = {}
+def gather_weights(weights: dict[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
+    """Return unsharded copies on the CPU, by plain name; nothing where `keep` is False. Collective."""
+    kept = {}
     for name, tensor in weights.items():
         tensor = tensor.detach()
-        full[plain_name(name)] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
-    return full
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            kept[plain_name(name)] = full.cpu().clone()
+    return kept

@@ -4,29 +4,37 @@ The same command again resumes: from the newest checkpoint that verifies, on the
 Exit status: 0 done, 75 saved after a stop signal (requeue me), 130 saved after Ctrl-C, 2 refused, 1 failed.
 """
 
+import sys
 import time
-from collections.abc import Callable
+import traceback
 from dataclasses import asdict, replace
 
 import torch
 
-from data.loader import Loader, StepBatch, epochs, open_data
+from data.lanes import lanes_of_rank
+from data.loader import DataSet, Loader, StepBatch, open_data
 from model.transfusion import Transfusion
+from model.vae import LatentStats
 from train import checkpoint
+from train.checkpoint import CheckpointError
 from train.config import load_config, run_program, to_yaml
-from train.distributed import Ballot, PendingVote, Ranks, Vote, init_ranks, last_words
+from train.distributed import DIED, Ballot, PendingVote, Ranks, Vote, init_ranks, last_words
 from train.metrics import Console, Flops, Interval, MetricsLog
 from train.optim import Optimizer, learning_rate
 from train.parallelize import initialize, parallelize
 from train.previews import Previews
 from train.recipe import PretrainConfig
-from train.run_folder import RunFolder
-from train.signals import StopKind, StopSignal
-from train.state import TrainState
-from train.step import latent_stats, micro_step
+from train.run_folder import RunFolder, RunTakenOver, write_durably
+from train.signals import StopKind, StopSignal, shield_worker
+from train.state import TrainState, fingerprint
+from train.step import StepLoss, latent_stats, micro_step
 
 CONFIG = PretrainConfig
 POLL_SECONDS = 5.0  # a rank without a batch votes this often, so that stops and errors still reach everybody
+
+
+class CannotGoOn(RuntimeError):
+    """Why training ends early, known to every rank: all raise it with the same message at the same step."""
 
 
 def main(argv: list[str]) -> int | None:
@@ -40,25 +48,12 @@ def main(argv: list[str]) -> int | None:
     ranks = init_ranks(timeout_s=60 * config.timeout_minutes, cpu=config.device == "cpu")
     if config.device == "cuda" and ranks.device.type != "cuda":
         raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
+    lanes_of_rank(ranks.rank, ranks.world_size, config.data.lanes)  # refuses more ranks than lanes
     torch.use_deterministic_algorithms(config.deterministic)
     with StopSignal() as stop, RunFolder(config.run_dir, ranks) as folder:
-        ranks.gather(None)  # nobody goes on before the folder is ours
-        with torch.device("meta"):
-            model = Transfusion(config.model, data.tokenizer.vocab_size)
-        parallelize(model, config.parallel, ranks)
-        initialize(model, config.seed, ranks.device)
-        vae = data.latent_spec.vae_hash if data.latent_spec is not None else "none"
-        state = TrainState(
-            model=model,
-            optimizer=Optimizer(model, config.optim),
-            fingerprint={**data.fingerprint, "vae": vae},
-            recipe=to_yaml(config),
-            data={"latent_spec": data.latent_spec and asdict(data.latent_spec), "grids": data.grids},
-        )
-        checkpoint.clean(folder.checkpoints, ranks)
-        if (path := checkpoint.latest(folder.checkpoints, ranks)) is not None:
-            state.load(path, ranks)
-            folder.cut_metrics(state.progress.step)
+        state, origin = start_or_resume(config, data, folder, ranks)
+        log = MetricsLog(config.log, folder, ranks, asdict(config))
+        previews = Previews(config, data, ranks, folder, log)
         loader = Loader(
             data,
             config.data,
@@ -68,25 +63,52 @@ def main(argv: list[str]) -> int | None:
             first_step=state.progress.step + 1,
             states=state.lane_states,
             pin_memory=ranks.device.type == "cuda",
+            worker_init_fn=shield_worker,
         )
-        state.lane_states = {lane: state.lane_states[lane] for lane in loader.lanes if lane in state.lane_states}
         if ranks.is_first:
-            (folder.path / "config.yaml").write_text(state.recipe)
-            origin = f"from {path}" if path else "from scratch"
             print(
-                f"pretrain: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+                f"pretrain: {sum(p.numel() for p in state.model.parameters()) / 1e6:.2f}M parameters, "
                 f"{ranks.world_size} ranks on {ranks.device.type}, {config.data.lanes} x {config.data.sequence_length} "
                 f"tokens a step, {config.optim.steps} steps, {origin}",
                 flush=True,
             )
-        log = MetricsLog(config.log, folder, ranks, asdict(config), run_id=folder.path.name)
-        previews = Previews(config, data, ranks, folder, log)
         with last_words(ranks, lambda: f"step {state.progress.step + 1}"):
-            status = train(config, state, loader, ranks, folder, log, previews, stop)
+            try:
+                status = train(config, state, loader, ranks, folder, log, previews, stop)
+            except (CannotGoOn, CheckpointError, RunTakenOver) as error:  # raised on every rank alike
+                status = DIED
+                if ranks.is_first:
+                    print(f"train.pretrain: stopped after step {state.progress.step}: {error}", file=sys.stderr)
         loader.close()
         log.close()
     ranks.close()
     return status
+
+
+def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ranks: Ranks) -> tuple[TrainState, str]:
+    """Return the state to train on from, and where it came from. Collective; refuses what does not fit (P10)."""
+    with torch.device("meta"):
+        model = Transfusion(config.model, data.tokenizer.vocab_size)
+    parallelize(model, config.parallel, ranks)
+    initialize(model, config.seed, ranks.device)
+    state = TrainState(
+        model=model,
+        optimizer=Optimizer(model, config.optim),
+        fingerprint=fingerprint(config, data),
+        recipe=to_yaml(config),
+        data={"latent_spec": data.latent_spec and asdict(data.latent_spec), "grids": data.grids},
+    )
+    checkpoint.clean(folder.checkpoints, ranks)
+    path = checkpoint.latest(folder.checkpoints, ranks)
+    if path is not None:
+        state.load(path, ranks)
+
+    def settle() -> None:
+        folder.cut_metrics(state.progress.step)  # rows that a killed attempt wrote after its last checkpoint
+        write_durably(folder.path / "config.yaml", state.recipe.encode())
+
+    ranks.on_first(settle)
+    return state, f"from {path}" if path else "from scratch"
 
 
 def train(
@@ -100,107 +122,130 @@ def train(
     stop: StopSignal,
 ) -> int:
     """Run steps until the last, a stop signal or the end of the data; save; return the exit status."""
-    progress, model, optimizer = state.progress, state.model, state.optimizer
+    progress, last = state.progress, config.optim.steps
     stats = latent_stats(loader.data.latent_spec, config.model.latent_channels, ranks.device)
-    flops = Flops.of(config.model, loader.data.tokenizer.vocab_size)
-    interval, console = Interval(ranks), Console(config.optim.steps, progress.step, ranks)
-    saved_step = progress.step
+    interval = Interval(Flops.of(config.model, loader.data.tokenizer.vocab_size), ranks)
+    console = Console(last, progress.step, ranks)
+    saved_step, why, status = progress.step, "done", 0
 
     def save() -> None:
         nonlocal saved_step
-        if progress.step in (0, saved_step):  # nothing is owed before the first update
+        if progress.step == saved_step:  # nothing is owed, as before the first update
             return
         start = time.monotonic()
         state.save(folder, config.checkpoint, ranks)
         saved_step = progress.step
         interval.checkpoint_s += time.monotonic() - start
 
-    while progress.step < config.optim.steps:
-        batch, vote, data_wait_s = next_batch(loader, ranks, stop, save)
-        if vote.stop != StopKind.NONE or vote.ranks_ended == ranks.world_size:
-            save()
-            if ranks.is_first:
-                reason = "the data ended" if vote.stop == StopKind.NONE else f"stopped by {stop.name or 'a peer'}"
-                print(f"pretrain: {reason} after step {progress.step}; saved", flush=True)
-            return vote.stop.exit_code
-        check_skipped(config, vote, batch, ranks)
-        losses = []
-        for micro_batch in batch.micro_batches:
-            loss = micro_step(
-                model,
-                micro_batch.to(ranks.device),
-                stats=stats,
-                diffusion=config.diffusion,
-                image_weight=config.loss.image_weight,
-                global_text_targets=vote.text_targets,
-                global_images=vote.images,
-            )
-            loss.total.backward()
-            losses.append(loss)
-        grad_norm = optimizer.update(batch.step)
-        progress.step, state.lane_states = batch.step, batch.lane_states
-        progress.images_seen += vote.images
-        progress.tokens_seen += vote.tokens
-        interval.add(batch, losses, vote, data_wait_s)
-        if progress.step % config.log.interval_steps == 0 or progress.step == config.optim.steps:
-            row = {**vars(progress), **interval.row(flops), "learning_rate": learning_rate(batch.step, config.optim)}
-            row["skipped_updates"], in_a_row = (int(count) for count in optimizer.nonfinite.tolist())
-            row.update(grad_norm=grad_norm.item(), skipped_documents=vote.documents_skipped)
-            row["epoch_mean"] = float(epochs(state.lane_states).mean())
-            log.write(row)
-            console.show(row)
-            if in_a_row >= config.optim.max_nonfinite_in_a_row:
-                raise ValueError(f"{in_a_row} updates in a row had non-finite gradients, up to step {progress.step}")
-        if previews.due(progress.step):
-            previews.make(optimizer, progress.step)
-        if progress.step % config.checkpoint.interval_steps == 0:
-            save()
+    try:
+        while progress.step < last:
+            batch, vote, data_wait_s = next_batch(loader, ranks, stop)
+            if vote.stop != StopKind.NONE:
+                why, status = f"stopped by {stop.name or 'a peer'}", vote.stop.exit_code
+                break
+            if vote.ranks_ended == ranks.world_size:
+                why = "the data ended"
+                break
+            check_skipped(config, vote, batch, ranks)
+            losses, grad_norm = run_step(config, state, batch, vote, stats, ranks.device)
+            interval.add(batch, losses, vote, data_wait_s, grad_norm)
+            if progress.step % config.log.interval_steps == 0:
+                write_row(config, state, interval, log, console)
+            if previews.due(progress.step):
+                previews.make(state.optimizer, progress.step)
+            if progress.step % config.checkpoint.interval_steps == 0:
+                save()
+        if interval.num_steps:
+            write_row(config, state, interval, log, console)
+    except CannotGoOn:
+        save()
+        raise
     save()
-    return 0
+    if ranks.is_first:
+        print(f"pretrain: {why} after step {progress.step}" + ("; saved" if progress.step else ""), flush=True)
+    return status
 
 
-def next_batch(
-    loader: Loader, ranks: Ranks, stop: StopSignal, save: Callable[[], None]
-) -> tuple[StepBatch | None, Vote, float]:
-    """Return this rank's batch, what all ranks agreed on, and the seconds waited for data.
+def next_batch(loader: Loader, ranks: Ranks, stop: StopSignal) -> tuple[StepBatch | None, Vote, float]:
+    """Return this rank's batch, what all ranks agreed on, and the seconds waited for data. Collective.
 
-    Every rank votes, the one without a batch too, until all have one or all must stop. When any rank's reader
-    failed, all save, and each raises: the failed one its own error.
+    Every rank votes, the one without a batch too, until all have one or all must stop. Raises CannotGoOn when any
+    rank's reader failed.
     """
     start, batch, failure = time.monotonic(), None, None
     while True:
         try:
             batch = batch or loader.next(POLL_SECONDS)
         except Exception as error:  # whatever it is, the peers must hear of it before this rank leaves
-            failure = error
+            failure = f"rank {ranks.rank} cannot read its data: {type(error).__name__}: {error}"
+            if not isinstance(error, (ValueError, OSError)):
+                traceback.print_exc()  # nobody's expected mistake
         data_wait_s = time.monotonic() - start
-        mine = (
-            Ballot(has_batch=False)
-            if batch is None
-            else Ballot(
-                text_targets=batch.num_text_targets,
-                images=batch.num_images,
-                tokens=batch.num_tokens,
-                documents_skipped=batch.num_skipped,
-                ended=batch.ended,
-            )
-        )
-        vote = PendingVote(replace(mine, stop=stop.kind, data_failed=failure is not None), ranks).wait()
+        ballot = Ballot(has_batch=False) if batch is None else _ballot(batch)
+        vote = PendingVote(replace(ballot, stop=stop.kind, data_failed=failure is not None), ranks).wait()
         if vote.ranks_data_failed:
-            save()
-            raise failure or RuntimeError(f"the data reader of {vote.ranks_data_failed} other ranks failed")
+            raise CannotGoOn("; ".join(words for words in ranks.gather(failure) if words))
         if vote.stop != StopKind.NONE or vote.ranks_with_batch == ranks.world_size:
             return batch, vote, data_wait_s
 
 
 def check_skipped(config: PretrainConfig, vote: Vote, batch: StepBatch, ranks: Ranks) -> None:
-    """Raise on every rank when the budget of bad documents is spent, naming the last of them (P7)."""
+    """Raise CannotGoOn when the budget of bad documents is spent, naming the last of them (P7)."""
     if vote.documents_skipped <= config.data.max_bad_documents:
         return
     names = [name for states in ranks.gather(batch.lane_states) for s in states.values() for name in s["skipped_names"]]
-    raise ValueError(
+    raise CannotGoOn(
         f"{vote.documents_skipped} documents were skipped, more than data.max_bad_documents="
-        f"{config.data.max_bad_documents}; the last: {'; '.join(names[:8])}"
+        f"{config.data.max_bad_documents}; among the last: {'; '.join(names[:8])}. Repair the data set, or allow more"
+    )
+
+
+def run_step(
+    config: PretrainConfig, state: TrainState, batch: StepBatch, vote: Vote, stats: LatentStats, device: torch.device
+) -> tuple[list[StepLoss], torch.Tensor]:
+    """Make the update of one step and count it; return the micro-batches' losses and the gradient norm. Collective."""
+    losses = []
+    for micro_batch in batch.micro_batches:
+        loss = micro_step(
+            state.model,
+            micro_batch.to(device),
+            stats=stats,
+            diffusion=config.diffusion,
+            image_weight=config.loss.image_weight,
+            global_text_targets=vote.text_targets,
+            global_images=vote.images,
+        )
+        loss.total.backward()
+        losses.append(loss)
+    grad_norm = state.optimizer.update(batch.step)
+    state.lane_states = batch.lane_states
+    state.progress.step = batch.step
+    state.progress.images_seen += vote.images
+    state.progress.tokens_seen += vote.tokens
+    return losses, grad_norm
+
+
+def write_row(config: PretrainConfig, state: TrainState, interval: Interval, log: MetricsLog, console: Console) -> None:
+    """Log the steps since the last row. Collective. Raises CannotGoOn after too many bad gradients in a row (P8)."""
+    row = {**vars(state.progress), **interval.row(state.lane_states)}
+    row["learning_rate"] = learning_rate(state.progress.step, config.optim)
+    row["skipped_updates"], in_a_row = (int(count) for count in state.optimizer.nonfinite.tolist())
+    log.write(row)
+    console.show(row)
+    if in_a_row >= config.optim.max_nonfinite_in_a_row:
+        raise CannotGoOn(
+            f"the last {in_a_row} updates had non-finite gradients and were skipped "
+            f"(optim.max_nonfinite_in_a_row={config.optim.max_nonfinite_in_a_row}); lower optim.learning_rate"
+        )
+
+
+def _ballot(batch: StepBatch) -> Ballot:
+    return Ballot(
+        text_targets=batch.num_text_targets,
+        images=batch.num_images,
+        tokens=batch.num_tokens,
+        documents_skipped=batch.num_skipped,
+        ended=batch.ended,
     )
 
 

@@ -18,14 +18,18 @@ class Previews:
     """Draws on rank 0 from gathered weights; the other ranks wait at their next vote."""
 
     def __init__(self, recipe: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder, log: MetricsLog):
-        """Raise ValueError when previews are asked for and cannot be decoded."""
-        self.recipe, self.data, self.ranks, self.folder, self.log = recipe, data, ranks, folder, log
+        """Raise ValueError, on every rank, when previews are asked for and cannot be decoded. Collective."""
+        self.recipe, self.ranks, self.folder, self.log = recipe, ranks, folder, log
         self._generation: Generation | None = None
-        if recipe.preview.interval_steps is not None and ranks.is_first:
+
+        def prepare() -> None:
             model = Transfusion(recipe.model, data.tokenizer.vocab_size).to(ranks.device).eval()
             spec, grids = data.latent_spec, data.grids
             self._generation = Generation.of(model, data.tokenizer, recipe, spec, grids, recipe.vae)
             (folder.path / "previews").mkdir(exist_ok=True)
+
+        if recipe.preview.interval_steps is not None:
+            ranks.on_first(prepare)
 
     def due(self, step: int) -> bool:
         interval = self.recipe.preview.interval_steps
@@ -33,7 +37,7 @@ class Previews:
 
     def make(self, optimizer: Optimizer, step: int) -> None:
         """Save a sheet of the prompts' pictures. Collective; the random state of training is not touched."""
-        weights = gather_weights(optimizer.ema or optimizer.parameters)
+        weights = gather_weights(optimizer.ema or optimizer.parameters, keep=self.ranks.is_first)
         if self._generation is None:
             return
         self._generation.model.load_state_dict(weights)

@@ -6,8 +6,6 @@ the same bytes on any machine. A second call reuses a complete folder; other set
 """
 
 import json
-import os
-import shutil
 import signal
 import sys
 from collections import Counter
@@ -23,6 +21,7 @@ from data.prose import text_documents
 from data.scenes import Example, Splits, held_out_examples, make_splits, training_example
 from data.shards import Record, write_shard
 from train.config import load_config, run_program
+from train.output_folder import OutputFolder
 
 FORMAT = 1  # of the folder and of the drawing: a change of either remakes finished folders
 DOCUMENTS_PER_FILE = 2000
@@ -58,8 +57,6 @@ class ScenesConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {low}..{high}")
         if self.resolution % 8 or self.resolution < 16:
             raise ValueError(f"resolution={self.resolution}: expected a multiple of 8, at least 16 (32 is the default)")
-        if not self.output:
-            raise ValueError("output is empty: name the folder to write")
 
 
 CONFIG = ScenesConfig
@@ -68,19 +65,12 @@ CONFIG = ScenesConfig
 def main(argv: list[str]) -> int | None:
     """Draw the data set, or say that it is there."""
     config = load_config(CONFIG, argv)
-    output = Path(config.output)
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "processes")}
-    if _is_complete(output, settings):
-        print(f"train.scenes: {output} is complete for these settings; reusing it")
+    output = OutputFolder(config.output, "train.scenes", "scenes.json", {"format": FORMAT, **settings})
+    if output.is_complete():
+        print(f"train.scenes: {output.path} is complete for these settings; reusing it")
         return
-    partial = output.with_name(output.name + ".partial")  # left by an interrupted run: cheap to redo
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        for name in ("train", "heldout", "text", "text_heldout"):
-            (partial / name).mkdir(parents=True)
-    except OSError as error:
-        raise OSError(f"output={output}: cannot write there ({error.strerror}); choose a writable folder") from None
+    partial = output.open_partial("train", "heldout", "text", "text_heldout")
 
     splits = make_splits(config.seed)
     _draw_training(partial / "train", config)
@@ -93,45 +83,9 @@ def main(argv: list[str]) -> int | None:
     counts = {"train": config.num_train, "text": len(training_texts), "text_heldout": len(held_out_texts)}
     counts |= {f"heldout_{split}": number for split, number in Counter(split for split, _ in held_out).items()}
     combinations = {"trained": splits.trained, "held_out": splits.held_out}
-    summary = {
-        "format": FORMAT,
-        "settings": settings,
-        "counts": counts,
-        "combinations": {name: [shape.combination for shape in shapes] for name, shapes in combinations.items()},
-    }
-    (partial / "scenes.json").write_text(json.dumps(summary, indent=1) + "\n")
-    _commit(partial, output)
-    print(f"train.scenes: wrote {output}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
-
-
-def _is_complete(output: Path, settings: dict) -> bool:
-    """Whether `output` holds this very data set. Raises ValueError where it holds something that is not ours."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    mark = output / "scenes.json"
-    if not mark.is_file():
-        raise ValueError(
-            f"output={output}: exists and was not made by train.scenes; choose another folder or remove it"
-        )
-    try:
-        summary = json.loads(mark.read_text())
-    except ValueError as error:
-        raise ValueError(f"{mark}: not readable ({error}); remove {output} to draw it anew") from None
-    same = summary.get("format") == FORMAT and summary.get("settings") == settings
-    if not same:
-        print(f"train.scenes: {output} was drawn with other settings; drawing it anew")
-    return same
-
-
-def _commit(partial: Path, output: Path) -> None:
-    """Put the finished folder in place of whatever was there."""
-    old = output.with_name(output.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    if output.exists():
-        os.replace(output, old)
-    os.replace(partial, output)
-    shutil.rmtree(old, ignore_errors=True)
+    names = {name: [shape.combination for shape in shapes] for name, shapes in combinations.items()}
+    output.commit({"counts": counts, "combinations": names})
+    print(f"train.scenes: wrote {output.path}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
 
 
 def _draw_training(folder: Path, config: ScenesConfig) -> None:

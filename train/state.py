@@ -5,15 +5,18 @@ on are extra files beside them, readable by people.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from data.loader import DataSet
 from train import checkpoint
 from train.distributed import Ranks
 from train.optim import Optimizer
 from train.parallelize import plain_name
+from train.recipe import PretrainConfig
 from train.run_folder import RunFolder
 
 
@@ -32,7 +35,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: Optimizer
-    fingerprint: dict[str, str]  # of data and VAE; a resume must find it unchanged
+    fingerprint: dict[str, str]  # what a resume must find unchanged, by name
     recipe: str  # the resolved config as YAML
     data: dict  # what a sampler must know of it: `latent_spec`, `grids`
     progress: Progress = field(default_factory=Progress)
@@ -41,7 +44,12 @@ class TrainState:
     def save(self, folder: RunFolder, config: checkpoint.CheckpointConfig, ranks: Ranks) -> Path:
         """Write a checkpoint of the present step, then remove what is no longer kept. Collective."""
         lanes = {lane: state for part in ranks.gather(self.lane_states) for lane, state in part.items()}
-        meta = {"progress": vars(self.progress), "fingerprint": self.fingerprint, **self.data}
+        meta = {
+            "progress": vars(self.progress),
+            "skipped_updates": self.optimizer.nonfinite.tolist(),
+            "fingerprint": self.fingerprint,
+            **self.data,
+        }
         extra = {
             "lanes.json": json.dumps(lanes).encode(),
             "meta.json": json.dumps(meta).encode(),
@@ -54,16 +62,17 @@ class TrainState:
     def load(self, path: Path, ranks: Ranks) -> None:
         """Continue from a checkpoint that verified, on any world size. Collective.
 
-        Raises ValueError when the data, tokenizer, VAE, seed or lanes are not those it was trained with.
+        Raises ValueError when the data, tokenizer, VAE, seed, lanes or model are not those it was trained with.
         """
         meta = json.loads(checkpoint.read_extra(path, "meta.json"))
-        for name, value in meta["fingerprint"].items():
-            if self.fingerprint.get(name) != value:
-                raise ValueError(
-                    f"{path} was trained with another {name}: {value}, here {self.fingerprint.get(name)}; restore it, "
-                    "or start a new run_dir (learning rate, steps, ranks, workers and intervals may change)"
-                )
+        then, now = meta["fingerprint"], self.fingerprint
+        if changed := [f"{name} was {then[name]}, is {now.get(name)}" for name in then if then[name] != now.get(name)]:
+            raise ValueError(
+                f"{path} was trained otherwise: {'; '.join(changed)}. Restore what it was, or start with another "
+                "run_dir (learning rate, steps, ranks, workers and intervals may change)"
+            )
         checkpoint.load(path, self._tensors(), ranks)
+        self.optimizer.nonfinite.copy_(torch.tensor(meta["skipped_updates"]))
         self.progress = Progress(**meta["progress"])
         lanes = json.loads(checkpoint.read_extra(path, "lanes.json"))
         self.lane_states = {int(lane): state for lane, state in lanes.items()}
@@ -73,3 +82,18 @@ class TrainState:
         if self.optimizer.ema is not None:
             state["ema"] = {plain_name(name): tensor for name, tensor in self.optimizer.ema.items()}
         return state
+
+
+def fingerprint(config: PretrainConfig, data: DataSet) -> dict[str, str]:
+    """Return what a resume must find unchanged: what decides the batches, and what the weights mean."""
+    model = asdict(config.model)
+    del model["text_loss_chunk"]  # bounds memory, not the result
+    spec = data.latent_spec
+    return {
+        **data.fingerprint,
+        "vae": spec.vae_hash if spec is not None else "none",
+        **{f"model.transformer.{name}": str(value) for name, value in model.pop("transformer").items()},
+        **{f"model.{name}": str(value) for name, value in model.items()},
+        "diffusion.num_timesteps": str(config.diffusion.num_timesteps),
+        "diffusion.prediction": config.diffusion.prediction,
+    }

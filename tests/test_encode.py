@@ -1,0 +1,451 @@
+"""The encoding job: the same bytes whoever does it and however often it is killed; what is bad is counted and named."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+
+from data.documents import decode_document
+from data.lanes import Lane
+from data.loader import open_data
+from data.manifest import Manifest
+from data.pictures import encode_png, to_unit
+from data.shards import BadRecords, Record, read_at, read_shard, write_shard
+from data.tokenizer import Tokenizer
+from model.vae import load_vae, moments, vae_hash
+from tests.sources import data_config
+from train.encode import main
+
+Contents = dict[str, bytes]
+
+
+def picture_record(number: int, size: tuple[int, int] = (32, 32), **changes: bytes | None) -> Record:
+    """A raw record of the img2dataset layout; a change of None leaves the member out."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    members = {
+        "png": encode_png(pixels),
+        "txt": f"a large red circle number {number}".encode(),
+        "json": json.dumps({"id": number}).encode(),
+        **changes,
+    }
+    return {"__key__": f"{number:05d}".encode(), **{k: v for k, v in members.items() if v is not None}}
+
+
+def arguments(inputs: Path | str, output: Path, tokenizer: Tokenizer, **options: object) -> list[str]:
+    """The command line of a small job; an option of None is left out."""
+    given = inputs if isinstance(inputs, str) else f"[{inputs}]"
+    settings = {"resolution": 32, "batch_size": 4, "device": "cpu", **options}
+    named = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    return [f"inputs={given}", f"output={output}", f"tokenizer={tokenizer.path}", *named]
+
+
+def raw_folder(folder: Path, shards: dict[str, list[Record]]) -> Path:
+    folder.mkdir(parents=True)
+    for name, records in shards.items():
+        write_shard(folder / f"{name}.tar", records)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Pictures this small go faster so, on a busy machine by far."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three raw shards of 5, 3 and 6 pictures."""
+    folder = tmp_path_factory.mktemp("raw") / "pictures"
+    shards = {"a": range(5), "b": range(5, 8), "c": range(8, 14)}
+    return raw_folder(folder, {name: [picture_record(i) for i in numbers] for name, numbers in shards.items()})
+
+
+@pytest.fixture
+def encode(tokenizer: Tokenizer, vae_folder: Path) -> Callable[..., Contents]:
+    """Run the program in this process and return the files of its output folder."""
+
+    def run(inputs: Path | str, output: Path, **options: object) -> Contents:
+        main(arguments(inputs, output, tokenizer, **{"vae": vae_folder, **options}))
+        return contents_of(output)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(raw: Path, tokenizer: Tokenizer, vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Contents:
+    """What an undisturbed run on one rank makes of `raw`."""
+    output = tmp_path_factory.mktemp("expected") / "out"
+    main(arguments(raw, output, tokenizer, vae=vae_folder))
+    return contents_of(output)
+
+
+def contents_of(folder: Path) -> Contents:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def encoded_records(folder: Path) -> list[Record]:
+    return [r for shard in Manifest.load(folder).shards for r in read_shard(folder / shard.name, BadRecords(0))]
+
+
+# ---- what comes out ----
+
+
+def test_pictures_become_the_vaes_moments_and_the_captions_tokens(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer, vae_folder: Path
+) -> None:
+    """Against the VAE on each picture by itself; same keys, same shards."""
+    encode(raw, tmp_path / "out")
+    vae = load_vae(vae_folder)
+    records = encoded_records(tmp_path / "out")
+    assert [r["__key__"] for r in records] == [f"{i:05d}".encode() for i in range(14)]
+    for number, record in enumerate(records):
+        document = decode_document(record, "here")
+        text, image = document.segments
+        assert tokenizer.decode(text.token_ids) == f"a large red circle number {number}"
+        assert json.loads(record["json"]) == {"id": number, "caption": f"a large red circle number {number}"}
+        pixels = np.random.default_rng(number).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+        with torch.no_grad():
+            alone = moments(vae, torch.from_numpy(to_unit(pixels)))[0]
+        assert image.moments.shape == (4, 8, 8)
+        torch.testing.assert_close(torch.from_numpy(image.moments.copy()).float(), alone, rtol=2e-3, atol=2e-3)
+
+
+def test_the_manifest_says_what_is_there(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer, vae_folder: Path
+) -> None:
+    """Counts, checksums, hashes and the latents' statistics, these against numpy on all latents at once."""
+    encode(raw, tmp_path / "out")
+    manifest = Manifest.load(tmp_path / "out")
+    manifest.check_files()
+    assert [(shard.name, shard.records) for shard in manifest.shards] == [("a.tar", 5), ("b.tar", 3), ("c.tar", 6)]
+    assert manifest.tokenizer_hash == tokenizer.hash and manifest.vocab_size == tokenizer.vocab_size
+    spec = manifest.latent_spec
+    assert (spec.vae_hash, spec.channels, spec.stride, spec.resolution) == (vae_hash(load_vae(vae_folder)), 2, 4, 32)
+    latents = np.stack([decode_document(r, "here").segments[1].moments for r in encoded_records(tmp_path / "out")])
+    mean, logvar = np.split(latents.astype(np.float64), 2, axis=1)
+    expected_mean = mean.mean((0, 2, 3))
+    expected_variance = (mean**2 + np.exp(logvar)).mean((0, 2, 3)) - expected_mean**2
+    np.testing.assert_allclose(spec.mean, expected_mean, rtol=1e-9)
+    np.testing.assert_allclose(spec.std, np.sqrt(expected_variance), rtol=1e-9)
+    noise = np.random.default_rng(0).normal(size=(200, *mean.shape))
+    sampled = mean + np.exp(logvar / 2) * noise
+    np.testing.assert_allclose(spec.std, sampled.std((0, 1, 3, 4)), rtol=0.01)
+    for number, shard in enumerate(manifest.shards):
+        index = manifest.load_index(number)
+        assert shard.text_tokens == index.text_tokens.sum() and shard.grids == {"8x8": shard.records}
+        with open(tmp_path / "out" / shard.name, "rb") as file:
+            for span in index.spans:
+                read_at(file.fileno(), span, "here")
+
+
+def test_training_can_read_it_and_so_can_webdataset(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer
+) -> None:
+    out = tmp_path / "out"
+    encode(raw, out)
+    data = open_data(data_config(tokenizer, {"a": out}), 0, patch_size=2)
+    assert Lane(0, data.sources, data.settings).next_row().images
+    samples = list(wds.WebDataset([str(out / f"{name}.tar") for name in "abc"], shardshuffle=False).decode())
+    assert len(samples) == 14 and samples[0]["moments.npy"].shape == (4, 8, 8)
+
+
+def test_text_becomes_tokens(tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer) -> None:
+    """Lines of .jsonl and whole .txt files, dots in their names; no VAE is needed."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    lines = ["first\nline", "second", "", "third 🎉"]
+    (folder / "part.0001.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    (folder / "story.v2.txt").write_text("once upon a time\n")
+    encode(folder, tmp_path / "out", vae=None, max_bad_fraction=0.5)
+    records = encoded_records(tmp_path / "out")
+    texts = [tokenizer.decode(decode_document(r, "here").segments[0].token_ids) for r in records]
+    assert texts == ["first\nline", "second", "third 🎉", "once upon a time\n"]
+    assert [r["__key__"].decode() for r in records] == [*(f"part_0001-{i:08d}" for i in (0, 1, 3)), "story_v2-00000000"]
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.latent_spec is None and [s.name for s in manifest.shards] == ["part.0001.tar", "story.v2.tar"]
+
+
+# ---- the same bytes ----
+
+
+def test_a_second_run_does_nothing_and_a_fresh_one_gives_the_same_bytes(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], expected: Contents
+) -> None:
+    out = tmp_path / "out"
+    assert encode(raw, out) == expected
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "manifest.json"}
+    assert encode(raw, out) == expected
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "manifest.json"} == before
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_ranks_give_the_bytes_of_one(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], expected: Contents, order: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whoever comes last writes the manifest."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for done, rank in enumerate(order):
+        monkeypatch.setenv("RANK", str(rank))
+        files = encode(raw, tmp_path / "out")
+        assert ("manifest.json" in files) == (done == 1)
+    assert files == expected
+
+
+def test_what_a_kill_can_leave_is_made_whole(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], expected: Contents
+) -> None:
+    """Every order of the writes, stopped anywhere: the next run makes the same folder, no file more."""
+    out = tmp_path / "out"
+    encode(raw, out)
+    left: list[tuple[list[str], Contents]] = [
+        (["manifest.json"], {}),
+        (["manifest.json", "b.tar.json"], {}),
+        (["manifest.json", "b.tar.json", "b.tar.idx"], {}),
+        (["manifest.json", "b.tar.json", "b.tar.idx", "b.tar"], {"b.tar.tmp-999": expected["b.tar"][:700]}),
+        (["manifest.json", "b.tar.json"], {"b.tar.json.tmp-999": b"{", "b.tar.idx.tmp-999": b""}),
+        (["b.tar"], {}),
+        (["a.tar.idx"], {}),
+        ([], {"c.tar.json": b"{"}),
+        ([], {"c.tar.json": b"[]"}),
+        ([], {"c.tar.idx": expected["a.tar.idx"]}),
+        ([], {"c.tar": expected["c.tar"][:-1]}),
+    ]
+    for removed, written in left:
+        for name in removed:
+            (out / name).unlink()
+        for name, content in written.items():
+            (out / name).write_bytes(content)
+        assert encode(raw, out) == expected, (removed, list(written))
+
+
+def _encode_with_two_threads(command: list[str]) -> None:
+    torch.set_num_threads(2)
+    main(command)
+
+
+def test_a_killed_job_started_again_gives_the_same_bytes(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], expected: Contents, tokenizer: Tokenizer,
+    vae_folder: Path,
+) -> None:  # fmt: skip
+    """kill -9 once the first shard is done, for real; it ran with another number of threads, too."""
+    out = tmp_path / "out"
+    command = arguments(raw, out, tokenizer, vae=vae_folder)
+    process = multiprocessing.get_context("forkserver").Process(target=_encode_with_two_threads, args=(command,))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (out / "a.tar.json").exists() and time.monotonic() < deadline and process.is_alive():
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (out / "a.tar.json").exists()
+    assert encode(raw, out) == expected
+
+
+def test_another_tokenizer_vae_or_resolution_makes_it_anew(
+    tmp_path: Path, encode: Callable[..., Contents], raw: Path, expected: Contents
+) -> None:
+    out = tmp_path / "out"
+    encode(raw, out)
+    other = encode(raw, out, resolution=16)
+    assert other["a.tar"] != expected["a.tar"] and Manifest.load(out).grids() == {(4, 4)}
+    assert encode(raw, out) == expected
+
+
+def test_an_interrupted_change_leaves_nothing_that_vouches_for_the_old_data(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], monkeypatch: pytest.MonkeyPatch, expected: Contents
+) -> None:
+    """Rank 0 of two has made its shards anew, rank 1 not yet: no manifest, and no mixture of both."""
+    out = tmp_path / "out"
+    encode(raw, out)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "manifest.json" not in encode(raw, out, resolution=16)
+    monkeypatch.setenv("RANK", "1")
+    encode(raw, out, resolution=16)
+    assert Manifest.load(out).grids() == {(4, 4)} and Manifest.load(out).latent_spec.resolution == 16
+
+
+# ---- what is bad ----
+
+
+def test_bad_pictures_and_captions_are_counted_by_reason_and_named(
+    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = picture_record(0)["png"]
+    records = [
+        picture_record(0),
+        picture_record(1, png=b"no picture"),
+        picture_record(2, png=good[:60]),
+        picture_record(3, txt=b" \n"),
+        picture_record(4, txt=b"\xff\xfe"),
+        picture_record(5, png=None),
+        picture_record(6, txt=None),
+        {**picture_record(7), "__key__": b"00000"},
+        picture_record(8, size=(48, 32)),
+        picture_record(9, json=b"not json"),
+    ]
+    raw = raw_folder(tmp_path / "raw", {"a": records})
+    encode(raw, tmp_path / "out", max_bad_fraction=0.8)
+    assert [r["__key__"].decode() for r in encoded_records(tmp_path / "out")] == ["00000", "00008", "00009"]
+    printed = capsys.readouterr().out
+    counts = "duplicate key: 1, empty caption: 2, no picture: 1, undecodable caption: 1, undecodable picture: 2"
+    assert f"3 records in 1 shards in {tmp_path / 'out'}; skipped {counts}" in printed
+    assert f"encode: skipped {raw / 'a.tar'}/00001: undecodable picture" in printed
+    # A second run has nothing to do, and still says what is missing.
+    encode(raw, tmp_path / "out", max_bad_fraction=0.8)
+    assert f"skipped {counts}" in capsys.readouterr().out
+
+
+def test_too_many_bad_records_refuse_also_when_the_work_is_done(
+    tmp_path: Path, encode: Callable[..., Contents]
+) -> None:
+    """Not a matter of starting again; but of allowing more."""
+    raw = raw_folder(tmp_path / "raw", {"a": [picture_record(0), picture_record(1, txt=b"")]})
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"1 of 2 records are bad, more than max_bad_fraction=0.4: empty caption: 1"
+        ):
+            encode(raw, tmp_path / "out", max_bad_fraction=0.4)
+        assert not (tmp_path / "out" / "manifest.json").exists()
+    encode(raw, tmp_path / "out", max_bad_fraction=0.5)
+    assert Manifest.load(tmp_path / "out").records == 1
+
+
+def test_a_truncated_tar_gives_its_whole_records(
+    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = raw_folder(tmp_path / "raw", {"a": [picture_record(i) for i in range(4)], "b": [picture_record(9)]})
+    os.truncate(raw / "a.tar", (raw / "a.tar").stat().st_size // 2)
+    encode(raw, tmp_path / "out", max_bad_fraction=0.5)
+    keys = [r["__key__"].decode() for r in encoded_records(tmp_path / "out")]
+    assert keys in (["00000", "00009"], ["00000", "00001", "00009"])
+    assert "skipped truncated: 1" in capsys.readouterr().out
+
+
+def test_a_shard_without_a_good_record_is_left_out_of_the_manifest(
+    tmp_path: Path, encode: Callable[..., Contents]
+) -> None:
+    raw = raw_folder(tmp_path / "raw", {"a": [picture_record(0, txt=b"")], "b": [picture_record(1)]})
+    (raw / "c.tar").write_bytes(b"")
+    encode(raw, tmp_path / "out", max_bad_fraction=1)
+    assert [shard.name for shard in Manifest.load(tmp_path / "out").shards] == ["b.tar"]
+    raw = raw_folder(tmp_path / "raw2", {"a": [picture_record(0, txt=b"")]})
+    with pytest.raises(ValueError, match="nothing could be encoded from 1 input files"):
+        encode(raw, tmp_path / "out2", max_bad_fraction=1)
+
+
+def test_latents_that_are_not_finite_are_counted(
+    tmp_path: Path, encode: Callable[..., Contents], vae_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A VAE whose latents leave the range of f16 for some pictures: those are skipped, the others written."""
+    vae = load_vae(vae_folder)
+    pictures = [np.zeros((1, 32, 32, 3), np.uint8), np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)]
+    with torch.no_grad():
+        largest = [moments(vae, torch.from_numpy(to_unit(p)))[:, :2].abs().max() for p in pictures]
+        for parameter in (vae.quant_conv.weight, vae.quant_conv.bias):
+            parameter[:2] *= 65504 / (largest[0] * largest[1]).sqrt()  # between the two
+    vae.save_pretrained(tmp_path / "vae")
+    records = [picture_record(i, png=encode_png(pictures[i % 2][0])) for i in range(6)]
+    encode(raw_folder(tmp_path / "raw", {"a": records}), tmp_path / "out", vae=tmp_path / "vae", max_bad_fraction=0.5)
+    keys = [int(r["__key__"]) % 2 for r in encoded_records(tmp_path / "out")]
+    assert keys == [int(largest[0] > largest[1])] * 3
+    assert "skipped non-finite latents: 3" in capsys.readouterr().out
+    assert np.isfinite(Manifest.load(tmp_path / "out").latent_spec.std).all()
+
+
+# ---- refusals before work ----
+
+
+def test_inputs_that_make_no_data_set_are_refused(tmp_path: Path, encode: Callable[..., Contents], raw: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "a.txt").write_text("a")
+    cases = [
+        (tmp_path / "none", FileNotFoundError, r"input .*none does not exist"),
+        (tmp_path / "empty", ValueError, r"no .tar, .jsonl, .txt files in"),
+        (f"[{raw},{tmp_path / 'a.txt'}]", ValueError, "inputs mix .tar shards with text files: encode them into two"),
+        (f"[{tmp_path / 'a.txt'},{tmp_path / 'a.jsonl'}]", ValueError, "two input files are called a: .* rename one"),
+        (f"[{raw},{raw}]", ValueError, "two input files are called a"),
+    ]
+    for inputs, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            encode(inputs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, encode: Callable[..., Contents], raw: Path) -> None:
+    cases = [
+        ({"vae": None}, ValueError, "give vae=FOLDER or a hub id"),
+        ({"vae": tmp_path / "none"}, FileNotFoundError, "no such folder"),
+        ({"resolution": 30}, ValueError, "resolution=30: expected a multiple of the VAE's stride 4"),
+        ({"resolution": 0}, ValueError, "expected at least 1"),
+        ({"max_bad_fraction": 1.5}, ValueError, r"max_bad_fraction=1.5: expected a share in \[0, 1\]"),
+        ({"device": "tpu"}, ValueError, "device=tpu"),
+        ({"stats_from": tmp_path / "none"}, FileNotFoundError, "does not exist; make it with"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append(({"device": "cuda"}, ValueError, "device=cuda, but torch finds no CUDA device"))
+    for options, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            encode(raw, tmp_path / "out", **options)
+    assert contents_of(tmp_path / "out") == {}
+
+
+def test_an_output_that_cannot_be_written_is_refused(
+    tmp_path: Path, encode: Callable[..., Contents], raw: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(OSError, match=r"output=.*: cannot write there \(.*\); choose a writable folder"):
+            encode(raw, output)
+    before = contents_of(raw)
+    with pytest.raises(ValueError, match=r"the shard of .*a.tar would overwrite it; choose another folder"):
+        encode(raw, raw)
+    assert contents_of(raw) == before
+
+
+def test_statistics_may_come_from_another_data_set_of_the_same_latents(
+    tmp_path: Path, encode: Callable[..., Contents], raw: Path, vae_folder: Path
+) -> None:
+    """Held-out data is whitened as training data is; other latents are refused before any work."""
+    encode(raw, tmp_path / "train")
+    held_out = raw_folder(tmp_path / "raw", {"h": [picture_record(99)]})
+    encode(held_out, tmp_path / "own")
+    encode(held_out, tmp_path / "theirs", stats_from=tmp_path / "train")
+    own, theirs, train = (Manifest.load(tmp_path / name).latent_spec for name in ("own", "theirs", "train"))
+    assert theirs == train != own
+    with pytest.raises(ValueError, match=r"has other latents: resolution 32 \(here 16\); encode both alike"):
+        encode(held_out, tmp_path / "out", stats_from=tmp_path / "train", resolution=16)
+    vae = load_vae(vae_folder)
+    with torch.no_grad():
+        next(vae.parameters()).add_(1e-3)
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"has other latents: vae_hash .* \(here .*\)"):
+        encode(held_out, tmp_path / "out", stats_from=tmp_path / "train", vae=tmp_path / "vae")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="both it and the inputs must hold pictures"):
+        encode(tmp_path / "a.jsonl", tmp_path / "out", stats_from=tmp_path / "train")
+    assert contents_of(tmp_path / "out") == {}
+
+
+def test_the_program_refuses_without_a_traceback(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "train.encode", *arguments(tmp_path, tmp_path / "file" / "out", tokenizer)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().endswith("choose a writable folder")

@@ -1,0 +1,413 @@
+"""A lane is the same stream whoever reads it: order, exactly-once, equal ranges, mixing, resume, what is skipped."""
+
+import itertools
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.lanes
+from data.documents import OrderConfig, seed_from
+from data.lanes import Lane, Source, SourceConfig, lanes_of_rank
+from data.loader import DataConfig, DataSet, open_data
+from data.manifest import Manifest
+from data.packing import IGNORE, PackedSequence
+from data.tokenizer import Tokenizer
+from tests.sources import Content, data_config, make_source, pairs, texts
+
+KEEP_CAPTIONS = OrderConfig(caption_first=0.5, caption_dropout=0)
+
+
+def open_lanes(config: DataConfig, seed: int = 0, states: list[dict] | None = None) -> tuple[DataSet, list[Lane]]:
+    data = open_data(config, seed, patch_size=2)
+    states = states or [None] * config.lanes
+    return data, [Lane(number, data.sources, data.settings, states[number]) for number in range(config.lanes)]
+
+
+def as_bytes(row: PackedSequence | None) -> list | None:
+    """All of a row, comparable."""
+    if row is None:
+        return None
+    arrays = [value.tobytes() for value in vars(row).values() if isinstance(value, np.ndarray)]
+    return [*arrays, [(image.moments.tobytes(), image.before_caption) for image in row.images], row.num_documents]
+
+
+def stream(lanes: list[Lane], steps: int) -> list[list]:
+    return [[as_bytes(lane.next_row()) for lane in lanes] for _ in range(steps)]
+
+
+def positions(source: Source, epoch: int, lane: int) -> list[tuple[int, int]]:
+    found = (source.position(epoch, lane, ordinal) for ordinal in itertools.count())
+    return list(itertools.takewhile(lambda position: position is not None, found))
+
+
+def until_the_end(lanes: list[Lane]) -> list[PackedSequence]:
+    return [row for lane in lanes for row in iter(lane.next_row, None)]
+
+
+def content_of(rows: list[PackedSequence]) -> tuple[Counter, Counter]:
+    """What the rows hold, whatever the order: images, and text targets."""
+    images = Counter(image.moments.tobytes() for row in rows for image in row.images)
+    return images, Counter(int(label) for row in rows for label in row.labels if label != IGNORE)
+
+
+def content_of_documents(documents: list[Content], tokenizer: Tokenizer) -> tuple[Counter, Counter]:
+    """The same by the rule: each token once, BOI once an image, EOS once a document."""
+    images = Counter(moments.tobytes() for _, moments in documents if moments is not None)
+    tokens = Counter(int(token) for ids, _ in documents for token in ids)
+    tokens[tokenizer.special.boi] += images.total()
+    tokens[tokenizer.special.eos] += len(documents)
+    return images, +tokens
+
+
+@pytest.fixture
+def mixed(pairs_folder: Path, texts_folder: Path, tokenizer: Tokenizer) -> DataConfig:
+    """Pictures and texts, three tokens to one, for ever."""
+    sources = {
+        "pairs": SourceConfig(path=str(pairs_folder), weight=3),
+        "texts": SourceConfig(path=str(texts_folder), weight=1),
+    }
+    return data_config(tokenizer, sources)
+
+
+# ---- the order ----
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 6, 7])
+def test_each_epoch_gives_every_document_to_one_lane_by_its_first_token(
+    pairs_folder: Path, tokenizer: Tokenizer, lanes: int
+) -> None:
+    """Against the rule: permute the shards, lay documents end to end, cut at equal tokens, deal the ranges out."""
+    data, _ = open_lanes(data_config(tokenizer, {"a": pairs_folder}, lanes=lanes), seed=5)
+    source = data.sources[0]
+    lengths = {
+        shard: source.manifest.load_index(shard).document_tokens(2).tolist()
+        for shard in range(len(source.manifest.shards))
+    }
+    total = sum(map(sum, lengths.values()))
+    orders, dealt = set(), set()
+    for epoch in range(6):
+        order = np.random.default_rng(seed_from("epoch", 5, epoch, 0)).permutation(len(lengths)).tolist()
+        orders.add(tuple(order))
+        ranges: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]
+        begin = 0
+        for shard in order:
+            for record, length in enumerate(lengths[shard]):
+                ranges[next(n for n in range(lanes) if begin < total * (n + 1) // lanes)].append((shard, record))
+                begin += length
+        found = [positions(source, epoch, lane) for lane in range(lanes)]
+        parts = [ranges.index(sorted(lane, key=lambda place: (order.index(place[0]), place[1]))) for lane in found]
+        assert sorted(parts) == list(range(lanes))  # each range is one lane's
+        dealt.add(tuple(parts))
+        for lane, part in zip(found, parts, strict=True):
+            for block in range(0, len(lane), 8):  # shuffled, but only inside blocks
+                assert sorted(lane[block : block + 8]) == sorted(ranges[part][block : block + 8])
+            tokens = sum(lengths[shard][record] for shard, record in lane)
+            assert abs(tokens - total / lanes) <= max(map(max, lengths.values())) + 1
+    assert len(orders) > 1 and (len(dealt) > 1 or lanes == 1)
+
+
+def test_the_order_depends_on_the_seed_and_the_epoch(mixed: DataConfig) -> None:
+    streams = [stream(open_lanes(mixed, seed)[1], 5) for seed in (0, 0, 1)]
+    assert streams[0] == streams[1] != streams[2]
+    source = open_lanes(mixed)[0].sources[0]
+    assert len({tuple(source.position(epoch, 0, i) for i in range(8)) for epoch in range(6)}) == 6
+
+
+@pytest.mark.parametrize("lanes", [4, 6])
+def test_every_document_is_read_once_an_epoch(mixed: DataConfig, lanes: int) -> None:
+    """Several epochs of two sources of unequal size and length, mixed: no epoch repeats or leaves out a document."""
+    reads: Counter = Counter()
+
+    class Recording(Source):
+        def read(self, epoch: int, shard: int, record: int):
+            reads[self.number, epoch, shard, record] += 1
+            return super().read(epoch, shard, record)
+
+    data, _ = open_lanes(replace(mixed, lanes=lanes))
+    sources = [Recording(s.number, s.config, s.manifest, s.settings) for s in data.sources]
+    readers = [Lane(number, sources, data.settings) for number in range(lanes)]
+    while min(cursor[0] for lane in readers for cursor in lane.state()["cursors"]) < 3:
+        for lane in readers:
+            lane.next_row()
+    assert set(reads.values()) == {1}
+    for source in sources:
+        everything = {(s, r) for s, entry in enumerate(source.manifest.shards) for r in range(entry.records)}
+        for epoch in range(3):
+            assert {key[2:] for key in reads if key[:2] == (source.number, epoch)} == everything
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 6])
+def test_without_repetition_every_token_and_image_comes_exactly_once(
+    tmp_path: Path, tokenizer: Tokenizer, lanes: int
+) -> None:
+    """P2 over a whole data set, texts longer than a row included; then the lanes have ended, and stay so."""
+    documents = pairs(20, seed=3) + texts(20, lengths=(1, 200), seed=4)
+    make_source(tmp_path / "a", tokenizer, documents[:25], shard_sizes=[3, 17, 5])
+    make_source(tmp_path / "b", tokenizer, documents[25:], shard_sizes=[15])
+    sources = {name: SourceConfig(path=str(tmp_path / name), repeat=False) for name in "ab"}
+    _, readers = open_lanes(data_config(tokenizer, sources, lanes=lanes, order=KEEP_CAPTIONS))
+    rows = until_the_end(readers)
+    assert content_of(rows) == content_of_documents(documents, tokenizer)
+    assert [lane.next_row() for lane in readers] == [None] * lanes
+
+
+def test_a_text_longer_than_a_row_is_not_passed_over_for_ever(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Though documents that fill each row to its end always stand by."""
+    short = [(np.full(6, 10, np.int32), None)] * 60  # 8 tokens each with BOS and EOS
+    long = [(np.arange(20, 220, dtype=np.int32), None)]
+    make_source(tmp_path / "a", tokenizer, short[:30] + long + short[30:])
+    config = data_config(tokenizer, {"a": tmp_path / "a"}, lanes=1, shuffle_block=1)
+    _, (lane,) = open_lanes(config)
+    rows = [lane.next_row() for _ in range(12)]
+    assert {int(t) for row in rows for t in row.labels} >= set(range(20, 220))
+
+
+def test_rows_are_nearly_full_when_there_is_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The paper's mix: 256-token images with captions, texts of log-normal length, half the tokens each, S = 4096."""
+    rng = np.random.default_rng(0)
+    sizes = np.clip(rng.lognormal(5.5, 1.2, 80), 1, 20000).astype(int)
+    make_source(tmp_path / "texts", tokenizer, [(rng.integers(4, 270, n, dtype=np.int32), None) for n in sizes])
+    make_source(tmp_path / "pairs", tokenizer, pairs(80, grids=[(32, 32)], lengths=(5, 40), channels=1))
+    sources = {name: SourceConfig(path=str(tmp_path / name)) for name in ("texts", "pairs")}
+    _, readers = open_lanes(data_config(tokenizer, sources, sequence_length=4096, look_ahead=16))
+    rows = [lane.next_row() for _ in range(8) for lane in readers]
+    fill = np.mean([np.mean(row.document_ids > 0) for row in rows])
+    print(f"fill {fill:.4f}")
+    assert fill >= 0.98
+
+
+def test_a_lane_without_a_document_in_this_epoch_takes_part_in_the_next(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """One text of 5,000 tokens and nine of one: in each epoch two of four lanes have nothing."""
+    make_source(tmp_path / "a", tokenizer, texts(1, lengths=(5000, 5000)) + texts(9, lengths=(1, 1)))
+    _, readers = open_lanes(data_config(tokenizer, {"a": tmp_path / "a"}))
+    assert all(row is not None for row in (lane.next_row() for lane in readers))
+    assert max(cursor[0] for lane in readers for cursor in lane.state()["cursors"]) > 0
+
+
+# ---- the mix ----
+
+
+@pytest.mark.parametrize("weights", [(3, 1), (1, 1), (0.2, 5)])
+def test_tokens_are_shared_by_weight(mixed: DataConfig, weights: tuple[float, float]) -> None:
+    """By exact accounts: never further from the share than a document and a row, however long it runs."""
+    named = zip(mixed.sources.items(), weights, strict=True)
+    config = replace(mixed, sources={name: replace(source, weight=weight) for (name, source), weight in named})
+    _, readers = open_lanes(config)
+    share = weights[0] / sum(weights)
+    for _ in range(3):
+        stream(readers, 20)
+        for lane in readers:
+            drawn = [cursor[2] for cursor in lane.state()["cursors"]]
+            assert abs(drawn[0] - share * sum(drawn)) < 64 + 64
+
+
+def test_lanes_do_not_all_begin_with_the_same_source(
+    pairs_folder: Path, texts_folder: Path, tokenizer: Tokenizer
+) -> None:
+    config = data_config(tokenizer, {"a": pairs_folder, "b": texts_folder}, lanes=40)
+    _, readers = open_lanes(config)
+    stream(readers, 1)
+    begun = [lane.state()["pending"][0][0] for lane in readers]
+    assert 5 < sum(begun) < 35
+
+
+def test_a_source_that_ends_hands_its_share_to_the_others(mixed: DataConfig) -> None:
+    finite = replace(mixed.sources["pairs"], repeat=False)
+    data, readers = open_lanes(replace(mixed, sources={**mixed.sources, "pairs": finite}))
+    rows = [lane.next_row() for _ in range(60) for lane in readers]
+    assert None not in rows
+    images = Counter(image.moments.tobytes() for row in rows for image in row.images)
+    assert set(images.values()) == {1} and len(images) == data.sources[0].manifest.records
+    assert not any(row.images for row in rows[-40:])
+    assert np.mean([np.mean(row.document_ids > 0) for row in rows[-40:]]) > 0.95
+
+
+# ---- resume ----
+
+
+def test_a_lane_continues_from_its_state_at_any_step(mixed: DataConfig) -> None:
+    """The states went through JSON, and everything was opened anew."""
+    _, readers = open_lanes(mixed)
+    expected, states = [], []
+    for _ in range(30):
+        states.append(json.dumps([lane.state() for lane in readers]))
+        expected += stream(readers, 1)
+    for step in range(30):
+        assert (
+            stream(open_lanes(mixed, states=json.loads(states[step]))[1], 3) == expected[step : step + 3] or step > 27
+        )
+    assert stream(open_lanes(mixed, states=json.loads(states[11]))[1], 19) == expected[11:]
+
+
+def test_a_state_does_not_change_when_its_lane_goes_on(mixed: DataConfig) -> None:
+    _, readers = open_lanes(mixed)
+    stream(readers, 3)
+    state = readers[0].state()
+    before = json.dumps(state)
+    stream(readers, 3)
+    assert json.dumps(state) == before != json.dumps(readers[0].state())
+
+
+def test_resume_reads_only_what_is_pending(mixed: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, readers = open_lanes(mixed)
+    stream(readers, 17)
+    states = [lane.state() for lane in readers]
+    reads = []
+    read_at = data.lanes.read_at
+    monkeypatch.setattr(data.lanes, "read_at", lambda *args: reads.append(args[2]) or read_at(*args))
+    _, resumed = open_lanes(mixed, states=states)
+    assert len(reads) == sum(len(state["pending"]) for state in states) <= 4 * mixed.look_ahead
+    assert stream(readers, 1) == stream(resumed, 1)
+
+
+def test_the_states_of_1024_lanes_are_small(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Less than 1 MiB as JSON, with the default look-ahead; positions as large as those of a billion documents."""
+    make_source(tmp_path / "a", tokenizer, texts(1100, lengths=(1, 30)))
+    make_source(tmp_path / "b", tokenizer, pairs(64))
+    config = data_config(tokenizer, {"a": tmp_path / "a", "b": tmp_path / "b"}, lanes=64, look_ahead=16)
+    _, readers = open_lanes(config)
+    stream(readers, 2)
+    states = {}
+    for lane in range(1024):
+        state = readers[lane % 64].state()
+        state["pending"] = [[*p[:2], p[2] + 99_000, p[3] + 9_000, p[4]] for p in state["pending"]]
+        state["cursors"] = [[*c[:2], c[2] + 10**9] for c in state["cursors"]]
+        states[lane] = state
+    size = len(json.dumps(states))
+    print(f"state of 1,024 lanes: {size} bytes")
+    assert size < 1 << 20
+
+
+# ---- what is bad ----
+
+
+def damage(folder: Path, shard: int, records: list[int]) -> None:
+    """Flip a bit in the middle of each of a shard's records."""
+    manifest = Manifest.load(folder)
+    spans = manifest.load_index(shard).spans
+    data = bytearray(manifest.shard_path(shard).read_bytes())
+    for record in records:
+        data[int(spans[record, 0] + spans[record, 1] // 2)] ^= 1
+    manifest.shard_path(shard).write_bytes(data)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, tokenizer: Tokenizer) -> tuple[DataConfig, list[Content]]:
+    """A finite data set of 60 documents of which two are damaged, and the good ones."""
+    documents = pairs(30, seed=7) + texts(30, seed=8)
+    make_source(tmp_path / "a", tokenizer, documents, shard_sizes=[20, 25, 15])
+    damage(tmp_path / "a", 0, [3])
+    damage(tmp_path / "a", 1, [24])
+    config = data_config(tokenizer, {"a": SourceConfig(path=str(tmp_path / "a"), repeat=False)}, order=KEEP_CAPTIONS)
+    return config, [document for i, document in enumerate(documents) if i not in (3, 44)]
+
+
+def skipped(lanes: list[Lane]) -> tuple[dict[str, int], list[str]]:
+    states = [lane.state() for lane in lanes]
+    return dict(sum((Counter(s["skipped"]) for s in states), Counter())), [
+        n for s in states for n in s["skipped_names"]
+    ]
+
+
+def test_a_corrupt_record_is_skipped_counted_and_named(
+    damaged: tuple[DataConfig, list[Content]], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P7: nothing else is lost, and the lane's next document takes its place."""
+    config, good = damaged
+    _, readers = open_lanes(config)
+    assert content_of(until_the_end(readers)) == content_of_documents(good, tokenizer)
+    counts, names = skipped(readers)
+    folder = config.sources["a"].path
+    assert counts == {"checksum": 2}
+    assert sorted(names) == [f"{folder}/00000.tar#3: checksum", f"{folder}/00001.tar#24: checksum"]
+    assert all(name in caplog.text for name in names)
+
+
+def test_a_resume_skips_what_was_skipped(damaged: tuple[DataConfig, list[Content]]) -> None:
+    """Even when the record can be read by then: its place in the order has passed."""
+    config, _ = damaged
+    _, readers = open_lanes(config)
+    states, rows = [], []
+    for _ in range(12):
+        states.append([lane.state() for lane in readers])
+        rows += stream(readers, 1)
+    step = next(i for i, state in enumerate(states) if sum(sum(s["skipped"].values()) for s in state) == 2)
+    damage(Path(config.sources["a"].path), 0, [3])  # the same bit again: healed
+    damage(Path(config.sources["a"].path), 1, [24])
+    _, resumed = open_lanes(config, states=states[step])
+    assert stream(resumed, 12 - step) == rows[step:]
+    assert skipped(resumed) == skipped(readers)
+
+
+def test_a_vanished_shard_is_skipped_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Gone after the start-up check: its documents are counted one by one, the others come all."""
+    documents = pairs(30, seed=7) + texts(30, seed=8)
+    make_source(tmp_path / "a", tokenizer, documents, shard_sizes=[20, 25, 15])
+    sources = {"a": SourceConfig(path=str(tmp_path / "a"), repeat=False)}
+    _, readers = open_lanes(data_config(tokenizer, sources, order=KEEP_CAPTIONS))
+    (tmp_path / "a" / "00001.tar").unlink()
+    rows = until_the_end(readers)
+    assert content_of(rows) == content_of_documents(documents[:20] + documents[45:], tokenizer)
+    counts, names = skipped(readers)
+    assert counts == {"unreadable shard": 25} and "00001.tar#" in names[0] and "No such file" in names[0]
+
+
+def test_a_truncated_shard_loses_only_its_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    documents = pairs(20, seed=7)
+    make_source(tmp_path / "a", tokenizer, documents)
+    sources = {"a": SourceConfig(path=str(tmp_path / "a"), repeat=False)}
+    data, readers = open_lanes(data_config(tokenizer, sources, order=KEEP_CAPTIONS))
+    spans = data.sources[0].manifest.load_index(0).spans
+    with open(tmp_path / "a" / "00000.tar", "r+b") as file:
+        file.truncate(int(spans[17, 0]) + 600)
+    assert content_of(until_the_end(readers)) == content_of_documents(documents[:17], tokenizer)
+    assert skipped(readers)[0] == {"truncated": 3}
+
+
+def test_a_lost_index_stops_the_lane_with_its_name(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Without it the order is not known, and another order would break every promise."""
+    make_source(tmp_path / "a", tokenizer, texts(20))
+    _, readers = open_lanes(data_config(tokenizer, {"a": tmp_path / "a"}))
+    (tmp_path / "a" / "00000.tar.idx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"00000.tar.idx: unreadable index \(its checksum differs"):
+        readers[0].next_row()
+
+
+def test_documents_that_do_not_fit_a_sequence_are_skipped_by_name(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    long_caption = [(np.full(60, 9, np.int32), pairs(1)[0][1])]
+    make_source(tmp_path / "a", tokenizer, pairs(8) + long_caption)
+    config = data_config(tokenizer, {"a": tmp_path / "a"}, lanes=1, order=KEEP_CAPTIONS)
+    _, readers = open_lanes(config)
+    stream(readers, 5)
+    assert set(skipped(readers)[0]) == {"longer than a sequence"}
+
+
+def test_a_lane_with_nothing_left_to_read_stops_instead_of_searching(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    make_source(tmp_path / "a", tokenizer, texts(10))
+    _, readers = open_lanes(data_config(tokenizer, {"a": tmp_path / "a"}))
+    (tmp_path / "a" / "00000.tar").unlink()
+    with pytest.raises(ValueError, match=r"lane 2 skipped 1000 documents in a row \({'unreadable shard': 1000}\)"):
+        readers[2].next_row()
+
+
+# ---- lanes and ranks ----
+
+
+def test_ranks_own_every_lane_once_and_nearly_equal_shares() -> None:
+    for lanes in range(1, 20):
+        for world_size in range(1, lanes + 1):
+            owned = [lanes_of_rank(rank, world_size, lanes) for rank in range(world_size)]
+            assert [lane for part in owned for lane in part] == list(range(lanes))
+            assert max(map(len, owned)) - min(map(len, owned)) <= 1
+    with pytest.raises(ValueError, match=r"5 ranks, but data.lanes=4: use at most one rank a lane, or more lanes"):
+        lanes_of_rank(0, 5, 4)
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan")])
+def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="leave the source out instead"):
+        SourceConfig(path="a", weight=weight)

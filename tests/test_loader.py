@@ -1,0 +1,362 @@
+"""The global batch is the same for any ranks, workers and micro-batches; the end and errors reach the trainer."""
+
+import itertools
+import json
+import multiprocessing
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.documents import seed_from
+from data.lanes import SourceConfig
+from data.loader import DataConfig, Loader, StepBatch, epochs, open_data
+from data.manifest import Manifest
+from data.packing import PADDING_DOCUMENT, PackedBatch
+from data.tokenizer import Tokenizer, train_tokenizer
+from tests.sources import data_config, make_source, pairs, texts
+
+PATCH = 2
+FIELDS = ("input_ids", "labels", "document_ids", "image_ids", "position_ids", "visible_until", "grid_positions")
+
+
+def make_loader(config: DataConfig, rank: int = 0, world_size: int = 1, micro: int = 2, **options: Any) -> Loader:
+    """A loader that opened its data itself, as each rank does."""
+    data = open_data(config, 3, PATCH)
+    return Loader(data, config, rank=rank, world_size=world_size, micro_batch_size=micro, **options)
+
+
+def next_batch(loader: Loader) -> StepBatch:
+    batch = loader.next(timeout_seconds=60)
+    assert batch is not None
+    return batch
+
+
+def rows_of(batch: PackedBatch) -> list[tuple]:
+    """Each row's bytes, and those of its pictures and their draws, taken apart through the batch's index arrays."""
+    length = batch.input_ids.shape[1]
+    pictures: list[list[tuple]] = [[] for _ in batch.input_ids]
+    place = 0
+    for (h, w), images in batch.images.items():
+        patches = (h // PATCH) * (w // PATCH)
+        for slot in range(len(images.u)):
+            row, first = divmod(int(batch.image_token_index[place]), length)
+            place += patches
+            if slot < images.num_valid:
+                tensors = (images.moments, images.noise, images.posterior_noise, images.u, images.before_caption)
+                pictures[row].append((first, *(tensor[slot].numpy().tobytes() for tensor in tensors)))
+    return [
+        (*(getattr(batch, name)[i].numpy().tobytes() for name in FIELDS), sorted(pictures[i]))
+        for i in range(len(batch.input_ids))
+    ]
+
+
+def global_batch(shares: list[tuple[range, StepBatch]]) -> dict[int, tuple]:
+    """Put the ranks' shares of a step together, by lane."""
+    together = {}
+    for lanes, share in shares:
+        rows = [row for batch in share.micro_batches for row in rows_of(batch)]
+        together |= dict(zip(lanes, rows, strict=False))
+        padding = [batch.document_ids for batch in share.micro_batches]
+        assert (torch.cat(padding)[len(lanes) :] == PADDING_DOCUMENT).all()
+    return dict(sorted(together.items()))
+
+
+def run(
+    config: DataConfig,
+    steps: int,
+    world_size: int = 1,
+    micro: int = 2,
+    first_step: int = 1,
+    states: dict[int, dict] | None = None,
+) -> tuple[list[dict[int, tuple]], list[dict[int, dict]]]:
+    """Return the global batch of each step, and the states of all lanes after it."""
+    options = {"first_step": first_step, "states": states}
+    loaders = [make_loader(config, rank, world_size, micro, **options) for rank in range(world_size)]
+    batches, after = [], []
+    for step in range(first_step, first_step + steps):
+        shares = [next_batch(loader) for loader in loaders]
+        assert {share.step for share in shares} == {step}
+        assert len({len(share.micro_batches) for share in shares}) == 1
+        assert len({len(batch.input_ids) for share in shares for batch in share.micro_batches}) == 1
+        batches.append(global_batch([(loader.lanes, share) for loader, share in zip(loaders, shares, strict=True)]))
+        after.append({lane: state for share in shares for lane, state in share.lane_states.items()})
+    for loader in loaders:
+        loader.close()
+    return batches, after
+
+
+@pytest.fixture(scope="module")
+def mixed(pairs_folder: Path, texts_folder: Path, tokenizer: Tokenizer) -> DataConfig:
+    return data_config(tokenizer, {"pairs": pairs_folder, "texts": texts_folder})
+
+
+@pytest.mark.parametrize("lanes", [4, 6])
+def test_the_global_batch_is_the_same_for_any_ranks_workers_and_micro_batches(mixed: DataConfig, lanes: int) -> None:
+    """P3, bytes and all: tokens, pictures, u, noise and posterior draws of six steps, and the states after each."""
+    config = replace(mixed, lanes=lanes)
+    expected = run(config, 6, micro=lanes)
+    assert len(expected[0][0]) == lanes and any(row[-1] for row in expected[0][0].values())
+    cases = [(1, 0, 1), (2, 0, 3), (3, 0, 2), (4, 0, 1), (1, 1, 3), (1, 3, 2), (3, 1, 1), (4, 3, 5)]
+    for world_size, workers, micro in cases:
+        found = run(replace(config, num_workers=workers), 6, world_size, micro)
+        assert found == expected, (world_size, workers, micro)
+
+
+def test_a_run_continues_with_the_next_batch_on_other_ranks_and_workers(mixed: DataConfig) -> None:
+    """P4: what was prefetched and not used comes again; draws follow the step, not the process."""
+    config = replace(mixed, lanes=6, prefetch_steps=3)
+    expected, states = run(config, 9)
+    changes = [(1, 1, 0, 2), (4, 3, 1, 4), (7, 4, 0, 1), (3, 2, 3, 3)]
+    for done, world_size, workers, micro in changes:
+        saved = {int(lane): state for lane, state in json.loads(json.dumps(states[done - 1])).items()}
+        other = replace(config, num_workers=workers, prefetch_steps=1)
+        found, after = run(other, 9 - done, world_size, micro, done + 1, saved)
+        assert found == expected[done:] and after == states[done:], (done, world_size, workers)
+
+
+def test_noise_is_drawn_from_seed_step_and_lane(mixed: DataConfig) -> None:
+    """By the rule, on the CPU generator: u, then for each picture noise and posterior noise."""
+    batches, _ = run(mixed, 3)
+    for step, rows in enumerate(batches, start=1):
+        for lane, row in rows.items():
+            generator = torch.Generator().manual_seed(seed_from("images", 3, step, lane))
+            u = torch.rand(len(row[-1]), generator=generator)
+            for i, (_, moments, noise, posterior_noise, drawn_u, _) in enumerate(row[-1]):
+                cells = len(moments) // 2 // 2  # f16, mean and log variance
+                both = torch.randn(2, cells, generator=generator)
+                assert np.array_equal(np.frombuffer(noise, np.float32), both[0].numpy())
+                assert np.array_equal(np.frombuffer(posterior_noise, np.float32), both[1].numpy())
+                assert np.frombuffer(drawn_u, np.float32) == u[i].numpy()
+    assert len({row[-1][0][2] for rows in batches for row in rows.values() if row[-1]}) > 8  # no noise twice
+
+
+@pytest.mark.parametrize(
+    ("lanes", "world_size", "micro", "expected"), [(6, 4, 1, 2), (6, 4, 8, 1), (7, 2, 2, 2), (5, 5, 2, 1)]
+)
+def test_all_ranks_run_as_many_micro_steps(
+    mixed: DataConfig, lanes: int, world_size: int, micro: int, expected: int
+) -> None:
+    loaders = [make_loader(replace(mixed, lanes=lanes), rank, world_size, micro) for rank in range(world_size)]
+    assert [loader.micro_steps for loader in loaders] == [expected] * world_size
+    for loader in loaders:
+        batch = next_batch(loader)
+        assert len(batch.micro_batches) == expected and not batch.ended
+        assert batch.num_images == sum(b.num_images for b in batch.micro_batches)
+        assert batch.num_text_targets == sum(int((b.labels != -100).sum()) for b in batch.micro_batches) > 0
+        loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_finite_data_set_ends_on_each_rank(pairs_folder: Path, tokenizer: Tokenizer, workers: int) -> None:
+    """Lanes end one by one; a rank whose lanes have all ended hands out empty batches that say so."""
+    source = SourceConfig(path=str(pairs_folder), repeat=False)
+    config = data_config(tokenizer, {"a": source}, num_workers=workers)
+    loader = make_loader(config)
+    images, batches = 0, []
+    while not batches or not batches[-1].ended:
+        batches.append(next_batch(loader))
+        images += batches[-1].num_images
+    assert images == 60
+    for batch in (batches[-1], next_batch(loader)):
+        assert batch.ended and batch.num_images == batch.num_text_targets == 0
+        assert all((b.document_ids == PADDING_DOCUMENT).all() for b in batch.micro_batches)
+    loader.close()
+
+
+def test_a_batch_that_is_not_there_in_time_is_none(mixed: DataConfig) -> None:
+    """So that a rank that waits can vote. Afterwards no batch is missing."""
+    loader = make_loader(mixed)
+    found = [loader.next(timeout_seconds=0) for _ in range(3)]
+    assert None in found or all(found)
+    steps = [batch.step for batch in found if batch is not None]
+    while len(steps) < 30:
+        batch = loader.next(timeout_seconds=0.0001)
+        steps += [batch.step] if batch is not None else []
+    assert steps == list(range(1, 31))
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_reader_surfaces_and_stays(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
+    """Raised by `next`, with the shard's name, at this and every later call; nothing hangs."""
+    make_source(tmp_path / "a", tokenizer, texts(40))
+    config = data_config(tokenizer, {"a": tmp_path / "a"}, num_workers=workers)
+    data = open_data(config, 3, PATCH)
+    (tmp_path / "a" / "00000.tar").unlink()
+    loader = Loader(data, config, rank=0, world_size=1, micro_batch_size=2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"skipped 1000 documents in a row.*00000.tar#.*No such file"):
+            next_batch(loader)
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 3
+
+
+@pytest.mark.slow  # torch looks after its workers every five seconds
+def test_a_killed_worker_is_an_error(mixed: DataConfig) -> None:
+    before = set(multiprocessing.active_children())
+    loader = make_loader(replace(mixed, num_workers=2, prefetch_steps=1))
+    next_batch(loader)
+    worker = (set(multiprocessing.active_children()) - before).pop()
+    worker.kill()
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        for _ in range(10):
+            next_batch(loader)
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_closing_leaves_no_process_or_thread(mixed: DataConfig, workers: int) -> None:
+    before = set(multiprocessing.active_children())
+    loader = make_loader(replace(mixed, num_workers=workers))
+    next_batch(loader)
+    assert len(set(multiprocessing.active_children()) - before) == workers
+    loader.close()
+    assert not loader._thread.is_alive() and set(multiprocessing.active_children()) <= before
+
+
+def test_a_batch_says_how_many_documents_were_skipped(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Over the rank's lanes, since the run began."""
+    make_source(tmp_path / "a", tokenizer, texts(40), shard_sizes=[38, 2])
+    config = data_config(tokenizer, {"a": SourceConfig(path=str(tmp_path / "a"), repeat=False)})
+    data = open_data(config, 3, PATCH)
+    (tmp_path / "a" / "00001.tar").unlink()
+    loader = Loader(data, config, rank=0, world_size=1, micro_batch_size=2)
+    while not (batch := next_batch(loader)).ended:
+        pass
+    assert batch.num_skipped == 2
+    loader.close()
+    resumed = Loader(data, config, rank=0, world_size=1, micro_batch_size=2, first_step=9, states=batch.lane_states)
+    assert next_batch(resumed).num_skipped == 2
+    resumed.close()
+
+
+def test_epochs_are_each_lanes_own(mixed: DataConfig) -> None:
+    _, states = run(mixed, 40)
+    progress = [epochs(state) for state in states]
+    assert progress[0].shape == (4, 2) and progress[0].max() == 0 and progress[-1].min() >= 1
+    assert all((b >= a).all() for a, b in itertools.pairwise(progress))
+
+
+# ---- refusals at start: value, expectation, remedy (P10) ----
+
+
+def refusal(config: DataConfig, patch_size: int = PATCH, kind: type[Exception] = ValueError) -> str:
+    with pytest.raises(kind) as caught:
+        open_data(config, 0, patch_size)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_without_data_is_refused(tmp_path: Path, texts_folder: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, state in (("none", "does not exist"), ("empty", "has no manifest.json")):
+        message = refusal(data_config(tokenizer, {"a": tmp_path / name}), kind=FileNotFoundError)
+        assert message == f"data folder {tmp_path / name} {state}; make it with `python -m train.encode`"
+    assert "name at least one, e.g. data.sources.images.path=FOLDER" in refusal(data_config(tokenizer, {}))
+    lost = data_config(tokenizer, {"a": texts_folder})
+    message = refusal(replace(lost, tokenizer=str(tmp_path / "none.model")), kind=FileNotFoundError)
+    assert "none.model: no such file; train one with `python -m train.tokenizer`" in message
+
+
+def test_a_manifest_that_cannot_be_read_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = make_source(tmp_path / "a", tokenizer, pairs(5))
+    config = data_config(tokenizer, {"a": folder})
+    whole = json.loads((folder / "manifest.json").read_text())
+    shard, spec = whole["shards"][0], whole["latent_spec"]
+    cases = [
+        ("{", "is not a manifest this program reads"),
+        ("[1]", "is not a manifest this program reads"),
+        ("7", "is not a manifest this program reads"),
+        ({**whole, "format_version": 99}, "format version 99, this program reads 1"),
+        ({**whole, "surprise": 1}, "surprise"),
+        ({**whole, "shards": []}, "lists no records; the data set is empty"),
+        ({**whole, "shards": [{**shard, "name": "../b.tar"}]}, "expected a file in the manifest's folder"),
+        ({**whole, "latent_spec": {**spec, "std": [1.0, 0.0]}}, "expected finite numbers and std > 0"),
+        ({**whole, "latent_spec": {**spec, "mean": [1.0]}}, "expected 2 channels"),
+    ]
+    for content, expected in cases:
+        (folder / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        message = refusal(config)
+        assert expected in message and str(folder / "manifest.json") in message
+
+
+def test_shards_that_are_not_those_of_the_manifest_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = make_source(tmp_path / "a", tokenizer, texts(10), shard_sizes=[5, 5])
+    config = data_config(tokenizer, {"a": folder})
+    with (folder / "00001.tar").open("ab") as file:
+        file.write(b"x")
+    size = (folder / "00001.tar").stat().st_size
+    assert f"{folder / '00001.tar'} is {size} bytes, the manifest says {size - 1}; restore it" in refusal(config)
+    (folder / "00001.tar").unlink()
+    assert f"{folder / '00001.tar'} is missing; restore it, or encode the data set again" in refusal(config)
+    (folder / "00000.tar.idx").unlink()
+    assert f"{folder / '00000.tar.idx'} is missing; encode the data set again" in refusal(config)
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path: Path, texts_folder: Path, tokenizer: Tokenizer) -> None:
+    train_tokenizer((f"other words for number {i}" for i in range(100)), tmp_path / "other.model", 300)
+    other = Tokenizer(tmp_path / "other.model")
+    message = refusal(data_config(other, {"words": texts_folder}))
+    assert message == (
+        f"data.sources.words was encoded with tokenizer {tokenizer.hash}, but {other.path} is {other.hash}; "
+        "name the tokenizer it was encoded with, or encode it again"
+    )
+
+
+def test_latents_of_two_vaes_are_refused(tmp_path: Path, pairs_folder: Path, tokenizer: Tokenizer) -> None:
+    other = make_source(tmp_path / "b", tokenizer, pairs(5), vae_hash="b" * 16)
+    message = refusal(data_config(tokenizer, {"one": pairs_folder, "two": other}))
+    assert message.startswith(f"data.sources.two holds latents of VAE {'b' * 16}, other sources those of {'a' * 16}")
+    assert "encode all sources with one VAE" in message
+
+
+def test_fewer_documents_than_lanes_are_refused(pairs_folder: Path, tokenizer: Tokenizer) -> None:
+    config = data_config(tokenizer, {"a": pairs_folder}, lanes=61)
+    assert refusal(config) == (
+        "data.sources.a has 60 documents, fewer than data.lanes=61; use fewer lanes or more data"
+    )
+    open_data(replace(config, lanes=60), 0, PATCH)
+
+
+def test_an_image_longer_than_a_sequence_is_refused(pairs_folder: Path, tokenizer: Tokenizer) -> None:
+    config = data_config(tokenizer, {"a": pairs_folder}, sequence_length=11)
+    message = refusal(config)
+    assert message == (
+        "an image of latent grid 4x8 is 12 tokens with BOS, BOI, EOI, EOS, more than data.sequence_length=11; "
+        "use longer sequences or larger patches"
+    )
+    open_data(replace(config, sequence_length=12), 0, PATCH)
+    assert "latent grid 4x4 is not a multiple of patch_size=3; choose another patch size" in refusal(config, 3)
+
+
+def test_more_ranks_than_lanes_are_refused(mixed: DataConfig) -> None:
+    with pytest.raises(ValueError, match=r"5 ranks, but data.lanes=4: use at most one rank a lane, or more lanes"):
+        make_loader(mixed, 4, 5)
+
+
+@pytest.mark.parametrize("name", ["lanes", "sequence_length", "shuffle_block", "look_ahead", "prefetch_steps"])
+def test_numbers_below_their_range_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"data.{name}=0: expected at least 1"):
+        DataConfig(tokenizer="a", **{name: 0})
+    for other in ("num_workers", "max_bad_documents"):
+        with pytest.raises(ValueError, match=rf"data.{other}=-1: expected 0 or more"):
+            DataConfig(tokenizer="a", **{other: -1})
+
+
+def test_a_manifest_reads_back(pairs_folder: Path) -> None:
+    manifest = Manifest.load(pairs_folder)
+    assert manifest.records == 60 and [shard.records for shard in manifest.shards] == [31, 7, 22]
+    assert manifest.grids() == {(4, 4), (4, 8)}
+    for number, shard in enumerate(manifest.shards):
+        index = manifest.load_index(number)
+        for patch_size in (1, 2, 4):
+            assert shard.tokens(patch_size) == index.document_tokens(patch_size).sum()
+    again = Manifest.load(pairs_folder)
+    assert again == manifest and again.content_hash == manifest.content_hash
+    assert replace(manifest, shards=manifest.shards[:2]).content_hash != manifest.content_hash

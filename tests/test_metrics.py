@@ -1,0 +1,159 @@
+"""Numbers that mean what their names say (P9), and a logger that cannot stop training (P13)."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.transformer import TransformerConfig
+from model.transfusion import Transfusion, TransfusionConfig
+from tests.ranks import run_ranks
+from train import metrics
+from train.distributed import Ranks, Vote, alone
+from train.metrics import Console, Flops, Interval, LogConfig, MetricsLog
+from train.run_folder import RunFolder
+from train.signals import StopKind
+from train.step import StepLoss
+
+
+def _loss(text: float, image: float) -> StepLoss:
+    return StepLoss(torch.tensor(0.0), torch.tensor(text), torch.tensor(image))
+
+
+def _vote(**counts: int) -> Vote:
+    names = ("text_targets", "images", "tokens", "documents_skipped", "ranks_with_batch", "ranks_ended")
+    names += ("ranks_write_failed", "ranks_data_failed")
+    return Vote(**{**dict.fromkeys(names, 0), **counts}, stop=StopKind.NONE)
+
+
+def _batch(slots: int, pairs: int) -> Any:
+    return SimpleNamespace(
+        micro_batches=[SimpleNamespace(input_ids=torch.zeros(slots), num_attention_pairs=pairs) for _ in range(2)]
+    )
+
+
+def _two_rows(ranks: Ranks) -> list[dict]:
+    """Two steps and a row, one step and a row, with other numbers on each rank."""
+    interval = Interval(Flops(per_token=10.0, per_pair=1.0, per_text_target=100.0), ranks)
+    mine = ranks.rank + 1
+    states = {ranks.rank: {"cursors": [[ranks.rank, 5, 0], [3, 0, 0]]}}
+    rows = []
+    for steps in (2, 1):
+        for _ in range(steps):
+            vote = _vote(text_targets=30, images=6, tokens=120, documents_skipped=4)
+            losses = [_loss(10.0 * mine, 1.0 * mine), _loss(5.0, 0.0)]
+            interval.add(_batch(slots=50, pairs=7 * mine), losses, vote, data_wait_s=0.0, grad_norm=torch.tensor(2.5))
+        interval.checkpoint_s = 0.0
+        rows.append(interval.row(states))
+    return rows
+
+
+def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on_every_rank() -> None:
+    """P2, P9: sums over ranks by global counts, although ranks differ; nothing is carried into the next row."""
+    of_ranks = run_ranks(_two_rows, 3)
+    timed = {"tokens_per_s", "images_per_s", "step_s", "model_tflops_per_s_per_rank"}
+    for first, second in of_ranks:
+        for row, steps in ((first, 2), (second, 1)):
+            assert {name: row[name] for name in row.keys() - timed} == pytest.approx(
+                {
+                    "interval_steps": steps,
+                    "text_loss": (10 + 20 + 30 + 3 * 5) / 30,
+                    "image_loss": (1 + 2 + 3) / 6,
+                    "padding_share": 1 - 120 / 300,
+                    "data_stall_share": 0.0,
+                    "checkpoint_stall_share": 0.0,
+                    "grad_norm": 2.5,
+                    "skipped_documents": 4,
+                    "epoch_min": 0,
+                    "epoch_mean": (0 + 1 + 2 + 3 * 3) / 6,
+                    "epoch_max": 3,
+                }
+            )
+            flops = steps * (10 * 120 + 2 * 7 * (1 + 2 + 3) + 100 * 30)
+            per_s = steps * row["step_s"]
+            assert row["model_tflops_per_s_per_rank"] == pytest.approx(flops / per_s / 3 / 1e12, rel=1e-6)
+            assert row["tokens_per_s"] == pytest.approx(120 * steps / per_s, rel=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_flops_are_those_that_torch_counts(kv_heads: int | None) -> None:
+    """P9: the blocks' matrices, attention over the pairs of a full mask and the text head, times three for training."""
+    config = TransfusionConfig(transformer=TransformerConfig(width=32, layers=3, heads=4, kv_heads=kv_heads))
+    model, tokens, vocab_size = Transfusion(config, 50).double(), 24, 50
+    h = torch.zeros(1, tokens, 32, dtype=torch.float64)
+    flops = Flops.of(config, vocab_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model.trunk(h, torch.arange(tokens)[None], torch.full((1, tokens, 2), -1), None)
+    assert 3 * counter.get_total_flops() == flops.per_token * tokens + flops.per_pair * tokens**2
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.text_logits(h)
+    assert 3 * counter.get_total_flops() == flops.per_text_target * tokens
+
+
+def test_the_time_left_counts_only_the_steps_of_this_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A run resumed at step 50 that took 10 s for 10 steps has 40 s to go to step 100."""
+    clock = [1000.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    console = Console(100, 50, alone())
+    clock[0] += 10
+    names = ("text_loss", "image_loss", "grad_norm", "learning_rate", "tokens_per_s", "images_per_s")
+    console.show({"step": 60, **dict.fromkeys(names, 1.0)})
+    assert "step 60/100" in (line := capsys.readouterr().out) and "0:00:40 left" in line
+
+
+def _fails(*_: Any, **__: Any) -> None:
+    raise RuntimeError("the network is gone")
+
+
+def test_no_failure_of_wandb_reaches_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P13: not installed, refusing to start, failing later; each says so once, and metrics.jsonl has every row."""
+    failing_run = SimpleNamespace(define_metric=lambda *_, **__: None, log=_fails, finish=_fails)
+    faults = [
+        None,  # not installed
+        SimpleNamespace(Settings=dict, init=_fails),
+        SimpleNamespace(Settings=dict, init=lambda **_: failing_run),
+    ]
+    rows = [{"step": step, "text_loss": 1.5} for step in (1, 2, 3)]
+    with RunFolder(tmp_path / "run", alone()) as folder:
+        for wandb in faults:
+            monkeypatch.setitem(sys.modules, "wandb", wandb)
+            caplog.clear()
+            log = MetricsLog(LogConfig(wandb="offline"), folder, alone(), {})
+            for row in rows:
+                log.write(row)
+                log.picture(tmp_path / "picture.png", row["step"])
+            log.close()
+            assert caplog.text.count("wandb is off") == 1
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        MetricsLog(LogConfig(), folder, alone(), {}).picture(tmp_path / "picture.png", 1)  # disabled: not looked for
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert written == 3 * rows
+
+
+def test_two_runs_in_folders_of_one_name_have_pages_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a resumed run finds its page again; the id holds nothing that wandb refuses."""
+    asked: list[dict] = []
+
+    def init(**settings: Any) -> Any:
+        asked.append(settings)
+        return SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=init))
+    for parent in ("a", "b", "a"):
+        with RunFolder(tmp_path / parent / "my run: 1", alone()) as folder:
+            MetricsLog(LogConfig(wandb="offline"), folder, alone(), {}).close()
+    first, second, again = (settings["id"] for settings in asked)
+    assert first == again != second
+    assert not set(first) & set("/\\#?%: ")

@@ -1,0 +1,165 @@
+"""Whatever a picture's mode, shape or damage: RGB at the encoder's resolution, or one typed error."""
+
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.pictures import MAX_PIXELS, decode_picture, encode_png, from_unit, to_unit
+from data.shards import BadRecord
+
+RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
+
+
+def encoded(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def decode(data: bytes, resolution: int = 8, extension: str = "png") -> np.ndarray:
+    pixels = decode_picture({"__key__": b"k", extension: data}, resolution, "a.tar/k")
+    assert pixels.shape == (resolution, resolution, 3) and pixels.dtype == np.uint8
+    return pixels
+
+
+def reason(data: bytes, extension: str = "png") -> str:
+    with pytest.raises(BadRecord) as caught:
+        decode(data, extension=extension)
+    assert str(caught.value).startswith("a.tar/k: ")
+    return caught.value.reason
+
+
+def halves(left: tuple, right: tuple, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Image.Image:
+    picture = Image.new(mode, size, left)
+    picture.paste(right, (size[0] // 2, 0, *size))
+    return picture
+
+
+def one_chunk_png(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size, and no more."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_a_picture_of_the_right_size_keeps_every_pixel() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    assert np.array_equal(decode(encode_png(pixels)), pixels)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp"])
+def test_the_content_decides_and_not_the_extension(form: str, extension: str) -> None:
+    pixels = decode(encoded(Image.new("RGB", (8, 8), RED), form), extension=extension)
+    assert np.abs(pixels.astype(int) - RED).max() <= 4
+
+
+@pytest.mark.parametrize("size", [(24, 8), (8, 24), (72, 24)])
+def test_the_centre_of_the_shorter_sides_length_is_kept(size: tuple[int, int]) -> None:
+    """Stripes along the longer side: only the middle third is left."""
+    width, height = size
+    pixels = np.zeros((height, width, 3), np.uint8)
+    thirds = np.array_split(np.arange(max(size)), 3)
+    for part, colour in zip(thirds, (RED, GREEN, WHITE), strict=True):
+        pixels[(slice(None), part) if width > height else (part,)] = colour
+    found = decode(encode_png(pixels)).astype(int)
+    if min(size) > 8:  # resized: at its edges the filter sees beyond the crop
+        found = found[2:-2, 2:-2]
+    assert np.abs(found - GREEN).max() <= (0 if min(size) == 8 else 3)
+
+
+def test_resizing_keeps_the_mean() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    small = decode(encode_png(pixels), 16)
+    assert np.abs(small.mean((0, 1)) - pixels.mean((0, 1))).max() < 3
+
+
+def test_other_modes_become_rgb() -> None:
+    grey = decode(encoded(Image.new("L", (8, 8), 77)))
+    assert (grey == 77).all()
+    assert (decode(encoded(Image.new("1", (8, 8), 1))) == 255).all()
+    cmyk = decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert np.abs(cmyk.astype(int) - RED).max() <= 4
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    assert (decode(encoded(Image.fromarray(ramp)))[..., 0] == ramp >> 8).all()  # 16 bits: not clipped to white
+
+
+def test_what_is_transparent_shows_white() -> None:
+    """Whether by an alpha channel, a palette entry or a colour: the hidden colour does not come back."""
+    rgba = halves((*GREEN, 0), (*RED, 255), mode="RGBA")
+    palette = halves(1, 0, mode="P")
+    palette.putpalette([*RED, *GREEN])
+    cases = [
+        encoded(rgba),
+        encoded(rgba, "WEBP", lossless=True),
+        encoded(palette, transparency=1),
+        encoded(halves(GREEN, RED), transparency=GREEN),
+    ]
+    for data in cases:
+        pixels = decode(data)
+        assert (pixels[:, :4] == WHITE).all() and (pixels[:, 4:] == RED).all()
+    assert (decode(encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 51)))) == 204).all()
+    assert (decode(encoded(palette))[:, :4] == GREEN).all()  # a palette without transparency
+
+
+def test_a_picture_is_turned_upright() -> None:
+    """EXIF orientation 6: the camera was turned; stored rows are columns."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = decode(encoded(halves(RED, GREEN), exif=exif))
+    assert (pixels[:4] == RED).all() and (pixels[4:] == GREEN).all()
+
+
+def test_an_animation_gives_its_first_picture() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN)]
+    for form in ("PNG", "WEBP"):
+        data = encoded(frames[0], form, save_all=True, append_images=frames[1:], lossless=True)
+        assert (decode(data) == RED).all()
+
+
+def test_what_does_not_decode_is_typed() -> None:
+    whole = encoded(Image.new("RGB", (8, 8), RED))
+    for data in (b"", b"not a picture", whole[:20], whole[:45], encoded(Image.new("RGB", (8, 8)), "BMP")):
+        assert reason(data) == "undecodable picture"
+    with pytest.raises(BadRecord, match="no picture"):
+        decode_picture({"__key__": b"k", "txt": b"a", "gif": whole}, 8, "a.tar/k")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(MAX_PIXELS // 1000 + 1, 1000), (10_000, 10_000), (2**31 - 1, 2**31 - 1)])
+def test_a_decompression_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
+    assert reason(one_chunk_png(*size)) == "oversized picture"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_pictures_give_only_typed_errors() -> None:
+    """300 mutations of pictures of every format."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    whole = [encoded(noise, form, exif=exif) for form in ("JPEG", "PNG", "WEBP")]
+    rng = random.Random(0)
+    for i in range(300):
+        damaged = bytearray(whole[i % 3])
+        for _ in range(rng.randrange(1, 4)):
+            place = rng.choice([rng.randrange(len(damaged)), rng.randrange(min(len(damaged), 200))])
+            damaged[place : place + 4] = rng.randbytes(rng.choice([0, 4, 4, 4]))
+        try:
+            decode(bytes(damaged))
+        except BadRecord as error:
+            assert error.reason in ("undecodable picture", "oversized picture")
+
+
+def test_pixels_survive_the_vaes_range() -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    unit = to_unit(pixels)
+    assert unit.dtype == np.float32 and unit.shape == (1, 3, 16, 16)
+    assert unit.min() == -1 and unit.max() == 1
+    assert np.array_equal(from_unit(unit), pixels)
+    assert from_unit(unit * 3)[0, 0, 0, 0] == 0 and from_unit(unit * 3)[0, -1, -1, 0] == 255  # clipped

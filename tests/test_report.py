@@ -1,0 +1,347 @@
+"""The report is one file that asks for nothing, shows every failure, escapes what it quotes, and says what it lacks."""
+
+import base64
+import io
+import json
+import re
+import time
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.pictures import encode_png
+from data.scenes import Shape, Verdict, caption, draw, score
+from model.vae import VaeConfig, build_vae
+from train.config import load_config, to_yaml
+from train.curves import CHARTS, POINTS, _thinned, draw_charts
+from train.distributed import alone
+from train.evaluate import EvaluateConfig, _write_examples
+from train.evaluation import SceneItem, shares
+from train.figures import contact_sheet
+from train.findings import ReportConfig
+from train.page import read_picture, spread
+from train.recipe import PretrainConfig
+from train.report import main
+from train.run_folder import RunFolder
+from train.sections import _interval
+
+HOSTILE = '<script>alert("1")</script><img src=http://evil.example/x onerror=alert(1)>&amp;\'"'
+VOID = {"meta", "img", "br", "use", "path", "hr"}
+SECTIONS = ["scores", "prompts", "curves", "previews", "drawings", "captions", "codec", "heldout", "seconds"]
+SECTIONS += ["settings", "making"]
+
+
+class Page(HTMLParser):
+    """What a browser would make of the file: elements, their attributes, and the visible text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.html, self.elements, self.text, self.open, self.unbalanced = html, [], "", [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID and (not self.open or self.open.pop() != tag):
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def section(self, name: str) -> "Page":
+        return Page(re.search(rf'<section id="{name}">.*?</section>', self.html, re.DOTALL)[0])
+
+    def classes(self) -> Counter:
+        return Counter(attrs["class"] for _, attrs in self.elements if "class" in attrs)
+
+    def pictures(self) -> list[np.ndarray]:
+        found = [attrs["src"].split(",", 1)[1] for tag, attrs in self.elements if tag == "img"]
+        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data in found]
+
+
+def scene(split: str, i: int) -> SceneItem:
+    corners = ("top left", "top right", "bottom left", "bottom right")
+    shape = Shape(shape="circle", colour=("red", "blue")[i % 2], position=corners[i % 4], size="large")
+    shapes = (shape,) if split != "two_shapes" else (shape, Shape("square", "green", corners[(i + 1) % 4], "small"))
+    return SceneItem(split, caption(shapes, i % 4), draw(shapes, np.random.default_rng(i), 32), shapes)
+
+
+def make_run(folder: Path, rows: int = 30) -> None:
+    with RunFolder(folder, alone()) as run:
+        for i in range(1, rows + 1):
+            row = {
+                "step": 10 * i,
+                "tokens_seen": 5000 * i,
+                "images_seen": 100 * i,
+                "text_loss": 3 / i,
+                "grad_norm": 2.0,
+            }
+            row |= {"image_loss": 1 / i, "tokens_per_s": 900.5, "images_per_s": 20.0, "learning_rate": 1e-3 / i}
+            run.append_metrics(row)
+    config = load_config(
+        PretrainConfig, [f"run_dir={folder}", "optim.steps=400", "optim.ema_decay=0.99", "data.tokenizer=t"]
+    )
+    (folder / "config.yaml").write_text(to_yaml(config))
+
+
+def make_evaluation(folder: Path, told: str | None = None) -> list[tuple[SceneItem, Verdict, Verdict]]:
+    """Evaluate 24 scenes: every fifth drawing shows another scene, every seventh caption says another's."""
+    items = [scene(split, i) for split in ("seen", "unseen", "two_shapes") for i in range(8)]
+    pictures = [items[i - 1].picture if i % 5 == 0 else item.picture for i, item in enumerate(items)]
+    drawn = [(picture, score(picture, item.shapes)) for picture, item in zip(pictures, items, strict=True)]
+    captions = [(told or "a fish" if i % 7 == 0 else item.caption) for i, item in enumerate(items)]
+    described = [(text, Verdict(*[text == item.caption] * 3)) for text, item in zip(captions, items, strict=True)]
+    folder.mkdir()
+    _write_examples(folder, items, drawn, described)
+    settings = {"sampler": "ddim", "steps": 50, "guidance_scale": 3.5, "clip_x0": None}
+    scores = {"step": 300, "seed": 11, "settings": settings, "weights": EvaluateConfig().weights}
+    scores["heldout"] = {HOSTILE: {"text_loss": 1.25, "image_loss": 0.0}}
+    scores["text_to_image"] = shares(items, [verdict for _, verdict in drawn])
+    scores["image_to_text"] = shares(items, [verdict for _, verdict in described])
+    (folder / "evaluation.json").write_text(json.dumps(scores))
+    return [(item, *pair) for item, *pair in zip(items, [v for _, v in drawn], [v for _, v in described], strict=True)]
+
+
+def report(folder: Path, *arguments: str) -> Page:
+    output = folder / "report.html"
+    assert main([f"run={folder / 'run'}", f"output={output}", *arguments]) is None
+    return Page(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, Path, list]:
+    """A finished run with hostile captions and names, and its report."""
+    root = tmp_path_factory.mktemp("report")
+    make_run(root / "run")
+    (root / "run/previews").mkdir()
+    for step in (100, 200, 300, 400):
+        sheet = contact_sheet([scene("seen", step).picture] * 3, [HOSTILE] * 3)
+        sheet.save(root / f"run/previews/step-{step:08d}.png")
+    judged = make_evaluation(root / "evaluation", told=HOSTILE)
+    (root / "samples").mkdir()
+    lines = []
+    for i, prompt in enumerate([scene("seen", 0).caption, scene("seen", 0).caption, HOSTILE]):
+        (root / f"samples/{i:04d}.png").write_bytes(encode_png(scene("seen", i).picture))
+        lines.append({"prompt": prompt, "picture": f"{i:04d}.png", "seed": 5, "index": i, "step": 300})
+    lines.append({"picture": str(root / "samples/0000.png"), "caption": HOSTILE, "seed": 5, "step": 300})
+    (root / "samples/results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "stages").mkdir()
+    for name, seconds in (("scenes", 2.0), ("pretrain", 40.5)):
+        (root / f"stages/{name}.json").write_text(json.dumps({"fingerprint": "f", "seconds": seconds}))
+        time.sleep(0.02)  # stages are listed in the order in which they finished
+    vae = VaeConfig(block_channels=(8, 8), layers_per_block=1, norm_groups=4, mid_attention=False)
+    build_vae(vae).save_pretrained(root / "vae")
+    named = [f"{name}={root / name}" for name in ("evaluation", "samples", "vae", "stages")]
+    return report(root, *named, "num_right=2", "num_previews=3", f"title={json.dumps(HOSTILE)}"), root, judged
+
+
+def test_a_whole_report_has_every_section_and_is_well_formed(whole) -> None:
+    page, root, _ = whole
+    assert [attrs["id"] for tag, attrs in page.elements if tag == "section"] == SECTIONS
+    assert page.classes()["absent"] == 0
+    assert page.unbalanced == [] and page.open == []
+    assert "300 of 400" in page.text and (root / "report.html").stat().st_size < 3e6
+    assert sorted(path.name for path in root.glob("report*")) == ["report.html"]  # nothing left beside it
+
+
+def test_the_page_asks_the_network_for_nothing_and_runs_nothing(whole) -> None:
+    page = whole[0]
+    for tag, attrs in page.elements:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form"), tag
+        for name, value in attrs.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "srcset", "xlink:href", "action", "data"):
+                assert value.startswith(("data:image/webp;base64,", "#")), (tag, name, value[:80])
+            assert "url(" not in (value or "").replace("url(#", ""), (tag, name, value)
+    style = re.search(r"<style>(.*?)</style>", page.html, re.DOTALL)[1]
+    assert "url(" not in style and "@import" not in style and "http" not in style
+    policy = next(attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_captions_titles_and_names_are_shown_and_never_interpreted(whole) -> None:
+    """Prompt, drawn caption, sample's caption, page title and name of a held-out source are all hostile here."""
+    page = whole[0]
+    assert "evil.example" not in "".join(str(attrs.get("src")) for _, attrs in page.elements)
+    assert all("onerror" not in attrs for _, attrs in page.elements)
+    for part in (page, *(page.section(name) for name in ("prompts", "captions", "heldout", "making"))):
+        assert "</script>" in part.text and not part.unbalanced
+
+
+@pytest.mark.parametrize("section, which", [("drawings", 1), ("captions", 2)])
+def test_every_failure_is_shown_and_told_without_colour(whole, section: str, which: int) -> None:
+    page, _, judged = whole
+    part = page.section(section)
+    failures = [entry for entry in judged if not entry[which].all_right]
+    right = [entry for entry in judged if entry[which].all_right]
+    assert len(failures) >= 3 and len(right) > 6
+    assert part.classes()["card failed"] == len(failures)
+    assert part.classes()["card"] == 2 * 3  # num_right of each split
+    for item, *_ in failures:
+        assert item.caption in part.text
+    wrong = sum(not value for entry in failures for value in vars(entry[which]).values())
+    assert part.text.count("✗") == wrong > 0
+    for split, title in (("seen", "Trained"), ("unseen", "Unseen"), ("two_shapes", "Two shapes")):
+        of_split = [entry[which].all_right for entry in judged if entry[0].split == split]
+        assert re.search(rf"{title}[\w ]*: {sum(of_split)} of {len(of_split)} right", part.text)
+
+
+def test_a_failed_drawing_says_what_the_judge_sees(whole) -> None:
+    page, _, judged = whole
+    item = judged[4][0]  # the fifth one (index 5) shows this scene
+    assert not judged[5][1].all_right
+    assert f"judge sees {item.shapes[0].colour} circle, {item.shapes[0].position}" in page.section("drawings").text
+
+
+def test_scores_are_the_evaluations_with_number_range_and_settings(whole) -> None:
+    page, root, judged = whole
+    text = page.section("scores").text
+    scores = json.loads((root / "evaluation/evaluation.json").read_text())
+    for task in ("text_to_image", "image_to_text"):
+        for goal in ("all", "all_unseen", "all_two_shapes"):
+            assert f"{100 * scores[task][goal]:.1f}\u00a0%" in text
+    right = sum(drawn.all_right for item, drawn, _ in judged if item.split == "seen")
+    assert f"{right} of 8, " in text
+    settings = {"training step": 300, "sampler": "ddim", "steps": 50, "guidance scale": 3.5, "seed": 11}
+    for name, value in settings.items():
+        assert f"{name}{value}" in text
+    assert "weightsEMA" in text and "clip x0" not in text  # auto, and the recipe keeps an EMA; off is not shown
+
+
+def test_the_range_is_wilsons() -> None:
+    """9 of 10 and 0 of 10: textbook values."""
+    assert _interval(0.9, 10) == "60–98\u00a0%"
+    assert _interval(0.0, 10) == "0–28\u00a0%"
+
+
+def test_small_pictures_are_embedded_exactly(whole) -> None:
+    page, root, judged = whole
+    shown = page.section("drawings").pictures()
+    first = next(i for i, (_, drawn, _) in enumerate(judged) if not drawn.all_right)
+    assert np.array_equal(shown[0], read_picture(root / "evaluation", f"pictures/{first:04d}-drawn.png"))
+
+
+def test_samples_are_grouped_by_prompt_and_judged_where_the_judge_understands(whole) -> None:
+    part = whole[0].section("prompts")
+    assert part.classes()["prompt"] == 2 and len(part.pictures()) == 4
+    assert "1 of 2 right" in part.text and part.text.count("of 1 right") == 0
+
+
+def test_reconstructions_are_shown_under_their_originals_and_judged(whole) -> None:
+    page, _, judged = whole
+    part = page.section("codec")
+    pictures = part.pictures()
+    assert len(pictures) == 2 * ReportConfig().num_reconstructions
+    assert np.array_equal(pictures[0], judged[0][0].picture) and not np.array_equal(pictures[1], pictures[0])
+    assert "0 of 8 reconstructions right" in part.text  # this VAE was never trained
+
+
+def test_previews_stages_and_losses_are_those_on_disk(whole) -> None:
+    page = whole[0]
+    assert re.findall(r"step (\d+)", page.section("previews").text) == ["100", "200", "400"]
+    assert re.findall(r"(scenes|pretrain|total)([\d.]+)", page.section("seconds").text) == [
+        ("scenes", "2.0"),
+        ("pretrain", "40.5"),
+        ("total", "42.5"),
+    ]
+    assert "1.25003.49—" in page.section("heldout").text  # exp(1.25); an image loss of 0 means there were no images
+
+
+def test_a_run_in_progress_is_reported_and_each_lack_explained(tmp_path: Path, capsys) -> None:
+    make_run(tmp_path / "run", rows=1)
+    page = report(tmp_path, f"samples={tmp_path / 'nothing'}")
+    present = [name for name in SECTIONS if page.section(name).classes()["absent"] == 0]
+    assert present == ["settings", "making"]
+    assert "10 of 400" in page.text
+    assert "results.jsonl is not there yet, or empty; train.sample writes it" in page.section("prompts").text
+    assert "evaluation=FOLDER" in page.section("scores").text
+    assert "Fewer than two rows" in page.section("curves").text
+    assert capsys.readouterr().out.count("left out") == len(SECTIONS) - len(present)
+
+
+def test_a_vae_that_is_gone_and_a_lost_picture_cost_only_themselves(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    make_evaluation(tmp_path / "evaluation")
+    (tmp_path / "evaluation/pictures/0000-drawn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    page = report(tmp_path, f"evaluation={tmp_path / 'evaluation'}", f"vae={tmp_path}/gone/vae")
+    assert "no such folder" in page.section("codec").text
+    assert page.section("drawings").text.count("picture missing or unreadable") == 1
+
+
+def test_a_torn_row_is_left_out_and_mentioned(tmp_path: Path, capsys) -> None:
+    make_run(tmp_path / "run")
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 310, "text_l')
+    page = report(tmp_path)
+    assert "1 unreadable line(s) left out" in page.section("making").text
+    assert "1 unreadable line(s) left out" in capsys.readouterr().out
+    assert "300 of 400" in page.text
+
+
+def test_what_is_no_run_or_damaged_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"run=.*absent: no such folder; give the run_dir"):
+        main([f"run={tmp_path / 'absent'}"])
+    with pytest.raises(ValueError, match=r"not a run folder of train.pretrain"):
+        main([f"run={tmp_path}"])
+    with pytest.raises(ValueError, match=r"num_right=-1: expected at least 0"):
+        main(["num_right=-1"])
+    make_run(tmp_path / "run")
+    (tmp_path / "evaluation.json").write_text("{")
+    with pytest.raises(ValueError, match=r"evaluation.json: damaged .* run train.evaluate again"):
+        main([f"run={tmp_path / 'run'}", f"evaluation={tmp_path}", f"output={tmp_path / 'r.html'}"])
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_pictures_outside_their_folder_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret.png").write_bytes(encode_png(np.zeros((4, 4, 3), np.uint8)))
+    assert read_picture(tmp_path, "secret.png") is not None
+    assert read_picture(tmp_path / "in", "../secret.png") is None
+    assert read_picture(tmp_path / "in", str(tmp_path / "secret.png")) is None
+
+
+def test_curves_leave_out_what_cannot_be_drawn_and_take_the_pages_colours() -> None:
+    rows = [{"step": i, "text_loss": float("nan") if i == 3 else 2.0 / i, "grad_norm": 0.0} for i in range(1, 9)]
+    figures = draw_charts(rows, {"text_loss": (1.5, "a level")})
+    assert len(figures) == 1 and "Text loss" in figures[0] and "a level" in figures[0]
+    assert "var(--accent)" in figures[0] and "#0102" not in figures[0] and "http" not in figures[0]
+    assert draw_charts(rows, {"text_loss": (1.5, "a level")}) == figures  # the same rows, the same bytes
+
+
+def test_ids_of_several_charts_do_not_collide() -> None:
+    rows = [{"step": i, **{chart.key: 1.0 + i for chart in CHARTS}} for i in range(1, 9)]
+    html = "".join(draw_charts(rows))
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids)) > len(CHARTS)
+    assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', html)) <= set(ids)
+
+
+def test_a_long_run_is_averaged_and_says_so() -> None:
+    points = np.stack([np.arange(5 * POINTS + 3), np.random.default_rng(0).random(5 * POINTS + 3)], axis=1)
+    steps, values, size = _thinned(points)
+    assert size == 6 and len(steps) <= POINTS
+    for i in (0, 7, len(steps) - 1):
+        assert np.allclose((steps[i], values[i]), points[6 * i : 6 * i + 6].mean(0))
+    rows = [{"step": int(step), "text_loss": value + 1} for step, value in points]
+    assert "each point is the mean of 6 rows" in draw_charts(rows)[0]
+
+
+def test_spread_keeps_the_first_and_the_last() -> None:
+    assert spread(range(10), 4) == [0, 3, 6, 9]
+    assert spread([1, 2], 4) == [1, 2] and spread([1, 2, 3], 1) == [1] and spread([1], 0) == []
+
+
+def test_the_demos_config_is_valid() -> None:
+    config = load_config(ReportConfig, ["config=configs/demo/report.yaml"])
+    assert config.run == "runs/demo/pretrain" and config.output == "runs/demo/report.html"

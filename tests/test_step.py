@@ -1,0 +1,356 @@
+"""A packed, sharded step equals the slow one: documents one by one, masks by a double loop, sums by hand (P2, P3)."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.documents import Document, ImageSegment, OrderConfig, TextSegment
+from data.loader import DataSet, LaneRows, Loader, draw_images, open_data
+from data.packing import IGNORE, NO_IMAGE, ImageDraws, collate, lay_out, pack
+from data.tokenizer import SpecialIds, Tokenizer
+from model.diffusion import DiffusionConfig
+from model.transformer import TransformerConfig
+from model.transfusion import Transfusion, TransfusionConfig, init_weights
+from model.vae import LatentStats
+from tests.ranks import run_ranks
+from tests.sources import data_config
+from train.distributed import Ballot, PendingVote, Ranks
+from train.parallelize import ParallelConfig, gather_weights, initialize, parallelize
+from train.step import micro_step
+
+SPECIAL = SpecialIds(bos=1, eos=2, boi=3, eoi=4, pad=0)
+VOCAB, SEED, LANES = 300, 5, 7
+MODEL = TransfusionConfig(
+    transformer=TransformerConfig(width=32, layers=2, heads=2, ffn_multiple_of=16, rope_2d=True),
+    patch_size=2,
+    latent_channels=2,
+    text_loss_chunk=5,
+)
+STATS = LatentStats(torch.tensor([0.3, -0.2]), torch.tensor([1.5, 0.5]))
+IMAGE_WEIGHT = 5.0
+
+
+@dataclass
+class Picture:
+    """An image of a document, with its random numbers."""
+
+    moments: torch.Tensor  # [2C, h, w]
+    u: float
+    noise: torch.Tensor  # [C, h, w]
+    posterior_noise: torch.Tensor
+    before_caption: bool
+
+
+# A document of the reference is a list of token ids, pictures standing where they are, and what follows its last
+# token if that is a target although the document was cut there.
+Items = list[int | Picture]
+
+
+def reference(
+    model: Transfusion, documents: list[tuple[Items, int | None]], cap: int
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Return (text nll sum, image error sum, text targets, images), one document at a time and nothing packed."""
+    text_sum, image_sum, targets, images = torch.zeros(()), torch.zeros(()), 0, 0
+    for items, cut_before in documents:
+        embedded, owner, grid, tokens, noised = [], [], [], [], []
+        for item in items:
+            if not isinstance(item, Picture):
+                embedded.append(model.embed_text(torch.tensor([item])))
+                owner.append(None)
+                grid.append((-1, -1))
+                tokens.append(item)
+                continue
+            mean, logvar = item.moments.float().chunk(2)
+            latents = mean + torch.exp(logvar / 2) * item.posterior_noise
+            latents = (latents - STATS.mean[:, None, None]) / STATS.std[:, None, None]
+            t = math.floor(item.u * (cap + 1 if item.before_caption else 1000))
+            alpha = _alpha_bar(t)
+            x_t = math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * item.noise
+            (encoded,), _ = model.embed_images(x_t[None], torch.tensor([t]))
+            noised.append((item, t, len(tokens), len(encoded)))
+            embedded.append(encoded)
+            owner += [len(noised)] * len(encoded)
+            grid += [(i // (x_t.shape[2] // 2), i % (x_t.shape[2] // 2)) for i in range(len(encoded))]
+            tokens += [None] * len(encoded)
+        length = len(tokens)
+        mask = torch.zeros(1, 1, length, length, dtype=torch.bool)
+        for q in range(length):
+            for k in range(length):
+                mask[0, 0, q, k] = k <= q or (owner[q] is not None and owner[q] == owner[k])
+        positions = torch.arange(length)[None]
+        hidden = model.trunk(torch.cat(embedded)[None], positions, torch.tensor(grid)[None], mask)[0]
+        for i, token in enumerate(tokens):
+            following = tokens[i + 1] if i + 1 < length else cut_before
+            if token is None or following is None:
+                continue  # a patch, so EOI is no target; BOI and patches, before patches (footnote 8); the end
+            text_sum = text_sum - F.log_softmax(model.text_logits(hidden[i]), dim=-1)[following]
+            targets += 1
+        for picture, t, first, count in noised:
+            h, w = picture.noise.shape[1:]
+            pred = model.predict_noise(hidden[None, first : first + count], None, torch.tensor([t]), h, w)[0]
+            image_sum = image_sum + ((pred - picture.noise) ** 2).mean()
+            images += 1
+    return text_sum, image_sum, targets, images
+
+
+def _alpha_bar(t: int) -> float:
+    """Nichol & Dhariwal's cosine schedule as a product of clipped steps, the slow way."""
+
+    def f(s: float) -> float:
+        return math.cos((s / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return math.prod(1 - min(1 - f(s + 1) / f(s), 0.999) for s in range(t + 1))
+
+
+def plain_model(seed: int = SEED) -> Transfusion:
+    model = Transfusion(MODEL, VOCAB)
+    init_weights(model, seed)
+    return model
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    """Every tensor within `tolerance` of the norm of its expectation."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.norm() > 0, f"{name} is not trained at all: the comparison would be empty"
+        error = (found[name] - tensor).norm() / tensor.norm()
+        assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+def reference_step(
+    documents: list[tuple[Items, int | None]], cap: int = 500
+) -> tuple[float, float, int, int, dict[str, torch.Tensor]]:
+    """Return the two mean losses, their counts and the gradients of LM + 5 DDPM."""
+    model = plain_model()
+    text, image, targets, images = reference(model, documents, cap)
+    text, image = text / targets, image / images
+    (text + IMAGE_WEIGHT * image).backward()
+    return text.item(), image.item(), targets, images, gradients(model)
+
+
+def _handmade() -> list[Document]:
+    """All kinds: text, caption first, image first, image alone, two images of two grids between texts, empty."""
+    rng = np.random.default_rng(3)
+
+    def text(length: int) -> TextSegment:
+        return TextSegment(rng.integers(5, VOCAB, length))
+
+    def image(h: int, w: int, before: bool = False) -> ImageSegment:
+        return ImageSegment(rng.normal(size=(4, h, w)).astype(np.float16), before_caption=before)
+
+    return [
+        Document((text(9),)),
+        Document((text(5), image(4, 4))),
+        Document((image(4, 8, before=True), text(3))),
+        Document((image(2, 2),)),
+        Document((text(2), image(4, 4), text(4), image(2, 6), image(4, 4), text(1))),
+        Document((text(1),)),
+    ]
+
+
+def _drawn(document: Document, generator: torch.Generator, u: float | None = None) -> list[Picture]:
+    pictures = []
+    for segment in document.segments:
+        if isinstance(segment, ImageSegment):
+            shape = (2, *segment.moments.shape[1:])
+            noise, posterior = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+            drawn = torch.rand((), generator=generator).item() if u is None else u
+            pictures.append(Picture(torch.tensor(segment.moments), drawn, noise, posterior, segment.before_caption))
+    return pictures
+
+
+def _items(document: Document, pictures: list[Picture]) -> Items:
+    remaining, items = iter(pictures), [SPECIAL.bos]
+    for segment in document.segments:
+        text = isinstance(segment, TextSegment)
+        items += segment.token_ids.tolist() if text else [SPECIAL.boi, next(remaining), SPECIAL.eoi]
+    return [*items, SPECIAL.eos]
+
+
+def _batch_of(documents: list[Document], pictures: list[list[Picture]], rows: list[list[int]], length: int) -> Any:
+    """Pack the documents with these numbers into rows."""
+    packed = [pack([lay_out(documents[i], SPECIAL, 2) for i in row], length, SPECIAL.pad) for row in rows]
+    draws = []
+    for row in rows:
+        flat = [picture for i in row for picture in pictures[i]]
+        u = torch.tensor([picture.u for picture in flat])
+        draws.append(ImageDraws(u, [p.noise for p in flat], [p.posterior_noise for p in flat]))
+    return collate(packed, draws, 2)
+
+
+def _step(model: Transfusion, batch: Any, diffusion: DiffusionConfig | None = None, **changes: Any) -> Any:
+    settings = {
+        "stats": STATS,
+        "diffusion": diffusion or DiffusionConfig(),
+        "image_weight": IMAGE_WEIGHT,
+        "global_text_targets": batch.num_text_targets,
+        "global_images": batch.num_images,
+    }
+    return micro_step(model, batch, **{**settings, **changes})
+
+
+@pytest.mark.parametrize("rows", [[[0, 1, 2], [3, 4, 5]], [[5, 4, 3, 2, 1, 0]], [[0], [1], [2], [3], [4], [5]]])
+def test_a_packed_batch_equals_its_documents_one_by_one(rows: list[list[int]]) -> None:
+    """The mask, the BOI rule, positions, whitening, noise, timesteps, labels and both losses, in every packing."""
+    documents, generator = _handmade(), torch.Generator().manual_seed(1)
+    pictures = [_drawn(document, generator) for document in documents]
+    expected = reference_step([(_items(d, p), None) for d, p in zip(documents, pictures, strict=True)])
+    text, image, targets, images, grads = expected
+    batch = _batch_of(documents, pictures, rows, length=96)
+    assert (batch.num_text_targets, batch.num_images) == (targets, images)
+    model = plain_model()
+    loss = _step(model, batch)
+    loss.total.backward()
+    assert loss.text_nll.item() / targets == pytest.approx(text, rel=1e-5)
+    assert loss.image_error.item() / images == pytest.approx(image, rel=1e-5)
+    assert loss.total.item() == pytest.approx(text + 5 * image, rel=1e-5)
+    assert_close(gradients(model), grads)
+
+
+def test_lambda_weighs_the_image_loss_alone() -> None:
+    """Equation 4: total = text + lambda image; the paper's lambda is 5."""
+    documents, generator = _handmade(), torch.Generator().manual_seed(1)
+    pictures = [_drawn(document, generator) for document in documents]
+    batch, model = _batch_of(documents, pictures, [[0, 1, 2, 3, 4, 5]], 128), plain_model()
+    totals = [_step(model, batch, image_weight=weight).total.item() for weight in (0.0, 1.0, 5.0)]
+    assert totals[2] - totals[0] == pytest.approx(5 * (totals[1] - totals[0]), rel=1e-4)
+    assert totals[0] == pytest.approx(_step(model, batch).text_nll.item() / batch.num_text_targets, rel=1e-6)
+
+
+def test_an_image_before_its_caption_is_noised_to_500_at_most_and_others_to_999() -> None:
+    """Section 4.1, at the largest u there is; without the cap both reach 999."""
+    document = Document(
+        (ImageSegment(np.zeros((4, 4, 4), np.float16), before_caption=True), _handmade()[0].segments[0])
+    )
+    for before_caption, cap, steps in [(True, 500, 501), (False, 500, 1000), (True, 999, 1000), (True, 0, 1)]:
+        segment = replace(document.segments[0], before_caption=before_caption)
+        given = Document((segment, document.segments[1]))
+        u = 1 - 2**-24
+        pictures = _drawn(given, torch.Generator().manual_seed(0), u)
+        loss = _step(
+            plain_model(), _batch_of([given], [pictures], [[0]], 32), DiffusionConfig(before_caption_max_timestep=cap)
+        )
+        at_cap = Picture(
+            pictures[0].moments, (steps - 0.5) / 1000, pictures[0].noise, pictures[0].posterior_noise, False
+        )
+        _, image, *_ = reference(plain_model(), [(_items(given, [at_cap]), None)], cap)
+        assert loss.image_error.item() == pytest.approx(image.item(), rel=1e-5), (before_caption, cap)
+
+
+def test_a_batch_without_images_or_without_text_trains_the_rest_and_nothing_is_nan() -> None:
+    """Every parameter has a finite gradient, as FSDP's collectives need; what has no target has a zero one."""
+    documents, generator = _handmade(), torch.Generator().manual_seed(1)
+    pictures = [_drawn(document, generator) for document in documents]
+    for rows, idle in [([[0, 5]], "patches"), ([[]], "")]:
+        model, batch = plain_model(), _batch_of(documents, pictures, rows, 32)
+        loss = _step(model, batch)
+        loss.total.backward()
+        assert loss.image_error == 0 and loss.total.isfinite()
+        for name, grad in gradients(model).items():
+            assert grad.isfinite().all(), name
+            assert grad.any() != name.startswith(idle), name
+
+
+# ---- the same over ranks, through lanes and loader ----
+
+
+def _open(config: Any) -> DataSet:
+    return open_data(config, SEED, MODEL.patch_size)
+
+
+def _vote_and_step(ranks: Ranks, config: Any, micro_batch_sizes: list[int], steps: int) -> dict[int, list[tuple]]:
+    """Return, by micro-batch size, each step's (text loss, image loss, targets, images, own images, gradients)."""
+    with torch.device("meta"):
+        model = Transfusion(MODEL, VOCAB)
+    parallelize(model, ParallelConfig(dtype="float32"), ranks)
+    initialize(model, SEED, ranks.device)
+    found: dict[int, list[tuple]] = {}
+    for size in micro_batch_sizes:
+        loader = Loader(_open(config), config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=size)
+        for _ in range(steps):
+            batch = loader.next(30)
+            ballot = Ballot(text_targets=batch.num_text_targets, images=batch.num_images)
+            vote = PendingVote(ballot, ranks).wait()
+            losses = []
+            for micro_batch in batch.micro_batches:
+                counts = {"global_text_targets": vote.text_targets, "global_images": vote.images}
+                losses.append(_step(model, micro_batch, **counts))
+                losses[-1].total.backward()
+            sums = torch.tensor([[loss.text_nll, loss.image_error] for loss in losses], dtype=torch.float64).sum(0)
+            torch.distributed.all_reduce(sums, group=ranks.vote_group)
+            grads = gather_weights({name: p.grad for name, p in model.named_parameters()})
+            model.zero_grad()
+            text, image = sums.tolist()
+            mine = (batch.num_text_targets, batch.num_images, [b.num_images for b in batch.micro_batches])
+            found.setdefault(size, []).append(
+                (text / vote.text_targets, image / vote.images, vote.text_targets, vote.images, grads, mine)
+            )
+        loader.close()
+    return found
+
+
+def _unpacked(data: DataSet, step: int, row: Any, lane: int) -> list[tuple[Items, int | None]]:
+    """Return a row's documents as the reference takes them."""
+    special, draws = data.settings.special, draw_images(SEED, step, lane, row)
+    documents = []
+    for number in range(1, row.num_documents + 1):
+        items, last_label = [], None
+        for i in np.flatnonzero(row.document_ids == number):
+            image = int(row.image_ids[i])
+            if image == NO_IMAGE:
+                items.append(int(row.input_ids[i]))
+            elif row.image_ids[i - 1] != image:
+                segment = row.images[image]
+                moments, u = torch.tensor(segment.moments), draws.u[image].item()
+                noise, posterior = draws.noise[image], draws.posterior_noise[image]
+                items.append(Picture(moments, u, noise, posterior, segment.before_caption))
+            last_label = int(row.labels[i])
+        # Of labels only this one is read: what follows the end of a cut text is in another row.
+        documents.append((items, None if items[-1] == special.eos or last_label == IGNORE else last_label))
+    return documents
+
+
+def test_every_number_of_ranks_and_micro_batches_gives_the_loss_and_gradients_of_the_documents_one_by_one(
+    tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
+) -> None:
+    """P2, P3: 7 lanes on 1, 2, 3 and 4 ranks, uneven counts of text and images, rows and ranks without any image."""
+    steps, sizes = 2, [1, 3]
+    config = data_config(
+        tokenizer,
+        {"texts": texts_folder, "pairs": pairs_folder},
+        lanes=LANES,
+        sequence_length=48,
+        order=OrderConfig(caption_first=0.5, caption_dropout=0.2),
+    )
+    assert tokenizer.vocab_size == VOCAB
+    data = _open(config)
+    rows = iter(LaneRows(data, range(LANES), {}))
+    expected = []
+    for step in range(1, steps + 1):
+        documents = [d for lane in next(rows) for d in _unpacked(data, step, lane.row, lane.lane)]
+        expected.append(reference_step(documents))
+    without_images = set()
+    for world_size in (1, 2, 3, 4):
+        for rank, found in enumerate(run_ranks(_vote_and_step, world_size, config, sizes, steps)):
+            for size in sizes:
+                for step, (text, image, targets, images, grads, mine) in enumerate(found[size]):
+                    expected_text, expected_image, *expected_counts, expected_grads = expected[step]
+                    assert [targets, images] == expected_counts
+                    assert text == pytest.approx(expected_text, rel=1e-5)
+                    assert image == pytest.approx(expected_image, rel=1e-5)
+                    assert_close(grads, expected_grads)
+                    if mine[1] == 0:
+                        without_images.add((world_size, rank))
+                    if 0 in mine[2]:
+                        without_images.add("a micro-batch")
+    assert "a micro-batch" in without_images and len(without_images) > 1, "choose data with ranks without any image"

@@ -1,0 +1,132 @@
+"""Text comes back as it went in, no text can spell a special piece, and the hash names the model."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from data.tokenizer import Tokenizer, train_tokenizer
+from train.tokenizer import main
+
+TEXTS = [
+    "a large red circle",
+    "two\nlines\n\nand  two  spaces",
+    " leading, trailing ",
+    "tab\tand\r\n",
+    "unseen letters: ümlaut Ж 中 🎉 e\u0301 \ufb01 ½ \0",
+    "<boi> <eoi> <s> </s> <unk> <pad> <0x41>",
+    "",
+]
+
+
+def foreign_model(path: Path, **options: int) -> Path:
+    """A SentencePiece model that was not made for images, as Llama's."""
+    model = io.BytesIO()
+    texts = (f"some words for number {i}" for i in range(200))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2, **options
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_decodes_to_what_was_encoded(tokenizer: Tokenizer, text: str) -> None:
+    token_ids = tokenizer.encode(text)
+    assert token_ids.dtype == np.int64 and token_ids.ndim == 1
+    assert tokenizer.decode(token_ids) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_text_spells_a_special_id(tokenizer: Tokenizer, text: str) -> None:
+    assert not set(vars(tokenizer.special).values()) & set(tokenizer.encode(text).tolist())
+
+
+def test_special_ids_are_distinct_and_inside_the_vocabulary(tokenizer: Tokenizer) -> None:
+    ids = list(vars(tokenizer.special).values())
+    assert len(set(ids)) == 5 and all(0 <= i < tokenizer.vocab_size for i in ids) and tokenizer.vocab_size == 300
+
+
+def test_special_ids_are_left_out_of_decoded_text(tokenizer: Tokenizer) -> None:
+    special = tokenizer.special
+    text = tokenizer.encode("a red circle").tolist()
+    assert tokenizer.decode([special.bos, *text, special.boi, special.pad, special.eoi, special.eos]) == "a red circle"
+
+
+def test_a_foreign_model_gets_image_ids_after_its_own(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(foreign_model(tmp_path / "foreign.model"))
+    assert (tokenizer.special.boi, tokenizer.special.eoi, tokenizer.vocab_size) == (60, 61, 62)
+    assert tokenizer.special.pad == 0  # it has none; the unknown piece stands in
+    ids = tokenizer.encode("some words").tolist()
+    assert tokenizer.decode([*ids, 60, 61]) == "some words"
+
+
+def test_a_model_without_bos_or_eos_is_refused(tmp_path: Path) -> None:
+    for option in ("bos_id", "eos_id"):
+        path = foreign_model(tmp_path / "foreign.model", **{option: -1})
+        with pytest.raises(ValueError, match=r"foreign.model has no BOS or no EOS piece"):
+            Tokenizer(path)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"none.model: no such file; train one with `python -m train.tokenizer`"
+    ):
+        Tokenizer(tmp_path / "none.model")
+    for content in (b"", b"no model", bytes(1000)):
+        (tmp_path / "bad.model").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad.model is not a SentencePiece model"):
+            Tokenizer(tmp_path / "bad.model")
+
+
+def test_training_is_deterministic_and_the_hash_names_the_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [f"a large red circle beside {i} small blue squares" for i in range(200)]
+    for name in ("a", "b"):
+        train_tokenizer(texts, tmp_path / name / "t.model", 300)
+    train_tokenizer([*texts, "another text"], tmp_path / "c.model", 300)
+    assert Tokenizer(tmp_path / "a" / "t.model").hash == Tokenizer(tmp_path / "b" / "t.model").hash == tokenizer.hash
+    assert Tokenizer(tmp_path / "c.model").hash != tokenizer.hash
+
+
+def test_long_texts_train_the_tokenizer_too(tmp_path: Path) -> None:
+    """SentencePiece leaves out what is longer than 4 KB unless it is told otherwise."""
+    train_tokenizer(["zqzq " * 2000, "some words"], tmp_path / "t.model", 275)
+    assert len(Tokenizer(tmp_path / "t.model").encode("zqzq zqzq")) <= 4
+
+
+def test_too_few_texts_for_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"could not train a tokenizer of vocab_size=5000: .*; give more or other text"
+    ):
+        train_tokenizer(["few words"], tmp_path / "t.model", 5000)
+    with pytest.raises(ValueError, match="could not train"):
+        train_tokenizer([], tmp_path / "t.model", 300)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program_trains_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "some words for number {i}"}}\n' for i in range(100)))
+    output = tmp_path / "made" / "t.model"
+    arguments = [f"inputs=[{tmp_path / 'a.jsonl'}]", f"output={output}", "vocab_size=300"]
+    main(arguments)
+    made = output.read_bytes()
+    assert f"tokenizer: wrote {output}, vocabulary 300, hash {Tokenizer(output).hash}" in capsys.readouterr().out
+    main(arguments)
+    assert output.read_bytes() == made and "delete it to train again" in capsys.readouterr().out
+    for arguments, message in (
+        ([f"inputs=[{tmp_path}]", f"output={tmp_path / 'b'}", "vocab_size=264"], "expected more than 264"),
+        ([f"output={tmp_path / 'b'}"], r"inputs=\[\] \(none given\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(arguments)
+
+
+def test_the_program_refuses_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "train.tokenizer", f"inputs=[{tmp_path / 'none'}]", f"output={tmp_path / 't'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"train.tokenizer: input {tmp_path / 'none'} does not exist" in done.stderr

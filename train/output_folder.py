@@ -1,0 +1,67 @@
+"""The output of a program that makes one thing: a folder that is absent, or complete for the settings its mark states.
+
+The program works in `<output>.partial` beside it and `commit` renames; the mark file is written last and repeats the
+settings, so that a second call can tell "done" from "made otherwise". A folder without our mark is somebody else's
+and is never touched.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+class OutputFolder:
+    """`path` as `program` fills it; `settings` (JSON values) decide what its contents are."""
+
+    def __init__(self, path: str, program: str, mark: str, settings: dict[str, Any]) -> None:
+        if not path:
+            raise ValueError("output is empty: name the folder to write")
+        self.path, self.program, self.mark = Path(path), program, mark
+        self.settings = json.loads(json.dumps(settings))  # as the mark will read back
+        self.partial = self.path.with_name(self.path.name + ".partial")
+
+    def is_complete(self) -> bool:
+        """Whether the folder holds this very thing. Raises ValueError where it holds something that is not ours."""
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return False
+        mark = self.path / self.mark
+        if not mark.is_file():
+            raise ValueError(
+                f"output={self.path}: exists and was not made by {self.program} (it has no {self.mark}); "
+                "choose another folder or remove it"
+            )
+        try:
+            made_with = json.loads(mark.read_text())["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{mark}: not readable ({error!r}); remove {self.path} to make it anew") from None
+        if made_with == self.settings:
+            return True
+        changed = [key for key in self.settings | made_with if self.settings.get(key) != made_with.get(key)]
+        print(f"{self.program}: {self.path} was made with another {', '.join(changed)}; making it anew")
+        return False
+
+    def open_partial(self, *folders: str, keep: bool = False) -> Path:
+        """Make the folder to work in, with subfolders; unless `keep`, what an interrupted run left there goes."""
+        try:
+            if self.partial.exists() and not keep:
+                shutil.rmtree(self.partial)
+            for folder in (".", *folders):
+                (self.partial / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"cannot write there ({error.strerror}); choose a writable folder"
+            raise OSError(f"output={self.path}: {reason}") from None
+        return self.partial
+
+    def commit(self, summary: dict[str, Any]) -> None:
+        """Write the mark with `summary` and put the finished folder in the place of whatever was there."""
+        mark = {"settings": self.settings, **summary}
+        (self.partial / self.mark).write_text(json.dumps(mark, indent=1) + "\n")
+        old = self.path.with_name(self.path.name + ".old")
+        if old.exists():
+            shutil.rmtree(old)
+        if self.path.exists():
+            os.replace(self.path, old)
+        os.replace(self.partial, self.path)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,104 @@
+"""The pieces of a page: pictures as data URIs, cards, marks, facts, and the shell around them.
+
+All text passes through `escape` here or where it enters a section: captions and file names are data. The shell forbids
+the browser any request and any script, so a mistake shows as a missing picture and not as a leak.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+WIDTH = 96  # CSS pixels of a picture
+LOSSLESS = 64  # pixels; wider pictures are stored lossily, at twice their shown width at most
+
+
+def document(title: str, facts: dict[str, Any], sections: Sequence[tuple[str, str, str]]) -> str:
+    """Return the whole page; sections are (id, title, HTML)."""
+    links = "".join(f'<a href="#{name}">{escape(heading)}</a>' for name, heading, _ in sections)
+    body = "\n".join(
+        f'<section id="{name}"><h2>{escape(heading)}</h2>{html}</section>' for name, heading, html in sections
+    )
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>\n{Path(__file__).with_suffix('.css').read_text()}</style></head>\n<body>"
+        f"<header><h1>{escape(title)}</h1>{fact_list(facts)}<nav>{links}</nav></header>\n{body}\n</body></html>\n"
+    )
+
+
+def fact_list(facts: dict[str, Any]) -> str:
+    """Return names and values side by side."""
+    pairs = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items())
+    return f'<dl class="facts">{pairs}</dl>'
+
+
+def note(text: str) -> str:
+    """Return a paragraph in small print."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def read_picture(folder: Path, name: str) -> np.ndarray | None:
+    """Read a picture as uint8 [H, W, 3]; None if it is missing, broken or outside `folder`."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return None
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def image(pixels: np.ndarray | None, alt: str, width: int = WIDTH) -> str:
+    """Return an `<img>` shown `width` CSS pixels wide, or a sentence where there is no picture."""
+    if pixels is None:
+        return '<p class="absent">picture missing or unreadable</p>'
+    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    if picture.width <= LOSSLESS:
+        picture.save(buffer, "WEBP", lossless=True, method=6)
+    else:
+        stored = min(picture.width, 2 * width)
+        size = (stored, max(1, round(picture.height * stored / picture.width)))
+        picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "WEBP", quality=88, method=6)
+    height = round(width * picture.height / picture.width)
+    uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<img src="{uri}" alt="{escape(alt)}" width="{width}" height="{height}" loading="lazy">'
+
+
+def mark(right: bool, what: str = "") -> str:
+    """Return a tick or a cross: the sign and the word carry the meaning, colour only repeats it."""
+    sign, kind, word = ("✓", "ok", "right") if right else ("✗", "no", "wrong")
+    return f'<span class="{kind}" title="{word}">{sign} {escape(what)}</span>'
+
+
+def card(head: str, text: str, verdict: dict[str, bool] | None, below: str = "") -> str:
+    """Return a picture (HTML) with its text and, if it was judged, a mark for each attribute; failures stand out."""
+    verdict = verdict or {}
+    failed = not all(verdict.values())
+    marks = "".join(mark(bool(right), name) for name, right in verdict.items())
+    return (
+        f'<div class="card{" failed" if failed else ""}"><div class="head">{head}<div class="marks">{marks}</div></div>'
+        f"<p>{escape(text) or '<i>no text</i>'}</p>{below}</div>"
+    )
+
+
+def cards(items: Sequence[str]) -> str:
+    """Lay cards out in a grid."""
+    return f'<div class="cards">{"".join(items)}</div>'
+
+
+def spread(items: Sequence, number: int) -> list:
+    """Return at most `number` items at equal distances, the first and (from 2 on) the last among them."""
+    if len(items) <= number:
+        return list(items)
+    if number < 2:
+        return list(items[:number])
+    return [items[i * (len(items) - 1) // (number - 1)] for i in range(number)]
