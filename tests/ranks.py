@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from train.config import run_program
@@ -128,7 +129,8 @@ class ProgramRanks:
 
 
 def _run_program(main: Callable, argv: list[str], environment: dict[str, str], log: Path) -> None:
-    os.environ.update(environment)
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)  # torch read the variable when the server imported it; two threads fight over busy cores
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

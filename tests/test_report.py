@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -80,28 +81,26 @@ def scene(split: str, i: int) -> SceneItem:
 def make_run(folder: Path, rows: int = 30) -> None:
     with RunFolder(folder, alone()) as run:
         for i in range(1, rows + 1):
-            row = {
-                "step": 10 * i,
-                "tokens_seen": 5000 * i,
-                "images_seen": 100 * i,
-                "text_loss": 3 / i,
-                "grad_norm": 2.0,
-            }
-            row |= {"image_loss": 1 / i, "tokens_per_s": 900.5, "images_per_s": 20.0, "learning_rate": 1e-3 / i}
+            row = {"step": 10 * i, "tokens_seen": 5000 * i, "images_seen": 100 * i, "grad_norm": 2.0}
+            row |= {"text_loss": 3 / i, "image_loss": 1 / i, "learning_rate": 1e-3 / i}
+            row |= {"tokens_per_s": 900.5, "images_per_s": 20.0, "skipped_updates": 0}
             run.append_metrics(row)
-    config = load_config(
-        PretrainConfig, [f"run_dir={folder}", "optim.steps=400", "optim.ema_decay=0.99", "data.tokenizer=t"]
-    )
+    settings = [f"run_dir={folder}", "optim.steps=400", "optim.ema_decay=0.99", "data.tokenizer=t"]
+    config = load_config(PretrainConfig, settings)
     (folder / "config.yaml").write_text(to_yaml(config))
 
 
 def make_evaluation(folder: Path, told: str | None = None) -> list[tuple[SceneItem, Verdict, Verdict]]:
-    """Evaluate 24 scenes: every fifth drawing shows another scene, every seventh caption says another's."""
+    """Evaluate 24 scenes: drawings 0, 5, 10... and the last six show another scene, captions 0, 7... fail likewise."""
     items = [scene(split, i) for split in ("seen", "unseen", "two_shapes") for i in range(8)]
-    pictures = [items[i - 1].picture if i % 5 == 0 else item.picture for i, item in enumerate(items)]
+    items[22] = replace(items[22], caption=told or items[22].caption)
+    pictures = [items[i - 1].picture if i % 5 == 0 or i >= 18 else item.picture for i, item in enumerate(items)]
     drawn = [(picture, score(picture, item.shapes)) for picture, item in zip(pictures, items, strict=True)]
-    captions = [(told or "a fish" if i % 7 == 0 else item.caption) for i, item in enumerate(items)]
-    described = [(text, Verdict(*[text == item.caption] * 3)) for text, item in zip(captions, items, strict=True)]
+    captions = [(told or "a fish" if i % 7 == 0 or i >= 18 else item.caption) for i, item in enumerate(items)]
+    described = [
+        (text, Verdict(*[text == item.caption and i < 18] * 3))
+        for i, (text, item) in enumerate(zip(captions, items, strict=True))
+    ]
     folder.mkdir()
     _write_examples(folder, items, drawn, described)
     settings = {"sampler": "ddim", "steps": 50, "guidance_scale": 3.5, "clip_x0": None}
@@ -171,7 +170,7 @@ def test_the_page_asks_the_network_for_nothing_and_runs_nothing(whole) -> None:
 
 
 def test_captions_titles_and_names_are_shown_and_never_interpreted(whole) -> None:
-    """Prompt, drawn caption, sample's caption, page title and name of a held-out source are all hostile here."""
+    """A prompt, captions, a sample's prompt, page title and name of a held-out source are all hostile here."""
     page = whole[0]
     assert "evil.example" not in "".join(str(attrs.get("src")) for _, attrs in page.elements)
     assert all("onerror" not in attrs for _, attrs in page.elements)
@@ -185,7 +184,7 @@ def test_every_failure_is_shown_and_told_without_colour(whole, section: str, whi
     part = page.section(section)
     failures = [entry for entry in judged if not entry[which].all_right]
     right = [entry for entry in judged if entry[which].all_right]
-    assert len(failures) >= 3 and len(right) > 6
+    assert len(failures) > 6 and len(right) > 6
     assert part.classes()["card failed"] == len(failures)
     assert part.classes()["card"] == 2 * 3  # num_right of each split
     for item, *_ in failures:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 Config = TypeVar("Config")
 
@@ -36,19 +36,20 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
             raise ValueError(f"argument {argument!r} is not of the form key=value; --help lists the keys")
     merged = OmegaConf.structured(schema)
     OmegaConf.set_readonly(merged, False)
-    layers = [(path, _read_yaml(path)) for path in files] + [("command line", OmegaConf.from_dotlist(overrides))]
+    layers = [(f"config={path}", _read_yaml(path)) for path in files]
+    for argument in overrides:
+        parsed = _parse(f"command line: {argument}", lambda text=argument: OmegaConf.from_dotlist([text]))
+        layers.append(("command line", parsed))
     for origin, layer in layers:
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except ConfigKeyError as error:
-            raise ValueError(f"{origin}: {_unknown_key(schema, error.full_key)}") from None
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{origin}: {error.full_key}: {str(error).splitlines()[0]}") from None
+        for key, value in _leaves(layer):  # one by one, so that an error can name its key
+            merged = _merge(merged, key, value, schema, origin)
     try:
         return OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         key = error.full_key
         raise ValueError(f"{key} is required: give {key}=VALUE or set it in config=FILE") from None
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
 
 
 def to_yaml(config: Any) -> str:
@@ -110,16 +111,55 @@ def options(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str, str
         yield key, _type_name(hint), _default(field), comments.get(field.name, "")
 
 
-def _read_yaml(path: str) -> Any:
+def _read_yaml(path: str) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"config={path}: no such file")
+    return _parse(f"config={path}", lambda: OmegaConf.load(path))
+
+
+def _parse(origin: str, load: Callable[[], Any]) -> dict:
     try:
-        layer = OmegaConf.load(path)
+        layer = load()
     except Exception as error:  # the YAML library's own errors share no base with ours
-        raise ValueError(f"config={path}: not readable as YAML: {error}") from None
+        raise ValueError(f"{origin}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(layer):
-        raise ValueError(f"config={path}: expected a mapping of keys to values")
-    return layer
+        raise ValueError(f"{origin}: expected a mapping of keys to values")
+    return OmegaConf.to_container(layer)
+
+
+def _leaves(layer: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of a nested mapping."""
+    for key, value in layer.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _merge(merged: Any, key: str, value: Any, schema: type, origin: str) -> Any:
+    """Return `merged` with one value set; raise ValueError for an unknown key or a value of another type."""
+    layer = value
+    for part in reversed(key.split(".")):
+        layer = {part: layer}
+    try:
+        return OmegaConf.merge(merged, layer)
+    except (OmegaConfBaseException, TypeError):
+        expected = _expected(schema, key)
+        problem = f"{key}={value!r}: expected {expected}" if expected else _unknown_key(schema, key)
+        raise ValueError(f"{origin}: {problem}") from None
+
+
+def _expected(schema: type, key: str) -> str | None:
+    """Return what a key takes, None for an unknown key."""
+    parts = key.split(".")
+    for name, type_name, *_ in options(schema):
+        names = name.split(".")
+        if all(mine in (theirs, "NAME") for mine, theirs in zip(names, parts, strict=False)):
+            if len(names) > len(parts):
+                return f"a group of keys, such as {name}"
+            if len(names) == len(parts) or type_name.startswith("dict"):
+                return type_name
+    return None
 
 
 def _unknown_key(schema: type, key: str) -> str:

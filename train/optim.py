@@ -20,7 +20,7 @@ class OptimConfig:
     steps: int = 250_000  # updates of the whole run; the cosine ends there
     beta1: float = 0.9  # in [0, 1)
     beta2: float = 0.95  # in [0, 1)
-    eps: float = 1e-8
+    eps: float = 1e-8  # AdamW's epsilon, > 0
     weight_decay: float = 0.1  # on matrices; none on norms, biases and embeddings' vectors of one axis
     clip_norm: float = 1.0  # global gradient norm, > 0
     ema_decay: float | None = None  # exponential moving average of the weights, in (0, 1); None keeps none

@@ -28,6 +28,9 @@ SPLITS = {
     "two_shapes": ("Two shapes", "in pairs that training never showed together"),
 }
 TASKS = (("text_to_image", "Text → image", "drawn_verdict"), ("image_to_text", "Image → text", "caption_verdict"))
+# What scores depend on; without it they mean nothing.
+SETTINGS = ("training_step", "sampler", "steps", "spacing", "eta", "guidance_scale", "clip_x0")
+SETTINGS += ("temperature", "top_p", "seed", "weights")
 PACKAGES = ("torch", "diffusers", "numpy", "sentencepiece", "webdataset", "torchdata")
 
 
@@ -49,20 +52,7 @@ def _scores(findings: Findings) -> str:
     ema = findings.recipe is not None and findings.recipe.optim.ema_decay is not None
     weights = {"auto": "EMA" if ema else "model", "ema": "EMA"}.get(scores["weights"], scores["weights"])
     settings = {**scores["settings"], "training_step": scores["step"], "seed": scores["seed"], "weights": weights}
-    keys = (
-        "training_step",
-        "sampler",
-        "steps",
-        "spacing",
-        "eta",
-        "guidance_scale",
-        "clip_x0",
-        "temperature",
-        "top_p",
-        "seed",
-        "weights",
-    )
-    shown = {key.replace("_", " "): settings[key] for key in keys if settings.get(key) is not None}
+    shown = {key.replace("_", " "): settings[key] for key in SETTINGS if settings.get(key) is not None}
     explained = (
         "A picture is all right when a judge that never sees the prompt reads the asked colour, shape and position "
         "from it; a caption, when it says them. None was trained in these words. Ranges: 95\u00a0% (Wilson)."

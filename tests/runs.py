@@ -1,0 +1,120 @@
+"""Training runs small enough for a test: two layers of width 32, five lanes of 64 tokens."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.ranks import ProgramRanks
+from train import checkpoint, pretrain
+from train.checkpoint_storage import read_index
+from train.distributed import alone
+
+STEPS = 24
+SAVE_EVERY = 5
+NUMBERS = ("text_loss", "image_loss", "grad_norm", "tokens_seen", "images_seen", "skipped_documents", "learning_rate")
+
+
+def settings(run_dir: Path, tokenizer: Any, sources: dict[str, Path], **changes: Any) -> list[str]:
+    """Return the arguments of a small run; `changes` by key, two underscores for a dot."""
+    given = {
+        "run_dir": run_dir,
+        "device": "cpu",
+        "micro_batch_size": 2,
+        "model.latent_channels": 2,
+        "model.transformer.width": 32,
+        "model.transformer.layers": 2,
+        "model.transformer.heads": 2,
+        "model.transformer.ffn_multiple_of": 16,
+        "data.tokenizer": tokenizer.path,
+        "data.lanes": 5,
+        "data.sequence_length": 64,
+        "data.shuffle_block": 8,
+        "data.look_ahead": 4,
+        "optim.steps": STEPS,
+        "optim.learning_rate": 1e-3,
+        "optim.warmup_steps": 2,
+        "optim.ema_decay": 0.9,
+        "parallel.dtype": "float32",
+        "checkpoint.interval_steps": SAVE_EVERY,
+        "log.interval_steps": 1,
+        "timeout_minutes": 0.5,
+        **{f"data.sources.{name}.path": path for name, path in sources.items()},
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+    return [f"{key}={value}" for key, value in given.items() if value is not ...]
+
+
+def launch(argv: Sequence[str], world_size: int | None) -> ProgramRanks:
+    """Start `pretrain` on ranks, or directly (None); what it prints goes beside the run folder."""
+    run_dir = Path(next(a for a in argv if a.startswith("run_dir=")).removeprefix("run_dir="))
+    return ProgramRanks(pretrain.main, argv, world_size, run_dir.with_name(f"{run_dir.name}-{time.monotonic_ns()}.log"))
+
+
+def finish(argv: Sequence[str], world_size: int | None) -> str:
+    """Run to the end, which must be a good one; return what was printed."""
+    with launch(argv, world_size) as run:
+        statuses = run.wait()
+        assert set(statuses) == {0}, f"{statuses}\n{run.output}"
+        return run.output
+
+
+def rows(run_dir: Path) -> list[dict]:
+    """Return the rows of metrics.jsonl that are whole."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def numbers(run_dir: Path) -> list[tuple]:
+    """Return (step, what a run must reproduce) of each row, all but times and speeds."""
+    return [(row["step"], *(row[name] for name in NUMBERS)) for row in rows(run_dir)]
+
+
+def wait_for(condition: Callable[[], object], run: ProgramRanks, timeout_s: float = 60.0) -> None:
+    """Wait until `condition()` holds; fails when the run ends before."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert run.running, f"ended before:\n{run.output}"
+        assert time.monotonic() < deadline, f"not within {timeout_s} s:\n{run.output}"
+        time.sleep(0.002)
+
+
+def reached(run_dir: Path, step: int) -> Callable[[], bool]:
+    """Return the condition that the run has logged `step`."""
+    return lambda: any(row["step"] >= step for row in rows(run_dir)[-1:])
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Return the steps of the checkpoints, each of which must verify."""
+    folders = checkpoint.saved(run_dir / "checkpoints")
+    assert [problem for folder in folders for problem in checkpoint.verify(folder, alone())] == []
+    return [checkpoint.step_of(folder) for folder in folders]
+
+
+def saved_state(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict, dict]:
+    """Return the last checkpoint's tensors, its lanes and its other facts."""
+    folder = checkpoint.saved(run_dir / "checkpoints")[-1]
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for name, record in read_index(folder).state_dict_metadata.items():
+        entry, _, rest = name.partition(".")
+        state.setdefault(entry, {})[rest] = torch.full(record.size, torch.nan, dtype=record.properties.dtype)
+    checkpoint.load(folder, state, alone())
+    tensors = {f"{entry}.{rest}": tensor for entry, part in state.items() for rest, tensor in part.items()}
+    lanes, meta = (json.loads(checkpoint.read_extra(folder, name)) for name in ("lanes.json", "meta.json"))
+    return tensors, lanes, meta
+
+
+def assert_same_end(run_dir: Path, expected: Path) -> None:
+    """The last checkpoints hold the same bits of weights, moments and averages, the same lanes and counters."""
+    (tensors, lanes, meta), (other_tensors, other_lanes, other_meta) = saved_state(run_dir), saved_state(expected)
+    assert tensors.keys() == other_tensors.keys() and {name.split(".")[0] for name in tensors} == {
+        "model",
+        "optimizer",
+        "ema",
+    }
+    assert [name for name, tensor in tensors.items() if not torch.equal(tensor, other_tensors[name])] == []
+    assert lanes == other_lanes and meta == other_meta

@@ -1,0 +1,290 @@
+"""The one door: what a person writes arrives typed and complete, or is refused by name, value and expectation."""
+
+import ast
+import importlib
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from omegaconf import MISSING
+
+from train.config import help_text, load_config, options, to_yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    width: int = 3  # units, > 0
+    # Of what is kept,
+    # in [0, 1].
+    share: float = 0.5
+    name: str | None = None  # null: none
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"inner.width={self.width}: expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    path: str = MISSING  # folder of the source
+    weight: float = 1.0  # share of all tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run_dir: str = MISSING  # folder of the run
+    seed: int = 0  # of everything
+    kind: Literal["one", "two"] = "one"  # which
+    sizes: tuple[int, ...] = (1, 2)  # a few
+    inputs: list[str] = field(default_factory=list)  # files
+    fast: bool = False  # or slow
+    labels: dict[str, str] = field(default_factory=dict)  # by name
+    inner: Inner = field(default_factory=Inner)
+    sources: dict[str, Source] = field(default_factory=dict)  # data sets by name
+
+
+def load(*arguments: str) -> Config:
+    return load_config(Config, ["run_dir=run", *arguments])
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def yaml_file(path: Path, text: str) -> str:
+    path.write_text(textwrap.dedent(text))
+    return f"config={path}"
+
+
+def test_values_arrive_with_their_types() -> None:
+    config = load(
+        *("seed=5", "kind=two", "sizes=[3,4,5]", "inputs=[a,b=c]", "fast=true", "labels.x=y", "inner.width=7"),
+        *(
+            "inner.share=1e-3",
+            "inner.name=null",
+            "sources.pics.path=p",
+            "sources.words.path=w",
+            "sources.words.weight=2",
+        ),
+    )
+    assert config == Config(
+        run_dir="run",
+        seed=5,
+        kind="two",
+        sizes=(3, 4, 5),
+        inputs=["a", "b=c"],
+        fast=True,
+        labels={"x": "y"},
+        inner=Inner(width=7, share=0.001),
+        sources={"pics": Source(path="p"), "words": Source(path="w", weight=2.0)},
+    )
+    assert type(config.sources["words"]) is Source and type(config.sizes) is tuple
+
+
+def test_files_come_first_and_the_command_line_wins(tmp_path: Path) -> None:
+    first = yaml_file(tmp_path / "1.yaml", "seed: 1\ninner: {width: 4, share: 0.1}\nsources: {a: {path: p}}\n")
+    second = yaml_file(tmp_path / "2.yaml", "seed: 2\nsources: {b: {path: q, weight: 3}}\n")
+    config = load("inner.width=9", first, second)
+    assert (config.seed, config.inner.width, config.inner.share) == (2, 9, 0.1)
+    assert config.sources == {"a": Source(path="p"), "b": Source(path="q", weight=3.0)}
+
+
+def test_a_saved_config_loads_back(tmp_path: Path) -> None:
+    config = load("sizes=[3]", "inner.name=a b", "sources.x.path=p", "labels.x=y")
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load_config(Config, [f"config={tmp_path / 'c.yaml'}"]) == config
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "inner.widht=5",
+            "command line: unknown key 'inner.widht'; did you mean 'inner.width'? (--help lists the keys)",
+        ),
+        ("sources.x.pth=5", "command line: unknown key 'sources.x.pth'; did you mean 'sources.NAME.path'?"),
+        ("nothing_like_it=5", "command line: unknown key 'nothing_like_it' (--help lists the keys)"),
+        ("seed.x=1", "command line: unknown key 'seed.x'"),
+        ("=5", "command line: unknown key ''"),
+        ("seed=abc", "command line: seed='abc': expected int"),
+        ("seed=1.5", "command line: seed=1.5: expected int"),
+        ("seed=", "command line: seed=None: expected int"),
+        ("seed=null", "command line: seed=None: expected int"),
+        ("kind=three", "command line: kind='three': expected Literal['one', 'two']"),
+        ("sizes=[1,x]", "command line: sizes=[1, 'x']: expected tuple[int, ...]"),
+        ("sizes=5", "command line: sizes=5: expected tuple[int, ...]"),
+        ("inputs=a", "command line: inputs='a': expected list[str]"),
+        ("fast=perhaps", "command line: fast='perhaps': expected bool"),
+        ("inner=5", "command line: inner=5: expected a group of keys, such as inner.width"),
+        ("sources=[1]", "command line: sources=[1]: expected name: settings"),
+        ("sources.x=5", "command line: sources.x=5: expected a group of keys, such as sources.NAME.path"),
+        ("inner.width=0", "inner.width=0: expected at least 1"),
+        ("inputs=[a", "command line: inputs=[a: not readable as YAML"),
+        ("seed=!!python/object/apply:os.getpid []", "not readable as YAML"),
+        ("seed", "argument 'seed' is not of the form key=value; --help lists the keys"),
+        ("--seed=1", "argument '--seed=1' is not of the form key=value"),
+        ("inner.name=${nowhere}", "inner.name: Interpolation key 'nowhere' not found"),
+        ("sources.x.weight=2", "sources.x.path is required: give sources.x.path=VALUE or set it in config=FILE"),
+    ],
+)
+def test_a_mistake_is_refused_by_name(argument: str, message: str) -> None:
+    assert message in refusal(argument)
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    cases = {
+        "inner: {width: x}": f"config={path}: inner.width='x': expected int",
+        "iner: {width: 1}": f"config={path}: unknown key 'iner.width'; did you mean 'inner.width'?",
+        "[1, 2]": f"config={path}: expected a mapping of keys to values",
+        "a: [": f"config={path}: not readable as YAML",
+        "seed: !!python/object/apply:os.getpid []": f"config={path}: not readable as YAML",
+        "7": f"config={path}",
+    }
+    for text, message in cases.items():
+        assert message in refusal(yaml_file(path, text)), text
+    path.write_bytes(b"\xff\xfe\x00")
+    assert f"config={path}: not readable as YAML" in refusal(f"config={path}")
+    with pytest.raises(FileNotFoundError, match=r"config=.*none.yaml: no such file"):
+        load(f"config={tmp_path / 'none.yaml'}")
+    assert load(yaml_file(path, "")) == load()  # an empty file says nothing
+
+
+def test_a_missing_value_is_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"run_dir is required: give run_dir=VALUE or set it in config=FILE"):
+        load_config(Config, [])
+
+
+def test_help_lists_every_option_with_its_comment() -> None:
+    text = help_text("python -m train.x", "Do something.", Config)
+    assert text.startswith("usage: python -m train.x [config=FILE.yaml] [key=value ...]\n\nDo something.\n")
+    assert list(options(Config)) == [
+        ("run_dir", "str", "(required)", "folder of the run"),
+        ("seed", "int", "0", "of everything"),
+        ("kind", "Literal['one', 'two']", "one", "which"),
+        ("sizes", "tuple[int, ...]", "(1, 2)", "a few"),
+        ("inputs", "list[str]", "[]", "files"),
+        ("fast", "bool", "False", "or slow"),
+        ("labels", "dict[str, str]", "{}", "by name"),
+        ("inner.width", "int", "3", "units, > 0"),
+        ("inner.share", "float", "0.5", "Of what is kept, in [0, 1]."),
+        ("inner.name", "str | None", "None", "null: none"),
+        ("sources", "name: settings", "{}", "data sets by name"),
+        ("sources.NAME.path", "str", "(required)", "folder of the source"),
+        ("sources.NAME.weight", "float", "1.0", "share of all tokens"),
+    ]
+    for key, type_name, default, comment in options(Config):
+        assert f"  {key}: {type_name} = {default}\n      {comment}" in text
+
+
+def programs() -> list[str]:
+    files = sorted((ROOT / "train").glob("*.py"))
+    return [path.stem for path in files if '__name__ == "__main__"' in path.read_text()]
+
+
+@pytest.mark.parametrize("name", programs())
+def test_every_option_of_every_program_is_explained(name: str) -> None:
+    schema = importlib.import_module(f"train.{name}").CONFIG
+    assert [key for key, _, _, comment in options(schema) if not comment] == []
+
+
+def configs() -> list[Path]:
+    return sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", configs(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_config_in_the_repository_loads(path: Path) -> None:
+    """Its header says for which program, in the command."""
+    command = next(line for line in path.read_text().splitlines() if "-m train." in line)
+    name = command.split("-m train.")[1].split()[0]
+    load_config(importlib.import_module(f"train.{name}").CONFIG, [f"config={path}"])
+    assert {"Purpose", "Hardware", "Expected", "Command"} <= {
+        line.removeprefix("# ").split(":")[0] for line in path.read_text().splitlines() if line.startswith("# ")
+    }
+
+
+PROGRAM = '''
+"""Say the seed, or fail in the way that is asked for."""
+
+from dataclasses import dataclass
+
+from train.config import load_config, run_program
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramConfig:
+    seed: int = 0  # what to say
+    fail: str = ""  # how to fail
+
+
+CONFIG = ProgramConfig
+
+
+def main(argv: list[str]) -> int | None:
+    config = load_config(CONFIG, argv)
+    if config.fail == "value":
+        raise ValueError("seed=1: expected another")
+    if config.fail == "file":
+        raise FileNotFoundError("data folder a does not exist")
+    if config.fail == "bug":
+        raise RuntimeError("a bug")
+    if config.fail == "interrupt":
+        raise KeyboardInterrupt
+    print("seed", config.seed)
+    return 75 if config.seed == 75 else None
+
+
+if __name__ == "__main__":
+    run_program(main)
+'''
+
+
+def run(tmp_path: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    (tmp_path / "say.py").write_text(PROGRAM.lstrip())
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", **environment}
+    command = [sys.executable, str(tmp_path / "say.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_program_ends_with_the_status_of_what_happened(tmp_path: Path) -> None:
+    assert run(tmp_path, "seed=4") == (0, "seed 4\n", "")
+    assert run(tmp_path, "seed=75") == (75, "seed 75\n", "")
+    status, out, _ = run(tmp_path, "--help")
+    assert status == 0 and "python -m train.say" in out and "seed: int = 0\n      what to say" in out
+    status, _, error = run(tmp_path, "fail=interrupt")
+    assert (status, error) == (130, "train.say: interrupted; the same command goes on from here\n")
+    status, _, error = run(tmp_path, "fail=bug")
+    assert status == 1 and "Traceback" in error
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("fail=value", "train.say: seed=1: expected another\n"),
+        ("fail=file", "train.say: data folder a does not exist\n"),
+        ("sed=1", "train.say: command line: unknown key 'sed'; did you mean 'seed'? (--help lists the keys)\n"),
+    ],
+)
+def test_a_refusal_is_one_message_without_a_traceback(tmp_path: Path, argument: str, message: str) -> None:
+    assert run(tmp_path, argument) == (2, "", message)
+    assert run(tmp_path, argument, RANK="3") == (2, "", f"[rank 3] {message}")
+    assert "Traceback" in run(tmp_path, argument, TRACEBACK="1")[2]
+
+
+def test_every_dataclass_of_options_is_frozen_and_keyword_only() -> None:
+    """STYLE.md, config: read from the sources of what the programs compose."""
+    for package in ("data", "model", "train"):
+        for path in (ROOT / package).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+                    assert "frozen=True, kw_only=True" in ast.unparse(node.decorator_list[0]), f"{path}: {node.name}"

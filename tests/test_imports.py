@@ -1,0 +1,91 @@
+"""Imports go one way, programs are imported by nobody, and importing does nothing. Read from the sources' ASTs."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HOUSE = ("data", "model", "train", "slurm", "bench", "tests")
+PROGRAMS = {
+    *("pretrain", "vae", "tokenizer", "encode", "scenes", "sample"),
+    *("evaluate", "plan", "export", "view", "report", "demo"),
+}
+MAY_IMPORT = {
+    "data": {"data"},
+    "model": {"model"},
+    "train": {"train", "data", "model"},
+    "slurm": {"slurm", "train"},
+    "bench": {"bench", "train", "data", "model"},
+}
+# What a package knows nothing of: DESIGN.md, the house.
+FOREIGN = {
+    "data": ("torch.distributed",),
+    "model": ("torch.distributed", "logging", "time", "omegaconf", "wandb"),
+}
+FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Yield the dotted name of everything a file imports, inside functions and for type checking too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_main_or_type_checking(test: ast.expr) -> bool:
+    return ast.unparse(test) in ("TYPE_CHECKING", "__name__ == '__main__'")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_one_way(path: Path) -> None:
+    package = name_of(path).split(".")[0]
+    for imported in imports_of(path):
+        top = imported.split(".")[0]
+        assert top not in HOUSE or top in MAY_IMPORT[package], f"{name_of(path)} imports {imported}"
+        assert not any(f"{imported}.".startswith(f"{foreign}.") for foreign in FOREIGN.get(package, ())), imported
+        if package == "slurm" and top == "train":
+            assert imported.startswith("train.config"), imported
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nobody_imports_a_program(path: Path) -> None:
+    for imported in imports_of(path):
+        parts = imported.split(".")
+        assert parts[0] != "train" or len(parts) == 1 or parts[1] not in PROGRAMS, f"{name_of(path)} imports {imported}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_importing_a_module_does_nothing(path: Path) -> None:
+    """Only definitions, constants and imports stand at the top level."""
+    tree = ast.parse(path.read_text())
+    quiet = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.FunctionDef, ast.ClassDef)
+    for node in tree.body:
+        if isinstance(node, quiet) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            continue
+        allowed = isinstance(node, ast.If) and is_main_or_type_checking(node.test)
+        assert allowed, f"{name_of(path)}:{node.lineno}: {ast.unparse(node)[:80]}"
+
+
+def test_programs_are_verbs_in_train_with_a_main() -> None:
+    """Each takes its arguments, has a config whose comments are its help, and says what it does."""
+    found = {path.stem for path in (ROOT / "train").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert found <= PROGRAMS
+    for name in found:
+        tree = ast.parse((ROOT / "train" / f"{name}.py").read_text())
+        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert [argument.arg for argument in functions["main"].args.args] == ["argv"], name
+        assert any(isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "CONFIG" for n in tree.body), name
+        assert ast.get_docstring(tree), name
+
+
+def test_there_is_no_attic() -> None:
+    assert not [path for path in FILES if path.stem in ("utils", "util", "helpers", "common", "misc")]

@@ -1,0 +1,276 @@
+"""Train a VAE (diffusers' AutoencoderKL) on the pictures of raw image-text shards.
+
+Writes `output` in diffusers' layout (config.json, safetensors weights) with metrics.jsonl and, last, vae.json:
+settings, reconstruction error, seconds. All pictures are decoded once and kept in memory. Killed or interrupted, the
+same command goes on from the last saved state and ends with the same weights; a finished output is reused.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data.pictures import decode_picture, to_unit
+from data.shards import BadRecord, BadRecords, read_shard
+from data.texts import list_inputs
+from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, moments, sample_latents, vae_hash, vae_loss
+from train.config import load_config, run_program
+from train.optim import OptimConfig, Optimizer, learning_rate
+from train.output_folder import OutputFolder
+from train.signals import StopKind, StopSignal
+
+
+DEFAULT_OPTIM = OptimConfig(
+    learning_rate=1e-4, min_learning_rate=1e-6, warmup_steps=1000, steps=100_000, weight_decay=0.01
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeTrainConfig:
+    inputs: list[str] = field(default_factory=list)  # .tar shards with pictures, or folders of them
+    heldout: list[str] = field(default_factory=list)  # the same, for the error that vae.json states; none: training's
+    output: str = "runs/vae"  # folder to write; must be absent, empty or made by this program
+    resolution: int = 256  # pixels a side of the square pictures; a multiple of the model's stride
+    max_pictures: int = 50_000  # pictures kept in memory, the first ones of `inputs`; at 256 pixels 0.2 MB each
+    max_bad_fraction: float = 0.01  # share of records that may be skipped, in [0, 1]
+    model: VaeConfig = field(default_factory=VaeConfig)
+    loss: VaeLossConfig = field(default_factory=VaeLossConfig)
+    optim: OptimConfig = field(default_factory=lambda: DEFAULT_OPTIM)
+    batch_size: int = 32  # pictures a step; 1 or more
+    seed: int = 0  # of weights, batches and noise; 0 or more
+    log_interval_steps: int = 50  # steps between rows of metrics.jsonl; 1 or more
+    state_interval_steps: int = 200  # steps between saved states, from which an interrupted run goes on; 1 or more
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    threads: int | None = None  # CPU threads; null: as many as there are cores for this process
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be trained."""
+        for name in ("max_pictures", "batch_size", "log_interval_steps", "state_interval_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        if self.resolution < 1 or self.resolution % self.model.stride:
+            raise ValueError(
+                f"resolution={self.resolution}: expected a multiple of the stride {self.model.stride} "
+                f"of model.block_channels={self.model.block_channels}"
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected a share in [0, 1]")
+        if self.seed < 0 or (self.threads is not None and self.threads < 1):
+            raise ValueError(f"seed={self.seed}, threads={self.threads}: expected seed >= 0, threads >= 1 or null")
+
+
+CONFIG = VaeTrainConfig
+HOW = ("output", "log_interval_steps", "state_interval_steps", "device", "threads")  # settings that do not decide what
+
+
+def main(argv: list[str]) -> int | None:
+    """Train, or go on, or say that it is done."""
+    config = load_config(CONFIG, argv)
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
+    files = list_inputs(config.inputs, (".tar",))
+    heldout_files = list_inputs(config.heldout, (".tar",)) if config.heldout else []
+    settings = {name: value for name, value in asdict(config).items() if name not in HOW}
+    settings["data"] = f"{_crc32(files):08x}-{_crc32(heldout_files):08x}"
+    output = OutputFolder(config.output, "train.vae", "vae.json", settings)
+    if output.is_complete():
+        print(f"train.vae: {output.path} is complete for these settings; reusing it")
+        return None
+
+    pictures = load_pictures(files, config)
+    heldout = load_pictures(heldout_files, config) if heldout_files else None
+    training = Training(config, output, device)
+    with StopSignal() as stop:
+        finished = training.run(pictures, stop)
+    if not finished:
+        print(f"train.vae: {stop.name}: saved at step {training.step}; the same command goes on from here")
+        return stop.kind.exit_code
+
+    summary = measure(training.vae, pictures[:512] if heldout is None else heldout, config, device)
+    summary = {
+        "hash": vae_hash(training.vae),
+        "steps": training.step,
+        "seconds": round(training.seconds, 1),
+        "pictures": len(pictures),
+        "measured_on": f"{summary.pop('pictures')} {'training' if heldout is None else 'held-out'} pictures",
+        **summary,
+    }
+    training.vae.save_pretrained(output.partial, safe_serialization=True)
+    (output.partial / "state.pt").unlink(missing_ok=True)
+    output.commit(summary)
+    print(f"train.vae: wrote {output.path}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+    return None
+
+
+class Training:
+    """A VAE with its optimizer and step, as `state.pt` in the partial folder keeps them."""
+
+    def __init__(self, config: VaeTrainConfig, output: OutputFolder, device: torch.device) -> None:
+        """Build the VAE; take over the state that an interrupted run with the same settings left."""
+        self.config, self.output, self.device = config, output, device
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            self.vae = build_vae(config.model).to(device)
+        self.optimizer = Optimizer(self.vae, config.optim)
+        self.step, self.seconds = 0, 0.0
+        self.rows: list[dict[str, float]] = []  # of metrics.jsonl
+        state = self._read_state()
+        output.open_partial(keep=state is not None)
+        if state is not None:
+            self.vae.load_state_dict(state["vae"])
+            self.optimizer.adamw.load_state_dict(state["adamw"])
+            self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
+            print(f"train.vae: going on from step {self.step} of {config.optim.steps}")
+
+    def run(self, pictures: np.ndarray, stop: StopSignal) -> bool:
+        """Train up to the last step; return False when `stop` came first (then the state is saved)."""
+        config, start, before = self.config, time.monotonic(), self.seconds
+        interval = 1 if sys.stdout.isatty() else 5  # seconds
+        bar = tqdm(desc="vae", unit="step", total=config.optim.steps, initial=self.step, mininterval=interval,
+                   file=sys.stdout)  # fmt: skip
+        self.vae.train()
+        with bar:
+            while self.step < config.optim.steps:
+                self.step += 1
+                parts, norm = self._update(pictures)
+                self.seconds = before + time.monotonic() - start
+                bar.update()
+                if self.step % config.log_interval_steps == 0 or self.step == config.optim.steps:
+                    self._log(parts, norm)
+                    bar.set_postfix(error=f"{self.rows[-1]['pixel_error']:.4f}", kl=f"{self.rows[-1]['kl']:.3f}")
+                if stop.kind != StopKind.NONE or self.step % config.state_interval_steps == 0:
+                    self._save_state()
+                    if stop.kind != StopKind.NONE and self.step < config.optim.steps:
+                        return False
+        return True
+
+    def _update(self, pictures: np.ndarray) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Make update `step`; batch and noise are a function of (seed, step), so a resume needs no random state."""
+        rng = np.random.default_rng((self.config.seed, self.step))
+        batch = pictures[
+            np.sort(rng.choice(len(pictures), size=min(self.config.batch_size, len(pictures)), replace=False))
+        ]
+        pixels = torch.from_numpy(to_unit(batch)).to(self.device)
+        encoded = moments(self.vae, pixels)
+        shape = (len(encoded), encoded.shape[1] // 2, *encoded.shape[2:])
+        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(self.device)
+        reconstruction = decode(self.vae, sample_latents(encoded, noise))
+        parts = vae_loss(self.config.loss, pixels, reconstruction, encoded, self.step)
+        parts["loss"].backward()
+        return parts, self.optimizer.update(self.step)
+
+    def _log(self, parts: dict[str, torch.Tensor], norm: torch.Tensor) -> None:
+        row = {"step": self.step, **{name: part.item() for name, part in parts.items()}, "grad_norm": norm.item()}
+        row |= {"learning_rate": learning_rate(self.step, self.config.optim), "seconds": round(self.seconds, 2)}
+        self.rows.append(row)
+        (self.output.partial / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        skipped = int(self.optimizer.nonfinite[1])
+        if skipped >= self.config.optim.max_nonfinite_in_a_row:
+            raise ValueError(
+                f"{skipped} updates in a row up to step {self.step} had non-finite gradients and were skipped; "
+                f"lower optim.learning_rate={self.config.optim.learning_rate}"
+            )
+
+    def _save_state(self) -> None:
+        path = self.output.partial / "state.pt"
+        state = {"settings": json.dumps(self.output.settings), "step": self.step, "seconds": self.seconds}
+        state |= {"rows": self.rows, "vae": self.vae.state_dict(), "adamw": self.optimizer.adamw.state_dict()}
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def _read_state(self) -> dict[str, Any] | None:
+        path = self.output.partial / "state.pt"
+        if not path.is_file():
+            return None
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if json.loads(state["settings"]) == self.output.settings:
+            return state
+        print(f"train.vae: the state in {path.parent} belongs to other settings; starting anew")
+        return None
+
+
+def load_pictures(files: list[Path], config: VaeTrainConfig) -> np.ndarray:
+    """Decode the first `max_pictures` pictures of the shards, uint8 [N, H, W, 3]; skip and name what is bad."""
+    bad, pictures = BadRecords(config.max_bad_fraction), []
+    full = False
+    for path in tqdm(files, desc="decode", unit="shard", disable=not sys.stdout.isatty(), file=sys.stdout):
+        for record in read_shard(path, bad):
+            if full := len(pictures) == config.max_pictures:
+                break
+            try:
+                where = f"{path}/{record['__key__'].decode(errors='replace')}"
+                pictures.append(decode_picture(record, config.resolution, where))
+            except BadRecord as error:
+                bad.add(error)
+                bad.check()
+        if full:
+            break
+    bad.check(final=True)
+    for name in bad.names:
+        print(f"train.vae: skipped {name}")
+    if not pictures:
+        raise ValueError(f"no pictures in {', '.join(map(str, files))}: expected records with .jpg, .png or .webp")
+    limit = f" (max_pictures={config.max_pictures}: the rest is not read)" if full else ""
+    print(f"train.vae: {len(pictures)} pictures at {config.resolution} pixels from {len(files)} shards{limit}")
+    return np.stack(pictures)
+
+
+@torch.no_grad()
+def measure(vae: nn.Module, pictures: np.ndarray, config: VaeTrainConfig, device: torch.device) -> dict[str, Any]:
+    """Return what the codec costs: errors of pixels in [-1, 1] through the mean and through a sampled latent, the
+    KL in nats a picture, and the latents' deviation with the share of their variance that is posterior noise.
+    """
+    vae.eval()
+    rng = np.random.default_rng(config.seed)
+    errors, kl, first, second, noise_variance = np.zeros(3), 0.0, 0.0, 0.0, 0.0
+    for start in range(0, len(pictures), config.batch_size):
+        pixels = torch.from_numpy(to_unit(pictures[start : start + config.batch_size])).to(device)
+        encoded = moments(vae, pixels)
+        mean, logvar = encoded.chunk(2, dim=1)
+        noise = torch.from_numpy(rng.standard_normal(tuple(mean.shape), dtype=np.float32)).to(device)
+        through_mean = decode(vae, mean).clamp(-1, 1) - pixels
+        through_sample = decode(vae, sample_latents(encoded, noise)).clamp(-1, 1) - pixels
+        parts = through_mean.abs(), through_mean.square(), through_sample.square()
+        errors += np.array([part.mean(dim=(1, 2, 3)).sum().item() for part in parts])
+        kl += vae_loss(config.loss, pixels, pixels, encoded, 1)["kl"].item() * pixels.numel()
+        first += mean.mean(dim=(2, 3)).sum(0)
+        second += (mean.square() + logvar.exp()).mean(dim=(2, 3)).sum(0)
+        noise_variance += logvar.exp().mean(dim=(2, 3)).sum(0)
+    count = len(pictures)
+    absolute, squared, squared_sampled = errors / count
+    variance = second / count - (first / count).square()
+    return {
+        "pictures": count,
+        "absolute_error": round(absolute, 5),
+        "psnr_db": round(10 * math.log10(4 / squared), 2),
+        "psnr_sampled_db": round(10 * math.log10(4 / squared_sampled), 2),
+        "kl_nats": round(kl / count, 1),
+        "latent_std": [round(value, 3) for value in variance.sqrt().tolist()],
+        "noise_share": [round(value, 3) for value in (noise_variance / count / variance).tolist()],
+    }
+
+
+def _crc32(files: list[Path]) -> int:
+    """Identify the pictures, so that redrawn shards are not taken for the old ones."""
+    value = 0
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                value = zlib.crc32(block, value)
+    return value
+
+
+if __name__ == "__main__":
+    run_program(main)
