@@ -254,8 +254,11 @@ class Loader:
                 snapshot_every_n_steps=1 << 40,
             )
         )
-        while True:
-            yield [row for _ in range(workers) for row in next(items)]
+        try:
+            while True:
+                yield [row for _ in range(workers) for row in next(items)]
+        finally:
+            items._shutdown_workers()  # left to the garbage collector, it may find the workers' queues gone and wait
 
     def _collate(self, step: int, rows: list[LaneRow]) -> StepBatch:
         settings = self.data.settings

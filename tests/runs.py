@@ -49,9 +49,9 @@ def settings(run_dir: Path, tokenizer: Any, sources: dict[str, Path], **changes:
 
 
 def launch(argv: Sequence[str], world_size: int | None) -> ProgramRanks:
-    """Start `pretrain` on ranks, or directly (None); what it prints goes beside the run folder."""
-    run_dir = Path(next(a for a in argv if a.startswith("run_dir=")).removeprefix("run_dir="))
-    return ProgramRanks(pretrain.main, argv, world_size, run_dir.with_name(f"{run_dir.name}-{time.monotonic_ns()}.log"))
+    """Start `pretrain` on ranks, or directly (None); what it prints goes beside the tokenizer."""
+    tokenizer = next(Path(a.split("=")[1]) for a in argv if a.startswith("data.tokenizer="))
+    return ProgramRanks(pretrain.main, argv, world_size, tokenizer.parent / f"{time.monotonic_ns()}.log")
 
 
 def finish(argv: Sequence[str], world_size: int | None) -> str:

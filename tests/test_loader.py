@@ -188,6 +188,7 @@ def test_an_error_of_the_reader_surfaces_and_stays(tmp_path: Path, tokenizer: To
     config = data_config(tokenizer, {"a": tmp_path / "a"}, num_workers=workers)
     data = open_data(config, 3, PATCH)
     (tmp_path / "a" / "00000.tar").unlink()
+    before = set(multiprocessing.active_children())
     loader = Loader(data, config, rank=0, world_size=1, micro_batch_size=2)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"skipped 1000 documents in a row.*00000.tar#.*No such file"):
@@ -195,6 +196,7 @@ def test_an_error_of_the_reader_surfaces_and_stays(tmp_path: Path, tokenizer: To
     start = time.monotonic()
     loader.close()
     assert time.monotonic() - start < 3
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.slow  # torch looks after its workers every five seconds

@@ -71,8 +71,14 @@ def stages(config: DemoConfig) -> list[Stage]:
 DEMO = "runs/demo"
 SMOKE = {
     "scenes": ("num_train=400", "shard_size=100", "num_text=200", "num_text_heldout=40", "num_heldout_two_shapes=8"),
-    "vae": ("steps=8",),
-    "pretrain": ("optim.steps=12", "optim.warmup_steps=2", "checkpoint.interval_steps=6", "preview.interval_steps=6"),
+    "vae": ("optim.steps=8", "optim.warmup_steps=2"),
+    "pretrain": (
+        "optim.steps=12",
+        "optim.warmup_steps=2",
+        "checkpoint.interval_steps=6",
+        "preview.interval_steps=6",
+        "log.interval_steps=2",
+    ),
     "evaluate": ("max_prompts=8", "steps=4"),
     "sample": ("steps=4",),
 }

@@ -4,8 +4,9 @@ Work is split over ranks by item, results are gathered and are the same for ever
 float additions. An evaluation records sampler, steps, guidance and seed: without them its scores mean nothing.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from data.lanes import SourceConfig
 from data.loader import DataConfig, Loader, open_data
+from data.manifest import Manifest
 from data.pictures import decode_picture
 from data.scenes import Shape, Verdict, compare, parse_caption, score
 from data.shards import BadRecords, read_shard
@@ -40,8 +42,6 @@ class SceneItem:
 
 def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem]:
     """Read at most `per_split` scenes of each split from raw held-out shards."""
-    import json
-
     items: list[SceneItem] = []
     for path in list_inputs([str(folder)], (".tar",)):
         for record in read_shard(path, BadRecords(max_fraction=0.0)):
@@ -103,10 +103,10 @@ def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str,
 @torch.no_grad()
 def heldout_losses(
     generation: Generation, recipe: PretrainConfig, sources: dict[str, str], ranks: Ranks, lanes: int = 8
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return text loss (nats a text target) and noise error (mean squared, an image) over held-out shards.
 
-    Each document once, captions first, no dropout; noise and timesteps depend on the recipe's seed alone.
+    None where there is nothing to measure. Each document once, captions first, no dropout; noise and timesteps depend on the recipe's seed alone.
     """
     order = {"caption_first": 1.0, "caption_dropout": 0.0}
     config = DataConfig(
@@ -141,13 +141,14 @@ def heldout_losses(
     loader.close()
     dist.all_reduce(sums, group=ranks.vote_group)
     text_nll, image_error, targets, images = sums.tolist()
-    return {"text_loss": text_nll / max(targets, 1), "image_loss": image_error / max(images, 1)}
+    return {
+        "text_loss": text_nll / targets if targets else None,
+        "image_loss": image_error / images if images else None,
+    }
 
 
 def check_disjoint(recipe: PretrainConfig, sources: dict[str, str]) -> None:
     """Raise ValueError if a held-out folder shares a shard with the training data."""
-    from data.manifest import Manifest
-
     trained = {}
     for source in recipe.data.sources.values():
         manifest = Manifest.load(Path(source.path))
@@ -160,8 +161,6 @@ def check_disjoint(recipe: PretrainConfig, sources: dict[str, str]) -> None:
 
 
 def _uncapped(diffusion: DiffusionConfig) -> DiffusionConfig:
-    from dataclasses import replace
-
     return replace(diffusion, before_caption_max_timestep=None, timestep_sampling="uniform", min_snr_gamma=None)
 
 

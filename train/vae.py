@@ -29,7 +29,6 @@ from train.optim import OptimConfig, Optimizer, learning_rate
 from train.output_folder import OutputFolder
 from train.signals import StopKind, StopSignal
 
-
 DEFAULT_OPTIM = OptimConfig(
     learning_rate=1e-4, min_learning_rate=1e-6, warmup_steps=1000, steps=100_000, weight_decay=0.01
 )
