@@ -1,6 +1,7 @@
 """Fixtures that many test files share: a tokenizer, and two small encoded data sets. None of them may be changed."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -8,6 +9,11 @@ import torch
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.vae import VaeConfig, build_vae
 from tests.sources import make_source, pairs, texts
+
+if TYPE_CHECKING:
+    from tests.runs import DrawingRun
+
+torch.set_num_threads(1)  # tensors are tiny: on busy cores threads only wait for each other
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +49,11 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         build_vae(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, vae_folder: Path) -> "DrawingRun":
+    """A short, finished training run with previews and checkpoints."""
+    from tests.runs import drawing_run  # only now: it imports the trainer, which most tests do not need
+
+    return drawing_run(tmp_path_factory.mktemp("drawn"), tokenizer, vae_folder)

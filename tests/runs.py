@@ -3,12 +3,16 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.tokenizer import Tokenizer
+from model.vae import load_vae, vae_hash
 from tests.ranks import ProgramRanks
+from tests.sources import make_source, pairs
 from train import checkpoint, pretrain
 from train.checkpoint_storage import read_index
 from train.distributed import alone
@@ -18,7 +22,7 @@ SAVE_EVERY = 5
 NUMBERS = ("text_loss", "image_loss", "grad_norm", "tokens_seen", "images_seen", "skipped_documents", "learning_rate")
 
 
-def settings(run_dir: Path, tokenizer: Any, sources: dict[str, Path], **changes: Any) -> list[str]:
+def settings(run_dir: Path, tokenizer: Tokenizer, sources: dict[str, Path], **changes: Any) -> list[str]:
     """Return the arguments of a small run; `changes` by key, two underscores for a dot."""
     given = {
         "run_dir": run_dir,
@@ -118,3 +122,38 @@ def assert_same_end(run_dir: Path, expected: Path) -> None:
     }
     assert [name for name, tensor in tensors.items() if not torch.equal(tensor, other_tensors[name])] == []
     assert lanes == other_lanes and meta == other_meta
+
+
+@dataclass(frozen=True)
+class DrawingRun:
+    """A finished run that drew previews, with what it was trained on."""
+
+    argv: list[str]
+    run_dir: Path
+    vae: Path
+    data: Path
+    tokenizer: Tokenizer
+    output: str  # what it printed
+
+
+PROMPTS = ["a large red circle", "3 small blue squares"]
+
+
+def drawing_run(folder: Path, tokenizer: Tokenizer, vae: Path) -> DrawingRun:
+    """Train six steps on random latents that claim to be of `vae`; previews and offline wandb are on."""
+    documents = pairs(40, grids=[(8, 8)])
+    data = make_source(folder / "data", tokenizer, documents, shard_sizes=[20, 20], vae_hash=vae_hash(load_vae(vae)))
+    argv = settings(
+        folder / "run",
+        tokenizer,
+        {"pairs": data},
+        vae=vae,
+        optim__steps=6,
+        checkpoint__interval_steps=3,
+        preview__interval_steps=3,
+        preview__prompts=json.dumps(PROMPTS),
+        preview__steps=3,
+        log__wandb="offline",
+        parallel__activation_checkpointing="full",
+    )
+    return DrawingRun(argv, folder / "run", vae, data, tokenizer, finish(argv, 2))

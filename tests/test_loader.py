@@ -20,6 +20,7 @@ from data.packing import PADDING_DOCUMENT, PackedBatch
 from data.tokenizer import Tokenizer, train_tokenizer
 from tests.sources import data_config, make_source, pairs, texts
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchdata")  # of the number of workers on few cores
 PATCH = 2
 FIELDS = ("input_ids", "labels", "document_ids", "image_ids", "position_ids", "visible_until", "grid_positions")
 

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.shards import atomic_write
 from train.config import load_config, run_program
 
 HERE = Path(__file__).resolve().parent.parent
@@ -56,7 +57,7 @@ def stages(config: DemoConfig) -> list[Stage]:
     return [
         run("scenes", 0.3, "scenes", "scenes"),
         run("tokenizer", 0.1, "tokenizer", "tokenizer.model"),
-        run("vae", 1.2, "vae", "vae"),
+        run("vae", 1.2, "vae", "vae", distributed=True),
         encode("train", distributed=True),
         encode("heldout", f"stats_from={DEMO}/latents/train"),
         encode("text"),
@@ -92,21 +93,22 @@ def main(argv: list[str]) -> int:
     (folder / "stages").mkdir(exist_ok=True)
     todo = stages(config)
     seconds: dict[str, float] = {}
-    outdated = False  # a stage that ran again makes all later ones run again
+    fingerprint = ""
     for number, stage in enumerate(todo, start=1):
         mark = folder / "stages" / f"{stage.name.replace(' ', '-')}.json"
-        done = json.loads(mark.read_text()) if mark.is_file() else {}
-        fingerprint = _fingerprint(stage)
+        before = json.loads(mark.read_text()) if mark.is_file() else {}
+        fingerprint = _fingerprint(stage, fingerprint)
         left = sum(s.minutes for s in todo[number - 1 :])
         head = f"[{number}/{len(todo)}] {stage.name}"
-        if not outdated and done.get("fingerprint") == fingerprint:
-            print(f"{head}: done before in {done['seconds']:.0f} s", flush=True)
-            seconds[stage.name] = done["seconds"]
+        if before.get("fingerprint") == fingerprint and "seconds" in before:
+            print(f"{head}: done before in {before['seconds']:.0f} s", flush=True)
+            seconds[stage.name] = before["seconds"]
             continue
-        if done:  # finished, with another config or from other inputs: not to be taken for what is asked now
+        if (
+            before.get("fingerprint", fingerprint) != fingerprint
+        ):  # made, or begun, by another config or from other inputs
             _remove(root / stage.output)
-            mark.unlink()
-        outdated = True
+        _write(mark, {"fingerprint": fingerprint})
         print(f"\n{head}, about {left:.0f} min to the end\n$ {shlex.join(stage.command)}", flush=True)
         start = time.monotonic()
         status = subprocess.run(_executable(stage.command), cwd=root, env=_environment(), check=False).returncode
@@ -114,11 +116,11 @@ def main(argv: list[str]) -> int:
             print(f"demo: {stage.name} ended with status {status}; `make demo` goes on from here", file=sys.stderr)
             return status
         seconds[stage.name] = time.monotonic() - start
-        mark.write_text(json.dumps({"fingerprint": fingerprint, "seconds": seconds[stage.name]}))
+        _write(mark, {"fingerprint": fingerprint, "seconds": seconds[stage.name]})
     scores = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     summary = {key: scores[key] for key in ("text_to_image", "image_to_text", "heldout")}
     summary["seconds"] = {**seconds, "total": sum(seconds.values())}
-    (folder / "demo.json").write_text(json.dumps(summary, indent=1))
+    _write(folder / "demo.json", summary)
     print(json.dumps(summary, indent=1))
     print(f"report: {folder / 'report.html'}")
     return 0
@@ -131,9 +133,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _fingerprint(stage: Stage) -> str:
-    """Hash the command and the config file it names."""
-    digest = hashlib.sha256(shlex.join(stage.command).encode())
+def _write(path: Path, contents: dict) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(contents, indent=1).encode())
+
+
+def _fingerprint(stage: Stage, previous: str) -> str:
+    """Hash the command, the config file it names and the fingerprint of the stage before, whose output it may read."""
+    digest = hashlib.sha256(f"{previous} {shlex.join(stage.command)}".encode())
     for argument in stage.command:
         if argument.startswith("config="):
             digest.update((HERE / argument.removeprefix("config=")).read_bytes())

@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ class EvaluateConfig(SamplerConfig):
     max_prompts: int = 200  # scenes of each split
     heldout: dict[str, str] = field(default_factory=dict)  # encoded folders by name, for the held-out losses
     seed: int = 0  # of noise and tokens
-    device: str = "auto"  # auto or cpu
+    device: Literal["auto", "cpu"] = "auto"  # auto: CUDA if there is any
 
     def __post_init__(self) -> None:
         super().__post_init__()

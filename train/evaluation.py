@@ -41,17 +41,19 @@ class SceneItem:
 
 
 def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem]:
-    """Read at most `per_split` scenes of each split from raw held-out shards."""
-    items: list[SceneItem] = []
+    """Read at most `per_split` scenes of each split from raw held-out shards, spread evenly over them."""
+    splits: dict[str, list[SceneItem]] = {}
     for path in list_inputs([str(folder)], (".tar",)):
         for record in read_shard(path, BadRecords(max_fraction=0.0)):
             where = f"{path}/{record['__key__'].decode()}"
             info = json.loads(record["json"])
-            if sum(item.split == info["split"] for item in items) < per_split:
-                shapes = tuple(Shape(**shape) for shape in info["shapes"])
-                picture = decode_picture(record, resolution, where)
-                items.append(SceneItem(info["split"], caption_of(record, where), picture, shapes))
-    return items
+            shapes = tuple(Shape(**shape) for shape in info["shapes"])
+            item = SceneItem(
+                info["split"], caption_of(record, where), decode_picture(record, resolution, where), shapes
+            )
+            splits.setdefault(item.split, []).append(item)
+    counts = {split: min(per_split, len(items)) for split, items in splits.items()}
+    return [items[i * len(items) // counts[split]] for split, items in splits.items() for i in range(counts[split])]
 
 
 def judge_drawings(
@@ -63,8 +65,9 @@ def judge_drawings(
     done: Callable[[int], object],
 ) -> list[tuple[np.ndarray, Verdict]]:
     """Draw each item's caption and let the judge compare the picture with the scene it was written for."""
-    mine = items[ranks.rank :: ranks.world_size]
-    pictures = generation.draw([item.caption for item in mine], sampler, seed + ranks.rank, done)
+    numbers = range(ranks.rank, len(items), ranks.world_size)
+    mine = [items[number] for number in numbers]
+    pictures = generation.draw([item.caption for item in mine], sampler, seed, done, numbers)
     return _in_order(
         ranks, [(picture, score(picture, item.shapes)) for item, picture in zip(mine, pictures, strict=True)]
     )
@@ -79,8 +82,9 @@ def judge_captions(
     done: Callable[[int], object],
 ) -> list[tuple[str, Verdict]]:
     """Describe each item's drawn picture and compare what the caption says with the scene."""
-    mine = items[ranks.rank :: ranks.world_size]
-    captions = generation.describe([item.picture for item in mine], sampler, seed + ranks.rank, done)
+    numbers = range(ranks.rank, len(items), ranks.world_size)
+    mine = [items[number] for number in numbers]
+    captions = generation.describe([item.picture for item in mine], sampler, seed, done, numbers)
     found = [(text, compare(parse_caption(text), item.shapes)) for item, text in zip(mine, captions, strict=True)]
     return _in_order(ranks, found)
 
@@ -106,7 +110,8 @@ def heldout_losses(
 ) -> dict[str, float | None]:
     """Return text loss (nats a text target) and noise error (mean squared, an image) over held-out shards.
 
-    None where there is nothing to measure. Each document once, captions first, no dropout; noise and timesteps depend on the recipe's seed alone.
+    None where there is nothing to measure. Each document once, captions first, no dropout; noise and timesteps
+    depend on the recipe's seed alone.
     """
     order = {"caption_first": 1.0, "caption_dropout": 0.0}
     config = DataConfig(

@@ -1,7 +1,7 @@
 """A trained model with its tokenizer and VAE: captions in, pictures out, and the other way round.
 
-Batches have a fixed shape whatever is asked for, the last one filled up: so the bits of a picture depend on its
-prompt and number, not on how many others were asked for with it.
+Batches of one call have one shape, the last one filled up: so the bits of a picture depend on its prompt, its number
+and that shape, not on what the other rows hold. Smaller batches for fewer rows differ by float rounding only.
 """
 
 import json
@@ -21,6 +21,7 @@ from model.sampler import Prompt, SamplerConfig, SeededDraws, SpecialTokens, gen
 from model.transfusion import Transfusion
 from model.vae import LatentStats, decode, load_vae, moments, vae_hash
 from train import checkpoint
+from train.checkpoint_storage import LISTING
 from train.config import load_config
 from train.distributed import Ranks
 from train.recipe import PretrainConfig
@@ -94,12 +95,20 @@ class Generation:
 
     @torch.no_grad()
     def draw(
-        self, prompts: Sequence[str], config: SamplerConfig, seed: int, done: Callable[[int], object] = lambda n: None
+        self,
+        prompts: Sequence[str],
+        config: SamplerConfig,
+        seed: int,
+        done: Callable[[int], object] = lambda n: None,
+        numbers: Sequence[int] | None = None,
     ) -> list[np.ndarray]:
-        """Return one picture uint8 [H, W, 3] a prompt; picture i depends on (prompt, seed, i). `done(n)` reports."""
+        """Return one picture uint8 [H, W, 3] a prompt, which depends on (prompt, seed, number). `done(n)` reports.
+
+        `numbers` name the samples; None counts them from 0.
+        """
         rows = [
-            Prompt([torch.from_numpy(self.tokenizer.encode(text))], draw=True, index=i)
-            for i, text in enumerate(prompts)
+            Prompt([torch.from_numpy(self.tokenizer.encode(text))], draw=True, index=number)
+            for number, text in zip(numbers or range(len(prompts)), prompts, strict=True)
         ]
         pictures: list[np.ndarray] = []
         config = replace(config, max_new_tokens=0, max_images=1)
@@ -115,13 +124,16 @@ class Generation:
         config: SamplerConfig,
         seed: int,
         done: Callable[[int], object] = lambda n: None,
+        numbers: Sequence[int] | None = None,
     ) -> list[str]:
-        """Return a caption for each uint8 [H, W, 3] picture."""
-        device, rows = self.stats.mean.device, []
+        """Return a caption for each uint8 [H, W, 3] picture; see `draw` for the rest."""
+        device, rows, numbers = self.stats.mean.device, [], numbers or range(len(pictures))
         for start in range(0, len(pictures), self.batch_size):
             pixels = torch.from_numpy(to_unit(np.stack(pictures[start : start + self.batch_size]))).to(device)
             means = moments(self.vae, pixels).float().chunk(2, dim=1)[0]
-            rows += [Prompt([latents], index=start + i) for i, latents in enumerate(self.stats.whiten(means).cpu())]
+            chosen = numbers[start : start + self.batch_size]
+            latents = self.stats.whiten(means).cpu()
+            rows += [Prompt([one], index=number) for number, one in zip(chosen, latents, strict=True)]
         config = replace(config, max_images=0, guidance_scale=1.0)
         captions: list[str] = []
         for outputs in self._generate(rows, config, seed, done):
@@ -141,11 +153,17 @@ class Generation:
 
 
 def find_checkpoint(path: Path, ranks: Ranks) -> Path:
-    """Return a checkpoint folder from its own path, a run's, or a checkpoints folder's; verified."""
+    """Return a checkpoint folder from its own path, a run's, or a checkpoints folder's; verified.
+
+    Raises FileNotFoundError where there is none, ValueError where none is whole.
+    """
     for root in (path / "checkpoints", path):
-        if checkpoint.saved(root) and (newest := checkpoint.latest(root, ranks)) is not None:
-            return newest
-    if not (path / checkpoint.LISTING).is_file():
+        if not (folders := checkpoint.saved(root)):
+            continue
+        if (newest := checkpoint.latest(root, ranks)) is None:
+            raise ValueError(f"checkpoint={path}: all {len(folders)} checkpoints in it are damaged")
+        return newest
+    if not (path / LISTING).is_file():
         raise FileNotFoundError(f"checkpoint={path}: neither a checkpoint nor a run folder that holds one")
     if problems := checkpoint.verify(path, ranks):
         raise ValueError(f"checkpoint {path} is damaged: {'; '.join(problems)}")

@@ -6,6 +6,7 @@ Writes one PNG a picture, one JSON line a result (results.jsonl) and a contact s
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +32,7 @@ class SampleConfig(SamplerConfig):
     pictures: list[str] = field(default_factory=list)  # picture files to describe
     n: int = 1  # pictures a prompt
     seed: int = 0  # of noise and tokens
-    device: str = "auto"  # auto or cpu
+    device: Literal["auto", "cpu"] = "auto"  # auto: CUDA if there is any
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -204,7 +204,7 @@ def _heldout(findings: Findings) -> str:
         raise LeftOut("No held-out losses were measured (train.evaluate heldout={NAME: FOLDER}).")
     lines = ""
     for name, loss in losses.items():
-        text, picture = loss["text_loss"], loss["image_loss"]  # exactly 0: the data has none of that kind
+        text, picture = loss["text_loss"], loss["image_loss"]  # null where the data has none of that kind
         cells = (f"{text:.4f}" if text else "—", f"{math.exp(min(text, 100)):.3g}" if text else "—")
         cells += (f"{picture:.4f}" if picture else "—",)
         lines += f"<tr><td>{escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

@@ -1,8 +1,9 @@
 """Train a VAE (diffusers' AutoencoderKL) on the pictures of raw image-text shards.
 
 Writes `output` in diffusers' layout (config.json, safetensors weights) with metrics.jsonl and, last, vae.json:
-settings, reconstruction error, seconds. All pictures are decoded once and kept in memory. Killed or interrupted, the
-same command goes on from the last saved state and ends with the same weights; a finished output is reused.
+settings, reconstruction error, seconds. All pictures are decoded once and kept in memory. Under torchrun each rank
+takes its share of every batch. Killed or interrupted, the same command goes on from the last saved state and ends with
+the same weights; a finished output is reused.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -25,6 +27,7 @@ from data.shards import BadRecord, BadRecords, read_shard
 from data.texts import list_inputs
 from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, moments, sample_latents, vae_hash, vae_loss
 from train.config import load_config, run_program
+from train.distributed import DIED, Ranks, init_ranks, last_words
 from train.optim import OptimConfig, Optimizer, learning_rate
 from train.output_folder import OutputFolder
 from train.signals import StopKind, StopSignal
@@ -49,8 +52,8 @@ class VaeTrainConfig:
     seed: int = 0  # of weights, batches and noise; 0 or more
     log_interval_steps: int = 50  # steps between rows of metrics.jsonl; 1 or more
     state_interval_steps: int = 200  # steps between saved states, from which an interrupted run goes on; 1 or more
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    threads: int | None = None  # CPU threads; null: as many as there are cores for this process
+    device: str = "auto"  # auto, cpu or cuda
+    timeout_minutes: float = 10.0  # how long a rank waits for the others, more than 0
 
     def __post_init__(self) -> None:
         """Reject what cannot be trained."""
@@ -64,81 +67,104 @@ class VaeTrainConfig:
             )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected a share in [0, 1]")
-        if self.seed < 0 or (self.threads is not None and self.threads < 1):
-            raise ValueError(f"seed={self.seed}, threads={self.threads}: expected seed >= 0, threads >= 1 or null")
+        if self.seed < 0 or self.timeout_minutes <= 0:
+            raise ValueError(f"seed={self.seed}, timeout_minutes={self.timeout_minutes}: expected >= 0 and > 0")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device={self.device}: expected auto, cpu or cuda")
 
 
 CONFIG = VaeTrainConfig
-HOW = ("output", "log_interval_steps", "state_interval_steps", "device", "threads")  # settings that do not decide what
+# Settings that do not decide what comes out, only how it is made.
+HOW = ("output", "log_interval_steps", "state_interval_steps", "device", "timeout_minutes")
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row had non-finite gradients; raised on every rank alike."""
 
 
 def main(argv: list[str]) -> int | None:
     """Train, or go on, or say that it is done."""
     config = load_config(CONFIG, argv)
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
     files = list_inputs(config.inputs, (".tar",))
     heldout_files = list_inputs(config.heldout, (".tar",)) if config.heldout else []
+    ranks = init_ranks(timeout_s=60 * config.timeout_minutes, cpu=config.device == "cpu")
+    if config.device == "cuda" and ranks.device.type != "cuda":
+        raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
+    if config.batch_size < ranks.world_size:
+        raise ValueError(
+            f"batch_size={config.batch_size}: expected at least one picture for each of {ranks.world_size} ranks"
+        )
     settings = {name: value for name, value in asdict(config).items() if name not in HOW}
     settings["data"] = f"{_crc32(files):08x}-{_crc32(heldout_files):08x}"
     output = OutputFolder(config.output, "train.vae", "vae.json", settings)
-    if output.is_complete():
-        print(f"train.vae: {output.path} is complete for these settings; reusing it")
+    if ranks.on_first(output.is_complete):
+        _say(ranks, f"{output.path} is complete for these settings; reusing it")
+        ranks.close()
         return None
 
-    pictures = load_pictures(files, config)
-    heldout = load_pictures(heldout_files, config) if heldout_files else None
-    training = Training(config, output, device)
-    with StopSignal() as stop:
-        finished = training.run(pictures, stop)
-    if not finished:
-        print(f"train.vae: {stop.name}: saved at step {training.step}; the same command goes on from here")
-        return stop.kind.exit_code
+    pictures = load_pictures(files, config, ranks)
+    heldout = load_pictures(heldout_files, config, ranks) if heldout_files else None
+    training = Training(config, output, ranks)
+    status = None
+    with StopSignal() as stop, last_words(ranks, lambda: f"step {training.step}"):
+        try:
+            stopped = training.run(pictures, stop)
+            if stopped == StopKind.NONE:
+                ranks.on_first(lambda: finish(training, pictures, heldout))
+            else:
+                _say(ranks, f"stopped and saved at step {training.step}; the same command goes on from here")
+                status = stopped.exit_code
+        except Diverged as error:
+            _say(ranks, str(error))
+            status = DIED
+    ranks.close()
+    return status
 
-    summary = measure(training.vae, pictures[:512] if heldout is None else heldout, config, device)
+
+def finish(training: "Training", pictures: np.ndarray, heldout: np.ndarray | None) -> None:
+    """Measure the codec, save it beside and rename it into place; rank 0 only."""
+    config, output = training.config, training.output
+    measured = pictures[:512] if heldout is None else heldout
     summary = {
         "hash": vae_hash(training.vae),
         "steps": training.step,
         "seconds": round(training.seconds, 1),
         "pictures": len(pictures),
-        "measured_on": f"{summary.pop('pictures')} {'training' if heldout is None else 'held-out'} pictures",
-        **summary,
+        "measured_on": f"{len(measured)} {'training' if heldout is None else 'held-out'} pictures",
+        **measure(training.vae, measured, config, training.ranks.device),
     }
     training.vae.save_pretrained(output.partial, safe_serialization=True)
     (output.partial / "state.pt").unlink(missing_ok=True)
     output.commit(summary)
     print(f"train.vae: wrote {output.path}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
-    return None
 
 
 class Training:
-    """A VAE with its optimizer and step, as `state.pt` in the partial folder keeps them."""
+    """A VAE with its optimizer and step, as `state.pt` in the partial folder keeps them. Every rank holds it whole."""
 
-    def __init__(self, config: VaeTrainConfig, output: OutputFolder, device: torch.device) -> None:
-        """Build the VAE; take over the state that an interrupted run with the same settings left."""
-        self.config, self.output, self.device = config, output, device
+    def __init__(self, config: VaeTrainConfig, output: OutputFolder, ranks: Ranks) -> None:
+        """Build the VAE; take over the state that an interrupted run with the same settings left. Collective."""
+        self.config, self.output, self.ranks = config, output, ranks
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.vae = build_vae(config.model).to(device)
+            self.vae = build_vae(config.model).to(ranks.device)
         self.optimizer = Optimizer(self.vae, config.optim)
         self.step, self.seconds = 0, 0.0
         self.rows: list[dict[str, float]] = []  # of metrics.jsonl
         state = self._read_state()
-        output.open_partial(keep=state is not None)
+        ranks.on_first(lambda: output.open_partial(keep=state is not None))
         if state is not None:
             self.vae.load_state_dict(state["vae"])
             self.optimizer.adamw.load_state_dict(state["adamw"])
             self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
-            print(f"train.vae: going on from step {self.step} of {config.optim.steps}")
+            _say(ranks, f"going on from step {self.step} of {config.optim.steps}")
 
-    def run(self, pictures: np.ndarray, stop: StopSignal) -> bool:
-        """Train up to the last step; return False when `stop` came first (then the state is saved)."""
+    def run(self, pictures: np.ndarray, stop: StopSignal) -> StopKind:
+        """Train up to the last step (NONE), or until some rank is asked to stop: save, and return what was asked."""
         config, start, before = self.config, time.monotonic(), self.seconds
         interval = 1 if sys.stdout.isatty() else 5  # seconds
         bar = tqdm(desc="vae", unit="step", total=config.optim.steps, initial=self.step, mininterval=interval,
-                   file=sys.stdout)  # fmt: skip
+                   file=sys.stdout, disable=not self.ranks.is_first)  # fmt: skip
         self.vae.train()
         with bar:
             while self.step < config.optim.steps:
@@ -149,35 +175,60 @@ class Training:
                 if self.step % config.log_interval_steps == 0 or self.step == config.optim.steps:
                     self._log(parts, norm)
                     bar.set_postfix(error=f"{self.rows[-1]['pixel_error']:.4f}", kl=f"{self.rows[-1]['kl']:.3f}")
-                if stop.kind != StopKind.NONE or self.step % config.state_interval_steps == 0:
-                    self._save_state()
-                    if stop.kind != StopKind.NONE and self.step < config.optim.steps:
-                        return False
-        return True
+                stopped = self._agree(stop.kind)
+                last = self.step == config.optim.steps
+                if not last and (stopped or self.step % config.state_interval_steps == 0):
+                    self.ranks.on_first(self._save_state)
+                    if stopped:
+                        return stopped
+        return StopKind.NONE
 
     def _update(self, pictures: np.ndarray) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Make update `step`; batch and noise are a function of (seed, step), so a resume needs no random state."""
+        """Make update `step`; return the loss's parts and the gradient norm, of the whole batch.
+
+        Batch and noise are a function of (seed, step), so a resume needs no random state and any number of ranks
+        makes the same update up to the order of additions.
+        """
         rng = np.random.default_rng((self.config.seed, self.step))
-        batch = pictures[
-            np.sort(rng.choice(len(pictures), size=min(self.config.batch_size, len(pictures)), replace=False))
-        ]
-        pixels = torch.from_numpy(to_unit(batch)).to(self.device)
+        rows = rng.choice(len(pictures), size=self.config.batch_size)
+        cells = self.config.resolution // self.config.model.stride
+        shape = (len(rows), self.config.model.latent_channels, cells, cells)
+        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        mine = slice(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
+
+        pixels = torch.from_numpy(to_unit(pictures[rows[mine]])).to(self.ranks.device)
         encoded = moments(self.vae, pixels)
-        shape = (len(encoded), encoded.shape[1] // 2, *encoded.shape[2:])
-        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(self.device)
-        reconstruction = decode(self.vae, sample_latents(encoded, noise))
+        reconstruction = decode(self.vae, sample_latents(encoded, noise[mine].to(self.ranks.device)))
         parts = vae_loss(self.config.loss, pixels, reconstruction, encoded, self.step)
-        parts["loss"].backward()
-        return parts, self.optimizer.update(self.step)
+        share = len(pixels) / len(rows)
+        (parts["loss"] * share).backward()
+        values = torch.stack(list(parts.values())).detach() * share
+        if world_size > 1:
+            gradients = [parameter.grad for parameter in self.vae.parameters()]
+            flat = torch.cat([values, *(gradient.flatten() for gradient in gradients)])
+            dist.all_reduce(flat)  # sums; every rank takes part, once a step
+            values, *summed = flat.split([len(values), *(gradient.numel() for gradient in gradients)])
+            for gradient, total in zip(gradients, summed, strict=True):
+                gradient.copy_(total.view_as(gradient))
+        return dict(zip(parts, values, strict=True)), self.optimizer.update(self.step)
+
+    def _agree(self, kind: StopKind) -> StopKind:
+        """Return the gravest stop that any rank was asked for. Collective."""
+        gravest = torch.tensor(int(kind))
+        dist.all_reduce(gravest, op=dist.ReduceOp.MAX, group=self.ranks.vote_group)
+        return StopKind(gravest.item())
 
     def _log(self, parts: dict[str, torch.Tensor], norm: torch.Tensor) -> None:
         row = {"step": self.step, **{name: part.item() for name, part in parts.items()}, "grad_norm": norm.item()}
         row |= {"learning_rate": learning_rate(self.step, self.config.optim), "seconds": round(self.seconds, 2)}
         self.rows.append(row)
-        (self.output.partial / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        if self.ranks.is_first:
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            (self.output.partial / "metrics.jsonl").write_text(lines)
         skipped = int(self.optimizer.nonfinite[1])
         if skipped >= self.config.optim.max_nonfinite_in_a_row:
-            raise ValueError(
+            raise Diverged(
                 f"{skipped} updates in a row up to step {self.step} had non-finite gradients and were skipped; "
                 f"lower optim.learning_rate={self.config.optim.learning_rate}"
             )
@@ -193,18 +244,23 @@ class Training:
         path = self.output.partial / "state.pt"
         if not path.is_file():
             return None
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = torch.load(path, map_location=self.ranks.device, weights_only=True)
         if json.loads(state["settings"]) == self.output.settings:
             return state
-        print(f"train.vae: the state in {path.parent} belongs to other settings; starting anew")
+        _say(self.ranks, f"the state in {path.parent} belongs to other settings; starting anew")
         return None
 
 
-def load_pictures(files: list[Path], config: VaeTrainConfig) -> np.ndarray:
+def _say(ranks: Ranks, message: str) -> None:
+    if ranks.is_first:
+        print(f"train.vae: {message}", flush=True)
+
+
+def load_pictures(files: list[Path], config: VaeTrainConfig, ranks: Ranks) -> np.ndarray:
     """Decode the first `max_pictures` pictures of the shards, uint8 [N, H, W, 3]; skip and name what is bad."""
     bad, pictures = BadRecords(config.max_bad_fraction), []
     full = False
-    for path in tqdm(files, desc="decode", unit="shard", disable=not sys.stdout.isatty(), file=sys.stdout):
+    for path in files:
         for record in read_shard(path, bad):
             if full := len(pictures) == config.max_pictures:
                 break
@@ -218,11 +274,11 @@ def load_pictures(files: list[Path], config: VaeTrainConfig) -> np.ndarray:
             break
     bad.check(final=True)
     for name in bad.names:
-        print(f"train.vae: skipped {name}")
+        _say(ranks, f"skipped {name}")
     if not pictures:
         raise ValueError(f"no pictures in {', '.join(map(str, files))}: expected records with .jpg, .png or .webp")
     limit = f" (max_pictures={config.max_pictures}: the rest is not read)" if full else ""
-    print(f"train.vae: {len(pictures)} pictures at {config.resolution} pixels from {len(files)} shards{limit}")
+    _say(ranks, f"{len(pictures)} pictures at {config.resolution} pixels from {len(files)} shards{limit}")
     return np.stack(pictures)
 
 
@@ -251,7 +307,6 @@ def measure(vae: nn.Module, pictures: np.ndarray, config: VaeTrainConfig, device
     absolute, squared, squared_sampled = errors / count
     variance = second / count - (first / count).square()
     return {
-        "pictures": count,
         "absolute_error": round(absolute, 5),
         "psnr_db": round(10 * math.log10(4 / squared), 2),
         "psnr_sampled_db": round(10 * math.log10(4 / squared_sampled), 2),

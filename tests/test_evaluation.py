@@ -1,0 +1,181 @@
+"""Scores and held-out losses that mean what they say, and do not depend on the number of ranks."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.scenes import Shape, Verdict, held_out_examples, make_splits
+from data.shards import write_shard
+from data.tokenizer import Tokenizer
+from model.sampler import SamplerConfig
+from tests.ranks import ProgramRanks, run_ranks
+from tests.runs import DrawingRun
+from tests.sources import make_source, pairs, texts
+from train import evaluate
+from train.distributed import Ranks
+from train.evaluation import (
+    SceneItem,
+    check_disjoint,
+    heldout_losses,
+    judge_captions,
+    judge_drawings,
+    read_scenes,
+    shares,
+)
+from train.generation import Generation
+from train.scenes import _held_out_records
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw held-out scenes in two shards: 12 seen, 12 unseen, 3 of two shapes."""
+    folder, splits = tmp_path_factory.mktemp("scenes"), make_splits(0)
+    examples = list(held_out_examples(splits, 32, 3))
+    chosen = [e for split in ("seen", "unseen", "two_shapes") for e in [e for e in examples if e[0] == split][:12]]
+    for number, part in enumerate((chosen[:10], chosen[10:])):
+        write_shard(folder / f"{number}.tar", _held_out_records(splits, part))
+    return folder
+
+
+def test_scenes_are_read_with_what_they_show_and_spread_over_each_split(scenes: Path) -> None:
+    every = read_scenes(scenes, 32, 100)
+    counts = {split: sum(item.split == split for item in every) for split in ("seen", "unseen", "two_shapes")}
+    assert counts == {"seen": 12, "unseen": 12, "two_shapes": 3}
+    assert all(item.picture.shape == (32, 32, 3) and item.caption for item in every)
+    assert {len(item.shapes) for item in every if item.split == "two_shapes"} == {2}
+    captions = [item.caption for item in every if item.split == "seen"]
+    assert [item.caption for item in read_scenes(scenes, 32, 4) if item.split == "seen"] == captions[::3]
+
+
+@dataclass
+class Knowing:
+    """What a perfect model would answer, and a model that answers with the next scene's picture."""
+
+    items: list[SceneItem]
+    shift: int = 0
+
+    def draw(self, prompts: list[str], sampler: object, seed: int, done: object, numbers: range) -> list[np.ndarray]:
+        assert prompts == [self.items[number].caption for number in numbers]
+        return [self.items[(number + self.shift) % len(self.items)].picture for number in numbers]
+
+    def describe(self, pictures: list, sampler: object, seed: int, done: object, numbers: range) -> list[str]:
+        assert all(np.array_equal(p, self.items[n].picture) for p, n in zip(pictures, numbers, strict=True))
+        return [self.items[(number + self.shift) % len(self.items)].caption for number in numbers]
+
+
+def _judge(ranks: Ranks, scenes: Path) -> list[list[dict]]:
+    items, sampler = read_scenes(scenes, 32, 100), SamplerConfig()
+    found = []
+    for shift in (0, 1):
+        drawn = judge_drawings(Knowing(items, shift), items, sampler, 0, ranks, print)
+        told = judge_captions(Knowing(items, shift), items, sampler, 0, ranks, print)
+        assert all(np.array_equal(p, items[(i + shift) % len(items)].picture) for i, (p, _) in enumerate(drawn))
+        found.append([shares(items, [verdict for _, verdict in answers]) for answers in (drawn, told)])
+    return found
+
+
+def test_truth_scores_one_and_the_answers_come_back_in_order_on_any_number_of_ranks(scenes: Path) -> None:
+    """What a perfect model gives is all right; the neighbour's answers are not."""
+    by_world_size = [run_ranks(_judge, world_size, scenes) for world_size in (1, 3)]
+    right, wrong = by_world_size[0][0]
+    assert all(found == [right, wrong] for of_ranks in by_world_size for found in of_ranks)
+    for scores, wrong_scores in zip(right, wrong, strict=True):
+        assert set(scores) == {"all", "colour", "shape", "position", "all_unseen", "all_two_shapes"}
+        assert set(scores.values()) == {1.0}
+        assert wrong_scores["all"] < 0.5
+
+
+def test_shares_are_of_their_own_split_and_none_where_there_is_nothing_to_judge() -> None:
+    blank, shape = np.zeros((8, 8, 3), np.uint8), Shape(shape="circle", colour="red", position="centre", size="small")
+    items = [SceneItem(split, "", blank, (shape,)) for split in ("seen", "seen", "seen", "unseen")]
+    verdicts = [
+        Verdict(True, True, True),
+        Verdict(True, False, True),
+        Verdict(False, False, True),
+        Verdict(True, True, True),
+    ]
+    expected = {
+        "all": 1 / 3,
+        "colour": 2 / 3,
+        "shape": 1 / 3,
+        "position": 1.0,
+        "all_unseen": 1.0,
+        "all_two_shapes": None,
+    }
+    assert shares(items, verdicts) == expected
+
+
+def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str]) -> list[dict]:
+    generation, recipe, _ = Generation.load(run_dir, ranks)
+    trained = [heldout_losses(generation, recipe, {name: path}, ranks) for name, path in sources.items()]
+    with torch.no_grad():
+        generation.model.text_head.weight.zero_()
+        generation.model.patches.to_patch.weight.zero_()
+        generation.model.patches.to_patch.bias.zero_()
+    return trained + [heldout_losses(generation, recipe, {name: path}, ranks) for name, path in sources.items()]
+
+
+def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_nothing_and_equal_on_any_ranks(
+    drawn: DrawingRun, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """A silent head's text loss is log V, its noise error the noise's own variance; None where nothing is measured."""
+    sources = {
+        "pairs": str(make_source(tmp_path / "pairs", tokenizer, pairs(30, grids=[(8, 8)], seed=9))),
+        "texts": str(make_source(tmp_path / "texts", tokenizer, texts(20, seed=9))),
+    }
+    by_world_size = [run_ranks(_heldout, world_size, drawn.run_dir, sources) for world_size in (1, 2, 3)]
+    first = by_world_size[0][0]
+    for of_ranks in by_world_size:
+        for found in of_ranks:
+            for losses, expected in zip(found, first, strict=True):
+                assert losses == pytest.approx(expected, rel=1e-5)
+    trained_pairs, trained_texts, pairs_loss, texts_loss = first
+    assert pairs_loss["text_loss"] == texts_loss["text_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
+    assert pairs_loss["image_loss"] == pytest.approx(1.0, abs=5 * math.sqrt(2 / (30 * 2 * 64)))
+    assert texts_loss["image_loss"] is None and trained_texts["image_loss"] is None
+    assert trained_pairs["text_loss"] != pairs_loss["text_loss"]
+
+
+def test_heldout_data_inside_the_training_data_is_refused(
+    drawn: DrawingRun, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """P10: the same shard under another name and in another folder is still the same."""
+    recipe = Generation.load(drawn.run_dir, _alone())[1]
+    check_disjoint(recipe, {"fresh": str(make_source(tmp_path / "fresh", tokenizer, pairs(8, seed=5)))})
+    twin = make_source(tmp_path / "twin", tokenizer, pairs(40, grids=[(8, 8)])[:20])
+    with pytest.raises(ValueError, match="twin/00000.tar is training data too"):
+        check_disjoint(recipe, {"held": str(twin)})
+
+
+def _alone() -> Ranks:
+    from train.distributed import alone
+
+    return alone()
+
+
+def test_the_program_writes_scores_settings_and_every_example_alike_on_one_and_two_ranks(
+    drawn: DrawingRun, scenes: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    held = make_source(tmp_path / "held", tokenizer, pairs(10, grids=[(8, 8)], seed=9))
+    results, examples = [], []
+    for world_size in (1, 2):
+        output = tmp_path / f"output{world_size}"
+        argv = [f"checkpoint={drawn.run_dir}", f"output={output}", f"scenes={scenes}", f"heldout.pairs={held}"]
+        argv += ["max_prompts=3", "sampler=ddim", "steps=2", "max_new_tokens=4", "device=cpu", "seed=3"]
+        with ProgramRanks(evaluate.main, argv, world_size, tmp_path / f"log{world_size}") as run:
+            assert set(run.wait()) == {0}, run.output
+        results.append(json.loads((output / "evaluation.json").read_text()))
+        examples.append([json.loads(line) for line in (output / "examples.jsonl").read_text().splitlines()])
+        pictures = {path.name for path in (output / "pictures").iterdir()}
+        assert pictures == {f"{i:04d}-{kind}.png" for i in range(9) for kind in ("drawn", "true")}
+    one, two = results
+    assert {key: one[key] for key in ("step", "seed")} == {"step": 6, "seed": 3}
+    assert {"sampler", "steps", "guidance_scale", "spacing", "temperature"} <= one["settings"].keys()
+    assert two["heldout"]["pairs"] == pytest.approx(one["heldout"]["pairs"], rel=1e-5)
+    assert [e["caption"] for e in examples[0]] == [e["caption"] for e in examples[1]]
+    assert [e["prompt"] for e in examples[0]] == [item.caption for item in read_scenes(scenes, 32, 3)]
