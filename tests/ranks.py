@@ -25,8 +25,15 @@ from train.config import run_program
 from train.distributed import Ranks, init_ranks
 
 _context = multiprocessing.get_context("forkserver")
-_preload = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "train.pretrain"]
-_context.set_forkserver_preload(_preload)
+_context.set_forkserver_preload(
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint.state_dict",
+        "torch._dynamo",
+        "train.pretrain",
+        "diffusers.models.autoencoders.autoencoder_kl",
+    ]
+)
 
 
 class RankProcesses:
@@ -129,8 +136,8 @@ class ProgramRanks:
 
 
 def _run_program(main: Callable, argv: list[str], environment: dict[str, str], log: Path) -> None:
-    os.environ.update(environment, OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)  # torch read the variable when the server imported it; two threads fight over busy cores
+    _use_one_thread()
+    os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -151,6 +158,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _run(function: Callable, args: tuple, environment: dict[str, str], timeout_s: float, sending: Connection) -> None:
+    _use_one_thread()
     os.environ.update(environment)
     try:
         ranks: Ranks = init_ranks(timeout_s=timeout_s, checkpoint_timeout_s=timeout_s, cpu=True)
@@ -161,6 +169,12 @@ def _run(function: Callable, args: tuple, environment: dict[str, str], timeout_s
         os._exit(1)
     sending.send_bytes(pickle.dumps(result))  # by value: the parent may outlive this process's shared memory
     sending.close()
+
+
+def _use_one_thread() -> None:
+    """Tensors are tiny: on busy cores threads only wait for each other. (The server read the variable at import.)"""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def _receive(receiving: Connection) -> Any:

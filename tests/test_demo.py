@@ -42,15 +42,16 @@ def test_finished_stages_are_reused_and_those_after_a_changed_one_made_anew(
 ) -> None:
     """Also when the demo was interrupted in between, and without removing what a stage can go on from."""
     folder = tmp_path / "runs" / "demo"
-    scores = json.dumps({key: {} for key in ("text_to_image", "image_to_text", "heldout")})
+    (folder / "evaluation").mkdir(parents=True)
+    scores = {key: {} for key in ("text_to_image", "image_to_text", "heldout")}
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(scores))
 
     def run(first: str, fail: bool = False) -> int:
         append = "import os, sys; open('runs/demo/{0}', 'a').write('x'); "
-        evaluate = f"os.makedirs('runs/demo/evaluation', exist_ok=True); open('runs/demo/evaluation/evaluation.json', 'w').write('{scores}')"
         todo = [
             _stage("one", "runs/demo/one", append.format("one") + f"'{first}'"),
             _stage("two", "runs/demo/two", append.format("two") + f"sys.exit(os.path.exists('{tmp_path}/fail'))"),
-            _stage("three", "runs/demo/three", append.format("three") + evaluate),
+            _stage("three", "runs/demo/three", append.format("three")),
         ]
         monkeypatch.setattr(demo, "stages", lambda _: todo)
         (tmp_path / "fail").write_text("") if fail else (tmp_path / "fail").unlink(missing_ok=True)

@@ -325,6 +325,15 @@ def test_too_many_bad_records_refuse_also_when_the_work_is_done(
     assert Manifest.load(tmp_path / "out").records == 1
 
 
+def test_a_job_that_finds_too_much_bad_stops_early(tmp_path: Path, encode: Callable[..., Contents]) -> None:
+    """After the file in which it turns out, not after a million more."""
+    bad = [picture_record(i, txt=b"") for i in range(20)]
+    raw = raw_folder(tmp_path / "raw", {"a": bad, "b": [picture_record(99)]})
+    with pytest.raises(ValueError, match=r"20 of 20 records are bad, .* First: .*a.tar/00000: empty caption"):
+        encode(raw, tmp_path / "out")
+    assert not (tmp_path / "out" / "b.tar").exists()
+
+
 def test_a_truncated_tar_gives_its_whole_records(
     tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.manifest import Manifest
 from data.scenes import Shape, Verdict, held_out_examples, make_splits
 from data.shards import write_shard
 from data.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ from tests.ranks import ProgramRanks, run_ranks
 from tests.runs import DrawingRun
 from tests.sources import make_source, pairs, texts
 from train import evaluate
-from train.distributed import Ranks
+from train.distributed import Ranks, alone
 from train.evaluation import (
     SceneItem,
     check_disjoint,
@@ -54,7 +55,7 @@ def test_scenes_are_read_with_what_they_show_and_spread_over_each_split(scenes: 
 
 @dataclass
 class Knowing:
-    """What a perfect model would answer, and a model that answers with the next scene's picture."""
+    """What a perfect model would answer, and a model that answers with another scene's."""
 
     items: list[SceneItem]
     shift: int = 0
@@ -71,7 +72,7 @@ class Knowing:
 def _judge(ranks: Ranks, scenes: Path) -> list[list[dict]]:
     items, sampler = read_scenes(scenes, 32, 100), SamplerConfig()
     found = []
-    for shift in (0, 1):
+    for shift in (0, 7):
         drawn = judge_drawings(Knowing(items, shift), items, sampler, 0, ranks, print)
         told = judge_captions(Knowing(items, shift), items, sampler, 0, ranks, print)
         assert all(np.array_equal(p, items[(i + shift) % len(items)].picture) for i, (p, _) in enumerate(drawn))
@@ -80,7 +81,7 @@ def _judge(ranks: Ranks, scenes: Path) -> list[list[dict]]:
 
 
 def test_truth_scores_one_and_the_answers_come_back_in_order_on_any_number_of_ranks(scenes: Path) -> None:
-    """What a perfect model gives is all right; the neighbour's answers are not."""
+    """What a perfect model gives is all right; those to another scene are not."""
     by_world_size = [run_ranks(_judge, world_size, scenes) for world_size in (1, 3)]
     right, wrong = by_world_size[0][0]
     assert all(found == [right, wrong] for of_ranks in by_world_size for found in of_ranks)
@@ -110,6 +111,11 @@ def test_shares_are_of_their_own_split_and_none_where_there_is_nothing_to_judge(
     assert shares(items, verdicts) == expected
 
 
+def _heldout_pairs(folder: Path, drawn: DrawingRun) -> Path:
+    codec = Manifest.load(drawn.data).latent_spec.vae_hash
+    return make_source(folder, drawn.tokenizer, pairs(30, grids=[(8, 8)], seed=9), vae_hash=codec)
+
+
 def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str]) -> list[dict]:
     generation, recipe, _ = Generation.load(run_dir, ranks)
     trained = [heldout_losses(generation, recipe, {name: path}, ranks) for name, path in sources.items()]
@@ -125,7 +131,7 @@ def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_noth
 ) -> None:
     """A silent head's text loss is log V, its noise error the noise's own variance; None where nothing is measured."""
     sources = {
-        "pairs": str(make_source(tmp_path / "pairs", tokenizer, pairs(30, grids=[(8, 8)], seed=9))),
+        "pairs": str(_heldout_pairs(tmp_path / "pairs", drawn)),
         "texts": str(make_source(tmp_path / "texts", tokenizer, texts(20, seed=9))),
     }
     by_world_size = [run_ranks(_heldout, world_size, drawn.run_dir, sources) for world_size in (1, 2, 3)]
@@ -133,35 +139,34 @@ def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_noth
     for of_ranks in by_world_size:
         for found in of_ranks:
             for losses, expected in zip(found, first, strict=True):
-                assert losses == pytest.approx(expected, rel=1e-5)
+                assert _with_nan(losses) == pytest.approx(_with_nan(expected), rel=1e-5, nan_ok=True)
     trained_pairs, trained_texts, pairs_loss, texts_loss = first
-    assert pairs_loss["text_loss"] == texts_loss["text_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
+    for losses in (pairs_loss, texts_loss):
+        assert losses["text_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
     assert pairs_loss["image_loss"] == pytest.approx(1.0, abs=5 * math.sqrt(2 / (30 * 2 * 64)))
     assert texts_loss["image_loss"] is None and trained_texts["image_loss"] is None
     assert trained_pairs["text_loss"] != pairs_loss["text_loss"]
+
+
+def _with_nan(losses: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if loss is None else loss for name, loss in losses.items()}
 
 
 def test_heldout_data_inside_the_training_data_is_refused(
     drawn: DrawingRun, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     """P10: the same shard under another name and in another folder is still the same."""
-    recipe = Generation.load(drawn.run_dir, _alone())[1]
+    recipe = Generation.load(drawn.run_dir, alone())[1]
     check_disjoint(recipe, {"fresh": str(make_source(tmp_path / "fresh", tokenizer, pairs(8, seed=5)))})
     twin = make_source(tmp_path / "twin", tokenizer, pairs(40, grids=[(8, 8)])[:20])
-    with pytest.raises(ValueError, match="twin/00000.tar is training data too"):
+    with pytest.raises(ValueError, match=r"twin/00000\.tar is training data too"):
         check_disjoint(recipe, {"held": str(twin)})
 
 
-def _alone() -> Ranks:
-    from train.distributed import alone
-
-    return alone()
-
-
 def test_the_program_writes_scores_settings_and_every_example_alike_on_one_and_two_ranks(
-    drawn: DrawingRun, scenes: Path, tmp_path: Path, tokenizer: Tokenizer
+    drawn: DrawingRun, scenes: Path, tmp_path: Path
 ) -> None:
-    held = make_source(tmp_path / "held", tokenizer, pairs(10, grids=[(8, 8)], seed=9))
+    held = _heldout_pairs(tmp_path / "held", drawn)
     results, examples = [], []
     for world_size in (1, 2):
         output = tmp_path / f"output{world_size}"

@@ -24,7 +24,7 @@ def test_prompts_become_pictures_and_pictures_captions(drawn: DrawingRun, tmp_pa
     given.write_bytes(encode_png(np.full((48, 40, 3), 200, np.uint8)))
     (tmp_path / "prompts.txt").write_text("a circle\n\n  a square \n")
     output = tmp_path / "output"
-    argv = _argv(drawn, output) + ["n=2", "seed=4", f"pictures=[{given}]", f"prompts_file={tmp_path / 'prompts.txt'}"]
+    argv = [*_argv(drawn, output), "n=2", "seed=4", f"pictures=[{given}]", f"prompts_file={tmp_path / 'prompts.txt'}"]
     argv += [f"prompt={PROMPTS[0]}", f"prompts={json.dumps(PROMPTS[1:])}"]
     with ProgramRanks(sample.main, argv, None, tmp_path / "log") as run:
         assert run.wait() == [0], run.output
@@ -58,7 +58,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_message(
     """P10."""
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no more")
     argv = [argument.replace("BROKEN", str(tmp_path / "broken.png")) for argument in change]
-    with ProgramRanks(sample.main, _argv(drawn, tmp_path / "output") + argv, None, tmp_path / "log") as run:
+    with ProgramRanks(sample.main, [*_argv(drawn, tmp_path / "output"), *argv], None, tmp_path / "log") as run:
         assert run.wait() == [2], run.output
     lines = [line for line in run.output.splitlines() if "train.sample: " in line]
     assert len(lines) == 1 and words in lines[0] and "Traceback" not in run.output, run.output

@@ -123,6 +123,11 @@ def heldout_losses(
         order=type(recipe.data.order)(**order),
     )
     data = open_data(config, recipe.seed, recipe.model.patch_size)
+    if data.latent_spec is not None and data.latent_spec.vae_hash != generation.vae_hash:
+        raise ValueError(
+            f"held-out data {', '.join(sources.values())} holds latents of VAE {data.latent_spec.vae_hash}, the model "
+            f"was trained on those of {generation.vae_hash}; encode it with that VAE"
+        )
     loader = Loader(data, config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=lanes)
     sums = torch.zeros(4, dtype=torch.float64)
     while True:

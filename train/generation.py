@@ -43,6 +43,7 @@ class Generation:
     grid: tuple[int, int]
     resolution: int  # pixels
     diffusion: DiffusionConfig
+    vae_hash: str  # what the training data's latents were encoded with
     batch_size: int = BATCH
 
     @classmethod
@@ -91,7 +92,8 @@ class Generation:
         if vae_hash(codec) != spec.vae_hash:
             raise ValueError(f"vae={vae} has hash {vae_hash(codec)}, the data was encoded with {spec.vae_hash}")
         stats = latent_stats(spec, recipe.model.latent_channels, device)
-        return cls(model, tokenizer, codec, stats, tuple(grids[-1]), spec.resolution, recipe.diffusion)
+        grid = tuple(grids[-1])
+        return cls(model, tokenizer, codec, stats, grid, spec.resolution, recipe.diffusion, spec.vae_hash)
 
     @torch.no_grad()
     def draw(

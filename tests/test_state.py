@@ -1,0 +1,119 @@
+"""What a run carries goes into a checkpoint and comes back, on any world size, or is refused by name (P4, P10)."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.loader import Loader, open_data
+from data.tokenizer import Tokenizer
+from model.transfusion import Transfusion
+from tests.ranks import run_ranks
+from tests.runs import settings
+from train import checkpoint
+from train.config import load_config, to_yaml
+from train.distributed import Ranks
+from train.optim import Optimizer
+from train.parallelize import gather_weights, initialize, parallelize
+from train.recipe import PretrainConfig
+from train.run_folder import RunFolder
+from train.state import Progress, TrainState, fingerprint
+
+
+def _state(ranks: Ranks, config: PretrainConfig, seed: int) -> tuple[TrainState, Any]:
+    data = open_data(config.data, config.seed, config.model.patch_size)
+    with torch.device("meta"):
+        model = Transfusion(config.model, data.tokenizer.vocab_size)
+    parallelize(model, config.parallel, ranks)
+    initialize(model, seed, ranks.device)
+    known = {"latent_spec": None, "grids": data.grids}
+    return TrainState(model, Optimizer(model, config.optim), fingerprint(config, data), to_yaml(config), known), data
+
+
+def _everything(state: TrainState) -> dict[str, torch.Tensor]:
+    leaves = dict(checkpoint._leaves(state._tensors()))
+    return gather_weights(leaves)
+
+
+def _save(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], dict[int, dict]]:
+    state, data = _state(ranks, config, seed=1)
+    loader = Loader(data, config.data, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=1)
+    state.lane_states = loader.next(30).lane_states
+    loader.close()
+    for step in (1, 2, 3):
+        for number, parameter in enumerate(state.model.parameters()):
+            parameter.grad = torch.full_like(parameter, torch.inf if step == 2 else 0.01 * number)
+        state.optimizer.update(step)
+    state.progress = Progress(step=3, tokens_seen=2**40, images_seen=77)
+    with RunFolder(config.run_dir, ranks) as folder:
+        state.save(folder, config.checkpoint, ranks)
+    return _everything(state), state.lane_states
+
+
+def _load(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], dict[int, dict], Progress, list]:
+    state, _ = _state(ranks, config, seed=2)
+    state.load(Path(config.run_dir) / "checkpoints" / "step-00000003", ranks)
+    return _everything(state), state.lane_states, state.progress, state.optimizer.nonfinite.tolist()
+
+
+@pytest.fixture
+def config(tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path) -> PretrainConfig:
+    sources = {"pairs": pairs_folder, "texts": texts_folder}
+    return load_config(PretrainConfig, settings(tmp_path / "run", tokenizer, sources))
+
+
+def test_everything_a_run_carries_comes_back_on_any_world_size(config: PretrainConfig) -> None:
+    """P4: weights, moments, averages, every lane, counters beyond 32 bits, skipped updates; extras are plain JSON."""
+    saved = run_ranks(_save, 2, config)
+    expected, lanes = saved[0][0], saved[0][1] | saved[1][1]
+    assert set(lanes) == set(range(5)) and {name.split(".")[0] for name in expected} == {"model", "optimizer", "ema"}
+    assert not torch.equal(expected["model.text_head.weight"], expected["ema.text_head.weight"])
+    for world_size in (1, 3):
+        for tensors, lane_states, progress, nonfinite in run_ranks(_load, world_size, config):
+            assert tensors.keys() == expected.keys()
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+            assert lane_states == lanes
+            assert progress == Progress(step=3, tokens_seen=2**40, images_seen=77) and nonfinite == [1.0, 0.0]
+    folder = Path(config.run_dir) / "checkpoints" / "step-00000003"
+    assert json.loads((folder / "meta.json").read_text())["progress"]["step"] == 3
+    assert load_config(PretrainConfig, [f"config={folder / 'config.yaml'}"]) == config
+
+
+def _refusals(ranks: Ranks, config: PretrainConfig, changed: list[PretrainConfig]) -> list[str]:
+    _save(ranks, config)
+    messages = []
+    for other in changed:
+        with pytest.raises(ValueError) as refusal:
+            _load(ranks, other)
+        messages.append(str(refusal.value))
+    return messages
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_by_name_on_every_rank(config: PretrainConfig) -> None:
+    """P10: all that changed in one message; what only costs memory or speed may change."""
+    model = config.model
+    wide = replace(model, transformer=replace(model.transformer, width=64, qk_norm=True), latent_channels=4)
+    changed = {
+        ("seed was 0, is 9",): replace(config, seed=9),
+        ("width was 32, is 64", "qk_norm was False, is True", "latent_channels was 2, is 4"): replace(
+            config, model=wide
+        ),
+        ("ema.patches.to_patch.weight is not in the checkpoint",): replace(
+            config, optim=replace(config.optim, ema_decay=0.5)
+        ),
+    }
+    without_ema = replace(config, optim=replace(config.optim, ema_decay=None))
+    for of_rank in run_ranks(_refusals, 2, without_ema, list(changed.values())):
+        for message, words in zip(of_rank, changed, strict=True):
+            assert [word for word in words if word not in message] == [], message
+    data = open_data(config.data, config.seed, model.patch_size)
+    free = replace(
+        config,
+        model=replace(model, text_loss_chunk=7),
+        micro_batch_size=1,
+        data=replace(config.data, num_workers=3, prefetch_steps=5, max_bad_documents=1),
+    )
+    assert fingerprint(free, open_data(free.data, free.seed, model.patch_size)) == fingerprint(config, data)
