@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data.manifest import Manifest
 from data.scenes import Shape, Verdict, held_out_examples, make_splits
@@ -183,4 +184,9 @@ def test_the_program_writes_scores_settings_and_every_example_alike_on_one_and_t
     assert {"sampler", "steps", "guidance_scale", "spacing", "temperature"} <= one["settings"].keys()
     assert two["heldout"]["pairs"] == pytest.approx(one["heldout"]["pairs"], rel=1e-5)
     assert [e["caption"] for e in examples[0]] == [e["caption"] for e in examples[1]]
+    for example, twin in zip(*examples, strict=True):
+        drawings = [
+            np.asarray(Image.open(tmp_path / f"output{n}" / e["drawn"]), int) for n, e in ((1, example), (2, twin))
+        ]
+        assert np.abs(drawings[0] - drawings[1]).max() <= 1, "the same up to rounding"
     assert [e["prompt"] for e in examples[0]] == [item.caption for item in read_scenes(scenes, 32, 3)]

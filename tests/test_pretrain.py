@@ -229,6 +229,7 @@ def test_what_only_some_ranks_could_notice_is_refused_by_all_without_a_hang(
         f"run folder {tmp_path}/file/run is not writable": settings(tmp_path / "file" / "run", tokenizer, sources),
     }
     _assert_refused([(argv, [words]) for words, argv in starts.items()], world_size=3)
+    assert not (tmp_path / "lanes").exists() and not list((tmp_path / "vae").glob("*/*"))
 
 
 def _copy(folder: Path, to: Path) -> Path:
@@ -322,23 +323,49 @@ def test_a_killed_rank_takes_its_peers_down_with_a_clear_line(
     assert "from " in finish([*argv, f"optim.steps={last + 1}"], 1)
 
 
-def test_loader_workers_change_nothing_and_outlive_a_stop_signal_to_all_processes(
+def test_loader_workers_change_nothing_and_outlive_a_stop_signal(
     tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], undisturbed: Path
 ) -> None:
-    """P3, P6: two workers a rank, SIGTERM to every process as Slurm sends it, then one worker a rank: the same bits."""
+    """P3, P6: two workers a rank, which get SIGTERM as Slurm sends it to all; then one worker a rank: the same bits."""
     run_dir = tmp_path / "run"
     argv = settings(run_dir, tokenizer, sources)
     with launch([*argv, "data.num_workers=2"], 2) as run:
-        wait_for(reached(run_dir, 8), run)
+        wait_for(reached(run_dir, 4), run)
         workers = [child for process in run.processes for child in _children(process.pid)]
         assert len(workers) == 4
-        for pid in [*workers, *(process.pid for process in run.processes)]:
-            os.kill(pid, signal.SIGTERM)
+        for worker in workers:
+            os.kill(worker, signal.SIGTERM)
+        wait_for(reached(run_dir, 14), run)  # far beyond what was prefetched
+        run.signal(signal.SIGTERM)
         assert run.wait() == [75, 75], run.output
     assert not [pid for pid in workers if _runs(pid)]
     finish([*argv, "data.num_workers=1"], 2)
     assert numbers(run_dir) == numbers(undisturbed)
     assert_same_end(run_dir, undisturbed)
+
+
+def test_ranks_that_starve_for_data_still_stop_and_save(
+    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
+) -> None:
+    """P6: with one rank's reader frozen, a signal to the other rank saves and ends both, without waiting for data."""
+    run_dir = tmp_path / "run"
+    argv = settings(run_dir, tokenizer, sources, optim__steps=10**6, data__num_workers=1, data__prefetch_steps=1)
+    with launch(argv, 2) as run:
+        wait_for(reached(run_dir, 4), run)
+        (reader,) = _children(run.processes[1].pid)
+        os.kill(reader, signal.SIGSTOP)
+        wait_for(lambda: _idle(run_dir, 1.0), run)
+        started = time.monotonic()
+        run.signal(signal.SIGTERM, rank=0)
+        assert run.wait(30) == [75, 75], run.output
+        assert time.monotonic() - started < 20
+        assert not _runs(reader)
+    assert saved_steps(run_dir)[-1] == rows(run_dir)[-1]["step"]
+
+
+def _idle(run_dir: Path, seconds: float) -> bool:
+    """Return whether nothing was logged for so long."""
+    return time.time() - (run_dir / "metrics.jsonl").stat().st_mtime > seconds
 
 
 def _children(pid: int) -> list[int]:

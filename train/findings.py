@@ -70,14 +70,15 @@ def gather(config: ReportConfig, command: str) -> Findings:
         evaluation=evaluation,
         examples=read_json_lines(Path(config.evaluation) / "examples.jsonl", unreadable) if config.evaluation else [],
         samples=read_json_lines(Path(config.samples) / "results.jsonl", unreadable) if config.samples else [],
-        seconds=_seconds(Path(config.stages), unreadable) if config.stages else {},
+        seconds=_seconds(Path(config.stages)) if config.stages else {},
         unreadable=unreadable,
     )
 
 
-def _seconds(folder: Path, unreadable: list[str]) -> dict[str, float]:
+def _seconds(folder: Path) -> dict[str, float]:
     marks = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    return {path.stem: mark["seconds"] for path in marks for mark in read_json_lines(path, unreadable)}
+    found = {path.stem: json.loads(path.read_text()) for path in marks}  # renamed into place: whole or absent
+    return {name: mark["seconds"] for name, mark in found.items() if "seconds" in mark}  # others only began
 
 
 def read_json_lines(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
