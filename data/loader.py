@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,7 @@ class Loader:
         self._rows = LaneRows(data, self.lanes, states or {})
         self._first_step = first_step
         self._ready: queue.Queue = queue.Queue(maxsize=config.prefetch_steps)
+        self._workers: list[BaseProcess] = []
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
         self._thread.start()
@@ -213,8 +215,11 @@ class Loader:
         return item
 
     def close(self) -> None:
+        """Stop reading, and kill workers that do not: one that hangs in a read would keep this process from ending."""
         self._closed.set()
         self._thread.join(timeout=5)
+        for worker in self._workers:
+            worker.kill()
 
     def _fill(self) -> None:
         try:
@@ -254,6 +259,7 @@ class Loader:
                 snapshot_every_n_steps=1 << 40,
             )
         )
+        self._workers = items._workers
         try:
             while True:
                 yield [row for _ in range(workers) for row in next(items)]

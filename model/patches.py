@@ -75,4 +75,4 @@ class LinearPatches(nn.Module):
 
     def decode(self, hidden: Tensor, skips: Skips, timesteps: Tensor, h: int, w: int) -> Tensor:
         """Return the prediction [N, C, h, w] of hidden states [N, P, D]."""
-        return unpatchify(self.to_patch(hidden), self.patch_size, h, w)
+        return unpatchify(self.to_patch(hidden), self.patch_size, h, w).contiguous()  # FSDP warns of a view

@@ -2,7 +2,11 @@
 
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +72,29 @@ def test_finished_stages_are_reused_and_those_after_a_changed_one_made_anew(
     assert run("b") == 0 and made() == [1, 3, 1], "three is of the old one, and made anew"
     summary = json.loads((folder / "demo.json").read_text())
     assert summary["seconds"].keys() == {"one", "two", "three", "total"}
+
+
+def test_ctrl_c_lets_the_running_stage_end_in_its_own_time(tmp_path: Path) -> None:
+    """P6: the terminal sends SIGINT to both; the stage takes a second to save, and its status is the demo's."""
+    stage = """
+import pathlib, sys, time
+try:
+    pathlib.Path("started").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    sys.exit(130)
+"""
+    program = "import sys; from pathlib import Path; from train.demo import _run; sys.exit(_run(sys.argv[1:], Path()))"
+    command = [sys.executable, "-c", program, sys.executable, "-c", stage]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.01)
+        assert started.poll() is None
+    os.killpg(started.pid, signal.SIGINT)
+    assert started.wait(30) == 130 and (tmp_path / "saved").exists()
 
 
 def test_the_smoke_has_the_same_stages_with_shorter_settings() -> None:

@@ -104,14 +104,12 @@ def main(argv: list[str]) -> int:
             print(f"{head}: done before in {before['seconds']:.0f} s", flush=True)
             seconds[stage.name] = before["seconds"]
             continue
-        if (
-            before.get("fingerprint", fingerprint) != fingerprint
-        ):  # made, or begun, by another config or from other inputs
+        if before.get("fingerprint", fingerprint) != fingerprint:  # of another config, or from other inputs
             _remove(root / stage.output)
         _write(mark, {"fingerprint": fingerprint})
         print(f"\n{head}, about {left:.0f} min to the end\n$ {shlex.join(stage.command)}", flush=True)
         start = time.monotonic()
-        status = subprocess.run(_executable(stage.command), cwd=root, env=_environment(), check=False).returncode
+        status = _run(_executable(stage.command), root)
         if status:
             print(f"demo: {stage.name} ended with status {status}; `make demo` goes on from here", file=sys.stderr)
             return status
@@ -124,6 +122,19 @@ def main(argv: list[str]) -> int:
     print(json.dumps(summary, indent=1))
     print(f"report: {folder / 'report.html'}")
     return 0
+
+
+def _run(command: list[str], root: Path) -> int:
+    """Run a stage and return its exit status. Ctrl-C reaches it too: it saves and ends, and only then does this.
+
+    subprocess.run would kill it after a quarter of a second, and of torchrun's ranks nobody would know any more.
+    """
+    process = subprocess.Popen(command, cwd=root, env=_environment())
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            print("demo: waiting for the stage to stop", file=sys.stderr, flush=True)
 
 
 def _remove(path: Path) -> None:

@@ -4,6 +4,7 @@ The same command again resumes: from the newest checkpoint that verifies, on the
 Exit status: 0 done, 75 saved after a stop signal (requeue me), 130 saved after Ctrl-C, 2 refused, 1 failed.
 """
 
+import os
 import sys
 import time
 import traceback
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> int | None:
             f"model.latent_channels={config.model.latent_channels}, but the data's latents have "
             f"{data.latent_spec.channels} channels; set model.latent_channels={data.latent_spec.channels}"
         )
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     ranks = init_ranks(timeout_s=60 * config.timeout_minutes, cpu=config.device == "cpu")
     if config.device == "cuda" and ranks.device.type != "cuda":
         raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
@@ -69,7 +72,7 @@ def main(argv: list[str]) -> int | None:
             print(
                 f"pretrain: {sum(p.numel() for p in state.model.parameters()) / 1e6:.2f}M parameters, "
                 f"{ranks.world_size} ranks on {ranks.device.type}, {config.data.lanes} x {config.data.sequence_length} "
-                f"tokens a step, {config.optim.steps} steps, {origin}",
+                f"tokens a step, {config.optim.steps} steps, {origin}; config in {folder.path / 'config.yaml'}",
                 flush=True,
             )
         with last_words(ranks, lambda: f"step {state.progress.step + 1}"):
@@ -102,6 +105,11 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
     path = checkpoint.latest(folder.checkpoints, ranks)
     if path is not None:
         state.load(path, ranks)
+    elif damaged := ranks.on_first(lambda: checkpoint.saved(folder.checkpoints)):
+        raise ValueError(
+            f"all {len(damaged)} checkpoints in {folder.checkpoints} are damaged; restore one, or remove them to start "
+            "from scratch"
+        )
 
     def settle() -> None:
         folder.cut_metrics(state.progress.step)  # rows that a killed attempt wrote after its last checkpoint
