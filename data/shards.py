@@ -146,14 +146,14 @@ class atomic_write:
         return self.file
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+        try:
+            if kind is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                os.replace(self.temporary, self.path)
+        finally:
+            self.file.close()
+            self.temporary.unlink(missing_ok=True)  # there only if something failed
 
 
 def index_path(shard: Path) -> Path:

@@ -161,7 +161,7 @@ def _run(function: Callable, args: tuple, environment: dict[str, str], timeout_s
     _use_one_thread()
     os.environ.update(environment)
     try:
-        ranks: Ranks = init_ranks(timeout_s=timeout_s, checkpoint_timeout_s=timeout_s, cpu=True)
+        ranks: Ranks = init_ranks(timeout_s=timeout_s, checkpoint_timeout_s=timeout_s, device="cpu")
         result = function(ranks, *args)
         ranks.close()
     except BaseException:  # reported to the parent, which fails the test

@@ -67,7 +67,7 @@ def _be_one_rank(_: Ranks) -> tuple[int, Vote, int]:
     torch.distributed.destroy_process_group()
     for name in [name for name in os.environ if name in {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}]:
         del os.environ[name]
-    ranks = init_ranks(timeout_s=5, cpu=True)
+    ranks = init_ranks(timeout_s=5, device="cpu")
     vote = PendingVote(Ballot(text_targets=7), ranks).wait()
     ranks.close()
     return ranks.world_size, vote, torch.get_num_threads()

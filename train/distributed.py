@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -77,19 +77,30 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def init_ranks(*, timeout_s: float, checkpoint_timeout_s: float = 1800.0, cpu: bool = False) -> Ranks:
+Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is any
+
+
+def init_ranks(*, timeout_s: float, checkpoint_timeout_s: float = 1800.0, device: Device = "auto") -> Ranks:
     """Join the process groups that torchrun's environment describes, or make a group of one without it.
 
     A collective that waits longer than `timeout_s` raises; on `checkpoint_group` longer than `checkpoint_timeout_s`,
-    since the slowest disk decides there. `cpu=True` leaves CUDA alone. Also sets the number of CPU threads.
+    since the slowest disk decides there. Also sets the number of CPU threads. Raises ValueError for a device that is
+    not there.
     """
     launched = "RANK" in os.environ
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_cuda = torch.cuda.is_available() and not cpu
-    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
+    on_cuda = torch.cuda.is_available() and device != "cpu"
+    if on_cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank}, but {torch.cuda.device_count()} CUDA devices: start one rank a device at most, "
+            "or use device=cpu"
+        )
+    place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(place)
     _set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     rendezvous = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     timeout = timedelta(seconds=timeout_s)
@@ -98,7 +109,7 @@ def init_ranks(*, timeout_s: float, checkpoint_timeout_s: float = 1800.0, cpu: b
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
-        device=device,
+        device=place,
         vote_group=dist.new_group(backend="gloo", timeout=timeout),
         checkpoint_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=checkpoint_timeout_s)),
     )

@@ -7,7 +7,6 @@ import json
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
 
 from tqdm import tqdm
 
@@ -17,20 +16,15 @@ from model.sampler import SamplerConfig
 from train.config import load_config, run_program
 from train.distributed import init_ranks
 from train.evaluation import check_disjoint, heldout_losses, judge_captions, judge_drawings, read_scenes, shares
-from train.generation import Generation, Weights
+from train.generation import Generation, GenerationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SamplerConfig):
-    checkpoint: str = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
+class EvaluateConfig(GenerationConfig):
     output: str = "runs/evaluation"  # folder to write
-    weights: Weights = "auto"  # auto: the EMA if the run kept one
-    vae: str | None = None  # AutoencoderKL; null: the one the run names
     scenes: str | None = None  # raw held-out scenes (train.scenes) to draw and to describe; null: no judge
     max_prompts: int = 200  # scenes of each split
     heldout: dict[str, str] = field(default_factory=dict)  # encoded folders by name, for the held-out losses
-    seed: int = 0  # of noise and tokens
-    device: Literal["auto", "cpu"] = "auto"  # auto: CUDA if there is any
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +37,7 @@ CONFIG = EvaluateConfig
 
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
-    ranks = init_ranks(timeout_s=1800, cpu=config.device == "cpu")
+    ranks = init_ranks(timeout_s=1800, device=config.device)
     start = time.monotonic()
     generation, recipe, step = Generation.load(config.checkpoint, ranks, config.weights, config.vae)
     output = Path(config.output)

@@ -23,13 +23,24 @@ from model.vae import LatentStats, decode, load_vae, moments, vae_hash
 from train import checkpoint
 from train.checkpoint_storage import LISTING
 from train.config import load_config
-from train.distributed import Ranks
+from train.distributed import Device, Ranks
 from train.recipe import PretrainConfig
 from train.step import latent_stats
 
 BATCH = 50  # rows a sampling batch: small enough for a laptop, large enough to fill two cores
 
 Weights = Literal["auto", "ema", "model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(SamplerConfig):
+    """What every program that samples asks for."""
+
+    checkpoint: str = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
+    weights: Weights = "auto"  # auto: the EMA if the run kept one
+    vae: str | None = None  # AutoencoderKL; null: the one the run names
+    seed: int = 0  # of noise and tokens
+    device: Device = "auto"  # auto: CUDA if there is any
 
 
 @dataclass

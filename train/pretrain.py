@@ -48,9 +48,7 @@ def main(argv: list[str]) -> int | None:
         )
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    ranks = init_ranks(timeout_s=60 * config.timeout_minutes, cpu=config.device == "cpu")
-    if config.device == "cuda" and ranks.device.type != "cuda":
-        raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
+    ranks = init_ranks(timeout_s=60 * config.timeout_minutes, device=config.device)
     lanes_of_rank(ranks.rank, ranks.world_size, config.data.lanes)  # refuses more ranks than lanes
     torch.use_deterministic_algorithms(config.deterministic)
     with StopSignal() as stop, RunFolder(config.run_dir, ranks) as folder:

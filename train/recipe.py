@@ -4,7 +4,6 @@ It lives apart from the program that runs it, so that `sample`, `evaluate` and `
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from omegaconf import MISSING
 
@@ -12,6 +11,7 @@ from data.loader import DataConfig
 from model.diffusion import DiffusionConfig
 from model.transfusion import TransfusionConfig
 from train.checkpoint import CheckpointConfig
+from train.distributed import Device
 from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.parallelize import ParallelConfig
@@ -35,7 +35,7 @@ class PretrainConfig:
     run_dir: str = MISSING  # folder of this run: checkpoints, metrics.jsonl, previews; resumed if it has any
     seed: int = 0  # of weights, order, noise and everything else that is drawn
     vae: str | None = None  # AutoencoderKL, a folder or hub id, to decode previews; must be the data's
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is any
+    device: Device = "auto"  # auto: CUDA if there is any
     micro_batch_size: int = 8  # sequences a rank runs at once; the global batch stays data.lanes sequences
     deterministic: bool = False  # bit-exact kernels on CUDA too, slower
     timeout_minutes: float = 10.0  # a collective that waits longer ends the run, > 0

@@ -6,33 +6,26 @@ Writes one PNG a picture, one JSON line a result (results.jsonl) and a contact s
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from data.pictures import decode_picture, encode_png
 from data.shards import BadRecord, atomic_write
-from model.sampler import SamplerConfig
 from train.config import load_config, run_program
 from train.distributed import init_ranks
 from train.figures import contact_sheet
-from train.generation import Generation, Weights
+from train.generation import Generation, GenerationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(SamplerConfig):
-    checkpoint: str = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
+class SampleConfig(GenerationConfig):
     output: str = "runs/samples"  # folder to write
-    weights: Weights = "auto"  # auto: the EMA if the run kept one
-    vae: str | None = None  # AutoencoderKL; null: the one the run names
     prompt: str | None = None  # one caption to draw
     prompts: list[str] = field(default_factory=list)  # captions to draw
     prompts_file: str | None = None  # text file with one caption a line
     pictures: list[str] = field(default_factory=list)  # picture files to describe
     n: int = 1  # pictures a prompt
-    seed: int = 0  # of noise and tokens
-    device: Literal["auto", "cpu"] = "auto"  # auto: CUDA if there is any
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +44,7 @@ def main(argv: list[str]) -> int | None:
     prompts = [prompt for prompt in prompts for _ in range(config.n)]
     if not prompts and not config.pictures:
         raise ValueError('nothing to do: give prompt="...", prompts_file=FILE or pictures=[FILE,...]')
-    ranks = init_ranks(timeout_s=600, cpu=config.device == "cpu")
+    ranks = init_ranks(timeout_s=600, device=config.device)
     generation, _, step = Generation.load(config.checkpoint, ranks, config.weights, config.vae)
     given = [_read_picture(Path(name), generation) for name in config.pictures]
     output = Path(config.output)

@@ -27,7 +27,7 @@ from data.shards import BadRecord, BadRecords, read_shard
 from data.texts import list_inputs
 from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, moments, sample_latents, vae_hash, vae_loss
 from train.config import load_config, run_program
-from train.distributed import DIED, Ranks, init_ranks, last_words
+from train.distributed import DIED, Device, Ranks, init_ranks, last_words
 from train.optim import OptimConfig, Optimizer, learning_rate
 from train.output_folder import OutputFolder
 from train.signals import StopKind, StopSignal
@@ -52,7 +52,7 @@ class VaeTrainConfig:
     seed: int = 0  # of weights, batches and noise; 0 or more
     log_interval_steps: int = 50  # steps between rows of metrics.jsonl; 1 or more
     state_interval_steps: int = 200  # steps between saved states, from which an interrupted run goes on; 1 or more
-    device: str = "auto"  # auto, cpu or cuda
+    device: Device = "auto"  # auto: CUDA if there is any
     timeout_minutes: float = 10.0  # how long a rank waits for the others, more than 0
 
     def __post_init__(self) -> None:
@@ -87,9 +87,7 @@ def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
     files = list_inputs(config.inputs, (".tar",))
     heldout_files = list_inputs(config.heldout, (".tar",)) if config.heldout else []
-    ranks = init_ranks(timeout_s=60 * config.timeout_minutes, cpu=config.device == "cpu")
-    if config.device == "cuda" and ranks.device.type != "cuda":
-        raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
+    ranks = init_ranks(timeout_s=60 * config.timeout_minutes, device=config.device)
     if config.batch_size < ranks.world_size:
         raise ValueError(
             f"batch_size={config.batch_size}: expected at least one picture for each of {ranks.world_size} ranks"
