@@ -6,13 +6,14 @@ mismatch of tokenizer, VAE or latent grid is refused before the first step and n
 
 import hashlib
 import json
+import re
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data.shards import ShardIndex, atomic_write, index_path
+from data.shards import BadRecord, ShardIndex, atomic_write, index_path
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -48,6 +49,13 @@ class ShardEntry:
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name:
             raise ValueError(f"shard name {self.name!r}: expected a file in the manifest's folder")
+        counts = {name: value for name, value in vars(self).items() if name not in ("name", "grids")} | self.grids
+        for name, value in counts.items():
+            if type(value) is not int or not 0 <= value < 1 << 62:
+                raise ValueError(f"{self.name}: {name}={value!r}: expected a whole number, 0 or more")
+        for grid in self.grids:
+            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
+                raise ValueError(f"{self.name}: latent grid {grid!r}: expected HEIGHTxWIDTH, such as 8x8")
 
     def tokens(self, patch_size: int) -> int:
         """Total document length in tokens, as ShardIndex.document_tokens counts it."""
@@ -81,7 +89,11 @@ class Manifest:
 
     def load_index(self, shard: int) -> ShardIndex:
         """Load a shard's index; raise BadRecord unless it is the one the manifest was made with."""
-        return ShardIndex.load(index_path(self.shard_path(shard)), self.shards[shard].index_crc32)
+        path, entry = index_path(self.shard_path(shard)), self.shards[shard]
+        index = ShardIndex.load(path, entry.index_crc32)
+        if len(index) != entry.records:
+            raise BadRecord("unreadable index", str(path), f"{len(index)} records, the manifest says {entry.records}")
+        return index
 
     def check_files(self) -> None:
         """Raise ValueError naming the first shard or index that is missing or has another size than recorded."""
@@ -121,7 +133,9 @@ class Manifest:
                 spec = LatentSpec(**{**spec, "mean": tuple(spec["mean"]), "std": tuple(spec["std"])})
             shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
             manifest = cls(folder=folder, latent_spec=spec, shards=shards, **fields)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if type(manifest.vocab_size) is not int or manifest.vocab_size < 1:
+                raise ValueError(f"vocab_size={manifest.vocab_size!r}: expected a whole number, 1 or more")
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a manifest this program reads: {error}") from None
         if not manifest.records:
             raise ValueError(f"{path} lists no records; the data set is empty")

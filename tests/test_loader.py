@@ -280,6 +280,11 @@ def test_a_manifest_that_cannot_be_read_is_refused(tmp_path: Path, tokenizer: To
         ({**whole, "surprise": 1}, "surprise"),
         ({**whole, "shards": []}, "lists no records; the data set is empty"),
         ({**whole, "shards": [{**shard, "name": "../b.tar"}]}, "expected a file in the manifest's folder"),
+        ({**whole, "shards": [{**shard, "records": "9"}]}, "records='9': expected a whole number"),
+        ({**whole, "shards": [{**shard, "text_tokens": -1}]}, "text_tokens=-1: expected a whole number"),
+        ({**whole, "shards": [{**shard, "grids": {"0x0": 1}}]}, "latent grid '0x0': expected HEIGHTxWIDTH"),
+        ({**whole, "vocab_size": "5"}, "vocab_size='5': expected a whole number"),
+        ("[" * 100_000, "is not a manifest this program reads"),
         ({**whole, "latent_spec": {**spec, "std": [1.0, 0.0]}}, "expected finite numbers and std > 0"),
         ({**whole, "latent_spec": {**spec, "mean": [1.0]}}, "expected 2 channels"),
     ]
