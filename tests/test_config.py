@@ -288,3 +288,17 @@ def test_every_dataclass_of_options_is_frozen_and_keyword_only() -> None:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
                     assert "frozen=True, kw_only=True" in ast.unparse(node.decorator_list[0]), f"{path}: {node.name}"
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e39"])
+def test_a_number_that_is_not_finite_in_float32_is_refused_by_name(value: str) -> None:
+    with pytest.raises(ValueError, match=r"rate=.*: expected a finite number"):
+        load_config(_Extremes, [f"rate={value}"])
+    with pytest.raises(ValueError, match=r"count=.*: expected a finite number"):
+        load_config(_Extremes, [f"count={1 << 63}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Extremes:
+    rate: float = 1.0
+    count: int = 1

@@ -44,8 +44,8 @@ def read_listing(folder: Path) -> dict[str, WrittenFile]:
     """Return what `folder` should hold, by name; raises OSError or ValueError if its listing is missing or damaged."""
     try:
         files = json.loads((folder / LISTING).read_bytes())["files"]
-        listing = {name: WrittenFile(name, file["bytes"], file["crc32"]) for name, file in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        listing = {name: WrittenFile(name, int(file["bytes"]), file["crc32"]) for name, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{LISTING} is damaged: {type(error).__name__}: {error}") from None
     if INDEX not in listing:
         raise ValueError(f"{LISTING} is damaged: it does not name {INDEX}")

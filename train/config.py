@@ -43,6 +43,7 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     for origin, layer in layers:
         for key, value in _leaves(layer):  # one by one, so that an error can name its key
             merged = _merge(merged, key, value, schema, origin)
+    _refuse_extreme_numbers(merged)
     try:
         return OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
@@ -50,6 +51,16 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
         raise ValueError(f"{key} is required: give {key}=VALUE or set it in config=FILE") from None
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def _refuse_extreme_numbers(merged: Any) -> None:
+    """Raise ValueError for a number that is not finite, or that neither float32 nor int64 can hold."""
+    for key, value in _leaves(OmegaConf.to_container(merged)):
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            too_large = isinstance(number, float) and not abs(number) < 3.4e38  # nan compares false
+            too_large |= isinstance(number, int) and not -(1 << 63) <= number < 1 << 63
+            if too_large:
+                raise ValueError(f"{key}={number}: expected a finite number of ordinary size")
 
 
 def to_yaml(config: Any) -> str:

@@ -165,10 +165,11 @@ def _lock(folder: Path) -> int:
 
 def _read_attempt(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "attempt.json").read_bytes())
+        owner = json.loads((folder / "attempt.json").read_bytes())
+        return {**owner, "attempt": int(owner["attempt"])}
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError:
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{folder / 'attempt.json'} is damaged; delete it if no other run uses the folder") from None
 
 
@@ -190,8 +191,8 @@ def _step_of(line: bytes) -> int | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
