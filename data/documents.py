@@ -21,6 +21,8 @@ _NPY_HEADER = re.compile(
     re.DOTALL,
 )
 
+LOGVAR_RANGE = (-30.0, 20.0)  # to which AutoencoderKL clamps its log variance; exp of more overflows training
+
 
 @dataclass(frozen=True)
 class TextSegment:
@@ -81,6 +83,9 @@ def decode_document(record: Record, where: str) -> Document:
             raise BadRecord("wrong array", where, f"moments {moments.shape}, expected [2C, h, w]")
         if not np.isfinite(moments).all():
             raise BadRecord("non-finite latents", where)
+        logvar = moments[len(moments) // 2 :]
+        if logvar.min() < LOGVAR_RANGE[0] or logvar.max() > LOGVAR_RANGE[1]:
+            raise BadRecord("latent variance out of range", where, f"log variance {logvar.min()}...{logvar.max()}")
         segments.append(ImageSegment(moments))
     if not segments:
         raise BadRecord("empty document", where)

@@ -62,7 +62,7 @@ class DataSet:
         """What a resume must find unchanged."""
         return {
             "tokenizer": self.tokenizer.hash,
-            "sources": ",".join(f"{s.manifest.content_hash}*{s.config.repeat}" for s in self.sources),
+            "sources": ",".join(f"{s.manifest.content_hash}*{s.config.weight}*{s.config.repeat}" for s in self.sources),
             **{name: str(value) for name, value in vars(self.settings).items()},
         }
 

@@ -21,7 +21,7 @@ from data.documents import (
 )
 from data.shards import BadRecord, Record
 
-MOMENTS = np.arange(4 * 2 * 6, dtype=np.float16).reshape(4, 2, 6)
+MOMENTS = (np.arange(4 * 2 * 6, dtype=np.float16) / 4).reshape(4, 2, 6)
 TOKENS = np.array([5, 6, 7])
 
 
@@ -77,6 +77,10 @@ def test_what_cannot_be_trained_on_is_refused_by_reason() -> None:
         broken = MOMENTS.copy()
         broken[1, 1, 3] = value
         assert reason({**good, "moments.npy": npy(broken)}) == "non-finite latents"
+    for logvar in (-31, 21):  # finite, and yet exp of it would overflow a step
+        assert reason({**good, "moments.npy": npy(np.where(MOMENTS < 6, MOMENTS, np.float16(logvar)))}) == (
+            "latent variance out of range"
+        )
     wrong = {
         "tokens.npy": [np.zeros(3), np.zeros(3, np.int64), np.zeros(3, ">i4"), np.zeros((3, 1), np.int32)],
         "moments.npy": [

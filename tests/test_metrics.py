@@ -33,9 +33,10 @@ def _vote(**counts: int) -> Vote:
 
 
 def _batch(slots: int, pairs: int) -> Any:
-    return SimpleNamespace(
-        micro_batches=[SimpleNamespace(input_ids=torch.zeros(slots), num_attention_pairs=pairs) for _ in range(2)]
-    )
+    """Two micro-batches of five rows, one of them idle."""
+    document_ids = torch.tensor([[1, 2], [1, 0], [0, 0], [1, 1], [1, 1]])
+    micro_batch = SimpleNamespace(input_ids=torch.zeros(slots), document_ids=document_ids, num_attention_pairs=pairs)
+    return SimpleNamespace(micro_batches=[micro_batch, micro_batch])
 
 
 def _two_rows(ranks: Ranks) -> list[dict]:
@@ -66,6 +67,7 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
                     "text_loss": (10 + 20 + 30 + 3 * 5) / 30,
                     "image_loss": (1 + 2 + 3) / 6,
                     "padding_share": 1 - 120 / 300,
+                    "idle_row_share": 0.2,
                     "data_stall_share": 0.0,
                     "checkpoint_stall_share": 0.0,
                     "grad_norm": 2.5,

@@ -63,6 +63,7 @@ def test_a_run_reaches_its_end_and_leaves_what_it_promised(undisturbed: Path) ->
     names = {str(path.relative_to(undisturbed)) for path in undisturbed.rglob("*") if path.is_file()}
     assert not [name for name in names if "tmp" in name or name.endswith(".new")]
     first, last = rows(undisturbed)[0], rows(undisturbed)[-1]
+    assert last["idle_row_share"] == 3 / 8, "five lanes on two ranks are two micro-steps of two rows each"
     assert last["text_loss"] < first["text_loss"] and last["skipped_documents"] == 0
 
 
@@ -152,6 +153,11 @@ def test_stopped_started_again_prolonged_and_refused(
     def changed(**changes: Any) -> list[str]:
         return [*argv, *(f"{name.replace('__', '.')}={value}" for name, value in changes.items())]
 
+    with launch(argv, None) as run:
+        wait_for((run_dir / "attempt.json").exists, run)
+        run.signal(signal.SIGTERM)  # while the model is built: kept for the first step
+        assert run.wait() == [75], run.output
+    assert saved_steps(run_dir) == [row["step"] for row in rows(run_dir)][-1:]
     for number, status, after in [(signal.SIGINT, 130, 4), (signal.SIGUSR2, 75, 12)]:
         with launch(argv, None) as run:
             wait_for(reached(run_dir, after), run)

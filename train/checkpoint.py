@@ -11,6 +11,7 @@ touch no other group, so a background thread may run `save` and `retain` on stag
 """
 
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -206,13 +207,13 @@ def _group_of(ranks: Ranks) -> Iterator[dict[str, Any]]:
 def _commit(beside: Path, final: Path) -> None:
     """Give a complete folder its final name, putting aside what bears it."""
     replaced = final.with_name(f".replaced-{final.name}")
-    if final.exists():
+    if os.path.lexists(final):
         log.warning("replacing %s, an earlier checkpoint of the same step", final)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _delete(replaced)
         final.rename(replaced)
     beside.rename(final)
     sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _delete(replaced)
 
 
 def _remove(folders: list[Path]) -> None:
@@ -223,9 +224,17 @@ def _remove(folders: list[Path]) -> None:
     for folder in folders:
         removing = folder.with_name(f".removing-{folder.name.removeprefix('.removing-').lstrip('.')}")
         if folder != removing:
-            shutil.rmtree(removing, ignore_errors=True)
+            _delete(removing)
             folder.rename(removing)
-        shutil.rmtree(removing, ignore_errors=True)
+        _delete(removing)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, or what else stands under its name."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_empty(folder: Path) -> None:

@@ -106,8 +106,14 @@ class Encoder:
 
     def origin(self, path: Path) -> dict:
         """What decides a shard's bytes: its input file, tokenizer and VAE."""
+        status = path.stat()  # tars are padded, so that size alone would miss an input that was replaced
         made_with = {"tokenizer": self.tokenizer.hash, "vae": self.vae_hash, "resolution": self.config.resolution}
-        return {"format": FORMAT_VERSION, **made_with, "input_bytes": path.stat().st_size}
+        return {
+            "format": FORMAT_VERSION,
+            **made_with,
+            "input_bytes": status.st_size,
+            "input_mtime_ns": status.st_mtime_ns,
+        }
 
     def records(self, path: Path, bad: BadRecords, progress: tqdm) -> Iterator[Record]:
         """Yield the encoded records of one input file; what is bad is counted and named."""

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from data.loader import StepBatch, epochs
+from data.packing import PADDING_DOCUMENT
 from model.transfusion import TransfusionConfig
 from train.distributed import Ranks, Vote
 from train.run_folder import RunFolder
@@ -46,7 +47,7 @@ class Interval:
 
     def _reset(self) -> None:
         self._device_sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # text nll, image error
-        self._sums = dict.fromkeys(("slots", "attention_pairs", "data_wait_s"), 0.0)
+        self._sums = dict.fromkeys(("slots", "rows", "idle_rows", "attention_pairs", "data_wait_s"), 0.0)
         self._global = dict.fromkeys(("text_targets", "images", "tokens"), 0)
         self._last: dict[str, Any] = {}  # of the last step only
         self.num_steps = 0
@@ -60,7 +61,10 @@ class Interval:
         for loss in losses:
             self._device_sums += torch.stack([loss.text_nll, loss.image_error]).to(torch.float64)
         for micro_batch in batch.micro_batches:
+            first_documents = micro_batch.document_ids[:, 0]  # still on the host
             self._sums["slots"] += micro_batch.input_ids.numel()
+            self._sums["rows"] += len(first_documents)
+            self._sums["idle_rows"] += int((first_documents == PADDING_DOCUMENT).sum())
             self._sums["attention_pairs"] += micro_batch.num_attention_pairs
         self._sums["data_wait_s"] += data_wait_s
         self._global["text_targets"] += vote.text_targets
@@ -74,7 +78,7 @@ class Interval:
         seconds = time.monotonic() - self._start
         sums = torch.cat([self._device_sums.cpu(), torch.tensor(list(self._sums.values()), dtype=torch.float64)])
         dist.all_reduce(sums, group=self.ranks.vote_group)
-        text_nll, image_error, slots, pairs, data_wait_s = sums.tolist()
+        text_nll, image_error, slots, rows, idle_rows, pairs, data_wait_s = sums.tolist()
         epoch = np.concatenate(self.ranks.gather(epochs(lane_states)))  # [L, sources]
         counts, world_size, flops = self._global, self.ranks.world_size, self.flops
         model_flops = flops.per_token * counts["tokens"] + flops.per_pair * pairs
@@ -87,6 +91,7 @@ class Interval:
             "images_per_s": counts["images"] / seconds,
             "step_s": seconds / max(self.num_steps, 1),
             "padding_share": 1 - counts["tokens"] / max(slots, 1),  # of all token slots, idle rows included
+            "idle_row_share": idle_rows / max(rows, 1),  # of all rows: lanes not divisible by ranks, or at their end
             "data_stall_share": data_wait_s / world_size / seconds,
             "checkpoint_stall_share": self.checkpoint_s / seconds,
             "model_tflops_per_s_per_rank": model_flops / seconds / world_size / 1e12,
