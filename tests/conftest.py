@@ -57,3 +57,19 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, vae_fo
     from tests.runs import drawing_run  # only now: it imports the trainer, which most tests do not need
 
     return drawing_run(tmp_path_factory.mktemp("drawn"), tokenizer, vae_folder)
+
+
+@pytest.fixture(scope="session")
+def sources(pairs_folder: Path, texts_folder: Path) -> dict[str, Path]:
+    """Both small data sets by name."""
+    return {"pairs": pairs_folder, "texts": texts_folder}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, sources: dict[str, Path]) -> Path:
+    """A run on two ranks that nothing happened to."""
+    from tests.runs import finish, settings  # only now: it imports the trainer, which most tests do not need
+
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(settings(run_dir, tokenizer, sources), 2)
+    return run_dir

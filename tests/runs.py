@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,19 @@ def assert_same_end(run_dir: Path, expected: Path) -> None:
     }
     assert [name for name, tensor in tensors.items() if not torch.equal(tensor, other_tensors[name])] == []
     assert lanes == other_lanes and meta == other_meta
+
+
+def assert_refused(starts: list[tuple[list[str], list[str]]], world_size: int | None = None) -> None:
+    """Each start, all side by side, exits 2 with its words in one message and without a traceback."""
+    with ExitStack() as stack:
+        runs = [stack.enter_context(launch(argv, world_size)) for argv, _ in starts]
+        statuses = [run.wait() for run in runs]
+        for run, status, (_, words) in zip(runs, statuses, starts, strict=True):
+            for log in run.logs:
+                message = [line for line in log.read_text().splitlines() if "Warning" not in line]
+                assert len(message) == 1 and "train.pretrain: " in message[0], (words, message)
+                assert [word for word in words if word not in message[0]] == [], message
+            assert set(status) == {2}, (words, status, run.output)
 
 
 @dataclass(frozen=True)
