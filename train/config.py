@@ -107,19 +107,24 @@ def help_text(command: str, purpose: str, schema: type) -> str:
     return "\n".join(lines)
 
 
-def options(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield (dotted key, type, default, comment) of each leaf field, nested dataclasses included."""
+def options(schema: type, prefix: str = "", defaults: Any = None) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (dotted key, type, default, comment) of each leaf field, nested dataclasses included.
+
+    `defaults` is the instance that the composing config starts from; None: the schema's own defaults.
+    """
     hints, comments = get_type_hints(schema), _field_comments(schema)
     for field in dataclasses.fields(schema):
         hint, key = hints[field.name], prefix + field.name
         if dataclasses.is_dataclass(hint):
-            yield from options(hint, f"{key}.")
+            yield from options(hint, f"{key}.", _value(field, defaults))
             continue
         if get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
             yield key, "name: settings", "{}", comments.get(field.name, "")
             yield from options(get_args(hint)[1], f"{key}.NAME.")
             continue
-        yield key, _type_name(hint), _default(field), comments.get(field.name, "")
+        value = _value(field, defaults)
+        shown = "(required)" if value is dataclasses.MISSING or value == MISSING else str(value)
+        yield key, _type_name(hint), shown, comments.get(field.name, "")
 
 
 def _read_yaml(path: str) -> dict:
@@ -199,6 +204,7 @@ def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 
-def _default(field: dataclasses.Field) -> str:
-    value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    return "(required)" if value is dataclasses.MISSING or value == MISSING else str(value)
+def _value(field: dataclasses.Field, defaults: Any) -> Any:
+    if defaults is not None:
+        return getattr(defaults, field.name)
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
