@@ -46,8 +46,13 @@ def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem
     for path in list_inputs([str(folder)], (".tar",)):
         for record in read_shard(path, BadRecords(max_fraction=0.0)):
             where = f"{path}/{record['__key__'].decode()}"
-            info = json.loads(record["json"])
-            shapes = tuple(Shape(**shape) for shape in info["shapes"])
+            try:
+                info = json.loads(record["json"])
+                shapes = tuple(Shape(**shape) for shape in info["shapes"])
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(
+                    f"scenes={folder}: {where} is no scene of train.scenes; use heldout.NAME=FOLDER for encoded data"
+                ) from None
             item = SceneItem(
                 info["split"], caption_of(record, where), decode_picture(record, resolution, where), shapes
             )
