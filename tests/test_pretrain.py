@@ -96,6 +96,20 @@ def _kill_and_finish(run_dir: Path, argv: list[str], instants: list[Callable[[],
     assert numbers(run_dir) == numbers(expected)
     assert_same_end(run_dir, expected)
     assert not list((run_dir / "checkpoints").glob(".*"))
+    logs = next(Path(a.split("=")[1]).parent for a in argv if a.startswith("data.tokenizer="))
+    assert not _printing_to(logs), "a process outlived its run"
+
+
+def _printing_to(folder: Path) -> list[int]:
+    """Return the processes whose standard output is a file in `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(process / "fd" / "1").startswith(str(folder)):
+                found.append(int(process.name))
+        except OSError:  # it ended while we looked
+            continue
+    return found
 
 
 def test_a_run_resumed_on_other_numbers_of_ranks_meets_the_same_batches(

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from train.signals import StopKind, StopSignal
+from train.signals import StopKind, StopSignal, shield_worker
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
@@ -65,6 +65,15 @@ with StopSignal() as stop:
             break
         time.sleep(0.01)
     assert not _runs(worker)
+
+
+def test_a_worker_whose_parent_died_before_it_was_watched_ends_at_once() -> None:
+    """A `kill -9` between fork and prctl would leave it alone for ever."""
+    worker = os.fork()
+    if worker == 0:
+        shield_worker(0, parent_pid=os.getppid() + 1)  # not the parent it has now
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 1
 
 
 def _runs(pid: int) -> bool:

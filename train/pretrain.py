@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int | None:
             first_step=state.progress.step + 1,
             states=state.lane_states,
             pin_memory=ranks.device.type == "cuda",
-            worker_init_fn=shield_worker,
+            worker_init_fn=partial(shield_worker, parent_pid=os.getpid()),
         )
         if ranks.is_first:
             print(

@@ -13,6 +13,7 @@ that was cancelled is the scheduler's to refuse. 130 rather than 0, so that `a &
 
 import ctypes
 import enum
+import os
 import signal
 from types import FrameType
 
@@ -71,8 +72,8 @@ class StopSignal:
             self._kind, self._name = kind, signal.Signals(number).name
 
 
-def shield_worker(_worker_id: int = 0) -> None:
-    """Make a loader worker ignore stop signals and die with its parent; for `worker_init_fn`.
+def shield_worker(_worker_id: int = 0, *, parent_pid: int | None = None) -> None:
+    """Make a loader worker ignore stop signals and die with its parent `parent_pid`; for `worker_init_fn`.
 
     torchrun signals a rank's whole process group and Slurm a step's every process; a worker that died of it would
     turn an orderly stop into a loader error. SIGKILL on the parent's death replaces what SIGTERM was good for.
@@ -80,3 +81,5 @@ def shield_worker(_worker_id: int = 0) -> None:
     for number in (*REQUEUE_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent_pid is not None and os.getppid() != parent_pid:
+        os._exit(1)  # the parent died before its death was watched
