@@ -57,15 +57,16 @@ class Decoder:
         return self.model.text_logits(self._last_hidden).float()
 
     @torch.no_grad()
-    def predict(self, x_t: Tensor, t: int, guidance_scale: float) -> Tensor:
+    def predict(self, x_t: Tensor, t: int, guidance: float) -> Tensor:
         """Return the noise head's prediction f32 [R, C, h, w] for a picture at the end of each row; keep nothing.
 
-        With guidance, unconditional + scale * (conditional - unconditional) (Ho & Salimans 2021), in one forward.
+        unconditional + guidance * (conditional - unconditional) (Ho & Salimans 2021), both in one forward; with
+        guidance 1 the unconditional branch is not run.
         """
-        if len(self._cache.lengths) == len(x_t):
-            return self._run_image(self._cache, x_t, t)[0]
+        if guidance == 1:
+            return self._run_image(self._conditional, x_t, t)[0]
         conditional, unconditional = self._run_image(self._cache, x_t.repeat(2, 1, 1, 1), t)[0].chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        return unconditional + guidance * (conditional - unconditional)
 
     def _run_text(self, cache: KVCache, input_ids: Tensor, counts: Tensor) -> Tensor:
         """Return [R, D], the hidden state of each row's last token, and keep `counts` [R] of input_ids [R, n]."""
@@ -84,5 +85,6 @@ class Decoder:
         count, columns = tokens.shape[1], w // self.model.config.patch_size
         index = torch.arange(count, device=self.device)
         grid = torch.stack((index // columns, index % columns), dim=-1).expand(len(latents), -1, -1)
-        hidden = self.model.trunk(tokens, cache.slots(count), grid, cache.mask(count, causal=False), cache)
+        mask = cache.mask(count, causal=self.model.config.image_attention == "causal")
+        hidden = self.model.trunk(tokens, cache.slots(count), grid, mask, cache)
         return self.model.predict_noise(hidden, skips, timesteps, h, w).float(), count

@@ -125,6 +125,23 @@ def ddpm_step(x_t: Tensor, x0: Tensor, alpha: float, alpha_prev: float, noise: T
     return mean + math.sqrt(variance) * noise if variance > 0 else mean
 
 
+def dpmpp_step(x_t: Tensor, x0: Tensor, alpha: float, alpha_prev: float, before: tuple[Tensor, float] | None) -> Tensor:
+    """Return x at the previous timestep by DPM-Solver++(2M): Lu et al. 2022, algorithm 2; deterministic.
+
+    `before` is (x0, alpha) of the step before, None at the first, which is of first order. So is the last one, where
+    alpha_prev is 1.0 and the result is x0: log-SNR has no end there.
+    """
+    if alpha_prev == 1.0:
+        return x0
+    half_log_snr, half_log_snr_prev = _half_log_snr(alpha), _half_log_snr(alpha_prev)
+    h = half_log_snr_prev - half_log_snr
+    data = x0
+    if before is not None:
+        x0_before, alpha_before = before
+        data = x0 + (h / (half_log_snr - _half_log_snr(alpha_before)) / 2) * (x0 - x0_before)
+    return math.sqrt((1 - alpha_prev) / (1 - alpha)) * x_t - math.sqrt(alpha_prev) * math.expm1(-h) * data
+
+
 def sampling_timesteps(num_steps: int, spacing: Spacing, num_timesteps: int = 1000) -> list[int]:
     """Return `num_steps` timesteps, noisiest first, by one of the spacings of diffusers (Lin et al. 2023, table 2)."""
     if not 1 <= num_steps <= num_timesteps:
@@ -135,6 +152,10 @@ def sampling_timesteps(num_steps: int, spacing: Spacing, num_timesteps: int = 10
     if spacing == "trailing":
         return [round(num_timesteps - i * num_timesteps / num_steps) - 1 for i in range(num_steps)]
     return torch.linspace(0, num_timesteps - 1, num_steps, dtype=torch.float64).round().long().flip(0).tolist()
+
+
+def _half_log_snr(alpha: float) -> float:
+    return 0.5 * math.log(alpha / (1 - alpha))
 
 
 def _signal_and_sigma(alpha: float | Tensor, like: Tensor) -> tuple[float | Tensor, float | Tensor]:

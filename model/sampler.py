@@ -7,7 +7,7 @@ unconditional one has the prefix `BOS BOI`), and the clean image is written last
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -21,6 +21,7 @@ from model.diffusion import (
     alphas_cumprod,
     ddim_step,
     ddpm_step,
+    dpmpp_step,
     sampling_timesteps,
     to_x0_and_eps,
 )
@@ -29,11 +30,14 @@ from model.transfusion import Grid, Transfusion
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    sampler: Literal["ddpm", "ddim"] = "ddpm"  # ancestral, or DDIM with eta
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"  # ancestral, DDIM with eta, or DPM-Solver++(2M)
     steps: int = 250  # denoising steps a picture, 1...num_timesteps
     spacing: Spacing = "leading"  # which timesteps: leading, trailing or linspace, as in diffusers
     eta: float = 0.0  # DDIM's noise, 0 (deterministic)...1 (as DDPM)
-    guidance_scale: float = 3.0  # classifier-free guidance; 1 is none (the paper: 5 and 3)
+    guidance: float = 3.0  # classifier-free guidance scale, 0 or more; 1 is none (the paper: 5 and 3)
+    # Lowest and highest timestep, 0...num_timesteps - 1, at which guidance acts (Kynkäänniemi et al. 2024); elsewhere
+    # the unconditional branch is not run. null: at all of them.
+    guidance_interval: tuple[int, int] | None = None
     clip_x0: float | None = None  # bound on the predicted clean latents' magnitude, > 0; null: none
     temperature: float = 1.0  # of text, 0 (greedy) or more
     top_p: float = 1.0  # text tokens are drawn from the smallest set that holds this probability, (0, 1]
@@ -48,7 +52,11 @@ class SamplerConfig:
         expectations = {
             "steps": (self.steps >= 1, "at least 1"),
             "eta": (0 <= self.eta <= 1, "0...1"),
-            "guidance_scale": (self.guidance_scale >= 0, "0 or more; 1 is no guidance"),
+            "guidance": (self.guidance >= 0, "0 or more; 1 is no guidance"),
+            "guidance_interval": (
+                self.guidance_interval is None or 0 <= self.guidance_interval[0] <= self.guidance_interval[1],
+                "[lowest, highest] timestep, or null for all",
+            ),
             "clip_x0": (self.clip_x0 is None or self.clip_x0 > 0, "a positive number, or null for none"),
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -60,6 +68,11 @@ class SamplerConfig:
         for name, (holds, expected) in expectations.items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
+
+    def guidance_at(self, t: int) -> float:
+        """Return the guidance scale at timestep `t`."""
+        lowest, highest = self.guidance_interval or (t, t)
+        return self.guidance if lowest <= t <= highest else 1.0
 
 
 @dataclass(frozen=True)
@@ -122,15 +135,17 @@ def generate(
     special: SpecialTokens,
     grid: Grid,
     draws: Draws,
+    progress: Callable[[float], object] = lambda rows: None,
 ) -> list[list[Tensor]]:
     """Return for each prompt what follows it: text int64 [len] without special tokens, and latents f32 [C, h, w].
 
-    The model is plain and unsharded; `grid` is the latent size (h, w) of new pictures. Raises ValueError for a prompt
-    that leaves no room in `max_length`.
+    The model is plain and unsharded; `grid` is the latent size (h, w) of new pictures. `progress(rows)` is told what
+    each forward added, in rows; it comes to the number of prompts. Raises ValueError for a prompt that leaves no room
+    in `max_length`.
     """
     if not prompts:
         return []
-    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws)
+    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws, progress)
     decoding.prefill()
     while not all(row.mode == "done" for row in decoding.rows):
         decoding.text_mode()
@@ -188,7 +203,9 @@ class _Decoding:
         special: SpecialTokens,
         grid: Grid,
         draws: Draws,
+        progress: Callable[[float], object],
     ) -> None:
+        self._progress, self._reported = progress, 0.0
         self.config, self.diffusion, self.special, self.draws = config, diffusion, special, draws
         self.patch_size = model.config.patch_size
         self.shape = (model.config.latent_channels, *grid)  # of a picture
@@ -197,7 +214,7 @@ class _Decoding:
         self.max_length = self._max_length()
         images = [self._num_patches(part.shape) for row in self.rows for part in row.pending if part.ndim == 3]
         largest = max(config.prefill_chunk, self.patches, *images)
-        unconditional = None if config.guidance_scale == 1 else [special.bos, special.boi]
+        unconditional = None if config.guidance == 1 else [special.bos, special.boi]
         self.decoder = Decoder(model, len(self.rows), self.max_length + largest, unconditional)
 
     def prefill(self) -> None:
@@ -236,6 +253,7 @@ class _Decoding:
                     row.add_token(token)
             if any(pieces):
                 self.decoder.append_text(pieces, 1)
+            self._report()
 
     def image_mode(self) -> None:
         """Draw a picture in every row that has begun one, then close it in the cache."""
@@ -251,17 +269,19 @@ class _Decoding:
         if any(going_on):
             self.decoder.append_images(latents, going_on)
             self.decoder.append_text([[self.special.eoi] if goes_on else [] for goes_on in going_on], 1)
+        self._report()
 
     def _denoise(self) -> Tensor:
         """Return clean latents f32 [R, C, h, w], drawn in the slots after each row's prefix; nothing is kept there."""
         config, table = self.config, alphas_cumprod(self.diffusion.num_timesteps).tolist()
         timesteps = sampling_timesteps(config.steps, config.spacing, self.diffusion.num_timesteps)
-        stochastic = config.sampler == "ddpm" or config.eta > 0
+        stochastic = config.sampler == "ddpm" or (config.sampler == "ddim" and config.eta > 0)
+        before: tuple[Tensor, float] | None = None
         x_t = self._noise(0)
         for step, t in enumerate(timesteps):
             last = step + 1 == len(timesteps)
             alpha, alpha_prev = table[t], 1.0 if last else table[timesteps[step + 1]]
-            pred = self.decoder.predict(x_t, t, config.guidance_scale)
+            pred = self.decoder.predict(x_t, t, config.guidance_at(t))
             x0, eps = to_x0_and_eps(pred, x_t, alpha, self.diffusion.prediction)
             if config.clip_x0 is not None:
                 x0 = x0.clamp(-config.clip_x0, config.clip_x0)
@@ -269,9 +289,23 @@ class _Decoding:
             noise = self._noise(step + 1) if stochastic and not last else None
             if config.sampler == "ddpm":
                 x_t = ddpm_step(x_t, x0, alpha, alpha_prev, noise)
-            else:
+            elif config.sampler == "ddim":
                 x_t = ddim_step(x0, eps, alpha, alpha_prev, config.eta, noise)
+            else:
+                x_t, before = dpmpp_step(x_t, x0, alpha, alpha_prev, before), (x0, alpha)
+            self._report(steps=step + 1)
         return x_t
+
+    def _report(self, steps: int = 0) -> None:
+        """Report the rows' progress since the last report; rows in image mode are `steps` into a picture."""
+        config = self.config
+        whole = max(1, config.max_new_tokens + max(1, config.max_images) * config.steps)
+        parts = [row.num_tokens + row.num_images * config.steps + steps * (row.mode == "image") for row in self.rows]
+        done = sum(
+            1.0 if row.mode == "done" else min(1.0, part / whole) for row, part in zip(self.rows, parts, strict=True)
+        )
+        self._progress(done - self._reported)
+        self._reported = done
 
     def _noise(self, step: int) -> Tensor:
         rows = [self.draws.noise(row.index, row.num_images, step, self.shape) for row in self.rows]

@@ -6,8 +6,9 @@ same all-gathers, and every parameter has a gradient, in a batch without images 
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from model.attention import KVCache
 from model.losses import linear_cross_entropy
 from model.patches import LinearPatches, Skips
 from model.transformer import Transformer, TransformerConfig
+from model.unet import UNetConfig, UNetPatches
 
 Grid = tuple[int, int]  # (h, w) of an image's latents
 
@@ -24,16 +26,24 @@ Grid = tuple[int, int]  # (h, w) of an image's latents
 @dataclass(frozen=True, kw_only=True)
 class TransfusionConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    patches: Literal["linear", "unet"] = "linear"  # latents <-> tokens: one linear layer, or the paper's U-Net blocks
+    unet: UNetConfig = field(default_factory=UNetConfig)  # read with patches=unet only
     patch_size: int = 2  # latent pixels a side of one image token, >= 1; the paper: 1, 2, 4 or 8
     latent_channels: int = 8  # channels of the VAE's latents, >= 1
     # ours: add the timestep embedding after the patches' linear layer instead of before it; off in the paper
     timestep_after_patches: bool = False
+    # what a patch sees of its image: all of it, or the patches before it (the paper's ablation, table 5)
+    image_attention: Literal["bidirectional", "causal"] = "bidirectional"
     text_loss_chunk: int = 4096  # text targets whose logits exist at once, >= 1; bounds memory, not the result
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "latent_channels", "text_loss_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
+        if self.patches == "unet":
+            self.unet.levels(self.patch_size)  # refuses a patch size that its levels do not make
+            if self.timestep_after_patches:
+                raise ValueError("timestep_after_patches=true with patches=unet: expected false; U-Net blocks add it")
 
 
 class TransfusionOutput(NamedTuple):
@@ -50,7 +60,11 @@ class Transfusion(nn.Module):
         width = config.transformer.width
         self.config = config
         self.text_embedding = nn.Embedding(vocab_size, width)
-        self.patches = LinearPatches(width, config.latent_channels, config.patch_size, config.timestep_after_patches)
+        borders = (width, config.latent_channels, config.patch_size)
+        if config.patches == "unet":
+            self.patches = UNetPatches(*borders, config.unet)
+        else:
+            self.patches = LinearPatches(*borders, config.timestep_after_patches)
         self.transformer = Transformer(config.transformer)
         self.text_head = nn.Linear(width, vocab_size, bias=False)
 
@@ -128,16 +142,16 @@ def initial_value(
 
     ours (the paper is silent): normal with std fan_in^-1/2; projections into the residual stream divided by
     sqrt(2 layers), so that its variance does not grow with depth; a small noise head, so that the first predictions are
-    near zero, the mean of the noise; ones for norms, zeros for biases.
+    near zero, the mean of the noise; ones for norms, zeros for biases and for what a U-Net block adds to its input.
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".conv_out.weight")):
         return torch.zeros(shape)
-    std = shape[-1] ** -0.5
+    std = math.prod(shape[1:]) ** -0.5
     if name.endswith(("attention.out.weight", "ffn.down.weight")):
         std /= (2 * config.transformer.layers) ** 0.5
-    elif name.endswith("patches.to_patch.weight"):
+    elif name.endswith(("patches.to_patch.weight", "patches.to_latents.weight")):
         std *= 0.1
     return torch.empty(shape).normal_(std=std, generator=generator)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from model.diffusion import (
     DiffusionConfig,
@@ -12,6 +12,7 @@ from model.diffusion import (
     alphas_cumprod,
     ddim_step,
     ddpm_step,
+    dpmpp_step,
     loss_weights,
     sampling_timesteps,
     timesteps_from_uniform,
@@ -116,6 +117,53 @@ def test_each_ddpm_step_equals_diffusers(prediction, spacing):
         ours = ddpm_step(x_t, x0, alpha, alpha_prev, noise)
         # diffusers raises the variance to at least 1e-20.
         assert (ours - theirs).abs().max() <= 1e-9 * max(1.0, theirs.abs().max().item()), t
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_each_dpmpp_step_equals_diffusers(prediction, spacing):
+    oracle = DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type=DIFFUSERS_NAMES[prediction], final_sigmas_type="zero"
+    )
+    timesteps = sampling_timesteps(50, spacing)
+    oracle.set_timesteps(timesteps=timesteps)
+    exact = TABLE[timesteps]  # in f32, diffusers' own sigmas have lost the digits of alpha_bar near t = 999
+    oracle.sigmas = torch.cat([((1 - exact) / exact).sqrt(), torch.zeros(1, dtype=torch.float64)])
+    x_t, *_ = draws().double()
+    generator, before, scale = torch.Generator().manual_seed(1), None, 1.0
+    for t, t_prev in zip(timesteps, [*timesteps[1:], None], strict=True):
+        alpha, alpha_prev = TABLE[t].item(), 1.0 if t_prev is None else TABLE[t_prev].item()
+        pred = torch.randn(x_t.shape, generator=generator, dtype=torch.float64)
+        theirs = oracle.step(pred, t, x_t).prev_sample
+        x0, _ = to_x0_and_eps(pred, x_t, alpha, prediction)
+        ours = dpmpp_step(x_t, x0, alpha, alpha_prev, before)
+        scale = max(scale, theirs.abs().max().item())
+        assert (ours - theirs).abs().max() <= 1e-5 * scale, t
+        x_t, before = theirs, (x0, alpha)
+
+
+def test_dpmpp_is_of_second_order_and_ddim_of_first():
+    """On a Gaussian the probability flow is known: x scales with its own deviation sqrt(alpha spread^2 + 1 - alpha)."""
+    spread, start = 0.5, torch.ones(1, dtype=torch.float64)
+
+    def deviation(t):
+        return math.sqrt(TABLE[t].item() * spread**2 + 1 - TABLE[t].item())
+
+    def error(kind, stride):
+        x, before = start, None
+        for t in range(800, 80, -stride):
+            alpha, alpha_prev = TABLE[t].item(), TABLE[t - stride].item()
+            best_eps = math.sqrt(1 - alpha) / deviation(t) ** 2 * x
+            x0, eps = to_x0_and_eps(best_eps, x, alpha, "eps")
+            if kind == "ddim":
+                x = ddim_step(x0, eps, alpha, alpha_prev, 0.0, None)
+            else:
+                x, before = dpmpp_step(x, x0, alpha, alpha_prev, before), (x0, alpha)
+        return abs((x - deviation(80) / deviation(800)).item())
+
+    for kind, low, high in (("ddim", 1.7, 2.4), ("dpm++", 3.2, 5.0)):
+        ratio = error(kind, 20) / error(kind, 10)
+        assert low < ratio < high, (kind, ratio)
 
 
 def test_ddim_with_eta_one_is_ddpm():

@@ -181,7 +181,7 @@ def test_the_program_writes_scores_settings_and_every_example_alike_on_one_and_t
         assert pictures == {f"{i:04d}-{kind}.png" for i in range(9) for kind in ("drawn", "true")}
     one, two = results
     assert {key: one[key] for key in ("step", "seed")} == {"step": 6, "seed": 3}
-    assert {"sampler", "steps", "guidance_scale", "spacing", "temperature"} <= one["settings"].keys()
+    assert {"sampler", "steps", "guidance", "spacing", "temperature"} <= one["settings"].keys()
     assert two["heldout"]["pairs"] == pytest.approx(one["heldout"]["pairs"], rel=1e-5)
     assert [e["caption"] for e in examples[0]] == [e["caption"] for e in examples[1]]
     for example, twin in zip(*examples, strict=True):

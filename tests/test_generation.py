@@ -19,7 +19,7 @@ from train.distributed import alone
 from train.figures import contact_sheet
 from train.generation import Generation, find_checkpoint
 
-SAMPLER = SamplerConfig(sampler="ddim", steps=3, guidance_scale=2.0, max_new_tokens=6)
+SAMPLER = SamplerConfig(sampler="ddim", steps=3, guidance=2.0, max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_previews_show_the_prompts_by_the_averaged_weights(drawn: DrawingRun, ge
     sheets = sorted(path.name for path in (drawn.run_dir / "previews").iterdir())
     assert sheets == ["step-00000003.png", "step-00000006.png"]
     assert "wandb is off" not in drawn.output and list((drawn.run_dir / "wandb").glob("offline-run-*"))
-    pictures = generation.draw(PROMPTS, replace(SAMPLER, guidance_scale=3.0), seed=0)
+    pictures = generation.draw(PROMPTS, replace(SAMPLER, guidance=3.0), seed=0)
     expected = np.asarray(contact_sheet(pictures, PROMPTS), dtype=int)
     found = np.asarray(Image.open(drawn.run_dir / "previews" / sheets[-1]), dtype=int)
     assert np.abs(found - expected).max() <= 1

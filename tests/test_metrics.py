@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from model.transformer import TransformerConfig
-from model.transfusion import Transfusion, TransfusionConfig
 from tests.ranks import run_ranks
 from train import metrics
 from train.distributed import Ranks, Vote, alone
-from train.metrics import Console, Flops, Interval, LogConfig, MetricsLog
+from train.flops import Flops
+from train.metrics import Console, Interval, LogConfig, MetricsLog
 from train.run_folder import RunFolder
 from train.signals import StopKind
 from train.step import StepLoss
@@ -33,15 +30,22 @@ def _vote(**counts: int) -> Vote:
 
 
 def _batch(slots: int, pairs: int) -> Any:
-    """Two micro-batches of five rows, one of them idle."""
+    """Two micro-batches of five rows, one of them idle, with 20 tokens, 5 text targets and 3 images of 4 cells."""
     document_ids = torch.tensor([[1, 2], [1, 0], [0, 0], [1, 1], [1, 1]])
-    micro_batch = SimpleNamespace(input_ids=torch.zeros(slots), document_ids=document_ids, num_attention_pairs=pairs)
+    micro_batch = SimpleNamespace(
+        input_ids=torch.zeros(slots),
+        document_ids=document_ids,
+        num_padding=slots - 20,
+        num_attention_pairs=pairs,
+        num_text_targets=5,
+        images={(2, 2): SimpleNamespace(num_valid=3)},
+    )
     return SimpleNamespace(micro_batches=[micro_batch, micro_batch])
 
 
 def _two_rows(ranks: Ranks) -> list[dict]:
     """Two steps and a row, one step and a row, with other numbers on each rank."""
-    interval = Interval(Flops(per_token=10.0, per_pair=1.0, per_text_target=100.0), ranks)
+    interval = Interval(Flops(per_token=10.0, per_pair=1.0, per_text_target=100.0, per_latent_cell=1000.0), ranks)
     mine = ranks.rank + 1
     states = {ranks.rank: {"cursors": [[ranks.rank, 5, 0], [3, 0, 0]]}}
     rows = []
@@ -77,25 +81,10 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
                     "epoch_max": 3,
                 }
             )
-            flops = steps * (10 * 120 + 2 * 7 * (1 + 2 + 3) + 100 * 30)
+            flops = steps * (10 * 120 + 2 * 7 * (1 + 2 + 3) + 100 * 30 + 1000 * 3 * 2 * 12)
             per_s = steps * row["step_s"]
             assert row["model_tflops_per_s_per_rank"] == pytest.approx(flops / per_s / 3 / 1e12, rel=1e-6)
             assert row["tokens_per_s"] == pytest.approx(120 * steps / per_s, rel=1e-6)
-
-
-@pytest.mark.parametrize("kv_heads", [None, 2])
-def test_flops_are_those_that_torch_counts(kv_heads: int | None) -> None:
-    """P9: the blocks' matrices, attention over the pairs of a full mask and the text head, times three for training."""
-    config = TransfusionConfig(transformer=TransformerConfig(width=32, layers=3, heads=4, kv_heads=kv_heads))
-    model, tokens, vocab_size = Transfusion(config, 50).double(), 24, 50
-    h = torch.zeros(1, tokens, 32, dtype=torch.float64)
-    flops = Flops.of(config, vocab_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model.trunk(h, torch.arange(tokens)[None], torch.full((1, tokens, 2), -1), None)
-    assert 3 * counter.get_total_flops() == flops.per_token * tokens + flops.per_pair * tokens**2
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.text_logits(h)
-    assert 3 * counter.get_total_flops() == flops.per_text_target * tokens
 
 
 def test_the_time_left_counts_only_the_steps_of_this_start(

@@ -103,7 +103,7 @@ def make_evaluation(folder: Path, told: str | None = None) -> list[tuple[SceneIt
     ]
     folder.mkdir()
     _write_examples(folder, items, drawn, described)
-    settings = {"sampler": "ddim", "steps": 50, "guidance_scale": 3.5, "clip_x0": None}
+    settings = {"sampler": "ddim", "steps": 50, "guidance": 3.5, "clip_x0": None}
     scores = {"step": 300, "seed": 11, "settings": settings, "weights": EvaluateConfig().weights}
     scores["heldout"] = {HOSTILE: {"text_loss": 1.25, "image_loss": 0.0}}
     scores["text_to_image"] = shares(items, [verdict for _, verdict in drawn])

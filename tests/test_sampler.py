@@ -10,6 +10,7 @@ from model.diffusion import (
     alphas_cumprod,
     ddim_step,
     ddpm_step,
+    dpmpp_step,
     sampling_timesteps,
     to_x0_and_eps,
     training_target,
@@ -17,24 +18,35 @@ from model.diffusion import (
 from model.sampler import Prompt, SamplerConfig, SeededDraws, SpecialTokens, generate, sample_tokens
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
+from model.unet import UNetConfig
 
 SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4, never=(0,))
 VOCAB, CHANNELS, GRID, PATCHES = 12, 3, (4, 4), 4
 TABLE = alphas_cumprod().tolist()
 
 
-def tiny_model(seed=0, **changes):
+UNET = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
+
+
+def tiny_model(seed=0, patches="linear", image_attention="bidirectional", **changes):
     trunk = TransformerConfig(width=16, layers=2, heads=2, ffn_hidden=24, **changes)
-    model = Transfusion(TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS), VOCAB)
+    settings = {"patches": patches, "unet": UNET, "image_attention": image_attention}
+    config = TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS, **settings)
+    model = Transfusion(config, VOCAB)
     init_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        model.patches.to_patch.weight.mul_(10)  # predictions that matter
+        last = model.patches.to_patch if patches == "linear" else model.patches.to_latents
+        last.weight.mul_(10)  # predictions that matter
+        for name, parameter in model.patches.named_parameters():
+            if name.endswith("conv_out.weight"):  # zero at the start
+                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
         model.text_head.weight.mul_(2)
     return model
 
 
 def settings(**changes):
-    defaults = {"sampler": "ddim", "steps": 4, "guidance_scale": 2.5, "max_new_tokens": 10, "max_images": 2}
+    defaults = {"sampler": "ddim", "steps": 4, "guidance": 2.5, "max_new_tokens": 10, "max_images": 2}
     return SamplerConfig(**{**defaults, "prefill_chunk": 3, "max_length": 64, **changes})
 
 
@@ -67,14 +79,15 @@ class Slow:
                 grids.append((-1, -1))
                 continue
             latents, t = part
-            tokens, _ = self.model.embed_images(latents[None], torch.tensor([t]))
+            tokens, self.skips = self.model.embed_images(latents[None], torch.tensor([t]))
             spans.append((len(images), tokens.shape[1], latents.shape[1:]))
             embedded.append(tokens[0])
             images += [len(spans) - 1] * tokens.shape[1]
             grids += [(i, j) for i in range(latents.shape[1] // 2) for j in range(latents.shape[2] // 2)]
         length = len(images)
         ids = torch.tensor([images], dtype=torch.int32)
-        mask = dense_mask(torch.ones_like(ids), ids, torch.full_like(ids, length))
+        seen_whole = ids if self.model.config.image_attention == "bidirectional" else torch.full_like(ids, -1)
+        mask = dense_mask(torch.ones_like(ids), seen_whole, torch.full_like(ids, length))
         hidden = self.model.trunk(torch.cat(embedded)[None], torch.arange(length)[None], torch.tensor([grids]), mask)
         return hidden[0], spans
 
@@ -83,22 +96,26 @@ class Slow:
         first, count, grid = spans[-1]
         timesteps = torch.tensor([t])
         with torch.no_grad():
-            return self.model.predict_noise(hidden[None, first : first + count], None, timesteps, *grid)[0]
+            return self.model.predict_noise(hidden[None, first : first + count], self.skips, timesteps, *grid)[0]
 
     def denoise(self, parts, config, draws, index, image, prediction):
         x = draws.noise(index, image, 0, (CHANNELS, *GRID))
         timesteps = sampling_timesteps(config.steps, config.spacing)
+        before = None
         for step, t in enumerate(timesteps):
             alpha = TABLE[t]
             alpha_prev = TABLE[timesteps[step + 1]] if step + 1 < len(timesteps) else 1.0
             pred = self.predict(parts, x, t)
-            if config.guidance_scale != 1:
+            lowest, highest = config.guidance_interval or (0, 999)
+            if config.guidance != 1 and lowest <= t <= highest:
                 free = self.predict([SPECIAL.bos, SPECIAL.boi], x, t)
-                pred = free + config.guidance_scale * (pred - free)
+                pred = free + config.guidance * (pred - free)
             x0, eps = to_x0_and_eps(pred, x, alpha, prediction)
             noise = draws.noise(index, image, step + 1, (CHANNELS, *GRID))
             if config.sampler == "ddpm":
                 x = ddpm_step(x, x0, alpha, alpha_prev, noise)
+            elif config.sampler == "dpm++":
+                x, before = dpmpp_step(x, x0, alpha, alpha_prev, before), (x0, alpha)
             else:
                 x = ddim_step(x0, eps, alpha, alpha_prev, config.eta, noise)
         return x
@@ -162,8 +179,12 @@ MIXED = [
         ({}, {}, "eps"),
         ({}, {"rope_2d": True}, "eps"),
         ({"sampler": "ddpm"}, {"kv_heads": 1, "qk_norm": True}, "v"),
-        ({"guidance_scale": 1.0, "eta": 0.5, "spacing": "trailing"}, {}, "x0"),
+        ({"guidance": 1.0, "eta": 0.5, "spacing": "trailing"}, {}, "x0"),
         ({"temperature": 0.7, "top_p": 0.8, "max_length": None}, {"rope_2d": True}, "v"),
+        ({"sampler": "dpm++", "steps": 5}, {}, "v"),
+        ({}, {"patches": "unet"}, "eps"),
+        ({"sampler": "dpm++", "guidance_interval": (200, 600)}, {"patches": "unet"}, "v"),
+        ({}, {"image_attention": "causal"}, "v"),
     ],
 )
 def test_decoding_equals_a_full_forward_for_every_token_and_step(changes, model_changes, prediction):
@@ -179,8 +200,9 @@ def test_decoding_equals_a_full_forward_for_every_token_and_step(changes, model_
     assert any("it" in kind for kind in kinds) and any("ti" in kind for kind in kinds), kinds
 
 
-def test_a_row_keeps_its_bits_whatever_its_neighbours_hold():
-    model, config = tiny_model(1), settings()
+@pytest.mark.parametrize("patches", ["linear", "unet"])
+def test_a_row_keeps_its_bits_whatever_its_neighbours_hold(patches):
+    model, config = tiny_model(1, patches), settings()
     mine = Prompt((text(5, 6, 7), picture(9), text(8)), draw=True, index=7)
     others = [MIXED, [Prompt((text(*([6] * 30)),), index=i) for i in range(5)], [Prompt((), draw=True, index=1)] * 5]
     results = [run(model, [*neighbours[:4], mine], config)[4] for neighbours in others]
@@ -222,11 +244,40 @@ def test_a_picture_costs_its_own_tokens_alone():
 def test_guidance_one_is_the_conditional_branch_and_zero_ignores_the_prompt():
     model = tiny_model()
     prompts = [Prompt((text(5, 6),), draw=True), Prompt((text(7, 8, 9),), draw=True)]
-    free = settings(guidance_scale=0.0, max_new_tokens=0)
+    free = settings(guidance=0.0, max_new_tokens=0)
     first, second = run(model, prompts, free)
     assert torch.equal(first[0], second[0])
-    first, second = run(model, prompts, settings(guidance_scale=1.0, max_new_tokens=0))
+    first, second = run(model, prompts, settings(guidance=1.0, max_new_tokens=0))
     assert not torch.allclose(first[0], second[0], atol=1e-3)
+
+
+def test_outside_its_interval_guidance_costs_no_branch():
+    model, config = tiny_model(), settings(max_new_tokens=0, steps=5, guidance_interval=(300, 700))
+    rows = []
+    model.transformer.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[0]))
+    run(model, [Prompt((text(5),), draw=True)], config)
+    assert rows[2:] == [1, 2, 2, 1, 1]  # t = 800, 600, 400, 200, 0
+
+
+def test_progress_rises_to_the_number_of_prompts():
+    shares = []
+    generate(tiny_model(), MIXED, settings(), DiffusionConfig(), SPECIAL, GRID, SeededDraws(0), shares.append)
+    assert min(shares) >= 0 and sum(shares) == pytest.approx(len(MIXED))
+    shares.clear()
+    pictures = [Prompt((text(5),), draw=True, index=i) for i in range(3)]
+    config = settings(max_new_tokens=0, max_images=1, steps=4)
+    generate(tiny_model(), pictures, config, DiffusionConfig(), SPECIAL, GRID, SeededDraws(0), shares.append)
+    assert [round(share, 6) for share in shares if share] == [0.75] * 4
+
+
+def test_a_row_alone_and_in_a_batch_agree_within_rounding():
+    """P12: 1e-4 between batch sizes."""
+    for patches in ("linear", "unet"):
+        model, config = tiny_model(3, patches), settings(temperature=0.0)
+        together = run(model, MIXED, config)
+        for prompt, ours in zip(MIXED, together, strict=True):
+            (single,) = run(model, [prompt], config)
+            assert_same(ours, [part.tolist() if part.ndim == 1 else part for part in single])
 
 
 def test_limits_hold():
@@ -309,7 +360,7 @@ def test_a_model_that_learned_two_pictures_draws_and_describes_each():
         optimizer.zero_grad()
 
     prompts = [Prompt((torch.tensor(caption),), draw=True, index=i) for i, caption in enumerate(captions)]
-    config = settings(steps=25, guidance_scale=1.0, max_new_tokens=0)
+    config = settings(steps=25, guidance=1.0, max_new_tokens=0)
     for i, (drawn,) in enumerate(run(model, prompts, config, prediction="v")):
         own, other = ((drawn - pictures[j]).square().mean() for j in (i, 1 - i))
         assert own < 0.5 and other > 1.5, (own, other)

@@ -147,7 +147,7 @@ class Generation:
             chosen = numbers[start : start + self.batch_size]
             latents = self.stats.whiten(means).cpu()
             rows += [Prompt([one], index=number) for number, one in zip(chosen, latents, strict=True)]
-        config = replace(config, max_images=0, guidance_scale=1.0)
+        config = replace(config, max_images=0, guidance=1.0)
         captions: list[str] = []
         for outputs in self._generate(rows, config, seed, done):
             captions += [self.tokenizer.decode(parts[0]) if parts else "" for parts in outputs]

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from data.loader import StepBatch, epochs
 from data.packing import PADDING_DOCUMENT
-from model.transfusion import TransfusionConfig
 from train.distributed import Ranks, Vote
+from train.flops import Flops
 from train.run_folder import RunFolder
 from train.step import StepLoss
 
@@ -41,13 +41,13 @@ class LogConfig:
 class Interval:
     """Sums over the steps since the last log line; `row()` reduces them over ranks and starts anew."""
 
-    def __init__(self, flops: "Flops", ranks: Ranks):
+    def __init__(self, flops: Flops, ranks: Ranks):
         self.flops, self.ranks = flops, ranks
         self._reset()
 
     def _reset(self) -> None:
         self._device_sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # text nll, image error
-        self._sums = dict.fromkeys(("slots", "rows", "idle_rows", "attention_pairs", "data_wait_s"), 0.0)
+        self._sums = dict.fromkeys(("slots", "rows", "idle_rows", "flops", "data_wait_s"), 0.0)
         self._global = dict.fromkeys(("text_targets", "images", "tokens"), 0)
         self._last: dict[str, Any] = {}  # of the last step only
         self.num_steps = 0
@@ -65,7 +65,7 @@ class Interval:
             self._sums["slots"] += micro_batch.input_ids.numel()
             self._sums["rows"] += len(first_documents)
             self._sums["idle_rows"] += int((first_documents == PADDING_DOCUMENT).sum())
-            self._sums["attention_pairs"] += micro_batch.num_attention_pairs
+            self._sums["flops"] += self.flops.of_batch(micro_batch)
         self._sums["data_wait_s"] += data_wait_s
         self._global["text_targets"] += vote.text_targets
         self._global["images"] += vote.images
@@ -78,11 +78,9 @@ class Interval:
         seconds = time.monotonic() - self._start
         sums = torch.cat([self._device_sums.cpu(), torch.tensor(list(self._sums.values()), dtype=torch.float64)])
         dist.all_reduce(sums, group=self.ranks.vote_group)
-        text_nll, image_error, slots, rows, idle_rows, pairs, data_wait_s = sums.tolist()
+        text_nll, image_error, slots, rows, idle_rows, model_flops, data_wait_s = sums.tolist()
         epoch = np.concatenate(self.ranks.gather(epochs(lane_states)))  # [L, sources]
-        counts, world_size, flops = self._global, self.ranks.world_size, self.flops
-        model_flops = flops.per_token * counts["tokens"] + flops.per_pair * pairs
-        model_flops += flops.per_text_target * counts["text_targets"]
+        counts, world_size = self._global, self.ranks.world_size
         row = {
             "interval_steps": self.num_steps,  # what the sums and means below are over
             "text_loss": text_nll / max(counts["text_targets"], 1),  # nats a text target
@@ -103,22 +101,6 @@ class Interval:
         }
         self._reset()
         return row
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Model FLOPs, forward and backward, of what the mask allows; the patchers' (under 1 %) are left out."""
-
-    per_token: float  # in the blocks' matrices
-    per_pair: float  # (query, key) pair that the mask allows, over all layers
-    per_text_target: float  # in the text head
-
-    @classmethod
-    def of(cls, config: TransfusionConfig, vocab_size: int) -> "Flops":
-        trunk = config.transformer
-        kv_share = trunk.num_kv_heads / trunk.heads
-        matrices = trunk.layers * (trunk.width**2 * (2 + 2 * kv_share) + 3 * trunk.width * trunk.hidden)
-        return cls(6 * matrices, 12 * trunk.layers * trunk.width, 6 * trunk.width * vocab_size)
 
 
 class Console:

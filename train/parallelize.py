@@ -10,12 +10,16 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.transfusion import initial_value, parameter_generator
+from model.unet import ResidualBlock
 from train.distributed import Ranks
 
 
@@ -24,7 +28,8 @@ class ParallelConfig:
     # Number format of parameters in forward and backward; master weights and gradient sums stay float32.
     # auto: bfloat16 where the processor multiplies it natively (every CUDA device we support), else float32.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    activation_checkpointing: Literal["none", "full"] = "none"  # full: recompute each block in backward
+    # What backward recomputes. none: nothing; full: each block, and each residual block of a U-Net.
+    activation_checkpointing: Literal["none", "full"] = "none"
     compile: bool = False  # torch.compile each block (needs a C++ compiler on CPU, Triton on CUDA)
     shard_blocks: bool = True  # each block its own FSDP unit; false: one unit for the whole (small) model
     reshard_after_forward: bool = True  # free gathered parameters between forward and backward
@@ -34,6 +39,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> FSDPM
     """Wrap a meta-device model for `ranks`; gradients come out summed over ranks, never averaged."""
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("dp_shard",))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(config, ranks.device), reduce_dtype=torch.float32)
+    if config.activation_checkpointing == "full":
+        apply_activation_checkpointing(model.patches, check_fn=lambda module: isinstance(module, ResidualBlock))
     blocks = model.transformer.blocks
     for i, block in enumerate(blocks):
         if config.activation_checkpointing == "full":
@@ -42,6 +49,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> FSDPM
             block.compile()
         if config.shard_blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    # The patchers stay in the root's unit: they run once an image grid, of which ranks may have unequal numbers, and
+    # a unit of their own would gather as often.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -21,7 +21,8 @@ from train import checkpoint
 from train.checkpoint import CheckpointError
 from train.config import load_config, run_program, to_yaml
 from train.distributed import DIED, Ballot, PendingVote, Ranks, Vote, init_ranks, last_words
-from train.metrics import Console, Flops, Interval, MetricsLog
+from train.flops import Flops
+from train.metrics import Console, Interval, MetricsLog
 from train.optim import Optimizer, learning_rate
 from train.parallelize import initialize, parallelize
 from train.previews import Previews

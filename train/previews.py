@@ -42,7 +42,7 @@ class Previews:
             return
         self._generation.model.load_state_dict(weights)
         config = self.recipe.preview
-        sampler = SamplerConfig(sampler="ddim", steps=config.steps, guidance_scale=config.guidance)
+        sampler = SamplerConfig(sampler="ddim", steps=config.steps, guidance=config.guidance)
         pictures = self._generation.draw(config.prompts, sampler, self.recipe.seed)
         path = self.folder.path / "previews" / f"step-{step:08d}.png"
         with atomic_write(path) as file:

@@ -29,7 +29,7 @@ SPLITS = {
 }
 TASKS = (("text_to_image", "Text → image", "drawn_verdict"), ("image_to_text", "Image → text", "caption_verdict"))
 # What scores depend on; without it they mean nothing.
-SETTINGS = ("training_step", "sampler", "steps", "spacing", "eta", "guidance_scale", "clip_x0")
+SETTINGS = ("training_step", "sampler", "steps", "spacing", "eta", "guidance", "clip_x0")
 SETTINGS += ("temperature", "top_p", "seed", "weights")
 PACKAGES = ("torch", "diffusers", "numpy", "sentencepiece", "webdataset", "torchdata")
 

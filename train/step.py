@@ -65,12 +65,15 @@ def micro_step(
     noisy, timesteps, targets, valid, token_index = noised_images(batch, stats, diffusion, model.config)
     table = _schedule(diffusion.num_timesteps, batch.input_ids.device)
     mask_of = block_mask if batch.input_ids.is_cuda else dense_mask
+    seen_as_images = batch.image_ids
+    if model.config.image_attention == "causal":
+        seen_as_images = torch.full_like(batch.image_ids, NO_IMAGE)  # as if all were text
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         grid_positions=batch.grid_positions,
         is_image=batch.image_ids != NO_IMAGE,
-        mask=mask_of(batch.document_ids, batch.image_ids, batch.visible_until),
+        mask=mask_of(batch.document_ids, seen_as_images, batch.visible_until),
         text_target_index=batch.text_target_index,
         text_targets=batch.text_targets,
         noisy=noisy,
