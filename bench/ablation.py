@@ -1,13 +1,13 @@
 """Repeat an ablation of the paper at the demo's size: train once a variant, score each on held-out scenes.
 
-usage: python -m bench.ablation attention [--steps 600] [--ranks 2] [--root runs/demo]
+usage: python -m bench.ablation attention [--steps 600] [--ranks 2]
 
   attention   bidirectional against causal inside images (the paper's table 5)
   patch_size  latent pixels a side of a token (table 6)
   patches     linear against U-Net (tables 6 and 7)
   noise_cap   timesteps of pictures before their caption, capped at half or not (table 8)
 
-Reads the data of `make demo`; what a killed run has finished is kept in ROOT/ablation. The last line is one JSON object.
+Reads the data of `make demo`, writes runs/demo/ablation and goes on there after a kill. Last line: one JSON object.
 """
 
 import argparse
@@ -18,23 +18,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+DEMO = Path("runs/demo")  # as in configs/demo
 UNET = (
     "model.patches=unet",
     "model.timestep_after_patches=false",
     "model.unet.blocks=2",
     "model.unet.timestep_width=64",
 )
+# One latent cell a token: alone it says little, so what a token may see of its picture counts for more.
+FINE = ("model.patch_size=1", "data.sequence_length=256", "data.lanes=16", "micro_batch_size=8")
 ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"bidirectional": (), "causal": ("model.image_attention=causal",)},
+    "attention": {"bidirectional": FINE, "causal": (*FINE, "model.image_attention=causal")},
     "patch_size": {str(size): (f"model.patch_size={size}",) for size in (1, 2, 4)},
     "patches": {"linear": (), "unet": (*UNET, "model.unet.channels=[24,48]")},
     "noise_cap": {"500": (), "none": ("diffusion.before_caption_max_timestep=null",)},
 }
 
 
-def run_variant(root: Path, name: str, switches: tuple[str, ...], steps: int, ranks: int) -> dict:
+def run_variant(name: str, switches: tuple[str, ...], steps: int, ranks: int) -> dict:
     """Train and evaluate one variant by the real programs; return its scores."""
-    folder = root / "ablation" / f"{name}-{steps}"
+    folder = DEMO / "ablation" / f"{name}-{steps}"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m"]
     short = (f"optim.steps={steps}", "preview.interval_steps=null", "log.wandb=disabled", "checkpoint.keep_last=1")
     train = ("train.pretrain", "config=configs/demo/pretrain.yaml", f"run_dir={folder}", *short, *switches)
@@ -52,16 +55,15 @@ def main() -> int:
     parser.add_argument("ablation", choices=ABLATIONS)
     parser.add_argument("--steps", type=int, default=600, help="updates a variant (600)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (2)")
-    parser.add_argument("--root", type=Path, default=Path("runs/demo"), help="folder that `make demo` made (runs/demo)")
     options = parser.parse_args()
-    if not (options.root / "latents" / "text_heldout" / "manifest.json").is_file():
-        print(f"bench.ablation: {options.root} holds no encoded scenes; run `make demo` first", file=sys.stderr)
+    if not (DEMO / "latents" / "text_heldout" / "manifest.json").is_file():
+        print(f"bench.ablation: {DEMO} holds no encoded scenes; run `make demo` first", file=sys.stderr)
         return 2
     variants = {
-        variant: run_variant(options.root, f"{options.ablation}-{variant}", switches, options.steps, options.ranks)
+        variant: run_variant(f"{options.ablation}-{variant}", switches, options.steps, options.ranks)
         for variant, switches in ABLATIONS[options.ablation].items()
     }
-    print(json.dumps({"bench": "ablation", **vars(options), "root": str(options.root), "variants": variants}))
+    print(json.dumps({"bench": "ablation", **vars(options), "variants": variants}))
     return 0
 
 

@@ -9,7 +9,7 @@ and its own state is not used.
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -28,6 +28,9 @@ from data.tokenizer import Tokenizer
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # encoded data sets by name, mixed by weight
+    # Share of image tokens (patches) among all, in (0, 1): the weights of sources with and without images are scaled
+    # to meet it, captions counting as text (the paper: 0.5). null: weights as given.
+    image_share: float | None = None
     tokenizer: str = MISSING  # SentencePiece model that made the shards' token ids
     lanes: int = 512  # L, sequences a global batch; the number of ranks may not exceed it
     sequence_length: int = 4096  # S, tokens a sequence
@@ -45,6 +48,8 @@ class DataConfig:
         for name in ("num_workers", "max_bad_documents"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)}: expected 0 or more")
+        if self.image_share is not None and not 0 < self.image_share < 1:
+            raise ValueError(f"data.image_share={self.image_share}: expected a share in (0, 1), or null")
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,11 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
         order=config.order,
         special=tokenizer.special,
     )
+    manifests = {name: Manifest.load(Path(source.path)) for name, source in config.sources.items()}
+    weights = source_weights(config, manifests, patch_size)
     sources, spec, grids = [], None, set()
     for number, (name, source) in enumerate(config.sources.items()):
-        manifest = Manifest.load(Path(source.path))
+        manifest = manifests[name]
         manifest.check_files()
         if manifest.tokenizer_hash != tokenizer.hash:
             raise ValueError(
@@ -103,7 +110,7 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
             )
         spec = spec or manifest.latent_spec
         grids |= manifest.grids()
-        sources.append(Source(number, source, manifest, settings))
+        sources.append(Source(number, replace(source, weight=weights[name]), manifest, settings))
     for grid in grids:
         rows, columns = patch_grid(grid, patch_size)
         if rows * columns + 4 > config.sequence_length:
@@ -112,6 +119,33 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
                 f"more than data.sequence_length={config.sequence_length}; use longer sequences or larger patches"
             )
     return DataSet(sources, settings, tokenizer, spec, sorted(grids))
+
+
+def source_weights(config: DataConfig, manifests: dict[str, Manifest], patch_size: int) -> dict[str, float]:
+    """Return each source's share of all tokens, up to a common factor: as given, or scaled to meet `image_share`.
+
+    Raises ValueError where no scaling can meet it.
+    """
+    weights = {name: source.weight for name, source in config.sources.items()}
+    if config.image_share is None:
+        return weights
+    kept = 1 - config.order.caption_dropout
+    image_shares = {name: manifest.image_token_share(patch_size, kept) for name, manifest in manifests.items()}
+    with_images = {name: weight for name, weight in weights.items() if image_shares[name] > 0}
+    total = sum(with_images.values())
+    most = sum(weight * image_shares[name] for name, weight in with_images.items()) / total if total else 0.0
+    if most <= config.image_share or len(with_images) == len(weights):
+        raise ValueError(
+            f"data.image_share={config.image_share}: the sources with images hold {most:.3f} image tokens a token, and "
+            f"{len(weights) - len(with_images)} sources hold text alone; expected less than the former and at least one "
+            "of the latter; add such a source, or set data.image_share=null"
+        )
+    share = config.image_share / most  # of all tokens, in documents with images
+    text_total = sum(weights.values()) - total
+    return {
+        name: share * weight / total if name in with_images else (1 - share) * weight / text_total
+        for name, weight in weights.items()
+    }
 
 
 @dataclass

@@ -27,7 +27,7 @@ class LatentSpec:
     channels: int
     stride: int  # pixels a latent cell
     resolution: int  # pixels of the encoded pictures' shorter side
-    mean: tuple[float, ...]  # per channel, of sampled latents; training whitens with these
+    mean: tuple[float, ...]  # per channel, of sampled latents or as the VAE states; training whitens with these
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -83,6 +83,15 @@ class Manifest:
 
     def grids(self) -> set[tuple[int, int]]:
         return {tuple(map(int, grid.split("x"))) for shard in self.shards for grid in shard.grids}
+
+    def image_token_share(self, patch_size: int, captions_kept: float = 1.0) -> float:
+        """Return the share of patches among all tokens, with that share of the captions kept beside their image."""
+        sizes = {grid: tuple(map(int, grid.split("x"))) for shard in self.shards for grid in shard.grids}
+        images = [(sizes[grid], count) for shard in self.shards for grid, count in shard.grids.items()]
+        patches = sum((h // patch_size) * (w // patch_size) * count for (h, w), count in images)
+        text_tokens = sum(shard.text_tokens for shard in self.shards)
+        tokens = sum(shard.tokens(patch_size) for shard in self.shards) - (1 - captions_kept) * text_tokens
+        return patches / tokens
 
     def shard_path(self, shard: int) -> Path:
         return self.folder / self.shards[shard].name

@@ -16,7 +16,9 @@ def llama_config(config: TransfusionConfig, vocab_size: int) -> dict[str, Any]:
     """Return the contents of config.json; raise ValueError naming the switches that Llama does not have."""
     trunk = config.transformer
     if trunk.qk_norm:
-        raise ValueError("model.transformer.qk_norm=true: transformers' Llama has no query and key norms; expected false")
+        raise ValueError(
+            "model.transformer.qk_norm=true: transformers' Llama has no query and key norms; expected false"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -1,0 +1,113 @@
+"""P1: the presets are the published recipe, number by number (Zhou et al. 2024); what goes beyond it is off."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model.diffusion import DiffusionConfig
+from model.sampler import SamplerConfig
+from train.config import load_config
+from train.optim import OptimConfig, learning_rate
+from train.plan import main as plan
+from train.recipe import PretrainConfig
+from train.sample import SampleConfig
+
+PAPER = Path(__file__).parents[1] / "configs" / "paper"
+SIZES = {  # layers, width, heads; and the parameters of the blocks in Llama's form
+    "0.16b": (16, 768, 12, 113e6),
+    "0.37b": (24, 1024, 16, 308e6),
+    "0.76b": (24, 1536, 24, 680e6),
+    "1.4b": (24, 2048, 16, 1.23e9),
+    "7b": (32, 4096, 32, 6.48e9),
+}
+
+
+def preset(name: str, *more: str) -> PretrainConfig:
+    return load_config(PretrainConfig, [f"config={PAPER / name}.yaml", *more])
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_presets_model_is_the_papers(name: str) -> None:
+    model = preset(name).model
+    trunk = model.transformer
+    assert (trunk.layers, trunk.width, trunk.heads, trunk.num_kv_heads) == (*SIZES[name][:3], trunk.heads)
+    assert (model.patches, model.patch_size, model.latent_channels) == ("linear", 2, 8)
+    assert model.image_attention == "bidirectional"
+    assert not (trunk.rope_2d or trunk.qk_norm or model.timestep_after_patches)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_presets_recipe_is_the_papers(name: str) -> None:
+    config = preset(name)
+    assert config.optim == OptimConfig(
+        learning_rate=3e-4,
+        min_learning_rate=1.5e-5,
+        warmup_steps=4000,
+        steps=250_000,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        ema_decay=None,
+    )
+    rates = [learning_rate(step, config.optim) for step in (2000, 4000, 250_000)]
+    assert rates == pytest.approx([1.5e-4, 3e-4, 1.5e-5])
+    assert config.data.sequence_length == 4096
+    assert config.data.lanes * config.data.sequence_length == 2 * 2**20  # 2M tokens a batch, 0.5T in all
+    assert config.loss.image_weight == 5.0
+    assert config.data.order.caption_first == 0.8
+    assert config.data.image_share == 0.5
+    assert config.diffusion == DiffusionConfig(
+        num_timesteps=1000,
+        prediction="eps",
+        timestep_sampling="uniform",
+        before_caption_max_timestep=500,
+        min_snr_gamma=None,
+    )
+
+
+def test_the_large_run_is_4m_tokens_and_500k_steps() -> None:
+    header = (PAPER / "7b.yaml").read_text()
+    more = header.split("The paper's large run, 2T tokens, 4M a batch: add ")[1].splitlines()[0].split()
+    config = preset("7b", *more)
+    assert config.data.lanes * config.data.sequence_length == 4 * 2**20
+    assert config.optim.steps == 500_000
+
+
+def test_pictures_are_drawn_in_250_steps_with_guidance_5_and_3() -> None:
+    sample = load_config(SampleConfig, [f"config={PAPER / 'sample.yaml'}"])
+    assert (sample.sampler, sample.steps, sample.guidance, sample.clip_x0) == ("ddpm", 250, 5.0, None)
+    ablations = SamplerConfig()
+    assert (ablations.sampler, ablations.steps, ablations.guidance) == ("ddpm", 250, 3.0)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_plan_counts_parameters_by_part(name: str, capsys: pytest.CaptureFixture) -> None:
+    """The U-Net's are 0.27B within a twentieth at every size; linear patches are next to nothing."""
+    counts = {}
+    for patches in ("linear", "unet"):
+        plan([f"config={PAPER / name}.yaml", f"model.patches={patches}", "json=true"])
+        counts[patches] = json.loads(capsys.readouterr().out)["parameters"]
+        parts = {"embeddings", "blocks", "patches", "heads"}
+        assert counts[patches].keys() == {"total", *parts}
+        assert counts[patches]["total"] == sum(counts[patches][part] for part in parts)
+    linear, unet = counts["linear"], counts["unet"]
+    width = SIZES[name][1]
+    assert linear["embeddings"] == linear["heads"] == 32_002 * width
+    assert linear["blocks"] == pytest.approx(SIZES[name][3], rel=0.02)
+    assert linear["patches"] < 0.005 * linear["total"]
+    assert unet["patches"] == pytest.approx(0.27e9, rel=0.05)
+    assert {part: unet[part] for part in ("embeddings", "blocks", "heads")} == {
+        part: linear[part] for part in ("embeddings", "blocks", "heads")
+    }
+
+
+def test_the_plan_in_words_names_every_part_and_the_batch(capsys: pytest.CaptureFixture) -> None:
+    plan([f"config={PAPER / '0.76b.yaml'}"])
+    printed = capsys.readouterr().out
+    for words in ("total", "embeddings", "blocks", "patches", "heads", "2.10M tokens: 512 sequences of 4096", "524.3B"):
+        assert words in printed
+    plan(["data.tokenizer=elsewhere", "vocab_size=1000", "json=true"])
+    assert json.loads(capsys.readouterr().out)["parameters"]["embeddings"] == 1000 * 768
