@@ -137,8 +137,8 @@ def source_weights(config: DataConfig, manifests: dict[str, Manifest], patch_siz
     if most <= config.image_share or len(with_images) == len(weights):
         raise ValueError(
             f"data.image_share={config.image_share}: the sources with images hold {most:.3f} image tokens a token, and "
-            f"{len(weights) - len(with_images)} sources hold text alone; expected less than the former and at least one "
-            "of the latter; add such a source, or set data.image_share=null"
+            f"{len(weights) - len(with_images)} sources hold text alone; expected less than the former and at least "
+            "one of the latter; add such a source, or set data.image_share=null"
         )
     share = config.image_share / most  # of all tokens, in documents with images
     text_total = sum(weights.values()) - total

@@ -29,7 +29,7 @@ from train.evaluation import (
     read_scenes,
     shares,
 )
-from train.generation import Generation
+from train.generation import Generation, GenerationConfig
 from train.scenes import _held_out_records
 
 
@@ -118,7 +118,7 @@ def _heldout_pairs(folder: Path, drawn: DrawingRun) -> Path:
 
 
 def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str]) -> list[dict]:
-    generation, recipe, _ = Generation.load(run_dir, ranks)
+    generation, recipe, _ = Generation.load(GenerationConfig(checkpoint=str(run_dir)), ranks)
     trained = [heldout_losses(generation, recipe, {name: path}, ranks) for name, path in sources.items()]
     with torch.no_grad():
         generation.model.text_head.weight.zero_()
@@ -157,7 +157,7 @@ def test_heldout_data_inside_the_training_data_is_refused(
     drawn: DrawingRun, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     """P10: the same shard under another name and in another folder is still the same."""
-    recipe = Generation.load(drawn.run_dir, alone())[1]
+    recipe = Generation.load(GenerationConfig(checkpoint=str(drawn.run_dir)), alone())[1]
     check_disjoint(recipe, {"fresh": str(make_source(tmp_path / "fresh", tokenizer, pairs(8, seed=5)))})
     twin = make_source(tmp_path / "twin", tokenizer, pairs(40, grids=[(8, 8)])[:20])
     with pytest.raises(ValueError, match=r"twin/00000\.tar is training data too"):

@@ -17,14 +17,19 @@ from tests.runs import PROMPTS, DrawingRun, saved_state
 from train import checkpoint
 from train.distributed import alone
 from train.figures import contact_sheet
-from train.generation import Generation, find_checkpoint
+from train.generation import Generation, GenerationConfig
+from train.trained import find_checkpoint
 
 SAMPLER = SamplerConfig(sampler="ddim", steps=3, guidance=2.0, max_new_tokens=6)
 
 
+def load(path: Path, **settings: str) -> tuple:
+    return Generation.load(GenerationConfig(checkpoint=str(path), device="cpu", **settings), alone())
+
+
 @pytest.fixture(scope="module")
 def generation(drawn: DrawingRun) -> Generation:
-    return Generation.load(drawn.run_dir, alone())[0]
+    return load(drawn.run_dir)[0]
 
 
 def test_a_checkpoint_gives_the_averaged_or_the_live_weights_of_training(drawn: DrawingRun) -> None:
@@ -32,7 +37,7 @@ def test_a_checkpoint_gives_the_averaged_or_the_live_weights_of_training(drawn: 
     tensors, _, meta = saved_state(drawn.run_dir)
     assert meta["progress"]["step"] == 6
     for weights, entry in [("auto", "ema"), ("ema", "ema"), ("model", "model")]:
-        generation, recipe, step = Generation.load(drawn.run_dir, alone(), weights)
+        generation, recipe, step = load(drawn.run_dir, weights=weights)
         assert (step, recipe.optim.steps, generation.grid, generation.resolution) == (6, 6, (8, 8), 32)
         parameters = dict(generation.model.named_parameters())
         assert parameters.keys() == {n.removeprefix("ema.") for n in tensors if n.startswith("ema.")}
@@ -51,7 +56,7 @@ def test_a_picture_depends_on_its_prompt_number_and_seed_and_not_on_its_neighbou
     assert not np.array_equal(small.draw([PROMPTS[0]] * 3, SAMPLER, seed=2)[0], first[0])
     reported = []
     small.draw(PROMPTS * 2, SAMPLER, 1, reported.append)
-    assert reported == [3, 1]
+    assert sum(reported) == pytest.approx(4) and len(reported) > 6, "each denoising step is reported"
 
 
 def test_captions_depend_on_the_picture_and_on_its_number(generation: Generation) -> None:
@@ -80,7 +85,7 @@ def test_any_of_three_paths_names_a_checkpoint_and_the_newest_whole_one_is_taken
     with pytest.raises(ValueError, match="all 2 checkpoints in it are damaged"):
         find_checkpoint(run_dir, alone())
     for nothing in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run folder"):
+        with pytest.raises(FileNotFoundError, match="neither a checkpoint, a run folder"):
             find_checkpoint(nothing, alone())
 
 
@@ -89,14 +94,14 @@ def test_what_is_not_the_trainings_own_is_refused(drawn: DrawingRun, tmp_path: P
     other = VaeConfig(latent_channels=2, block_channels=(8, 8, 8), layers_per_block=1, norm_groups=2)
     build_vae(other).save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match="has hash"):
-        Generation.load(drawn.run_dir, alone(), vae=str(tmp_path / "vae"))
+        load(drawn.run_dir, vae=str(tmp_path / "vae"))
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        Generation.load(drawn.run_dir, alone(), vae=str(tmp_path / "nowhere"))
+        load(drawn.run_dir, vae=str(tmp_path / "nowhere"))
     kept = drawn.tokenizer.path.read_bytes()
     try:
         train_tokenizer((f"green triangles, {i} of them" for i in range(200)), drawn.tokenizer.path, 290)
         with pytest.raises(ValueError, match="is not the tokenizer"):
-            Generation.load(drawn.run_dir, alone())
+            load(drawn.run_dir)
     finally:
         drawn.tokenizer.path.write_bytes(kept)
     with pytest.raises(ValueError, match="trained on text alone"):

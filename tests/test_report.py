@@ -132,8 +132,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, Path, list]:
     lines = []
     for i, prompt in enumerate([scene("seen", 0).caption, scene("seen", 0).caption, HOSTILE]):
         (root / f"samples/{i:04d}.png").write_bytes(encode_png(scene("seen", i).picture))
-        lines.append({"prompt": prompt, "picture": f"{i:04d}.png", "seed": 5, "index": i, "step": 300})
-    lines.append({"picture": str(root / "samples/0000.png"), "caption": HOSTILE, "seed": 5, "step": 300})
+        lines.append({"prompt": prompt, "images": [], "output": [{"image": f"{i:04d}.png"}], "seed": 5, "step": 300})
+    described = {"prompt": None, "images": [str(root / "samples/0000.png")], "output": [{"text": HOSTILE}]}
+    lines.append({**described, "seed": 5, "step": 300})
     (root / "samples/results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (root / "stages").mkdir()
     for name, seconds in (("scenes", 2.0), ("pretrain", 40.5)):
@@ -212,7 +213,7 @@ def test_scores_are_the_evaluations_with_number_range_and_settings(whole) -> Non
             assert f"{100 * scores[task][goal]:.1f}\u00a0%" in text
     right = sum(drawn.all_right for item, drawn, _ in judged if item.split == "seen")
     assert f"{right} of 8, " in text
-    settings = {"training step": 300, "sampler": "ddim", "steps": 50, "guidance scale": 3.5, "seed": 11}
+    settings = {"training step": 300, "sampler": "ddim", "steps": 50, "guidance": 3.5, "seed": 11}
     for name, value in settings.items():
         assert f"{name}{value}" in text
     assert "weightsEMA" in text and "clip x0" not in text  # auto, and the recipe keeps an EMA; off is not shown

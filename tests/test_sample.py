@@ -18,26 +18,75 @@ def _argv(drawn: DrawingRun, output: Path) -> list[str]:
     return [f"checkpoint={drawn.run_dir}", f"output={output}", *quick]
 
 
-def test_prompts_become_pictures_and_pictures_captions(drawn: DrawingRun, tmp_path: Path) -> None:
+def _results(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+
+
+def _run(argv: list[str], log: Path, ranks: int | None = None) -> str:
+    with ProgramRanks(sample.main, argv, ranks, log) as run:
+        assert set(run.wait()) == {0}, run.output
+    return run.output
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Path:
+    path = tmp_path / "given.png"
+    path.write_bytes(encode_png(np.full((48, 40, 3), 200, np.uint8)))
+    return path
+
+
+def test_prompts_become_pictures_and_pictures_captions(drawn: DrawingRun, given: Path, tmp_path: Path) -> None:
     """`n` of each prompt, from the line, the list and the file; every result has a line that names how it was made."""
-    given = tmp_path / "given.png"
-    given.write_bytes(encode_png(np.full((48, 40, 3), 200, np.uint8)))
     (tmp_path / "prompts.txt").write_text("a circle\n\n  a square \n")
     output = tmp_path / "output"
-    argv = [*_argv(drawn, output), "n=2", "seed=4", f"pictures=[{given}]", f"prompts_file={tmp_path / 'prompts.txt'}"]
+    argv = [*_argv(drawn, output), "n=2", "seed=4", f"images=[{given}]", f"prompts_file={tmp_path / 'prompts.txt'}"]
     argv += [f"prompt={PROMPTS[0]}", f"prompts={json.dumps(PROMPTS[1:])}"]
-    with ProgramRanks(sample.main, argv, None, tmp_path / "log") as run:
-        assert run.wait() == [0], run.output
-    results = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    _run(argv, tmp_path / "log")
+    results = _results(output)
     prompts = [prompt for prompt in (*PROMPTS, "a circle", "a square") for _ in range(2)]
-    assert [result.get("prompt") for result in results] == [*prompts, None]
+    assert [result["prompt"] for result in results] == [*prompts, None, None]
+    assert [result["index"] for result in results] == list(range(10))
     assert all(result["seed"] == 4 and result["step"] == 6 for result in results)
-    assert results[-1]["picture"] == str(given) and isinstance(results[-1]["caption"], str)
-    pictures = [np.asarray(Image.open(output / result["picture"])) for result in results[:-1]]
+    assert all(result["settings"]["sampler"] == "ddim" and result["settings"]["steps"] == 2 for result in results)
+    for result in results[-2:]:
+        assert result["images"] == [str(given)] and [part.keys() for part in result["output"]] == [{"text"}]
+        assert (output / f"{result['index']:04d}.txt").read_text() == result["output"][0]["text"]
+    names = [[part["image"] for part in result["output"]] for result in results[:-2]]
+    assert names == [[f"{i:04d}-0.png"] for i in range(8)]
+    pictures = [np.asarray(Image.open(output / name)) for (name,) in names]
     assert all(picture.shape == (32, 32, 3) for picture in pictures)
     assert not np.array_equal(pictures[0], pictures[1]), "two of one prompt differ"
     assert Image.open(output / "sheet.png").size[0] > 5 * 32
     assert not list(output.glob("*tmp*"))
+
+
+def test_text_and_pictures_go_in_and_come_out_interleaved(drawn: DrawingRun, given: Path, tmp_path: Path) -> None:
+    """A hot untrained model ends in anything: some samples hold text and a picture, in the order of the files."""
+    argv = [*_argv(drawn, tmp_path / "output"), "interleaved=true", "n=12", "temperature=8", "max_new_tokens=60"]
+    argv += [f"images=[{given}]", "max_images=2", "prompt=a circle, <image> and"]
+    _run(argv, tmp_path / "log")
+    kinds = set()
+    for result in _results(tmp_path / "output"):
+        assert result["images"] == [str(given)]
+        kinds.add("".join("t" if "text" in part else "i" for part in result["output"]))
+        for name in [part["image"] for part in result["output"] if "image" in part]:
+            assert Image.open(tmp_path / "output" / name).size == (32, 32)
+    assert any("ti" in kind for kind in kinds) and all(kind.count("i") <= 2 for kind in kinds), kinds
+
+
+def test_two_ranks_share_the_samples_and_make_the_same(drawn: DrawingRun, given: Path, tmp_path: Path) -> None:
+    for ranks, name in ((None, "one"), (2, "two")):
+        argv = [*_argv(drawn, tmp_path / name), "n=3", "prompt=a circle", f"images=[{given}]", "batch_size=2"]
+        _run(
+            [*argv, "sampler=dpm++", "guidance=2", "guidance_interval=[100,900]", "size=[16,48]"],
+            tmp_path / f"log-{name}",
+            ranks,
+        )
+    one, two = (_results(tmp_path / name) for name in ("one", "two"))
+    assert one == two and len(one) == 6
+    for i in range(3):
+        first, second = (np.asarray(Image.open(tmp_path / name / f"{i:04d}-0.png"), int) for name in ("one", "two"))
+        assert first.shape == (16, 48, 3) and np.abs(first - second).max() <= 1  # P12, up to rounding
 
 
 @pytest.mark.parametrize(
@@ -45,10 +94,13 @@ def test_prompts_become_pictures_and_pictures_captions(drawn: DrawingRun, tmp_pa
     [
         ([], "nothing to do"),
         (["prompt=x", "n=0"], "n=0"),
-        (["prompt=x", "checkpoint=/nowhere"], "neither a checkpoint nor a run folder"),
+        (["prompt=x", "checkpoint=/nowhere"], "neither a checkpoint, a run folder"),
         (["prompt=x", "vae=/nowhere"], "no such folder"),
-        (["pictures=[/nowhere.png]"], "nowhere.png"),
-        (["pictures=[BROKEN]"], "broken.png"),
+        (["images=[/nowhere.png]"], "nowhere.png"),
+        (["images=[BROKEN]"], "broken.png"),
+        (["prompt=a <image> and <image>", "images=[BROKEN]"], "asks for 2 images"),
+        (["prompt=x", "size=[32,12]"], "multiples of"),
+        (["prompt=x", "guidance_interval=[9,3]"], "guidance_interval"),
         (["prompt=x", "weights=best"], "weights"),
     ],
 )

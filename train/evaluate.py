@@ -16,7 +16,7 @@ from model.sampler import SamplerConfig
 from train.config import load_config, run_program
 from train.distributed import init_ranks
 from train.evaluation import check_disjoint, heldout_losses, judge_captions, judge_drawings, read_scenes, shares
-from train.generation import Generation, GenerationConfig
+from train.generation import BAR_FORMAT, Generation, GenerationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
     ranks = init_ranks(timeout_s=1800, device=config.device)
     start = time.monotonic()
-    generation, recipe, step = Generation.load(config.checkpoint, ranks, config.weights, config.vae)
+    generation, recipe, step = Generation.load(config, ranks)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerConfig)}
@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int | None:
     if config.scenes is not None:
         items = read_scenes(Path(config.scenes), generation.resolution, config.max_prompts)
         mine = -(-len(items) // ranks.world_size)
-        with tqdm(desc="evaluate", total=2 * mine, unit="sample", disable=not ranks.is_first, mininterval=1) as bar:
+        with tqdm(
+            desc="evaluate", total=2 * mine, bar_format=BAR_FORMAT, disable=not ranks.is_first, mininterval=1
+        ) as bar:
             drawn = judge_drawings(generation, items, config, config.seed, ranks, bar.update)
             told = judge_captions(generation, items, config, config.seed, ranks, bar.update)
         results["text_to_image"] = shares(items, [verdict for _, verdict in drawn])

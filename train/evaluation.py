@@ -5,7 +5,7 @@ float additions. An evaluation records sampler, steps, guidance and seed: withou
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from data.texts import caption_of, list_inputs
 from model.diffusion import DiffusionConfig
 from model.sampler import SamplerConfig
 from train.distributed import Ranks
-from train.generation import Generation
+from train.generation import Generation, Progress
 from train.recipe import PretrainConfig
 from train.step import micro_step
 
@@ -67,12 +67,12 @@ def judge_drawings(
     sampler: SamplerConfig,
     seed: int,
     ranks: Ranks,
-    done: Callable[[int], object],
+    progress: Progress,
 ) -> list[tuple[np.ndarray, Verdict]]:
     """Draw each item's caption and let the judge compare the picture with the scene it was written for."""
     numbers = range(ranks.rank, len(items), ranks.world_size)
     mine = [items[number] for number in numbers]
-    pictures = generation.draw([item.caption for item in mine], sampler, seed, done, numbers)
+    pictures = generation.draw([item.caption for item in mine], sampler, seed, progress, numbers)
     return _in_order(
         ranks, [(picture, score(picture, item.shapes)) for item, picture in zip(mine, pictures, strict=True)]
     )
@@ -84,12 +84,12 @@ def judge_captions(
     sampler: SamplerConfig,
     seed: int,
     ranks: Ranks,
-    done: Callable[[int], object],
+    progress: Progress,
 ) -> list[tuple[str, Verdict]]:
     """Describe each item's drawn picture and compare what the caption says with the scene."""
     numbers = range(ranks.rank, len(items), ranks.world_size)
     mine = [items[number] for number in numbers]
-    captions = generation.describe([item.picture for item in mine], sampler, seed, done, numbers)
+    captions = generation.describe([item.picture for item in mine], sampler, seed, progress, numbers)
     found = [(text, compare(parse_caption(text), item.shapes)) for item, text in zip(mine, captions, strict=True)]
     return _in_order(ranks, found)
 

@@ -1,13 +1,11 @@
-"""A trained model with its tokenizer and VAE: captions in, pictures out, and the other way round.
+"""A trained model with its tokenizer and VAE: text and pictures in, text and pictures out.
 
 Batches of one call have one shape, the last one filled up: so the bits of a picture depend on its prompt, its number
 and that shape, not on what the other rows hold. Smaller batches for fewer rows differ by float rounding only.
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,27 +18,35 @@ from model.diffusion import DiffusionConfig
 from model.sampler import Prompt, SamplerConfig, SeededDraws, SpecialTokens, generate
 from model.transfusion import Transfusion
 from model.vae import LatentStats, decode, load_vae, moments, vae_hash
-from train import checkpoint
-from train.checkpoint_storage import LISTING
-from train.config import load_config
 from train.distributed import Device, Ranks
 from train.recipe import PretrainConfig
 from train.step import latent_stats
+from train.trained import Trained, Weights
 
 BATCH = 50  # rows a sampling batch: small enough for a laptop, large enough to fill two cores
+# Progress in rows, of which a denoising step is a fraction.
+BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
 
-Weights = Literal["auto", "ema", "model"]
+Part = str | np.ndarray  # text, or a picture uint8 [H, W, 3]
+Progress = Callable[[float], object]  # is told how many rows, or what fraction of one, were added
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig(SamplerConfig):
     """What every program that samples asks for."""
 
-    checkpoint: str = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
+    checkpoint: str = "runs/pretrain"  # a checkpoint; a run folder: its newest that verifies; or an export
     weights: Weights = "auto"  # auto: the EMA if the run kept one
     vae: str | None = None  # AutoencoderKL; null: the one the run names
     seed: int = 0  # of noise and tokens
     device: Device = "auto"  # auto: CUDA if there is any
+    dtype: Literal["float32", "bfloat16"] = "float32"  # number format of the model
+    batch_size: int = BATCH  # rows sampled side by side, >= 1; a part of what decides a picture's last bits
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: expected at least 1")
 
 
 @dataclass
@@ -51,37 +57,23 @@ class Generation:
     tokenizer: Tokenizer
     vae: torch.nn.Module
     stats: LatentStats
-    grid: tuple[int, int]
-    resolution: int  # pixels
+    grid: tuple[int, int]  # of new pictures
+    resolution: int  # pixels a side of pictures that are given
     diffusion: DiffusionConfig
     vae_hash: str  # what the training data's latents were encoded with
     batch_size: int = BATCH
 
     @classmethod
-    def load(
-        cls, path: str | Path, ranks: Ranks, weights: Weights = "auto", vae: str | None = None
-    ) -> tuple["Generation", PretrainConfig, int]:
-        """Load a checkpoint, or the newest that verifies of a run folder; return it with its recipe and step.
+    def load(cls, config: GenerationConfig, ranks: Ranks) -> tuple["Generation", PretrainConfig, int]:
+        """Load what `config.checkpoint` names; return it with its recipe and step. Collective.
 
         Raises FileNotFoundError or ValueError when there is none, or its tokenizer or VAE are not at hand.
         """
-        folder = find_checkpoint(Path(path), ranks)
-        recipe_file = folder / "config.yaml"
-        checkpoint.read_extra(folder, "config.yaml")  # verifies it
-        recipe = load_config(PretrainConfig, [f"config={recipe_file}"])
-        meta = json.loads(checkpoint.read_extra(folder, "meta.json"))
-        tokenizer = Tokenizer(recipe.data.tokenizer)
-        if tokenizer.hash != meta["fingerprint"]["tokenizer"]:
-            raise ValueError(f"{recipe.data.tokenizer} is not the tokenizer that {folder} was trained with")
-        model = Transfusion(recipe.model, tokenizer.vocab_size).to(ranks.device).eval()
-        has_ema = recipe.optim.ema_decay is not None
-        if weights == "ema" and not has_ema:
-            raise ValueError(f"weights=ema, but {folder} was trained without one (optim.ema_decay); use weights=model")
-        entry = "model" if weights == "model" or not has_ema else "ema"
-        checkpoint.load(folder, {entry: {name: p.data for name, p in model.named_parameters()}}, ranks)
-        spec = LatentSpec(**meta["latent_spec"]) if meta["latent_spec"] else None
-        generation = cls.of(model, tokenizer, recipe, spec, meta["grids"], vae or recipe.vae)
-        return generation, recipe, meta["progress"]["step"]
+        trained = Trained.load(config.checkpoint, ranks, config.weights)
+        recipe, vae = trained.recipe, config.vae or trained.recipe.vae
+        model = trained.model.to(getattr(torch, config.dtype))
+        generation = cls.of(model, trained.tokenizer, recipe, trained.latent_spec, trained.grids, vae)
+        return replace(generation, batch_size=config.batch_size), recipe, trained.step
 
     @classmethod
     def of(
@@ -106,78 +98,116 @@ class Generation:
         grid = tuple(grids[-1])
         return cls(model, tokenizer, codec, stats, grid, spec.resolution, recipe.diffusion, spec.vae_hash)
 
+    def sized(self, pixels: tuple[int, int] | None) -> "Generation":
+        """Return the same for new pictures of `pixels` [height, width]; None keeps the training data's grid.
+
+        Raises ValueError for a size that cells and patches do not tile.
+        """
+        if pixels is None:
+            return self
+        stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        unit = stride * self.model.config.patch_size
+        if any(side < unit or side % unit for side in pixels):
+            raise ValueError(
+                f"size={list(pixels)}: expected multiples of {unit} pixels, the VAE's stride times a patch"
+            )
+        return replace(self, grid=tuple(side // stride for side in pixels))
+
     @torch.no_grad()
+    def complete(
+        self,
+        prompts: Sequence[Sequence[Part]],
+        config: SamplerConfig,
+        seed: int,
+        progress: Progress = lambda rows: None,
+        numbers: Sequence[int] | None = None,
+        draw: bool = False,
+    ) -> list[list[Part]]:
+        """Return what follows each prompt of text and pictures; it depends on (prompt, seed, number).
+
+        `draw`: begin with a picture; else the model begins with text and decides. Pictures of a prompt are
+        [resolution, resolution, 3]. `numbers` name the samples; None counts them from 0.
+        """
+        given = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
+        latents = iter(self._encode(given))
+        rows = []
+        for number, prompt in zip(numbers or range(len(prompts)), prompts, strict=True):
+            segments = [
+                torch.from_numpy(self.tokenizer.encode(part)) if isinstance(part, str) else next(latents)
+                for part in prompt
+            ]
+            rows.append(Prompt(segments, draw=draw, index=number))
+        results: list[list[Part]] = []
+        for outputs in self._generate(rows, config, seed, progress):
+            pictures = iter(self._decode([part for parts in outputs for part in parts if part.ndim == 3]))
+            for parts in outputs:
+                results.append([next(pictures) if p.ndim == 3 else self.tokenizer.decode(p) for p in parts])
+        return results
+
     def draw(
         self,
         prompts: Sequence[str],
         config: SamplerConfig,
         seed: int,
-        done: Callable[[int], object] = lambda n: None,
+        progress: Progress = lambda rows: None,
         numbers: Sequence[int] | None = None,
     ) -> list[np.ndarray]:
-        """Return one picture uint8 [H, W, 3] a prompt, which depends on (prompt, seed, number). `done(n)` reports.
+        """Return one picture uint8 [H, W, 3] a caption; see `complete` for the rest."""
+        results = self.complete([[text] for text in prompts], one_picture(config), seed, progress, numbers, draw=True)
+        return [parts[0] for parts in results]
 
-        `numbers` name the samples; None counts them from 0.
-        """
-        rows = [
-            Prompt([torch.from_numpy(self.tokenizer.encode(text))], draw=True, index=number)
-            for number, text in zip(numbers or range(len(prompts)), prompts, strict=True)
-        ]
-        pictures: list[np.ndarray] = []
-        config = replace(config, max_new_tokens=0, max_images=1)
-        for latents in self._generate(rows, config, seed, done):
-            pixels = decode(self.vae, self.stats.unwhiten(torch.stack([parts[0] for parts in latents])))
-            pictures += list(from_unit(pixels.float().cpu().numpy()))
-        return pictures
-
-    @torch.no_grad()
     def describe(
         self,
         pictures: Sequence[np.ndarray],
         config: SamplerConfig,
         seed: int,
-        done: Callable[[int], object] = lambda n: None,
+        progress: Progress = lambda rows: None,
         numbers: Sequence[int] | None = None,
     ) -> list[str]:
-        """Return a caption for each uint8 [H, W, 3] picture; see `draw` for the rest."""
-        device, rows, numbers = self.stats.mean.device, [], numbers or range(len(pictures))
-        for start in range(0, len(pictures), self.batch_size):
-            pixels = torch.from_numpy(to_unit(np.stack(pictures[start : start + self.batch_size]))).to(device)
-            means = moments(self.vae, pixels).float().chunk(2, dim=1)[0]
-            chosen = numbers[start : start + self.batch_size]
-            latents = self.stats.whiten(means).cpu()
-            rows += [Prompt([one], index=number) for number, one in zip(chosen, latents, strict=True)]
-        config = replace(config, max_images=0, guidance=1.0)
-        captions: list[str] = []
-        for outputs in self._generate(rows, config, seed, done):
-            captions += [self.tokenizer.decode(parts[0]) if parts else "" for parts in outputs]
-        return captions
+        """Return a caption for each picture; see `complete` for the rest."""
+        results = self.complete([[picture] for picture in pictures], text_alone(config), seed, progress, numbers)
+        return [parts[0] if parts else "" for parts in results]
 
-    def _generate(self, rows: list[Prompt], config: SamplerConfig, seed: int, done: Callable[[int], object]):
+    def _encode(self, pictures: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
+        """Yield the whitened latents f32 [C, h, w] of each picture: the posterior's mean."""
+        for start in range(0, len(pictures), self.batch_size):
+            pixels = torch.from_numpy(to_unit(np.stack(pictures[start : start + self.batch_size])))
+            means = moments(self.vae, pixels.to(self.stats.mean.device)).float().chunk(2, dim=1)[0]
+            yield from self.stats.whiten(means).cpu()
+
+    def _decode(self, latents: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
+        for start in range(0, len(latents), self.batch_size):
+            raw = self.stats.unwhiten(torch.stack(latents[start : start + self.batch_size]).to(self.stats.mean.device))
+            yield from from_unit(decode(self.vae, raw).float().cpu().numpy())
+
+    def _generate(
+        self, rows: list[Prompt], config: SamplerConfig, seed: int, progress: Progress
+    ) -> Iterator[list[list[torch.Tensor]]]:
         """Yield the outputs of each batch of rows."""
         ids = self.tokenizer.special
         special = SpecialTokens(bos=ids.bos, eos=ids.eos, boi=ids.boi, eoi=ids.eoi, never=(ids.pad,))
         for start in range(0, len(rows), self.batch_size):
             chosen = rows[start : start + self.batch_size]
             filled = chosen + [chosen[-1]] * (min(self.batch_size, len(rows)) - len(chosen))
-            outputs = generate(self.model, filled, config, self.diffusion, special, self.grid, SeededDraws(seed))
+            share = len(chosen) / len(filled)
+            outputs = generate(
+                self.model,
+                filled,
+                config,
+                self.diffusion,
+                special,
+                self.grid,
+                SeededDraws(seed),
+                lambda done, share=share: progress(done * share),
+            )
             yield outputs[: len(chosen)]
-            done(len(chosen))
 
 
-def find_checkpoint(path: Path, ranks: Ranks) -> Path:
-    """Return a checkpoint folder from its own path, a run's, or a checkpoints folder's; verified.
+def one_picture(config: SamplerConfig) -> SamplerConfig:
+    """Return the settings that draw one picture and end there."""
+    return replace(config, max_new_tokens=0, max_images=1)
 
-    Raises FileNotFoundError where there is none, ValueError where none is whole.
-    """
-    for root in (path / "checkpoints", path):
-        if not (folders := checkpoint.saved(root)):
-            continue
-        if (newest := checkpoint.latest(root, ranks)) is None:
-            raise ValueError(f"checkpoint={path}: all {len(folders)} checkpoints in it are damaged")
-        return newest
-    if not (path / LISTING).is_file():
-        raise FileNotFoundError(f"checkpoint={path}: neither a checkpoint nor a run folder that holds one")
-    if problems := checkpoint.verify(path, ranks):
-        raise ValueError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
-    return path
+
+def text_alone(config: SamplerConfig) -> SamplerConfig:
+    """Return the settings that write text and no picture."""
+    return replace(config, max_images=0, guidance=1.0)

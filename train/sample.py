@@ -1,10 +1,14 @@
-"""Draw pictures from prompts and describe pictures, with a trained model.
+"""Draw pictures from prompts, describe pictures, or let a trained model go on with text and pictures as it likes.
 
-Writes one PNG a picture, one JSON line a result (results.jsonl) and a contact sheet (sheet.png) into `output`.
+A prompt is a caption to draw; `<image>` in it stands for the next of `images`, and an image that no prompt takes is
+described. With interleaved=true what follows a prompt is the model's choice: text, and pictures where it begins one.
+Writes one JSON line a sample (results.jsonl), its pictures (NNNN-0.png, ...) and text (NNNN.txt), and a contact sheet
+(sheet.png) into `output`. Under torchrun the ranks share the samples.
 """
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +16,26 @@ from tqdm import tqdm
 
 from data.pictures import decode_picture, encode_png
 from data.shards import BadRecord, atomic_write
+from model.sampler import SamplerConfig
 from train.config import load_config, run_program
-from train.distributed import init_ranks
+from train.distributed import Ranks, init_ranks
 from train.figures import contact_sheet
-from train.generation import Generation, GenerationConfig
+from train.generation import BAR_FORMAT, Generation, GenerationConfig, Part, one_picture, text_alone
+
+IMAGE = "<image>"
+SHEET_PICTURES = 200  # at most, so that the sheet can be opened
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(GenerationConfig):
     output: str = "runs/samples"  # folder to write
-    prompt: str | None = None  # one caption to draw
-    prompts: list[str] = field(default_factory=list)  # captions to draw
-    prompts_file: str | None = None  # text file with one caption a line
-    pictures: list[str] = field(default_factory=list)  # picture files to describe
-    n: int = 1  # pictures a prompt
+    prompt: str | None = None  # one caption to draw; <image> in it stands for the next of `images`
+    prompts: list[str] = field(default_factory=list)  # more of them
+    prompts_file: str | None = None  # text file with one a line
+    images: list[str] = field(default_factory=list)  # picture files for the prompts' <image>; the rest is described
+    n: int = 1  # samples a prompt or picture
+    interleaved: bool = False  # the model chooses what follows, up to max_new_tokens and max_images; false: one picture
+    size: tuple[int, int] | None = None  # [height, width] of drawn pictures in pixels; null: the training data's
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,38 +46,127 @@ class SampleConfig(GenerationConfig):
 CONFIG = SampleConfig
 
 
+@dataclass(frozen=True)
+class Request:
+    """One prompt as it was given, and what becomes of it."""
+
+    prompt: str | None  # None: describe the picture
+    images: tuple[str, ...]  # files of its pictures
+
+    def parts(self, pictures: dict[str, np.ndarray]) -> list[Part]:
+        """Return its text and pictures in order."""
+        texts, images = (self.prompt or IMAGE).split(IMAGE), iter(self.images)
+        parts: list[Part] = [texts[0]]
+        for text in texts[1:]:
+            parts += [pictures[next(images)], text]
+        return [part for part in parts if not isinstance(part, str) or part.strip()]
+
+
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
+    requests = [request for request in _requests(config) for _ in range(config.n)]
+    ranks = init_ranks(timeout_s=1800, device=config.device)
+    generation, _, step = Generation.load(config, ranks)
+    generation = generation.sized(config.size)
+    pictures = {name: _read_picture(Path(name), generation) for name in dict.fromkeys(config.images)}
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    mine = range(ranks.rank, len(requests), ranks.world_size)
+    with tqdm(desc="sample", total=len(mine), bar_format=BAR_FORMAT, disable=not ranks.is_first) as bar:
+        results = _sample(generation, config, requests, pictures, mine, bar.update)
+    made_with = {f.name: getattr(config, f.name) for f in fields(SamplerConfig)}
+    lines, shown = [], []
+    for number, parts in results.items():
+        request = requests[number]
+        line = {"index": number, "seed": config.seed, "step": step, "prompt": request.prompt, "images": request.images}
+        lines.append({**line, "output": _write_sample(output, number, parts), "settings": made_with})
+        title = request.prompt or " ".join(part for part in parts if isinstance(part, str))
+        drawn = [part for part in parts if not isinstance(part, str)]
+        given = [part for part in request.parts(pictures) if not isinstance(part, str)]
+        shown += [(number, picture, title) for picture in drawn or given[:1]]
+    _finish(output, lines, shown, step, ranks)
+    ranks.close()
+    return 0
+
+
+def _requests(config: SampleConfig) -> list[Request]:
+    """Pair prompts with images; raise ValueError for a prompt that is short of one, or where there is nothing to do."""
     prompts = ([config.prompt] if config.prompt is not None else []) + list(config.prompts)
     if config.prompts_file is not None:
         prompts += [line.strip() for line in Path(config.prompts_file).read_text().splitlines() if line.strip()]
-    prompts = [prompt for prompt in prompts for _ in range(config.n)]
-    if not prompts and not config.pictures:
-        raise ValueError('nothing to do: give prompt="...", prompts_file=FILE or pictures=[FILE,...]')
-    ranks = init_ranks(timeout_s=600, device=config.device)
-    generation, _, step = Generation.load(config.checkpoint, ranks, config.weights, config.vae)
-    given = [_read_picture(Path(name), generation) for name in config.pictures]
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    with tqdm(desc="sample", total=len(prompts) + len(given), unit="sample") as progress:
-        drawn = generation.draw(prompts, config, config.seed, progress.update)
-        captions = generation.describe(given, config, config.seed, progress.update)
-    results = []
-    for i, (prompt, picture) in enumerate(zip(prompts, drawn, strict=True)):
-        name = f"{i:04d}.png"
-        _save(picture, output / name)
-        results.append({"prompt": prompt, "picture": name, "seed": config.seed, "index": i, "step": step})
-    for name, caption in zip(config.pictures, captions, strict=True):
-        results.append({"picture": name, "caption": caption, "seed": config.seed, "step": step})
-        print(f"{name}: {caption}")
+    if not prompts and not config.images:
+        raise ValueError('nothing to do: give prompt="...", prompts_file=FILE or images=[FILE,...]')
+    left, requests = list(config.images), []
+    for prompt in prompts:
+        wanted = prompt.count(IMAGE)
+        if wanted > len(left):
+            raise ValueError(
+                f"prompt={prompt!r} asks for {wanted} images, of {len(config.images)} given {len(left)} are left; "
+                "expected one file in images=[...] for each <image>"
+            )
+        requests.append(Request(prompt, tuple(left[:wanted])))
+        del left[:wanted]
+    return requests + [Request(None, (name,)) for name in left]
+
+
+def _sample(
+    generation: Generation,
+    config: SampleConfig,
+    requests: list[Request],
+    pictures: dict[str, np.ndarray],
+    numbers: range,
+    progress: Callable[[float], object],
+) -> dict[int, list[Part]]:
+    """Return this rank's results by number."""
+    drawn = [number for number in numbers if requests[number].prompt is not None]
+    described = [number for number in numbers if requests[number].prompt is None]
+    jobs = [(drawn, one_picture(config), True), (described, text_alone(config), False)]
+    if config.interleaved:
+        jobs = [(list(numbers), config, False)]
+    results: dict[int, list[Part]] = {}
+    for chosen, settings, draw in jobs:
+        prompts = [requests[number].parts(pictures) for number in chosen]
+        outputs = generation.complete(prompts, settings, config.seed, progress, chosen, draw)
+        results |= dict(zip(chosen, outputs, strict=True))
+    return dict(sorted(results.items()))
+
+
+def _write_sample(output: Path, number: int, parts: list[Part]) -> list[dict[str, str]]:
+    """Write a sample's pictures and text; return its parts as results.jsonl names them."""
+    written = []
+    for part in parts:
+        if isinstance(part, str):
+            written.append({"text": part})
+            continue
+        name = f"{number:04d}-{sum('image' in other for other in written)}.png"
+        with atomic_write(output / name) as file:
+            file.write(encode_png(part))
+        written.append({"image": name})
+    if any("text" in part for part in written):
+        with atomic_write(output / f"{number:04d}.txt") as file:
+            file.write("\n".join(part.get("text") or f"[{part['image']}]" for part in written).encode())
+    return written
+
+
+def _finish(output: Path, lines: list[dict], shown: list[tuple[int, np.ndarray, str]], step: int, ranks: Ranks) -> None:
+    """Write results.jsonl and the contact sheet of all ranks' samples on rank 0. Collective."""
+    lines = sorted((line for part in ranks.gather(lines) for line in part), key=lambda line: line["index"])
+    shown = sorted((item for part in ranks.gather(shown[:SHEET_PICTURES]) for item in part), key=lambda item: item[0])
+    if not ranks.is_first:
+        return
     with atomic_write(output / "results.jsonl") as file:
-        file.write("".join(json.dumps(result) + "\n" for result in results).encode())
-    sheet = contact_sheet([*drawn, *given], [*prompts, *captions], columns=5)
-    with atomic_write(output / "sheet.png") as file:
-        sheet.save(file, "PNG")
-    print(f"sample: {len(results)} results of step {step} in {output}, contact sheet {output / 'sheet.png'}")
-    ranks.close()
-    return 0
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+    _, pictures, titles = zip(*shown[:SHEET_PICTURES], strict=True) if shown else ((), (), ())
+    for line in lines:
+        texts = [part["text"] for part in line["output"] if "text" in part]
+        if texts:
+            print(f"{line['index']:04d} {', '.join(line['images'])}: {' ... '.join(texts)}")
+    where = ""
+    if shown:
+        with atomic_write(output / "sheet.png") as file:
+            contact_sheet(pictures, titles, columns=5).save(file, "PNG")
+        where = f", contact sheet {output / 'sheet.png'}"
+    print(f"sample: {len(lines)} results of step {step} in {output}{where}")
 
 
 def _read_picture(path: Path, generation: Generation) -> np.ndarray:
@@ -75,11 +174,6 @@ def _read_picture(path: Path, generation: Generation) -> np.ndarray:
         return decode_picture({path.suffix.lstrip(".").lower(): path.read_bytes()}, generation.resolution, str(path))
     except BadRecord as error:
         raise ValueError(str(error)) from None
-
-
-def _save(picture: np.ndarray, path: Path) -> None:
-    with atomic_write(path) as file:
-        file.write(encode_png(picture))
 
 
 if __name__ == "__main__":

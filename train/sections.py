@@ -84,16 +84,17 @@ def _prompts(findings: Findings) -> str:
     drawn: dict[str, list[tuple[str, Verdict | None]]] = {}
     described = []
     for result in findings.samples:
-        if "prompt" not in result:
-            path = Path(result["picture"])
-            pixels = read_picture(path.parent, path.name)
-            described.append(card(image(pixels, result["caption"]), result["caption"], None))
-            continue
+        texts = " ".join(part["text"] for part in result["output"] if "text" in part)
         prompt = result["prompt"]
-        pixels = read_picture(Path(findings.config.samples), result["picture"])
-        verdict = _judged(pixels, prompt)
-        sign = "" if verdict is None else f"<figcaption>{mark(verdict.all_right)}</figcaption>"
-        drawn.setdefault(prompt, []).append((f"<figure>{image(pixels, prompt)}{sign}</figure>", verdict))
+        if prompt is None:
+            path = Path(result["images"][0])
+            described.append(card(image(read_picture(path.parent, path.name), texts), texts, None))
+            continue
+        for name in [part["image"] for part in result["output"] if "image" in part]:
+            pixels = read_picture(Path(findings.config.samples), name)
+            verdict = _judged(pixels, prompt)
+            sign = "" if verdict is None else f"<figcaption>{mark(verdict.all_right)}</figcaption>"
+            drawn.setdefault(prompt, []).append((f"<figure>{image(pixels, prompt)}{sign}</figure>", verdict))
     first = findings.samples[0]
     html = note(
         f"Step {first.get('step', '?')}, seed {first.get('seed', '?')}; every picture drawn is shown, none chosen. "

@@ -1,0 +1,117 @@
+"""An export stands alone: it draws what its checkpoint draws, and its text side opens in transformers."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from model.attention import dense_mask
+from model.sampler import SamplerConfig
+from model.vae import VaeConfig, build_vae
+from tests.runs import PROMPTS, DrawingRun
+from train.distributed import alone
+from train.export import main
+from train.generation import Generation, GenerationConfig
+from train.trained import Trained
+
+SAMPLER = SamplerConfig(sampler="ddim", steps=2, max_new_tokens=4)
+
+
+def export(drawn: DrawingRun, output: Path, *more: str) -> Path:
+    main([f"checkpoint={drawn.run_dir}", f"output={output}", *more])
+    return output
+
+
+def load(path: Path, **settings: str) -> Generation:
+    return Generation.load(GenerationConfig(checkpoint=str(path), device="cpu", **settings), alone())[0]
+
+
+def test_an_export_draws_the_same_bits_and_needs_nothing_else(drawn: DrawingRun, tmp_path: Path, capsys) -> None:
+    folder = export(drawn, tmp_path / "export")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml", "export.json", "model.safetensors", "tokenizer.model", "vae"
+    ]  # fmt: skip
+    moved = shutil.move(folder, tmp_path / "elsewhere")
+    generation, original = load(moved), load(drawn.run_dir)
+    assert str(generation.tokenizer.path).startswith(str(moved))
+    for ours, theirs in zip(generation.draw(PROMPTS, SAMPLER, 3), original.draw(PROMPTS, SAMPLER, 3), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert Trained.load(moved, alone()).step == 6 and Trained.load(moved, alone()).weights == "ema"
+    export(drawn, tmp_path / "elsewhere")
+    assert "reusing it" in capsys.readouterr().out
+
+
+def test_weights_and_dtype_are_those_asked_for(drawn: DrawingRun, tmp_path: Path) -> None:
+    folder = export(drawn, tmp_path / "export", "weights=model", "dtype=bfloat16")
+    live = Trained.load(drawn.run_dir, alone(), "model").model.state_dict()
+    written = load_file(folder / "model.safetensors")
+    assert written.keys() == live.keys()
+    assert all(torch.equal(written[name], live[name].bfloat16()) for name in live)
+    with pytest.raises(ValueError, match=r"weights=ema, but .* use weights=model"):
+        Trained.load(folder, alone(), "ema")
+    picture = load(folder, dtype="bfloat16").draw(PROMPTS[:1], SAMPLER, 0)[0]
+    assert picture.shape == (32, 32, 3) and picture.std() > 0
+
+
+@torch.no_grad()
+def test_the_text_side_opens_in_transformers(drawn: DrawingRun, tmp_path: Path) -> None:
+    folder = export(drawn, tmp_path / "llama", "format=llama")
+    llama = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    trained = Trained.load(drawn.run_dir, alone())
+    ids = torch.randint(4, trained.tokenizer.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    text = torch.full_like(ids, -1)
+    mask = dense_mask(torch.ones_like(ids), text, torch.full_like(ids, 40))
+    no_grid = text[..., None].expand(-1, -1, 2)
+    hidden = trained.model.trunk(trained.model.embed_text(ids), torch.arange(40).expand(2, -1), no_grid, mask)
+    assert (llama(ids).logits - trained.model.text_logits(hidden)).abs().max() <= 1e-4
+
+
+def test_the_readmes_snippet_runs_on_an_export(drawn: DrawingRun, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(snippet.strip().splitlines()) <= 10
+    snippet = snippet.replace("runs/mine/export", str(export(drawn, tmp_path / "export")))
+    snippet = snippet.replace("steps=50", "steps=2")
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_damage_and_what_does_not_fit_are_refused_by_name(drawn: DrawingRun, tmp_path: Path) -> None:
+    """P10, P11: nothing is unpickled, and a file that is cut or of another model is named."""
+    folder = export(drawn, tmp_path / "export")
+    whole = (folder / "model.safetensors").read_bytes()
+    weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}  # not mapped
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is damaged"):
+        Trained.load(folder, alone())
+    first = next(iter(weights))
+    save_file({name: tensor for name, tensor in weights.items() if name != first}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(f"{first} is missing")):
+        Trained.load(folder, alone())
+    (folder / "export.json").write_text(json.dumps({"weights": "ema"}))
+    with pytest.raises(ValueError, match=r"export\.json: not readable"):
+        Trained.load(folder, alone())
+    other = VaeConfig(latent_channels=2, block_channels=(8, 8, 8), layers_per_block=1, norm_groups=2)
+    build_vae(other).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="has hash"):
+        export(drawn, tmp_path / "other", f"vae={tmp_path / 'vae'}")
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"was not made by train\.export"):
+        export(drawn, tmp_path / "mine")

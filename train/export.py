@@ -1,0 +1,95 @@
+"""Turn a checkpoint into a folder that stands alone: one safetensors file, config, tokenizer, VAE.
+
+`train.sample` and `train.evaluate` take the folder as their `checkpoint`. With format=llama, the text side alone in the
+layout that transformers' LlamaForCausalLM.from_pretrained opens.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+
+from model.llama import llama_config, llama_weights
+from model.vae import load_vae, vae_hash
+from train.config import load_config, run_program, to_yaml
+from train.distributed import alone
+from train.output_folder import OutputFolder
+from train.trained import EXPORT_MARK, TOKENIZER_FILE, VAE_FOLDER, WEIGHTS_FILE, Trained, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    checkpoint: str = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
+    output: str = "runs/export"  # folder to write; must be absent, empty or made by this program
+    weights: Weights = "auto"  # auto: the EMA if the run kept one
+    format: Literal["transfusion", "llama"] = "transfusion"  # the whole model, or its text side for transformers
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the written weights
+    vae: str | None = None  # AutoencoderKL to copy; null: the one the run names
+
+
+CONFIG = ExportConfig
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(CONFIG, argv)
+    trained = Trained.load(config.checkpoint, alone(), config.weights)
+    settings = {"checkpoint": config.checkpoint, "step": trained.step, "weights": trained.weights}
+    settings |= {"format": config.format, "dtype": config.dtype, "vae": config.vae or trained.recipe.vae}
+    output = OutputFolder(config.output, "train.export", EXPORT_MARK, settings)
+    if output.is_complete():
+        print(f"train.export: {output.path} is complete for these settings; reusing it")
+        return
+    write = write_llama if config.format == "llama" else write_transfusion
+    mark = write(trained, output, getattr(torch, config.dtype), config.vae or trained.recipe.vae)
+    output.commit(mark)
+    size = sum(file.stat().st_size for file in output.path.rglob("*") if file.is_file())
+    print(f"train.export: step {trained.step}, {trained.weights} weights, {size / 2**20:,.1f} MiB in {output.path}")
+
+
+def write_transfusion(trained: Trained, output: OutputFolder, dtype: torch.dtype, vae: str | None) -> dict:
+    """Fill the folder and return what its mark says."""
+    spec, codec = trained.latent_spec, None
+    if spec is not None:
+        if vae is None:
+            raise ValueError("the run names no VAE; give vae=FOLDER, the one its data was encoded with")
+        codec = load_vae(vae)
+        if vae_hash(codec) != spec.vae_hash:
+            raise ValueError(f"vae={vae} has hash {vae_hash(codec)}, the data was encoded with {spec.vae_hash}")
+    folder = output.open_partial()
+    weights = {name: parameter.detach().to(dtype) for name, parameter in trained.model.named_parameters()}
+    save_file(weights, folder / WEIGHTS_FILE)
+    shutil.copyfile(trained.tokenizer.path, folder / TOKENIZER_FILE)
+    if codec is not None:
+        codec.save_pretrained(folder / VAE_FOLDER, safe_serialization=True)
+    data = replace(trained.recipe.data, tokenizer=TOKENIZER_FILE)
+    recipe = replace(trained.recipe, data=data, vae=VAE_FOLDER if codec is not None else None)
+    (folder / "config.yaml").write_text(to_yaml(recipe))
+    return {
+        "weights": trained.weights,
+        "progress": {"step": trained.step},
+        "fingerprint": {"tokenizer": trained.tokenizer.hash},
+        "latent_spec": None if spec is None else vars(spec),
+        "grids": trained.grids,
+    }
+
+
+def write_llama(trained: Trained, output: OutputFolder, dtype: torch.dtype, vae: str | None) -> dict:
+    """Fill the folder with the text side; refuse, by name, what Llama does not have. `vae` is not needed."""
+    name = str(dtype).removeprefix("torch.")
+    ids = trained.tokenizer.special
+    contents = llama_config(trained.recipe.model, trained.tokenizer.vocab_size)
+    contents |= {"torch_dtype": name, "bos_token_id": ids.bos, "eos_token_id": ids.eos}
+    contents["max_position_embeddings"] = trained.recipe.data.sequence_length
+    folder = output.open_partial()
+    weights = {key: tensor.to(dtype) for key, tensor in llama_weights(trained.model).items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(contents, indent=1))
+    shutil.copyfile(trained.tokenizer.path, folder / TOKENIZER_FILE)
+    return {"weights": trained.weights, "progress": {"step": trained.step}}
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,132 @@
+"""A trained model as it lies on disk: a run's sharded checkpoint, or the folder that train.export makes of one.
+
+    <export>/model.safetensors   all parameters by name, unsharded
+             config.yaml         the run's resolved config; `config=` reads it back
+             tokenizer.model, vae/   copies of what the run names
+             export.json         step, latent spec, grids, hashes; written last
+
+Either loads on any number of ranks, each of which gets the whole model.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from data.manifest import LatentSpec
+from data.tokenizer import Tokenizer
+from model.transfusion import Transfusion
+from train import checkpoint
+from train.checkpoint_storage import LISTING
+from train.config import load_config
+from train.distributed import Ranks
+from train.recipe import PretrainConfig
+
+WEIGHTS_FILE, TOKENIZER_FILE, VAE_FOLDER, EXPORT_MARK = "model.safetensors", "tokenizer.model", "vae", "export.json"
+
+Weights = Literal["auto", "ema", "model"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in evaluation mode, with what it was trained on."""
+
+    model: Transfusion
+    tokenizer: Tokenizer
+    recipe: PretrainConfig
+    latent_spec: LatentSpec | None  # None: trained on text alone
+    grids: list[tuple[int, int]]  # latent grids of the training data, sorted
+    step: int
+    weights: str  # ema or model
+    tokenizer_hash: str
+
+    @classmethod
+    def load(cls, path: str | Path, ranks: Ranks, weights: Weights = "auto") -> "Trained":
+        """Load an export, a checkpoint, or the newest of a run that verifies. Collective.
+
+        Raises FileNotFoundError or ValueError when there is none, or its tokenizer is not at hand.
+        """
+        path = Path(path)
+        exported = (path / EXPORT_MARK).is_file()
+        folder = path if exported else find_checkpoint(path, ranks)
+        if exported:
+            meta = _read_mark(folder)
+        else:
+            checkpoint.read_extra(folder, "config.yaml")  # verifies it
+            meta = json.loads(checkpoint.read_extra(folder, "meta.json"))
+        recipe = load_config(PretrainConfig, [f"config={folder / 'config.yaml'}"])
+        if exported:  # what its config names lies beside it
+            data = replace(recipe.data, tokenizer=str(folder / TOKENIZER_FILE))
+            recipe = replace(recipe, data=data, vae=recipe.vae and str(folder / VAE_FOLDER))
+        tokenizer = Tokenizer(recipe.data.tokenizer)
+        if tokenizer.hash != meta["fingerprint"]["tokenizer"]:
+            raise ValueError(f"{recipe.data.tokenizer} is not the tokenizer that {folder} was trained with")
+        chosen = _choose(weights, meta["weights"] if exported else None, recipe, folder)
+        with torch.device("meta"):
+            model = Transfusion(recipe.model, tokenizer.vocab_size)
+        model.to_empty(device=ranks.device).eval()
+        parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+        if exported:
+            _read_weights(folder / WEIGHTS_FILE, parameters)
+        else:
+            checkpoint.load(folder, {chosen: parameters}, ranks)
+        spec = LatentSpec(**meta["latent_spec"]) if meta["latent_spec"] else None
+        grids = [tuple(grid) for grid in meta["grids"]]
+        return cls(model, tokenizer, recipe, spec, grids, meta["progress"]["step"], chosen, tokenizer.hash)
+
+
+def find_checkpoint(path: Path, ranks: Ranks) -> Path:
+    """Return a checkpoint folder from its own path, a run's, or a checkpoints folder's; verified.
+
+    Raises FileNotFoundError where there is none, ValueError where none is whole.
+    """
+    for root in (path / "checkpoints", path):
+        if not (folders := checkpoint.saved(root)):
+            continue
+        if (newest := checkpoint.latest(root, ranks)) is None:
+            raise ValueError(f"checkpoint={path}: all {len(folders)} checkpoints in it are damaged")
+        return newest
+    if not (path / LISTING).is_file():
+        raise FileNotFoundError(f"checkpoint={path}: neither a checkpoint, a run folder that holds one, nor an export")
+    if problems := checkpoint.verify(path, ranks):
+        raise ValueError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
+    return path
+
+
+def _read_mark(folder: Path) -> dict:
+    try:
+        meta = json.loads((folder / EXPORT_MARK).read_text())
+        return {name: meta[name] for name in ("progress", "fingerprint", "latent_spec", "grids", "weights")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / EXPORT_MARK}: not readable ({error!r}); export the checkpoint again") from None
+
+
+def _choose(weights: Weights, only: str | None, recipe: PretrainConfig, folder: Path) -> str:
+    """Return ema or model; `only` is what an export holds."""
+    there = {only} if only else {"model", *(["ema"] if recipe.optim.ema_decay is not None else [])}
+    chosen = ("ema" if "ema" in there else "model") if weights == "auto" else weights
+    if chosen not in there:
+        why = "was exported with the others" if only else "was trained without one (optim.ema_decay)"
+        raise ValueError(f"weights={weights}, but {folder} {why}; use weights={min(there)}")
+    return chosen
+
+
+def _read_weights(path: Path, parameters: dict[str, torch.Tensor]) -> None:
+    """Copy the file's tensors into `parameters`, converting their dtype; raise ValueError for what does not fit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            problems = [f"{name} is missing" for name in sorted(parameters.keys() - names)]
+            problems += [f"{name} is not the model's" for name in sorted(names - parameters.keys())]
+            for name in sorted(names & parameters.keys()):
+                if (found := list(file.get_slice(name).get_shape())) != list(parameters[name].shape):
+                    problems.append(f"{name} is {found}, expected {list(parameters[name].shape)}")
+            if problems:
+                raise ValueError(f"{path} does not fit its config: {'; '.join(problems[:8])}; export it again")
+            for name, parameter in parameters.items():
+                parameter.copy_(file.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}; export the checkpoint again") from None
