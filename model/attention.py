@@ -1,4 +1,4 @@
-"""Rotary positions, the attention mask, attention itself and the key-value cache.
+"""Rotary positions, the attention mask and attention itself.
 
 The mask is one sentence (the paper, section 3): allowed(q, k) <=> same document and (same image, or k <= q and
 q < visible_until[k]). It comes in two forms built from the same ids: a dense boolean for SDPA and a `BlockMask` for
@@ -130,78 +130,6 @@ def _attend_bf16_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)
     scores = torch.baddbmm(bias, (q * head_dim**-0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(rows, heads, length, head_dim)
-
-
-class KVCache:
-    """Preallocated keys and values of every layer, with a length per row; what lies past the length is never seen.
-
-    A forward of n tokens writes slots [length, length + n) of each row; only `advance` keeps them, so writing again
-    without it overwrites: that is how denoising steps share a prefix. Attention always spans the whole capacity, so
-    that a row's bits depend on the cache's shape and not on how long its neighbours are.
-    """
-
-    def __init__(
-        self,
-        layers: int,
-        rows: int,
-        capacity: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        # Zeros, not empty: a masked slot still enters the product with weight 0, and 0 * nan is nan.
-        shape = (layers, rows, capacity, kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.row_index = torch.arange(rows, device=device)[:, None]
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[2]
-
-    def rows(self, start: int, stop: int) -> "KVCache":
-        """Return a view of some rows that shares storage and lengths."""
-        view = KVCache.__new__(KVCache)
-        view.keys, view.values = self.keys[:, start:stop], self.values[:, start:stop]
-        view.lengths, view.row_index = self.lengths[start:stop], self.row_index[: stop - start]
-        return view
-
-    def slots(self, count: int) -> Tensor:
-        """Return the next `count` slots of each row, int64 [rows, count]: also their positions in the document."""
-        return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
-
-    def mask(self, count: int, causal: bool) -> Tensor:
-        """Return bool [rows, 1, count, capacity] for the next `count` tokens: text (causal), or one image (not)."""
-        last_visible = self.slots(count) if causal else (self.lengths + count - 1)[:, None].expand(-1, count)
-        return (torch.arange(self.capacity, device=self.lengths.device) <= last_visible[..., None])[:, None]
-
-    def layer(self, index: int) -> "LayerCache":
-        """Return layer `index`'s part, which its attention writes and reads."""
-        return LayerCache(self, index)
-
-    def advance(self, counts: Tensor) -> None:
-        """Keep the first `counts` int [rows] of the slots written last."""
-        self.lengths += counts
-
-    def truncate(self, lengths: Tensor) -> None:
-        """Forget what lies past `lengths` int [rows]."""
-        self.lengths.copy_(torch.minimum(self.lengths, lengths))
-
-
-class LayerCache:
-    """One layer of a KVCache: what a block gets, so that no block is compiled for its own layer number."""
-
-    def __init__(self, cache: KVCache, index: int) -> None:
-        self._cache, self._keys, self._values = cache, cache.keys[index], cache.values[index]
-
-    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [rows, n, Hkv, K] to the next slots; return all of the layer's, [rows, Hkv, capacity, K]."""
-        at = self._cache.row_index, self._cache.slots(k.shape[1])
-        self._keys[at] = k.to(self._keys.dtype)
-        self._values[at] = v.to(self._values.dtype)
-        return self._keys.transpose(1, 2), self._values.transpose(1, 2)
 
 
 @functools.cache

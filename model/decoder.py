@@ -11,28 +11,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.attention import KVCache
+from model.cache import KVCache, SideBySide
 from model.transfusion import Transfusion
 
 
 class Decoder:
     """`rows` documents in one cache and, for guidance, as many copies of an unconditional prefix in the same batch."""
 
-    def __init__(self, model: Transfusion, rows: int, capacity: int, unconditional: Sequence[int] | None) -> None:
-        """Prepare for at most `capacity` tokens a row, the slots of a last, unused chunk or picture included."""
+    def __init__(
+        self,
+        model: Transfusion,
+        rows: int,
+        length: int,
+        largest: int,
+        picture: int,
+        unconditional: Sequence[int] | None,
+    ) -> None:
+        """Prepare for at most `length` tokens a row, `largest` in a forward, `picture` of a drawn one."""
         trunk, weight = model.config.transformer, model.text_head.weight
         self.model, self.device = model, weight.device
         self.lengths = [0] * rows
-        branches = 1 if unconditional is None else 2
-        self._cache = KVCache(
-            trunk.layers, branches * rows, capacity, trunk.num_kv_heads, trunk.head_dim, weight.dtype, self.device
-        )
-        self._conditional = self._cache.rows(0, rows)
+
+        def cache(span: int, idle: int) -> KVCache:
+            shape = (trunk.layers, rows, span + idle, trunk.num_kv_heads, trunk.head_dim)
+            return KVCache(*shape, weight.dtype, self.device, span)
+
+        self._conditional = cache(length, largest)
         self._last_hidden = torch.zeros(rows, trunk.width, dtype=weight.dtype, device=self.device)
         if unconditional is not None:
             prefix = torch.tensor([list(unconditional)] * rows, device=self.device)
             counts = torch.full((rows,), len(unconditional), device=self.device)
-            self._run_text(self._cache.rows(rows, 2 * rows), prefix, counts)
+            free = cache(len(unconditional) + picture, 0)
+            self._run_text(free, prefix, counts)
+            self._branches = SideBySide([self._conditional, free])
 
     @torch.no_grad()
     def append_text(self, pieces: Sequence[Sequence[int]], width: int) -> None:
@@ -65,7 +76,7 @@ class Decoder:
         """
         if guidance == 1:
             return self._run_image(self._conditional, x_t, t)[0]
-        conditional, unconditional = self._run_image(self._cache, x_t.repeat(2, 1, 1, 1), t)[0].chunk(2)
+        conditional, unconditional = self._run_image(self._branches, x_t.repeat(2, 1, 1, 1), t)[0].chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
     def _run_text(self, cache: KVCache, input_ids: Tensor, counts: Tensor) -> Tensor:
@@ -77,7 +88,7 @@ class Decoder:
         cache.advance(counts)
         return hidden[torch.arange(rows, device=self.device), (counts - 1).clamp(min=0)]
 
-    def _run_image(self, cache: KVCache, latents: Tensor, t: int) -> tuple[Tensor, int]:
+    def _run_image(self, cache: KVCache | SideBySide, latents: Tensor, t: int) -> tuple[Tensor, int]:
         """Return (prediction f32 [R, C, h, w], tokens an image) for images in each row's next slots; keep nothing."""
         h, w = latents.shape[2:]
         timesteps = torch.full((len(latents),), t, device=self.device)

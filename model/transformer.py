@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from model.attention import KVCache, LayerCache, RotaryTables, additive_mask, apply_rope, attend, rotary_tables
+from model.attention import RotaryTables, additive_mask, apply_rope, attend, rotary_tables
+from model.cache import KVCache, LayerCache, LayersSideBySide, Mask, SideBySide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +113,10 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: RotaryTables,
-        mask: BlockMask | Tensor | None,
-        cache: LayerCache | None = None,
+        mask: BlockMask | Mask | None,
+        cache: LayerCache | LayersSideBySide | None = None,
     ) -> Tensor:
-        """Return [B, S, D]; with a cache, x are the next S tokens of each row and `mask` spans its capacity."""
+        """Return [B, S, D]; with a cache, x are the next S tokens of each row and `mask` is the cache's."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, Hq + 2 Hkv, K]
         if self.q_norm is None:
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
@@ -123,8 +124,10 @@ class Attention(nn.Module):
         else:
             q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
             q, k = apply_rope(self.q_norm(q), rotary), apply_rope(self.k_norm(k), rotary)
-        k, v = (k.transpose(1, 2), v.transpose(1, 2)) if cache is None else cache.write(k, v)
-        mixed = attend(q.transpose(1, 2), k, v, mask)  # [B, Hq, S, K]
+        if cache is None:
+            mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, Hq, S, K]
+        else:
+            mixed = cache.attend(q.transpose(1, 2), k, v, mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -153,8 +156,8 @@ class Block(nn.Module):
         self,
         h: Tensor,
         rotary: RotaryTables,
-        mask: BlockMask | Tensor | None,
-        cache: LayerCache | None = None,
+        mask: BlockMask | Mask | None,
+        cache: LayerCache | LayersSideBySide | None = None,
     ) -> Tensor:
         h = h + self.attention(self.attention_norm(h), rotary, mask, cache)
         return h + self.ffn(self.ffn_norm(h))
@@ -172,17 +175,19 @@ class Transformer(nn.Module):
         h: Tensor,
         position_ids: Tensor,
         grid_positions: Tensor,
-        mask: BlockMask | Tensor | None,
-        cache: KVCache | None = None,
+        mask: BlockMask | Mask | None,
+        cache: KVCache | SideBySide | None = None,
     ) -> Tensor:
         """Return the normalised hidden states [B, S, D] of embeddings h [B, S, D].
 
         `position_ids` int [B, S]; `grid_positions` int [B, S, 2], (-1, -1) for text, read only with rope_2d; `mask`
-        from `attention.block_mask`, `attention.dense_mask` or `KVCache.mask`, or None to see everything.
+        from `attention.block_mask`, `attention.dense_mask` or the cache, or None to see everything.
         """
         grid = grid_positions if self.config.rope_2d else None
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, grid)
-        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        if isinstance(mask, tuple):
+            mask = tuple(additive_mask(part, h.dtype) for part in mask)
+        elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
             mask = additive_mask(mask, h.dtype)
         for layer, block in enumerate(self.blocks):
             h = block(h, rotary, mask, None if cache is None else cache.layer(layer))

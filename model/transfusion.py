@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from model.attention import KVCache
+from model.cache import KVCache, Mask, SideBySide
 from model.losses import linear_cross_entropy
 from model.patches import LinearPatches, Skips
 from model.transformer import Transformer, TransformerConfig
@@ -120,8 +120,8 @@ class Transfusion(nn.Module):
         h: Tensor,
         position_ids: Tensor,
         grid_positions: Tensor,
-        mask: BlockMask | Tensor | None,
-        cache: KVCache | None = None,
+        mask: BlockMask | Mask | None,
+        cache: KVCache | SideBySide | None = None,
     ) -> Tensor:
         """Return the hidden states [B, S, D] of embeddings [B, S, D]."""
         return self.transformer(h, position_ids, grid_positions, mask, cache)

@@ -9,10 +9,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+from model import discriminator, perceptual
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -46,29 +48,70 @@ class VaeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VaeLossConfig:
-    # squared error (pixels in [-1, 1]) that one nat of KL per pixel value may buy: twice the variance of the noise
-    # that the codec need not reproduce; more than 0
+    # Squared or absolute error of pixels in [-1, 1]. Squared: absolute error's gradient does not see a small bright
+    # shape until the decoder draws it roughly right; on drawn scenes it needs five times the steps.
+    pixel_loss: Literal["squared", "absolute"] = "squared"
+    # pixel error that one nat of KL per pixel value may buy; for squared error twice the variance of the noise that
+    # the codec need not reproduce; more than 0
     kl_weight: float = 1e-3
     kl_warmup_steps: int = 0  # steps over which kl_weight rises linearly from 0, so that no channel dies early; >= 0
     edge_weight: float = 0.0  # weight of the squared error of the differences between neighbouring pixels; 0 or more
+    lpips_weight: float = 0.0  # weight of LPIPS, a distance of VGG16's features; 0 or more, 0 needs no VGG16
+    lpips_weights: str | None = None  # safetensors file with VGG16; model.perceptual.load_lpips says how to make it
+    # Weight of the patch discriminator's verdict; 0 or more. Fixed, since the paper's formula states a number: VQGAN's
+    # adaptive weight scales it by a ratio of gradient norms that changes every step.
+    gan_weight: float = 0.0
+    gan_start_step: int = 0  # first step with the GAN; before it the discriminator is neither used nor trained; >= 0
+    gan_channels: int = 64  # width of the discriminator's first layer, a multiple of 8
+    gan_learning_rate: float | None = None  # peak of the discriminator's, same schedule; null: optim's; more than 0
+    id_weight: float = 0.0  # weight of the distance of MoCo v2 features; not implemented, must be 0
 
     def __post_init__(self) -> None:
         """Reject weights that are not a loss."""
+        if self.pixel_loss not in ("squared", "absolute"):
+            raise ValueError(f"pixel_loss={self.pixel_loss}: expected squared or absolute")
         if self.kl_weight <= 0:
             raise ValueError(f"kl_weight={self.kl_weight}: expected more than 0 (without it latents are not bounded)")
-        if self.kl_warmup_steps < 0 or self.edge_weight < 0:
+        for name in ("kl_warmup_steps", "edge_weight", "lpips_weight", "gan_weight", "gan_start_step"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
+        if self.lpips_weight > 0 and self.lpips_weights is None:
             raise ValueError(
-                f"kl_warmup_steps={self.kl_warmup_steps}, edge_weight={self.edge_weight}: expected 0 or more"
+                f"lpips_weight={self.lpips_weight}, but lpips_weights is not given: name a safetensors file with VGG16 "
+                "(model.perceptual.load_lpips says how to make it), or set lpips_weight=0"
             )
+        if self.gan_channels < 8 or self.gan_channels % 8:
+            raise ValueError(f"gan_channels={self.gan_channels}: expected a multiple of 8")
+        if self.gan_learning_rate is not None and self.gan_learning_rate <= 0:
+            raise ValueError(f"gan_learning_rate={self.gan_learning_rate}: expected more than 0, or null for optim's")
+        if self.id_weight != 0:
+            raise ValueError(
+                f"loss.id_weight={self.id_weight}: the MoCo v2 identity term is not implemented, because its features "
+                "are not available as safetensors without torchvision; set loss.id_weight=0"
+            )
+
+    @property
+    def smallest_picture(self) -> int:
+        """Pixels a side that every part of the loss can look at."""
+        needed = [1]
+        if self.lpips_weight > 0:
+            needed.append(perceptual.SMALLEST_PICTURE)
+        if self.gan_weight > 0:
+            needed.append(discriminator.SMALLEST_PICTURE)
+        return max(needed)
 
     def kl_weight_at(self, step: int) -> float:
         """Return the weight of the KL for update `step` (from 1)."""
         return self.kl_weight * min(1.0, step / max(1, self.kl_warmup_steps))
 
+    def gan_weight_at(self, step: int) -> float:
+        """Return the weight of the discriminator's verdict for update `step` (from 1); 0: it takes no part."""
+        return self.gan_weight if step >= self.gan_start_step else 0.0
+
 
 @dataclass(frozen=True)
 class LatentStats:
-    """Per-channel mean and standard deviation of sampled latents, f32 [C]; whitened latents have 0 and 1."""
+    """Per-channel mean and standard deviation of sampled latents, float [C]; whitened latents have 0 and 1."""
 
     mean: Tensor
     std: Tensor
@@ -129,6 +172,38 @@ def load_vae(folder_or_hub_id: str | Path) -> "AutoencoderKL":
         raise ValueError(f"vae={folder_or_hub_id}: not an AutoencoderKL in safetensors: {reason}") from None
 
 
+def stride_of(vae: "AutoencoderKL") -> int:
+    """Return the pixels a latent cell, along each side: every block but the last halves."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def stated_stats(vae: "AutoencoderKL") -> LatentStats:
+    """Return the scaling that the VAE's config states, as f64 statistics: whitening by them is diffusers' formula.
+
+    That is (z - shift_factor) * scaling_factor or, where the config has them, (z - latents_mean) * scaling_factor /
+    latents_std, as in diffusers' Stable Diffusion (XL, 3) pipelines. Mean 0 and deviation 1: it states no scaling.
+    Raises ValueError for numbers that cannot scale.
+    """
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    factor, shift, mean, std = (vae.config.get(name) for name in names)
+    channels = vae.config.latent_channels
+    try:
+        if (mean is None) != (std is None):
+            raise ValueError("expected latents_mean and latents_std, or neither")
+        if mean is None:
+            mean, std = [shift or 0.0] * channels, [1.0] * channels
+        if not len(mean) == len(std) == channels:
+            raise ValueError(f"expected {channels} channels")
+        if not factor > 0:
+            raise ValueError("expected scaling_factor > 0")
+        return LatentStats(torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64) / factor)
+    except (TypeError, ValueError) as error:
+        stated = ", ".join(f"{name}={vae.config.get(name)}" for name in names)
+        raise ValueError(
+            f"the VAE's config states {stated}: {error}; correct its config.json, or use latent_stats=measured"
+        ) from None
+
+
 def vae_hash(vae: "AutoencoderKL") -> str:
     """Return 16 hex digits that identify the codec: its structure and the bits of its weights, wherever they lie."""
     digest = hashlib.sha256()
@@ -157,19 +232,40 @@ def decode(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
     return vae.decode(latents).sample
 
 
-def vae_loss(
-    config: VaeLossConfig, pixels: Tensor, reconstruction: Tensor, moments: Tensor, step: int
-) -> dict[str, Tensor]:
-    """Return the parts of update `step`'s loss, each a mean over pixel values, and their weighted sum `loss`.
-
-    With edge_weight = 0, `loss / kl_weight` is the negative evidence bound of a Gaussian decoder of variance
-    kl_weight / 2. Ours: squared rather than absolute error, whose gradient does not see a small bright shape until
-    the decoder draws it roughly right; on drawn scenes it needs a fifth of the steps.
-    """
+def kl_nats(moments: Tensor) -> Tensor:
+    """Return the KL of the posteriors [N, 2C, h, w] from N(0, 1) in nats, summed over all latents: f32 []."""
     mean, logvar = moments.float().chunk(2, dim=1)
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / pixels.numel()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum()
+
+
+def vae_loss(
+    config: VaeLossConfig,
+    pixels: Tensor,
+    reconstruction: Tensor,
+    moments: Tensor,
+    step: int,
+    *,
+    lpips: Tensor | None = None,
+    fake_scores: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Return the parts of update `step`'s loss and their weighted sum `loss`, all f32 [] and means over the batch.
+
+    The pixel errors and the KL are means over pixel values, so that they stand to each other as in the sums over a
+    picture that the literature's weights are for. `lpips` [N] and the discriminator's `fake_scores` of the
+    reconstruction add the parts `lpips` and `gan` where they are given.
+    With squared error and nothing but the KL, `loss / kl_weight` is the negative evidence bound of a Gaussian decoder
+    of variance kl_weight / 2.
+    """
+    kl = kl_nats(moments) / pixels.numel()
     error = reconstruction.float() - pixels
-    pixel_error = error.square().mean()
+    pixel_error = error.square().mean() if config.pixel_loss == "squared" else error.abs().mean()
     edge_error = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
     loss = pixel_error + config.edge_weight * edge_error + config.kl_weight_at(step) * kl
-    return {"loss": loss, "pixel_error": pixel_error, "edge_error": edge_error, "kl": kl}
+    parts = {"pixel_error": pixel_error, "edge_error": edge_error, "kl": kl}
+    if lpips is not None:
+        parts["lpips"] = lpips.mean()
+        loss = loss + config.lpips_weight * parts["lpips"]
+    if fake_scores is not None:
+        parts["gan"] = discriminator.generator_loss(fake_scores)
+        loss = loss + config.gan_weight_at(step) * parts["gan"]
+    return {"loss": loss, **parts}

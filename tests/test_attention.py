@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.attention import KVCache, additive_mask, apply_rope, attend, block_mask, dense_mask, rotary_tables
+from model.attention import additive_mask, apply_rope, attend, block_mask, dense_mask, rotary_tables
 
 
 def random_layout(length, generator, padding=True, hide=True):
@@ -232,23 +232,6 @@ def test_rope_2d_leaves_text_alone_and_turns_images_by_row_and_column():
     assert torch.allclose(angles[2:6, 1], torch.tensor([0.0, 0.0, 1.0, 1.0]) * turn[1], atol=1e-6)
     assert torch.allclose(angles[2:6, 3], torch.tensor([0.0, 1.0, 0.0, 1.0]) * turn[3], atol=1e-6)
     assert torch.allclose(angles[2:6, 2], torch.tensor([2.0, 3.0, 4.0, 5.0]) * turn[2], atol=1e-6)
-
-
-def test_cache_appends_at_each_rows_own_length_and_overwrites_until_advanced():
-    cache = KVCache(layers=1, rows=2, capacity=8, kv_heads=1, head_dim=2)
-    k = torch.arange(12, dtype=torch.float32).view(2, 3, 1, 2)
-    cache.layer(0).write(k, -k)
-    cache.advance(torch.tensor([3, 1]))
-    keys, values = cache.layer(0).write(k + 100, -k)
-    assert torch.equal(keys[0, 0, 3:6], k[0, :, 0] + 100)
-    assert torch.equal(keys[1, 0, 1:4], k[1, :, 0] + 100)
-    assert torch.equal(values[1, 0, 1:4], -k[1, :, 0])
-    keys, _ = cache.layer(0).write(k + 200, -k)
-    assert torch.equal(keys[0, 0, :6], torch.cat((k[0, :, 0], k[0, :, 0] + 200)))
-    cache.truncate(torch.tensor([2, 9]))
-    assert cache.lengths.tolist() == [2, 1]
-    assert cache.mask(2, causal=True)[:, 0].sum(-1).tolist() == [[3, 4], [2, 3]]
-    assert cache.mask(2, causal=False)[:, 0].sum(-1).tolist() == [[4, 4], [3, 3]]
 
 
 @pytest.mark.gpu

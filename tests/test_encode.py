@@ -22,7 +22,7 @@ from data.manifest import Manifest
 from data.pictures import encode_png, to_unit
 from data.shards import BadRecords, Record, read_at, read_shard, write_shard
 from data.tokenizer import Tokenizer
-from model.vae import load_vae, moments, vae_hash
+from model.vae import LatentStats, load_vae, moments, vae_hash
 from tests.sources import data_config
 from train.encode import main
 
@@ -449,6 +449,120 @@ def test_statistics_may_come_from_another_data_set_of_the_same_latents(
     with pytest.raises(ValueError, match="both it and the inputs must hold pictures"):
         encode(tmp_path / "a.jsonl", tmp_path / "out", stats_from=tmp_path / "train")
     assert contents_of(tmp_path / "out") == {}
+
+
+# ---- a VAE of somebody else ----
+
+
+def foreign_vae(folder: Path, **changes: object) -> Path:
+    """A tiny AutoencoderKL of stride 2 and 3 channels, as diffusers makes and saves it."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"block_out_channels": [8, 8], "norm_num_groups": 4, "latent_channels": 3}
+        AutoencoderKL(**blocks, **sizes, **changes).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stated", "mean", "std"),
+    [
+        ({"scaling_factor": 0.18215}, [0.0] * 3, [1 / 0.18215] * 3),
+        ({}, [0.0] * 3, [1 / 0.18215] * 3),  # diffusers' default
+        ({"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False},
+         [0.1159] * 3, [1 / 0.3611] * 3),
+        ({"scaling_factor": 0.5, "latents_mean": [-1.6, 2.0, 0.0], "latents_std": [9.0, 6.0, 1.0]},
+         [-1.6, 2.0, 0.0], [18.0, 12.0, 2.0]),
+        ({"scaling_factor": 1.0, "shift_factor": -0.5}, [-0.5] * 3, [1.0] * 3),
+    ],
+)  # fmt: skip
+def test_a_vaes_own_scaling_goes_into_the_latent_spec(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str],
+    stated: dict[str, object], mean: list[float], std: list[float],
+) -> None:  # fmt: skip
+    """From the shards, whitened by the manifest, to what diffusers' pipelines feed their models."""
+    vae_path = foreign_vae(tmp_path / "vae", **stated)
+    encode(raw, tmp_path / "out", vae=vae_path)
+    assert "encode: latent statistics: the VAE's own scaling" in capsys.readouterr().out
+    spec = Manifest.load(tmp_path / "out").latent_spec
+    assert (spec.channels, spec.stride, spec.resolution) == (3, 2, 32)
+    assert Manifest.load(tmp_path / "out").grids() == {(16, 16)}
+    np.testing.assert_allclose(spec.mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(spec.std, std, rtol=1e-12)
+
+    vae = load_vae(vae_path)
+    encoded = [decode_document(r, "here").segments[1].moments for r in encoded_records(tmp_path / "out")]
+    z = torch.from_numpy(np.stack(encoded)[:, :3]).float()
+    config = vae.config
+    if config.latents_mean is not None:
+        latents_mean, latents_std = (
+            torch.tensor(v).view(1, 3, 1, 1) for v in (config.latents_mean, config.latents_std)
+        )
+        scaled = (z - latents_mean) * config.scaling_factor / latents_std
+    else:
+        scaled = (z - (config.shift_factor or 0.0)) * config.scaling_factor
+    stats = LatentStats(torch.tensor(spec.mean), torch.tensor(spec.std))
+    torch.testing.assert_close(stats.whiten(z), scaled)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        alone = vae.encode(torch.from_numpy(to_unit(pixels))).latent_dist.mean[0]
+    torch.testing.assert_close(z[0], alone, rtol=2e-3, atol=2e-3)
+
+
+def test_the_source_of_the_statistics_can_be_chosen_and_shards_stay(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, vae = tmp_path / "out", foreign_vae(tmp_path / "vae")
+    own = encode(raw, out, vae=vae)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "manifest.json"}
+    capsys.readouterr()
+    measured = encode(raw, out, vae=vae, latent_stats="measured")
+    assert "encode: latent statistics: measured\n" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "manifest.json"} == before
+    spec = Manifest.load(out).latent_spec
+    latents = np.stack([decode_document(r, "here").segments[1].moments for r in encoded_records(out)])
+    np.testing.assert_allclose(spec.mean, latents[:, :3].astype(np.float64).mean((0, 2, 3)), rtol=1e-9)
+    assert encode(raw, out, vae=vae, latent_stats="vae") == own != measured
+
+
+def test_a_vae_that_states_no_scaling_is_measured_unless_asked_otherwise(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str], expected: Contents
+) -> None:
+    assert encode(raw, tmp_path / "out") == expected
+    assert "latent statistics: measured (the VAE states no scaling)" in capsys.readouterr().out
+    assert encode(raw, tmp_path / "out", latent_stats="measured") == expected
+    encode(raw, tmp_path / "out", latent_stats="vae")
+    spec = Manifest.load(tmp_path / "out").latent_spec
+    assert (spec.mean, spec.std) == ((0.0, 0.0), (1.0, 1.0))
+
+
+def test_statistics_from_two_places_are_refused_and_another_data_sets_win(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = foreign_vae(tmp_path / "vae")
+    encode(raw, tmp_path / "train", vae=vae, latent_stats="measured")
+    for chosen in ("vae", "measured"):
+        with pytest.raises(ValueError, match=rf"latent_stats={chosen} and stats_from=.*train both say.*leave one"):
+            encode(raw, tmp_path / "out", vae=vae, stats_from=tmp_path / "train", latent_stats=chosen)
+    capsys.readouterr()
+    encode(raw / "a.tar", tmp_path / "out", vae=vae, stats_from=tmp_path / "train")
+    assert f"latent statistics: from {tmp_path / 'train'}" in capsys.readouterr().out
+    specs = [Manifest.load(tmp_path / name).latent_spec for name in ("train", "out")]
+    assert specs[0] == specs[1] and specs[0].mean != (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"latent_stats='both': expected Literal"):
+        encode(raw, tmp_path / "out", vae=vae, latent_stats="both")
+
+
+def test_a_scaling_that_cannot_be_is_refused_before_work(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents]
+) -> None:
+    vae = foreign_vae(tmp_path / "vae", latents_mean=[0.0], latents_std=[1.0])
+    with pytest.raises(ValueError, match=r"expected 3 channels; correct its config.json, or use latent_stats=measured"):
+        encode(raw, tmp_path / "out", vae=vae)
+    assert contents_of(tmp_path / "out") == {}
+    encode(raw, tmp_path / "out", vae=vae, latent_stats="measured")
 
 
 def test_the_program_refuses_without_a_traceback(tmp_path: Path, tokenizer: Tokenizer) -> None:

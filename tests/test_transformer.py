@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.attention import KVCache
+from model.cache import KVCache
 from model.transformer import SIZES, RMSNorm, Transformer, TransformerConfig
 
 PAPER = {

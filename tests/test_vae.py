@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from data.pictures import encode_png, to_unit
 from data.scenes import make_splits, training_example
@@ -25,11 +27,18 @@ from model.vae import (
     load_vae,
     moments,
     sample_latents,
+    stated_stats,
+    stride_of,
     vae_hash,
     vae_loss,
 )
-from train.vae import main
+from tests.test_perceptual import random_weights
+from train.codec_loss import CodecLoss
+from train.config import load_config
+from train.optim import OptimConfig, learning_rate
+from train.vae import Training, VaeTrainConfig, main
 
+PAPER = Path(__file__).parents[1] / "configs/paper/vae.yaml"
 TINY = VaeConfig(latent_channels=3, block_channels=(8, 8, 8), layers_per_block=1, norm_groups=4, mid_attention=False)
 PICTURES = np.stack([training_example(make_splits(0), index, 32, 0.15).picture for index in range(40)])
 
@@ -59,6 +68,38 @@ def shards(tmp_path_factory) -> Path:
         records = [{"__key__": f"{key:04d}".encode(), "png": encode_png(PICTURES[key])} for key in keys]
         write_shard(folder / f"{shard:05d}.tar", records)
     return folder
+
+
+@pytest.fixture(scope="module")
+def vgg16(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.safetensors"
+    save_file({name: tensor.half() for name, tensor in random_weights().items()}, path)
+    return path
+
+
+def every_part(vgg16: Path) -> dict[str, object]:
+    """Settings of a run whose loss has all parts, the discriminator from the third update on."""
+    return {
+        "resolution": 24,
+        "batch_size": 3,
+        "optim.steps": 10,
+        "optim.learning_rate": 2e-4,  # higher, and Adam makes 1e-3 of the float's last digits
+        "loss.pixel_loss": "absolute",
+        "loss.lpips_weight": 1.0,
+        "loss.lpips_weights": vgg16,
+        "loss.gan_weight": 0.5,
+        "loss.gan_start_step": 3,
+        "loss.gan_learning_rate": 1e-4,
+        "loss.gan_channels": 8,
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(shards, vgg16, tmp_path_factory) -> Path:
+    """An undisturbed run with every part of the loss."""
+    output = tmp_path_factory.mktemp("whole") / "vae"
+    main(arguments(shards, output, **every_part(vgg16)))
+    return output
 
 
 def arguments(shards: Path, output: Path, **settings: object) -> list[str]:
@@ -124,6 +165,56 @@ def test_statistics_that_cannot_whiten_are_refused(std):
         LatentStats(torch.zeros(2), torch.tensor(std))
 
 
+# What a VAE's config can state, and the formula that diffusers' pipelines make of it, for latents of 3 channels.
+SCALINGS = [
+    ({"scaling_factor": 0.18215}, lambda z: z * 0.18215),
+    ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, lambda z: (z - 0.0609) * 1.5305),
+    (
+        {"scaling_factor": 0.5, "shift_factor": 7.0, "latents_mean": [0.1, -2.0, 3.0], "latents_std": [0.5, 1.0, 4.0]},
+        lambda z: (
+            (z - torch.tensor([0.1, -2.0, 3.0])[:, None, None]) * 0.5 / torch.tensor([0.5, 1.0, 4.0])[:, None, None]
+        ),
+    ),
+    ({"scaling_factor": 1.0}, lambda z: z),
+]
+
+
+@pytest.mark.parametrize(("stated", "formula"), SCALINGS)
+def test_whitening_by_what_the_vae_states_is_diffusers_formula(vae, stated, formula):
+    vae.register_to_config(**stated)
+    latents = 5 * torch.randn(2, 3, 4, 4)
+    stats = stated_stats(vae)
+    torch.testing.assert_close(stats.whiten(latents), formula(latents))
+    torch.testing.assert_close(stats.unwhiten(formula(latents)), latents)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        (
+            {"scaling_factor": 0.0},
+            r"states scaling_factor=0\.0, .*expected scaling_factor > 0; correct its config\.json",
+        ),
+        ({"scaling_factor": None}, "states scaling_factor=None"),
+        ({"latents_mean": [0.0, 0.0, 0.0]}, "expected latents_mean and latents_std, or neither"),
+        ({"latents_mean": [0.0], "latents_std": [1.0]}, r"expected 3 channels.*or use latent_stats=measured"),
+        ({"latents_mean": [0.0, 0.0, 0.0], "latents_std": [1.0, 0.0, 1.0]}, "expected finite and std > 0"),
+        ({"shift_factor": "much"}, "states .*shift_factor=much"),
+    ],
+)
+def test_a_stated_scaling_that_cannot_scale_is_refused(vae, stated, message):
+    vae.register_to_config(**stated)
+    with pytest.raises(ValueError, match=message):
+        stated_stats(vae)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_the_stride_of_a_loaded_vae_is_pixels_a_cell(blocks):
+    loaded = build_vae(VaeConfig(block_channels=(4,) * blocks, layers_per_block=1, norm_groups=2, mid_attention=False))
+    cells = moments(loaded, torch.zeros(1, 3, 16, 16)).shape[-1]
+    assert stride_of(loaded) == 16 / cells == 2 ** (blocks - 1)
+
+
 def test_the_loss_is_squared_error_plus_weighted_kl():
     pixels, reconstruction = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
     mean, logvar = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
@@ -138,6 +229,76 @@ def test_the_loss_is_squared_error_plus_weighted_kl():
     torch.testing.assert_close(parts["loss"], expected)
     exact = vae_loss(config, pixels, pixels + 0.3, torch.zeros(2, 8, 2, 2), step=1)
     assert exact["edge_error"] < 1e-12 and exact["kl"] == 0
+
+
+def test_every_part_enters_the_loss_with_its_weight():
+    pixels, reconstruction, encoded = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), torch.randn(2, 8, 2, 2)
+    lpips, scores = torch.tensor([0.2, 0.4]), torch.randn(2, 1, 3, 3)
+    config = VaeLossConfig(
+        pixel_loss="absolute", kl_weight=0.1, lpips_weight=0.7, lpips_weights="file", gan_weight=0.5, gan_start_step=4
+    )
+    late, early = (
+        vae_loss(config, pixels, reconstruction, encoded, step, lpips=lpips, fake_scores=scores) for step in (4, 3)
+    )
+    torch.testing.assert_close(late["pixel_error"], torch.nn.functional.l1_loss(reconstruction, pixels))
+    without_gan = late["pixel_error"] + 0.1 * late["kl"] + 0.7 * 0.3
+    torch.testing.assert_close(late["loss"], without_gan - 0.5 * scores.mean())
+    torch.testing.assert_close(early["loss"], without_gan)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"id_weight": 0.2},
+            r"loss\.id_weight=0\.2: the MoCo v2 identity term is not implemented.*set loss\.id_weight=0",
+        ),
+        ({"lpips_weight": 1.0}, r"lpips_weight=1\.0, but lpips_weights is not given.*set lpips_weight=0"),
+        ({"lpips_weight": -1.0}, r"lpips_weight=-1\.0: expected 0 or more"),
+        ({"gan_weight": -0.5}, r"gan_weight=-0\.5: expected 0 or more"),
+        ({"gan_start_step": -1}, r"gan_start_step=-1: expected 0 or more"),
+        ({"gan_channels": 12}, r"gan_channels=12: expected a multiple of 8"),
+        ({"gan_learning_rate": 0.0}, r"gan_learning_rate=0\.0: expected more than 0"),
+        ({"pixel_loss": "cubed"}, r"pixel_loss=cubed: expected squared or absolute"),
+        ({"kl_weight": 0.0}, r"kl_weight=0\.0: expected more than 0"),
+    ],
+)
+def test_weights_that_are_no_loss_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        VaeLossConfig(**settings)
+
+
+def test_the_paper_vae_is_the_papers():
+    """P1: every number of the preset, and 83.7M parameters where the paper counts 86M."""
+    config = load_config(VaeTrainConfig, [f"config={PAPER}", "inputs=[/data]"])
+    assert config.model == VaeConfig(
+        latent_channels=8, block_channels=(128, 256, 512, 512), layers_per_block=2, norm_groups=32, mid_attention=True
+    )
+    assert config.resolution == 256 and config.model.stride == 8  # 32x32x8
+    assert config.loss == VaeLossConfig(
+        pixel_loss="absolute",
+        kl_weight=1e-6,
+        kl_warmup_steps=0,
+        edge_weight=0.0,
+        lpips_weight=1.0,
+        lpips_weights="runs/paper/lpips_vgg16.safetensors",
+        gan_weight=0.5,
+        gan_start_step=50_000,
+        gan_channels=64,
+        gan_learning_rate=None,
+        id_weight=0.0,  # the paper: 0.2
+    )
+    assert (config.loss.gan_weight_at(49_999), config.loss.gan_weight_at(50_000)) == (0.0, 0.5)
+    assert config.optim == OptimConfig(
+        learning_rate=1e-4, min_learning_rate=1e-6, warmup_steps=1000, steps=1_000_000,
+        beta1=0.5, beta2=0.9, weight_decay=0.0,
+    )  # fmt: skip
+    assert (config.batch_size, config.seed) == (96, 0)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build_vae(config.model).parameters())
+    assert parameters == 83_709_419
+    with pytest.raises(ValueError, match=r"loss\.id_weight=0\.2: the MoCo v2 identity term is not implemented"):
+        load_config(VaeTrainConfig, [f"config={PAPER}", "loss.id_weight=0.2"])
 
 
 def test_the_kl_weight_rises_linearly_and_stays():
@@ -188,9 +349,9 @@ def test_training_lowers_the_loss_and_writes_what_diffusers_loads(shards, tmp_pa
     assert "reusing" in capsys.readouterr().out
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(shards, tmp_path, capsys):
-    main(arguments(shards, tmp_path / "whole"))
-    argv = arguments(shards, tmp_path / "cut")
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(shards, vgg16, whole, tmp_path, capsys):
+    """With every part of the loss; the metrics say so, because they are bits of all networks and optimizers."""
+    argv = arguments(shards, tmp_path / "cut", **every_part(vgg16))
     process = subprocess.Popen([sys.executable, "-m", "train.vae", *argv])
     state = tmp_path / "cut.partial" / "state.pt"
     deadline = time.monotonic() + 120
@@ -199,11 +360,82 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(shards, tmp_path, caps
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert state.exists() and not (tmp_path / "cut").exists()
+    assert torch.load(state, weights_only=True)["loss"]["adamw"]["state"]  # the discriminator was under way
     main(argv)
     assert "going on from step" in capsys.readouterr().out
-    hashes = [json.loads((tmp_path / name / "vae.json").read_text())["hash"] for name in ("whole", "cut")]
+    hashes = [json.loads((folder / "vae.json").read_text())["hash"] for folder in (whole, tmp_path / "cut")]
     assert hashes[0] == hashes[1]
-    assert [row["step"] for row in rows(tmp_path / "cut")] == [3, 6, 9, 12]
+    expected, found = (
+        [{name: value for name, value in row.items() if name != "seconds"} for row in rows(folder)]
+        for folder in (whole, tmp_path / "cut")
+    )
+    assert found == expected and [row["step"] for row in found] == [3, 6, 9, 10]
+
+
+def test_metrics_show_every_part_that_is_active(shards, whole, tmp_path):
+    always = {"step", "loss", "pixel_error", "edge_error", "kl", "grad_norm", "learning_rate", "seconds"}
+    adversarial = {"gan", "discriminator_loss", "discriminator_grad_norm"}
+    for row in rows(whole):
+        assert row.keys() == always | {"lpips"} | adversarial
+        weighed = row["pixel_error"] + row["lpips"] + 0.5 * row["gan"] + 1e-3 * row["kl"]
+        assert row["loss"] == pytest.approx(weighed, rel=1e-5) and row["discriminator_loss"] > 0
+    main(arguments(shards, tmp_path / "plain", **{"optim.steps": 1}))
+    assert rows(tmp_path / "plain")[0].keys() == always
+
+
+def test_the_discriminator_starts_at_its_step_and_not_before(shards, tmp_path, monkeypatch):
+    """Its weights stay as drawn, and the VAE is that of a run without it, bit for bit, up to the step before."""
+    settings = {"resolution": 24, "batch_size": 2, "optim.steps": 5, "log_interval_steps": 1, "loss.gan_channels": 8}
+    seen: list[tuple[int, dict]] = []
+
+    def remember(training, pictures, update=Training._update):
+        measured = update(training, pictures)
+        state = training.loss.state_dict().get("discriminator", {})
+        seen.append((training.step, {name: tensor.clone() for name, tensor in state.items()}))
+        return measured
+
+    monkeypatch.setattr(Training, "_update", remember)
+    main(arguments(shards, tmp_path / "gan", **settings, **{"loss.gan_weight": 0.5, "loss.gan_start_step": 4}))
+    weights = [state["layers.0.weight"] for _, state in seen]
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
+    main(arguments(shards, tmp_path / "plain", **settings))
+    with_gan, plain = rows(tmp_path / "gan"), rows(tmp_path / "plain")
+    assert [("gan" in row, "discriminator_loss" in row) for row in with_gan] == 3 * [(False, False)] + 2 * [
+        (True, True)
+    ]
+    for name in ("loss", "pixel_error", "kl", "grad_norm"):
+        assert [row[name] for row in with_gan[:3]] == [row[name] for row in plain[:3]]
+    assert with_gan[3]["pixel_error"] == plain[3]["pixel_error"]  # the fourth update is the first with another gradient
+    assert with_gan[3]["grad_norm"] != plain[3]["grad_norm"] and with_gan[4]["pixel_error"] != plain[4]["pixel_error"]
+
+
+def test_the_discriminator_follows_its_own_peak_rate():
+    optim = OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=2, steps=10, ema_decay=0.9)
+    config = VaeLossConfig(gan_weight=0.5, gan_channels=8, gan_learning_rate=2e-4)
+    own = CodecLoss(config, optim, None, torch.device("cpu")).optimizer.config
+    for step in (1, 2, 5, 10):
+        assert learning_rate(step, own) == pytest.approx(0.2 * learning_rate(step, optim))
+
+
+def test_the_codec_holds_nothing_of_the_networks_beside_it(whole, vae):
+    assert load_vae(whole).state_dict().keys() == vae.state_dict().keys()
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors", "metrics.jsonl", "vae.json"
+    ]  # fmt: skip
+
+
+def test_another_vgg16_in_the_same_file_trains_anew(shards, vgg16, tmp_path, capsys):
+    settings = every_part(vgg16) | {"optim.steps": 1, "loss.gan_weight": 0.0, "batch_size": 1}
+    copy = tmp_path / "vgg16.safetensors"
+    shutil.copy(vgg16, copy)
+    argv = arguments(shards, tmp_path / "vae", **(settings | {"loss.lpips_weights": copy}))
+    main(argv)
+    assert f"LPIPS from {copy}, with its linear heads" in capsys.readouterr().out
+    save_file({name: tensor.half() for name, tensor in random_weights(heads=False).items()}, copy)
+    main(argv)
+    printed = capsys.readouterr().out
+    assert "without heads: every channel weighs 1" in printed and "was made with another lpips; making" in printed
 
 
 def test_a_stop_signal_saves_at_once(shards, tmp_path):
@@ -219,13 +451,16 @@ def test_a_stop_signal_saves_at_once(shards, tmp_path):
     assert state["step"] >= 3
 
 
-def test_two_ranks_train_as_one(shards, tmp_path):
-    main(arguments(shards, tmp_path / "one", batch_size=5))
+def test_two_ranks_train_as_one(shards, vgg16, whole, tmp_path):
+    """With every part of the loss, and one picture on one rank, two on the other."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    subprocess.run([*launcher, "train.vae", *arguments(shards, tmp_path / "two", batch_size=5)], check=True)
-    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for name in ("loss", "pixel_error", "kl", "grad_norm"):
-            assert one[name] == pytest.approx(two[name], rel=1e-3)
+    argv = arguments(shards, tmp_path / "two", **every_part(vgg16))
+    subprocess.run([*launcher, "train.vae", *argv], check=True)
+    for one, two in zip(rows(whole), rows(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"seconds"}:
+            within = {"abs": 1e-4} if name == "gan" else {"rel": 1e-3}  # a mean of scores of about 1 and both signs
+            assert one[name] == pytest.approx(two[name], **within), name
 
 
 def test_other_settings_train_anew(shards, tmp_path, capsys):
@@ -256,6 +491,12 @@ def test_bad_input_is_refused_with_a_message(shards, tmp_path):
         (arguments(tmp_path / "nowhere", tmp_path / "v"), "does not exist"),
         (arguments(shards, tmp_path / "v", resolution=30), "multiple of the stride 4"),
         (arguments(shards, tmp_path / "v", **{"model.norm_groups": 3}), "multiple of norm_groups"),
+        (arguments(shards, tmp_path / "v", **{"loss.id_weight": 0.2}), r"loss\.id_weight=0\.2: .* not implemented"),
+        (arguments(shards, tmp_path / "v", resolution=16, **{"loss.gan_weight": 0.5}), "the loss needs 24 pixels"),
+        (
+            arguments(shards, tmp_path / "v", **{"loss.lpips_weight": 1, "loss.lpips_weights": tmp_path / "none"}),
+            r"lpips_weights=.*none: no such file; make it",
+        ),
         (arguments(shards, shards), r"was not made by train\.vae"),
         (arguments(shards, Path("/proc/vae")), "cannot write there"),
     ):

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from data.shards import (
 )
 from data.texts import SUFFIXES, caption_of, list_inputs, read_text_file
 from data.tokenizer import Tokenizer
-from model.vae import load_vae, moments, vae_hash
+from model.vae import load_vae, moments, stated_stats, stride_of, vae_hash
 from train.config import load_config, run_program
 
 
@@ -47,7 +48,10 @@ class EncodeConfig:
     vae: str | None = None  # diffusers AutoencoderKL: a folder or a hub id; not needed for text
     resolution: int = 256  # pixels of the square pictures, a multiple of the VAE's stride
     batch_size: int = 32  # pictures a VAE batch
-    stats_from: str | None = None  # encoded folder whose latent statistics to take over (for held-out data)
+    # Where the mean and deviation come from by which training whitens latents. vae: the scaling that the VAE's config
+    # states; measured: these pictures' latents; auto: vae where the config states other than 1, else measured.
+    latent_stats: Literal["auto", "measured", "vae"] = "auto"
+    stats_from: str | None = None  # encoded folder whose latent statistics to take over instead (for held-out data)
     max_bad_fraction: float = 0.01  # share of records that may be skipped, in [0, 1]
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
@@ -56,6 +60,13 @@ class EncodeConfig:
             raise ValueError(f"resolution={self.resolution}, batch_size={self.batch_size}: expected at least 1")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected a share in [0, 1]")
+        if self.latent_stats not in ("auto", "measured", "vae"):
+            raise ValueError(f"latent_stats={self.latent_stats}: expected auto, measured or vae")
+        if self.stats_from is not None and self.latent_stats != "auto":
+            raise ValueError(
+                f"latent_stats={self.latent_stats} and stats_from={self.stats_from} both say where the statistics come "
+                "from: leave one of them out"
+            )
 
 
 CONFIG = EncodeConfig
@@ -75,20 +86,29 @@ class Encoder:
             self.vae = load_vae(config.vae).to(device).eval()
             self.vae_hash = vae_hash(self.vae)
             self.channels = self.vae.config.latent_channels
-            self.stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            self.stride = stride_of(self.vae)
             if config.resolution % self.stride:
                 raise ValueError(
                     f"resolution={config.resolution}: expected a multiple of the VAE's stride {self.stride}"
                 )
-        self.given_spec = self._given_spec()
+        self.given_spec, self.stats_source = self._given_spec()
         self.sums = np.zeros((2, self.channels))  # of the present file's latents: first and second moments
         self.cells = 0
 
-    def _given_spec(self) -> LatentSpec | None:
-        """Return the latent spec of `stats_from`, if given; raise ValueError for one of other latents."""
-        folder = self.config.stats_from
-        if folder is None:
-            return None
+    def _given_spec(self) -> tuple[LatentSpec | None, str]:
+        """Return the latent spec if its statistics are not to be measured, and in words where they come from."""
+        if self.config.stats_from is not None:
+            return self._spec_of(self.config.stats_from), f"from {self.config.stats_from}"
+        if self.vae is None or self.config.latent_stats == "measured":
+            return None, "measured"
+        stats = stated_stats(self.vae)
+        mean, std = tuple(stats.mean.tolist()), tuple(stats.std.tolist())
+        if self.config.latent_stats == "auto" and set(mean) == {0.0} and set(std) == {1.0}:
+            return None, "measured (the VAE states no scaling)"
+        return LatentSpec(**self.spec_fields, mean=mean, std=std), "the VAE's own scaling"
+
+    def _spec_of(self, folder: str) -> LatentSpec:
+        """Return the latent spec of an encoded folder; raise ValueError for one of other latents."""
         theirs, ours = Manifest.load(Path(folder)).latent_spec, self.spec_fields
         if theirs is None or self.vae is None:
             raise ValueError(f"stats_from={folder}: both it and the inputs must hold pictures; leave it out for text")
@@ -105,7 +125,7 @@ class Encoder:
         return {**{name: getattr(self, name) for name in names}, "resolution": self.config.resolution}
 
     def origin(self, path: Path) -> dict:
-        """What decides a shard's bytes: its input file, tokenizer and VAE."""
+        """What decides a shard's bytes: its input file, tokenizer and VAE. Statistics decide the manifest alone."""
         status = path.stat()  # tars are padded, so that size alone would miss an input that was replaced
         made_with = {"tokenizer": self.tokenizer.hash, "vae": self.vae_hash, "resolution": self.config.resolution}
         return {
@@ -200,6 +220,8 @@ def main(argv: list[str]) -> int | None:
     bad = BadRecords(config.max_bad_fraction, sum(sidecar["seen"] for sidecar in sidecars), skipped, bad.names)
     bad.check(final=True)
     manifest = build_manifest(encoder, sidecars, output)
+    if encoder.vae is not None:
+        print(f"encode: latent statistics: {encoder.stats_source}")
     print(f"encode: {manifest.records} records in {len(manifest.shards)} shards in {output}; skipped {bad.summary()}")
 
 

@@ -25,7 +25,9 @@ from tqdm import tqdm
 from data.pictures import decode_picture, to_unit
 from data.shards import BadRecord, BadRecords, read_shard
 from data.texts import list_inputs
-from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, moments, sample_latents, vae_hash, vae_loss
+from model.perceptual import Lpips, load_lpips
+from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, kl_nats, moments, sample_latents, vae_hash
+from train.codec_loss import CodecLoss
 from train.config import load_config, run_program
 from train.distributed import DIED, Device, Ranks, init_ranks, last_words
 from train.optim import OptimConfig, Optimizer, learning_rate
@@ -65,6 +67,11 @@ class VaeTrainConfig:
                 f"resolution={self.resolution}: expected a multiple of the stride {self.model.stride} "
                 f"of model.block_channels={self.model.block_channels}"
             )
+        if self.resolution < self.loss.smallest_picture:
+            raise ValueError(
+                f"resolution={self.resolution}: the loss needs {self.loss.smallest_picture} pixels or more; raise it, "
+                "or set loss.gan_weight=0 and loss.lpips_weight=0"
+            )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected a share in [0, 1]")
         if self.seed < 0 or self.timeout_minutes <= 0:
@@ -87,6 +94,7 @@ def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
     files = list_inputs(config.inputs, (".tar",))
     heldout_files = list_inputs(config.heldout, (".tar",)) if config.heldout else []
+    lpips = load_lpips(config.loss.lpips_weights) if config.loss.lpips_weight > 0 else None
     ranks = init_ranks(timeout_s=60 * config.timeout_minutes, device=config.device)
     if config.batch_size < ranks.world_size:
         raise ValueError(
@@ -94,6 +102,10 @@ def main(argv: list[str]) -> int | None:
         )
     settings = {name: value for name, value in asdict(config).items() if name not in HOW}
     settings["data"] = f"{_crc32(files):08x}-{_crc32(heldout_files):08x}"
+    if lpips is not None:
+        settings["lpips"] = f"{_crc32([Path(config.loss.lpips_weights)]):08x}"
+        heads = "with its linear heads" if lpips.has_heads else "without heads: every channel weighs 1"
+        _say(ranks, f"LPIPS from {config.loss.lpips_weights}, {heads}")
     output = OutputFolder(config.output, "train.vae", "vae.json", settings)
     if ranks.on_first(output.is_complete):
         _say(ranks, f"{output.path} is complete for these settings; reusing it")
@@ -102,7 +114,7 @@ def main(argv: list[str]) -> int | None:
 
     pictures = load_pictures(files, config, ranks)
     heldout = load_pictures(heldout_files, config, ranks) if heldout_files else None
-    training = Training(config, output, ranks)
+    training = Training(config, output, ranks, lpips)
     status = None
     with StopSignal() as stop, last_words(ranks, lambda: f"step {training.step}"):
         try:
@@ -138,14 +150,17 @@ def finish(training: "Training", pictures: np.ndarray, heldout: np.ndarray | Non
 
 
 class Training:
-    """A VAE with its optimizer and step, as `state.pt` in the partial folder keeps them. Every rank holds it whole."""
+    """A VAE with its optimizer, its loss's networks and step, as `state.pt` in the partial folder keeps them. Every
+    rank holds it whole.
+    """
 
-    def __init__(self, config: VaeTrainConfig, output: OutputFolder, ranks: Ranks) -> None:
+    def __init__(self, config: VaeTrainConfig, output: OutputFolder, ranks: Ranks, lpips: Lpips | None) -> None:
         """Build the VAE; take over the state that an interrupted run with the same settings left. Collective."""
         self.config, self.output, self.ranks = config, output, ranks
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.vae = build_vae(config.model).to(ranks.device)
+            self.loss = CodecLoss(config.loss, config.optim, lpips, ranks.device)
         self.optimizer = Optimizer(self.vae, config.optim)
         self.step, self.seconds = 0, 0.0
         self.rows: list[dict[str, float]] = []  # of metrics.jsonl
@@ -154,6 +169,7 @@ class Training:
         if state is not None:
             self.vae.load_state_dict(state["vae"])
             self.optimizer.adamw.load_state_dict(state["adamw"])
+            self.loss.load_state_dict(state["loss"])
             self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
             _say(ranks, f"going on from step {self.step} of {config.optim.steps}")
 
@@ -167,11 +183,11 @@ class Training:
         with bar:
             while self.step < config.optim.steps:
                 self.step += 1
-                parts, norm = self._update(pictures)
+                measured = self._update(pictures)
                 self.seconds = before + time.monotonic() - start
                 bar.update()
                 if self.step % config.log_interval_steps == 0 or self.step == config.optim.steps:
-                    self._log(parts, norm)
+                    self._log(measured)
                     bar.set_postfix(error=f"{self.rows[-1]['pixel_error']:.4f}", kl=f"{self.rows[-1]['kl']:.3f}")
                 stopped = self._agree(stop.kind)
                 last = self.step == config.optim.steps
@@ -181,8 +197,8 @@ class Training:
                         return stopped
         return StopKind.NONE
 
-    def _update(self, pictures: np.ndarray) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Make update `step`; return the loss's parts and the gradient norm, of the whole batch.
+    def _update(self, pictures: np.ndarray) -> dict[str, torch.Tensor]:
+        """Make update `step`; return the loss's parts and the gradient norms, of the whole batch.
 
         Batch and noise are a function of (seed, step), so a resume needs no random state and any number of ranks
         makes the same update up to the order of additions.
@@ -198,18 +214,23 @@ class Training:
         pixels = torch.from_numpy(to_unit(pictures[rows[mine]])).to(self.ranks.device)
         encoded = moments(self.vae, pixels)
         reconstruction = decode(self.vae, sample_latents(encoded, noise[mine].to(self.ranks.device)))
-        parts = vae_loss(self.config.loss, pixels, reconstruction, encoded, self.step)
-        share = len(pixels) / len(rows)
-        (parts["loss"] * share).backward()
-        values = torch.stack(list(parts.values())).detach() * share
-        if world_size > 1:
-            gradients = [parameter.grad for parameter in self.vae.parameters()]
-            flat = torch.cat([values, *(gradient.flatten() for gradient in gradients)])
-            dist.all_reduce(flat)  # sums; every rank takes part, once a step
-            values, *summed = flat.split([len(values), *(gradient.numel() for gradient in gradients)])
-            for gradient, total in zip(gradients, summed, strict=True):
-                gradient.copy_(total.view_as(gradient))
-        return dict(zip(parts, values, strict=True)), self.optimizer.update(self.step)
+        parts = self.loss.backward(pixels, reconstruction, encoded, self.step, len(pixels) / len(rows))
+        parts = self._sum_over_ranks(parts, [*self.vae.parameters(), *self.loss.parameters(self.step)])
+        return {**parts, "grad_norm": self.optimizer.update(self.step), **self.loss.update(self.step)}
+
+    def _sum_over_ranks(
+        self, parts: dict[str, torch.Tensor], parameters: list[nn.Parameter]
+    ) -> dict[str, torch.Tensor]:
+        """Sum the gradients in place; return the parts summed likewise. Collective, once a step."""
+        if self.ranks.world_size == 1:
+            return parts
+        gradients = [parameter.grad for parameter in parameters]
+        flat = torch.cat([torch.stack(list(parts.values())), *(gradient.flatten() for gradient in gradients)])
+        dist.all_reduce(flat)
+        values, *summed = flat.split([len(parts), *(gradient.numel() for gradient in gradients)])
+        for gradient, total in zip(gradients, summed, strict=True):
+            gradient.copy_(total.view_as(gradient))
+        return dict(zip(parts, values, strict=True))
 
     def _agree(self, kind: StopKind) -> StopKind:
         """Return the gravest stop that any rank was asked for. Collective."""
@@ -217,14 +238,14 @@ class Training:
         dist.all_reduce(gravest, op=dist.ReduceOp.MAX, group=self.ranks.vote_group)
         return StopKind(gravest.item())
 
-    def _log(self, parts: dict[str, torch.Tensor], norm: torch.Tensor) -> None:
-        row = {"step": self.step, **{name: part.item() for name, part in parts.items()}, "grad_norm": norm.item()}
+    def _log(self, measured: dict[str, torch.Tensor]) -> None:
+        row = {"step": self.step, **{name: value.item() for name, value in measured.items()}}
         row |= {"learning_rate": learning_rate(self.step, self.config.optim), "seconds": round(self.seconds, 2)}
         self.rows.append(row)
         if self.ranks.is_first:
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             (self.output.partial / "metrics.jsonl").write_text(lines)
-        skipped = int(self.optimizer.nonfinite[1])
+        skipped = max(int(self.optimizer.nonfinite[1]), self.loss.skipped_in_a_row)
         if skipped >= self.config.optim.max_nonfinite_in_a_row:
             raise Diverged(
                 f"{skipped} updates in a row up to step {self.step} had non-finite gradients and were skipped; "
@@ -235,6 +256,7 @@ class Training:
         path = self.output.partial / "state.pt"
         state = {"settings": json.dumps(self.output.settings), "step": self.step, "seconds": self.seconds}
         state |= {"rows": self.rows, "vae": self.vae.state_dict(), "adamw": self.optimizer.adamw.state_dict()}
+        state["loss"] = self.loss.state_dict()
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -297,7 +319,7 @@ def measure(vae: nn.Module, pictures: np.ndarray, config: VaeTrainConfig, device
         through_sample = decode(vae, sample_latents(encoded, noise)).clamp(-1, 1) - pixels
         parts = through_mean.abs(), through_mean.square(), through_sample.square()
         errors += np.array([part.mean(dim=(1, 2, 3)).sum().item() for part in parts])
-        kl += vae_loss(config.loss, pixels, pixels, encoded, 1)["kl"].item() * pixels.numel()
+        kl += kl_nats(encoded).item()
         first += mean.mean(dim=(2, 3)).sum(0)
         second += (mean.square() + logvar.exp()).mean(dim=(2, 3)).sum(0)
         noise_variance += logvar.exp().mean(dim=(2, 3)).sum(0)
