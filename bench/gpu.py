@@ -1,6 +1,7 @@
-"""Measure one GPU: flex against dense attention, a compiled bf16 training step with its MFU, sampling.
+"""Measure one GPU: flex against dense attention and a compiled bf16 training step with its MFU, for the blocks of all
+the paper's sizes; linear and U-Net patches; sampling with and without the cache.
 
-usage: python -m bench.gpu [--size 7b] [--layers 4] [--rows 2] [--length 4096] [--device cuda]
+usage: python -m bench.gpu [--sizes 7b] [--layers 4] [--rows 2] [--length 4096] [--device cuda]
 
 Progress goes to stderr; the last line of stdout is one JSON object. `--device cpu` runs the same code at a tiny size,
 without compilation, to see that it works: its numbers mean nothing. A stack of a few of the paper's blocks stands for
@@ -18,17 +19,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench import sampling
 from model.attention import attend, block_mask, dense_mask
-from model.diffusion import DiffusionConfig
 from model.losses import noise_error
-from model.sampler import Prompt, SamplerConfig, SeededDraws, SpecialTokens, generate
+from model.sampler import SamplerConfig
 from model.transformer import SIZES, TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
+from model.unet import UNetConfig
+from train.flops import Flops
 
 # Dense bf16 tensor-core peak in TFLOP/s, by a part of the device's name (makers' data sheets).
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "B200": 2250, "L40S": 362, "4090": 165}
-VOCAB = 32000
-GRID = (32, 32)  # the paper's latents: 256 tokens in 2 x 2 patches
+VOCAB = sampling.VOCAB
+GRID = sampling.GRID  # the paper's latents: 256 tokens in 2 x 2 patches
 CAPTION = 64  # text tokens of each caption in the measured layout
 
 
@@ -141,23 +144,29 @@ def measure_training(config: TransfusionConfig, layout: Layout, repeats: int, pe
     }
 
 
-def measure_sampling(config: TransfusionConfig, device: torch.device, rows: int, steps: int) -> dict:
-    """Time pictures drawn from captions: guided DDIM, the caption cached."""
+def measure_patches(config: TransfusionConfig, device: torch.device, images: int, repeats: int) -> dict:
+    """Time both halves of a bf16 patcher, forward and backward, on `images` of the paper's latents."""
     model = _model(config, device)
-    special = SpecialTokens(bos=1, eos=2, boi=3, eoi=4)
-    prompts = [Prompt((torch.arange(5, 5 + CAPTION),), draw=True, index=i) for i in range(rows)]
-    settings = SamplerConfig(sampler="ddim", steps=steps, max_new_tokens=0)
+    latents = torch.randn(images, config.latent_channels, *GRID, device=device)
+    timesteps = torch.randint(0, 1000, (images,), device=device)
 
-    def draw() -> None:
-        generate(model, prompts, settings, DiffusionConfig(), special, GRID, SeededDraws(0))
+    def step() -> None:
+        tokens, skips = model.embed_images(latents, timesteps)
+        model.predict_noise(tokens, skips, timesteps, *GRID).float().square().mean().backward()
 
-    total = seconds(draw, device, 1)
-    return {"rows": rows, "steps": steps, "step_ms": _ms(total / steps), "images_per_s": round(rows / total, 3)}
+    taken = seconds(step, device, repeats)
+    flops = Flops.of(config, VOCAB).per_latent_cell * GRID[0] * GRID[1] * images
+    parameters = sum(parameter.numel() for parameter in model.patches.parameters())
+    return {
+        "parameters": parameters,
+        "ms_an_image": _ms(taken / images),
+        "achieved_tflops": round(flops / taken / 1e12, 2),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="7b", help="whose blocks (7b)")
+    parser.add_argument("--sizes", choices=SIZES, nargs="+", default=[*SIZES], help="whose blocks (all five)")
     parser.add_argument("--layers", type=int, default=4, help="blocks of the measured stack (4)")
     parser.add_argument("--rows", type=int, default=2, help="sequences a step (2)")
     parser.add_argument("--length", type=int, default=4096, help="tokens a sequence (4096)")
@@ -168,27 +177,32 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench.gpu: needs a CUDA GPU and finds none; --device cpu runs a smoke test", file=sys.stderr)
         return 2
-    trunk = dataclasses.replace(SIZES[options.size], layers=options.layers)
-    sampling_steps = 20
-    if options.device == "cpu":
-        trunk = TransformerConfig(width=32, layers=1, heads=2)
-        options.length, options.rows, options.repeats, sampling_steps = 512, 1, 1, 2
-    config, device = TransfusionConfig(transformer=trunk), torch.device(options.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    tiny, device = options.device == "cpu", torch.device(options.device)
+    trunks = {size: dataclasses.replace(SIZES[size], layers=options.layers) for size in options.sizes}
+    unet, draws = UNetConfig(), {"rows": 8, "prefix": 512, "repeats": 2}
+    if tiny:
+        trunks = {"tiny": TransformerConfig(width=32, layers=1, heads=2)}
+        unet, draws = UNetConfig(channels=(8, 8), blocks=1), {"rows": 1, "prefix": 16, "repeats": 1}
+        options.length, options.rows, options.repeats = 512, 1, 1
+    name = "cpu" if tiny else torch.cuda.get_device_name()
     peak = options.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-    layout = make_layout(options.rows, options.length, GRID[0] * GRID[1] // config.patch_size**2, device)
-    parts = {
-        "attention": lambda: measure_attention(trunk, layout, options.repeats),
-        "training": lambda: measure_training(config, layout, options.repeats, peak),
-        "sampling": lambda: measure_sampling(config, device, 2 * options.rows, sampling_steps),
-    }
+    layout = make_layout(options.rows, options.length, GRID[0] * GRID[1] // 4, device)
     record: dict = {"bench": "gpu", "device": name, "torch": torch.__version__, "peak_tflops": peak}
-    record |= {"blocks_of": options.size, "layers": trunk.layers, "rows": options.rows, "length": options.length}
-    for part, measure in parts.items():
-        record[part] = measure()
-        print(f"{part}: {record[part]}", file=sys.stderr)
+    record |= {"layers": options.layers, "rows": options.rows, "length": options.length, "sizes": {}}
+    for size, trunk in trunks.items():
+        config = TransfusionConfig(transformer=trunk)
+        parts = {"attention": measure_attention(trunk, layout, options.repeats)}
+        parts["training"] = measure_training(config, layout, options.repeats, peak)
+        record["sizes"][size] = parts
+        print(f"{size}: {parts}", file=sys.stderr, flush=True)
+    trunk = trunks.get("0.76b") or next(iter(trunks.values()))
+    kinds = {kind: TransfusionConfig(transformer=trunk, patches=kind, unet=unet) for kind in ("linear", "unet")}
+    record["patches"] = {kind: measure_patches(config, device, 16, options.repeats) for kind, config in kinds.items()}
+    print(f"patches: {record['patches']}", file=sys.stderr, flush=True)
+    steps = SamplerConfig(sampler="ddim", steps=2 if tiny else 50, max_new_tokens=0, spacing="trailing")
+    record["sampling"] = sampling.measure(_model(kinds["linear"], device), config=steps, **draws)
     print(json.dumps(record))
-    return 0 if record["attention"]["flex_is_right"] else 1
+    return 0 if all(parts["attention"]["flex_is_right"] for parts in record["sizes"].values()) else 1
 
 
 def _attention_run(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, mask: object, backward: bool) -> list[Tensor]:
@@ -238,16 +252,14 @@ def _batch(config: TransfusionConfig, layout: Layout) -> tuple[dict, Tensor]:
 
 
 def _step_flops(model: Transfusion, batch: dict, layout: Layout) -> float:
-    """Return the FLOPs of a step: 6 a weight and token that meet in a product, 12 width a layer and allowed pair."""
-    trunk = model.config.transformer
-    products = sum(p.numel() for name, p in model.transformer.named_parameters() if p.ndim == 2)
-    patch_products = model.patches.to_width.weight.numel() + model.patches.to_patch.weight.numel()
-    linear = 6 * (
-        products * batch["input_ids"].numel()
-        + model.text_head.weight.numel() * len(batch["text_targets"])
-        + patch_products * len(batch["image_token_index"])
+    """Return the FLOPs of a step, padding there is none of."""
+    flops = Flops.of(model.config, VOCAB)
+    return (
+        flops.per_token * batch["input_ids"].numel()
+        + flops.per_pair * layout.allowed_pairs
+        + flops.per_text_target * len(batch["text_targets"])
+        + flops.per_latent_cell * batch["noisy"][GRID][:, 0].numel()
     )
-    return linear + 12 * trunk.width * trunk.layers * layout.allowed_pairs
 
 
 def _relative_error(ours: Tensor, exact: Tensor) -> float:

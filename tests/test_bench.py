@@ -11,8 +11,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-def run_bench(*options):
-    command = [sys.executable, "-m", "bench.gpu", *options]
+def run_bench(*options, bench="gpu"):
+    command = [sys.executable, "-m", f"bench.{bench}", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
@@ -20,8 +20,19 @@ def test_smoke_run_ends_with_one_json_object():
     result = run_bench("--device", "cpu")
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout.splitlines()[-1])
-    assert record["attention"]["flex_is_right"]
-    assert record["training"]["step_tflop"] > 0 and record["sampling"]["images_per_s"] > 0
+    (parts,) = record["sizes"].values()
+    assert parts["attention"]["flex_is_right"] and parts["training"]["step_tflop"] > 0
+    assert record["patches"]["unet"]["parameters"] > record["patches"]["linear"]["parameters"]
+    assert record["sampling"]["images_per_s"] > 0 and record["sampling"]["largest_difference"] < 0.1  # in bf16
+
+
+def test_sampling_draws_the_same_with_and_without_its_cache():
+    options = ("--size", "0.16b", "--layers", "1", "--prefix", "40", "--steps", "2", "--batches", "1", "2")
+    result = run_bench(*options, "--repeats", "1", "--device", "cpu", bench="sampling")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["largest_difference"] <= 1e-4
+    assert record["cached_speedup"] > 0 and set(record["images_per_s"]) == {"1", "2"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -1,5 +1,6 @@
 """Parallelism is invisible: the same weights, losses and gradients however the model is wrapped (P3)."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from data.tokenizer import Tokenizer
 from model.diffusion import DiffusionConfig
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
+from model.unet import UNetConfig
 from tests.ranks import run_ranks
 from tests.sources import data_config
 from train.distributed import Ranks
@@ -23,9 +25,11 @@ MODEL = TransfusionConfig(
 VOCAB = 301  # divisible by no number of ranks
 
 
-def _initialized(ranks: Ranks, config: ParallelConfig, vocab_size: int) -> torch.nn.Module:
+def _initialized(
+    ranks: Ranks, config: ParallelConfig, vocab_size: int, of: TransfusionConfig = MODEL
+) -> torch.nn.Module:
     with torch.device("meta"):
-        model = Transfusion(MODEL, vocab_size)
+        model = Transfusion(of, vocab_size)
     parallelize(model, config, ranks)
     initialize(model, 7, ranks.device)
     return model
@@ -60,12 +64,14 @@ OPTIONS = {
 }
 
 
-def _step_with(ranks: Ranks, options: dict[str, dict], data_settings: Any) -> dict[str, tuple[float, dict, set]]:
+def _step_with(
+    ranks: Ranks, options: dict[str, dict], data_settings: Any, of: TransfusionConfig = MODEL
+) -> dict[str, tuple[float, dict, set]]:
     """Return, by option, the loss over all ranks, the gradients and the dtypes of weights and gradients."""
     data = open_data(data_settings, 3, MODEL.patch_size)
     found = {}
     for name, changes in options.items():
-        model = _initialized(ranks, ParallelConfig(**{"dtype": "float32", **changes}), data.tokenizer.vocab_size)
+        model = _initialized(ranks, ParallelConfig(**{"dtype": "float32", **changes}), data.tokenizer.vocab_size, of)
         loader = Loader(data, data_settings, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=1)
         total = torch.zeros(())
         for micro_batch in loader.next(30).micro_batches:
@@ -104,6 +110,26 @@ def test_options_change_memory_and_speed_but_not_the_result(
             error = (other_grads[parameter] - grad).norm() / grad.norm()
             assert error <= tolerance, f"{name}: {parameter}: {error:.1e}"
     assert found["bfloat16"][0] != loss
+
+
+def test_a_unet_gives_the_same_loss_and_gradients_however_it_is_sharded_and_recomputed(
+    tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
+) -> None:
+    """P3: 1, 2 and 3 ranks, of which some have no image, or images of fewer grids than others."""
+    settings = data_config(tokenizer, {"pairs": pairs_folder, "texts": texts_folder}, lanes=5, sequence_length=64)
+    unet = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
+    model = replace(MODEL, patches="unet", unet=unet)
+    options = {name: OPTIONS[name] for name in ("plain", "checkpointing", "bfloat16")}
+    loss, grads, _ = run_ranks(_step_with, 1, {"plain": {}}, settings, model)[0]["plain"]
+    learned = [name for name in grads if name.startswith("patches.") and grads[name].any()]
+    assert len(learned) > 30
+    for world_size in (2, 3):
+        for name, (other, other_grads, _) in run_ranks(_step_with, world_size, options, settings, model)[0].items():
+            tolerance = 0.1 if name == "bfloat16" else 1e-5
+            assert other == pytest.approx(loss, rel=min(tolerance, 0.01)), name
+            for parameter, grad in grads.items():
+                error = (other_grads[parameter] - grad).norm()
+                assert error <= tolerance * grad.norm() + 1e-7, f"{name}: {parameter}: {error:.1e}"
 
 
 @pytest.mark.slow
