@@ -18,7 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-DEMO = Path("runs/demo")  # as in configs/demo
+HERE = Path(__file__).resolve().parent.parent
+CONFIGS, DEMO = HERE / "configs" / "demo", Path("runs/demo")
 UNET = (
     "model.patches=unet",
     "model.timestep_after_patches=false",
@@ -35,16 +36,35 @@ ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def run_variant(name: str, switches: tuple[str, ...], steps: int, ranks: int) -> dict:
+def run_variant(name: str, switches: tuple[str, ...], options: argparse.Namespace) -> dict:
     """Train and evaluate one variant by the real programs; return its scores."""
-    folder = DEMO / "ablation" / f"{name}-{steps}"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m"]
-    short = (f"optim.steps={steps}", "preview.interval_steps=null", "log.wandb=disabled", "checkpoint.keep_last=1")
-    train = ("train.pretrain", "config=configs/demo/pretrain.yaml", f"run_dir={folder}", *short, *switches)
-    score = ("train.evaluate", "config=configs/demo/evaluate.yaml", f"checkpoint={folder}", f"output={folder}/scores")
+    folder = DEMO / "ablation" / f"{name}-{options.steps}"
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(options.ranks),
+        "-m",
+    ]
+    short = (
+        f"optim.steps={options.steps}",
+        "preview.interval_steps=null",
+        "log.wandb=disabled",
+        "checkpoint.keep_last=1",
+    )
+    train = ("train.pretrain", f"config={CONFIGS}/pretrain.yaml", f"run_dir={folder}", *short, *switches)
+    score = (
+        "train.evaluate",
+        f"config={CONFIGS}/evaluate.yaml",
+        f"checkpoint={folder}",
+        f"output={folder}/scores",
+        f"max_prompts={options.prompts}",
+    )
     for command in (train, score):
-        print(f"$ torchrun --nproc-per-node {ranks} -m {shlex.join(command)}", file=sys.stderr, flush=True)
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        print(f"$ torchrun --nproc-per-node {options.ranks} -m {shlex.join(command)}", file=sys.stderr, flush=True)
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(HERE)}
         subprocess.run([*launcher, *command], check=True, stdout=sys.stderr, env=environment)
     scores = json.loads((folder / "scores" / "evaluation.json").read_text())
     return {key: scores[key] for key in ("text_to_image", "image_to_text", "heldout")}
@@ -54,13 +74,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ablation", choices=ABLATIONS)
     parser.add_argument("--steps", type=int, default=600, help="updates a variant (600)")
+    parser.add_argument("--prompts", type=int, default=200, help="scenes of each split to judge (200)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (2)")
     options = parser.parse_args()
     if not (DEMO / "latents" / "text_heldout" / "manifest.json").is_file():
         print(f"bench.ablation: {DEMO} holds no encoded scenes; run `make demo` first", file=sys.stderr)
         return 2
     variants = {
-        variant: run_variant(f"{options.ablation}-{variant}", switches, options.steps, options.ranks)
+        variant: run_variant(f"{options.ablation}-{variant}", switches, options)
         for variant, switches in ABLATIONS[options.ablation].items()
     }
     print(json.dumps({"bench": "ablation", **vars(options), "variants": variants}))

@@ -5,11 +5,10 @@ is never computed again: each denoising step overwrites the image's slots, both 
 unconditional one has the prefix `BOS BOI`), and the clean image is written last, at t = 0, for the text after it.
 """
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from model.diffusion import (
     sampling_timesteps,
     to_x0_and_eps,
 )
+from model.draws import Draws
 from model.transfusion import Grid, Transfusion
 
 
@@ -95,36 +95,6 @@ class Prompt:
     segments: Sequence[Tensor]
     draw: bool = False
     index: int = 0
-
-
-class Draws(Protocol):
-    """Where randomness comes from."""
-
-    def noise(self, index: int, image: int, step: int, shape: tuple[int, ...]) -> Tensor:
-        """Return f32 [C, h, w]: the start of a picture at step 0, a sampler's own noise at step 1, 2, ..."""
-        ...
-
-    def uniform(self, index: int, token: int) -> float:
-        """Return a number in [0, 1) that decides the row's sampled token number `token`."""
-        ...
-
-
-class SeededDraws:
-    """Draws on CPU that depend on (seed, index) and the place inside the sample, on nothing else."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def noise(self, index: int, image: int, step: int, shape: tuple[int, ...]) -> Tensor:
-        generator = torch.Generator().manual_seed(self._hash("noise", index, image, step) >> 1)
-        return torch.randn(shape, generator=generator)
-
-    def uniform(self, index: int, token: int) -> float:
-        return (self._hash("uniform", index, token) >> 11) / 2**53
-
-    def _hash(self, *parts: int | str) -> int:
-        text = "/".join(str(part) for part in (self.seed, *parts))
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def generate(

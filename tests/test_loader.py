@@ -368,3 +368,34 @@ def test_a_manifest_reads_back(pairs_folder: Path) -> None:
     again = Manifest.load(pairs_folder)
     assert again == manifest and again.content_hash == manifest.content_hash
     assert replace(manifest, shards=manifest.shards[:2]).content_hash != manifest.content_hash
+
+
+def test_p1_weights_are_solved_so_that_image_and_text_tokens_are_one_to_one(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """The paper's mix, captions and dropout counted; among sources of one kind the given weights hold."""
+    folders = {
+        "large": make_source(tmp_path / "large", tokenizer, pairs(60, grids=[(8, 8)], lengths=(3, 12))),
+        "small": make_source(tmp_path / "small", tokenizer, pairs(40, grids=[(4, 4), (4, 8)], lengths=(1, 4), seed=1)),
+        "long": make_source(tmp_path / "long", tokenizer, texts(60, lengths=(20, 60))),
+        "short": make_source(tmp_path / "short", tokenizer, texts(90, lengths=(1, 9), seed=2)),
+    }
+    weights = {"large": 3.0, "small": 1.0, "long": 0.2, "short": 0.1}
+    sources = {name: SourceConfig(path=str(folder), weight=weights[name]) for name, folder in folders.items()}
+    config = data_config(tokenizer, sources, image_share=0.5)
+    solved = {source.number: source.config.weight for source in open_data(config, 3, PATCH).sources}
+    assert solved[0] == pytest.approx(3 * solved[1]) and solved[2] == pytest.approx(2 * solved[3])
+    loader, images, tokens = make_loader(config), 0, 0
+    for _ in range(150):
+        batch = next_batch(loader)
+        tokens += batch.num_tokens
+        images += sum(int((micro.image_ids >= 0).sum()) for micro in batch.micro_batches)
+    loader.close()
+    assert images / tokens == pytest.approx(0.5, abs=0.01)
+
+    for changes, words in [
+        ({"image_share": 0.95}, r"data.image_share=0.95: .*hold 0\.\d+ image tokens a token"),
+        ({"sources": {name: sources[name] for name in ("large", "small")}}, "0 sources hold text alone"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            open_data(replace(config, **changes), 3, PATCH)

@@ -15,7 +15,8 @@ from model.diffusion import (
     to_x0_and_eps,
     training_target,
 )
-from model.sampler import Prompt, SamplerConfig, SeededDraws, SpecialTokens, generate, sample_tokens
+from model.draws import SeededDraws
+from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate, sample_tokens
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig

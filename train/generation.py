@@ -15,7 +15,8 @@ from data.manifest import LatentSpec
 from data.pictures import from_unit, to_unit
 from data.tokenizer import Tokenizer
 from model.diffusion import DiffusionConfig
-from model.sampler import Prompt, SamplerConfig, SeededDraws, SpecialTokens, generate
+from model.draws import SeededDraws
+from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate
 from model.transfusion import Transfusion
 from model.vae import LatentStats, decode, load_vae, moments, vae_hash
 from train.distributed import Device, Ranks
@@ -122,8 +123,8 @@ class Generation:
         progress: Progress = lambda rows: None,
         numbers: Sequence[int] | None = None,
         draw: bool = False,
-    ) -> list[list[Part]]:
-        """Return what follows each prompt of text and pictures; it depends on (prompt, seed, number).
+    ) -> Iterator[list[Part]]:
+        """Yield, batch by batch, what follows each prompt of text and pictures: a function of (prompt, seed, number).
 
         `draw`: begin with a picture; else the model begins with text and decides. Pictures of a prompt are
         [resolution, resolution, 3]. `numbers` name the samples; None counts them from 0.
@@ -137,12 +138,10 @@ class Generation:
                 for part in prompt
             ]
             rows.append(Prompt(segments, draw=draw, index=number))
-        results: list[list[Part]] = []
         for outputs in self._generate(rows, config, seed, progress):
             pictures = iter(self._decode([part for parts in outputs for part in parts if part.ndim == 3]))
             for parts in outputs:
-                results.append([next(pictures) if p.ndim == 3 else self.tokenizer.decode(p) for p in parts])
-        return results
+                yield [next(pictures) if part.ndim == 3 else self.tokenizer.decode(part) for part in parts]
 
     def draw(
         self,

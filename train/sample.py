@@ -7,7 +7,7 @@ Writes one JSON line a sample (results.jsonl), its pictures (NNNN-0.png, ...) an
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -72,18 +72,18 @@ def main(argv: list[str]) -> int | None:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     mine = range(ranks.rank, len(requests), ranks.world_size)
-    with tqdm(desc="sample", total=len(mine), bar_format=BAR_FORMAT, disable=not ranks.is_first) as bar:
-        results = _sample(generation, config, requests, pictures, mine, bar.update)
     made_with = {f.name: getattr(config, f.name) for f in fields(SamplerConfig)}
     lines, shown = [], []
-    for number, parts in results.items():
-        request = requests[number]
-        line = {"index": number, "seed": config.seed, "step": step, "prompt": request.prompt, "images": request.images}
-        lines.append({**line, "output": _write_sample(output, number, parts), "settings": made_with})
-        title = request.prompt or " ".join(part for part in parts if isinstance(part, str))
-        drawn = [part for part in parts if not isinstance(part, str)]
-        given = [part for part in request.parts(pictures) if not isinstance(part, str)]
-        shown += [(number, picture, title) for picture in drawn or given[:1]]
+    with tqdm(desc="sample", total=len(mine), bar_format=BAR_FORMAT, disable=not ranks.is_first) as bar:
+        for number, parts in _sample(generation, config, requests, pictures, mine, bar.update):
+            request = requests[number]
+            line = {"index": number, "prompt": request.prompt, "images": request.images}
+            line["output"] = _write_sample(output, number, parts)  # as they come: a kill loses one batch
+            lines.append({**line, "seed": config.seed, "step": step, "settings": made_with})
+            title = request.prompt or " ".join(part for part in parts if isinstance(part, str))
+            drawn = [part for part in parts if not isinstance(part, str)]
+            given = [part for part in request.parts(pictures) if not isinstance(part, str)]
+            shown += [(number, picture, title) for picture in drawn or given[:1]]
     _finish(output, lines, shown, step, ranks)
     ranks.close()
     return 0
@@ -116,19 +116,16 @@ def _sample(
     pictures: dict[str, np.ndarray],
     numbers: range,
     progress: Callable[[float], object],
-) -> dict[int, list[Part]]:
-    """Return this rank's results by number."""
+) -> Iterator[tuple[int, list[Part]]]:
+    """Yield this rank's results with their numbers."""
     drawn = [number for number in numbers if requests[number].prompt is not None]
     described = [number for number in numbers if requests[number].prompt is None]
     jobs = [(drawn, one_picture(config), True), (described, text_alone(config), False)]
     if config.interleaved:
         jobs = [(list(numbers), config, False)]
-    results: dict[int, list[Part]] = {}
     for chosen, settings, draw in jobs:
         prompts = [requests[number].parts(pictures) for number in chosen]
-        outputs = generation.complete(prompts, settings, config.seed, progress, chosen, draw)
-        results |= dict(zip(chosen, outputs, strict=True))
-    return dict(sorted(results.items()))
+        yield from zip(chosen, generation.complete(prompts, settings, config.seed, progress, chosen, draw), strict=True)
 
 
 def _write_sample(output: Path, number: int, parts: list[Part]) -> list[dict[str, str]]:
@@ -144,7 +141,7 @@ def _write_sample(output: Path, number: int, parts: list[Part]) -> list[dict[str
         written.append({"image": name})
     if any("text" in part for part in written):
         with atomic_write(output / f"{number:04d}.txt") as file:
-            file.write("\n".join(part.get("text") or f"[{part['image']}]" for part in written).encode())
+            file.write("\n".join(part["text"] if "text" in part else f"[{part['image']}]" for part in written).encode())
     return written
 
 
