@@ -115,6 +115,7 @@ def measure_training(config: TransfusionConfig, layout: Layout, repeats: int, pe
     device = layout.document_ids.device
     model = _model(config, device)
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         for block in model.transformer.blocks:
             block.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -190,6 +191,7 @@ def main() -> int:
     record: dict = {"bench": "gpu", "device": name, "torch": torch.__version__, "peak_tflops": peak}
     record |= {"layers": options.layers, "rows": options.rows, "length": options.length, "sizes": {}}
     for size, trunk in trunks.items():
+        torch.compiler.reset()  # eight graphs a function are the limit, past which flex attention runs unfused
         config = TransfusionConfig(transformer=trunk)
         parts = {"attention": measure_attention(trunk, layout, options.repeats)}
         parts["training"] = measure_training(config, layout, options.repeats, peak)

@@ -43,7 +43,9 @@ class TransfusionConfig:
         if self.patches == "unet":
             self.unet.levels(self.patch_size)  # refuses a patch size that its levels do not make
             if self.timestep_after_patches:
-                raise ValueError("timestep_after_patches=true with patches=unet: expected false; U-Net blocks add it")
+                raise ValueError(
+                    "model.timestep_after_patches=true with model.patches=unet: expected false; U-Net blocks add it"
+                )
 
 
 class TransfusionOutput(NamedTuple):

@@ -27,7 +27,11 @@ class UNetConfig:
     timestep_width: int = 1024  # dimensions of the timestep embedding, >= 1
 
     def __post_init__(self) -> None:
-        if self.blocks < 1 or self.timestep_width < 1 or (self.channels is not None and min(self.channels) < 1):
+        if (
+            self.blocks < 1
+            or self.timestep_width < 1
+            or (self.channels is not None and min(self.channels, default=0) < 1)
+        ):
             raise ValueError(
                 f"unet.blocks={self.blocks}, timestep_width={self.timestep_width}, channels={self.channels}: expected "
                 "positive numbers"

@@ -43,13 +43,14 @@ TINY = VaeConfig(latent_channels=3, block_channels=(8, 8, 8), layers_per_block=1
 PICTURES = np.stack([training_example(make_splits(0), index, 32, 0.15).picture for index in range(40)])
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Fix the number of threads, on which bits depend."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Fix the number of threads, on which bits depend; before any run that tests share."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(before)
 
 

@@ -36,7 +36,7 @@ CONFIG = ExportConfig
 def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
     trained = Trained.load(config.checkpoint, alone(), config.weights)
-    settings = {"checkpoint": config.checkpoint, "step": trained.step, "weights": trained.weights}
+    settings = {"checkpoint": config.checkpoint, "identity": trained.identity, "weights": trained.weights}
     settings |= {"format": config.format, "dtype": config.dtype, "vae": config.vae or trained.recipe.vae}
     output = OutputFolder(config.output, "train.export", EXPORT_MARK, settings)
     if output.is_complete():

@@ -58,6 +58,10 @@ class OutputFolder:
         """Write the mark with `summary` and put the finished folder in the place of whatever was there."""
         mark = {"settings": self.settings, **summary}
         (self.partial / self.mark).write_text(json.dumps(mark, indent=1) + "\n")
+        mode = (self.partial / self.mark).stat().st_mode & 0o777
+        for file in self.partial.rglob("*"):  # safetensors writes for its owner alone
+            if file.is_file():
+                file.chmod(mode)
         old = self.path.with_name(self.path.name + ".old")
         if old.exists():
             shutil.rmtree(old)

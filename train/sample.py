@@ -7,6 +7,7 @@ Writes one JSON line a sample (results.jsonl), its pictures (NNNN-0.png, ...) an
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,13 +17,13 @@ from tqdm import tqdm
 
 from data.pictures import decode_picture, encode_png
 from data.shards import BadRecord, atomic_write
-from model.sampler import SamplerConfig
 from train.config import load_config, run_program
 from train.distributed import Ranks, init_ranks
 from train.figures import contact_sheet
 from train.generation import BAR_FORMAT, Generation, GenerationConfig, Part, one_picture, text_alone
 
 IMAGE = "<image>"
+ASKED = ("prompt", "prompts", "prompts_file", "images", "n", "output", "seed")  # not how a sample was made
 SHEET_PICTURES = 200  # at most, so that the sheet can be opened
 
 
@@ -41,6 +42,8 @@ class SampleConfig(GenerationConfig):
         super().__post_init__()
         if self.n < 1:
             raise ValueError(f"n={self.n}: expected at least 1")
+        if not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(f"prompts={self.prompts}: expected texts; those with ': ' belong into prompts_file=FILE")
 
 
 CONFIG = SampleConfig
@@ -55,7 +58,7 @@ class Request:
 
     def parts(self, pictures: dict[str, np.ndarray]) -> list[Part]:
         """Return its text and pictures in order."""
-        texts, images = (self.prompt or IMAGE).split(IMAGE), iter(self.images)
+        texts, images = (IMAGE if self.prompt is None else self.prompt).split(IMAGE), iter(self.images)
         parts: list[Part] = [texts[0]]
         for text in texts[1:]:
             parts += [pictures[next(images)], text]
@@ -70,30 +73,46 @@ def main(argv: list[str]) -> int | None:
     generation = generation.sized(config.size)
     pictures = {name: _read_picture(Path(name), generation) for name in dict.fromkeys(config.images)}
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    ranks.on_first(lambda: _clear(output))
     mine = range(ranks.rank, len(requests), ranks.world_size)
-    made_with = {f.name: getattr(config, f.name) for f in fields(SamplerConfig)}
+    made_with = {f.name: getattr(config, f.name) for f in fields(SampleConfig) if f.name not in ASKED}
     lines, shown = [], []
     with tqdm(desc="sample", total=len(mine), bar_format=BAR_FORMAT, disable=not ranks.is_first) as bar:
         for number, parts in _sample(generation, config, requests, pictures, mine, bar.update):
             request = requests[number]
             line = {"index": number, "prompt": request.prompt, "images": request.images}
-            line["output"] = _write_sample(output, number, parts)  # as they come: a kill loses one batch
+            line["output"] = _write_sample(output, number, parts)
             lines.append({**line, "seed": config.seed, "step": step, "settings": made_with})
-            title = request.prompt or " ".join(part for part in parts if isinstance(part, str))
+            text = " ".join(part for part in parts if isinstance(part, str))
             drawn = [part for part in parts if not isinstance(part, str)]
             given = [part for part in request.parts(pictures) if not isinstance(part, str)]
-            shown += [(number, picture, title) for picture in drawn or given[:1]]
+            shown += [(number, picture, request.prompt or text) for picture in drawn]
+            shown += [(number, picture, f"given: {text}") for picture in given[:1] if not drawn]
     _finish(output, lines, shown, step, ranks)
     ranks.close()
     return 0
+
+
+def _clear(output: Path) -> None:
+    """Make the folder and remove an earlier call's results, so that none is taken for one of this."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for path in output.iterdir():
+            if path.name in ("results.jsonl", "sheet.png") or re.fullmatch(r"\d{4,}(-\d+\.png|\.txt)", path.name):
+                path.unlink()
+    except OSError as error:
+        raise OSError(f"output={output}: cannot write there ({error.strerror}); choose a writable folder") from None
 
 
 def _requests(config: SampleConfig) -> list[Request]:
     """Pair prompts with images; raise ValueError for a prompt that is short of one, or where there is nothing to do."""
     prompts = ([config.prompt] if config.prompt is not None else []) + list(config.prompts)
     if config.prompts_file is not None:
-        prompts += [line.strip() for line in Path(config.prompts_file).read_text().splitlines() if line.strip()]
+        try:
+            text = Path(config.prompts_file).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompts_file={config.prompts_file}: not a readable UTF-8 text file ({error})") from None
+        prompts += [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts and not config.images:
         raise ValueError('nothing to do: give prompt="...", prompts_file=FILE or images=[FILE,...]')
     left, requests = list(config.images), []
@@ -157,7 +176,8 @@ def _finish(output: Path, lines: list[dict], shown: list[tuple[int, np.ndarray, 
     for line in lines:
         texts = [part["text"] for part in line["output"] if "text" in part]
         if texts:
-            print(f"{line['index']:04d} {', '.join(line['images'])}: {' ... '.join(texts)}")
+            what = ", ".join([*([line["prompt"]] if line["prompt"] else []), *line["images"]])
+            print(f"{line['index']:04d} {what}: {json.dumps(' ... '.join(texts), ensure_ascii=False)}")  # no escapes
     where = ""
     if shown:
         with atomic_write(output / "sheet.png") as file:
@@ -171,6 +191,8 @@ def _read_picture(path: Path, generation: Generation) -> np.ndarray:
         return decode_picture({path.suffix.lstrip(".").lower(): path.read_bytes()}, generation.resolution, str(path))
     except BadRecord as error:
         raise ValueError(str(error)) from None
+    except OSError as error:
+        raise ValueError(f"images: {path} cannot be read ({error.strerror}); expected a .jpg, .png or .webp") from None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 Either loads on any number of ranks, each of which gets the whole model.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ class Trained:
     grids: list[tuple[int, int]]  # latent grids of the training data, sorted
     step: int
     weights: str  # ema or model
-    tokenizer_hash: str
+    identity: str  # hash of the contents: another run under the same path and step has another
 
     @classmethod
     def load(cls, path: str | Path, ranks: Ranks, weights: Weights = "auto") -> "Trained":
@@ -52,6 +53,9 @@ class Trained:
         path = Path(path)
         exported = (path / EXPORT_MARK).is_file()
         folder = path if exported else find_checkpoint(path, ranks)
+        text = (folder / "config.yaml").read_text()
+        if "${" in text:  # written resolved: an interpolation would read this machine's environment (P11)
+            raise ValueError(f"{folder / 'config.yaml'} holds an interpolation (${{...}}), which no run writes")
         if exported:
             meta = _read_mark(folder)
         else:
@@ -75,7 +79,8 @@ class Trained:
             checkpoint.load(folder, {chosen: parameters}, ranks)
         spec = LatentSpec(**meta["latent_spec"]) if meta["latent_spec"] else None
         grids = [tuple(grid) for grid in meta["grids"]]
-        return cls(model, tokenizer, recipe, spec, grids, meta["progress"]["step"], chosen, tokenizer.hash)
+        identity = hashlib.sha256((folder / (EXPORT_MARK if exported else LISTING)).read_bytes()).hexdigest()[:16]
+        return cls(model, tokenizer, recipe, spec, grids, meta["progress"]["step"], chosen, identity)
 
 
 def find_checkpoint(path: Path, ranks: Ranks) -> Path:
@@ -97,11 +102,23 @@ def find_checkpoint(path: Path, ranks: Ranks) -> Path:
 
 
 def _read_mark(folder: Path) -> dict:
+    """Return what an export's mark says; raise ValueError for one that is not as train.export writes it."""
+    mark = folder / EXPORT_MARK
     try:
-        meta = json.loads((folder / EXPORT_MARK).read_text())
-        return {name: meta[name] for name in ("progress", "fingerprint", "latent_spec", "grids", "weights")}
+        meta = json.loads(mark.read_text())
+        if meta["settings"]["format"] == "llama":
+            raise ValueError("it is a Llama export, the text side for transformers; export with format=transfusion")
+        if meta["latent_spec"] is not None:
+            LatentSpec(**meta["latent_spec"])
+        for h, w in meta["grids"]:
+            if min(h, w) < 1:
+                raise ValueError(f"latent grid {h}x{w}")
+        if meta["weights"] not in ("ema", "model"):
+            raise ValueError(f"weights {meta['weights']!r}")
+        int(meta["progress"]["step"]), meta["fingerprint"]["tokenizer"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / EXPORT_MARK}: not readable ({error!r}); export the checkpoint again") from None
+        raise ValueError(f"{mark}: not readable as an export ({error}); export the checkpoint again") from None
+    return meta
 
 
 def _choose(weights: Weights, only: str | None, recipe: PretrainConfig, folder: Path) -> str:
