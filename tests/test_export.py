@@ -17,6 +17,7 @@ from model.attention import dense_mask
 from model.sampler import SamplerConfig
 from model.vae import VaeConfig, build_vae
 from tests.runs import PROMPTS, DrawingRun
+from train import checkpoint
 from train.distributed import alone
 from train.export import main
 from train.generation import Generation, GenerationConfig
@@ -47,6 +48,19 @@ def test_an_export_draws_the_same_bits_and_needs_nothing_else(drawn: DrawingRun,
     assert Trained.load(moved, alone()).step == 6 and Trained.load(moved, alone()).weights == "ema"
     export(drawn, tmp_path / "elsewhere")
     assert "reusing it" in capsys.readouterr().out
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()}
+    assert len(modes) == 1, "some files are for their owner alone"
+
+
+def test_another_run_under_the_same_path_is_exported_anew(drawn: DrawingRun, tmp_path: Path, capsys) -> None:
+    run_dir = Path(shutil.copytree(drawn.run_dir, tmp_path / "run"))
+    main([f"checkpoint={run_dir}", f"output={tmp_path / 'export'}"])
+    newest = checkpoint.saved(run_dir / "checkpoints")[-1]
+    shutil.rmtree(newest)
+    shutil.copytree(checkpoint.saved(run_dir / "checkpoints")[-1], newest)  # of the same name, with other contents
+    main([f"checkpoint={run_dir}", f"output={tmp_path / 'export'}"])
+    assert "was made with another identity; making it anew" in capsys.readouterr().out
+    assert Trained.load(tmp_path / "export", alone()).step == 3
 
 
 def test_weights_and_dtype_are_those_asked_for(drawn: DrawingRun, tmp_path: Path) -> None:
@@ -103,9 +117,17 @@ def test_damage_and_what_does_not_fit_are_refused_by_name(drawn: DrawingRun, tmp
     save_file({name: tensor for name, tensor in weights.items() if name != first}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=re.escape(f"{first} is missing")):
         Trained.load(folder, alone())
-    (folder / "export.json").write_text(json.dumps({"weights": "ema"}))
-    with pytest.raises(ValueError, match=r"export\.json: not readable"):
+    mark = json.loads((folder / "export.json").read_text())
+    for change in ({"latent_spec": {"foo": 1}}, {"progress": 3}, {"grids": [["a", 3]]}, {"weights": "x"}):
+        (folder / "export.json").write_text(json.dumps(mark | change))
+        with pytest.raises(ValueError, match=r"export\.json: not readable"):
+            Trained.load(folder, alone())
+    recipe = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(recipe.replace("device: cpu", "device: ${oc.env:HOME}"))
+    with pytest.raises(ValueError, match="holds an interpolation"):
         Trained.load(folder, alone())
+    with pytest.raises(ValueError, match="it is a Llama export"):
+        Trained.load(export(drawn, tmp_path / "llama", "format=llama"), alone())
     other = VaeConfig(latent_channels=2, block_channels=(8, 8, 8), layers_per_block=1, norm_groups=2)
     build_vae(other).save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match="has hash"):

@@ -74,6 +74,17 @@ def test_text_and_pictures_go_in_and_come_out_interleaved(drawn: DrawingRun, giv
     assert any("ti" in kind for kind in kinds) and all(kind.count("i") <= 2 for kind in kinds), kinds
 
 
+def test_texts_are_taken_as_they_stand_and_an_earlier_calls_samples_go(drawn: DrawingRun, tmp_path: Path) -> None:
+    output, prompts = tmp_path / "output", ['it\'s: a # circle, [red] "one"', ""]
+    _run([*_argv(drawn, output), f"prompt={prompts[0]}", "n=3"], tmp_path / "log")
+    _run([*_argv(drawn, output), f"prompt={prompts[0]}", 'prompts=[""]', "dtype=bfloat16"], tmp_path / "log-2")
+    results = _results(output)
+    assert [result["prompt"] for result in results] == prompts
+    assert results[0]["settings"]["dtype"] == "bfloat16"
+    names = {"0000-0.png", "0001-0.png", "results.jsonl", "sheet.png"}
+    assert {path.name for path in output.iterdir()} == names
+
+
 def test_two_ranks_share_the_samples_and_make_the_same(drawn: DrawingRun, given: Path, tmp_path: Path) -> None:
     for ranks, name in ((None, "one"), (2, "two")):
         argv = [*_argv(drawn, tmp_path / name), "n=3", "prompt=a circle", f"images=[{given}]", "batch_size=2"]
@@ -100,6 +111,9 @@ def test_two_ranks_share_the_samples_and_make_the_same(drawn: DrawingRun, given:
         (["images=[BROKEN]"], "broken.png"),
         (["prompt=a <image> and <image>", "images=[BROKEN]"], "asks for 2 images"),
         (["prompt=x", "size=[32,12]"], "multiples of"),
+        (["prompt=x", "steps=2000"], "at most 1000 steps"),
+        (["prompt=x", "output=/proc/x"], "choose a writable folder"),
+        (["prompts_file=/tmp"], "prompts_file=/tmp"),
         (["prompt=x", "guidance_interval=[9,3]"], "guidance_interval"),
         (["prompt=x", "weights=best"], "weights"),
     ],

@@ -38,8 +38,7 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     OmegaConf.set_readonly(merged, False)
     layers = [(f"config={path}", _read_yaml(path)) for path in files]
     for argument in overrides:
-        parsed = _parse(f"command line: {argument}", lambda text=argument: OmegaConf.from_dotlist([text]))
-        layers.append(("command line", parsed))
+        layers.append(("command line", _override(argument, schema)))
     for origin, layer in layers:
         for key, value in _leaves(layer):  # one by one, so that an error can name its key
             merged = _merge(merged, key, value, schema, origin)
@@ -141,6 +140,14 @@ def _parse(origin: str, load: Callable[[], Any]) -> dict:
     if not OmegaConf.is_dict(layer):
         raise ValueError(f"{origin}: expected a mapping of keys to values")
     return OmegaConf.to_container(layer)
+
+
+def _override(argument: str, schema: type) -> dict:
+    """Return one `key=value` as a mapping: YAML, but for texts, which are taken as they stand."""
+    key, _, value = argument.partition("=")
+    if _expected(schema, key) in ("str", "str | None") and value not in ("null", ""):
+        return {key: value}
+    return _parse(f"command line: {argument}", lambda: OmegaConf.from_dotlist([argument]))
 
 
 def _leaves(layer: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -74,8 +74,8 @@ class Generation:
         last = trained.recipe.diffusion.num_timesteps - 1
         if config.steps > last + 1 or max(config.guidance_interval or (0,)) > last:
             raise ValueError(
-                f"steps={config.steps}, guidance_interval={config.guidance_interval}: expected at most {last + 1} steps "
-                f"and timesteps in 0...{last}, those that the model was trained with"
+                f"steps={config.steps}, guidance_interval={config.guidance_interval}: expected at most {last + 1} "
+                f"steps and timesteps in 0...{last}, those that the model was trained with"
             )
         recipe, vae = trained.recipe, config.vae or trained.recipe.vae
         model = trained.model.to(getattr(torch, config.dtype))

@@ -53,14 +53,15 @@ class Trained:
         path = Path(path)
         exported = (path / EXPORT_MARK).is_file()
         folder = path if exported else find_checkpoint(path, ranks)
-        text = (folder / "config.yaml").read_text()
-        if "${" in text:  # written resolved: an interpolation would read this machine's environment (P11)
-            raise ValueError(f"{folder / 'config.yaml'} holds an interpolation (${{...}}), which no run writes")
         if exported:
             meta = _read_mark(folder)
         else:
             checkpoint.read_extra(folder, "config.yaml")  # verifies it
             meta = json.loads(checkpoint.read_extra(folder, "meta.json"))
+        if (
+            "${" in (folder / "config.yaml").read_text()
+        ):  # written resolved: an interpolation would read this machine's environment (P11)
+            raise ValueError(f"{folder / 'config.yaml'} holds an interpolation (${{...}}), which no run writes")
         recipe = load_config(PretrainConfig, [f"config={folder / 'config.yaml'}"])
         if exported:  # what its config names lies beside it
             data = replace(recipe.data, tokenizer=str(folder / TOKENIZER_FILE))
