@@ -122,6 +122,7 @@ def test_damage_and_what_does_not_fit_are_refused_by_name(drawn: DrawingRun, tmp
         (folder / "export.json").write_text(json.dumps(mark | change))
         with pytest.raises(ValueError, match=r"export\.json: not readable"):
             Trained.load(folder, alone())
+    (folder / "export.json").write_text(json.dumps(mark))
     recipe = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(recipe.replace("device: cpu", "device: ${oc.env:HOME}"))
     with pytest.raises(ValueError, match="holds an interpolation"):

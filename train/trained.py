@@ -58,9 +58,8 @@ class Trained:
         else:
             checkpoint.read_extra(folder, "config.yaml")  # verifies it
             meta = json.loads(checkpoint.read_extra(folder, "meta.json"))
-        if (
-            "${" in (folder / "config.yaml").read_text()
-        ):  # written resolved: an interpolation would read this machine's environment (P11)
+        # Written resolved: an interpolation would read this machine's environment (P11).
+        if "${" in (folder / "config.yaml").read_text():
             raise ValueError(f"{folder / 'config.yaml'} holds an interpolation (${{...}}), which no run writes")
         recipe = load_config(PretrainConfig, [f"config={folder / 'config.yaml'}"])
         if exported:  # what its config names lies beside it
