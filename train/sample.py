@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int | None:
             text = " ".join(part for part in parts if isinstance(part, str))
             drawn = [part for part in parts if not isinstance(part, str)]
             given = [part for part in request.parts(pictures) if not isinstance(part, str)]
-            shown += [(number, picture, request.prompt or text) for picture in drawn]
+            shown += [(number, picture, f"{request.prompt or ''} {text}".strip()) for picture in drawn]
             shown += [(number, picture, f"given: {text}") for picture in given[:1] if not drawn]
     _finish(output, lines, shown, step, ranks)
     ranks.close()
