@@ -59,9 +59,12 @@ class ShardEntry:
 
     def tokens(self, patch_size: int) -> int:
         """Total document length in tokens, as ShardIndex.document_tokens counts it."""
+        return 2 * self.records + self.text_tokens + self.patches(patch_size) + 2 * sum(self.grids.values())
+
+    def patches(self, patch_size: int) -> int:
+        """Total number of image tokens, BOI and EOI left out."""
         sizes = ((tuple(map(int, grid.split("x"))), count) for grid, count in self.grids.items())
-        images = sum(((h // patch_size) * (w // patch_size) + 2) * count for (h, w), count in sizes)
-        return 2 * self.records + self.text_tokens + images
+        return sum((h // patch_size) * (w // patch_size) * count for (h, w), count in sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +89,9 @@ class Manifest:
 
     def image_token_share(self, patch_size: int, captions_kept: float = 1.0) -> float:
         """Return the share of patches among all tokens, with that share of the captions kept beside their image."""
-        sizes = {grid: tuple(map(int, grid.split("x"))) for shard in self.shards for grid in shard.grids}
-        images = [(sizes[grid], count) for shard in self.shards for grid, count in shard.grids.items()]
-        patches = sum((h // patch_size) * (w // patch_size) * count for (h, w), count in images)
         text_tokens = sum(shard.text_tokens for shard in self.shards)
         tokens = sum(shard.tokens(patch_size) for shard in self.shards) - (1 - captions_kept) * text_tokens
-        return patches / tokens
+        return sum(shard.patches(patch_size) for shard in self.shards) / tokens
 
     def shard_path(self, shard: int) -> Path:
         return self.folder / self.shards[shard].name

@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from model.llama import llama_config, llama_weights
-from model.vae import load_vae, vae_hash
 from train.config import load_config, run_program, to_yaml
 from train.distributed import alone
 from train.output_folder import OutputFolder
-from train.trained import EXPORT_MARK, TOKENIZER_FILE, VAE_FOLDER, WEIGHTS_FILE, Trained, Weights
+from train.trained import EXPORT_MARK, TOKENIZER_FILE, VAE_FOLDER, WEIGHTS_FILE, Trained, Weights, load_codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +52,7 @@ def write_transfusion(trained: Trained, output: OutputFolder, dtype: torch.dtype
     """Fill the folder and return what its mark says."""
     spec, codec = trained.latent_spec, None
     if spec is not None:
-        if vae is None:
-            raise ValueError("the run names no VAE; give vae=FOLDER, the one its data was encoded with")
-        codec = load_vae(vae)
-        if vae_hash(codec) != spec.vae_hash:
-            raise ValueError(f"vae={vae} has hash {vae_hash(codec)}, the data was encoded with {spec.vae_hash}")
+        codec = load_codec(vae, spec)
     folder = output.open_partial()
     weights = {name: parameter.detach().to(dtype) for name, parameter in trained.model.named_parameters()}
     save_file(weights, folder / WEIGHTS_FILE)

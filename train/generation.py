@@ -18,11 +18,11 @@ from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
 from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate
 from model.transfusion import Transfusion
-from model.vae import LatentStats, decode, load_vae, moments, vae_hash
+from model.vae import LatentStats, decode, moments, stride_of
 from train.distributed import Device, Ranks
 from train.recipe import PretrainConfig
 from train.step import latent_stats
-from train.trained import Trained, Weights
+from train.trained import Trained, Weights, load_codec
 
 BATCH = 50  # rows a sampling batch: small enough for a laptop, large enough to fill two cores
 # Progress in rows, of which a denoising step is a fraction.
@@ -95,12 +95,8 @@ class Generation:
         """Put a model together with what decodes its latents; raise ValueError where that is not the data's."""
         if spec is None or not grids:
             raise ValueError("the model was trained on text alone: it draws no pictures")
-        if vae is None:
-            raise ValueError("no VAE: set vae=FOLDER to the one the data was encoded with")
         device = next(model.parameters()).device
-        codec = load_vae(vae).to(device).eval()
-        if vae_hash(codec) != spec.vae_hash:
-            raise ValueError(f"vae={vae} has hash {vae_hash(codec)}, the data was encoded with {spec.vae_hash}")
+        codec = load_codec(vae, spec).to(device).eval()
         stats = latent_stats(spec, recipe.model.latent_channels, device)
         grid = tuple(grids[-1])
         return cls(model, tokenizer, codec, stats, grid, spec.resolution, recipe.diffusion, spec.vae_hash)
@@ -112,7 +108,7 @@ class Generation:
         """
         if pixels is None:
             return self
-        stride = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        stride = stride_of(self.vae)
         unit = stride * self.model.config.patch_size
         if any(side < unit or side % unit for side in pixels):
             raise ValueError(

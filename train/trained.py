@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from data.manifest import LatentSpec
 from data.tokenizer import Tokenizer
 from model.transfusion import Transfusion
+from model.vae import load_vae, vae_hash
 from train import checkpoint
 from train.checkpoint_storage import LISTING
 from train.config import load_config
@@ -99,6 +100,16 @@ def find_checkpoint(path: Path, ranks: Ranks) -> Path:
     if problems := checkpoint.verify(path, ranks):
         raise ValueError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
     return path
+
+
+def load_codec(vae: str | None, spec: LatentSpec) -> torch.nn.Module:
+    """Return the VAE `vae`, a folder or hub id; raise ValueError unless it is the one that made latents of `spec`."""
+    if vae is None:
+        raise ValueError("no VAE: set vae=FOLDER to the one the data was encoded with")
+    codec = load_vae(vae)
+    if (found := vae_hash(codec)) != spec.vae_hash:
+        raise ValueError(f"vae={vae} has hash {found}, the data was encoded with {spec.vae_hash}")
+    return codec
 
 
 def _read_mark(folder: Path) -> dict:
