@@ -101,8 +101,8 @@ class Source:
             piece = lay_out(document, settings.special, settings.patch_size)
         except ValueError as error:
             raise BadRecord("latent grid not tiled by patches", where, str(error)) from None
-        if not piece.cuttable and len(piece) > settings.sequence_length:
-            raise BadRecord("longer than a sequence", where, f"{len(piece)} of {settings.sequence_length} tokens")
+        if (longest := piece.longest_uncut) > settings.sequence_length:
+            raise BadRecord("longer than a sequence", where, f"{longest} of {settings.sequence_length} tokens")
         return piece
 
     def _open_shard(self, shard: int) -> BinaryIO:
@@ -190,14 +190,16 @@ class Lane:
             self._refill()
             # The oldest opens a row whatever its length, so that a long text is not passed over for ever.
             place = next((i for i, (_, piece) in enumerate(self._pending) if len(piece) <= space or not chosen), None)
-            if place is None and space >= MIN_CUT:
-                place = next((i for i, (_, piece) in enumerate(self._pending) if piece.cuttable), None)
+            if place is None:
+                cuts = (i for i, (_, piece) in enumerate(self._pending) if piece.cut_at(space) >= MIN_CUT)
+                place = next(cuts, None)
             if place is None:
                 break
             pending, piece = self._pending.pop(place)
             if len(piece) > space:
-                piece, rest = piece.split(space)
-                self._pending.insert(place, (replace(pending, cut=pending.cut + space), rest))
+                cut = piece.cut_at(space)
+                piece, rest = piece.split(cut)
+                self._pending.insert(place, (replace(pending, cut=pending.cut + cut), rest))
             chosen.append(piece)
             space -= len(piece)
         return pack(chosen, length, self.settings.special.pad) if chosen else None

@@ -6,7 +6,7 @@ footnote 8), so EOI is no target either: the decoder appends it. Labels are shif
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +18,17 @@ from data.tokenizer import SpecialIds
 IGNORE = -100
 NO_IMAGE = -1  # image_ids of text
 PADDING_DOCUMENT = 0  # document_ids of padding; documents count from 1
+CAPTION_TOKENS = 256  # of the text before an image that stay with it when an interleaved document is cut
+
+
+@dataclass(frozen=True)
+class PlacedImage:
+    """An image in a piece: `rows` x `columns` patches from token `start` on."""
+
+    segment: ImageSegment
+    start: int
+    rows: int
+    columns: int
 
 
 @dataclass(frozen=True)
@@ -26,28 +37,46 @@ class Piece:
 
     input_ids: np.ndarray  # int64
     labels: np.ndarray  # int64, IGNORE where there is no text target
-    image_ids: np.ndarray  # int32, index into `images`, NO_IMAGE for text
-    grid_positions: np.ndarray  # int32 [len, 2], (row, column) of a patch, (-1, -1) for text
-    images: tuple[ImageSegment, ...]
+    images: tuple[PlacedImage, ...]
+    cuts: tuple[tuple[int, int], ...]  # (first, last) places it may be cut at, in order; see `_cuts`
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
-    def cuttable(self) -> bool:
-        """Only text may be cut: a caption and its image are one piece."""
-        return not self.images
-
-    @property
     def num_attention_pairs(self) -> int:
         """Pairs the mask allows: the causal triangle, and the upper one inside each image."""
-        patches = np.bincount(self.image_ids[self.image_ids != NO_IMAGE]).tolist() if self.images else []
+        patches = [image.rows * image.columns for image in self.images]
         return len(self) * (len(self) + 1) // 2 + sum(count * (count - 1) // 2 for count in patches)
 
+    @property
+    def longest_uncut(self) -> int:
+        """Length of the longest part that remains when it is cut wherever it may be."""
+        if not self.cuts:
+            return len(self)
+        before = [0, *(last for _, last in self.cuts)]
+        after = [*(first for first, _ in self.cuts), len(self)]
+        return max(b - a for a, b in zip(before, after, strict=True))
+
+    def cut_at(self, length: int) -> int:
+        """Return the longest head, of at most `length` tokens, that may be cut off; 0 if none may."""
+        place = 0
+        for first, last in self.cuts:
+            if first > length:
+                break
+            place = min(last, length)
+        return place
+
     def split(self, length: int) -> tuple["Piece", "Piece"]:
-        assert self.cuttable and 0 < length < len(self), (length, len(self))
-        arrays = (self.input_ids, self.labels, self.image_ids, self.grid_positions)
-        return Piece(*(a[:length] for a in arrays), ()), Piece(*(a[length:] for a in arrays), ())
+        assert any(first <= length <= last for first, last in self.cuts), (length, self.cuts)
+        head = tuple(image for image in self.images if image.start < length)
+        rest = tuple(replace(image, start=image.start - length) for image in self.images[len(head) :])
+        before = tuple((first, min(last, length - 1)) for first, last in self.cuts if first < length)
+        after = tuple((max(first - length, 1), last - length) for first, last in self.cuts if last > length)
+        return (
+            Piece(self.input_ids[:length], self.labels[:length], head, before),
+            Piece(self.input_ids[length:], self.labels[length:], rest, after),
+        )
 
 
 @dataclass(frozen=True)
@@ -125,38 +154,51 @@ def _map_tensors(batch: PackedBatch | ImageBatch, change) -> dict:
 
 def lay_out(document: Document, special: SpecialIds, patch_size: int) -> Piece:
     """Return the document's tokens; raise ValueError for a latent grid that patches do not tile."""
-    places = []  # (segment, its patches' positions or None for text, its length)
+    images: list[PlacedImage] = []
+    spans: list[tuple[int, int]] = []  # each segment's tokens, BOI and EOI included
+    stop = 1
     for segment in document.segments:
-        if isinstance(segment, TextSegment):
-            places.append((segment, None, len(segment.token_ids)))
-        else:
-            patches = _patch_positions(*patch_grid(segment.moments.shape[1:], patch_size))
-            places.append((segment, patches, len(patches) + 2))
-    length = 2 + sum(size for *_, size in places)
-    input_ids = np.full(length, special.pad, dtype=np.int64)
-    is_target = np.zeros(length, dtype=bool)
-    image_ids = np.full(length, NO_IMAGE, dtype=np.int32)
-    grid_positions = np.full((length, 2), NO_IMAGE, dtype=np.int32)
-    images: list[ImageSegment] = []
-    input_ids[0] = special.bos
-    start = 1
-    for segment, patches, size in places:
-        stop = start + size
-        if patches is None:
-            input_ids[start:stop] = segment.token_ids
-            is_target[start:stop] = True
-        else:
-            input_ids[start], input_ids[stop - 1] = special.boi, special.eoi
-            is_target[start] = True
-            image_ids[start + 1 : stop - 1] = len(images)
-            grid_positions[start + 1 : stop - 1] = patches
-            images.append(segment)
         start = stop
-    input_ids[start] = special.eos
-    is_target[start] = True
-    labels = np.full(length, IGNORE, dtype=np.int64)
-    labels[:-1] = np.where(is_target[1:], input_ids[1:], IGNORE)
-    return Piece(input_ids, labels, image_ids, grid_positions, tuple(images))
+        if isinstance(segment, TextSegment):
+            stop += len(segment.token_ids)
+        else:
+            rows, columns = patch_grid(segment.moments.shape[1:], patch_size)
+            images.append(PlacedImage(segment, start + 1, rows, columns))
+            stop += rows * columns + 2
+        spans.append((start, stop))
+    input_ids = np.full(stop + 1, special.pad, dtype=np.int64)
+    labels = np.full(stop + 1, IGNORE, dtype=np.int64)
+    input_ids[0] = special.bos
+    for segment, (start, end) in zip(document.segments, spans, strict=True):
+        if isinstance(segment, TextSegment):
+            input_ids[start:end] = labels[start - 1 : end - 1] = segment.token_ids
+        else:
+            input_ids[start] = labels[start - 1] = special.boi
+            input_ids[end - 1] = special.eoi
+    input_ids[stop] = labels[stop - 1] = special.eos
+    return Piece(input_ids, labels, tuple(images), _cuts(document, spans))
+
+
+def _cuts(document: Document, spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return where a document may be cut: a text anywhere, an image with its caption nowhere.
+
+    In a longer document the text before an image describes it, its last CAPTION_TOKENS at least, and is not cut from
+    it: cuts fall right after an image or earlier in a text.
+    """
+    if not document.has_image:
+        return ((1, spans[-1][1]),)
+    if len(spans) <= 2:
+        return ()
+    cuts = []
+    follows = [isinstance(segment, ImageSegment) for segment in document.segments[1:]] + [False]
+    for i, (segment, (start, stop)) in enumerate(zip(document.segments, spans, strict=True)):
+        first = start if i else start + 1  # BOS alone is no head
+        if isinstance(segment, TextSegment):
+            last = stop - CAPTION_TOKENS if follows[i] else stop
+            cuts.append((first, max(first, last) if i else last))
+        elif i and isinstance(document.segments[i - 1], ImageSegment):
+            cuts.append((first, first))
+    return tuple((first, last) for first, last in cuts if first <= last)
 
 
 def patch_grid(grid: Sequence[int], patch_size: int) -> tuple[int, int]:
@@ -189,10 +231,12 @@ def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
         input_ids[place] = piece.input_ids
         labels[place] = piece.labels
         document_ids[place] = number
-        image_ids[place] = np.where(piece.image_ids == NO_IMAGE, NO_IMAGE, piece.image_ids + len(images))
         position_ids[place] = np.arange(len(piece))
-        grid_positions[place] = piece.grid_positions
-        images.extend(piece.images)
+        for image in piece.images:
+            patches = slice(start + image.start, start + image.start + image.rows * image.columns)
+            image_ids[patches] = len(images)
+            grid_positions[patches] = _patch_positions(image.rows, image.columns)
+            images.append(image.segment)
         start = place.stop
     return PackedSequence(
         input_ids=input_ids,
@@ -259,16 +303,25 @@ def collate(rows: Sequence[PackedSequence], draws: Sequence[ImageDraws], patch_s
 def _image_batch(group: list[tuple]) -> tuple[ImageBatch, torch.Tensor]:
     """Return the padded batch and int64 [N]: each image's first token in the flattened batch."""
     segments, u, noise, posterior_noise, firsts = zip(*group, strict=True)
+    count, slots = len(group), capacity(len(group))
 
-    def padded(values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([values, values.new_zeros((capacity(len(group)) - len(group), *values.shape[1:]))])
+    def padded(values: Sequence) -> torch.Tensor:
+        """Stack equal tensors, arrays or numbers, each copied once."""
+        first = torch.as_tensor(np.array(values[0]))
+        stacked = first.new_empty((slots, *first.shape))
+        stacked[count:] = 0
+        if isinstance(values[0], torch.Tensor):
+            torch.stack(values, out=stacked[:count])
+        else:
+            np.stack(values, out=stacked.numpy()[:count])
+        return stacked
 
     batch = ImageBatch(
-        moments=padded(torch.from_numpy(np.stack([segment.moments for segment in segments]))),
-        noise=padded(torch.stack(noise)),
-        posterior_noise=padded(torch.stack(posterior_noise)),
-        u=padded(torch.stack(u)),
-        before_caption=padded(torch.tensor([segment.before_caption for segment in segments])),
-        num_valid=len(group),
+        moments=padded([segment.moments for segment in segments]),
+        noise=padded(noise),
+        posterior_noise=padded(posterior_noise),
+        u=padded(u),
+        before_caption=padded([segment.before_caption for segment in segments]),
+        num_valid=count,
     )
-    return batch, padded(torch.tensor(firsts))
+    return batch, padded(firsts)

@@ -33,6 +33,11 @@ _FILE_TYPES = (b"0", b"\0", b"7")
 _LINK_OR_FOLDER_TYPES = (b"1", b"2", b"3", b"4", b"5", b"6")  # have no contents, whatever size they claim
 _HEADER_TYPES = (b"x", b"L", b"g", b"K")  # describe the member after them (x and L: its name) or the archive
 _END_OF_ARCHIVE = bytes(TAR_BLOCK)
+# A file of an ASCII name, no prefix: name, mode and owners, size, time, checksum, type "0", no link, ustar or GNU.
+_PLAIN_HEADER = re.compile(
+    rb"([\x20-\x7e]{1,100})\0*[0-7]{7}\0.{16}([0-7]{11})\0.{12}([0-7]{6})\0 0\0{100}ustar.{83}\0{155}",
+    re.DOTALL,
+)
 # What numpy and zipfile raise for bytes that are no archive of arrays.
 _NOT_ARRAYS = (
     OSError,
@@ -284,29 +289,48 @@ def _members(read: Callable[[int, int], bytes], end: int, where: str, whole: boo
         place = f"{where}@{offset}"
         if len(header) < TAR_BLOCK:
             raise BadRecord("truncated", place, "no end-of-archive block")
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except (tarfile.HeaderError, ValueError) as error:
-            raise BadRecord("broken header", place, str(error)) from None
-        size = 0 if info.type in _LINK_OR_FOLDER_TYPES else info.size
-        is_member = info.type not in _HEADER_TYPES
+        kind, name, size = _plain_header(header) or _any_header(header, place)
+        is_member = kind not in _HEADER_TYPES
         if not 0 <= size <= (MAX_RECORD_BYTES if is_member else MAX_NAME_BYTES):
             raise BadRecord("oversized member", place, f"{size} bytes")
         start = offset + TAR_BLOCK
         after = start + -(-size // TAR_BLOCK) * TAR_BLOCK
         if is_member:
-            name = long_name or info.name
-            key, extension = _key_of(name) if info.type != tarfile.DIRTYPE else (None, "")
-            problem = "member is not a file" if info.type not in _FILE_TYPES else _name_problem(name)
+            name = long_name or name
+            key, extension = _key_of(name) if kind != tarfile.DIRTYPE else (None, "")
+            problem = "member is not a file" if kind not in _FILE_TYPES else _name_problem(name)
             # A member that is cut is handed on before the error: its name shows that the record before it is whole.
             yield _Member(key, extension, problem, first, start, size, after)
         if after > end:
-            raise BadRecord("truncated", place, f"{info.name!r} ends at byte {after} of {end}")
+            raise BadRecord("truncated", place, f"{name!r} ends at byte {after} of {end}")
         if is_member:
             first, long_name = after, None
-        elif info.type in (b"x", b"L"):
-            long_name = _long_name(info.type, read(start, size)) or long_name
+        elif kind in (b"x", b"L"):
+            long_name = _long_name(kind, read(start, size)) or long_name
         offset = after
+
+
+def _plain_header(header: bytes) -> tuple[bytes, str, int] | None:
+    """Return (type, name, size) of a header such as TarWriter writes for a file, None for every other.
+
+    tarfile's own parser takes 30 us a header, more than all the rest of a read; adler32's lower half is the sum of
+    the bytes that a tar header's checksum asks for, but for its own eight bytes counting as spaces.
+    """
+    match = _PLAIN_HEADER.match(header)
+    if match is None or match.start(2) != 124:  # a name of another length than its field
+        return None
+    name, size, checksum = match.groups()
+    if ((zlib.adler32(header) & 0xFFFF) - sum(header[148:156]) - 1 + 256 - int(checksum, 8)) % 65521:
+        return None
+    return b"0", name.decode(), int(size, 8)
+
+
+def _any_header(header: bytes, where: str) -> tuple[bytes, str, int]:
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise BadRecord("broken header", where, str(error)) from None
+    return info.type, info.name, 0 if info.type in _LINK_OR_FOLDER_TYPES else info.size
 
 
 def _key_of(name: str) -> tuple[str | None, str]:

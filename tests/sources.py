@@ -18,7 +18,7 @@ from data.manifest import LatentSpec, Manifest, shard_entry
 from data.shards import index_path, index_shard, write_shard
 from data.tokenizer import Tokenizer
 
-Content = tuple[np.ndarray, np.ndarray | None]  # token ids int32 [len], and moments f16 [2C, h, w] or None
+Content = tuple[np.ndarray | None, ...]  # a document's segments: token ids int32 [len], moments f16 [2C, h, w]
 
 
 def texts(count: int, *, lengths: tuple[int, int] = (1, 40), seed: int = 0, vocab_size: int = 270) -> list[Content]:
@@ -61,12 +61,12 @@ def make_source(
     for number, size in enumerate(sizes):
         shard = folder / f"{number:05d}.tar"
         contents = enumerate(documents[first : first + size], start=first)
-        write_shard(shard, (encode_record(f"{i:06d}", tokens, moments, b"{}") for i, (tokens, moments) in contents))
+        write_shard(shard, (encode_record(f"{i:06d}", _segments(content), b"{}") for i, content in contents))
         index = index_shard(shard, document_sizes)
         index.save(index_path(shard))
         entries.append(shard_entry(shard, index))
         first += size
-    channels = next((len(moments) // 2 for _, moments in documents if moments is not None), None)
+    channels = next((len(part) // 2 for content in documents for part in _segments(content) if part.ndim == 3), None)
     Manifest(
         folder=folder,
         tokenizer_hash=tokenizer.hash,
@@ -75,6 +75,23 @@ def make_source(
         shards=tuple(entries),
     ).save()
     return folder
+
+
+def interleaved(count: int, *, grid: tuple[int, int] = (4, 4), images: int = 3, seed: int = 0) -> list[Content]:
+    """Return documents of texts and 1 to `images` images in turn, some with two images in a row, of all lengths."""
+    rng = np.random.default_rng((seed, 2))
+    documents = []
+    for _ in range(count):
+        parts: list[np.ndarray] = []
+        for _ in range(rng.integers(1, images + 1)):
+            parts += [rng.integers(4, 270, rng.integers(0, 30), dtype=np.int32)]
+            parts += [rng.normal(size=(4, *grid)).astype(np.float16)]
+        documents.append((*parts, rng.integers(4, 270, rng.integers(1, 30), dtype=np.int32)))
+    return documents
+
+
+def _segments(content: Content) -> list[np.ndarray]:
+    return [part for part in content if part is not None]
 
 
 def latent_spec(channels: int, vae_hash: str = "a" * 16) -> LatentSpec:

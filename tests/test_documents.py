@@ -43,7 +43,7 @@ def reason(record: Record) -> str:
 
 
 def test_a_record_reads_back_as_its_document() -> None:
-    document = decode_document(encode_record("key", TOKENS, MOMENTS, b"{}"), "here")
+    document = decode_document(encode_record("key", [TOKENS, MOMENTS], b"{}"), "here")
     text, image = document.segments
     assert text.token_ids.dtype == np.int64 and text.token_ids.tolist() == [5, 6, 7]
     assert image.moments.dtype == np.float16 and np.array_equal(image.moments, MOMENTS) and not image.before_caption
@@ -60,7 +60,7 @@ def test_a_record_reads_back_as_its_document() -> None:
     ],
 )
 def test_layouts(tokens: np.ndarray, moments: np.ndarray | None, expected: str, sizes: tuple) -> None:
-    record = encode_record("key", tokens, moments, b"{}")
+    record = encode_record("key", [tokens] if moments is None else [tokens, moments], b"{}")
     document = decode_document(record, "here")
     assert layout(document) == expected and document_sizes(record) == sizes
     assert document.has_image == (moments is not None)
@@ -105,14 +105,46 @@ def test_what_cannot_be_trained_on_is_refused_by_reason() -> None:
             assert reason({**good, name: content}) in ("undecodable array", "wrong array"), content[:80]
 
 
+def test_an_interleaved_document_keeps_its_order() -> None:
+    """Any number of texts and images; only a caption before its image is an image-caption document."""
+    first, second = MOMENTS, MOMENTS[:, :, ::2] + np.float16(1)
+    cases = [
+        ([TOKENS, first, TOKENS[1:], second, TOKENS[:1]], "text image text image text", (6, [(2, 6), (2, 3)])),
+        ([first, TOKENS], "image text", (3, [(2, 6)])),
+        ([first, second], "image image", (0, [(2, 6), (2, 3)])),
+        ([first, TOKENS[:0], TOKENS, second], "image text image", (3, [(2, 6), (2, 3)])),
+        ([TOKENS, TOKENS[:2]], "text text", (5, [])),
+    ]
+    for segments, expected, sizes in cases:
+        record = encode_record("key", segments, b"{}")
+        document = decode_document(record, "here")
+        assert layout(document) == expected and document_sizes(record) == sizes
+        for segment, given in zip(document.segments, [s for s in segments if s.size], strict=True):
+            found = segment.moments if isinstance(segment, ImageSegment) else segment.token_ids
+            assert np.array_equal(found, given)
+        assert arrange(document, OrderConfig(caption_first=0, caption_dropout=1), 0, 0, 0, 0, 0) is document
+
+
+def test_an_interleaved_record_that_contradicts_itself_is_refused() -> None:
+    good = encode_record("key", [TOKENS, MOMENTS, TOKENS, MOMENTS, TOKENS], b"{}")
+    decode_document(good, "here")
+    for lengths in ([3, -1, 3, -1, 4], [3, -1, 3, -1], [9, -2], [0, 9], [3, -1, -1, 3], [2**31 - 1, -(2**31)], [9] * 9):
+        assert reason({**good, "segments.npy": npy(np.array(lengths, np.int32))}) == "wrong segments", lengths
+    assert reason({**good, "segments.npy": npy(np.zeros(0, np.int32))}) == "empty document"
+    assert reason({**good, "segments.npy": npy(np.array([9, -1, -1, -1], np.int32))}) == "missing image"
+    assert reason({k: v for k, v in good.items() if k != "1.moments.npy"}) == "missing image"
+    assert reason({k: v for k, v in good.items() if k != "tokens.npy"}) == "undecodable array"
+    assert reason({**good, "0.moments.npy": npy(np.full_like(MOMENTS, np.nan))}) == "non-finite latents"
+
+
 def test_numbers_of_another_tokenizer_or_vae_are_refused() -> None:
     """The manifest's hashes say what a record should hold; this is what holds it to that."""
-    document = decode_document(encode_record("key", np.array([0, 279]), MOMENTS, b"{}"), "here")
+    document = decode_document(encode_record("key", [np.array([0, 279]), MOMENTS], b"{}"), "here")
     check_document(document, 280, 2, "here")
     with pytest.raises(BadRecord, match=r"here: token id out of range \(expected 0...278\)"):
         check_document(document, 279, 2, "here")
     with pytest.raises(BadRecord, match="token id out of range"):
-        check_document(decode_document(encode_record("key", np.array([-1]), None, b"{}"), "here"), 280, 2, "here")
+        check_document(decode_document(encode_record("key", [np.array([-1])], b"{}"), "here"), 280, 2, "here")
     with pytest.raises(BadRecord, match=r"wrong array \(moments \(4, 2, 6\), expected 8 channels"):
         check_document(document, 280, 4, "here")
 

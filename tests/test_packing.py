@@ -5,7 +5,7 @@ except: no loss where the input is BOI or a patch (so EOI and patches are no tar
 """
 
 import itertools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torch
 
 from data.documents import Document, ImageSegment, TextSegment
 from data.packing import (
+    CAPTION_TOKENS,
     IGNORE,
     NO_IMAGE,
     PADDING_DOCUMENT,
@@ -172,9 +173,10 @@ def test_the_layout_of_one_pair_is_this() -> None:
     piece = lay_out(DOCUMENTS["caption, image"], SPECIAL, PATCH)
     assert piece.input_ids.tolist() == [1, 10, 11, 90, 3, 3, 3, 3, 91, 2]
     assert piece.labels.tolist() == [10, 11, 90, -100, -100, -100, -100, -100, 2, -100]
-    assert piece.image_ids.tolist() == [-1, -1, -1, -1, 0, 0, 0, 0, -1, -1]
-    assert piece.grid_positions.tolist()[4:8] == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert not piece.cuttable and lay_out(DOCUMENTS["text"], SPECIAL, PATCH).cuttable
+    assert [(image.start, image.rows, image.columns) for image in piece.images] == [(4, 2, 2)]
+    row = pack([piece], LENGTH, SPECIAL.pad)
+    assert row.image_ids[:10].tolist() == [-1, -1, -1, -1, 0, 0, 0, 0, -1, -1]
+    assert row.grid_positions.tolist()[4:8] == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
 def test_many_documents_in_a_row_are_as_each_by_itself() -> None:
@@ -203,7 +205,9 @@ def test_a_cut_text_loses_no_target() -> None:
     piece = lay_out(Document((text(*range(10, 30)),)), SPECIAL, PATCH)
     for cut in range(1, len(piece)):
         head, rest = piece.split(cut)
-        assert (len(head), len(rest)) == (cut, len(piece) - cut) and head.cuttable and rest.cuttable
+        assert (len(head), len(rest)) == (cut, len(piece) - cut)
+        assert head.cuts == (((1, cut - 1),) if cut > 1 else ())
+        assert rest.cuts == (((1, len(rest) - 1),) if len(rest) > 1 else ())
         assert np.array_equal(np.concatenate([head.labels, rest.labels]), piece.labels)
         assert np.array_equal(np.concatenate([head.input_ids, rest.input_ids]), piece.input_ids)
     head, rest = piece.split(9)
@@ -211,6 +215,40 @@ def test_a_cut_text_loses_no_target() -> None:
     row = pack([end, middle], LENGTH, SPECIAL.pad)
     assert row.position_ids[:13].tolist() == [*range(7), *range(6)] and row.num_documents == 2
     assert row.labels[:13].tolist() == [*piece.labels[15:].tolist(), *piece.labels[9:15].tolist()]
+
+
+def test_an_interleaved_document_is_cut_only_between_captioned_images() -> None:
+    """Right after an image, or earlier in a text than what describes the image after it; nothing is lost (P2)."""
+    long = text(*range(10, 90), *range(10, 90), *range(10, 90), *range(10, 90))  # 320 tokens
+    document = Document((long, image(), text(10, 11), image(3, 1), image(1, 2), long, image(), text(12, 13)))
+    piece = lay_out(document, SPECIAL, PATCH)
+    first, after_first, third = 1 + 320 + 6, 1 + 320 + 6 + 2 + 5, 1 + 320 + 6 + 2 + 5 + 4
+    last = third + 320 + 6
+    spare = 320 - CAPTION_TOKENS
+    assert piece.cuts == (
+        (2, 1 + spare),
+        (first, first),
+        (after_first, after_first),
+        (third, third + spare),
+        (last, last + 2),
+    )
+    assert piece.longest_uncut == CAPTION_TOKENS + 6 and len(piece) == last + 3
+    assert [piece.cut_at(n) for n in (1, 2, 30, 300, first, first + 1, 9999)] == [0, 2, 30, 65, first, first, last + 2]
+    allowed = {place for low, high in piece.cuts for place in range(low, high + 1)}
+    for cut in sorted(allowed):
+        head, rest = piece.split(cut)
+        assert np.array_equal(np.concatenate([head.labels, rest.labels]), piece.labels)
+        found = {p for low, high in head.cuts for p in range(low, high + 1)}
+        found |= {p + cut for low, high in rest.cuts for p in range(low, high + 1)}
+        assert found == allowed - {cut}
+        images = [*head.images, *(replace(im, start=im.start + cut) for im in rest.images)]
+        assert images == list(piece.images) and all(im.start + im.rows * im.columns < cut for im in head.images)
+        long_enough = pack([rest, head], len(piece), SPECIAL.pad)
+        assert [id(im) for im in long_enough.images] == [id(im.segment) for im in (*rest.images, *head.images)]
+        assert long_enough.num_attention_pairs < piece.num_attention_pairs
+    for cut in set(range(1, len(piece))) - allowed:
+        with pytest.raises(AssertionError):
+            piece.split(cut)
 
 
 @pytest.mark.parametrize("length", [0, 22, 30])

@@ -218,7 +218,10 @@ def test_an_index_keeps_sizes_and_reads_back(tmp_path: Path) -> None:
     moments = [None if grid is None else rng.normal(size=(4, *grid)).astype(np.float16) for grid in grids]
     tokens = [np.arange(n, dtype=np.int32) for n in lengths]
     contents = list(zip(tokens, moments, strict=True))[1:]
-    write_shard(tmp_path / "a.tar", (encode_record(f"{i}", t, m, b"{}") for i, (t, m) in enumerate(contents)))
+    write_shard(
+        tmp_path / "a.tar",
+        (encode_record(f"{i}", [t] if m is None else [t, m], b"{}") for i, (t, m) in enumerate(contents)),
+    )
     index_shard(tmp_path / "a.tar", document_sizes).save(index_path(tmp_path / "a.tar"))
     index = ShardIndex.load(index_path(tmp_path / "a.tar"))
     assert index.text_tokens.tolist() == lengths[1:]

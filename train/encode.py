@@ -169,7 +169,7 @@ class Encoder:
             progress.update()
             info = json.dumps({"source": path.name, "line": number + 1}).encode()
             key = path.stem.replace(".", "_")  # a key ends at the first dot
-            yield encode_record(f"{key}-{number:08d}", self.tokenizer.encode(item[0]), None, info)
+            yield encode_record(f"{key}-{number:08d}", [self.tokenizer.encode(item[0])], info)
 
     @torch.no_grad()
     def _pictures(self, batch: list["Picture"], bad: BadRecords, progress: tqdm) -> Iterator[Record]:
@@ -184,7 +184,7 @@ class Encoder:
             self.cells += mean[0].size
             progress.update()
             info = json.dumps({**_json_object(picture.info), "caption": picture.caption}).encode()
-            yield encode_record(picture.key, self.tokenizer.encode(picture.caption), image_moments, info)
+            yield encode_record(picture.key, [self.tokenizer.encode(picture.caption), image_moments], info)
 
 
 @dataclass(frozen=True)
