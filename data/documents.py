@@ -13,17 +13,20 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-from data.shards import BadRecord, Record
+from data.shards import NPY_HEADER_BYTES, BadRecord, Record
 
 _NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '([<>=|]\w+)', 'fortran_order': False, 'shape': \(([\d, ]{,40})\), \} *\n",
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<>=|]\w+)', 'fortran_order': False, "
+    rb"'shape': \((\d{1,18}(?:, \d{1,18}){,9}),?\), \} *\n",
     re.DOTALL,
 )
 
 IMAGE = -1  # in segments.npy
+MAX_SEGMENTS = 1 << 16  # of a document: as objects they take a hundred times their bytes
 LOGVAR_RANGE = (-30.0, 20.0)  # to which AutoencoderKL clamps its log variance; exp of more overflows training
 # The bits of the largest and the smallest mean and log variance that are allowed.
 _MOST = np.array([np.finfo(np.float16).max, LOGVAR_RANGE[1]], "<f2").view(np.int16)
@@ -93,10 +96,13 @@ def decode_document(record: Record, where: str) -> Document:
 
 
 def _interleaved(record: Record, where: str) -> Iterator[TextSegment | ImageSegment]:
-    lengths = _load_array(record["segments.npy"], where, "<i4", 1).tolist()
+    lengths = _load_array(record["segments.npy"], where, "<i4", 1)
     token_ids = _load_array(record.get("tokens.npy", b""), where, "<i4", 1).astype(np.int64)
-    if not lengths:
+    if not len(lengths):
         raise BadRecord("empty document", where)
+    if len(lengths) > MAX_SEGMENTS:
+        raise BadRecord("too many segments", where, f"{len(lengths)}, expected at most {MAX_SEGMENTS}")
+    lengths = lengths.tolist()
     if any(length < 1 and length != IMAGE for length in lengths) or sum(max(n, 0) for n in lengths) != len(token_ids):
         raise BadRecord("wrong segments", where, f"{lengths[:20]} of {len(token_ids)} tokens")
     start = images = 0
@@ -184,6 +190,8 @@ def _check_moments(moments: np.ndarray, where: str) -> None:
     By their bits, 20 times faster than by numpy's float16: as int16 the positive numbers keep their order, as uint16
     the negative ones theirs by magnitude, and infinities and NaNs come after all others in both.
     """
+    if moments.view(np.int16).max() <= _MOST[1] and moments.view(np.uint16).max() <= _LEAST[1]:
+        return  # means in that range, too
     parts = moments.reshape(2, -1)
     if (parts.view(np.int16).max(1) <= _MOST).all() and (parts.view(np.uint16).max(1) <= _LEAST).all():
         return
@@ -198,16 +206,25 @@ def _load_array(data: bytes, where: str, dtype: str, ndim: int) -> np.ndarray:
     Takes only what np.save writes for our arrays and never asks numpy to parse: its parser evaluates Python literals
     (a hostile header exhausts it), unpickles if told to, and takes longer than all the rest of a read.
     """
-    match = _NPY_HEADER.match(data)
-    if match is None:
+    layout = _npy_layout(data[:NPY_HEADER_BYTES])
+    if layout is None:
         raise BadRecord("undecodable array", where, f"not a plain .npy file: {data[:64]!r}")
-    found, sizes = match[1].decode(), match[2].decode()
-    if found != dtype or len(shape := [size for size in sizes.split(",") if size.strip()]) != ndim:
-        raise BadRecord("wrong array", where, f"{found} ({sizes}), expected {dtype} of {ndim} dimensions")
+    found, shape = layout
+    if found != dtype or len(shape) != ndim:
+        raise BadRecord("wrong array", where, f"{found} {shape}, expected {dtype} of {ndim} dimensions")
     try:
-        return np.frombuffer(data, dtype, offset=match.end()).reshape([int(size) for size in shape])
+        return np.frombuffer(data, dtype, offset=NPY_HEADER_BYTES).reshape(shape)
     except (ValueError, OverflowError) as error:
         raise BadRecord("undecodable array", where, str(error)) from None
+
+
+@lru_cache(4096)
+def _npy_layout(header: bytes) -> tuple[str, tuple[int, ...]] | None:
+    """Return (dtype, shape) of a .npy file's first bytes; None unless they are all of a plain header."""
+    match = _NPY_HEADER.fullmatch(header)
+    if match is None:
+        return None
+    return match[1].decode(), tuple(map(int, match[2].split(b", ")))
 
 
 def _save_array(array: np.ndarray) -> bytes:

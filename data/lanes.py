@@ -9,10 +9,10 @@ workers (the order would depend on both) and replay on resume (its cost grows wi
 
 import bisect
 import logging
+import math
 from collections import Counter
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import BinaryIO
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 
 import numpy as np
 from omegaconf import MISSING
@@ -20,11 +20,12 @@ from omegaconf import MISSING
 from data.documents import OrderConfig, arrange, check_document, decode_document, seed_from, uniforms
 from data.manifest import Manifest
 from data.packing import PackedSequence, Piece, lay_out, pack
+from data.remote import shown
 from data.shards import BadRecord, read_at
 from data.tokenizer import SpecialIds
+from data.watch import ReadWatch
 
 MIN_CUT = 8  # tokens: a shorter piece of a cut text teaches nothing and costs a document border
-OPEN_SHARDS = 64  # file descriptors and indices a process keeps
 NAMES_KEPT = 4  # names of skipped documents in a lane's state; the log has them all
 SKIPS_IN_A_ROW = 1000  # documents: a lane that skips this many has nothing left to read and would search for ever
 
@@ -34,12 +35,22 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     path: str = MISSING  # folder of encoded shards with its manifest.json
-    weight: float = 1.0  # share of all tokens relative to the other sources, > 0
+    weight: float = 1.0  # share of all tokens relative to the other sources, >= 0
+    # Other weights from given steps on, such as {20000: 0.5, 30000: 0}. A resume may change those of steps to come.
+    weight_from: dict[str, float] = field(default_factory=dict)
     repeat: bool = True  # start another epoch when one ends; else the share goes to the other sources
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
+        for step, weight in self.weight_from.items():
+            if not (step.isdecimal() and int(step) > 1 and 0 <= weight < math.inf):
+                raise ValueError(f"weight_from: {step}: {weight}: expected a step, 2 or more, and a weight, 0 or more")
+        if not 0 <= self.weight < math.inf or not max(self.weight, *self.weight_from.values(), 0.0):
             raise ValueError(f"weight={self.weight}: expected more than 0; leave the source out instead")
+
+    def weight_at(self, step: int) -> float:
+        """Return the weight that holds for the batch of `step`, counted from 1."""
+        since = max((int(s) for s in self.weight_from if int(s) <= step), default=0)
+        return self.weight_from[str(since)] if since else self.weight
 
 
 @dataclass(frozen=True)
@@ -59,12 +70,23 @@ class LaneSettings:
 class Source:
     """One encoded data set: the order of its documents for each (epoch, lane), and reading them."""
 
-    def __init__(self, number: int, config: SourceConfig, manifest: Manifest, settings: LaneSettings):
-        self.number, self.config, self.manifest, self.settings = number, config, manifest, settings
+    def __init__(
+        self,
+        number: int,
+        config: SourceConfig,
+        manifest: Manifest,
+        settings: LaneSettings,
+        watch: ReadWatch,
+        read_ahead: int = 0,
+    ):
+        self.number, self.config, self.manifest, self.settings, self.watch = number, config, manifest, settings, watch
+        self.read_ahead = read_ahead  # documents that each lane asks for before it reads them
         self._shard_tokens = np.array([shard.tokens(settings.patch_size) for shard in manifest.shards], dtype=np.int64)
-        self._index = lru_cache(OPEN_SHARDS)(manifest.load_index)
-        self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
-        self._begins = lru_cache(OPEN_SHARDS)(self._document_begins)
+        open_shards = 2 * settings.lanes + 16  # each lane's block lies in one or two
+        self._index = lru_cache(open_shards)(manifest.load_index)
+        self._path = lru_cache(open_shards)(manifest.shard_path)
+        self._reader = lru_cache(open_shards)(lambda shard: partial(manifest.store.read, manifest.shards[shard].name))
+        self._begins = lru_cache(64)(self._document_begins)
         self._epoch = lru_cache(4)(self._lay_out_epoch)
         self._range = lru_cache(4 * settings.lanes)(self._cut_range)
         self._block = lru_cache(2 * settings.lanes)(self._permute_block)
@@ -83,16 +105,31 @@ class Source:
         shard, first = spans[i]
         return shard, first + in_order - (ends[i - 1] if i else 0)
 
-    def read(self, epoch: int, shard: int, record: int) -> Piece:
+    def prefetch(self, epoch: int, lane: int, ordinal: int) -> None:
+        """Begin to fetch the lane's `ordinal`-th document in `epoch`, if there is one."""
+        position = self.position(epoch, lane, ordinal)
+        if position is None:
+            return
+        shard, record = position
+        self.watch.begin("lane %d: index of %s", lane, self._path(shard))
+        offset, length, _ = self._index(shard).spans[record].tolist()
+        self.watch.end()
+        self.manifest.store.prefetch(self.manifest.shards[shard].name, offset, length)
+
+    def read(self, lane: int, epoch: int, shard: int, record: int) -> Piece:
         """Read, verify, arrange and lay out one document; raise BadRecord if any of that fails."""
-        where = f"{self.manifest.shard_path(shard)}#{record}"
+        path = self._path(shard)
+        where = f"{path}#{record}"
+        self.watch.begin("lane %d: index of %s", lane, path)
         span = self._index(shard).spans[record]
+        self.watch.begin("lane %d: record %d of %s at byte %d", lane, record, path, span[0])
         try:
-            file = self._open(shard)
-            members = read_at(file.fileno(), span, where)
+            members = read_at(self._reader(shard), span, where)
         except OSError as error:
-            self._open.cache_clear()  # a stale handle would fail for ever
+            self.manifest.store.forget()  # a stale handle would fail for ever
             raise BadRecord("unreadable shard", where, error.strerror or str(error)) from None
+        finally:
+            self.watch.end()
         settings = self.settings
         document = decode_document(members, where)
         check_document(document, self.manifest.vocab_size, self._channels, where)
@@ -104,9 +141,6 @@ class Source:
         if (longest := piece.longest_uncut) > settings.sequence_length:
             raise BadRecord("longer than a sequence", where, f"{longest} of {settings.sequence_length} tokens")
         return piece
-
-    def _open_shard(self, shard: int) -> BinaryIO:
-        return self.manifest.shard_path(shard).open("rb", buffering=0)
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the epoch's order of shards [n], the token each starts at and the end [n + 1], each lane's range [L].
@@ -152,7 +186,7 @@ class Cursor:
 
     epoch: int = 0
     ordinal: int = 0  # next document of the lane's range
-    tokens: int = 0  # drawn so far: the running account that holds the mix
+    tokens: int = 0  # drawn since the weights last changed: the running account that holds the mix
 
 
 @dataclass(frozen=True)
@@ -172,28 +206,33 @@ class Lane:
     def __init__(self, number: int, sources: list[Source], settings: LaneSettings, state: dict | None = None):
         self.number, self.sources, self.settings = number, sources, settings
         phases = uniforms("mix", settings.seed, number, count=len(sources))
-        weights = [source.config.weight for source in sources]
         # A phase of up to one sequence, so that lanes do not all begin with the same source.
         self._phases = [phase * settings.sequence_length for phase in phases]
-        self._weights = [weight / sum(weights) for weight in weights]
+        self._rows = 0  # made so far: the next one is that of step `_rows + 1`
         self._skipped: Counter = Counter()
         self._skipped_names: list[str] = []
         self._cursors = [Cursor() for _ in sources]
         self._pending: list[tuple[Pending, Piece]] = []
         if state is not None:
             self._restore(state)
+        self._weights = self._weights_at(max(self._rows, 1))  # of the last row, or the first
+        for source, cursor in zip(sources, self._cursors, strict=True):
+            for ordinal in range(cursor.ordinal, cursor.ordinal + source.read_ahead):
+                source.prefetch(cursor.epoch, number, ordinal)
 
     def next_row(self) -> PackedSequence | None:
         """Return the next packed sequence; None when every source has ended."""
+        weights = self._weights_at(self._rows + 1)
+        if weights != self._weights:
+            self._settle_accounts()
+            self._weights = weights
+        self._rows += 1
         length, chosen, space = self.settings.sequence_length, [], self.settings.sequence_length
         while space:
             self._refill()
             # The oldest opens a row whatever its length, so that a long text is not passed over for ever.
-            place = next((i for i, (_, piece) in enumerate(self._pending) if len(piece) <= space or not chosen), None)
-            if place is None:
-                cuts = (i for i, (_, piece) in enumerate(self._pending) if piece.cut_at(space) >= MIN_CUT)
-                place = next(cuts, None)
-            if place is None:
+            place = self._place_in(space) if chosen else 0
+            if place is None or place == len(self._pending):
                 break
             pending, piece = self._pending.pop(place)
             if len(piece) > space:
@@ -204,9 +243,20 @@ class Lane:
             space -= len(piece)
         return pack(chosen, length, self.settings.special.pad) if chosen else None
 
+    def _place_in(self, space: int) -> int | None:
+        """Return which pending document comes next: the oldest that fits, else the oldest that may be cut to fit."""
+        for place, (_, piece) in enumerate(self._pending):
+            if len(piece.input_ids) <= space:
+                return place
+        for place, (_, piece) in enumerate(self._pending):
+            if piece.cut_at(space) >= MIN_CUT:
+                return place
+        return None
+
     def state(self) -> dict:
         """Return a JSON-able copy of the state."""
         return {
+            "rows": self._rows,
             "cursors": [_ints(cursor) for cursor in self._cursors],
             "pending": [_ints(pending) for pending, _ in self._pending],
             "skipped": dict(self._skipped),
@@ -214,13 +264,28 @@ class Lane:
         }
 
     def _restore(self, state: dict) -> None:
+        self._rows = state["rows"]
         self._cursors = [Cursor(*ints) for ints in state["cursors"]]
         self._skipped.update(state["skipped"])
         self._skipped_names = list(state["skipped_names"])
-        for ints in state["pending"]:
-            pending = Pending(*ints)
+        for pending in [Pending(*ints) for ints in state["pending"]]:
             if (piece := self._read(pending)) is not None:
                 self._pending.append((pending, piece.split(pending.cut)[1] if pending.cut else piece))
+
+    def _weights_at(self, step: int) -> list[float]:
+        weights = [source.config.weight_at(step) for source in self.sources]
+        return [weight / sum(weights) for weight in weights]
+
+    def _settle_accounts(self) -> None:
+        """Begin the accounts anew where weights change, each source owing what it is behind the foremost."""
+        foremost = max(self._ratio(number) for number, weight in enumerate(self._weights) if weight)
+        for cursor, phase, weight in zip(self._cursors, self._phases, self._weights, strict=True):
+            owed = foremost * weight - cursor.tokens - phase if weight else 0.0
+            cursor.tokens = round(-owed - phase)
+
+    def _ratio(self, number: int) -> float:
+        """Return how far a source is with its share: tokens drawn by weight."""
+        return (self._cursors[number].tokens + self._phases[number]) / self._weights[number]
 
     def _refill(self) -> None:
         while len(self._pending) < self.settings.look_ahead and (drawn := self._draw()) is not None:
@@ -228,16 +293,13 @@ class Lane:
 
     def _draw(self) -> tuple[Pending, Piece] | None:
         """Draw the next good document of the source that is furthest behind its share; None when all have ended."""
-        ended: set[int] = set()
+        left = [number for number, weight in enumerate(self._weights) if weight]
         skipped = 0
-        while len(ended) < len(self.sources):
-            number = min(
-                (n for n in range(len(self.sources)) if n not in ended),
-                key=lambda n: (self._cursors[n].tokens + self._phases[n]) / self._weights[n],
-            )
+        while left:
+            number = min(left, key=self._ratio)
             pending = self._advance(number)
             if pending is None:
-                ended.add(number)
+                left.remove(number)
             elif (piece := self._read(pending)) is not None:
                 self._cursors[number].tokens += len(piece)
                 return pending, piece
@@ -254,19 +316,22 @@ class Lane:
         for _ in range(1000):
             position = source.position(cursor.epoch, self.number, cursor.ordinal)
             if position is not None:
+                if source.read_ahead:
+                    source.prefetch(cursor.epoch, self.number, cursor.ordinal + source.read_ahead)
                 cursor.ordinal += 1
                 return Pending(number, cursor.epoch, *position)
             if not source.config.repeat:
                 return None
             cursor.epoch, cursor.ordinal = cursor.epoch + 1, 0
         raise ValueError(
-            f"lane {self.number} found no document of {source.manifest.folder} in 1000 epochs: "
+            f"lane {self.number} found no document of {shown(source.manifest.store.root)} in 1000 epochs: "
             f"{source.manifest.records} documents are too few or too long for {self.settings.lanes} lanes"
         )
 
     def _read(self, pending: Pending) -> Piece | None:
         try:
-            return self.sources[pending.source].read(pending.epoch, pending.shard, pending.record)
+            source = self.sources[pending.source]
+            return source.read(self.number, pending.epoch, pending.shard, pending.record)
         except BadRecord as error:
             log.warning("lane %d skipped %s", self.number, error)
             self._skipped[error.reason] += 1

@@ -9,143 +9,17 @@ and its own state is not used.
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import MISSING
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data.documents import OrderConfig, seed_from
-from data.lanes import Lane, LaneSettings, Source, SourceConfig, lanes_of_rank
-from data.manifest import LatentSpec, Manifest
-from data.packing import ImageDraws, PackedBatch, PackedSequence, collate, pack, patch_grid
-from data.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    sources: dict[str, SourceConfig] = field(default_factory=dict)  # encoded data sets by name, mixed by weight
-    # Share of image tokens (patches) among all, in (0, 1): the weights of sources with and without images are scaled
-    # to meet it, captions counting as text (the paper: 0.5). null: weights as given.
-    image_share: float | None = None
-    tokenizer: str = MISSING  # SentencePiece model that made the shards' token ids
-    lanes: int = 512  # L, sequences a global batch; the number of ranks may not exceed it
-    sequence_length: int = 4096  # S, tokens a sequence
-    shuffle_block: int = 1024  # documents a lane shuffles among
-    look_ahead: int = 16  # documents a lane keeps pending to fill sequences from
-    order: OrderConfig = field(default_factory=OrderConfig)
-    num_workers: int = 0  # loader processes a rank; 0 reads in the rank's own prefetch thread
-    prefetch_steps: int = 2  # steps a rank keeps ready, >= 1
-    max_bad_documents: int = 100  # skipped documents over all lanes after which the run stops
-
-    def __post_init__(self) -> None:
-        for name in ("lanes", "sequence_length", "shuffle_block", "look_ahead", "prefetch_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)}: expected at least 1")
-        for name in ("num_workers", "max_bad_documents"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name}={getattr(self, name)}: expected 0 or more")
-        if self.image_share is not None and not 0 < self.image_share < 1:
-            raise ValueError(f"data.image_share={self.image_share}: expected a share in (0, 1), or null")
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """What a config's `data` section names, opened and checked."""
-
-    sources: list[Source]
-    settings: LaneSettings
-    tokenizer: Tokenizer
-    latent_spec: LatentSpec | None  # None when every source is text only
-    grids: list[tuple[int, int]]  # latent grids that occur, sorted
-
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """What a resume must find unchanged."""
-        return {
-            "tokenizer": self.tokenizer.hash,
-            "sources": ",".join(f"{s.manifest.content_hash}*{s.config.weight}*{s.config.repeat}" for s in self.sources),
-            **{name: str(value) for name, value in vars(self.settings).items()},
-        }
-
-
-def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
-    """Open every source; raise ValueError or FileNotFoundError for data that this run cannot train on."""
-    if not config.sources:
-        raise ValueError("data.sources is empty; name at least one, e.g. data.sources.images.path=FOLDER")
-    tokenizer = Tokenizer(config.tokenizer)
-    settings = LaneSettings(
-        seed=seed,
-        lanes=config.lanes,
-        sequence_length=config.sequence_length,
-        patch_size=patch_size,
-        shuffle_block=config.shuffle_block,
-        look_ahead=config.look_ahead,
-        order=config.order,
-        special=tokenizer.special,
-    )
-    manifests = {name: Manifest.load(Path(source.path)) for name, source in config.sources.items()}
-    weights = source_weights(config, manifests, patch_size)
-    sources, spec, grids = [], None, set()
-    for number, (name, source) in enumerate(config.sources.items()):
-        manifest = manifests[name]
-        manifest.check_files()
-        if manifest.tokenizer_hash != tokenizer.hash:
-            raise ValueError(
-                f"data.sources.{name} was encoded with tokenizer {manifest.tokenizer_hash}, but {config.tokenizer} is "
-                f"{tokenizer.hash}; name the tokenizer it was encoded with, or encode it again"
-            )
-        if spec is not None and manifest.latent_spec not in (None, spec):
-            raise ValueError(
-                f"data.sources.{name} holds latents of VAE {manifest.latent_spec.vae_hash}, other sources those of "
-                f"{spec.vae_hash} (or other statistics); encode all sources with one VAE and `stats_from` one of them"
-            )
-        if manifest.records < config.lanes:
-            raise ValueError(
-                f"data.sources.{name} has {manifest.records} documents, fewer than data.lanes={config.lanes}; "
-                "use fewer lanes or more data"
-            )
-        spec = spec or manifest.latent_spec
-        grids |= manifest.grids()
-        sources.append(Source(number, replace(source, weight=weights[name]), manifest, settings))
-    for grid in grids:
-        rows, columns = patch_grid(grid, patch_size)
-        if rows * columns + 4 > config.sequence_length:
-            raise ValueError(
-                f"an image of latent grid {grid[0]}x{grid[1]} is {rows * columns + 4} tokens with BOS, BOI, EOI, EOS, "
-                f"more than data.sequence_length={config.sequence_length}; use longer sequences or larger patches"
-            )
-    return DataSet(sources, settings, tokenizer, spec, sorted(grids))
-
-
-def source_weights(config: DataConfig, manifests: dict[str, Manifest], patch_size: int) -> dict[str, float]:
-    """Return each source's share of all tokens, up to a common factor: as given, or scaled to meet `image_share`.
-
-    Raises ValueError where no scaling can meet it.
-    """
-    weights = {name: source.weight for name, source in config.sources.items()}
-    if config.image_share is None:
-        return weights
-    kept = 1 - config.order.caption_dropout
-    image_shares = {name: manifest.image_token_share(patch_size, kept) for name, manifest in manifests.items()}
-    with_images = {name: weight for name, weight in weights.items() if image_shares[name] > 0}
-    total = sum(with_images.values())
-    most = sum(weight * image_shares[name] for name, weight in with_images.items()) / total if total else 0.0
-    if most <= config.image_share or len(with_images) == len(weights):
-        raise ValueError(
-            f"data.image_share={config.image_share}: the sources with images hold {most:.3f} image tokens a token, and "
-            f"{len(weights) - len(with_images)} sources hold text alone; expected less than the former and at least "
-            "one of the latter; add such a source, or set data.image_share=null"
-        )
-    share = config.image_share / most  # of all tokens, in documents with images
-    text_total = sum(weights.values()) - total
-    return {
-        name: share * weight / total if name in with_images else (1 - share) * weight / text_total
-        for name, weight in weights.items()
-    }
+from data.dataset import DataConfig, DataSet
+from data.documents import seed_from
+from data.lanes import Lane, lanes_of_rank
+from data.packing import ImageDraws, PackedBatch, PackedSequence, collate, pack
 
 
 @dataclass

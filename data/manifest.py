@@ -8,14 +8,17 @@ import hashlib
 import json
 import re
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from data.shards import BadRecord, ShardIndex, atomic_write, index_path
+from data.remote import shown
+from data.shard_cache import CacheConfig
+from data.shards import BadRecord, ShardIndex, atomic_write, index_name, index_path
+from data.storage import Store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 
 
@@ -43,6 +46,7 @@ class ShardEntry:
     bytes: int
     index_crc32: int
     records: int
+    largest_record: int  # bytes
     text_tokens: int
     grids: dict[str, int]  # "8x8" -> images of that latent grid
 
@@ -69,7 +73,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    folder: Path
+    store: Store = field(compare=False)  # the folder that holds manifest, shards and indices
     tokenizer_hash: str
     vocab_size: int
     latent_spec: LatentSpec | None  # None: text only
@@ -93,47 +97,69 @@ class Manifest:
         tokens = sum(shard.tokens(patch_size) for shard in self.shards) - (1 - captions_kept) * text_tokens
         return sum(shard.patches(patch_size) for shard in self.shards) / tokens
 
-    def shard_path(self, shard: int) -> Path:
-        return self.folder / self.shards[shard].name
+    def shard_path(self, shard: int) -> str:
+        """Return where a shard is, for messages."""
+        return self.store.path(self.shards[shard].name)
 
     def load_index(self, shard: int) -> ShardIndex:
         """Load a shard's index; raise BadRecord unless it is the one the manifest was made with."""
-        path, entry = index_path(self.shard_path(shard)), self.shards[shard]
-        index = ShardIndex.load(path, entry.index_crc32)
+        entry = self.shards[shard]
+        where = self.store.path(index_name(entry.name))
+        try:
+            index = ShardIndex.parse(self.store.read_all(index_name(entry.name)), where, entry.index_crc32)
+        except OSError as error:
+            raise BadRecord("unreadable index", where, error.strerror or str(error)) from None
         if len(index) != entry.records:
-            raise BadRecord("unreadable index", str(path), f"{len(index)} records, the manifest says {entry.records}")
+            raise BadRecord("unreadable index", where, f"{len(index)} records, the manifest says {entry.records}")
         return index
 
     def check_files(self) -> None:
-        """Raise ValueError naming the first shard or index that is missing or has another size than recorded."""
-        for entry in self.shards:
-            path = self.folder / entry.name
-            size = path.stat().st_size if path.is_file() else None
+        """Raise ValueError naming the first shard or index that is missing or has another size than recorded.
+
+        Of a remote data set only the first and the last: asking for each would take longer than many a training.
+        """
+        for entry in (self.shards[0], self.shards[-1]) if self.store.is_remote else self.shards:
+            size = self.store.size(entry.name)
             if size != entry.bytes:
                 found = "missing" if size is None else f"{size} bytes, the manifest says {entry.bytes}"
-                raise ValueError(f"shard {path} is {found}; restore it, or encode the data set again")
-            if not index_path(path).is_file():
-                raise ValueError(f"index {index_path(path)} is missing; encode the data set again")
+                raise ValueError(
+                    f"shard {self.store.path(entry.name)} is {found}; restore it, or encode the data set again"
+                )
+            if self.store.size(index_name(entry.name)) is None:
+                raise ValueError(
+                    f"index {self.store.path(index_name(entry.name))} is missing; restore it, or make it again with "
+                    f"`python -m train.encode index={shown(self.store.root)}`"
+                )
 
     def save(self) -> None:
-        with atomic_write(self.folder / FILE_NAME) as file:
+        with atomic_write(Path(self.store.root) / FILE_NAME) as file:
             file.write(json.dumps(self._contents(), indent=1).encode())
 
     def _contents(self) -> dict:
-        fields = asdict(self)
-        del fields["folder"]
-        return {"format_version": FORMAT_VERSION, **fields}
+        spec = asdict(self.latent_spec) if self.latent_spec is not None else None
+        return {
+            "format_version": FORMAT_VERSION,
+            "tokenizer_hash": self.tokenizer_hash,
+            "vocab_size": self.vocab_size,
+            "latent_spec": spec,
+            "shards": [asdict(entry) for entry in self.shards],
+        }
 
     @classmethod
-    def load(cls, folder: Path) -> "Manifest":
-        """Raise FileNotFoundError for a folder without a manifest, ValueError for one we cannot read."""
-        folder = Path(folder)
-        path = folder / FILE_NAME
-        if not path.is_file():
-            state = "has no manifest.json" if folder.is_dir() else "does not exist"
-            raise FileNotFoundError(f"data folder {folder} {state}; make it with `python -m train.encode`")
+    def load(cls, folder: str | Path, cache: CacheConfig | None = None, max_ahead: int = 64) -> "Manifest":
+        """Open the data set in a local folder or at a URL; raise FileNotFoundError or ValueError for what is none.
+
+        `cache` and `max_ahead` are those of its Store.
+        """
+        store = Store(str(folder), cache=cache, max_ahead=max_ahead)
+        path = store.path(FILE_NAME)
         try:
-            fields = json.loads(path.read_text())
+            data = store.read_all(FILE_NAME)
+        except (FileNotFoundError, NotADirectoryError):
+            state = "has no manifest.json" if store.is_remote or Path(folder).is_dir() else "does not exist"
+            raise FileNotFoundError(f"data folder {folder} {state}; make it with `python -m train.encode`") from None
+        try:
+            fields = json.loads(data)
             version = fields.pop("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
@@ -141,7 +167,7 @@ class Manifest:
             if spec is not None:
                 spec = LatentSpec(**{**spec, "mean": tuple(spec["mean"]), "std": tuple(spec["std"])})
             shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
-            manifest = cls(folder=folder, latent_spec=spec, shards=shards, **fields)
+            manifest = cls(store=store, latent_spec=spec, shards=shards, **fields)
             if type(manifest.vocab_size) is not int or manifest.vocab_size < 1:
                 raise ValueError(f"vocab_size={manifest.vocab_size!r}: expected a whole number, 1 or more")
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -161,6 +187,7 @@ def shard_entry(path: Path, index: ShardIndex) -> ShardEntry:
         bytes=path.stat().st_size,
         index_crc32=zlib.crc32(index_path(path).read_bytes()),
         records=len(index),
+        largest_record=int(index.spans[:, 1].max(initial=0)),
         text_tokens=int(index.text_tokens.sum()),
         grids=dict(sorted(grids.items())),
     )

@@ -1,52 +1,92 @@
 """Picture bytes -> pixels at the encoder's resolution, and back. Everything Pillow stays here."""
 
 import io
+import re
+from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from data.shards import BadRecord, Record
+from data.shards import BadRecord
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 64 * 1024 * 1024  # a header that claims more is a decompression bomb
+MAX_SCANS = 100  # of a JPEG: each takes a pass over all pixels, were it a hundred bytes; usual are 1 to 12
+_TILE = 2048  # pixels a side that are made opaque at once
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of a segment, or the end; others stand in compressed data
+Size = tuple[int, int]  # pixels, (height, width)
 
 
-def decode_picture(record: Record, resolution: int, where: str) -> np.ndarray:
-    """Return the record's picture as uint8 [resolution, resolution, 3]: upright, shorter side resized, centre cropped.
+def bucket_sizes(resolution: int, multiple: int, max_aspect: float = 2.0) -> tuple[Size, ...]:
+    """Return the sizes of aspect buckets: sides divisible by `multiple`, at most resolution x resolution pixels each.
 
-    Raises BadRecord when there is none or it does not decode.
+    One for each width whose aspect is within `max_aspect` either way, the square among them.
     """
-    extension = next((name for name in EXTENSIONS if name in record), None)
-    if extension is None:
-        raise BadRecord("no picture", where, f"members {sorted(record)}")
+    sizes = {(resolution, resolution)}
+    for width in range(multiple, round(resolution * max_aspect) + 1, multiple):
+        height = resolution * resolution // width // multiple * multiple
+        if height and max(width / height, height / width) <= max_aspect:
+            sizes.add((height, width))
+    return tuple(sorted(sizes))
+
+
+def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray:
+    """Return a picture file's pixels, uint8 [H, W, 3]: upright, resized to cover and centre cropped.
+
+    (H, W) is that of `sizes` whose aspect is nearest the picture's. Raises BadRecord for what does not decode.
+    """
+    if not data:
+        raise BadRecord("empty picture", where)
     try:
-        with Image.open(io.BytesIO(record[extension]), formats=("JPEG", "PNG", "WEBP")) as picture:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise BadRecord("oversized picture", where, f"{picture.width}x{picture.height}")
+            if data.startswith(b"\xff\xd8") and (scans := _num_scans(data)) > MAX_SCANS:
+                raise BadRecord("oversized picture", where, f"{scans} scans")
             ImageOps.exif_transpose(picture, in_place=True)
             picture = _to_rgb(picture)
-    except BadRecord:
+    except (BadRecord, MemoryError):  # the latter need not be the picture's fault
         raise
     except Image.DecompressionBombError as error:
         raise BadRecord("oversized picture", where, str(error)) from None
     except Exception as error:  # Pillow's decoders share no error class, and what they raise is the picture's fault
         raise BadRecord("undecodable picture", where, str(error)) from None
-    if picture.size != (resolution, resolution):
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        box = (left, top, left + side, top + side)
-        picture = picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    height, width = min(sizes, key=lambda size: abs(np.log(size[1] / size[0] * picture.height / picture.width)))
+    if picture.size != (width, height):
+        is_tall = picture.width * height <= picture.height * width
+        kept_width = picture.width if is_tall else picture.height * width / height
+        kept_height = picture.width * height / width if is_tall else picture.height
+        left, top = (picture.width - kept_width) // 2, (picture.height - kept_height) // 2
+        box = (left, top, left + kept_width, top + kept_height)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(picture)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     """Convert any mode; 16-bit greys keep their upper byte (Pillow clips them to white), transparency shows white."""
+    if picture.mode == "RGB" and not picture.has_transparency_data:
+        picture.load()
+        return picture  # `convert` would copy it
     if picture.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    opaque = Image.new("RGB", picture.size)
+    for top, left in product(range(0, picture.height, _TILE), range(0, picture.width, _TILE)):
+        # Tile by tile: of the largest pictures each further copy would take a quarter of a GiB.
+        box = (left, top, min(left + _TILE, picture.width), min(top + _TILE, picture.height))
+        tile = picture.crop(box).convert("RGBA")
+        opaque.paste(Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile).convert("RGB"), box)
+    return opaque
+
+
+def _num_scans(jpeg: bytes) -> int:
+    """Count the scans of a JPEG file by its markers, up to its end."""
+    scans, place = 0, 2
+    while (match := _JPEG_MARKER.search(jpeg, place)) and match[1] != b"\xd9":
+        scans += match[1] == b"\xda"
+        place = match.end() + int.from_bytes(jpeg[match.end() : match.end() + 2], "big")
+    return scans
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -6,58 +6,39 @@ of consecutive members that share a key; it is complete only if another record o
 Keys are valid UTF-8 and stay inside the archive: no `..`, no leading slash.
 """
 
+import contextlib
 import io
 import os
-import re
+import secrets
 import struct
-import tarfile
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
+from data.tar import MAX_RECORD_BYTES, BadRecord, Read, key_of, members, name_problem
+
 Record = dict[str, bytes]  # extension -> contents, and "__key__" -> the key in UTF-8
 
-TAR_BLOCK = 512
-MAX_RECORD_BYTES = 1 << 30  # a header that claims more is hostile or broken
-MAX_NAME_BYTES = 1 << 16
 NAMES_KEPT = 20  # of bad records
-_KEY_RULE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset's: the key ends at the name's first dot
-_META_RULE = re.compile(r"__[^/]*__($|/)")  # webdataset's: members about the archive, part of no record
-_FILE_TYPES = (b"0", b"\0", b"7")
-_LINK_OR_FOLDER_TYPES = (b"1", b"2", b"3", b"4", b"5", b"6")  # have no contents, whatever size they claim
-_HEADER_TYPES = (b"x", b"L", b"g", b"K")  # describe the member after them (x and L: its name) or the archive
-_END_OF_ARCHIVE = bytes(TAR_BLOCK)
-# A file of an ASCII name, no prefix: name, mode and owners, size, time, checksum, type "0", no link, ustar or GNU.
-_PLAIN_HEADER = re.compile(
-    rb"([\x20-\x7e]{1,100})\0*[0-7]{7}\0.{16}([0-7]{11})\0.{12}([0-7]{6})\0 0\0{100}ustar.{83}\0{155}",
-    re.DOTALL,
-)
-# What numpy and zipfile raise for bytes that are no archive of arrays.
+NPY_HEADER_BYTES = 128  # that np.save writes before an array of a few dimensions
+_PROBE_BYTES = 1 << 24  # a read of more asks for its last byte first
+# What zipfile and numpy raise for bytes that are no archive of arrays.
 _NOT_ARRAYS = (
     OSError,
     ValueError,
-    TypeError,
     KeyError,
     EOFError,
     RuntimeError,
+    OverflowError,
     struct.error,
-    zlib.error,
     zipfile.BadZipFile,
 )
-
-
-class BadRecord(ValueError):
-    """A record that cannot be used; `reason` is a short stable name to count by."""
-
-    def __init__(self, reason: str, where: str, detail: str = ""):
-        super().__init__(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
-        self.reason, self.where = reason, where
 
 
 @dataclass
@@ -108,29 +89,40 @@ class ShardIndex:
             np.savez(file, **vars(self))
 
     @classmethod
-    def load(cls, path: Path, crc32: int | None = None) -> "ShardIndex":
-        """Raise BadRecord where the file is missing, torn, not an index or (if given) of another checksum."""
+    def parse(cls, data: bytes, where: str, crc32: int | None = None) -> "ShardIndex":
+        """Return the index that `save` wrote; raise BadRecord for what is torn, none or (if given) of another sum.
+
+        Never asks numpy to parse: its parser evaluates Python literals, takes memory for whatever shape is claimed and
+        unpacks what is compressed, so a few bytes exhaust it.
+        """
         try:
-            data = path.read_bytes()
             if crc32 is not None and zlib.crc32(data) != crc32:
                 raise ValueError("its checksum differs from the manifest's")
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                index = cls(**{name: arrays[name] for name in ("spans", "text_tokens", "grid_starts", "grids")})
-            index._check_shapes()
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("compressed arrays")
+                index = cls(
+                    spans=_saved_array(archive, "spans", "<i8", 3),
+                    text_tokens=_saved_array(archive, "text_tokens", "<i8"),
+                    grid_starts=_saved_array(archive, "grid_starts", "<i8"),
+                    grids=_saved_array(archive, "grids", "<i4", 2),
+                )
+            index._check()
         except _NOT_ARRAYS as error:
-            raise BadRecord("unreadable index", str(path), str(error)) from None
+            raise BadRecord("unreadable index", where, str(error)) from None
         return index
 
-    def _check_shapes(self) -> None:
-        shapes = [(array.ndim, array.dtype.kind) for array in vars(self).values()]
-        if shapes != [(2, "i"), (1, "i"), (1, "i"), (2, "i")]:
-            raise ValueError(f"arrays of (dimensions, kind) {shapes}")
-        records, images = len(self.spans), len(self.grids)
-        starts = self.grid_starts
-        if self.spans.shape[1] != 3 or self.grids.shape[1] != 2 or len(self.text_tokens) != records:
-            raise ValueError(f"arrays of shapes {[array.shape for array in vars(self).values()]}")
+    def _check(self) -> None:
+        records, images, starts = len(self.spans), len(self.grids), self.grid_starts
+        if len(self.text_tokens) != records:
+            raise ValueError(f"{len(self.text_tokens)} counts of text tokens for {records} records")
         if len(starts) != records + 1 or starts[0] != 0 or starts[-1] != images or (np.diff(starts) < 0).any():
             raise ValueError(f"grid_starts do not cut {images} images into {records} records")
+        cells = self.grids.astype(np.int64).prod(axis=1)
+        if (self.grids < 1).any() or not ((self.text_tokens >= 0) & (self.text_tokens <= MAX_RECORD_BYTES)).all():
+            raise ValueError("negative or absurd sizes")
+        if (cells > MAX_RECORD_BYTES).any():
+            raise ValueError("latent grids larger than any record")
 
     def document_tokens(self, patch_size: int) -> np.ndarray:
         """Return each record's length in tokens, int64 [R]: BOS, EOS, text, and BOI + patches + EOI an image."""
@@ -139,12 +131,22 @@ class ShardIndex:
         return 2 + self.text_tokens + upto[self.grid_starts[1:]] - upto[self.grid_starts[:-1]]
 
 
+def _saved_array(archive: zipfile.ZipFile, name: str, dtype: str, *row: int) -> np.ndarray:
+    """Return an array [n, *row] of an index, read-only; raise ValueError unless its bytes are those np.save writes."""
+    data, header = archive.read(f"{name}.npy"), io.BytesIO()
+    array = np.frombuffer(data, dtype, offset=min(NPY_HEADER_BYTES, len(data))).reshape(-1, *row)
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    if header.getvalue() != data[:NPY_HEADER_BYTES]:
+        raise ValueError(f"{name} is no array of {dtype}")
+    return array
+
+
 class atomic_write:
-    """Open `<path>.tmp-<pid>` for writing; on success fsync and rename to `path`, else leave nothing."""
+    """Open `<path>.tmp-...` for writing; on success fsync and rename to `path`, else leave nothing."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        self.temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
     def __enter__(self) -> BinaryIO:
         self.file = open(self.temporary, "wb")
@@ -157,12 +159,19 @@ class atomic_write:
                 os.fsync(self.file.fileno())
                 os.replace(self.temporary, self.path)
         finally:
-            self.file.close()
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(self.path)
+            with contextlib.suppress(OSError):  # of a full disk; whoever got this far has flushed already
+                self.file.close()
             self.temporary.unlink(missing_ok=True)  # there only if something failed
 
 
 def index_path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".idx")
+    return shard.with_name(index_name(shard.name))
+
+
+def index_name(shard: str) -> str:
+    return shard + ".idx"
 
 
 def write_shard(path: Path, records: Iterable[Record]) -> None:
@@ -179,24 +188,28 @@ def write_shard(path: Path, records: Iterable[Record]) -> None:
     ):
         for record in records:
             key = record["__key__"].decode()
-            if key == last or _key_of(f"{key}.x") != (key, "x") or _name_problem(key):
+            if key == last or key_of(f"{key}.x") != (key, "x") or name_problem(key):
                 raise ValueError(f"{path}: key {key!r} repeats, holds a dot or leaves the archive; rename the record")
             writer.write({**record, "__key__": key})
             last = key
 
 
-def index_shard(path: Path, sizes_of: Callable[[Record], tuple[int, list[tuple[int, int]]]]) -> ShardIndex:
-    """Read a whole shard and return its index; `sizes_of` gives a record's text tokens and image grids.
+def index_shard(
+    path: Path, sizes_of: Callable[[Record], tuple[int, list[tuple[int, int]]]], bad: BadRecords
+) -> ShardIndex:
+    """Read a whole shard and return the index of its good records; bad ones are counted in `bad` and left out.
 
-    Raises BadRecord at the first record that is broken: an index vouches for every record it lists.
+    `sizes_of` gives a record's text tokens and image grids, or raises BadRecord: an index vouches for what it lists.
     """
     spans, text_tokens, counts, grids = [], [], [0], []
     with open(path, "rb") as file:
-        for offset, length in _scan(file, str(path)):
-            where = f"{path}@{offset}"
-            span = _read_span(file.fileno(), offset, length, where)
-            tokens, record_grids = sizes_of(parse_record(span, where))
-            spans.append((offset, length, zlib.crc32(span)))
+        for offset, length, record in _records(file, str(path), bad):
+            try:
+                tokens, record_grids = sizes_of(record)
+            except BadRecord as error:
+                bad.add(error)
+                continue
+            spans.append((offset, length, zlib.crc32(_read_span(_reader(file), offset, length, str(path)))))
             text_tokens.append(tokens)
             grids.extend(record_grids)
             counts.append(len(grids))
@@ -208,39 +221,48 @@ def index_shard(path: Path, sizes_of: Callable[[Record], tuple[int, list[tuple[i
     )
 
 
-def read_at(file_descriptor: int, span: np.ndarray, where: str) -> Record:
+def read_at(read: Read, span: np.ndarray, where: str) -> Record:
     """Read one record at its index span (offset, length, crc32); raise BadRecord unless the bytes are the indexed."""
     offset, length, crc32 = span.tolist()
-    data = _read_span(file_descriptor, offset, length, where)
+    data = _read_span(read, offset, length, where)
     if zlib.crc32(data) != crc32:
         raise BadRecord("checksum", where)
     return parse_record(data, where)
 
 
-def read_shard(path: Path, bad: BadRecords) -> Iterator[Record]:
-    """Yield a shard's good records in file order; bad ones are counted in `bad`, and a broken tail as one."""
+def read_shard(path: Path, bad: BadRecords, name: str | None = None) -> Iterator[Record]:
+    """Yield a shard's good records in file order; bad ones are counted in `bad`, and a broken tail as one.
+
+    `name` is what errors call the shard, where `path` is a copy of it.
+    """
     with open(path, "rb") as file:
-        spans = _scan(file, str(path))
-        while True:
-            try:
-                offset, length = next(spans)
-                where = f"{path}@{offset}"
-                record = parse_record(_read_span(file.fileno(), offset, length, where), where)
-            except StopIteration:
-                return
-            except BadRecord as error:  # one record's, or the tail's: then the next turn ends the shard
-                bad.seen += 1
-                bad.add(error)
-                bad.check()
-            else:
-                bad.seen += 1
-                yield record
+        for _, _, record in _records(file, name or str(path), bad):
+            yield record
+
+
+def _records(file: BinaryIO, name: str, bad: BadRecords) -> Iterator[tuple[int, int, Record]]:
+    """Yield (offset, length, record) of the good records of a shard."""
+    spans = _scan(file, name)
+    while True:
+        try:
+            offset, length = next(spans)
+            where = f"{name}@{offset}"
+            record = parse_record(_read_span(_reader(file), offset, length, where), where)
+        except StopIteration:
+            return
+        except BadRecord as error:  # one record's, or the tail's: then the next turn ends the shard
+            bad.seen += 1
+            bad.add(error)
+            bad.check()
+        else:
+            bad.seen += 1
+            yield offset, length, record
 
 
 def parse_record(span: bytes, where: str) -> Record:
     """Return the members of one record's bytes by extension, and its key; raise BadRecord for one we do not trust."""
     record: Record = {}
-    for member in _members(lambda offset, size: span[offset : offset + size], len(span), where):
+    for member in members(lambda offset, size: span[offset : offset + size], len(span), where):
         if member.key is None:
             continue
         key = member.key.encode(errors="surrogateescape")
@@ -252,23 +274,10 @@ def parse_record(span: bytes, where: str) -> Record:
     return record
 
 
-class _Member(NamedTuple):
-    """One tar member: its first header's offset, where its contents start, their size, where the next header is."""
-
-    key: str | None  # None: a folder, a name without an extension or webdataset's meta data: part of no record
-    extension: str
-    problem: str | None  # why its record cannot be used
-    offset: int
-    start: int
-    size: int
-    after: int
-
-
 def _scan(file: BinaryIO, where: str) -> Iterator[tuple[int, int]]:
     """Yield (offset, length) of each complete record; raise BadRecord at a cut or broken tail, after the whole ones."""
     first, after, key = 0, 0, None
-    file_descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
-    for member in _members(lambda offset, size: os.pread(file_descriptor, size, offset), end, where, whole=True):
+    for member in members(_reader(file), os.fstat(file.fileno()).st_size, where, whole=True):
         if member.key is not None and member.key != key:
             if key is not None:
                 yield first, after - first
@@ -278,86 +287,16 @@ def _scan(file: BinaryIO, where: str) -> Iterator[tuple[int, int]]:
         yield first, after - first
 
 
-def _members(read: Callable[[int, int], bytes], end: int, where: str, whole: bool = False) -> Iterator[_Member]:
-    """Walk the tar headers in [0, end); `whole` also demands the end-of-archive block."""
-    offset = first = 0
-    long_name = None
-    while offset < end or whole:
-        header = read(offset, TAR_BLOCK)
-        if header == _END_OF_ARCHIVE:
-            return
-        place = f"{where}@{offset}"
-        if len(header) < TAR_BLOCK:
-            raise BadRecord("truncated", place, "no end-of-archive block")
-        kind, name, size = _plain_header(header) or _any_header(header, place)
-        is_member = kind not in _HEADER_TYPES
-        if not 0 <= size <= (MAX_RECORD_BYTES if is_member else MAX_NAME_BYTES):
-            raise BadRecord("oversized member", place, f"{size} bytes")
-        start = offset + TAR_BLOCK
-        after = start + -(-size // TAR_BLOCK) * TAR_BLOCK
-        if is_member:
-            name = long_name or name
-            key, extension = _key_of(name) if kind != tarfile.DIRTYPE else (None, "")
-            problem = "member is not a file" if kind not in _FILE_TYPES else _name_problem(name)
-            # A member that is cut is handed on before the error: its name shows that the record before it is whole.
-            yield _Member(key, extension, problem, first, start, size, after)
-        if after > end:
-            raise BadRecord("truncated", place, f"{name!r} ends at byte {after} of {end}")
-        if is_member:
-            first, long_name = after, None
-        elif kind in (b"x", b"L"):
-            long_name = _long_name(kind, read(start, size)) or long_name
-        offset = after
+def _reader(file: BinaryIO) -> Read:
+    return lambda offset, length: os.pread(file.fileno(), length, offset)
 
 
-def _plain_header(header: bytes) -> tuple[bytes, str, int] | None:
-    """Return (type, name, size) of a header such as TarWriter writes for a file, None for every other.
-
-    tarfile's own parser takes 30 us a header, more than all the rest of a read; adler32's lower half is the sum of
-    the bytes that a tar header's checksum asks for, but for its own eight bytes counting as spaces.
-    """
-    match = _PLAIN_HEADER.match(header)
-    if match is None or match.start(2) != 124:  # a name of another length than its field
-        return None
-    name, size, checksum = match.groups()
-    if ((zlib.adler32(header) & 0xFFFF) - sum(header[148:156]) - 1 + 256 - int(checksum, 8)) % 65521:
-        return None
-    return b"0", name.decode(), int(size, 8)
-
-
-def _any_header(header: bytes, where: str) -> tuple[bytes, str, int]:
-    try:
-        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except (tarfile.HeaderError, ValueError) as error:
-        raise BadRecord("broken header", where, str(error)) from None
-    return info.type, info.name, 0 if info.type in _LINK_OR_FOLDER_TYPES else info.size
-
-
-def _key_of(name: str) -> tuple[str | None, str]:
-    """Return (key, extension) of a member's name by webdataset's rules; key None where it is part of no record."""
-    match = _KEY_RULE.fullmatch(name)
-    return (match[1], match[2].lower()) if match and not _META_RULE.match(name) else (None, "")
-
-
-def _name_problem(name: str) -> str | None:
-    """Return what is wrong with a name that is not UTF-8 or would leave a folder it is unpacked in, else None."""
-    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        return "unsafe member name"
-    return None if name.isascii() or not re.search("[\ud800-\udfff]", name) else "member name is not UTF-8"
-
-
-def _long_name(kind: bytes, contents: bytes) -> str | None:
-    """Return the name that a GNU ("L") or pax ("x") header gives to the member after it, if it gives one."""
-    if kind == b"L":
-        return contents.rstrip(b"\0").decode("utf-8", "surrogateescape")
-    match = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", contents)
-    return match[1].decode("utf-8", "surrogateescape") if match else None
-
-
-def _read_span(file_descriptor: int, offset: int, length: int, where: str) -> bytes:
-    if offset < 0 or not 0 <= length <= MAX_RECORD_BYTES:
+def _read_span(read: Read, offset: int, length: int, where: str) -> bytes:
+    if not (0 <= offset < 1 << 62 and 0 <= length <= MAX_RECORD_BYTES):
         raise BadRecord("oversized record", where, f"{length} bytes at {offset}")
-    data = os.pread(file_descriptor, length, offset)
+    if length > _PROBE_BYTES and not read(offset + length - 1, 1):  # no memory is taken for what is not there
+        raise BadRecord("truncated", where, f"fewer than {length} bytes at {offset}")
+    data = read(offset, length)
     if len(data) != length:
         raise BadRecord("truncated", where, f"{len(data)} of {length} bytes")
     return data

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from data.dataset import DataConfig
 from data.documents import document_sizes, encode_record
 from data.lanes import SourceConfig
-from data.loader import DataConfig
 from data.manifest import LatentSpec, Manifest, shard_entry
-from data.shards import index_path, index_shard, write_shard
+from data.shards import BadRecords, index_path, index_shard, write_shard
+from data.storage import Store
 from data.tokenizer import Tokenizer
 
 Content = tuple[np.ndarray | None, ...]  # a document's segments: token ids int32 [len], moments f16 [2C, h, w]
@@ -62,13 +63,13 @@ def make_source(
         shard = folder / f"{number:05d}.tar"
         contents = enumerate(documents[first : first + size], start=first)
         write_shard(shard, (encode_record(f"{i:06d}", _segments(content), b"{}") for i, content in contents))
-        index = index_shard(shard, document_sizes)
+        index = index_shard(shard, document_sizes, BadRecords(0))
         index.save(index_path(shard))
         entries.append(shard_entry(shard, index))
         first += size
     channels = next((len(part) // 2 for content in documents for part in _segments(content) if part.ndim == 3), None)
     Manifest(
-        folder=folder,
+        store=Store(str(folder)),
         tokenizer_hash=tokenizer.hash,
         vocab_size=tokenizer.vocab_size,
         latent_spec=latent_spec(channels, vae_hash) if channels is not None else None,
@@ -77,16 +78,23 @@ def make_source(
     return folder
 
 
-def interleaved(count: int, *, grid: tuple[int, int] = (4, 4), images: int = 3, seed: int = 0) -> list[Content]:
-    """Return documents of texts and 1 to `images` images in turn, some with two images in a row, of all lengths."""
+def interleaved(
+    count: int,
+    *,
+    grid: tuple[int, int] = (4, 4),
+    images: int = 3,
+    lengths: tuple[int, int] = (0, 29),
+    seed: int = 0,
+) -> list[Content]:
+    """Return documents of texts and 1 to `images` images in turn; an empty text leaves two images in a row."""
     rng = np.random.default_rng((seed, 2))
     documents = []
     for _ in range(count):
         parts: list[np.ndarray] = []
         for _ in range(rng.integers(1, images + 1)):
-            parts += [rng.integers(4, 270, rng.integers(0, 30), dtype=np.int32)]
+            parts += [rng.integers(4, 270, rng.integers(lengths[0], lengths[1] + 1), dtype=np.int32)]
             parts += [rng.normal(size=(4, *grid)).astype(np.float16)]
-        documents.append((*parts, rng.integers(4, 270, rng.integers(1, 30), dtype=np.int32)))
+        documents.append((*parts, rng.integers(4, 270, max(1, lengths[1]), dtype=np.int32)))
     return documents
 
 

@@ -1,23 +1,33 @@
 """The encoding job: the same bytes whoever does it and however often it is killed; what is bad is counted and named."""
 
+import http.server
+import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
+import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from PIL import Image
 
-from data.documents import decode_document
+from data.dataset import open_data
+from data.documents import TextSegment, decode_document
 from data.lanes import Lane
-from data.loader import open_data
 from data.manifest import Manifest
 from data.pictures import encode_png, to_unit
 from data.shards import BadRecords, Record, read_at, read_shard, write_shard
@@ -93,7 +103,7 @@ def expected(raw: Path, tokenizer: Tokenizer, vae_folder: Path, tmp_path_factory
 
 
 def contents_of(folder: Path) -> Contents:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def encoded_records(folder: Path) -> list[Record]:
@@ -148,7 +158,7 @@ def test_the_manifest_says_what_is_there(
         assert shard.text_tokens == index.text_tokens.sum() and shard.grids == {"8x8": shard.records}
         with open(tmp_path / "out" / shard.name, "rb") as file:
             for span in index.spans:
-                read_at(file.fileno(), span, "here")
+                read_at(lambda offset, length: os.pread(file.fileno(), length, offset), span, "here")
 
 
 def test_training_can_read_it_and_so_can_webdataset(
@@ -178,6 +188,87 @@ def test_text_becomes_tokens(tmp_path: Path, encode: Callable[..., Contents], to
     assert manifest.latent_spec is None and [s.name for s in manifest.shards] == ["part.0001.tar", "story.v2.tar"]
 
 
+def test_interleaved_documents_keep_their_order(
+    tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer, vae_folder: Path
+) -> None:
+    """Texts and pictures of one record, among pairs, from the raw tar to the lanes; more of them than a batch."""
+    first, second = (picture_record(i)["png"] for i in (1, 2))
+    listed = ["one red", {"image": "a.png"}, {"image": "b.png"}, "two blue", {"image": "a.png"}, "three"]
+    records: list[Record] = []
+    for i in range(30):
+        info = json.dumps({"segments": listed, "id": i}).encode()
+        records.append({"__key__": f"{i:03d}".encode(), "a.png": first, "b.png": second, "json": info})
+        records.append({**picture_record(i), "__key__": f"{i:03d}b".encode()})
+    encode(raw_folder(tmp_path / "raw", {"a": records}), tmp_path / "out")
+    found = encoded_records(tmp_path / "out")
+    assert [r["__key__"] for r in found] == [r["__key__"] for r in records]
+    vae = load_vae(vae_folder)
+    for record in found[::2]:
+        segments = decode_document(record, "here").segments
+        texts = [tokenizer.decode(s.token_ids) if isinstance(s, TextSegment) else None for s in segments]
+        assert texts == ["one red", None, None, "two blue", None, "three"]
+        for place, number in ((1, 1), (2, 2), (4, 1)):
+            pixels = np.random.default_rng(number).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+            with torch.no_grad():
+                alone = moments(vae, torch.from_numpy(to_unit(pixels)))[0]
+            given = torch.from_numpy(segments[place].moments.copy()).float()
+            torch.testing.assert_close(given, alone, rtol=2e-3, atol=2e-3)
+    assert len(decode_document(found[1], "here").segments) == 2
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.shards[0].grids == {"8x8": 120}
+    data = open_data(data_config(tokenizer, {"a": tmp_path / "out"}, sequence_length=128), 0, patch_size=2)
+    assert len(Lane(0, data.sources, data.settings).next_row().images) >= 3
+    others = encode(tmp_path / "raw", tmp_path / "out2", decode_threads=3)
+    assert others == contents_of(tmp_path / "out")
+
+
+def test_pictures_go_into_the_nearest_aspect_bucket(
+    tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer
+) -> None:
+    """Each grid by its picture's aspect, input order kept though batches fill at different times, a rare size too."""
+    sizes = {(32, 32): (8, 8), (64, 40): (6, 10), (40, 64): (10, 6), (70, 63): (8, 8)}
+    chosen = [list(sizes)[0 if i % 90 else 1 + i // 90 % 3] for i in range(270)]
+    records = [picture_record(i, size=size) for i, size in enumerate(chosen)]
+    raw = raw_folder(tmp_path / "raw", {"a": records})
+    files = encode(raw, tmp_path / "out", crop="buckets", bucket_multiple=8)
+    found = encoded_records(tmp_path / "out")
+    assert [int(r["__key__"]) for r in found] == list(range(270))
+    grids = [decode_document(r, "here").segments[1].moments.shape[1:] for r in found]
+    assert grids == [sizes[size] for size in chosen] and Manifest.load(tmp_path / "out").latent_spec.resolution == 32
+    assert encode(raw, tmp_path / "out2", crop="buckets", bucket_multiple=8, decode_threads=2) == files
+    data = open_data(data_config(tokenizer, {"a": tmp_path / "out"}, sequence_length=128), 0, patch_size=2)
+    assert data.grids == [(6, 10), (8, 8), (10, 6)]
+    with pytest.raises(ValueError, match="bucket_multiple=6: expected a multiple of the VAE's stride 4"):
+        encode(raw, tmp_path / "out", crop="buckets", bucket_multiple=6, resolution=36)
+
+
+def test_inputs_may_lie_anywhere(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], expected: Contents
+) -> None:
+    """Globs, braces, an object store and a web server: the bytes of the local files, if not the times they changed."""
+    store = fsspec.filesystem("memory")
+    for path in raw.iterdir():
+        store.pipe(f"/bucket/{path.name}", path.read_bytes())
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(raw))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    inputs = [
+        f"{raw}/*.tar",
+        f"{raw}/{{a,b,c}}.tar",
+        "memory://bucket/*.tar",
+        f"http://127.0.0.1:{server.server_port}/{{a,b,c}}.tar",
+    ]
+    for number, given in enumerate(inputs):
+        files = encode(f'["{given}"]', tmp_path / f"out{number}")
+        assert {n: c for n, c in files.items() if not n.endswith(".tar.json")} == {
+            n: c for n, c in expected.items() if not n.endswith(".tar.json")
+        }
+        assert encode(f'["{given}"]', tmp_path / f"out{number}") == files
+    store.pipe("/bucket/b.tar", (raw / "a.tar").read_bytes())  # replaced: made anew
+    assert encode('["memory://bucket/*.tar"]', tmp_path / "out2")["b.tar"] == expected["a.tar"]
+    server.shutdown()
+
+
 # ---- the same bytes ----
 
 
@@ -189,20 +280,6 @@ def test_a_second_run_does_nothing_and_a_fresh_one_gives_the_same_bytes(
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "manifest.json"}
     assert encode(raw, out) == expected
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "manifest.json"} == before
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_two_ranks_give_the_bytes_of_one(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], expected: Contents, order: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Whoever comes last writes the manifest."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for done, rank in enumerate(order):
-        monkeypatch.setenv("RANK", str(rank))
-        files = encode(raw, tmp_path / "out")
-        assert ("manifest.json" in files) == (done == 1)
-    assert files == expected
 
 
 def test_what_a_kill_can_leave_is_made_whole(
@@ -266,16 +343,16 @@ def test_another_tokenizer_vae_or_resolution_makes_it_anew(
 
 
 def test_an_interrupted_change_leaves_nothing_that_vouches_for_the_old_data(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], monkeypatch: pytest.MonkeyPatch, expected: Contents
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents]
 ) -> None:
-    """Rank 0 of two has made its shards anew, rank 1 not yet: no manifest, and no mixture of both."""
-    out = tmp_path / "out"
+    """One shard was made anew when the job was stopped: no manifest, and no mixture of both."""
+    out, raw = tmp_path / "out", shutil.copytree(raw, tmp_path / "raw")
     encode(raw, out)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    assert "manifest.json" not in encode(raw, out, resolution=16)
-    monkeypatch.setenv("RANK", "1")
-    encode(raw, out, resolution=16)
+    os.truncate(raw / "b.tar", 700)  # where the second job will stop
+    with pytest.raises(ValueError, match="records are bad"):
+        encode(raw, out, resolution=16, max_bad_fraction=0)
+    assert "manifest.json" not in contents_of(out)
+    encode(raw, out, resolution=16, max_bad_fraction=1)
     assert Manifest.load(out).grids() == {(4, 4)} and Manifest.load(out).latent_spec.resolution == 16
 
 
@@ -308,6 +385,72 @@ def test_bad_pictures_and_captions_are_counted_by_reason_and_named(
     # A second run has nothing to do, and still says what is missing.
     encode(raw, tmp_path / "out", max_bad_fraction=0.8)
     assert f"skipped {counts}" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_everything_that_the_web_holds_is_counted_and_nothing_leaves_the_folder(
+    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One tar of all kinds: what a person would call fine is encoded, the rest is counted, its neighbours live (P7)."""
+    good = picture_record(0)["png"]
+
+    def picture(form: str, mode: str = "RGB", **options: object) -> bytes:
+        buffer = io.BytesIO()
+        Image.new(mode, (40, 32)).save(buffer, form, **options)
+        return buffer.getvalue()
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    bomb = bytearray(picture("PNG"))
+    bomb[16:24] = struct.pack(">II", 10_000, 10_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    animated = io.BytesIO()
+    frames[0].save(animated, "WEBP", save_all=True, append_images=frames[1:])
+    members = [
+        ("fine.png", good), ("fine.txt", b"a"),
+        ("jpg_that_is_png.jpg", good), ("jpg_that_is_png.txt", b"a"),
+        ("cmyk.jpg", picture("JPEG", "CMYK")), ("cmyk.txt", b"a"),
+        ("deep.png", picture("PNG", "I;16")), ("deep.txt", b"a"),
+        ("moving.webp", animated.getvalue()), ("moving.txt", b"a"),
+        ("turned.jpg", picture("JPEG", exif=exif)), ("turned.txt", b"a"),
+        ("empty.png", b""), ("empty.txt", b"a"),
+        ("bomb.png", bytes(bomb)), ("bomb.txt", b"a"),
+        ("gif.gif", picture("GIF")), ("gif.txt", b"a"),
+        ("gif_as_png.png", picture("GIF")), ("gif_as_png.txt", b"a"),
+        ("latin.png", good), ("latin.txt", "ü".encode("latin-1")),
+        ("../outside.png", good), ("../outside.txt", b"a"),
+        ("/etc/outside.png", good), ("/etc/outside.txt", b"a"),
+        ("apart.png", good), ("between.png", good), ("between.txt", b"of between"), ("apart.txt", b"of apart"),
+        ("fine.png", good), ("fine.txt", b"again"),
+        ("twice.png", good), ("twice.png", good), ("twice.txt", b"a"),
+        ("last.png", good), ("last.txt", b"a"),
+    ]  # fmt: skip
+    folder = tmp_path / "in" / "raw"
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    before = {str(path) for path in tmp_path.rglob("*")}
+    encode(folder, tmp_path / "out", max_bad_fraction=0.8)
+    keys = [r["__key__"].decode() for r in encoded_records(tmp_path / "out")]
+    assert keys == ["fine", "jpg_that_is_png", "cmyk", "deep", "moving", "turned", "between", "last"]
+    captions = {r["__key__"]: json.loads(r["json"])["caption"] for r in encoded_records(tmp_path / "out")}
+    assert captions[b"between"] == "of between" and captions[b"fine"] == "a"
+    printed = capsys.readouterr().out
+    counts = (
+        "duplicate key: 2, duplicate member: 1, empty caption: 1, empty picture: 1, member is not a file: 1, "
+        "no picture: 1, oversized picture: 1, undecodable caption: 1, undecodable picture: 1, unsafe member name: 2"
+    )
+    assert f"8 records in 1 shards in {tmp_path / 'out'}; skipped {counts}" in printed
+    assert {str(path) for path in tmp_path.rglob("*")} - before == {
+        str(tmp_path / "out" / name) for name in ("", "a.tar", "a.tar.idx", "a.tar.json", "manifest.json")
+    } - {str(tmp_path / "out") + "/"} | {str(tmp_path / "out")}
 
 
 def test_too_many_bad_records_refuse_also_when_the_work_is_done(
@@ -385,10 +528,10 @@ def test_inputs_that_make_no_data_set_are_refused(tmp_path: Path, encode: Callab
     (tmp_path / "a.txt").write_text("a")
     cases = [
         (tmp_path / "none", FileNotFoundError, r"input .*none does not exist"),
-        (tmp_path / "empty", ValueError, r"no .tar, .jsonl, .txt files in"),
+        (tmp_path / "empty", ValueError, r"no .tar, .jsonl, .jsonl.gz, .jsonl.zst, .txt files in"),
         (f"[{raw},{tmp_path / 'a.txt'}]", ValueError, "inputs mix .tar shards with text files: encode them into two"),
         (f"[{tmp_path / 'a.txt'},{tmp_path / 'a.jsonl'}]", ValueError, "two input files are called a: .* rename one"),
-        (f"[{raw},{raw}]", ValueError, "two input files are called a"),
+        (f"[{raw},{raw}]", ValueError, "a.tar is named 2 times"),
     ]
     for inputs, kind, message in cases:
         with pytest.raises(kind, match=message):

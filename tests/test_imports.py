@@ -67,7 +67,8 @@ def test_nobody_imports_a_program(path: Path) -> None:
 def test_importing_a_module_does_nothing(path: Path) -> None:
     """Only definitions, constants and imports stand at the top level."""
     tree = ast.parse(path.read_text())
-    quiet = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.FunctionDef, ast.ClassDef)
+    quiet = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.ClassDef)
+    quiet += (ast.FunctionDef, ast.AsyncFunctionDef)
     for node in tree.body:
         if isinstance(node, quiet) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             continue

@@ -74,6 +74,7 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
                     "idle_row_share": 0.2,
                     "data_stall_share": 0.0,
                     "checkpoint_stall_share": 0.0,
+                    "attention_imbalance": 1.5,
                     "grad_norm": 2.5,
                     "skipped_documents": 4,
                     "epoch_min": 0,

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from data.loader import Loader, open_data
+from data.dataset import open_data
+from data.loader import Loader
 from data.tokenizer import Tokenizer
 from model.diffusion import DiffusionConfig
 from model.transformer import TransformerConfig

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from data.loader import Loader, open_data
+from data.dataset import open_data
+from data.loader import Loader
 from data.manifest import Manifest
 from data.tokenizer import Tokenizer, train_tokenizer
 from tests.disks import small_disk
@@ -103,7 +104,7 @@ def _garble(folder: Path, records: dict[int, list[int]]) -> list[str]:
     """Flip a bit in the middle of records, by shard; return their names."""
     manifest, names = Manifest.load(folder), []
     for shard, numbers_ in records.items():
-        path = manifest.shard_path(shard)
+        path = Path(manifest.shard_path(shard))
         content = bytearray(path.read_bytes())
         for record in numbers_:
             offset, length, _ = manifest.load_index(shard).spans[record].tolist()

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.dataset import DataSet, open_data
 from data.documents import Document, ImageSegment, OrderConfig, TextSegment
-from data.loader import DataSet, LaneRows, Loader, draw_images, open_data
+from data.loader import LaneRows, Loader, draw_images
 from data.packing import IGNORE, NO_IMAGE, ImageDraws, collate, lay_out, pack
 from data.tokenizer import SpecialIds, Tokenizer
 from model.diffusion import DiffusionConfig

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data.dataset import DataConfig, open_data
 from data.lanes import SourceConfig
-from data.loader import DataConfig, Loader, open_data
+from data.loader import Loader
 from data.manifest import Manifest
 from data.pictures import decode_picture
+from data.raw import TAR, caption_of, picture_of
 from data.scenes import Shape, Verdict, compare, parse_caption, score
 from data.shards import BadRecords, read_shard
-from data.texts import caption_of, list_inputs
+from data.storage import expand
 from model.diffusion import DiffusionConfig
 from model.sampler import SamplerConfig
 from train.distributed import Ranks
@@ -43,8 +45,8 @@ class SceneItem:
 def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem]:
     """Read at most `per_split` scenes of each split from raw held-out shards, spread evenly over them."""
     splits: dict[str, list[SceneItem]] = {}
-    for path in list_inputs([str(folder)], (".tar",)):
-        for record in read_shard(path, BadRecords(max_fraction=0.0)):
+    for path in expand([str(folder)], (TAR,)):
+        for record in read_shard(Path(path), BadRecords(max_fraction=0.0)):
             where = f"{path}/{record['__key__'].decode()}"
             try:
                 info = json.loads(record["json"])
@@ -54,7 +56,10 @@ def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem
                     f"scenes={folder}: {where} is no scene of train.scenes; use heldout.NAME=FOLDER for encoded data"
                 ) from None
             item = SceneItem(
-                info["split"], caption_of(record, where), decode_picture(record, resolution, where), shapes
+                info["split"],
+                caption_of(record, where),
+                decode_picture(picture_of(record, where), [(resolution, resolution)], where),
+                shapes,
             )
             splits.setdefault(item.split, []).append(item)
     counts = {split: min(per_split, len(items)) for split, items in splits.items()}
@@ -166,10 +171,10 @@ def check_disjoint(recipe: PretrainConfig, sources: dict[str, str]) -> None:
     """Raise ValueError if a held-out folder shares a shard with the training data."""
     trained = {}
     for source in recipe.data.sources.values():
-        manifest = Manifest.load(Path(source.path))
-        trained.update({(shard.bytes, shard.index_crc32): manifest.folder / shard.name for shard in manifest.shards})
+        manifest = Manifest.load(source.path)
+        trained.update({(e.bytes, e.index_crc32): manifest.shard_path(i) for i, e in enumerate(manifest.shards)})
     for name, path in sources.items():
-        for shard in Manifest.load(Path(path)).shards:
+        for shard in Manifest.load(path).shards:
             twin = trained.get((shard.bytes, shard.index_crc32))
             if twin is not None:
                 raise ValueError(f"held-out source {name}: {path}/{shard.name} is training data too ({twin})")

@@ -50,6 +50,7 @@ class Interval:
         self._sums = dict.fromkeys(("slots", "rows", "idle_rows", "flops", "data_wait_s"), 0.0)
         self._global = dict.fromkeys(("text_targets", "images", "tokens"), 0)
         self._last: dict[str, Any] = {}  # of the last step only
+        self._attention_pairs = 0  # of this rank: what its lanes' documents cost
         self.num_steps = 0
         self.checkpoint_s = 0.0
         self._start = time.monotonic()
@@ -66,6 +67,7 @@ class Interval:
             self._sums["rows"] += len(first_documents)
             self._sums["idle_rows"] += int((first_documents == PADDING_DOCUMENT).sum())
             self._sums["flops"] += self.flops.of_batch(micro_batch)
+            self._attention_pairs += micro_batch.num_attention_pairs
         self._sums["data_wait_s"] += data_wait_s
         self._global["text_targets"] += vote.text_targets
         self._global["images"] += vote.images
@@ -79,7 +81,9 @@ class Interval:
         sums = torch.cat([self._device_sums.cpu(), torch.tensor(list(self._sums.values()), dtype=torch.float64)])
         dist.all_reduce(sums, group=self.ranks.vote_group)
         text_nll, image_error, slots, rows, idle_rows, model_flops, data_wait_s = sums.tolist()
-        epoch = np.concatenate(self.ranks.gather(epochs(lane_states)))  # [L, sources]
+        gathered = self.ranks.gather((epochs(lane_states), self._attention_pairs))
+        epoch = np.concatenate([part for part, _ in gathered])  # [L, sources]
+        pairs = np.array([count for _, count in gathered])
         counts, world_size = self._global, self.ranks.world_size
         row = {
             "interval_steps": self.num_steps,  # what the sums and means below are over
@@ -93,6 +97,7 @@ class Interval:
             "data_stall_share": data_wait_s / world_size / seconds,
             "checkpoint_stall_share": self.checkpoint_s / seconds,
             "model_tflops_per_s_per_rank": model_flops / seconds / world_size / 1e12,
+            "attention_imbalance": float(pairs.max() / max(pairs.mean(), 1)),  # the slowest rank's pairs by the mean
             "grad_norm": float(self._last["grad_norm"]),  # before clipping, of the last step
             "skipped_documents": self._last["skipped_documents"],  # since the run began
             "epoch_min": int(epoch.min()),  # over lanes and sources

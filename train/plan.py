@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.loader import DataConfig
+from data.dataset import DataConfig
 from data.tokenizer import Tokenizer
 from train.config import load_config, run_program
 from train.estimate import parameters

@@ -13,8 +13,10 @@ from functools import partial
 
 import torch
 
+from data.dataset import DataSet, open_data
+from data.footprint import loader_bytes
 from data.lanes import lanes_of_rank
-from data.loader import DataSet, Loader, StepBatch, open_data
+from data.loader import Loader, StepBatch
 from model.transfusion import Transfusion
 from model.vae import LatentStats
 from train import checkpoint
@@ -69,6 +71,9 @@ def main(argv: list[str]) -> int | None:
             worker_init_fn=partial(shield_worker, parent_pid=os.getpid()),
         )
         if ranks.is_first:
+            memory = loader_bytes(data, config.data, ranks.world_size)
+            parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items() if size >= 2**20)
+            print(f"pretrain: data takes at most {sum(memory.values()) / 2**30:.2f} GiB of host memory a rank: {parts}")
             print(
                 f"pretrain: {sum(p.numel() for p in state.model.parameters()) / 1e6:.2f}M parameters, "
                 f"{ranks.world_size} ranks on {ranks.device.type}, {config.data.lanes} x {config.data.sequence_length} "
@@ -97,7 +102,7 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
     state = TrainState(
         model=model,
         optimizer=Optimizer(model, config.optim),
-        fingerprint=fingerprint(config, data),
+        fingerprint=partial(fingerprint, config, data),
         recipe=to_yaml(config),
         data={"latent_spec": data.latent_spec and asdict(data.latent_spec), "grids": data.grids},
     )

@@ -1,6 +1,6 @@
 """Sample pictures every so often, from the weights in training (their EMA if there is one)."""
 
-from data.loader import DataSet
+from data.dataset import DataSet
 from data.shards import atomic_write
 from model.sampler import SamplerConfig
 from model.transfusion import Transfusion

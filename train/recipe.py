@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from data.loader import DataConfig
+from data.dataset import DataConfig
 from model.diffusion import DiffusionConfig
 from model.transfusion import TransfusionConfig
 from train.checkpoint import CheckpointConfig

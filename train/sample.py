@@ -188,7 +188,7 @@ def _finish(output: Path, lines: list[dict], shown: list[tuple[int, np.ndarray, 
 
 def _read_picture(path: Path, generation: Generation) -> np.ndarray:
     try:
-        return decode_picture({path.suffix.lstrip(".").lower(): path.read_bytes()}, generation.resolution, str(path))
+        return decode_picture(path.read_bytes(), [(generation.resolution,) * 2], str(path))
     except BadRecord as error:
         raise ValueError(str(error)) from None
     except OSError as error:

@@ -5,13 +5,14 @@ on are extra files beside them, readable by people.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from data.loader import DataSet
+from data.dataset import DataSet
 from train import checkpoint
 from train.distributed import Ranks
 from train.optim import Optimizer
@@ -35,7 +36,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: Optimizer
-    fingerprint: dict[str, str]  # what a resume must find unchanged, by name
+    fingerprint: Callable[[int], dict[str, str]]  # what a resume after a step must find unchanged, by name
     recipe: str  # the resolved config as YAML
     data: dict  # what a sampler must know of it: `latent_spec`, `grids`
     progress: Progress = field(default_factory=Progress)
@@ -47,7 +48,7 @@ class TrainState:
         meta = {
             "progress": vars(self.progress),
             "skipped_updates": self.optimizer.nonfinite.tolist(),
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.fingerprint(self.progress.step),
             **self.data,
         }
         extra = {
@@ -65,7 +66,7 @@ class TrainState:
         Raises ValueError when the data, tokenizer, VAE, seed, lanes or model are not those it was trained with.
         """
         meta = json.loads(checkpoint.read_extra(path, "meta.json"))
-        then, now = meta["fingerprint"], self.fingerprint
+        then, now = meta["fingerprint"], self.fingerprint(meta["progress"]["step"])
         if changed := [f"{name} was {then[name]}, is {now.get(name)}" for name in then if then[name] != now.get(name)]:
             raise ValueError(
                 f"{path} was trained otherwise: {'; '.join(changed)}. Restore what it was, or start with another "
@@ -84,13 +85,13 @@ class TrainState:
         return state
 
 
-def fingerprint(config: PretrainConfig, data: DataSet) -> dict[str, str]:
-    """Return what a resume must find unchanged: what decides the batches, and what the weights mean."""
+def fingerprint(config: PretrainConfig, data: DataSet, step: int) -> dict[str, str]:
+    """Return what a resume after `step` must find unchanged: what decided the batches, and what the weights mean."""
     model = asdict(config.model)
     del model["text_loss_chunk"]  # bounds memory, not the result
     spec = data.latent_spec
     return {
-        **data.fingerprint,
+        **data.fingerprint(step),
         "vae": spec.vae_hash if spec is not None else "none",
         **{f"model.transformer.{name}": str(value) for name, value in model.pop("transformer").items()},
         **{f"model.{name}": str(value) for name, value in model.items()},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.texts import read_texts
+from data.raw import read_texts
 from data.tokenizer import Tokenizer, train_tokenizer
 from train.config import load_config, run_program
 

@@ -23,8 +23,9 @@ from torch import nn
 from tqdm import tqdm
 
 from data.pictures import decode_picture, to_unit
+from data.raw import TAR, picture_of
 from data.shards import BadRecord, BadRecords, read_shard
-from data.texts import list_inputs
+from data.storage import expand
 from model.perceptual import Lpips, load_lpips
 from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, kl_nats, moments, sample_latents, vae_hash
 from train.codec_loss import CodecLoss
@@ -92,8 +93,8 @@ class Diverged(RuntimeError):
 def main(argv: list[str]) -> int | None:
     """Train, or go on, or say that it is done."""
     config = load_config(CONFIG, argv)
-    files = list_inputs(config.inputs, (".tar",))
-    heldout_files = list_inputs(config.heldout, (".tar",)) if config.heldout else []
+    files = [Path(path) for path in expand(config.inputs, (TAR,))]
+    heldout_files = [Path(path) for path in expand(config.heldout, (TAR,))] if config.heldout else []
     lpips = load_lpips(config.loss.lpips_weights) if config.loss.lpips_weight > 0 else None
     ranks = init_ranks(timeout_s=60 * config.timeout_minutes, device=config.device)
     if config.batch_size < ranks.world_size:
@@ -286,7 +287,7 @@ def load_pictures(files: list[Path], config: VaeTrainConfig, ranks: Ranks) -> np
                 break
             try:
                 where = f"{path}/{record['__key__'].decode(errors='replace')}"
-                pictures.append(decode_picture(record, config.resolution, where))
+                pictures.append(decode_picture(picture_of(record, where), [(config.resolution,) * 2], where))
             except BadRecord as error:
                 bad.add(error)
                 bad.check()

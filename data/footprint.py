@@ -1,0 +1,34 @@
+"""How much host memory a rank's loader may take: what lanes keep pending, what is read ahead, what is packed ahead.
+
+An upper bound from the manifests, printed at start, so that a node is not found too small after an hour. Contents of
+shuffle blocks are never held: a block is an order of positions.
+"""
+
+from data.dataset import DataConfig, DataSet
+from data.lanes import lanes_of_rank
+
+INDEX_BYTES = 48  # a record with one image, in an index
+TOKEN_BYTES = 48  # a token of a packed row
+MOMENT_BYTES, DRAW_BYTES = 2, 4  # a latent cell's numbers: mean and log variance, noise and posterior noise
+
+
+def loader_bytes(data: DataSet, config: DataConfig, world_size: int) -> dict[str, int]:
+    """Return the most bytes that the fullest rank's loader and its workers hold, by what they are for."""
+    lanes = max(len(lanes_of_rank(rank, world_size, config.lanes)) for rank in (0, world_size - 1))
+    length, patch_size = config.sequence_length, data.settings.patch_size
+    channels = data.latent_spec.channels if data.latent_spec is not None else 0
+    cells = max((h * w for h, w in data.grids), default=0)
+    # The most latent cells in a sequence: images without a word between them.
+    row_cells = min(cells, 1) * length * patch_size**2
+    images = row_cells * channels * (2 * MOMENT_BYTES + 2 * DRAW_BYTES)
+    entries = [entry for source in data.sources for entry in source.manifest.shards]
+    document = 4 * max(entry.largest_record for entry in entries)  # a token takes 4 bytes there, 16 laid out
+    longest_index = INDEX_BYTES * max(entry.records for entry in entries)
+    ahead = [s.read_ahead for s in data.sources if s.manifest.store.is_remote and not config.cache_dir]
+    return {
+        "pending documents": lanes * config.look_ahead * document,
+        "read ahead": lanes * sum(ahead) * document,
+        "packed ahead": (config.prefetch_steps + 2) * lanes * (length * TOKEN_BYTES + images),
+        "indices": (2 * lanes + 16) * longest_index * len(data.sources),
+        "shuffle blocks": 2 * lanes * config.shuffle_block * 8 * len(data.sources),
+    }

@@ -1,0 +1,336 @@
+"""Bytes behind URLs: http(s) and any object store through fsspec, read with retries and back-off.
+
+http uses fsspec's session with requests of our own: fsspec calls every failure "not found", takes the whole body of a
+server that ignores Range for the span asked for, and gives up on any file that takes five minutes. Nothing is imported
+for URLs before one is met, nothing made before a fork is used after it, and no name is run: `pipe:` and unknown
+schemes are refused.
+"""
+
+import errno
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse
+    from fsspec import AbstractFileSystem
+
+PIECE_BYTES = 32 << 20  # asked of an object store at once when a whole file is fetched
+_URL_RULE = re.compile(r"(?:[a-z][a-z0-9+.-]*::)*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_TRANSIENT_STATUS = (408, 425, 429)  # and all from 500
+_FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_CLIENTS = {"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "http", "httpx", "requests", "urllib3"}
+# What tells that a file changed, the best first; spelt without case, dashes and underscores.
+_CHANGE_KEYS = ("etag", "generation", "contentmd5", "md5hash", "blobid", "lastmodified", "updated", "mtime", "created")
+_kept: dict[int, Any] = {}  # see filesystem
+_Result = TypeVar("_Result")
+
+log = logging.getLogger(__name__)
+warn_once = lru_cache(1024)(log.warning)
+
+
+@dataclass(frozen=True)
+class Retries:
+    attempts: int = 6  # in a row that bring nothing, >= 1
+    first_delay_s: float = 0.5  # doubles each time: 15 s in all
+    stall_s: float = 60.0  # an http server that sends nothing for so long has failed; object stores have their own
+
+
+RETRIES = Retries()
+
+
+@dataclass(frozen=True)
+class FileVersion:
+    bytes: int
+    changed: str  # another one, other contents; "" where the server tells nothing
+
+
+class DiskError(OSError):
+    """What the disk says that a copy is written to; no matter of the file's source."""
+
+
+def is_remote(path: str) -> bool:
+    """Say whether a name is a URL, or a chain of them, other than of a local file."""
+    match = _URL_RULE.match(path)
+    return match is not None and (match[1].lower() not in ("file", "local") or "::" in match[0])
+
+
+def shown(text: str) -> str:
+    """Return a name or message without what its URLs hold of passwords, tokens and signatures."""
+    text = re.sub(r"(https?://)[^/\s@]*@|(://)[^/\s@:]*:[^/\s@]*@", r"\1\2", text)
+    return re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1?…", text)
+
+
+def local_name(path: str) -> str:
+    """Return the path that a local name stands for; raise ValueError for a command."""
+    if path.startswith("pipe:"):
+        raise ValueError(f"{path}: commands are not run; fetch the data first, or name its file or URL")
+    match = _URL_RULE.match(path)
+    return path[match.end() :] if match else path
+
+
+def is_http(path: str) -> bool:
+    return path[:8].lower().startswith(("http://", "https://"))
+
+
+def file_version(path: str, retries: Retries = RETRIES) -> FileVersion:
+    """Return a file's size and what tells its contents from others; raise OSError where it cannot be had."""
+    if is_remote(path):
+        return retried(lambda: _version(path, retries.stall_s), shown(path), retries)
+    stat = os.stat(local_name(path))
+    return FileVersion(stat.st_size, str(stat.st_mtime_ns))
+
+
+def retried(
+    action: Callable[[], _Result], what: str, retries: Retries = RETRIES, progress: Callable[[], int] = lambda: 0
+) -> _Result:
+    """Return what `action` returns, trying again after errors that may pass; more `progress` starts the count anew.
+
+    Raises OSError that names `what` after the last attempt, and at once for what another attempt cannot change.
+    """
+    attempt, reached = 0, progress()
+    while True:
+        try:
+            return action()
+        except Exception as error:  # each object store's client has errors of its own; none is swallowed
+            if not _is_transient(error):
+                if (final := _final_error(error, what)) is error:
+                    raise
+                raise final from None  # the client's own error shows the URL with its secrets
+            if progress() > reached:
+                attempt, reached = 0, progress()
+            attempt += 1
+            if attempt >= retries.attempts:
+                raise OSError(f"{what}: {_message(error)}; gave up after {attempt} attempts") from None
+            # Thousands of readers that failed together must not come back together.
+            delay = retries.first_delay_s * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.75, 1.25)
+            log.warning("%s: %s; attempt %d in %.1f s", what, _message(error), attempt + 1, delay)
+            time.sleep(delay)
+
+
+def _is_transient(error: Exception) -> bool:
+    if (status := _status(error)) is not None:
+        return status in _TRANSIENT_STATUS or status >= 500
+    if isinstance(error, OSError):
+        return not isinstance(error, (*_FINAL_ERRORS, DiskError))
+    if isinstance(error, ValueError):  # aiohttp's InvalidURL
+        return False
+    return any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Return the HTTP status of an error or its cause, by any of the names that clients give it."""
+    if error is None:
+        return None
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")  # botocore
+    elif type(error).__module__.startswith(("gcsfs", "google")):
+        status = getattr(error, "code", None)  # aiohttp has codes too: 400 for a body that was cut
+    else:
+        named = ((error, "status"), (error, "status_code"), (response, "status_code"))
+        status = next((getattr(owner, name) for owner, name in named if hasattr(owner, name)), None)
+    return status if isinstance(status, int) and 400 <= status < 600 else _status(error.__cause__)
+
+
+def _message(error: Exception) -> str:
+    if (status := _status(error)) is not None:
+        return f"HTTP {status} {getattr(error, 'message', '')}".rstrip()
+    text = str(error) or str(error.__cause__ or "")
+    return shown(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def _final_error(error: Exception, what: str) -> Exception:
+    """Return an error that no further attempt can change as the OSError to raise; our own as they are."""
+    status = _status(error)
+    if status in (404, 410) or (isinstance(error, FileNotFoundError) and what not in str(error)):
+        return FileNotFoundError(f"{what} does not exist")
+    if status in (401, 403):
+        return PermissionError(f"{what}: {_message(error)}; check the credentials")
+    return error if status is None else OSError(f"{what}: {_message(error)}")
+
+
+def filesystem(path: str) -> "tuple[AbstractFileSystem, str]":
+    """Return fsspec's file system of a URL, and the file's name there; raise ValueError for one it does not know."""
+    import fsspec
+
+    _after_fork(os.getpid())
+    if is_http(path) and (files := _kept.get(os.getpid())) is not None:
+        return files, path
+    try:
+        if is_http(path):
+            client = {"trust_env": True, **fsspec.config.conf.get("http", {}).get("client_kwargs", {})}  # proxies
+            key, files, name = os.getpid(), fsspec.filesystem("http", client_kwargs=client), path
+        else:
+            files, name = fsspec.core.url_to_fs(path)
+            key = id(files)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{shown(path)}: {error}; expected a local path, http(s):// or what fsspec reads, such as s3:// with s3fs"
+        ) from None
+    # A forked child empties fsspec's own register. Were this not a second reference, closing the parent's session
+    # there would take its sockets out of the epoll set that a fork shares, and the parent would wait for a stall.
+    _kept[key] = files
+    return files, name
+
+
+@lru_cache(1)
+def _after_fork(pid: int) -> None:
+    """Let fsspec begin anew in each process: of its parent's event loop only the memory is left, not the thread."""
+    import fsspec.asyn
+
+    fsspec.asyn.reset_lock()
+
+
+def _version(path: str, stall_s: float) -> FileVersion:
+    info = file_info(path, stall_s)
+    if info["type"] == "directory":
+        raise IsADirectoryError(f"{shown(path)}: expected a file, found a folder")
+    if info.get("size") is None:
+        raise ValueError(f"{shown(path)}: its size is not announced; copy it to a local folder first")
+    told = {key.lower().replace("-", "").replace("_", ""): value for key, value in info.items()}
+    return FileVersion(int(info["size"]), next((str(told[key]) for key in _CHANGE_KEYS if told.get(key)), ""))
+
+
+def file_info(path: str, stall_s: float) -> dict[str, Any]:
+    """Return what the file system says of a file at present, among it its size and type."""
+    if is_http(path):
+        return _Http(path, stall_s).info()
+    files, name = filesystem(path)
+    files.invalidate_cache()
+    return files.info(name)
+
+
+def download(path: str, write: Callable[[bytes, int], None], retries: Retries) -> FileVersion:
+    """Hand a whole remote file to `write`, chunk by chunk with its position, and return its version.
+
+    After an error it goes on where it stopped, or from position 0 if the file is another by then.
+    """
+    done, version = 0, None
+
+    def keep(chunk: bytes) -> None:
+        nonlocal done
+        write(chunk, done)
+        done += len(chunk)
+
+    def go_on() -> FileVersion:
+        nonlocal done, version
+        if (now := _version(path, retries.stall_s)) != version:
+            done, version = 0, now
+        _fetch(path, done, now.bytes - done, keep, retries.stall_s)
+        if done != now.bytes:
+            raise OSError(f"{done} of {now.bytes} bytes came")
+        return now
+
+    return retried(go_on, shown(path), retries, progress=lambda: done)
+
+
+def read_range(path: str, offset: int, length: int, retries: Retries) -> bytes:
+    if offset < 0 or length < 0:
+        raise OSError(errno.EINVAL, f"{length} bytes at {offset}", shown(path))
+
+    def fetch() -> bytes:
+        parts: list[bytes] = []
+        _fetch(path, offset, length, parts.append, retries.stall_s)
+        return b"".join(parts)
+
+    return retried(fetch, shown(path), retries)
+
+
+def _fetch(path: str, start: int, length: int, write: Callable[[bytes], None], stall_s: float) -> None:
+    """Hand the bytes [start, start + length) to `write` in order, fewer only where the file ends; no retries."""
+    if length and is_http(path):
+        _Http(path, stall_s).get(start, length, write)
+        return
+    files, name = filesystem(path)
+    for begin in range(start, start + length, PIECE_BYTES):
+        end = min(begin + PIECE_BYTES, start + length)
+        try:
+            data = files.cat_file(name, start=begin, end=end)  # by name: s3fs has them in another place
+        except Exception as error:  # of whatever client; all but one are for `retried`
+            if _status(error) == 416:  # past the end
+                return
+            raise
+        if len(data) > end - begin:
+            raise OSError(f"{len(data)} bytes came where {end - begin} were asked for")
+        write(data)
+        if len(data) < end - begin:
+            return
+
+
+class _Http:
+    """Requests for one URL, sent through fsspec's session."""
+
+    def __init__(self, path: str, stall_s: float):
+        import aiohttp
+
+        self.files, self.url = filesystem(path)
+        self.timeout = aiohttp.ClientTimeout(sock_connect=stall_s, sock_read=stall_s)
+
+    def info(self) -> dict[str, Any]:
+        return self._run(self._info)
+
+    def get(self, start: int, length: int, write: Callable[[bytes], None]) -> None:
+        self._run(self._get, start, length, write)
+
+    def _run(self, coroutine: Callable[..., Any], *arguments: Any) -> Any:
+        from fsspec.asyn import sync
+
+        return sync(self.files.loop, coroutine, *arguments)
+
+    async def _info(self) -> dict[str, Any]:
+        def told_by(response: "ClientResponse") -> dict[str, Any]:
+            if response.status != 416:  # 416: the file is empty
+                response.raise_for_status()
+            return {**response.headers, "type": "file", "size": _content_range(response)[1]}
+
+        async with await self._send("HEAD") as response:
+            if response.status not in (403, 405, 501) and response.content_length is not None:
+                return told_by(response)
+        async with await self._send("GET", Range="bytes=0-0") as response:  # a URL signed for GET, or no HEAD there
+            return told_by(response)
+
+    async def _get(self, start: int, length: int, write: Callable[[bytes], None]) -> None:
+        async with await self._send("GET", Range=f"bytes={start}-{start + length - 1}") as response:
+            if response.status == 416:  # past the end
+                return
+            response.raise_for_status()
+            begin, total = _content_range(response)
+            if response.status != 206 and start:
+                warn_once(f"{response.url.host} ignores Range: each read fetches a file from its start; use a cache")
+            skip, left = start - begin, length
+            if skip < 0:
+                raise OSError(f"bytes from {begin} came where {start} was asked for")
+            async for chunk in response.content.iter_chunked(1 << 20):
+                wanted = chunk[skip : skip + left]
+                skip = max(skip - len(chunk), 0)
+                left -= len(wanted)
+                if wanted:
+                    write(wanted)
+                if not left:
+                    break
+            if total is not None and (missing := left - max(start + length - max(total, start), 0)) > 0:
+                raise OSError(f"the answer ends {missing} bytes short")
+
+    async def _send(self, method: str, **headers: str) -> "ClientResponse":
+        """Ask for bytes as they are stored, not compressed for the way."""
+        options = {"timeout": self.timeout, "allow_redirects": True, "auto_decompress": False, **self.files.kwargs}
+        headers = {**options.pop("headers", {}), "Accept-Encoding": "identity", **headers}
+        session = await self.files.set_session()
+        return await session.request(method, self.files.encode_url(self.url), headers=headers, **options)
+
+
+def _content_range(response: "ClientResponse") -> tuple[int, int | None]:
+    """Return the position in the file of an answer's first byte, and the file's size where it is told."""
+    if response.status not in (206, 416):
+        return 0, response.content_length
+    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if match is None:
+        raise OSError("a part came that does not say which one it is")
+    return int(match[1] or 0), None if match[2] == "*" else int(match[2])

@@ -1,0 +1,166 @@
+"""Training data that lies elsewhere: the same batches as from a disk, whatever the server does; what hangs is named."""
+
+import http.server
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from data.dataset import DataConfig, open_data
+from data.lanes import Lane
+from data.tokenizer import Tokenizer
+from tests.sources import data_config, interleaved, make_source, pairs, texts
+from tests.test_lanes import as_bytes
+from tests.test_loader import run
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A web server of one folder with Range requests, that counts them, fails and stalls as told."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.requests, self.fail_every, self.stall_s = folder, [], 0, 0.0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        server = self.server
+        server.requests.append(f"{self.command} {self.path}")
+        if self.path.endswith(".tar"):
+            time.sleep(server.stall_s)
+        path = server.folder / self.path.lstrip("/")
+        if server.fail_every and len(server.requests) % server.fail_every == 0:
+            self._answer(503, b"")
+        elif not path.is_file():
+            self._answer(404, b"")
+        elif (asked := self.headers.get("Range")) is not None:
+            data = path.read_bytes()
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            part = data[int(first) : int(last or len(data)) + 1]
+            self._answer(206, part, f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        else:
+            self._answer(200, path.read_bytes())
+
+    do_HEAD = do_GET
+
+    def _answer(self, status: int, body: bytes, content_range: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"1"')
+        if content_range:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    documents = pairs(30) + texts(20) + interleaved(10, lengths=(0, 12))
+    return make_source(tmp_path / "data", tokenizer, documents, shard_sizes=[25, 20, 15])
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Server]:
+    server = Server(folder)
+    yield server
+    server.shutdown()
+
+
+def config_of(tokenizer: Tokenizer, path: str | Path, **changes: object) -> DataConfig:
+    return data_config(tokenizer, {"a": path}, **changes)
+
+
+def test_remote_data_gives_the_batches_of_local_data(
+    tmp_path: Path, folder: Path, server: Server, tokenizer: Tokenizer
+) -> None:
+    """P3 over http and an object store; with read-ahead, with a cache, with workers, and resumed (P4)."""
+    expected, states = run(config_of(tokenizer, folder), 6)
+    store = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        store.pipe(f"/data/{path.name}", path.read_bytes())
+    cases = [
+        (server.url, {}),
+        (server.url, {"read_ahead": 8}),
+        (server.url, {"cache_dir": str(tmp_path / "cache"), "cache_gib": 1.0}),
+        (server.url, {"num_workers": 2, "read_ahead": 4}),
+        ("memory://data", {"read_ahead": 4}),
+    ]
+    for url, options in cases:
+        assert run(config_of(tokenizer, url, **options), 6) == (expected, states), (url, options)
+        found, after = run(config_of(tokenizer, url, **options), 2, 2, first_step=5, states=states[3])
+        assert (found, after) == (expected[4:], states[4:]), (url, options)
+
+
+def test_a_cache_asks_for_each_shard_once(tmp_path: Path, server: Server, tokenizer: Tokenizer) -> None:
+    config = config_of(tokenizer, server.url, cache_dir=str(tmp_path / "cache"), cache_gib=1.0)
+    for _ in range(2):
+        run(config, 12, world_size=2)
+    gets = [request for request in server.requests if request.startswith("GET") and request.endswith(".tar")]
+    assert sorted(gets) == [f"GET /0000{i}.tar" for i in range(3)]
+
+
+def test_errors_that_pass_are_tried_again_and_nothing_is_skipped(
+    folder: Path, server: Server, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run(config_of(tokenizer, folder), 3)
+    config = config_of(tokenizer, server.url)
+    server.fail_every = 9
+    assert run(config, 3) == expected
+    assert "503" in caplog.text and "attempt 2 in" in caplog.text
+
+
+def test_a_shard_that_vanishes_is_skipped_and_counted(folder: Path, server: Server, tokenizer: Tokenizer) -> None:
+    """P7: a missing file is no matter of trying again; a resume skips the same."""
+    data = open_data(config_of(tokenizer, server.url), 0, 2)
+    lanes = [Lane(number, data.sources, data.settings) for number in range(4)]
+    rows = [lane.next_row() for lane in lanes]
+    shutil.move(folder / "00001.tar", folder / "gone")
+    start = time.monotonic()
+    rows = [lane.next_row() for _ in range(10) for lane in lanes]
+    assert time.monotonic() - start < 20 and None not in rows
+    skipped = [lane.state()["skipped"] for lane in lanes]
+    assert {reason for counts in skipped for reason in counts} == {"unreadable shard"}
+    names = [name for lane in lanes for name in lane.state()["skipped_names"]]
+    assert all(f"{server.url}/00001.tar#" in name and "does not exist" in name for name in names)
+    states = [lane.state() for lane in lanes]
+    expected = [as_bytes(lane.next_row()) for lane in lanes]
+    again = open_data(config_of(tokenizer, server.url), 0, 2)
+    resumed = [Lane(number, again.sources, again.settings, states[number]) for number in range(4)]
+    assert [as_bytes(lane.next_row()) for lane in resumed] == expected
+
+
+def test_a_read_that_takes_too_long_is_named_while_it_takes(
+    server: Server, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lane, shard, record and byte; then again after twice the time."""
+    data = open_data(config_of(tokenizer, server.url, read_warning_s=0.2), 0, 2)
+    lane = Lane(3, data.sources, data.settings)
+    server.stall_s = 1.0
+    with caplog.at_level(logging.WARNING):
+        thread = threading.Thread(target=lane.next_row, daemon=True)
+        thread.start()
+        time.sleep(0.9)
+        words = [record.getMessage() for record in caplog.records]
+        server.stall_s = 0.0
+        thread.join()
+    assert len(words) >= 2 and all(w.startswith("lane 3: record ") and "no answer for" in w for w in words)
+    offsets = {f"at byte {o}:" for shard in range(3) for o in data.sources[0].manifest.load_index(shard).spans[:, 0]}
+    assert f"{server.url}/0000" in words[0] and any(offset in words[0] for offset in offsets)

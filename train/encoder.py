@@ -1,0 +1,293 @@
+"""The tokenizer and VAE at work: raw documents in, encoded records out, in the order of the input.
+
+Pictures are decoded and resized by threads (Pillow frees the interpreter) ahead of the VAE, and the VAE runs ahead of
+what is written. Batches hold pictures of one size, never cross an input file and depend on nothing but that file and
+the settings, so the same bytes come out whoever does it, with any number of threads.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data.documents import encode_record
+from data.manifest import FORMAT_VERSION, LatentSpec, Manifest
+from data.pictures import bucket_sizes, decode_picture
+from data.raw import RawDocument
+from data.remote import FileVersion
+from data.shards import BadRecord, BadRecords, Record
+from data.tokenizer import Tokenizer
+from model.vae import load_vae, moments, stated_stats, stride_of, vae_hash
+
+AHEAD = 8  # batches of pictures decoded before the VAE wants them, and documents that may wait for a rare size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    tokenizer: str = "runs/tokenizer.model"  # SentencePiece model
+    vae: str | None = None  # diffusers AutoencoderKL: a folder or a hub id; not needed for text
+    resolution: int = 256  # pixels of a square picture's side, a multiple of the VAE's stride
+    # centre: the square in the middle (the paper's). buckets: the nearest of several aspects from 1:2 to 2:1 with at
+    # most as many pixels as the square.
+    crop: Literal["centre", "buckets"] = "centre"
+    bucket_multiple: int = 32  # pixels: divides both sides of every bucket; a multiple of VAE stride x patch size
+    batch_size: int = 32  # pictures a VAE batch; a part of what decides the latents' last bits
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the VAE; auto: bfloat16 on CUDA, else float32
+    decode_threads: int = 0  # threads that decode and resize pictures; 0: one a core of this process's share
+    # Where the mean and deviation come from by which training whitens latents. vae: the scaling that the VAE's config
+    # states; measured: these pictures' latents; auto: vae where the config states other than 1, else measured.
+    latent_stats: Literal["auto", "measured", "vae"] = "auto"
+    stats_from: str | None = None  # encoded folder whose latent statistics to take over instead (for held-out data)
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+
+    def __post_init__(self) -> None:
+        if self.resolution < 1 or self.batch_size < 1 or self.bucket_multiple < 1:
+            raise ValueError(
+                f"resolution={self.resolution}, batch_size={self.batch_size}, bucket_multiple={self.bucket_multiple}: "
+                "expected at least 1"
+            )
+        if self.decode_threads < 0:
+            raise ValueError(f"decode_threads={self.decode_threads}: expected 0 or more")
+        if self.stats_from is not None and self.latent_stats != "auto":
+            raise ValueError(
+                f"latent_stats={self.latent_stats} and stats_from={self.stats_from} both say where the statistics come "
+                "from: leave one of them out"
+            )
+
+
+@dataclass
+class LatentSums:
+    """Running sums of latents [C]: of the posterior's mean, and of its second moment."""
+
+    sums: np.ndarray  # f64 [2, C]
+    cells: int = 0
+
+    def add(self, moments: np.ndarray) -> None:
+        """Add one image's moments [2C, h, w]."""
+        mean, logvar = np.split(moments.astype(np.float64), 2)
+        self.sums += np.stack([mean.sum((1, 2)), (mean**2 + np.exp(logvar)).sum((1, 2))])
+        self.cells += mean[0].size
+
+
+@dataclass
+class _Picture:
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    moments: np.ndarray | None = None  # f16 [2C, h, w], once encoded
+
+
+@dataclass
+class _Draft:
+    """A document on its way through: its texts as they are, its pictures as far as they got."""
+
+    document: RawDocument
+    segments: list[str | _Picture] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> list[_Picture]:
+        return [segment for segment in self.segments if isinstance(segment, _Picture)]
+
+    @property
+    def is_encoded(self) -> bool:
+        return all(picture.moments is not None for picture in self.pictures)
+
+
+class Encoder:
+    """Encodes one input file after another."""
+
+    def __init__(self, config: EncoderConfig, has_pictures: bool):
+        self.config = config
+        self.tokenizer = Tokenizer(config.tokenizer)
+        self.vae, self.vae_hash, self.stride, self.channels = None, None, 1, 0
+        self.dtype = torch.float32
+        if has_pictures:
+            self._load_vae()
+        if config.crop == "buckets":
+            self.sizes = bucket_sizes(config.resolution, config.bucket_multiple)
+        else:
+            self.sizes = ((config.resolution, config.resolution),)
+        self.given_spec, self.stats_source = self._given_spec()
+        # Of the present file's latents.
+        self.latent_sums = LatentSums(np.zeros((2, self.channels)))
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._threads = ThreadPoolExecutor(config.decode_threads or max(1, cores), "decode")
+
+    def _load_vae(self) -> None:
+        config = self.config
+        if config.vae is None:
+            raise ValueError("inputs hold .tar shards of pictures: give vae=FOLDER or a hub id")
+        device = _device(config.device)
+        if config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda"):
+            self.dtype = torch.bfloat16
+        vae = load_vae(config.vae)
+        self.vae_hash, self.channels, self.stride = vae_hash(vae), vae.config.latent_channels, stride_of(vae)
+        self.vae = vae.to(device).eval()
+        if self.dtype != torch.float32:
+            self.vae.to(self.dtype)
+        multiple = config.bucket_multiple if config.crop == "buckets" else self.stride
+        if config.resolution % self.stride or config.resolution % multiple:
+            raise ValueError(
+                f"resolution={config.resolution}: expected a multiple of the VAE's stride {self.stride}"
+                + (f" and of bucket_multiple={multiple}" if multiple != self.stride else "")
+            )
+        if multiple % self.stride:
+            raise ValueError(f"bucket_multiple={multiple}: expected a multiple of the VAE's stride {self.stride}")
+
+    def _given_spec(self) -> tuple[LatentSpec | None, str]:
+        """Return the latent spec if its statistics are not to be measured, and in words where they come from."""
+        if self.config.stats_from is not None:
+            return self._spec_of(self.config.stats_from), f"from {self.config.stats_from}"
+        if self.vae is None or self.config.latent_stats == "measured":
+            return None, "measured"
+        stats = stated_stats(self.vae)
+        mean, std = tuple(stats.mean.tolist()), tuple(stats.std.tolist())
+        if self.config.latent_stats == "auto" and set(mean) == {0.0} and set(std) == {1.0}:
+            return None, "measured (the VAE states no scaling)"
+        return LatentSpec(**self._spec_fields, mean=mean, std=std), "the VAE's own scaling"
+
+    def _spec_of(self, folder: str) -> LatentSpec:
+        """Return the latent spec of an encoded folder; raise ValueError for one of other latents."""
+        theirs, ours = Manifest.load(folder).latent_spec, self._spec_fields
+        if theirs is None or self.vae is None:
+            raise ValueError(f"stats_from={folder}: both it and the inputs must hold pictures; leave it out for text")
+        different = [name for name, value in ours.items() if getattr(theirs, name) != value]
+        if different:
+            found = ", ".join(f"{name} {getattr(theirs, name)} (here {ours[name]})" for name in different)
+            raise ValueError(f"stats_from={folder} has other latents: {found}; encode both alike")
+        return theirs
+
+    @property
+    def _spec_fields(self) -> dict:
+        """The latent spec but for the statistics."""
+        names = ("vae_hash", "channels", "stride")
+        return {**{name: getattr(self, name) for name in names}, "resolution": self.config.resolution}
+
+    def latent_spec(self, sums: Iterable[LatentSums]) -> LatentSpec | None:
+        """Return the spec of a data set from the sums of all its shards; None for text."""
+        if self.vae is None or self.given_spec is not None:
+            return self.given_spec
+        sums = [s for s in sums if s.cells]
+        if not sums:
+            return None
+        first, second = sum(s.sums for s in sums) / sum(s.cells for s in sums)
+        std = np.sqrt(np.maximum(second - first**2, 0))
+        return LatentSpec(**self._spec_fields, mean=tuple(first.tolist()), std=tuple(std.tolist()))
+
+    def origin(self, version: FileVersion) -> dict:
+        """What decides a shard's bytes: its input file, tokenizer and VAE. Statistics decide the manifest alone."""
+        made_with = {"tokenizer": self.tokenizer.hash, "vae": self.vae_hash, "resolution": self.config.resolution}
+        if self.config.crop == "buckets":
+            made_with["bucket_multiple"] = self.config.bucket_multiple
+        return {
+            "format": FORMAT_VERSION,
+            **made_with,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "input_bytes": version.bytes,  # tars are padded: size alone would miss an input that was replaced
+            "input_changed": version.changed,
+        }
+
+    @torch.no_grad()
+    def records(self, documents: Iterable[RawDocument], bad: BadRecords) -> Iterator[Record]:
+        """Yield the encoded records of one input file's documents, in order; what is bad is counted and named."""
+        self.latent_sums = LatentSums(np.zeros((2, self.channels)))
+        waiting: deque[_Draft] = deque()  # for the VAE, in the order of the input
+        batches: dict[tuple[int, int], list[_Picture]] = {}  # by size, not full yet
+        running: deque[tuple[list[_Picture], torch.Tensor]] = deque()  # on the device
+
+        def launch(batch: list[_Picture]) -> None:
+            pixels = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
+            if self.vae.device.type == "cuda":
+                pixels = pixels.pin_memory().to(self.vae.device, non_blocking=True)
+            pixels = pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)  # the VAE's range
+            running.append((batch[:], moments(self.vae, pixels.to(self.dtype)).half()))
+            batch.clear()
+            while len(running) > 1:  # one batch is computed while the one before it is written
+                collect()
+
+        def collect() -> None:
+            batch, encoded = running.popleft()
+            for picture, image_moments in zip(batch, encoded.cpu().numpy(), strict=True):
+                picture.moments = image_moments
+
+        def finished(most_waiting: int) -> Iterator[Record]:
+            while waiting and (waiting[0].is_encoded or len(waiting) > most_waiting):
+                for batch in batches.values():
+                    if batch and not waiting[0].is_encoded and not running:
+                        launch(batch)
+                while running and not waiting[0].is_encoded:
+                    collect()
+                if not waiting[0].is_encoded:
+                    continue
+                try:
+                    yield self._record(waiting.popleft())
+                except BadRecord as error:
+                    bad.add(error)
+
+        for draft in self._decoded(documents, bad):
+            waiting.append(draft)
+            for picture in draft.pictures:
+                batch = batches.setdefault(picture.pixels.shape[:2], [])
+                batch.append(picture)
+                if len(batch) == self.config.batch_size:
+                    launch(batch)
+            yield from finished(AHEAD * self.config.batch_size)  # a rare size does not hold up the file for ever
+        yield from finished(0)
+
+    def _decoded(self, documents: Iterable[RawDocument], bad: BadRecords) -> Iterator[_Draft]:
+        """Yield the documents with their pictures decoded, in order, threads being some batches ahead."""
+        ahead: deque[tuple[RawDocument, list[str | Future]]] = deque()
+        futures = 0
+
+        def next_draft() -> _Draft | None:
+            nonlocal futures
+            document, segments = ahead.popleft()
+            futures -= sum(isinstance(segment, Future) for segment in segments)
+            try:
+                return _Draft(document, [s if isinstance(s, str) else _Picture(s.result()) for s in segments])
+            except BadRecord as error:
+                bad.add(error)
+                return None
+
+        for document in documents:
+            decode = partial(decode_picture, sizes=self.sizes, where=document.where)
+            segments = [s if isinstance(s, str) else self._threads.submit(decode, s) for s in document.segments]
+            ahead.append((document, segments))
+            futures += sum(isinstance(segment, Future) for segment in segments)
+            while futures > AHEAD * self.config.batch_size or (not futures and ahead):
+                if (draft := next_draft()) is not None:
+                    yield draft
+        while ahead:
+            if (draft := next_draft()) is not None:
+                yield draft
+
+    def _record(self, draft: _Draft) -> Record:
+        segments, where = [], draft.document.where
+        for segment in draft.segments:
+            if isinstance(segment, str):
+                segments.append(self.tokenizer.encode(segment))
+                continue
+            if not np.isfinite(segment.moments).all():
+                raise BadRecord("non-finite latents", where)
+            segments.append(segment.moments)
+        for picture in draft.pictures:
+            self.latent_sums.add(picture.moments)
+        return encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode())
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of this process; raise ValueError for one that is not there."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name}, but torch finds no CUDA device; use device=auto or device=cpu")
+    return device

@@ -1,0 +1,94 @@
+"""Who works on what in a shared folder: a lease is a file with a heartbeat.
+
+A lease only avoids doing work twice. Whoever holds one may be dead, stopped or cut off, so a claim is a hint, and the
+work itself must be harmless when two do it. Staleness is judged by one's own clock: a lease whose time stamp has not
+moved for `timeout_s` of watching has lost its holder, whatever the clocks of other machines say.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+
+class Leases:
+    """The leases of one process in `folder`; a context that lets all of them go at its end."""
+
+    def __init__(self, folder: Path, timeout_s: float):
+        self.folder, self.timeout_s = folder, timeout_s
+        self._owner = f"{socket.gethostname()} {os.getpid()} {_start_time(os.getpid())}"
+        self._held: set[str] = set()
+        self._watched: dict[str, tuple[int, float]] = {}  # name -> its time stamp, since when we see it so
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Leases":
+        self.folder.mkdir(exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        for name in list(self._held):
+            self.release(name)
+        with contextlib.suppress(OSError):  # others still hold some
+            self.folder.rmdir()
+
+    def claim(self, name: str) -> bool:
+        """Take the lease of `name` unless somebody who seems alive has it."""
+        path = self._path(name)
+        self.folder.mkdir(exist_ok=True)  # another may have left as the last
+        try:
+            with open(path, "x") as file:
+                file.write(self._owner)
+        except FileExistsError:
+            if not self._is_stale(name):
+                return False
+            taken = path.with_name(f"{path.name}.{os.getpid()}-{socket.gethostname()}")
+            taken.write_text(self._owner)
+            os.replace(taken, path)
+        self._held.add(name)
+        return True
+
+    def release(self, name: str) -> None:
+        """Give the lease of `name` back, unless another took it over."""
+        self._held.discard(name)
+        with contextlib.suppress(OSError):
+            if self._path(name).read_text() == self._owner:
+                self._path(name).unlink()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.lease"
+
+    def _is_stale(self, name: str) -> bool:
+        path = self._path(name)
+        try:
+            owner, stamp = path.read_text(), path.stat().st_mtime_ns
+        except OSError:  # released in this moment
+            return True
+        host, _, process = owner.partition(" ")
+        pid, _, started = process.partition(" ")
+        if owner == self._owner or (host == socket.gethostname() and started != _start_time(pid)):
+            return True  # a killed job that is started again on its machine need not wait
+        last, since = self._watched.get(name, (None, 0.0))
+        if stamp != last:
+            self._watched[name] = (stamp, time.monotonic())
+            return False
+        return time.monotonic() - since > self.timeout_s
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self.timeout_s / 4):
+            for name in list(self._held):
+                with contextlib.suppress(OSError):
+                    os.utime(self._path(name))
+
+
+def _start_time(pid: int | str) -> str:
+    """Return when a process of this machine started, in ticks since boot; "" if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return ""

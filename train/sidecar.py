@@ -1,0 +1,75 @@
+"""What each encoded shard leaves beside it, and the manifest that is made of all of them.
+
+The sidecar is written last, so it vouches for its shard and index. It says what the shard was made of and how, so a
+job that is started again knows what is done, and keeps the sums from which the latents' statistics come.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.manifest import Manifest, ShardEntry, shard_entry
+from data.shards import BadRecord, BadRecords, ShardIndex, atomic_write, index_path
+from data.storage import Store
+from train.encoder import Encoder, LatentSums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    origin: dict  # what decides the shard's bytes
+    entry: ShardEntry
+    cells: int  # latent cells
+    sums: list[list[float]]  # of latents by channel: means, and second moments
+    seen: int  # records of the input, good and bad
+    skipped: dict[str, int]  # by reason
+
+    @classmethod
+    def write(cls, shard: Path, index: ShardIndex, origin: dict, latents: LatentSums, bad: BadRecords) -> "Sidecar":
+        """Save a written shard's index and then its sidecar."""
+        index.save(index_path(shard))
+        sidecar = cls(
+            origin=origin,
+            entry=shard_entry(shard, index),
+            cells=latents.cells,
+            sums=latents.sums.tolist(),
+            seen=bad.seen,
+            skipped=dict(sorted(bad.reasons.items())),
+        )
+        with atomic_write(sidecar_path(shard)) as file:
+            file.write(json.dumps(asdict(sidecar)).encode())
+        return sidecar
+
+    @classmethod
+    def read(cls, shard: Path, origin: dict) -> "Sidecar | None":
+        """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin."""
+        try:
+            fields = json.loads(sidecar_path(shard).read_text())
+            sidecar = cls(**{**fields, "entry": ShardEntry(**fields["entry"])})
+            if sidecar.origin != origin:
+                return None
+            index = index_path(shard)
+            ShardIndex.parse(index.read_bytes(), str(index), sidecar.entry.index_crc32)
+            return sidecar if shard.stat().st_size == sidecar.entry.bytes else None
+        except (OSError, ValueError, KeyError, TypeError, BadRecord):
+            return None
+
+
+def sidecar_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".json")
+
+
+def build_manifest(encoder: Encoder, sidecars: list[Sidecar], folder: Path) -> Manifest:
+    """Write manifest.json from the sidecars of all shards; raise ValueError if they hold nothing."""
+    if not any(sidecar.entry.records for sidecar in sidecars):
+        raise ValueError(f"nothing could be encoded from {len(sidecars)} input files")
+    manifest = Manifest(
+        store=Store(str(folder)),
+        tokenizer_hash=encoder.tokenizer.hash,
+        vocab_size=encoder.tokenizer.vocab_size,
+        latent_spec=encoder.latent_spec(LatentSums(np.array(s.sums), s.cells) for s in sidecars),
+        shards=tuple(sidecar.entry for sidecar in sidecars if sidecar.entry.records),
+    )
+    manifest.save()
+    return manifest
