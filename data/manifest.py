@@ -40,6 +40,32 @@ class LatentSpec:
             raise ValueError(f"latent mean {self.mean}, std {self.std}: expected finite numbers and std > 0")
 
 
+@dataclass
+class LatentSums:
+    """Mean and deviation of latents drawn from posteriors, by channel: sums over cells of both moments."""
+
+    sums: np.ndarray  # float64 [2, C]
+    cells: int = 0
+
+    @classmethod
+    def none(cls, channels: int) -> "LatentSums":
+        return cls(np.zeros((2, channels)))
+
+    def add(self, moments: np.ndarray) -> None:
+        """Add one image's moments f16 [2C, h, w]."""
+        mean, logvar = np.split(moments.astype(np.float64), 2)
+        self.sums += np.stack([mean.sum((1, 2)), (mean**2 + np.exp(logvar)).sum((1, 2))])
+        self.cells += mean[0].size
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.sums[0] / self.cells
+
+    @property
+    def std(self) -> np.ndarray:
+        return np.sqrt(np.maximum(self.sums[1] / self.cells - self.mean**2, 0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
     name: str

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from data.documents import Document, ImageSegment, check_document, decode_document, seed_from
-from data.manifest import FILE_NAME, LatentSpec, Manifest, ShardEntry
+from data.manifest import FILE_NAME, LatentSpec, LatentSums, Manifest, ShardEntry
 from data.packing import patch_grid
 from data.pictures import from_unit
 from data.remote import shown
@@ -96,28 +96,6 @@ class ShownDocument:
         return found
 
 
-@dataclass
-class LatentSums:
-    """Mean and deviation of latents drawn from posteriors, by channel: sums over cells of both moments."""
-
-    sums: np.ndarray  # float64 [2, C]
-    cells: int = 0
-
-    def add(self, moments: np.ndarray) -> None:
-        """Add one picture's moments f16 [2C, h, w]."""
-        mean, logvar = np.split(moments.astype(np.float64), 2)
-        self.sums += np.stack([mean.sum((1, 2)), (mean**2 + np.exp(logvar)).sum((1, 2))])
-        self.cells += mean[0].size
-
-    @property
-    def mean(self) -> np.ndarray:
-        return self.sums[0] / self.cells
-
-    @property
-    def std(self) -> np.ndarray:
-        return np.sqrt(np.maximum(self.sums[1] / self.cells - self.mean**2, 0))
-
-
 @dataclass(frozen=True)
 class EncodedData:
     """An encoded data set, or one shard of it, with what makes text and pictures of it where that is given."""
@@ -168,7 +146,7 @@ class EncodedData:
 
         Also returns the sums of their latents. The same seed gives the same documents, in the order of the data.
         """
-        documents, sums = [], LatentSums(np.zeros((2, self._channels)))
+        documents, sums = [], LatentSums.none(self._channels)
         load_index = lru_cache(1)(self.manifest.load_index)  # places come shard by shard
         for shard, number in tqdm(self._places(shards, n, seed), desc="view: documents", unit="document", delay=1):
             bad.seen += 1

@@ -1,17 +1,18 @@
 """Curves of a run as inline SVG: rows of metrics.jsonl in, small multiples out.
 
-The SVG takes its colours from the page (`currentColor`, CSS variables), so light, dark and print need one drawing. A
-long run is averaged down to at most POINTS points a curve, and the chart says so. Rejected: a plotting script in the
-page, which would bring megabytes and something that executes.
+A long run is averaged down to at most POINTS points a curve, and the chart says so.
 """
 
-import io
-import re
 from dataclasses import dataclass
-from html import escape
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from train.charts import ACCENT, SOFT, figure, label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 POINTS = 600  # of a curve; more would not be seen
 
@@ -35,10 +36,6 @@ CHARTS = (
     Chart("images_per_s", "Images", "images a second, all ranks", "zero"),
 )
 
-# Matplotlib wants colours of its own; these stand for what the page decides.
-_INK, _LINE, _ACCENT, _SOFT = "#010203", "#010204", "#010205", "#010206"
-_PAGE = {_INK: "currentColor", _LINE: "var(--line)", _ACCENT: "var(--accent)", _SOFT: "var(--soft)"}
-
 
 def draw_charts(rows: list[dict[str, Any]], marks: dict[str, tuple[float, str]] | None = None) -> list[str]:
     """Return a `<figure>` for each chart that has at least two finite values in `rows` (each with its `step`).
@@ -52,11 +49,10 @@ def draw_charts(rows: list[dict[str, Any]], marks: dict[str, tuple[float, str]] 
         if len(points) < 2:
             continue
         steps, values, rows_a_point = _thinned(np.array(points, dtype=np.float64))
-        svg = _svg(chart, steps, values, (marks or {}).get(chart.key))
+        draw = partial(_draw, chart, steps, values, (marks or {}).get(chart.key))
         note = f"; each point is the mean of {rows_a_point} rows" if rows_a_point > 1 else ""
         last = f"{chart.title}, {points[-1][1]:.4g} at step {points[-1][0]}"
-        caption = f"<figcaption><b>{escape(chart.title)}</b>{escape(chart.unit + note)}</figcaption>"
-        figures.append(f'<figure role="img" aria-label="{escape(last)}">{caption}{svg}</figure>')
+        figures.append(figure(chart.key, chart.title, chart.unit + note, last, draw))
     return figures
 
 
@@ -68,57 +64,24 @@ def _thinned(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     return means[:, 0], means[:, 1], size
 
 
-def _svg(chart: Chart, steps: np.ndarray, values: np.ndarray, mark: tuple[float, str] | None) -> str:
-    """Draw one curve; ids are made from the chart's key, so that several fit into one page."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+def _draw(chart: Chart, steps: np.ndarray, values: np.ndarray, mark: tuple[float, str] | None, axes: "Axes") -> None:
+    """Draw one curve."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": chart.key, "text.color": _INK, "font.size": 9}
-    style |= {"axes.edgecolor": _LINE, "xtick.color": _SOFT, "ytick.color": _SOFT, "grid.color": _LINE}
-    with rc_context(style):
-        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot(steps, values, color=_ACCENT, linewidth=1.6, solid_joinstyle="round")
-        if mark is not None:
-            axes.axhline(mark[0], color=_SOFT, linewidth=1, linestyle="--")
-            axes.annotate(mark[1], (1, mark[0]), (0, 3), xycoords=("axes fraction", "data"), ha="right", color=_SOFT,
-                          textcoords="offset points", fontsize=8)  # fmt: skip
-        if chart.scale == "log":
-            axes.set_yscale("log")
-            close = max(values.max(), mark[0] if mark else 0) < 20 * min(values.min(), mark[0] if mark else np.inf)
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if close else (1,)))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        else:
-            axes.set_ylim(0, values.max() * 1.08 or 1)
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(FuncFormatter(_label))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(_label))
-        axes.set_xlabel("step", color=_SOFT)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.6)
-        axes.tick_params(which="both", length=0)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _for_the_page(buffer.getvalue(), chart.key)
-
-
-def _label(value: float, _: int) -> str:
-    if value != 0 and abs(value) < 1e-4:
-        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
-    return f"{value:,.10g}"
-
-
-def _for_the_page(svg: str, key: str) -> str:
-    """Keep the drawing alone: no prologue, no metadata, no rules that would reach the page around it."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'((?: id="|url\(#|href="#))', rf"\1{key}-", svg)
-    svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
-    for colour, meant in _PAGE.items():
-        svg = svg.replace(colour, meant)
-    return svg
+    axes.plot(steps, values, color=ACCENT, linewidth=1.6, solid_joinstyle="round")
+    if mark is not None:
+        axes.axhline(mark[0], color=SOFT, linewidth=1, linestyle="--")
+        axes.annotate(mark[1], (1, mark[0]), (0, 3), xycoords=("axes fraction", "data"), ha="right", color=SOFT,
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    if chart.scale == "log":
+        axes.set_yscale("log")
+        close = max(values.max(), mark[0] if mark else 0) < 20 * min(values.min(), mark[0] if mark else np.inf)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if close else (1,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(0, values.max() * 1.08 or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(label))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(label))
+    axes.set_xlabel("step", color=SOFT)

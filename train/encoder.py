@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data.documents import encode_record
-from data.manifest import FORMAT_VERSION, LatentSpec, Manifest
+from data.manifest import FORMAT_VERSION, LatentSpec, LatentSums, Manifest
 from data.pictures import bucket_sizes, decode_picture
 from data.raw import RawDocument
 from data.remote import FileVersion
@@ -63,20 +63,6 @@ class EncoderConfig:
 
 
 @dataclass
-class LatentSums:
-    """Running sums of latents [C]: of the posterior's mean, and of its second moment."""
-
-    sums: np.ndarray  # f64 [2, C]
-    cells: int = 0
-
-    def add(self, moments: np.ndarray) -> None:
-        """Add one image's moments [2C, h, w]."""
-        mean, logvar = np.split(moments.astype(np.float64), 2)
-        self.sums += np.stack([mean.sum((1, 2)), (mean**2 + np.exp(logvar)).sum((1, 2))])
-        self.cells += mean[0].size
-
-
-@dataclass
 class _Picture:
     pixels: np.ndarray  # uint8 [H, W, 3]
     moments: np.ndarray | None = None  # f16 [2C, h, w], once encoded
@@ -114,7 +100,7 @@ class Encoder:
             self.sizes = ((config.resolution, config.resolution),)
         self.given_spec, self.stats_source = self._given_spec()
         # Of the present file's latents.
-        self.latent_sums = LatentSums(np.zeros((2, self.channels)))
+        self.latent_sums = LatentSums.none(self.channels)
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._threads = ThreadPoolExecutor(config.decode_threads or max(1, cores), "decode")
 
@@ -172,12 +158,13 @@ class Encoder:
         """Return the spec of a data set from the sums of all its shards; None for text."""
         if self.vae is None or self.given_spec is not None:
             return self.given_spec
-        sums = [s for s in sums if s.cells]
-        if not sums:
+        together = LatentSums.none(self.channels)
+        for part in sums:
+            together.sums += part.sums
+            together.cells += part.cells
+        if not together.cells:
             return None
-        first, second = sum(s.sums for s in sums) / sum(s.cells for s in sums)
-        std = np.sqrt(np.maximum(second - first**2, 0))
-        return LatentSpec(**self._spec_fields, mean=tuple(first.tolist()), std=tuple(std.tolist()))
+        return LatentSpec(**self._spec_fields, mean=tuple(together.mean.tolist()), std=tuple(together.std.tolist()))
 
     def origin(self, version: FileVersion) -> dict:
         """What decides a shard's bytes: its input file, tokenizer and VAE. Statistics decide the manifest alone."""
@@ -195,7 +182,7 @@ class Encoder:
     @torch.no_grad()
     def records(self, documents: Iterable[RawDocument], bad: BadRecords) -> Iterator[Record]:
         """Yield the encoded records of one input file's documents, in order; what is bad is counted and named."""
-        self.latent_sums = LatentSums(np.zeros((2, self.channels)))
+        self.latent_sums = LatentSums.none(self.channels)
         waiting: deque[_Draft] = deque()  # for the VAE, in the order of the input
         batches: dict[tuple[int, int], list[_Picture]] = {}  # by size, not full yet
         running: deque[tuple[list[_Picture], torch.Tensor]] = deque()  # on the device

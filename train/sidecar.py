@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.manifest import Manifest, ShardEntry, shard_entry
+from data.manifest import LatentSums, Manifest, ShardEntry, shard_entry
 from data.shards import BadRecord, BadRecords, ShardIndex, atomic_write, index_path
 from data.storage import Store
-from train.encoder import Encoder, LatentSums
+from train.encoder import Encoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from data.documents import ImageSegment, check_document, decode_document, document_sizes
-from data.manifest import FILE_NAME, Manifest
+from data.manifest import FILE_NAME, LatentSums, Manifest
 from data.raw import TAR
 from data.remote import file_version
 from data.shards import NAMES_KEPT, BadRecord, BadRecords, Record, index_shard, read_at
 from data.storage import expand
-from train.encoder import Encoder, EncoderConfig, LatentSums
+from train.encoder import Encoder, EncoderConfig
 from train.sidecar import Sidecar, build_manifest
 
 
@@ -99,7 +99,7 @@ def index_folder(folder: Path, config: EncoderConfig, max_bad_fraction: float) -
         origin = {"indexed": True, **encoder.origin(file_version(str(shard)))}
         sidecar = Sidecar.read(shard, origin)
         if sidecar is None:
-            of_shard, latents = BadRecords(max_fraction=1), LatentSums(np.zeros((2, encoder.channels)))
+            of_shard, latents = BadRecords(max_fraction=1), LatentSums.none(encoder.channels)
             index = index_shard(shard, partial(_checked_sizes, encoder, latents, shard), of_shard)
             sidecar = Sidecar.write(shard, index, origin, latents, of_shard)
             bad.names += of_shard.names[: NAMES_KEPT - len(bad.names)]

@@ -5,12 +5,10 @@ Prints a summary and writes `output`/index.html, one self-contained page with hi
 false colours, and captions are those in the records' json.
 """
 
-import io
 import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -20,11 +18,12 @@ import numpy as np
 from omegaconf import MISSING
 from PIL import Image
 
+from data.manifest import LatentSums
 from data.remote import shown
 from data.shards import BadRecords, atomic_write
+from train.charts import ACCENT, LINE, SOFT, figure, label
 from train.config import load_config, run_program
-from train.contents import LATENT_RANGE, Counts, EncodedData, LatentSums, ShownDocument, bins, quantiles
-from train.curves import _ACCENT, _INK, _LINE, _SOFT, _for_the_page, _label
+from train.contents import LATENT_RANGE, Counts, EncodedData, ShownDocument, bins, quantiles
 from train.figures import contact_sheet
 from train.page import card, cards, document, image, note
 
@@ -227,49 +226,28 @@ def histogram(key: str, title: str, unit: str, tally: Counter, mark: tuple[int, 
     edges, documents, is_log = bins(tally)
 
     def draw(axes: "Axes") -> None:
-        axes.bar(edges[:-1] - 0.5, documents, np.diff(edges), align="edge", color=_ACCENT)
+        axes.bar(edges[:-1] - 0.5, documents, np.diff(edges), align="edge", color=ACCENT)
         if mark is not None and edges[0] <= mark[0] < edges[-1]:
             middle = math.sqrt(edges[0] * edges[-1]) if is_log else (edges[0] + edges[-1]) / 2
             side, shift = ("left", 3) if mark[0] < middle else ("right", -3)
-            axes.axvline(mark[0], color=_SOFT, linewidth=1, linestyle="--")
+            axes.axvline(mark[0], color=SOFT, linewidth=1, linestyle="--")
             axes.annotate(mark[1], (mark[0], 1), (shift, -2), xycoords=("data", "axes fraction"), ha=side, va="top",
-                          textcoords="offset points", fontsize=8, color=_SOFT)  # fmt: skip
+                          textcoords="offset points", fontsize=8, color=SOFT)  # fmt: skip
         if is_log:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if edges[-1] < 200 * edges[0] else (1,)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(_label))
+        axes.xaxis.set_major_formatter(FuncFormatter(label))
         axes.set_ylim(0, documents.max() * 1.15)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(_label))
-        axes.set_ylabel("documents", color=_SOFT)
+        axes.yaxis.set_major_formatter(FuncFormatter(label))
+        axes.set_ylabel("documents", color=SOFT)
 
     median, longest = quantiles(tally, [0.5, 1.0])
     said = f"{title}, {unit}: median {median:,}, most {longest:,}"
-    return _figure(key, title, unit + (", log scale" if is_log else ""), said, draw)
-
-
-def _figure(key: str, title: str, unit: str, said: str, draw: Callable[["Axes"], None]) -> str:
-    """Return a chart that takes the page's colours; `said` is for those who do not see it."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style = {"svg.fonttype": "none", "svg.hashsalt": key, "text.color": _INK, "font.size": 9}
-    style |= {"axes.edgecolor": _LINE, "xtick.color": _SOFT, "ytick.color": _SOFT, "grid.color": _LINE}
-    with rc_context(style):
-        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
-        axes = figure.add_subplot(axisbelow=True)
-        draw(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.6)
-        axes.tick_params(which="both", length=0)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    caption = f"<figcaption><b>{escape(title)}</b>{escape(unit)}</figcaption>"
-    svg = _for_the_page(buffer.getvalue(), key)
-    return f'<figure role="img" aria-label="{escape(said)}">{caption}{svg}</figure>'
+    return figure(key, title, unit + (", log scale" if is_log else ""), said, draw)
 
 
 def _grids(data: EncodedData) -> Counter:
@@ -298,11 +276,11 @@ def _latents(data: EncodedData, latents: LatentSums) -> str:
     centres, spreads = (mean - spec.mean) / spec.std, std / np.array(spec.std)
 
     def draw(axes: "Axes") -> None:
-        axes.axhspan(-1, 1, color=_LINE, alpha=0.4, linewidth=0)
-        axes.errorbar(channels, centres, spreads, fmt="o", markersize=4, linewidth=1.6, color=_ACCENT)
+        axes.axhspan(-1, 1, color=LINE, alpha=0.4, linewidth=0)
+        axes.errorbar(channels, centres, spreads, fmt="o", markersize=4, linewidth=1.6, color=ACCENT)
         axes.set_xticks(channels[:: -(-len(channels) // 16)])
         axes.set_xlim(-0.7, len(channels) - 0.3)
-        axes.set_xlabel("channel", color=_SOFT)
+        axes.set_xlabel("channel", color=SOFT)
 
     unit = "of the documents shown, whitened by the manifest: mean and deviation; the band is 0 ± 1"
     said = f"Whitened latents: means {centres.min():.2f} to {centres.max():.2f}, "
@@ -313,8 +291,8 @@ def _latents(data: EncodedData, latents: LatentSums) -> str:
         for channel, *values in rows
     )
     head = "<tr><th>channel</th><th>mean, manifest</th><th>shown</th><th>std, manifest</th><th>shown</th></tr>"
-    figure = _figure("latents", "Latents", unit, said, draw)
-    return f'<div class="charts">{figure}</div><table>{head}{lines}</table>'
+    drawn = figure("latents", "Latents", unit, said, draw)
+    return f'<div class="charts">{drawn}</div><table>{head}{lines}</table>'
 
 
 def _shards(data: EncodedData) -> str:
