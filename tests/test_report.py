@@ -1,22 +1,18 @@
 """The report is one file that asks for nothing, shows every failure, escapes what it quotes, and says what it lacks."""
 
-import base64
-import io
 import json
 import re
 import time
-from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data.pictures import encode_png
 from data.scenes import Shape, Verdict, caption, draw, score
 from model.vae import VaeConfig, build_vae
+from tests.pages import Page
 from train.config import load_config, to_yaml
 from train.curves import CHARTS, POINTS, _thinned, draw_charts
 from train.distributed import alone
@@ -31,44 +27,8 @@ from train.run_folder import RunFolder
 from train.sections import _interval
 
 HOSTILE = '<script>alert("1")</script><img src=http://evil.example/x onerror=alert(1)>&amp;\'"'
-VOID = {"meta", "img", "br", "use", "path", "hr"}
 SECTIONS = ["scores", "prompts", "curves", "previews", "drawings", "captions", "codec", "heldout", "seconds"]
 SECTIONS += ["settings", "making"]
-
-
-class Page(HTMLParser):
-    """What a browser would make of the file: elements, their attributes, and the visible text."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.html, self.elements, self.text, self.open, self.unbalanced = html, [], "", [], []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID and (not self.open or self.open.pop() != tag):
-            self.unbalanced.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def section(self, name: str) -> "Page":
-        return Page(re.search(rf'<section id="{name}">.*?</section>', self.html, re.DOTALL)[0])
-
-    def classes(self) -> Counter:
-        return Counter(attrs["class"] for _, attrs in self.elements if "class" in attrs)
-
-    def pictures(self) -> list[np.ndarray]:
-        found = [attrs["src"].split(",", 1)[1] for tag, attrs in self.elements if tag == "img"]
-        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data in found]
 
 
 def scene(split: str, i: int) -> SceneItem:

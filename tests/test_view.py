@@ -1,13 +1,10 @@
 """A viewed data set shows what its records hold: pictures as the VAE decodes them, texts escaped, exact counts."""
 
-import base64
-import io
 import re
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from data.pictures import encode_png, from_unit
 from data.shards import BadRecords, Record, read_shard, write_shard
 from data.tokenizer import Tokenizer
 from model.vae import decode, load_vae
+from tests.pages import Page
 from tests.sources import interleaved, latent_spec, make_source
 from train.config import options, run_program
 from train.contents import CHARACTERS, PICTURES, EncodedData, Picture, ShownDocument, bins, false_colours, quantiles
@@ -30,45 +28,6 @@ from train.figures import contact_sheet
 from train.view import CONFIG, histogram, main
 
 HOSTILE = '<script>alert("1")</script><img src=http://evil.example/x onerror=alert(1)>&amp;\'"'
-VOID = {"meta", "img", "br", "use", "path", "hr"}
-
-
-class Page(HTMLParser):
-    """What a browser would make of the file: elements, the visible text, the cards, the pictures."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.html, self.elements, self.text, self.open, self.unbalanced = html, [], "", [], []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID and (not self.open or self.open.pop() != tag):
-            self.unbalanced.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def section(self, name: str) -> "Page":
-        return Page(re.search(rf'<section id="{name}">.*?</section>', self.html, re.DOTALL)[0])
-
-    def cards(self) -> list["Page"]:
-        return [Page(part) for part in self.section("documents").html.split('<div class="card">')[1:]]
-
-    def pictures(self) -> list[np.ndarray]:
-        found = [attrs["src"].split(",", 1)[1] for tag, attrs in self.elements if tag == "img"]
-        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data in found]
-
-    def fact(self, name: str) -> str:
-        return dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", self.html))[name]
 
 
 def view(shards: Path, output: Path, **options: object) -> Page:

@@ -24,6 +24,7 @@ from data.storage import expand, local_copy
 from train.config import load_config, run_program
 from train.encoder import Encoder, EncoderConfig
 from train.leases import Leases
+from train.output_folder import make_writable
 from train.progress import Progress
 from train.sidecar import Sidecar, build_manifest, sidecar_path
 from train.verification import index_folder, verify_folder
@@ -104,12 +105,7 @@ def check_inputs(sources: Sequence[str], output: Path) -> bool:
     for source in sources:
         if Path(source).resolve() == (output / f"{input_name(source)}.tar").resolve():
             raise ValueError(f"output={output}: the shard of {source} would overwrite it; choose another folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"output={output}: cannot write there ({error.strerror}); choose a writable folder") from None
-    if not os.access(output, os.W_OK):
-        raise PermissionError(f"output={output}: cannot write there; choose a writable folder")
+    make_writable(output)
     return has_pictures
 
 

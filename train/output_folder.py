@@ -12,6 +12,17 @@ from pathlib import Path
 from typing import Any
 
 
+def make_writable(folder: Path) -> Path:
+    """Make a folder to write into, unless it is there; raise OSError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"output={folder}: cannot write there ({error.strerror}); choose a writable folder") from None
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"output={folder}: cannot write there; choose a writable folder")
+    return folder
+
+
 class OutputFolder:
     """`path` as `program` fills it; `settings` (JSON values) decide what its contents are."""
 

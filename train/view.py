@@ -6,7 +6,6 @@ false colours, and captions are those in the records' json.
 """
 
 import math
-import os
 import shlex
 from collections import Counter
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from train.charts import ACCENT, LINE, SOFT, figure, label
 from train.config import load_config, run_program
 from train.contents import LATENT_RANGE, Counts, EncodedData, ShownDocument, bins, quantiles
 from train.figures import contact_sheet
+from train.output_folder import make_writable
 from train.page import card, cards, document, image, note
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class View:
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
     data = EncodedData.open(config.shards, config.patch_size, config.tokenizer, config.vae)
-    output = _make_folder(config.output)
+    output = make_writable(Path(config.output))
     write(view_data(data, config), output, shown(shlex.join(["python", "-m", "train.view", *argv])))
 
 
@@ -121,18 +121,6 @@ def view_data(data: EncodedData, config: ViewConfig) -> View:
         sheet = contact_sheet([picture.pixels for picture, _ in chosen], [prefix + text for _, text in chosen], 8)
     facts = _facts(data, counts, bad, config.sequence_length)
     return View(f"Data set {shown(config.shards)}", facts, _remarks(data, counts, bad, len(pictures)), sections, sheet)
-
-
-def _make_folder(output: str) -> Path:
-    """Make the output folder; raise OSError where it cannot be written."""
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"output={output}: cannot write there ({error.strerror}); choose a writable folder") from None
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"output={output}: cannot write there; choose a writable folder")
-    return folder
 
 
 def _facts(data: EncodedData, counts: Counts, bad: BadRecords, sequence_length: int) -> dict[str, str]:
