@@ -1,5 +1,5 @@
 """Measure one GPU: flex against dense attention and a compiled bf16 training step with its MFU, for the blocks of all
-the paper's sizes; linear and U-Net patches; sampling with and without the cache.
+the paper's sizes; linear and U-Net patches; sampling with and without the cache; encoding pictures.
 
 usage: python -m bench.gpu [--sizes 7b] [--layers 4] [--rows 2] [--length 4096] [--device cuda]
 
@@ -12,20 +12,26 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bench import sampling
+from data.raw import RawDocument
+from data.shards import BadRecords, write_shard
 from model.attention import attend, block_mask, dense_mask
 from model.losses import noise_error
 from model.sampler import SamplerConfig
 from model.transformer import SIZES, TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
+from model.vae import VaeConfig, build_vae, moments
+from train.encoder import Encoder, EncoderConfig
 from train.flops import Flops
 
 # Dense bf16 tensor-core peak in TFLOP/s, by a part of the device's name (makers' data sheets).
@@ -165,6 +171,39 @@ def measure_patches(config: TransfusionConfig, device: torch.device, images: int
     }
 
 
+def measure_encoding(device: torch.device, tiny: bool) -> dict:
+    """The encoder with a VAE of the paper's size in bf16: decode, resize, encode and write, and the VAE by itself."""
+    from bench.loader import make_data, make_pictures
+
+    count, widths = (8, (8, 8, 8, 8)) if tiny else (1024, VaeConfig().block_channels)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tokenizer = make_data(folder, 0, 0)
+        config = VaeConfig(latent_channels=8, block_channels=widths, norm_groups=8)
+        build_vae(config).save_pretrained(folder / "vae")
+        batch_size = 4 if tiny else 64
+        encoder = Encoder(
+            EncoderConfig(
+                tokenizer=str(tokenizer.path),
+                vae=str(folder / "vae"),
+                batch_size=batch_size,
+                dtype="bfloat16",
+                device=device.type,
+            ),
+            has_pictures=True,
+        )
+        files = make_pictures(min(count, 128))
+        documents = [RawDocument(f"{i:05d}", "bench", ("a circle", files[i % len(files)]), {}, 0) for i in range(count)]
+        whole = seconds(
+            lambda: write_shard(folder / "out.tar", encoder.records(documents, BadRecords(0))), device, repeats=3
+        )
+        pixels = torch.randn(batch_size, 3, 256, 256, device=device, dtype=torch.bfloat16)
+        with torch.no_grad():
+            alone = seconds(lambda: moments(encoder.vae, pixels), device, repeats=5)
+    per_s = {"images_per_s": count / whole, "vae_alone_images_per_s": batch_size / alone}
+    return {name: round(value, 1) for name, value in per_s.items()} | {"decode_threads": encoder.num_threads}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=[*SIZES], help="whose blocks (all five)")
@@ -203,6 +242,7 @@ def main() -> int:
     print(f"patches: {record['patches']}", file=sys.stderr, flush=True)
     steps = SamplerConfig(sampler="ddim", steps=2 if tiny else 50, max_new_tokens=0, spacing="trailing")
     record["sampling"] = sampling.measure(_model(kinds["linear"], device), config=steps, **draws)
+    record["encoding"] = measure_encoding(device, tiny)
     print(json.dumps(record))
     return 0 if all(parts["attention"]["flex_is_right"] for parts in record["sizes"].values()) else 1
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All five sizes' blocks, both patchers and sampling on one CUDA GPU, in under 10 minutes; options go to bench/gpu.py.
+# All five sizes' blocks, both patchers, sampling and encoding on one CUDA GPU, in under 10 minutes; options go to bench/gpu.py.
 # The last line is one JSON object; it is kept in bench/results under the GPU's name.
 set -euo pipefail
 cd "$(dirname "$0")/.."

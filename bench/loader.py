@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=None, help="core to stay on; default: the last one")
     parser.add_argument("--folder", type=Path, help="where to make the data; default: a temporary folder")
     args = parser.parse_args()
+    if min(args.pairs, args.texts) < 1024:
+        parser.error(f"--pairs {args.pairs} --texts {args.texts}: expected at least 1024 each, one a lane")
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {args.core if args.core is not None else max(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as temporary:
@@ -214,19 +216,10 @@ class InstantVae(torch.nn.Module):
 
 def measure_encoding(folder: Path, tokenizer: Tokenizer, images: int, rounds: int) -> dict[str, float]:
     """Pictures a second of the encoder without its VAE, and of Pillow's bare decode, crop and resize."""
-    rng, raw, files = np.random.default_rng(0), folder / "raw.tar", []
-    for _ in range(images):
-        small = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
-        picture = Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC)
-        noisy = np.asarray(picture).astype(np.int16) + rng.integers(-8, 9, (480, 640, 3))
-        buffer = io.BytesIO()
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-        files.append(buffer.getvalue())
-    records = (
-        {"__key__": f"{i:05d}".encode(), "jpg": data, "txt": b"a large red circle beside 3 small blue squares"}
-        for i, data in enumerate(files)
-    )
-    write_shard(raw, records)
+    files = make_pictures(images)
+    raw = folder / "raw.tar"
+    members = {"txt": b"a large red circle beside 3 small blue squares"}
+    write_shard(raw, ({"__key__": f"{i:05d}".encode(), "jpg": d, **members} for i, d in enumerate(files)))
     small_vae = VaeConfig(latent_channels=CHANNELS, block_channels=(8, 8, 8, 8), layers_per_block=1, norm_groups=4)
     build_vae(small_vae).save_pretrained(folder / "vae")
     config = EncoderConfig(tokenizer=str(tokenizer.path), vae=str(folder / "vae"), device="cpu", decode_threads=1)
@@ -245,6 +238,19 @@ def measure_encoding(folder: Path, tokenizer: Tokenizer, images: int, rounds: in
     for name, median in seconds.items():
         print(f"encode, {name:8} {images / median:7,.1f} pictures/s of 640x480 to 256x256")
     return {"encode_ratio_to_pillow": round(seconds["Pillow"] / seconds["ours"], 3)}
+
+
+def make_pictures(count: int) -> list[bytes]:
+    """Return JPEG files of 640x480: soft shapes and noise, about as hard to decode as photographs."""
+    rng, files = np.random.default_rng(0), []
+    for _ in range(count):
+        small = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC)
+        noisy = np.asarray(picture).astype(np.int16) + rng.integers(-8, 9, (480, 640, 3))
+        buffer = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return files
 
 
 def in_turns(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:

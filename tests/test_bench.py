@@ -1,4 +1,4 @@
-"""The GPU benchmark runs whole on CPU at a tiny size, and refuses to pretend."""
+"""The benchmarks run whole on CPU at a tiny size, and refuse to pretend."""
 
 import json
 import subprocess
@@ -23,6 +23,7 @@ def test_smoke_run_ends_with_one_json_object():
     (parts,) = record["sizes"].values()
     assert parts["attention"]["flex_is_right"] and parts["training"]["step_tflop"] > 0
     assert record["patches"]["unet"]["parameters"] > record["patches"]["linear"]["parameters"]
+    assert record["encoding"]["images_per_s"] > 0
     assert record["sampling"]["images_per_s"] > 0 and record["sampling"]["largest_difference"] < 0.1  # in bf16
 
 
@@ -33,6 +34,18 @@ def test_sampling_draws_the_same_with_and_without_its_cache():
     record = json.loads(result.stdout.splitlines()[-1])
     assert record["largest_difference"] <= 1e-4
     assert record["cached_speedup"] > 0 and set(record["images_per_s"]) == {"1", "2"}
+
+
+def test_the_data_side_is_measured_on_one_core():
+    """Figures that do not depend on the machine hold at this size too."""
+    options = ("--pairs", "1024", "--texts", "1024", "--rounds", "1", "--images", "10")
+    result = run_bench(*options, bench="loader")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["fill"] >= 0.98 and 0.9 < record["fill_pairs_only"] < 1
+    assert record["state_bytes_1024_lanes"] < 1 << 20
+    speeds = ("latent_documents_per_s", "text_tokens_per_s", "ratio_to_webdataset", "encode_ratio_to_pillow")
+    assert all(record[name] > 0 for name in speeds)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -102,7 +102,8 @@ class Encoder:
         # Of the present file's latents.
         self.latent_sums = LatentSums.none(self.channels)
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._threads = ThreadPoolExecutor(config.decode_threads or max(1, cores), "decode")
+        self.num_threads = config.decode_threads or max(1, cores)
+        self._threads = ThreadPoolExecutor(self.num_threads, "decode")
 
     def _load_vae(self) -> None:
         config = self.config
