@@ -5,13 +5,14 @@ job that is started again knows what is done, and keeps the sums from which the 
 """
 
 import json
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.manifest import LatentSums, Manifest, ShardEntry, shard_entry
-from data.shards import BadRecord, BadRecords, ShardIndex, atomic_write, index_path
+from data.shards import BadRecords, ShardIndex, atomic_write, index_path
 from data.storage import Store
 from train.encoder import Encoder
 
@@ -49,10 +50,9 @@ class Sidecar:
             sidecar = cls(**{**fields, "entry": ShardEntry(**fields["entry"])})
             if sidecar.origin != origin:
                 return None
-            index = index_path(shard)
-            ShardIndex.parse(index.read_bytes(), str(index), sidecar.entry.index_crc32)
-            return sidecar if shard.stat().st_size == sidecar.entry.bytes else None
-        except (OSError, ValueError, KeyError, TypeError, BadRecord):
+            is_whole = zlib.crc32(index_path(shard).read_bytes()) == sidecar.entry.index_crc32
+            return sidecar if is_whole and shard.stat().st_size == sidecar.entry.bytes else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
 
