@@ -105,12 +105,8 @@ class Source:
         shard, first = spans[i]
         return shard, first + in_order - (ends[i - 1] if i else 0)
 
-    def prefetch(self, epoch: int, lane: int, ordinal: int) -> None:
-        """Begin to fetch the lane's `ordinal`-th document in `epoch`, if there is one."""
-        position = self.position(epoch, lane, ordinal)
-        if position is None:
-            return
-        shard, record = position
+    def prefetch(self, lane: int, shard: int, record: int) -> None:
+        """Begin to fetch a document that the lane will read."""
         self.watch.begin("lane %d: index of %s", lane, self._path(shard))
         offset, length, _ = self._index(shard).spans[record].tolist()
         self.watch.end()
@@ -218,7 +214,7 @@ class Lane:
         self._weights = self._weights_at(max(self._rows, 1))  # of the last row, or the first
         for source, cursor in zip(sources, self._cursors, strict=True):
             for ordinal in range(cursor.ordinal, cursor.ordinal + source.read_ahead):
-                source.prefetch(cursor.epoch, number, ordinal)
+                self._prefetch(source, cursor.epoch, ordinal)
 
     def next_row(self) -> PackedSequence | None:
         """Return the next packed sequence; None when every source has ended."""
@@ -268,7 +264,11 @@ class Lane:
         self._cursors = [Cursor(*ints) for ints in state["cursors"]]
         self._skipped.update(state["skipped"])
         self._skipped_names = list(state["skipped_names"])
-        for pending in [Pending(*ints) for ints in state["pending"]]:
+        pendings = [Pending(*ints) for ints in state["pending"]]
+        for pending in pendings:
+            if self.sources[pending.source].read_ahead:
+                self.sources[pending.source].prefetch(self.number, pending.shard, pending.record)
+        for pending in pendings:
             if (piece := self._read(pending)) is not None:
                 self._pending.append((pending, piece.split(pending.cut)[1] if pending.cut else piece))
 
@@ -317,7 +317,7 @@ class Lane:
             position = source.position(cursor.epoch, self.number, cursor.ordinal)
             if position is not None:
                 if source.read_ahead:
-                    source.prefetch(cursor.epoch, self.number, cursor.ordinal + source.read_ahead)
+                    self._prefetch(source, cursor.epoch, cursor.ordinal + source.read_ahead)
                 cursor.ordinal += 1
                 return Pending(number, cursor.epoch, *position)
             if not source.config.repeat:
@@ -327,6 +327,10 @@ class Lane:
             f"lane {self.number} found no document of {shown(source.manifest.store.root)} in 1000 epochs: "
             f"{source.manifest.records} documents are too few or too long for {self.settings.lanes} lanes"
         )
+
+    def _prefetch(self, source: Source, epoch: int, ordinal: int) -> None:
+        if (position := source.position(epoch, self.number, ordinal)) is not None:
+            source.prefetch(self.number, *position)
 
     def _read(self, pending: Pending) -> Piece | None:
         try:
