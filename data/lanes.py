@@ -11,6 +11,7 @@ import bisect
 import logging
 import math
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
@@ -108,18 +109,19 @@ class Source:
     def prefetch(self, lane: int, shard: int, record: int) -> None:
         """Begin to fetch a document that the lane will read."""
         self.watch.begin("lane %d: index of %s", lane, self._path(shard))
-        offset, length, _ = self._index(shard).spans[record].tolist()
+        with suppress(BadRecord):  # of the index: it is counted when the document is read
+            offset, length, _ = self._index(shard).spans[record].tolist()
+            self.manifest.store.prefetch(self.manifest.shards[shard].name, offset, length)
         self.watch.end()
-        self.manifest.store.prefetch(self.manifest.shards[shard].name, offset, length)
 
     def read(self, lane: int, epoch: int, shard: int, record: int) -> Piece:
         """Read, verify, arrange and lay out one document; raise BadRecord if any of that fails."""
         path = self._path(shard)
         where = f"{path}#{record}"
-        self.watch.begin("lane %d: index of %s", lane, path)
-        span = self._index(shard).spans[record]
-        self.watch.begin("lane %d: record %d of %s at byte %d", lane, record, path, span[0])
         try:
+            self.watch.begin("lane %d: index of %s", lane, path)
+            span = self._index(shard).spans[record]
+            self.watch.begin("lane %d: record %d of %s at byte %d", lane, record, path, span[0])
             members = read_at(self._reader(shard), span, where)
         except OSError as error:
             self.manifest.store.forget()  # a stale handle would fail for ever

@@ -19,6 +19,7 @@ from data.shards import BadRecord, ShardIndex, atomic_write, index_name, index_p
 from data.storage import Store
 
 FORMAT_VERSION = 2
+MAX_NAME_BYTES = 200  # of a shard, so that its index, its sidecar and their temporary files have names too
 FILE_NAME = "manifest.json"
 
 
@@ -34,6 +35,11 @@ class LatentSpec:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        numbers = (self.channels, self.stride, self.resolution)
+        if any(type(number) is not int or number < 1 for number in numbers) or not isinstance(self.vae_hash, str):
+            raise ValueError(f"latent channels, stride, resolution {numbers}: expected whole numbers, 1 or more")
+        if any(not isinstance(number, (int, float)) for number in (*self.mean, *self.std)):
+            raise ValueError(f"latent mean {self.mean}, std {self.std}: expected numbers")
         if not len(self.mean) == len(self.std) == self.channels:
             raise ValueError(f"latent mean {self.mean}, std {self.std}: expected {self.channels} channels")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std) > 0):
@@ -77,14 +83,14 @@ class ShardEntry:
     grids: dict[str, int]  # "8x8" -> images of that latent grid
 
     def __post_init__(self) -> None:
-        if Path(self.name).name != self.name:
-            raise ValueError(f"shard name {self.name!r}: expected a file in the manifest's folder")
+        if Path(self.name).name != self.name or len(self.name.encode(errors="replace")) > MAX_NAME_BYTES:
+            raise ValueError(f"shard name {self.name[:300]!r}: expected a file in the manifest's folder")
         counts = {name: value for name, value in vars(self).items() if name not in ("name", "grids")} | self.grids
         for name, value in counts.items():
-            if type(value) is not int or not 0 <= value < 1 << 62:
-                raise ValueError(f"{self.name}: {name}={value!r}: expected a whole number, 0 or more")
+            if type(value) is not int or not 0 <= value < 1 << 48:  # 2^48 bytes are 280 TB
+                raise ValueError(f"{self.name}: {name}={value!r}: expected a whole number, 0 or more, below 2^48")
         for grid in self.grids:
-            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
+            if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", grid):
                 raise ValueError(f"{self.name}: latent grid {grid!r}: expected HEIGHTxWIDTH, such as 8x8")
 
     def tokens(self, patch_size: int) -> int:
@@ -198,6 +204,8 @@ class Manifest:
                 raise ValueError(f"vocab_size={manifest.vocab_size!r}: expected a whole number, 1 or more")
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a manifest this program reads: {error}") from None
+        if sum(shard.tokens(1) for shard in manifest.shards) >= 1 << 62:
+            raise ValueError(f"{path} counts more tokens than any data set holds; it is damaged")
         if not manifest.records:
             raise ValueError(f"{path} lists no records; the data set is empty")
         return manifest

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.documents import document_sizes
-from data.manifest import FILE_NAME
+from data.manifest import FILE_NAME, MAX_NAME_BYTES
 from data.raw import SUFFIXES, TAR, RawDocument, input_name, read_raw, suffix_of
-from data.remote import file_version
+from data.remote import file_version, shown
 from data.shards import NAMES_KEPT, BadRecords, Record, index_shard, write_shard
 from data.storage import expand, local_copy
 from train.config import load_config, run_program
@@ -103,6 +103,8 @@ def check_inputs(sources: Sequence[str], output: Path) -> bool:
     if count > 1:
         raise ValueError(f"two input files are called {name}: their shards would overwrite each other; rename one")
     for source in sources:
+        if len(f"{input_name(source)}.tar".encode()) > MAX_NAME_BYTES:
+            raise ValueError(f"input {shown(source)}: its name is longer than {MAX_NAME_BYTES} bytes; rename it")
         if Path(source).resolve() == (output / f"{input_name(source)}.tar").resolve():
             raise ValueError(f"output={output}: the shard of {source} would overwrite it; choose another folder")
     make_writable(output)
