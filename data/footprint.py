@@ -20,15 +20,19 @@ def loader_bytes(data: DataSet, config: DataConfig, world_size: int) -> dict[str
     cells = max((h * w for h, w in data.grids), default=0)
     # The most latent cells in a sequence: images without a word between them.
     row_cells = min(cells, 1) * length * patch_size**2
-    images = row_cells * channels * (2 * MOMENT_BYTES + 2 * DRAW_BYTES)
+    row = length * TOKEN_BYTES + row_cells * channels * 2 * MOMENT_BYTES
+    batch = lanes * (length * TOKEN_BYTES + row_cells * channels * 2 * (MOMENT_BYTES + DRAW_BYTES) * 4 // 3)  # padded
     entries = [entry for source in data.sources for entry in source.manifest.shards]
     document = 4 * max(entry.largest_record for entry in entries)  # a token takes 4 bytes there, 16 laid out
     longest_index = INDEX_BYTES * max(entry.records for entry in entries)
+    # Batches: ready, in the trainer's hands, waiting to be handed over, being made of rows and noise. Workers have as
+    # many steps of rows ready and one in the making, each copied on its way.
+    batches, rows = config.prefetch_steps + 4, 2 * (config.prefetch_steps + 1) if config.num_workers else 0
     ahead = [s.read_ahead for s in data.sources if s.manifest.store.is_remote and not config.cache_dir]
     return {
         "pending documents": lanes * config.look_ahead * document,
         "read ahead": lanes * sum(ahead) * document,
-        "packed ahead": (config.prefetch_steps + 2) * lanes * (length * TOKEN_BYTES + images),
+        "packed ahead": batches * batch + rows * lanes * row,
         "indices": (2 * lanes + 16) * longest_index * len(data.sources),
         "shuffle blocks": 2 * lanes * config.shuffle_block * 8 * len(data.sources),
     }
