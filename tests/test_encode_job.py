@@ -116,6 +116,29 @@ def test_a_worker_that_was_cut_off_and_comes_back_harms_nothing(
     assert contents_of(out) == expected and Manifest.load(out).records == 192
 
 
+def test_two_jobs_with_other_settings_do_not_undo_each_other(
+    tmp_path: Path, command: Callable[..., list[str]], expected: Contents
+) -> None:
+    """The second is refused while the first is alive, and may begin once it is gone, killed or done."""
+    out = tmp_path / "out"
+    first = start(command(out, lease_timeout_s=1))
+    while not list(out.glob(".leases/job-*.lease")):
+        assert first.is_alive()
+    os.kill(first.pid, signal.SIGSTOP)
+    lease = next(out.glob(".leases/job-*.lease"))
+    second = start(command(out, lease_timeout_s=1, resolution=16))
+    while second.is_alive():
+        os.utime(lease)
+        time.sleep(0.05)
+    assert second.exitcode == 1
+    os.kill(first.pid, signal.SIGCONT)
+    first.join()
+    assert first.exitcode == 0 and contents_of(out) == expected
+    third = start(command(out, resolution=16))
+    third.join()
+    assert third.exitcode == 0 and Manifest.load(out).grids() == {(4, 4)}
+
+
 def test_a_full_disk_stops_the_job_and_harms_nothing_done(
     tmp_path: Path, command: Callable[..., list[str]], expected: Contents
 ) -> None:

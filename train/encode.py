@@ -7,8 +7,11 @@ in the output folder, skip what is done, take over what the dead left, and the s
 `verify=FOLDER` checks an encoded folder, `index=FOLDER` indexes encoded shards from elsewhere.
 """
 
+import json
 import os
+import socket
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +88,7 @@ def main(argv: list[str]) -> int | None:
     tasks = list_tasks(encoder, sources, output)
     bad = BadRecords(config.max_bad_fraction)
     with Leases(output / ".leases", config.lease_timeout_s) as leases, Progress(tasks, bad) as progress:
+        refuse_other_settings(encoder, output, leases)
         for task in claimed(tasks, leases, progress):
             encode_file(encoder, task, bad, progress)
             bad.check()
@@ -119,6 +123,20 @@ def list_tasks(encoder: Encoder, sources: Sequence[str], output: Path) -> list[T
         Task(source, output / f"{input_name(source)}.tar", version.bytes, encoder.origin(version))
         for source, version in zip(sources, versions, strict=True)
     ]
+
+
+def refuse_other_settings(encoder: Encoder, output: Path, leases: Leases) -> None:
+    """Raise ValueError if a worker with other settings is at work on the folder: each would undo the other's work."""
+    settings = f"job-{zlib.crc32(json.dumps(encoder.made_with).encode()):08x}-"
+    leases.claim(f"{settings}{socket.gethostname()}-{os.getpid()}")
+    deadline = time.monotonic() + leases.timeout_s + WAIT_S
+    while others := [name for name in leases.held_by_others("job-") if not name.startswith(settings)]:
+        if time.monotonic() > deadline:  # its heart beats
+            raise ValueError(
+                f"output={output}: {others[0].split('-', 2)[2]} encodes into it with another tokenizer, VAE or "
+                "resolution; choose another folder, or wait for it"
+            )
+        time.sleep(WAIT_S)
 
 
 def claimed(tasks: Sequence[Task], leases: Leases, progress: Progress) -> Iterator[Task]:

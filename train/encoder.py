@@ -167,18 +167,22 @@ class Encoder:
             return None
         return LatentSpec(**self._spec_fields, mean=tuple(together.mean.tolist()), std=tuple(together.std.tolist()))
 
-    def origin(self, version: FileVersion) -> dict:
-        """What decides a shard's bytes: its input file, tokenizer and VAE. Statistics decide the manifest alone."""
-        made_with = {"tokenizer": self.tokenizer.hash, "vae": self.vae_hash, "resolution": self.config.resolution}
-        if self.config.crop == "buckets":
-            made_with["bucket_multiple"] = self.config.bucket_multiple
+    @property
+    def made_with(self) -> dict:
+        """The settings that decide a shard's bytes. Statistics decide the manifest alone."""
         return {
             "format": FORMAT_VERSION,
-            **made_with,
+            "tokenizer": self.tokenizer.hash,
+            "vae": self.vae_hash,
+            "resolution": self.config.resolution,
+            "bucket_multiple": self.config.bucket_multiple if self.config.crop == "buckets" else None,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "input_bytes": version.bytes,  # tars are padded: size alone would miss an input that was replaced
-            "input_changed": version.changed,
         }
+
+    def origin(self, version: FileVersion) -> dict:
+        """Return what decides a shard's bytes: the settings, and its input file."""
+        # Tars are padded: size alone would miss an input that was replaced.
+        return {**self.made_with, "input_bytes": version.bytes, "input_changed": version.changed}
 
     @torch.no_grad()
     def records(self, documents: Iterable[RawDocument], bad: BadRecords) -> Iterator[Record]:

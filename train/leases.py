@@ -53,6 +53,11 @@ class Leases:
         self._held.add(name)
         return True
 
+    def held_by_others(self, prefix: str) -> list[str]:
+        """Return the leases whose names begin so that are not ours and, for all that is known, have a living holder."""
+        names = [path.name.removesuffix(".lease") for path in self.folder.glob(f"{prefix}*.lease")]
+        return [name for name in names if name not in self._held and not self._is_stale(name)]
+
     def release(self, name: str) -> None:
         """Give the lease of `name` back, unless another took it over."""
         self._held.discard(name)
