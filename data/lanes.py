@@ -122,7 +122,12 @@ class Source:
             self.watch.begin("lane %d: index of %s", lane, path)
             span = self._index(shard).spans[record]
             self.watch.begin("lane %d: record %d of %s at byte %d", lane, record, path, span[0])
-            members = read_at(self._reader(shard), span, where)
+            try:
+                members = read_at(self._reader(shard), span, where)
+            except BadRecord:
+                if not self.manifest.store.drop_copy(self.manifest.shards[shard].name):
+                    raise
+                members = read_at(self._reader(shard), span, where)  # it may have been the cache's fault alone
         except OSError as error:
             self.manifest.store.forget()  # a stale handle would fail for ever
             raise BadRecord("unreadable shard", where, error.strerror or str(error)) from None

@@ -176,6 +176,7 @@ class Store:
         self.root = root if self.is_remote else local_name(root)
         self._retries, self._max_ahead = retries, max_ahead
         self._cache = ShardCache(cache, root) if cache is not None and self.is_remote else None
+        self._dropped: set[str] = set()  # names, see `drop_copy`
         self._cache_from = 0.0  # monotonic time before which the cache rests
         self._versions: dict[str, FileVersion] = {}  # of remote files, as they were when first read
         self._files: dict[str, _File] = {}
@@ -231,6 +232,21 @@ class Store:
                 if len(process.ahead) > self._max_ahead:
                     process.ahead.popitem(last=False)[1].cancel()
             _readers(process.pid).put((future, lambda: read_range(self._url(name), offset, length, once)))
+
+    def drop_copy(self, name: str) -> bool:
+        """Remove the cached copy of a file whose contents are wrong; say whether there was one to remove.
+
+        Once for each file and process: a file that is wrong at its source would be fetched for each of its records.
+        """
+        if self._cache is None or name in self._dropped:
+            return False
+        self._dropped.add(name)
+        with self._of_process().lock:
+            self._files.pop(name, None)
+        with suppress(OSError):
+            (self._cache.home / name).unlink()
+            return True
+        return False
 
     def forget(self) -> None:
         """Drop open files, sizes and what was read ahead; reads that are under way are not disturbed."""

@@ -117,6 +117,30 @@ def test_a_cache_asks_for_each_shard_once(tmp_path: Path, server: Server, tokeni
     assert sorted(gets) == [f"GET /0000{i}.tar" for i in range(3)]
 
 
+def test_a_copy_that_was_damaged_on_its_way_is_fetched_again(
+    tmp_path: Path, folder: Path, server: Server, tokenizer: Tokenizer
+) -> None:
+    """Of the right length and version, and yet not the shard: checksums tell, and nothing is skipped."""
+    config = config_of(tokenizer, server.url, cache_dir=str(tmp_path / "cache"), cache_gib=1.0)
+    expected = run(config, 4)
+    for copy in (tmp_path / "cache").glob("transfusion-*/*.tar"):
+        data = bytearray(copy.read_bytes())
+        data[::700] = bytes(len(data[::700]))
+        copy.write_bytes(data)
+    server.requests.clear()
+    assert run(config, 4) == expected
+    gets = [request for request in server.requests if request.startswith("GET") and request.endswith(".tar")]
+    assert 1 <= len(gets) == len(set(gets)) <= 3
+    damaged = bytearray((folder / "00001.tar").read_bytes())
+    damaged[::700] = bytes(len(damaged[::700]))
+    (folder / "00001.tar").write_bytes(damaged)
+    shutil.rmtree(tmp_path / "cache")
+    server.requests.clear()
+    _, states = run(config, 4)
+    assert any(state["skipped"] for state in states[-1].values())
+    assert server.requests.count("GET /00001.tar") <= 2  # not once a record
+
+
 def test_errors_that_pass_are_tried_again_and_nothing_is_skipped(
     folder: Path, server: Server, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:

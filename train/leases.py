@@ -18,7 +18,7 @@ class Leases:
 
     def __init__(self, folder: Path, timeout_s: float):
         self.folder, self.timeout_s = folder, timeout_s
-        self._owner = f"{socket.gethostname()} {os.getpid()} {_start_time(os.getpid())}"
+        self._owner = f"{_machine()} {os.getpid()} {_start_time(os.getpid())}"
         self._held: set[str] = set()
         self._watched: dict[str, tuple[int, float]] = {}  # name -> its time stamp, since when we see it so
         self._stop = threading.Event()
@@ -76,7 +76,7 @@ class Leases:
             return True
         host, _, process = owner.partition(" ")
         pid, _, started = process.partition(" ")
-        if owner == self._owner or (host == socket.gethostname() and started != _start_time(pid)):
+        if owner == self._owner or (host == _machine() and started != _start_time(pid)):
             return True  # a killed job that is started again on its machine need not wait
         last, since = self._watched.get(name, (None, 0.0))
         if stamp != last:
@@ -89,6 +89,11 @@ class Leases:
             for name in list(self._held):
                 with contextlib.suppress(OSError):
                     os.utime(self._path(name))
+
+
+def _machine() -> str:
+    """Name what process numbers are valid in: this host, and in a container the container."""
+    return f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def _start_time(pid: int | str) -> str:
