@@ -123,7 +123,8 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
         if spec is not None and manifest.latent_spec not in (None, spec):
             raise ValueError(
                 f"data.sources.{name} holds latents of VAE {manifest.latent_spec.vae_hash}, other sources those of "
-                f"{spec.vae_hash} (or other statistics); encode all sources with one VAE and `stats_from` one of them"
+                f"{spec.vae_hash} (or other statistics); encode all sources with one VAE; where that is so, run the "
+                "train.encode command again with stats_from=FOLDER of another source: it rewrites the manifest alone"
             )
         if manifest.records < config.lanes:
             raise ValueError(
@@ -163,7 +164,7 @@ def source_weights(config: DataConfig, manifests: dict[str, Manifest], patch_siz
             "one of the latter; add such a source, or set data.image_share=null"
         )
     share = config.image_share / most  # of all tokens, in documents with images
-    text_total = sum(weights.values()) - total
+    text_total = sum(weight for name, weight in weights.items() if name not in with_images)
     return {
         name: share * weight / total if name in with_images else (1 - share) * weight / text_total
         for name, weight in weights.items()

@@ -8,6 +8,7 @@ workers (the order would depend on both) and replay on resume (its cost grows wi
 """
 
 import bisect
+import errno
 import logging
 import math
 from collections import Counter
@@ -43,7 +44,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         for step, weight in self.weight_from.items():
-            if not (step.isdecimal() and int(step) > 1 and 0 <= weight < math.inf):
+            if not (step.isdecimal() and step == str(int(step)) and int(step) > 1 and 0 <= weight < math.inf):
                 raise ValueError(f"weight_from: {step}: {weight}: expected a step, 2 or more, and a weight, 0 or more")
         if not 0 <= self.weight < math.inf or not max(self.weight, *self.weight_from.values(), 0.0):
             raise ValueError(f"weight={self.weight}: expected more than 0; leave the source out instead")
@@ -129,6 +130,8 @@ class Source:
                     raise
                 members = read_at(self._reader(shard), span, where)  # it may have been the cache's fault alone
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # this process's fault, and no record's
+                raise
             self.manifest.store.forget()  # a stale handle would fail for ever
             raise BadRecord("unreadable shard", where, error.strerror or str(error)) from None
         finally:
@@ -284,11 +287,17 @@ class Lane:
         return [weight / sum(weights) for weight in weights]
 
     def _settle_accounts(self) -> None:
-        """Begin the accounts anew where weights change, each source owing what it is behind the foremost."""
-        foremost = max(self._ratio(number) for number, weight in enumerate(self._weights) if weight)
-        for cursor, phase, weight in zip(self._cursors, self._phases, self._weights, strict=True):
-            owed = foremost * weight - cursor.tokens - phase if weight else 0.0
+        """Begin the accounts anew where weights change, each source keeping what it is ahead or behind."""
+        accounts = [cursor.tokens + phase for cursor, phase in zip(self._cursors, self._phases, strict=True)]
+        going = [n for n, weight in enumerate(self._weights) if weight and not self._has_ended(n)]
+        total, weights = sum(accounts[n] for n in going), sum(self._weights[n] for n in going)
+        for number, (cursor, phase) in enumerate(zip(self._cursors, self._phases, strict=True)):
+            owed = total * self._weights[number] / weights - accounts[number] if number in going else 0.0
             cursor.tokens = round(-owed - phase)
+
+    def _has_ended(self, number: int) -> bool:
+        source, cursor = self.sources[number], self._cursors[number]
+        return not source.config.repeat and source.position(cursor.epoch, self.number, cursor.ordinal) is None
 
     def _ratio(self, number: int) -> float:
         """Return how far a source is with its share: tokens drawn by weight."""

@@ -4,6 +4,7 @@
 mismatch of tokenizer, VAE or latent grid is refused before the first step and not found in the samples.
 """
 
+import errno
 import hashlib
 import json
 import re
@@ -140,6 +141,8 @@ class Manifest:
         try:
             index = ShardIndex.parse(self.store.read_all(index_name(entry.name)), where, entry.index_crc32)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # this process's fault, and no index's
+                raise
             raise BadRecord("unreadable index", where, error.strerror or str(error)) from None
         if len(index) != entry.records:
             raise BadRecord("unreadable index", where, f"{len(index)} records, the manifest says {entry.records}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.documents import MAX_SEGMENTS
+from data.remote import is_http
 from data.shards import BadRecord, BadRecords, Record, read_shard
 from data.storage import expand, local_copy
 
@@ -24,6 +25,7 @@ TAR, TEXT = ".tar", ".txt"
 SUFFIXES = (TAR, ".jsonl", ".jsonl.gz", ".jsonl.zst", TEXT)
 PICTURES = ("jpg", "jpeg", "png", "webp")
 MAX_TEXT_BYTES = 1 << 26  # of one text; more is no document
+MAX_PICTURES = 1000  # of a document
 MAX_MEMBER_BYTES = 1 << 24  # of a record's .txt or .json; lists in JSON take 25 times their bytes
 _ZST_BYTES = 1024  # fed at once: they may stand for 30,000 times as many
 # What decoding and looking up raise for bytes that hold no text.
@@ -41,12 +43,16 @@ class RawDocument:
 
 def suffix_of(path: str) -> str:
     """Return which of SUFFIXES a path or URL ends in, "" for none."""
-    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.split("?")[0].endswith(s)), "")
+    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if _without_query(path).endswith(s)), "")
 
 
 def input_name(path: str) -> str:
     """Return the file name of a path or URL without its suffix: the name of the shard made of it."""
-    return path.split("?")[0].rsplit("/", 1)[-1].removesuffix(suffix_of(path))
+    return _without_query(path).rsplit("/", 1)[-1].removesuffix(suffix_of(path))
+
+
+def _without_query(path: str) -> str:
+    return path.split("?")[0] if is_http(path) else path
 
 
 def read_raw(file: Path, source: str, bad: BadRecords) -> Iterator[RawDocument]:
@@ -124,9 +130,12 @@ def _segments(listed: Any, record: Record, where: str) -> Iterator[str | bytes]:
         raise BadRecord("undecodable segments", where, "expected a list of texts and images")
     if len(listed) > MAX_SEGMENTS:
         raise BadRecord("too many segments", where, f"{len(listed)}, expected at most {MAX_SEGMENTS}")
+    pictures = 0
     for segment in listed:
         member = segment.get("image") if isinstance(segment, dict) else None
         if isinstance(member, str):
+            if (pictures := pictures + 1) > MAX_PICTURES:
+                raise BadRecord("too many pictures", where, f"more than {MAX_PICTURES}")
             if member.lower() not in record:
                 raise BadRecord("no picture", where, f"no {member!r} among members {sorted(record)}")
             yield record[member.lower()]

@@ -160,7 +160,7 @@ def filesystem(path: str) -> "tuple[AbstractFileSystem, str]":
     """Return fsspec's file system of a URL, and the file's name there; raise ValueError for one it does not know."""
     import fsspec
 
-    _after_fork(os.getpid())
+    _begin_anew_in_children()
     if is_http(path) and (files := _kept.get(os.getpid())) is not None:
         return files, path
     try:
@@ -181,11 +181,11 @@ def filesystem(path: str) -> "tuple[AbstractFileSystem, str]":
 
 
 @lru_cache(1)
-def _after_fork(pid: int) -> None:
-    """Let fsspec begin anew in each process: of its parent's event loop only the memory is left, not the thread."""
+def _begin_anew_in_children() -> None:
+    """Let fsspec begin anew in forked processes: of the parent's event loop only the memory is left, not the thread."""
     import fsspec.asyn
 
-    fsspec.asyn.reset_lock()
+    os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 
 def _version(path: str, stall_s: float) -> FileVersion:

@@ -174,9 +174,10 @@ def index_name(shard: str) -> str:
     return shard + ".idx"
 
 
-def write_shard(path: Path, records: Iterable[Record]) -> None:
+def write_shard(path: Path, records: Iterable[Record]) -> int:
     """Write records as a tar through webdataset: same records, same bytes (times, owners and modes fixed).
 
+    Returns the file's inode, by which it is known from one that another process puts in its place.
     Raises ValueError for a key that would not read back as it is, or that is the same as its predecessor's.
     """
     import webdataset
@@ -192,6 +193,7 @@ def write_shard(path: Path, records: Iterable[Record]) -> None:
                 raise ValueError(f"{path}: key {key!r} repeats, holds a dot or leaves the archive; rename the record")
             writer.write({**record, "__key__": key})
             last = key
+        return os.fstat(file.fileno()).st_ino
 
 
 def index_shard(

@@ -43,8 +43,8 @@ from data.remote import (
 )
 from data.shard_cache import CacheConfig, ShardCache, disk_errors, touch, unlink_if_free, write_at
 
-OPEN_FILES = 256  # descriptors a store keeps
-READERS = 32  # threads that read ahead, for all stores of a process
+OPEN_FILES = 64  # descriptors a store keeps
+READERS = 16  # threads that read ahead, for all stores of a process
 CACHE_PAUSE_S = 600  # without the cache, once its disk has failed
 COPY_PREFIX = "transfusion-copy~"  # of local_copy's files: PREFIX host ~ pid ~ random ~ name
 

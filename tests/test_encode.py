@@ -292,8 +292,8 @@ def test_what_a_kill_can_leave_is_made_whole(
         (["manifest.json"], {}),
         (["manifest.json", "b.tar.json"], {}),
         (["manifest.json", "b.tar.json", "b.tar.idx"], {}),
-        (["manifest.json", "b.tar.json", "b.tar.idx", "b.tar"], {"b.tar.tmp-999": expected["b.tar"][:700]}),
-        (["manifest.json", "b.tar.json"], {"b.tar.json.tmp-999": b"{", "b.tar.idx.tmp-999": b""}),
+        (["manifest.json", "b.tar.json", "b.tar.idx", "b.tar"], {"b.tar.tmp-999-0123abcd": expected["b.tar"][:700]}),
+        (["manifest.json", "b.tar.json"], {"b.tar.json.tmp-999-0123abcd": b"{", "b.tar.idx.tmp-999-0123abcd": b""}),
         (["b.tar"], {}),
         (["a.tar.idx"], {}),
         ([], {"c.tar.json": b"{"}),
@@ -451,6 +451,40 @@ def test_everything_that_the_web_holds_is_counted_and_nothing_leaves_the_folder(
     assert {str(path) for path in tmp_path.rglob("*")} - before == {
         str(tmp_path / "out" / name) for name in ("", "a.tar", "a.tar.idx", "a.tar.json", "manifest.json")
     } - {str(tmp_path / "out") + "/"} | {str(tmp_path / "out")}
+
+
+def test_what_encodes_to_nothing_costs_itself_alone(
+    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blank segments, a picture named too often, a key without end: counted, and the shard is written."""
+    blank = {"__key__": b"blank", "json": b'{"segments": ["  "]}'}
+    many = {"__key__": b"many", "0.png": picture_record(0)["png"]}
+    many["json"] = json.dumps({"segments": [{"image": "0.png"}] * 1001}).encode()
+    records = [picture_record(0), blank, many, {**picture_record(1), "__key__": b"k" * 5000}, picture_record(2)]
+    encode(raw_folder(tmp_path / "raw", {"a": records}), tmp_path / "out", max_bad_fraction=0.7)
+    assert [r["__key__"] for r in encoded_records(tmp_path / "out")] == [b"00000", b"00002"]
+    assert "skipped empty document: 1, oversized record: 1, too many pictures: 1" in capsys.readouterr().out
+
+
+def test_nothing_is_removed_or_overwritten_that_is_not_the_jobs_own(
+    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Inputs named like temporary files, a folder of raw data as output, shards of other inputs, a store as output."""
+    raw = raw_folder(tmp_path / "raw", {"a": [picture_record(0)], "web.tmp-1-0123abcd": [picture_record(1)]})
+    out = tmp_path / "out"
+    assert "web.tmp-1-0123abcd.tar" in encode(raw, out) and len(encoded_records(out)) == 2
+    other = raw_folder(tmp_path / "other", {"a": [picture_record(5)]})
+    before = contents_of(other)
+    with pytest.raises(ValueError, match=r"a.tar is there and was not made by train.encode; choose another folder"):
+        encode(raw / "a.tar", other)
+    assert contents_of(other) == before
+    capsys.readouterr()
+    encode(raw / "a.tar", out)
+    assert "1 shards of other inputs lie in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="output=s3://bucket/x: expected a local or shared folder"):
+        encode(raw, "s3://bucket/x")
+    encode(raw, out, resolution=16)
+    assert "are of another resolution 32 (now 16): making them anew" in capsys.readouterr().out
 
 
 def test_too_many_bad_records_refuse_also_when_the_work_is_done(

@@ -241,6 +241,18 @@ def test_shares_are_exact_to_a_thousandth_after_1000_sequences_and_so_after_a_ch
     assert shares_of(lane, 300)[0] == 0 and shares_of(lane, 1000)[0] == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.parametrize("before", [0.01, 1e-6])
+def test_a_source_that_was_rare_has_its_share_at_once_when_its_weight_grows(mixed: DataConfig, before: float) -> None:
+    """And one that had ended long before does not count."""
+    pairs_, texts_ = mixed.sources.values()
+    ended = replace(texts_, repeat=False)
+    sources = {"pairs": replace(pairs_, weight=before, weight_from={"31": 1}), "texts": replace(texts_, weight=1)}
+    config = replace(mixed, sources={**sources, "ended": ended}, lanes=1, sequence_length=512, order=KEEP_CAPTIONS)
+    _, (lane,) = open_lanes(config)
+    shares_of(lane, 30)
+    assert shares_of(lane, 200)[0] == pytest.approx(0.5, abs=0.02)
+
+
 def test_a_lane_continues_from_its_state_around_a_change_of_weights(mixed: DataConfig) -> None:
     """Also when the change of a step to come was written into the config only after the stop."""
     changed = replace(mixed.sources["pairs"], weight_from={"4": 0.25, "7": 8})

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -685,6 +686,25 @@ def test_no_more_is_held_than_max_ahead(server: Server) -> None:
     assert len(server.requests) == 5
     assert store.read("a", 0, 1) == DATA[:1] and store.read("a", 1, 1) == DATA[1:2]
     assert len(server.requests) == 7
+
+
+def test_many_threads_may_meet_the_first_url_at_once(tmp_path: Path) -> None:
+    """In fresh processes: none takes the event loop away from another."""
+    fsspec_of_threads = (
+        "import sys, threading; from data.remote import filesystem;"
+        "gate, bad = threading.Barrier(16), []\n"
+        "def ask():\n"
+        "    gate.wait()\n"
+        "    try:\n"
+        "        files, _ = filesystem('http://127.0.0.1:9/a')\n"
+        "        assert files.loop.is_running()\n"
+        "    except BaseException as error:\n"
+        "        bad.append(error)\n"
+        "threads = [threading.Thread(target=ask) for _ in range(16)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]; sys.exit(bool(bad) and str(bad))"
+    )
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", fsspec_of_threads], check=True, timeout=60)
 
 
 def test_what_no_reader_has_begun_is_read_at_once(server: Server) -> None:

@@ -9,6 +9,7 @@ in the output folder, skip what is done, take over what the dead left, and the s
 
 import json
 import os
+import re
 import socket
 import time
 import zlib
@@ -21,7 +22,7 @@ from pathlib import Path
 from data.documents import document_sizes
 from data.manifest import FILE_NAME, MAX_NAME_BYTES
 from data.raw import SUFFIXES, TAR, RawDocument, input_name, read_raw, suffix_of
-from data.remote import file_version, shown
+from data.remote import file_version, is_remote, shown
 from data.shards import NAMES_KEPT, BadRecords, Record, index_shard, write_shard
 from data.storage import expand, local_copy
 from train.config import load_config, run_program
@@ -32,7 +33,10 @@ from train.progress import Progress
 from train.sidecar import Sidecar, build_manifest, sidecar_path
 from train.verification import index_folder, verify_folder
 
+LEASES = ".leases"  # folder in the output
+TEMPORARY = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")  # as atomic_write names them
 WAIT_S = 2.0  # between looks at what others work on
+ENOUGH_BAD = 20  # records, after which one file too bad ends a worker; fewer are judged with all files at the end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +87,25 @@ def main(argv: list[str]) -> int | None:
     if config.index:
         index_folder(Path(config.index), config, config.max_bad_fraction)
         return None
+    if is_remote(config.output):
+        raise ValueError(f"output={config.output}: expected a local or shared folder; copy it to the store when done")
     sources, output = expand(config.inputs, SUFFIXES), Path(config.output)
     encoder = Encoder(config, has_pictures=check_inputs(sources, output))
     tasks = list_tasks(encoder, sources, output)
+    say_what_changed(encoder, tasks)
     bad = BadRecords(config.max_bad_fraction)
-    with Leases(output / ".leases", config.lease_timeout_s) as leases, Progress(tasks, bad) as progress:
-        refuse_other_settings(encoder, output, leases)
-        for task in claimed(tasks, leases, progress):
-            encode_file(encoder, task, bad, progress)
-            bad.check()
-        for name in bad.names:
-            print(f"encode: skipped {name}")
-        finish(encoder, tasks, output, leases, bad)
+    try:
+        with Leases(output / LEASES, config.lease_timeout_s) as leases, Progress(tasks, bad) as progress:
+            refuse_other_settings(encoder, output, leases)
+            for task in claimed(tasks, leases, progress):
+                encode_file(encoder, task, bad, progress)
+                if bad.reasons.total() >= ENOUGH_BAD:
+                    bad.check()
+            for name in bad.names:
+                print(f"encode: skipped {name}")
+            finish(encoder, tasks, output, leases, bad)
+    finally:
+        encoder.close()
     return None
 
 
@@ -107,11 +118,21 @@ def check_inputs(sources: Sequence[str], output: Path) -> bool:
     if count > 1:
         raise ValueError(f"two input files are called {name}: their shards would overwrite each other; rename one")
     for source in sources:
-        if len(f"{input_name(source)}.tar".encode()) > MAX_NAME_BYTES:
-            raise ValueError(f"input {shown(source)}: its name is longer than {MAX_NAME_BYTES} bytes; rename it")
+        name = f"{input_name(source)}.tar"
+        if len(os.fsencode(name)) > MAX_NAME_BYTES or name.startswith(".") or not name.isprintable():
+            raise ValueError(
+                f"input {shown(source)!r}: expected a name of at most {MAX_NAME_BYTES} printable bytes that does not "
+                "begin with a dot; rename it"
+            )
         if Path(source).resolve() == (output / f"{input_name(source)}.tar").resolve():
             raise ValueError(f"output={output}: the shard of {source} would overwrite it; choose another folder")
     make_writable(output)
+    is_ours = (output / FILE_NAME).exists() or (output / LEASES).exists() or any(output.glob("*.tar.json"))
+    foreign = [name for name in map(input_name, sources) if not is_ours and (output / f"{name}.tar").exists()]
+    if foreign:
+        raise ValueError(
+            f"output={output}: {foreign[0]}.tar is there and was not made by train.encode; choose another folder"
+        )
     return has_pictures
 
 
@@ -123,6 +144,16 @@ def list_tasks(encoder: Encoder, sources: Sequence[str], output: Path) -> list[T
         Task(source, output / f"{input_name(source)}.tar", version.bytes, encoder.origin(version))
         for source, version in zip(sources, versions, strict=True)
     ]
+
+
+def say_what_changed(encoder: Encoder, tasks: Sequence[Task]) -> None:
+    """Print why shards that are there will be made anew, if any will."""
+    before = next((o for o in (Sidecar.origin_of(task.shard) for task in tasks) if o is not None), {})
+    changed = [
+        f"{name} {before[name]} (now {now})" for name, now in encoder.made_with.items() if before.get(name, now) != now
+    ]
+    if changed:
+        print(f"encode: the shards in {tasks[0].shard.parent} are of another {', '.join(changed)}: making them anew")
 
 
 def refuse_other_settings(encoder: Encoder, output: Path, leases: Leases) -> None:
@@ -157,7 +188,6 @@ def claimed(tasks: Sequence[Task], leases: Leases, progress: Progress) -> Iterat
             if task.sidecar() is None:  # nobody finished it between the two looks
                 yield task
             leases.release(task.name)
-            progress.is_done()
         if others:
             progress.waits_for(len(others))
             time.sleep(WAIT_S)
@@ -185,10 +215,14 @@ def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progres
             raise FileExistsError  # and leave it: made on another machine, its last bits may differ
 
     try:
-        write_shard(shard, records())
+        inode = write_shard(shard, records())
         check = BadRecords(max_fraction=0)
         index = index_shard(shard, document_sizes, check)
+        if shard.stat().st_ino != inode:
+            raise FileExistsError(f"{shard}: another worker wrote it meanwhile; start again")
         check.check(final=True)
+        if encoder.origin(file_version(task.source)) != task.origin:
+            raise ValueError(f"{shown(task.source)} changed while it was encoded; start again")
         sidecar = Sidecar.write(shard, index, task.origin, encoder.latent_sums, of_file)
     except (FileExistsError, FileNotFoundError):  # another worker was faster, and maybe cleaned up already
         if (sidecar := task.sidecar()) is None:
@@ -196,6 +230,7 @@ def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progres
     bad.names += of_file.names[: NAMES_KEPT - len(bad.names)]
     bad.seen += sidecar.seen
     bad.reasons.update(sidecar.skipped)
+    progress.is_done()
 
 
 def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases, mine: BadRecords) -> None:
@@ -212,8 +247,17 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
     bad = BadRecords(mine.max_fraction, sum(sidecar.seen for sidecar in sidecars), skipped, mine.names)
     bad.check(final=True)
     manifest = build_manifest(encoder, sidecars, output)
+    made = {name for task in tasks for name in (task.shard.name, f"{task.shard.name}.idx", f"{task.shard.name}.json")}
     for leftover in output.glob("*.tmp-*"):  # of workers that were killed; whoever still writes finds its shard done
-        leftover.unlink(missing_ok=True)
+        match = TEMPORARY.fullmatch(leftover.name)
+        if match and match[1] in {*made, FILE_NAME}:
+            leftover.unlink(missing_ok=True)
+    others = {path.name for path in output.glob("*.tar.json")} - {sidecar_path(task.shard).name for task in tasks}
+    if others:
+        print(
+            f"encode: {len(others)} shards of other inputs lie in {output} too ({min(others).removesuffix('.json')} "
+            "...) and are not in the manifest: name all inputs of a data set in each call"
+        )
     if encoder.vae is not None:
         print(f"encode: latent statistics: {encoder.stats_source}")
     print(f"encode: {manifest.records} records in {len(manifest.shards)} shards in {output}; skipped {bad.summary()}")

@@ -17,15 +17,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data.documents import encode_record
+from data.documents import decode_document, encode_record
 from data.manifest import FORMAT_VERSION, LatentSpec, LatentSums, Manifest
 from data.pictures import bucket_sizes, decode_picture
 from data.raw import RawDocument
 from data.remote import FileVersion
-from data.shards import BadRecord, BadRecords, Record
+from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record
 from data.tokenizer import Tokenizer
 from model.vae import load_vae, moments, stated_stats, stride_of, vae_hash
 
+MAX_KEY_BYTES = 4096  # of a document, as long as a path may be
 AHEAD = 8  # batches of pictures decoded before the VAE wants them, and documents that may wait for a rare size
 
 
@@ -104,6 +105,10 @@ class Encoder:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.num_threads = config.decode_threads or max(1, cores)
         self._threads = ThreadPoolExecutor(self.num_threads, "decode")
+
+    def close(self) -> None:
+        """Give up pictures that wait to be decoded, so that the process can end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _load_vae(self) -> None:
         config = self.config
@@ -248,10 +253,13 @@ class Encoder:
 
         for document in documents:
             decode = partial(decode_picture, sizes=self.sizes, where=document.where)
-            segments = [s if isinstance(s, str) else self._threads.submit(decode, s) for s in document.segments]
+            pictures = {id(s): s for s in document.segments if isinstance(s, bytes)}  # each once
+            decoding = {key: self._threads.submit(decode, s) for key, s in pictures.items()}
+            segments = [s if isinstance(s, str) else decoding[id(s)] for s in document.segments]
             ahead.append((document, segments))
             futures += sum(isinstance(segment, Future) for segment in segments)
-            while futures > AHEAD * self.config.batch_size or (not futures and ahead):
+            most = AHEAD * self.config.batch_size
+            while futures > most or len(ahead) > 2 * most or (not futures and ahead):
                 if (draft := next_draft()) is not None:
                     yield draft
         while ahead:
@@ -267,9 +275,13 @@ class Encoder:
             if not np.isfinite(segment.moments).all():
                 raise BadRecord("non-finite latents", where)
             segments.append(segment.moments)
+        record = encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode())
+        if len(record["__key__"]) > MAX_KEY_BYTES or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:
+            raise BadRecord("oversized record", where)
+        decode_document(record, where)  # what its index would refuse is counted here
         for picture in draft.pictures:
             self.latent_sums.add(picture.moments)
-        return encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode())
+        return record
 
 
 def _device(name: str) -> torch.device:

@@ -25,7 +25,6 @@ class Leases:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Leases":
-        self.folder.mkdir(exist_ok=True)
         self._thread.start()
         return self
 
@@ -39,8 +38,15 @@ class Leases:
 
     def claim(self, name: str) -> bool:
         """Take the lease of `name` unless somebody who seems alive has it."""
+        for _ in range(100):  # another may leave as the last meanwhile, and take the folder along
+            with contextlib.suppress(FileNotFoundError):
+                return self._claim(name)
+        return False
+
+    def _claim(self, name: str) -> bool:
         path = self._path(name)
-        self.folder.mkdir(exist_ok=True)  # another may have left as the last
+        with contextlib.suppress(FileExistsError):
+            self.folder.mkdir()
         try:
             with open(path, "x") as file:
                 file.write(self._owner)
@@ -62,7 +68,7 @@ class Leases:
         """Give the lease of `name` back, unless another took it over."""
         self._held.discard(name)
         with contextlib.suppress(OSError):
-            if self._path(name).read_text() == self._owner:
+            if self._path(name).read_text(errors="replace") == self._owner:
                 self._path(name).unlink()
 
     def _path(self, name: str) -> Path:
@@ -71,7 +77,7 @@ class Leases:
     def _is_stale(self, name: str) -> bool:
         path = self._path(name)
         try:
-            owner, stamp = path.read_text(), path.stat().st_mtime_ns
+            owner, stamp = path.read_text(errors="replace"), path.stat().st_mtime_ns
         except OSError:  # released in this moment
             return True
         host, _, process = owner.partition(" ")

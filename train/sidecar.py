@@ -42,13 +42,22 @@ class Sidecar:
             file.write(json.dumps(asdict(sidecar)).encode())
         return sidecar
 
+    @staticmethod
+    def origin_of(shard: Path) -> dict | None:
+        """Return what a shard's sidecar says it was made of, None where there is none."""
+        try:
+            origin = json.loads(sidecar_path(shard).read_text())["origin"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return origin if isinstance(origin, dict) else None
+
     @classmethod
-    def read(cls, shard: Path, origin: dict) -> "Sidecar | None":
-        """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin."""
+    def read(cls, shard: Path, origin: dict | None) -> "Sidecar | None":
+        """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin (None: any)."""
         try:
             fields = json.loads(sidecar_path(shard).read_text())
             sidecar = cls(**{**fields, "entry": ShardEntry(**fields["entry"])})
-            if sidecar.origin != origin:
+            if origin is not None and sidecar.origin != origin:
                 return None
             is_whole = zlib.crc32(index_path(shard).read_bytes()) == sidecar.entry.index_crc32
             return sidecar if is_whole and shard.stat().st_size == sidecar.entry.bytes else None

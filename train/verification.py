@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.documents import ImageSegment, check_document, decode_document, document_sizes
-from data.manifest import FILE_NAME, LatentSums, Manifest
+from data.manifest import LatentSums, Manifest
 from data.raw import TAR
 from data.remote import file_version
 from data.shards import NAMES_KEPT, BadRecord, BadRecords, Record, index_shard, read_at
@@ -94,19 +94,25 @@ def index_folder(folder: Path, config: EncoderConfig, max_bad_fraction: float) -
     shards = [Path(path) for path in expand([str(folder)], (TAR,))]
     encoder = Encoder(config, has_pictures=config.vae is not None)
     sidecars, bad = [], BadRecords(max_bad_fraction)
-    (folder / FILE_NAME).unlink(missing_ok=True)
     for shard in tqdm(shards, desc="index", unit="shard", mininterval=1):
-        origin = {"indexed": True, **encoder.origin(file_version(str(shard)))}
-        sidecar = Sidecar.read(shard, origin)
+        for name, given in encoder.made_with.items():
+            known = (Sidecar.origin_of(shard) or {}).get(name, given)
+            if known != given and name in ("tokenizer", "vae", "resolution"):
+                raise ValueError(f"{shard} was made with {name}={known}, given is {given}: name what it was made with")
+        origin = Sidecar.origin_of(shard) or {"indexed": True, **encoder.origin(file_version(str(shard)))}
+        sidecar = Sidecar.read(shard, None)
         if sidecar is None:
             of_shard, latents = BadRecords(max_fraction=1), LatentSums.none(encoder.channels)
             index = index_shard(shard, partial(_checked_sizes, encoder, latents, shard), of_shard)
+            if not len(index):  # a raw tar, perhaps
+                bad.add(BadRecord("no record of an encoded shard", str(shard), of_shard.summary()))
+                bad.seen += 1
+                continue
             sidecar = Sidecar.write(shard, index, origin, latents, of_shard)
             bad.names += of_shard.names[: NAMES_KEPT - len(bad.names)]
         sidecars.append(sidecar)
         bad.seen += sidecar.seen
         bad.reasons.update(sidecar.skipped)
-        bad.check()
     bad.check(final=True)
     manifest = build_manifest(encoder, sidecars, folder)
     for name in bad.names:
