@@ -156,7 +156,11 @@ def encode_record(key: str, segments: Sequence[np.ndarray], info: bytes) -> Reco
 
 def document_sizes(record: Record) -> tuple[int, list[tuple[int, int]]]:
     """Return (text tokens, latent grid of each image) of an encoded record, as its shard's index keeps them."""
-    document = decode_document(record, record["__key__"].decode())
+    return sizes_of(decode_document(record, record["__key__"].decode()))
+
+
+def sizes_of(document: Document) -> tuple[int, list[tuple[int, int]]]:
+    """Return (text tokens, latent grid of each image) of a document."""
     tokens = sum(len(s.token_ids) for s in document.segments if isinstance(s, TextSegment))
     return tokens, [s.moments.shape[1:] for s in document.segments if isinstance(s, ImageSegment)]
 

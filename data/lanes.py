@@ -23,7 +23,7 @@ from data.documents import OrderConfig, arrange, check_document, decode_document
 from data.manifest import Manifest
 from data.packing import PackedSequence, Piece, lay_out, pack
 from data.remote import shown
-from data.shards import BadRecord, read_at
+from data.shards import BadRecord, Record, read_at
 from data.tokenizer import SpecialIds
 from data.watch import ReadWatch
 
@@ -123,12 +123,7 @@ class Source:
             self.watch.begin("lane %d: index of %s", lane, path)
             span = self._index(shard).spans[record]
             self.watch.begin("lane %d: record %d of %s at byte %d", lane, record, path, span[0])
-            try:
-                members = read_at(self._reader(shard), span, where)
-            except BadRecord:
-                if not self.manifest.store.drop_copy(self.manifest.shards[shard].name):
-                    raise
-                members = read_at(self._reader(shard), span, where)  # it may have been the cache's fault alone
+            members = self._members(shard, span, where)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # this process's fault, and no record's
                 raise
@@ -147,6 +142,14 @@ class Source:
         if (longest := piece.longest_uncut) > settings.sequence_length:
             raise BadRecord("longer than a sequence", where, f"{longest} of {settings.sequence_length} tokens")
         return piece
+
+    def _members(self, shard: int, span: np.ndarray, where: str) -> Record:
+        try:
+            return read_at(self._reader(shard), span, where)
+        except BadRecord:
+            if not self.manifest.store.drop_copy(self.manifest.shards[shard].name):
+                raise
+        return read_at(self._reader(shard), span, where)  # it may have been the cache's fault alone
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the epoch's order of shards [n], the token each starts at and the end [n + 1], each lane's range [L].

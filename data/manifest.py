@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -216,9 +217,6 @@ class Manifest:
 
 def shard_entry(path: Path, index: ShardIndex) -> ShardEntry:
     """Describe a shard whose index is saved beside it."""
-    grids: dict[str, int] = {}
-    for h, w in index.grids.tolist():
-        grids[f"{h}x{w}"] = grids.get(f"{h}x{w}", 0) + 1
     return ShardEntry(
         name=path.name,
         bytes=path.stat().st_size,
@@ -226,5 +224,10 @@ def shard_entry(path: Path, index: ShardIndex) -> ShardEntry:
         records=len(index),
         largest_record=int(index.spans[:, 1].max(initial=0)),
         text_tokens=int(index.text_tokens.sum()),
-        grids=dict(sorted(grids.items())),
+        grids=count_grids(index),
     )
+
+
+def count_grids(index: ShardIndex) -> dict[str, int]:
+    """Return how many images of each latent grid a shard holds, as its entry says it."""
+    return dict(sorted(Counter(f"{h}x{w}" for h, w in index.grids.tolist()).items()))

@@ -9,6 +9,7 @@ Keys are valid UTF-8 and stay inside the archive: no `..`, no leading slash.
 import contextlib
 import io
 import os
+import re
 import secrets
 import struct
 import zipfile
@@ -26,6 +27,7 @@ from data.tar import MAX_RECORD_BYTES, BadRecord, Read, key_of, members, name_pr
 Record = dict[str, bytes]  # extension -> contents, and "__key__" -> the key in UTF-8
 
 NAMES_KEPT = 20  # of bad records
+TEMPORARY_NAME = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")  # of atomic_write's files: NAME.tmp-PID-RANDOM
 NPY_HEADER_BYTES = 128  # that np.save writes before an array of a few dimensions
 _PROBE_BYTES = 1 << 24  # a read of more asks for its last byte first
 # What zipfile and numpy raise for bytes that are no archive of arrays.

@@ -1,5 +1,6 @@
 """Fixtures that many test files share: a tokenizer, and two small encoded data sets. None of them may be changed."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     from tests.runs import DrawingRun
 
 torch.set_num_threads(1)  # tensors are tiny: on busy cores threads only wait for each other
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Pictures this small go faster so, on a busy machine by far; and so the last bits are the same each time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from data.dataset import DataConfig
 from data.documents import document_sizes, encode_record
 from data.lanes import SourceConfig
 from data.manifest import LatentSpec, Manifest, shard_entry
-from data.shards import BadRecords, index_path, index_shard, write_shard
+from data.shards import BadRecords, Record, index_path, index_shard, read_shard, write_shard
 from data.storage import Store
 from data.tokenizer import Tokenizer
 
@@ -100,6 +100,11 @@ def interleaved(
 
 def _segments(content: Content) -> list[np.ndarray]:
     return [part for part in content if part is not None]
+
+
+def encoded_records(folder: Path) -> list[Record]:
+    """Return all records of an encoded data set, in the order of its manifest."""
+    return [r for shard in Manifest.load(folder).shards for r in read_shard(folder / shard.name, BadRecords(0))]
 
 
 def latent_spec(channels: int, vae_hash: str = "a" * 16) -> LatentSpec:

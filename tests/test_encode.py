@@ -14,7 +14,7 @@ import tarfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -30,10 +30,10 @@ from data.documents import TextSegment, decode_document
 from data.lanes import Lane
 from data.manifest import Manifest
 from data.pictures import encode_png, to_unit
-from data.shards import BadRecords, Record, read_at, read_shard, write_shard
+from data.shards import Record, read_at, write_shard
 from data.tokenizer import Tokenizer
 from model.vae import LatentStats, load_vae, moments, vae_hash
-from tests.sources import data_config
+from tests.sources import data_config, encoded_records
 from train.encode import main
 
 Contents = dict[str, bytes]
@@ -66,13 +66,7 @@ def raw_folder(folder: Path, shards: dict[str, list[Record]]) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Pictures this small go faster so, on a busy machine by far."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +98,6 @@ def expected(raw: Path, tokenizer: Tokenizer, vae_folder: Path, tmp_path_factory
 
 def contents_of(folder: Path) -> Contents:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def encoded_records(folder: Path) -> list[Record]:
-    return [r for shard in Manifest.load(folder).shards for r in read_shard(folder / shard.name, BadRecords(0))]
 
 
 # ---- what comes out ----

@@ -4,7 +4,6 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,11 @@ from data.documents import ImageSegment, TextSegment, decode_document
 from data.manifest import Manifest
 from data.packing import lay_out
 from data.pictures import encode_png, from_unit
-from data.shards import BadRecords, Record, read_shard, write_shard
+from data.shards import BadRecords, Record, write_shard
 from data.tokenizer import Tokenizer
 from model.vae import decode, load_vae
 from tests.pages import Page
-from tests.sources import interleaved, latent_spec, make_source
+from tests.sources import encoded_records, interleaved, latent_spec, make_source
 from train.config import options, run_program
 from train.contents import CHARACTERS, PICTURES, EncodedData, Picture, ShownDocument, bins, false_colours, quantiles
 from train.encode import main as encode
@@ -40,18 +39,7 @@ def keys(page: Page) -> list[str]:
     return [re.search(r'<p class="note">(\d+) · ', card.html)[1] for card in page.cards()]
 
 
-def records_of(folder: Path) -> list[Record]:
-    return [
-        record for shard in Manifest.load(folder).shards for record in read_shard(folder / shard.name, BadRecords(0))
-    ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +73,7 @@ def test_pictures_are_what_the_vae_decodes_from_the_posteriors_mean(
     """On the page and in the sheet, against a decode of each picture by itself."""
     page = view(encoded, tmp_path, vae=vae_folder, tokenizer=tokenizer.path, n=6)
     vae = load_vae(vae_folder)
-    records = records_of(encoded)
+    records = encoded_records(encoded)
     expected = []
     for key in keys(page):
         moments = next(
@@ -107,7 +95,7 @@ def test_every_document_has_its_caption_key_shard_grid_and_length(
 ) -> None:
     page = view(encoded, tmp_path, tokenizer=tokenizer.path, n=99)
     assert keys(page) == [f"{i:05d}" for i in range(14)]
-    for number, (card, record) in enumerate(zip(page.cards(), records_of(encoded), strict=True)):
+    for number, (card, record) in enumerate(zip(page.cards(), encoded_records(encoded), strict=True)):
         length = len(lay_out(decode_document(record, ""), tokenizer.special, 2))
         shard = "a" if number < 5 else "b" if number < 8 else "c"
         assert caption(number) in card.text
@@ -158,7 +146,7 @@ def test_without_a_vae_latents_are_shown_in_false_colours_and_it_says_so(
     """Two channels here: the third colour is the mid grey of 0. A cell is as large as its pixels."""
     page = view(pairs_folder, tmp_path, n=60)
     assert "latents in false colours" in page.text and "latents in false colours" in capsys.readouterr().out
-    for card, record in zip(page.cards(), records_of(pairs_folder), strict=True):
+    for card, record in zip(page.cards(), encoded_records(pairs_folder), strict=True):
         moments = decode_document(record, "").segments[-1].moments
         (shown,) = card.pictures()
         assert shown.shape == (8 * moments.shape[1], 8 * moments.shape[2], 3)
@@ -184,7 +172,7 @@ def test_text_alone_shows_its_beginnings_and_no_sheet(
     page = view(texts_folder, tmp_path, tokenizer=tokenizer.path, n=50)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "mine.txt"]
     assert "there is no sheet.png" in page.text and "there is no sheet.png" in capsys.readouterr().out
-    for card, record in zip(page.cards(), records_of(texts_folder), strict=True):
+    for card, record in zip(page.cards(), encoded_records(texts_folder), strict=True):
         (segment,) = decode_document(record, "").segments
         assert (
             tokenizer.decode(segment.token_ids).split() == card.text.split(f"{record['__key__'].decode()} ·")[0].split()
@@ -195,7 +183,7 @@ def test_text_alone_shows_its_beginnings_and_no_sheet(
 
 def test_texts_without_a_tokenizer_are_their_number_of_tokens(texts_folder: Path, tmp_path: Path) -> None:
     page = view(texts_folder, tmp_path, n=50)
-    for card, record in zip(page.cards(), records_of(texts_folder), strict=True):
+    for card, record in zip(page.cards(), encoded_records(texts_folder), strict=True):
         (segment,) = decode_document(record, "").segments
         assert f"[{len(segment.token_ids)} text tokens]" in card.text
 
@@ -223,7 +211,7 @@ def test_interleaved_documents_are_shown_in_order_up_to_a_number_of_pictures(
     make_source(tmp_path / "data", tokenizer, interleaved(30, images=6))
     page = view(tmp_path / "data", tmp_path / "out", tokenizer=tokenizer.path)
     numbers = []
-    for card, record in zip(page.cards(), records_of(tmp_path / "data"), strict=True):
+    for card, record in zip(page.cards(), encoded_records(tmp_path / "data"), strict=True):
         document, pictures, expected = decode_document(record, ""), 0, []
         for segment in document.segments:
             pictures += isinstance(segment, ImageSegment)
@@ -248,7 +236,7 @@ def test_counts_equal_a_slow_count_over_the_records(
     pairs_folder: Path, tmp_path: Path, tokenizer: Tokenizer, patch_size: int
 ) -> None:
     page = view(pairs_folder, tmp_path, n=1, patch_size=patch_size, sequence_length=20)
-    documents = [decode_document(record, "") for record in records_of(pairs_folder)]
+    documents = [decode_document(record, "") for record in encoded_records(pairs_folder)]
     lengths = [len(lay_out(document, tokenizer.special, patch_size)) for document in documents]
     words = [sum(len(s.token_ids) for s in d.segments if isinstance(s, TextSegment)) for d in documents]
     grids = Counter(

@@ -9,7 +9,6 @@ in the output folder, skip what is done, take over what the dead left, and the s
 
 import json
 import os
-import re
 import socket
 import time
 import zlib
@@ -23,7 +22,7 @@ from data.documents import document_sizes
 from data.manifest import FILE_NAME, MAX_NAME_BYTES
 from data.raw import SUFFIXES, TAR, RawDocument, input_name, read_raw, suffix_of
 from data.remote import file_version, is_remote, shown
-from data.shards import NAMES_KEPT, BadRecords, Record, index_shard, write_shard
+from data.shards import NAMES_KEPT, TEMPORARY_NAME, BadRecords, Record, index_shard, write_shard
 from data.storage import expand, local_copy
 from train.config import load_config, run_program
 from train.encoder import Encoder, EncoderConfig
@@ -34,7 +33,6 @@ from train.sidecar import Sidecar, build_manifest, sidecar_path
 from train.verification import index_folder, verify_folder
 
 LEASES = ".leases"  # folder in the output
-TEMPORARY = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")  # as atomic_write names them
 WAIT_S = 2.0  # between looks at what others work on
 ENOUGH_BAD = 20  # records, after which one file too bad ends a worker; fewer are judged with all files at the end
 
@@ -124,7 +122,7 @@ def check_inputs(sources: Sequence[str], output: Path) -> bool:
                 f"input {shown(source)!r}: expected a name of at most {MAX_NAME_BYTES} printable bytes that does not "
                 "begin with a dot; rename it"
             )
-        if Path(source).resolve() == (output / f"{input_name(source)}.tar").resolve():
+        if Path(source).resolve() == (output / name).resolve():
             raise ValueError(f"output={output}: the shard of {source} would overwrite it; choose another folder")
     make_writable(output)
     is_ours = (output / FILE_NAME).exists() or (output / LEASES).exists() or any(output.glob("*.tar.json"))
@@ -148,7 +146,9 @@ def list_tasks(encoder: Encoder, sources: Sequence[str], output: Path) -> list[T
 
 def say_what_changed(encoder: Encoder, tasks: Sequence[Task]) -> None:
     """Print why shards that are there will be made anew, if any will."""
-    before = next((o for o in (Sidecar.origin_of(task.shard) for task in tasks) if o is not None), {})
+    present = {path.name for path in tasks[0].shard.parent.glob("*.tar.json")}
+    made = (Sidecar.origin_of(task.shard) for task in tasks if sidecar_path(task.shard).name in present)
+    before = next((origin for origin in made if origin is not None), {})
     changed = [
         f"{name} {before[name]} (now {now})" for name, now in encoder.made_with.items() if before.get(name, now) != now
     ]
@@ -249,7 +249,7 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
     manifest = build_manifest(encoder, sidecars, output)
     made = {name for task in tasks for name in (task.shard.name, f"{task.shard.name}.idx", f"{task.shard.name}.json")}
     for leftover in output.glob("*.tmp-*"):  # of workers that were killed; whoever still writes finds its shard done
-        match = TEMPORARY.fullmatch(leftover.name)
+        match = TEMPORARY_NAME.fullmatch(leftover.name)
         if match and match[1] in {*made, FILE_NAME}:
             leftover.unlink(missing_ok=True)
     others = {path.name for path in output.glob("*.tar.json")} - {sidecar_path(task.shard).name for task in tasks}
@@ -264,7 +264,7 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
 
 
 def _place() -> float:
-    """Return where among all workers this one is, in [0, 1): by rank and array task where known, else anywhere."""
+    """Return where among all workers this one is, in [0, 1): by rank and array task; 0 for one that knows of none."""
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         first, last = (int(os.environ.get(f"SLURM_ARRAY_TASK_{end}", "0")) for end in ("MIN", "MAX"))

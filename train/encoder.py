@@ -271,10 +271,8 @@ class Encoder:
         for segment in draft.segments:
             if isinstance(segment, str):
                 segments.append(self.tokenizer.encode(segment))
-                continue
-            if not np.isfinite(segment.moments).all():
-                raise BadRecord("non-finite latents", where)
-            segments.append(segment.moments)
+            else:
+                segments.append(segment.moments)
         record = encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode())
         if len(record["__key__"]) > MAX_KEY_BYTES or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:
             raise BadRecord("oversized record", where)

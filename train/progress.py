@@ -31,10 +31,9 @@ class Progress:
         self._pictures = self._texts = 0
         self._start = self._shown = time.monotonic()
         self._interval_s = 1 if sys.stderr.isatty() and len(tasks) < 10_000 else 30  # a look lists the folder
-        bytes_done, self._files_done = self._done()
         self._bar = tqdm(
             desc="encode",
-            initial=bytes_done,
+            initial=self._done()[0],
             total=sum(self._bytes.values()),
             unit="B",
             unit_scale=True,

@@ -52,12 +52,12 @@ class Sidecar:
         return origin if isinstance(origin, dict) else None
 
     @classmethod
-    def read(cls, shard: Path, origin: dict | None) -> "Sidecar | None":
-        """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin (None: any)."""
+    def read(cls, shard: Path, origin: dict) -> "Sidecar | None":
+        """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin."""
         try:
             fields = json.loads(sidecar_path(shard).read_text())
             sidecar = cls(**{**fields, "entry": ShardEntry(**fields["entry"])})
-            if origin is not None and sidecar.origin != origin:
+            if sidecar.origin != origin:
                 return None
             is_whole = zlib.crc32(index_path(shard).read_bytes()) == sidecar.entry.index_crc32
             return sidecar if is_whole and shard.stat().st_size == sidecar.entry.bytes else None

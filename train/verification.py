@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.documents import ImageSegment, check_document, decode_document, document_sizes
-from data.manifest import LatentSums, Manifest
+from data.documents import ImageSegment, check_document, decode_document, sizes_of
+from data.manifest import LatentSums, Manifest, count_grids
 from data.raw import TAR
 from data.remote import file_version
 from data.shards import NAMES_KEPT, BadRecord, BadRecords, Record, index_shard, read_at
@@ -71,17 +71,15 @@ def verify_shard(manifest: Manifest, shard: int, bad: BadRecords) -> None:
         name = f"{where}#{record}"
         try:
             members = read_at(lambda offset, length: manifest.store.read(entry.name, offset, length), span, name)
-            check_document(decode_document(members, name), manifest.vocab_size, channels, name)
-            if document_sizes(members) != (index.text_tokens[record], [tuple(grid) for grid in grids[record].tolist()]):
+            document = decode_document(members, name)
+            check_document(document, manifest.vocab_size, channels, name)
+            if sizes_of(document) != (index.text_tokens[record], [tuple(grid) for grid in grids[record].tolist()]):
                 raise BadRecord("index of another record", name)
         except BadRecord as error:
             bad.add(error)
         except OSError as error:
             bad.add(BadRecord("unreadable shard", name, str(error)))
-    counts: dict[str, int] = {}
-    for h, w in index.grids.tolist():
-        counts[f"{h}x{w}"] = counts.get(f"{h}x{w}", 0) + 1
-    if (int(index.text_tokens.sum()), counts) != (entry.text_tokens, entry.grids):
+    if (int(index.text_tokens.sum()), count_grids(index)) != (entry.text_tokens, entry.grids):
         bad.add(BadRecord("wrong counts", where, "index and manifest differ"))
 
 
@@ -95,12 +93,12 @@ def index_folder(folder: Path, config: EncoderConfig, max_bad_fraction: float) -
     encoder = Encoder(config, has_pictures=config.vae is not None)
     sidecars, bad = [], BadRecords(max_bad_fraction)
     for shard in tqdm(shards, desc="index", unit="shard", mininterval=1):
-        for name, given in encoder.made_with.items():
-            known = (Sidecar.origin_of(shard) or {}).get(name, given)
-            if known != given and name in ("tokenizer", "vae", "resolution"):
-                raise ValueError(f"{shard} was made with {name}={known}, given is {given}: name what it was made with")
         origin = Sidecar.origin_of(shard) or {"indexed": True, **encoder.origin(file_version(str(shard)))}
-        sidecar = Sidecar.read(shard, None)
+        for name in ("tokenizer", "vae", "resolution"):
+            known, given = origin.get(name, encoder.made_with[name]), encoder.made_with[name]
+            if known != given:
+                raise ValueError(f"{shard} was made with {name}={known}, given is {given}: name what it was made with")
+        sidecar = Sidecar.read(shard, origin)
         if sidecar is None:
             of_shard, latents = BadRecords(max_fraction=1), LatentSums.none(encoder.channels)
             index = index_shard(shard, partial(_checked_sizes, encoder, latents, shard), of_shard)
@@ -132,4 +130,4 @@ def _checked_sizes(
     for segment in document.segments:
         if isinstance(segment, ImageSegment):
             latents.add(segment.moments)
-    return document_sizes(record)
+    return sizes_of(document)
