@@ -1,6 +1,8 @@
 """The update against a plain loop in float64, on one rank and on three with uneven shards (P8)."""
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -42,6 +44,33 @@ def test_the_rate_rises_in_a_line_and_falls_as_half_a_cosine() -> None:
     assert learning_rate(5, OptimConfig(warmup_steps=10, steps=5)) == pytest.approx(top / 2), (
         "warm-up longer than the run"
     )
+
+
+def test_wsd_stays_at_the_peak_and_falls_in_its_last_part() -> None:
+    """Closed forms of both shapes; no jump but the decay's own slope; 1 - sqrt falls first, the line evenly."""
+    line = OptimConfig(learning_rate=1.0, min_learning_rate=0.2, warmup_steps=10, steps=100, schedule="wsd")
+    line = replace(line, decay_share=0.4)
+    root = replace(line, decay_shape="sqrt")
+    for step, expected in {5: 0.5, 10: 1.0, 11: 1.0, 60: 1.0, 70: 0.8, 80: 0.6, 100: 0.2, 150: 0.2}.items():
+        assert learning_rate(step, line) == pytest.approx(expected, rel=1e-12), step
+    for step, expected in {10: 1.0, 60: 1.0, 70: 0.6, 90: 1 - 0.8 * math.sqrt(0.75), 100: 0.2}.items():
+        assert learning_rate(step, root) == pytest.approx(expected, rel=1e-12), step
+    rates = [learning_rate(step, line) for step in range(10, 101)]
+    assert max(a - b for a, b in pairwise(rates)) == pytest.approx(0.8 / 40) and sorted(rates, reverse=True) == rates
+
+
+def test_a_wsd_run_prolonged_before_its_decay_is_the_longer_run() -> None:
+    """P10: `steps` may change on resume; so may the whole schedule, as the rate depends on step and config alone."""
+    short = OptimConfig(steps=1000, warmup_steps=100, schedule="wsd", decay_share=0.2)
+    long = replace(short, steps=2000)
+    assert [learning_rate(step, short) for step in range(1, 801)] == [
+        learning_rate(step, long) for step in range(1, 801)
+    ]
+    assert learning_rate(1600, long) == long.learning_rate and learning_rate(2000, long) == long.min_learning_rate
+    warm = replace(short, warmup_steps=900)  # the decay does not begin before the warm-up ends
+    assert learning_rate(900, warm) == warm.learning_rate and learning_rate(950, warm) == pytest.approx(1.575e-4)
+    constant = replace(short, decay_share=0.0)
+    assert {learning_rate(step, constant) for step in range(100, 1001)} == {constant.learning_rate}
 
 
 class Small(nn.Module):
@@ -164,6 +193,7 @@ def test_no_average_is_kept_unless_asked_for() -> None:
         {"min_learning_rate": 1.0},
         {"steps": 0},
         {"warmup_steps": -1},
+        {"decay_share": 1.1},
         {"clip_norm": 0.0},
         {"ema_decay": 1.0},
         {"beta1": 1.0},

@@ -6,6 +6,7 @@ reads the flag on the device. `step` names the batch either way.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,7 +18,10 @@ class OptimConfig:
     learning_rate: float = 3e-4  # peak, > 0
     min_learning_rate: float = 1.5e-5  # at the end of the cosine, in [0, learning_rate]
     warmup_steps: int = 4000  # linear from 0
-    steps: int = 250_000  # updates of the whole run; the cosine ends there
+    steps: int = 250_000  # updates of the whole run; the schedule ends there
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up: half a cosine, or stable and then decay
+    decay_share: float = 0.1  # wsd: the last part of `steps`, in which the rate falls, in [0, 1]
+    decay_shape: Literal["linear", "sqrt"] = "linear"  # wsd: 1 - x or 1 - sqrt(x) of the way down
     beta1: float = 0.9  # in [0, 1)
     beta2: float = 0.95  # in [0, 1)
     eps: float = 1e-8  # AdamW's epsilon, > 0
@@ -37,6 +41,8 @@ class OptimConfig:
                 f"optim.steps={self.steps}, warmup_steps={self.warmup_steps}, clip_norm={self.clip_norm}: expected "
                 "steps >= 1, warmup_steps >= 0, clip_norm > 0"
             )
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(f"optim.decay_share={self.decay_share}: expected a share of the steps, in [0, 1]")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0 and self.weight_decay >= 0):
             raise ValueError(
                 f"optim.beta1={self.beta1}, beta2={self.beta2}, eps={self.eps}, weight_decay={self.weight_decay}: "
@@ -49,12 +55,24 @@ class OptimConfig:
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
-    """Return the rate of the step-th update (from 1): linear warm-up, then a cosine to the minimum."""
+    """Return the rate of the step-th update (from 1). A pure function, so a resume may change all it depends on.
+
+    A linear warm-up, then either half a cosine to the minimum, or WSD (warm-up, stable, decay; Hu et al. 2024,
+    MiniCPM, arXiv:2404.06395, section 4): the peak, until the last `decay_share` of the steps leads to the minimum in a
+    line or as 1 - sqrt (Hägele et al. 2024, arXiv:2405.18392, section 3). A WSD run whose `steps` are raised before
+    its decay began is the longer run; one raised within the decay returns to the peak.
+    """
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    done = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
-    span = config.learning_rate - config.min_learning_rate
-    return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * done))
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        start = max(start, config.steps * (1 - config.decay_share))
+    done = min(1.0, max(0.0, step - start) / max(1, config.steps - start))
+    if config.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        left = 1 - (math.sqrt(done) if config.decay_shape == "sqrt" else done)
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * left
 
 
 class Optimizer:
