@@ -42,7 +42,7 @@ def settings(run_dir: Path, tokenizer: Tokenizer, sources: dict[str, Path], **ch
         "optim.steps": STEPS,
         "optim.learning_rate": 1e-3,
         "optim.warmup_steps": 2,
-        "optim.ema_decay": 0.9,
+        "optim.ema_half_lives": [7],
         "parallel.dtype": "float32",
         "checkpoint.interval_steps": SAVE_EVERY,
         "log.interval_steps": 1,
@@ -119,7 +119,7 @@ def assert_same_end(run_dir: Path, expected: Path) -> None:
     assert tensors.keys() == other_tensors.keys() and {name.split(".")[0] for name in tensors} == {
         "model",
         "optimizer",
-        "ema",
+        "ema-7",
     }
     assert [name for name, tensor in tensors.items() if not torch.equal(tensor, other_tensors[name])] == []
     assert lanes == other_lanes and meta == other_meta

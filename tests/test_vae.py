@@ -412,7 +412,7 @@ def test_the_discriminator_starts_at_its_step_and_not_before(shards, tmp_path, m
 
 
 def test_the_discriminator_follows_its_own_peak_rate():
-    optim = OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=2, steps=10, ema_decay=0.9)
+    optim = OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=2, steps=10)
     config = VaeLossConfig(gan_weight=0.5, gan_channels=8, gan_learning_rate=2e-4)
     own = CodecLoss(config, optim, None, torch.device("cpu")).optimizer.config
     for step in (1, 2, 5, 10):

@@ -103,7 +103,7 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
     """Read `folder` into the tensors of `state`, in place, whatever world size wrote it.
 
     Give a folder that `latest` or `verify` approved. `state` may hold some of the saved top-level entries (only
-    `ema`, say), each complete. Raises ValueError naming the tensors that do not fit, before any is written.
+    `model`, say), each complete. Raises ValueError naming the tensors that do not fit, before any is written.
     """
     _assert_only_tensors(state)
     index = read_index(folder)
@@ -115,6 +115,11 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
         )
     with _group_of(ranks) as group:
         dcp.load(state, storage_reader=CheckedReader(folder, index), **group)
+
+
+def entries(folder: Path) -> set[str]:
+    """Return the names of the saved top-level entries, such as `model`."""
+    return {name.split(".")[0] for name in read_index(folder).state_dict_metadata}
 
 
 def read_extra(folder: Path, name: str) -> bytes:

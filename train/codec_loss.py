@@ -88,4 +88,4 @@ class CodecLoss:
         """Return the VAE's settings with the discriminator's rate; no average of it is ever read."""
         rate = self.config.gan_learning_rate or optim.learning_rate
         ratio = rate / optim.learning_rate if optim.learning_rate > 0 else 0.0
-        return replace(optim, learning_rate=rate, min_learning_rate=optim.min_learning_rate * ratio, ema_decay=None)
+        return replace(optim, learning_rate=rate, min_learning_rate=optim.min_learning_rate * ratio, ema_half_lives=())

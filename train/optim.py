@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from train.ema import Ema, label
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -27,7 +29,8 @@ class OptimConfig:
     eps: float = 1e-8  # AdamW's epsilon, > 0
     weight_decay: float = 0.1  # on matrices; none on norms, biases and embeddings' vectors of one axis
     clip_norm: float = 1.0  # global gradient norm, > 0
-    ema_decay: float | None = None  # exponential moving average of the weights, in (0, 1); None keeps none
+    # Half-lives of averages of the weights, in updates, >= 1; the first is what previews and weights=auto take.
+    ema_half_lives: tuple[int, ...] = ()
     max_nonfinite_in_a_row: int = 5  # skipped updates in a row after which the next log row stops the run, >= 1
 
     def __post_init__(self) -> None:
@@ -50,8 +53,13 @@ class OptimConfig:
             )
         if self.max_nonfinite_in_a_row < 1:
             raise ValueError(f"optim.max_nonfinite_in_a_row={self.max_nonfinite_in_a_row}: expected at least 1")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"optim.ema_decay={self.ema_decay}: expected in (0, 1), or null for no EMA")
+        if min(self.ema_half_lives, default=1) < 1 or len(set(self.ema_half_lives)) < len(self.ema_half_lives):
+            raise ValueError(f"optim.ema_half_lives={self.ema_half_lives}: expected different numbers of 1 or more")
+
+    @property
+    def weights(self) -> list[str]:
+        """The names of all weights that a run keeps, the preferred ones first."""
+        return [*(label(half_life) for half_life in self.ema_half_lives), "model"]
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
@@ -76,7 +84,7 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 
 
 class Optimizer:
-    """AdamW and the EMA of one model's (sharded) parameters."""
+    """AdamW and the averages of one model's (sharded) parameters."""
 
     def __init__(self, model: nn.Module, config: OptimConfig):
         self.config = config
@@ -91,9 +99,7 @@ class Optimizer:
             eps=config.eps,
             fused=True,
         )
-        self.ema: dict[str, torch.Tensor] | None = None
-        if config.ema_decay is not None:
-            self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.emas = {label(half_life): Ema(self.parameters, half_life) for half_life in config.ema_half_lives}
         device = next(iter(self.parameters.values())).device
         self.nonfinite = torch.zeros(2, device=device)  # updates skipped: in all, in a row
 
@@ -112,18 +118,12 @@ class Optimizer:
         self.adamw.found_inf = skip  # read by the fused kernel
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        self._average(1.0 - skip)
         self.nonfinite += skip
         self.nonfinite[1] *= skip
+        for ema in self.emas.values():
+            ema.update(self.parameters, step - self.nonfinite[0], keep=1.0 - skip)
         return norm
 
-    def _average(self, keep: torch.Tensor) -> None:
-        if self.ema is None:
-            return
-        weight = (1.0 - self.config.ema_decay) * keep
-        averages = [_local(self.ema[name]) for name in self.parameters]
-        torch._foreach_lerp_(averages, [_local(p) for p in self.parameters.values()], [weight] * len(averages))
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    def preferred_weights(self) -> dict[str, torch.Tensor]:
+        """Return what weights=auto stands for: the first average, without any the weights in training."""
+        return next((ema.weights for ema in self.emas.values()), self.parameters)

@@ -1,4 +1,4 @@
-"""Sample pictures every so often, from the weights in training (their EMA if there is one)."""
+"""Sample pictures every so often, from the weights in training (their first EMA if there is one)."""
 
 from data.dataset import DataSet
 from data.shards import atomic_write
@@ -37,7 +37,7 @@ class Previews:
 
     def make(self, optimizer: Optimizer, step: int) -> None:
         """Save a sheet of the prompts' pictures. Collective; the random state of training is not touched."""
-        weights = gather_weights(optimizer.ema or optimizer.parameters, keep=self.ranks.is_first)
+        weights = gather_weights(optimizer.preferred_weights(), keep=self.ranks.is_first)
         if self._generation is None:
             return
         self._generation.model.load_state_dict(weights)
