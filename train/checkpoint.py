@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +62,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint was not written, on any rank; those saved before are unharmed."""
 
 
-def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Return the tensors of model and optimizer under parameter names, which hold for every world size.
+def training_state(
+    model: torch.nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+) -> State:
+    """Return the tensors of model and optimizers under parameter names, which hold for every world size.
 
     They are the live tensors: loading into them is loading. An optimizer that has not stepped gets its state first.
     Its hyper-parameters are not part: they come from the config, so a resume may change them.
     """
-    optimizer_state = get_optimizer_state_dict(model, optimizer)["state"]
+    optimizer_state = get_optimizer_state_dict(model, optimizers)["state"]
     return {"model": get_model_state_dict(model), "optimizer": optimizer_state}
 
 

@@ -1,22 +1,29 @@
-"""The update: clip, learning rate, AdamW, EMA on local shards. No host waits for the device here.
+"""The update: clip, learning rate, AdamW or Muon, EMAs on local shards. No host waits for the device here.
 
-A non-finite gradient norm skips the update and the EMA on every rank alike (P8): the norm is global, and fused AdamW
-reads the flag on the device. `step` names the batch either way.
+A non-finite gradient norm skips the update and the EMAs on every rank alike (P8): the norm is global, and the
+optimizers read the flag on the device. `step` names the batch either way.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from train import muon
+from train.adamw import BFloat16AdamW
 from train.ema import Ema, label
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    # adamw: for all; muon: for the blocks' matrices, AdamW for the rest, both at the same rate.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    # Format of the moments at rest; bfloat16 halves them, with unbiased rounding, and makes the update slower.
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
     learning_rate: float = 3e-4  # peak, > 0
     min_learning_rate: float = 1.5e-5  # at the end of the cosine, in [0, learning_rate]
     warmup_steps: int = 4000  # linear from 0
@@ -27,6 +34,7 @@ class OptimConfig:
     beta1: float = 0.9  # in [0, 1)
     beta2: float = 0.95  # in [0, 1)
     eps: float = 1e-8  # AdamW's epsilon, > 0
+    momentum: float = 0.95  # Muon's, in [0, 1)
     weight_decay: float = 0.1  # on matrices; none on norms, biases and embeddings' vectors of one axis
     clip_norm: float = 1.0  # global gradient norm, > 0
     # Half-lives of averages of the weights, in updates, >= 1; the first is what previews and weights=auto take.
@@ -46,10 +54,11 @@ class OptimConfig:
             )
         if not 0 <= self.decay_share <= 1:
             raise ValueError(f"optim.decay_share={self.decay_share}: expected a share of the steps, in [0, 1]")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0 and self.weight_decay >= 0):
+        betas_fit = all(0 <= beta < 1 for beta in (self.beta1, self.beta2, self.momentum))
+        if not (betas_fit and self.eps > 0 and self.weight_decay >= 0):
             raise ValueError(
-                f"optim.beta1={self.beta1}, beta2={self.beta2}, eps={self.eps}, weight_decay={self.weight_decay}: "
-                "expected betas in [0, 1), eps > 0, weight_decay >= 0"
+                f"optim.beta1={self.beta1}, beta2={self.beta2}, momentum={self.momentum}, eps={self.eps}, weight_decay="
+                f"{self.weight_decay}: expected betas and momentum in [0, 1), eps > 0, weight_decay >= 0"
             )
         if self.max_nonfinite_in_a_row < 1:
             raise ValueError(f"optim.max_nonfinite_in_a_row={self.max_nonfinite_in_a_row}: expected at least 1")
@@ -84,21 +93,26 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 
 
 class Optimizer:
-    """AdamW and the averages of one model's (sharded) parameters."""
+    """AdamW, perhaps Muon, and the averages of one model's (sharded) parameters."""
 
     def __init__(self, model: nn.Module, config: OptimConfig):
         self.config = config
         self.parameters = dict(model.named_parameters())
-        matrices = [p for p in self.parameters.values() if p.ndim > 1]
-        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=torch.tensor(0.0),  # set before each update
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        blocks = muon.matrices(model) if config.optimizer == "muon" else {}
+        rest = [p for p in self.parameters.values() if p not in blocks]
+        groups = [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        low = config.state_dtype == "bfloat16"
+        adamw = BFloat16AdamW if low else partial(torch.optim.AdamW, fused=True)
+        rate = torch.tensor(0.0)  # on the CPU, set before each update
+        groups = [group for group in groups if group["params"]]
+        self.adamw = adamw(groups, lr=rate, betas=(config.beta1, config.beta2), eps=config.eps)
+        self.parts: list[torch.optim.Optimizer] = [self.adamw]
+        if blocks:
+            settings = {"lr": rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
+            self.parts.append(muon.Muon(blocks, torch.bfloat16 if low else torch.float32, **settings))
         self.emas = {label(half_life): Ema(self.parameters, half_life) for half_life in config.ema_half_lives}
         device = next(iter(self.parameters.values())).device
         self.nonfinite = torch.zeros(2, device=device)  # updates skipped: in all, in a row
@@ -112,12 +126,13 @@ class Optimizer:
             norm = norm.full_tensor()  # sums over the mesh; every rank takes part
         finite = torch.isfinite(norm)
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm, foreach=True)
-        for group in self.adamw.param_groups:
-            group["lr"].fill_(learning_rate(step, self.config))
         skip = (~finite).to(torch.float32)
-        self.adamw.found_inf = skip  # read by the fused kernel
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"].fill_(learning_rate(step, self.config))
+            part.found_inf, part.batch = skip, step
+            part.step()
+            part.zero_grad(set_to_none=True)
         self.nonfinite += skip
         self.nonfinite[1] *= skip
         for ema in self.emas.values():

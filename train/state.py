@@ -90,7 +90,7 @@ class TrainState:
         self.lane_states = {int(lane): state for lane, state in lanes.items()}
 
     def _tensors(self) -> checkpoint.State:
-        state = checkpoint.training_state(self.model, self.optimizer.adamw)
+        state = checkpoint.training_state(self.model, self.optimizer.parts)
         for name, ema in self.optimizer.emas.items():
             state[name] = {plain_name(parameter): tensor for parameter, tensor in ema.weights.items()}
         return state
@@ -106,6 +106,7 @@ def fingerprint(config: PretrainConfig, data: DataSet, step: int) -> dict[str, s
         "vae": spec.vae_hash if spec is not None else "none",
         **{f"model.transformer.{name}": str(value) for name, value in model.pop("transformer").items()},
         **{f"model.{name}": str(value) for name, value in model.items()},
+        **{f"optim.{name}": getattr(config.optim, name) for name in ("optimizer", "state_dtype")},
         "diffusion.num_timesteps": str(config.diffusion.num_timesteps),
         "diffusion.prediction": config.diffusion.prediction,
     }

@@ -77,8 +77,11 @@ class VaeTrainConfig:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected a share in [0, 1]")
         if self.seed < 0 or self.timeout_minutes <= 0:
             raise ValueError(f"seed={self.seed}, timeout_minutes={self.timeout_minutes}: expected >= 0 and > 0")
-        if self.optim.ema_half_lives:
-            raise ValueError(f"optim.ema_half_lives={self.optim.ema_half_lives}: expected none; a VAE keeps no average")
+        if self.optim.ema_half_lives or self.optim.optimizer != "adamw":
+            raise ValueError(
+                f"optim.ema_half_lives={self.optim.ema_half_lives}, optimizer={self.optim.optimizer}: expected none "
+                "and adamw; a VAE keeps no average and has no blocks for Muon"
+            )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device}: expected auto, cpu or cuda")
 
