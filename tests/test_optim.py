@@ -220,6 +220,7 @@ def test_without_an_average_the_weights_in_training_are_preferred_else_the_first
         {"ema_half_lives": (0,)},
         {"ema_half_lives": (3, 3)},
         {"beta1": 1.0},
+        {"momentum": 1.0},
         {"eps": 0.0},
         {"max_nonfinite_in_a_row": 0},
     ],

@@ -116,6 +116,9 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_name_on_every_rank(config:
         ("width was 32, is 64", "qk_norm was False, is True", "latent_channels was 2, is 4"): replace(
             config, model=wide
         ),
+        ("optim.optimizer was adamw, is muon", "optim.state_dtype was float32, is bfloat16"): replace(
+            config, optim=replace(config.optim, optimizer="muon", state_dtype="bfloat16")
+        ),
     }
     for of_rank in run_ranks(_refusals, 2, config, list(changed.values())):
         for message, words in zip(of_rank, changed, strict=True):

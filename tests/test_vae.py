@@ -491,6 +491,11 @@ def test_bad_input_is_refused_with_a_message(shards, tmp_path):
         (arguments(tmp_path / "empty", tmp_path / "v"), r"no \.tar files"),
         (arguments(tmp_path / "nowhere", tmp_path / "v"), "does not exist"),
         (arguments(shards, tmp_path / "v", resolution=30), "multiple of the stride 4"),
+        (
+            arguments(shards, tmp_path / "v", **{"optim.ema_half_lives": [9]}),
+            r"ema_half_lives=\(9,\).*keeps no average",
+        ),
+        (arguments(shards, tmp_path / "v", **{"optim.optimizer": "muon"}), "optimizer=muon.*no blocks for Muon"),
         (arguments(shards, tmp_path / "v", **{"model.norm_groups": 3}), "multiple of norm_groups"),
         (arguments(shards, tmp_path / "v", **{"loss.id_weight": 0.2}), r"loss\.id_weight=0\.2: .* not implemented"),
         (arguments(shards, tmp_path / "v", resolution=16, **{"loss.gan_weight": 0.5}), "the loss needs 24 pixels"),
