@@ -26,7 +26,7 @@ from train.distributed import DIED, Ballot, PendingVote, Ranks, Vote, init_ranks
 from train.flops import Flops
 from train.metrics import Console, Interval, MetricsLog
 from train.optim import Optimizer, learning_rate
-from train.parallelize import initialize, parallelize
+from train.parallelize import initialize, parallelize, set_micro_step
 from train.previews import Previews
 from train.recipe import PretrainConfig
 from train.run_folder import RunFolder, RunTakenOver, write_durably
@@ -218,7 +218,8 @@ def run_step(
 ) -> tuple[list[StepLoss], torch.Tensor]:
     """Make the update of one step and count it; return the micro-batches' losses and the gradient norm. Collective."""
     losses = []
-    for micro_batch in batch.micro_batches:
+    for number, micro_batch in enumerate(batch.micro_batches, start=1):
+        set_micro_step(state.model, config.parallel, is_last=number == len(batch.micro_batches))
         loss = micro_step(
             state.model,
             micro_batch.to(device),
