@@ -28,6 +28,7 @@ from train.metrics import Console, Interval, MetricsLog
 from train.optim import Optimizer, learning_rate
 from train.parallelize import initialize, parallelize, set_micro_step
 from train.previews import Previews
+from train.profile import Profiler
 from train.recipe import PretrainConfig
 from train.run_folder import RunFolder, RunTakenOver, write_durably
 from train.signals import StopKind, StopSignal, shield_worker
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> int | None:
         state, origin = start_or_resume(config, data, folder, ranks)
         log = MetricsLog(config.log, folder, ranks, asdict(config))
         previews = Previews(config, data, ranks, folder, log)
+        profiler = Profiler(config.profile, folder.path, ranks)
         loader = Loader(
             data,
             config.data,
@@ -82,7 +84,7 @@ def main(argv: list[str]) -> int | None:
             )
         with last_words(ranks, lambda: f"step {state.progress.step + 1}"):
             try:
-                status = train(config, state, loader, ranks, folder, log, previews, stop)
+                status = train(config, state, loader, ranks, folder, log, previews, profiler, stop)
             except (CannotGoOn, CheckpointError, RunTakenOver) as error:  # raised on every rank alike
                 status = DIED
                 if ranks.is_first:
@@ -132,6 +134,7 @@ def train(
     folder: RunFolder,
     log: MetricsLog,
     previews: Previews,
+    profiler: Profiler,
     stop: StopSignal,
 ) -> int:
     """Run steps until the last, a stop signal or the end of the data; save; return the exit status."""
@@ -152,6 +155,7 @@ def train(
 
     try:
         while progress.step < last:
+            profiler.before(progress.step + 1)
             batch, vote, data_wait_s = next_batch(loader, ranks, stop)
             if vote.stop != StopKind.NONE:
                 why, status = f"stopped by {stop.name or 'a peer'}", vote.stop.exit_code
@@ -161,6 +165,7 @@ def train(
                 break
             check_skipped(config, vote, batch, ranks)
             losses, grad_norm = run_step(config, state, batch, vote, stats, ranks.device)
+            profiler.after(progress.step)
             interval.add(batch, losses, vote, data_wait_s, grad_norm)
             if progress.step % config.log.interval_steps == 0:
                 write_row(config, state, interval, log, console)
@@ -168,6 +173,7 @@ def train(
                 previews.make(state.optimizer, progress.step)
             if progress.step % config.checkpoint.interval_steps == 0:
                 save()
+        profiler.close()
         if interval.num_steps:
             write_row(config, state, interval, log, console)
     except CannotGoOn:

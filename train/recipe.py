@@ -15,6 +15,7 @@ from train.distributed import Device
 from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.parallelize import ParallelConfig
+from train.profile import ProfileConfig
 from train.step import LossConfig
 
 
@@ -48,6 +49,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1:
