@@ -285,7 +285,6 @@ def test_checkpointing_trades_memory_for_time_bit_for_bit(tokenizer: Tokenizer, 
     settings = data_config(tokenizer, {"pairs": pairs_folder}, lanes=2, sequence_length=256)
     (found,) = run_ranks(_kept_for_backward, 1, settings)
     (none, grads), (selective, _), (full, _) = (found[choice] for choice in ("none", "selective", "full"))
-    print(none, selective, full)
     assert full < 0.5 * selective and selective < 0.7 * none
     for choice in ("selective", "full"):
         assert [name for name, grad in found[choice][1].items() if not torch.equal(grad, grads[name])] == []

@@ -1,10 +1,11 @@
 """Parallelism, applied from outside and block by block: activation checkpointing -> compile -> fully_shard.
 
 The model does not know its ranks. It is built on the meta device, sharded, and only then given memory, so no rank
-ever holds more than one full parameter; each is drawn on the CPU from (seed, name), so every world size starts alike.
+ever holds a full copy; each parameter is drawn on the CPU from (seed, name), so every world size starts alike.
 Ranks form a mesh dp_replicate x dp_shard: neighbours share one copy of the states, gradients are summed over all.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from model.transfusion import initial_value, parameter_generator
+from model.transfusion import initial_pieces, parameter_generator
 from model.unet import ResidualBlock
 from train.distributed import Ranks
 
@@ -168,19 +170,28 @@ def _what_to_keep(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPol
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+@torch.no_grad()
 def initialize(model: nn.Module, seed: int, device: torch.device) -> None:
-    """Give a sharded meta-device model memory and its initial weights, the same for every world size (P3)."""
+    """Give a sharded meta-device model memory and its initial weights, the same for every world size (P3).
+
+    Every rank draws each parameter up to the end of its own rows and keeps those; it never holds more of the rest
+    than a piece, so that the ranks of a machine together stay far below one copy of the model.
+    """
     model.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            name = plain_name(name)
-            generator = parameter_generator(seed, name)
-            full = initial_value(name, tuple(parameter.shape), model.config, generator).to(device)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                # src_data_rank=None: each rank cuts its own slice, nothing is sent
-                full = distribute_tensor(full, mesh, placements, src_data_rank=None)
-            parameter.copy_(full)
+    for name, parameter in model.named_parameters():
+        local, first, name = parameter.detach(), 0, plain_name(name)  # first: flat index of this rank's first element
+        if isinstance(parameter, DTensor):
+            _, rows = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            local, first = local.to_local(), rows[0] * math.prod(parameter.shape[1:])
+        local, start = local.view(-1), -first  # start: of the next piece, within `local`
+        for piece in initial_pieces(name, tuple(parameter.shape), model.config, parameter_generator(seed, name)):
+            mine = piece[max(0, -start) : max(0, len(local) - start)]
+            local[max(0, start) :][: len(mine)] = mine
+            start += len(piece)
+            if start >= len(local):
+                break
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
