@@ -138,6 +138,13 @@ def set_micro_step(model: FSDPModule, config: ParallelConfig, *, is_last: bool) 
     model.set_reshard_after_backward(is_last, recurse=config.reshard_after_forward is False)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what a forward without a backward has left gathered: until then states would be looked for in vain."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _recomputed(module: nn.Module, selective: bool) -> nn.Module:
     """Return `module` wrapped so that backward recomputes it. Nothing in it draws: no random state to restore."""
     if not selective:
