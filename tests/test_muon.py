@@ -100,8 +100,8 @@ def _by_hand() -> dict[str, torch.Tensor]:
         rate = learning_rate(step, CONFIG)
         for name, weight in weights.items():
             grad = grads[name].double() * min(1.0, CONFIG.clip_norm / norm)
-            momentum[name] = CONFIG.momentum * momentum[name] + (1 - CONFIG.momentum) * grad
-            ahead = CONFIG.momentum * momentum[name] + (1 - CONFIG.momentum) * grad  # Nesterov
+            momentum[name] = CONFIG.muon_momentum * momentum[name] + (1 - CONFIG.muon_momentum) * grad
+            ahead = CONFIG.muon_momentum * momentum[name] + (1 - CONFIG.muon_momentum) * grad  # Nesterov
             updates = [0.2 * max(part.shape) ** 0.5 * by_singular_values(part) for part in ahead.split(parts[name])]
             weights[name] = weight - rate * (CONFIG.weight_decay * weight + torch.cat(updates))
     return weights
