@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tests.ranks import run_ranks
 from train.adamw import MOMENTS, BFloat16AdamW
 from train.distributed import Ranks
+from train.guard import GuardConfig
 from train.optim import OptimConfig, Optimizer
 from train.parallelize import gather_weights
 from train.rounding import stochastic_bfloat16
@@ -69,7 +70,7 @@ def _train(ranks: Ranks, sharded: bool, config: OptimConfig) -> list[dict[str, t
     model = Small()
     if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (ranks.world_size,)))
-    optimizer, history = Optimizer(model, config), []
+    optimizer, history = Optimizer(model, config, GuardConfig()), []
     for step in range(1, config.steps + 1):
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():

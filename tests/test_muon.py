@@ -16,6 +16,7 @@ from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from tests.ranks import run_ranks
 from tests.runs import assert_same_end, finish, saved_state, settings
 from train.distributed import Ranks
+from train.guard import GuardConfig
 from train.muon import COEFFICIENTS, matrices, newton_schulz
 from train.optim import OptimConfig, Optimizer, learning_rate
 from train.parallelize import gather_weights
@@ -66,7 +67,8 @@ def test_one_learning_rate_serves_both_as_an_update_has_adamws_size() -> None:
     model = Transfusion(TransfusionConfig(transformer=TransformerConfig(width=64, layers=1, heads=2)), 20)
     init_weights(model, 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = Optimizer(model, OptimConfig(optimizer="muon", learning_rate=1e-3, weight_decay=0.0, warmup_steps=0))
+    config = OptimConfig(optimizer="muon", learning_rate=1e-3, weight_decay=0.0, warmup_steps=0)
+    optimizer = Optimizer(model, config, GuardConfig())
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     optimizer.update(1)
@@ -117,7 +119,7 @@ def _train(ranks: Ranks, mesh_shape: tuple[int, ...] | None, config: OptimConfig
         for block in model.transformer.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer, history, shapes = Optimizer(model, config), [], Transfusion(MODEL, 20)
+    optimizer, history, shapes = Optimizer(model, config, GuardConfig()), [], Transfusion(MODEL, 20)
     for step in range(1, config.steps + 1):
         for name, grad in _gradients(step, shapes).items():
             p = optimizer.parameters[name]

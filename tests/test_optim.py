@@ -18,6 +18,7 @@ from model.transfusion import Transfusion, TransfusionConfig
 from tests.ranks import run_ranks
 from train.distributed import Ranks
 from train.ema import choose
+from train.guard import GuardConfig
 from train.optim import OptimConfig, Optimizer, learning_rate
 from train.parallelize import gather_weights
 
@@ -136,7 +137,7 @@ def _run_optimizer(ranks: Ranks, sharded: bool) -> list[tuple[dict, dict, float,
         mesh = init_device_mesh("cpu", (ranks.world_size,))
         fully_shard(model.linear, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = Optimizer(model, CONFIG)
+    optimizer = Optimizer(model, CONFIG, GuardConfig())
     history = []
     for step in range(1, CONFIG.steps + 1):
         for name, p in model.named_parameters():
@@ -150,7 +151,7 @@ def _run_optimizer(ranks: Ranks, sharded: bool) -> list[tuple[dict, dict, float,
         for label, ema in optimizer.emas.items():
             average |= {f"{label}.{name}": mean for name, mean in gather_weights(ema.weights).items()}
         counted = optimizer.adamw.state[model.linear.weight]["step"].item()
-        history.append((weights, average, norm.item(), optimizer.nonfinite.tolist(), counted))
+        history.append((weights, average, norm.item(), optimizer.guard.counts[:2].tolist(), counted))
     return history
 
 
@@ -181,7 +182,7 @@ def test_norms_and_biases_are_not_decayed_and_matrices_are() -> None:
     )
     model = Transfusion(config, 20)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = Optimizer(model, OptimConfig(warmup_steps=1))
+    optimizer = Optimizer(model, OptimConfig(warmup_steps=1), GuardConfig())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.update(1)
@@ -192,7 +193,8 @@ def test_norms_and_biases_are_not_decayed_and_matrices_are() -> None:
 
 
 def test_without_an_average_the_weights_in_training_are_preferred_else_the_first() -> None:
-    plain, averaged = (Optimizer(Small(), OptimConfig(ema_half_lives=half_lives)) for half_lives in ((), (9, 2)))
+    configs = (OptimConfig(), OptimConfig(ema_half_lives=(9, 2)))
+    plain, averaged = (Optimizer(Small(), config, GuardConfig()) for config in configs)
     assert plain.emas == {} and plain.preferred_weights() is plain.parameters
     assert averaged.preferred_weights() is averaged.emas["ema-9"].weights
     for weights, kept, chosen in [
@@ -223,7 +225,6 @@ def test_without_an_average_the_weights_in_training_are_preferred_else_the_first
         {"muon_momentum": 1.0},
         {"muon_update_rms": 0.0},
         {"eps": 0.0},
-        {"max_nonfinite_in_a_row": 0},
     ],
 )
 def test_impossible_settings_are_refused_by_name(changes: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The update: clip, learning rate, AdamW or Muon, EMAs on local shards. No host waits for the device here.
 
-A non-finite gradient norm skips the update and the EMAs on every rank alike (P8): the norm is global, and the
-optimizers read the flag on the device. `step` names the batch either way.
+A bad gradient norm skips the update and the EMAs on every rank alike (P8): train/guard.py judges, and the optimizers
+read its flag on the device. `step` names the batch either way.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from train import muon
 from train.adamw import BFloat16AdamW
 from train.ema import Ema, label
+from train.guard import Guard, GuardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,6 @@ class OptimConfig:
     clip_norm: float = 1.0  # global gradient norm, > 0
     # Half-lives of averages of the weights, in updates, >= 1; the first is what previews and weights=auto take.
     ema_half_lives: tuple[int, ...] = ()
-    max_nonfinite_in_a_row: int = 5  # skipped updates in a row after which the next log row stops the run, >= 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_learning_rate <= self.learning_rate:
@@ -64,8 +64,6 @@ class OptimConfig:
                 f"muon_update_rms={self.muon_update_rms}, weight_decay={self.weight_decay}: expected betas and "
                 "momentum in [0, 1), eps and muon_update_rms > 0, weight_decay >= 0"
             )
-        if self.max_nonfinite_in_a_row < 1:
-            raise ValueError(f"optim.max_nonfinite_in_a_row={self.max_nonfinite_in_a_row}: expected at least 1")
         if min(self.ema_half_lives, default=1) < 1 or len(set(self.ema_half_lives)) < len(self.ema_half_lives):
             raise ValueError(f"optim.ema_half_lives={self.ema_half_lives}: expected different numbers of 1 or more")
 
@@ -99,7 +97,7 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 class Optimizer:
     """AdamW, perhaps Muon, and the averages of one model's (sharded) parameters."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig):
+    def __init__(self, model: nn.Module, config: OptimConfig, guard: GuardConfig):
         self.config = config
         self.parameters = dict(model.named_parameters())
         blocks = muon.matrices(model) if config.optimizer == "muon" else {}
@@ -120,7 +118,7 @@ class Optimizer:
             self.parts.append(muon.Muon(blocks, torch.bfloat16 if low else torch.float32, **settings))
         self.emas = {label(half_life): Ema(self.parameters, half_life) for half_life in config.ema_half_lives}
         device = next(iter(self.parameters.values())).device
-        self.nonfinite = torch.zeros(2, device=device)  # updates skipped: in all, in a row
+        self.guard = Guard(guard, device)
 
     @torch.no_grad()
     def update(self, step: int) -> torch.Tensor:
@@ -129,19 +127,16 @@ class Optimizer:
         norm = torch.nn.utils.get_total_norm(grads, norm_type=2.0, foreach=True)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()  # sums over the mesh; every rank takes part
-        finite = torch.isfinite(norm)
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm, foreach=True)
-        skip = (~finite).to(torch.float32)
+        skip = self.guard.judge(norm)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"].fill_(learning_rate(step, self.config))
             part.found_inf, part.batch = skip, step
             part.step()
             part.zero_grad(set_to_none=True)
-        self.nonfinite += skip
-        self.nonfinite[1] *= skip
         for ema in self.emas.values():
-            ema.update(self.parameters, step - self.nonfinite[0], keep=1.0 - skip)
+            ema.update(self.parameters, self.guard.good_updates, keep=1.0 - skip)
         return norm
 
     def preferred_weights(self) -> dict[str, torch.Tensor]:
