@@ -17,6 +17,7 @@ from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
 from model.vae import LatentStats
+from train.guard import GuardConfig
 from train.optim import OptimConfig, Optimizer
 from train.step import micro_step
 
@@ -59,7 +60,7 @@ def losses(
     network = Transfusion(model, tokenizer.vocab_size)
     init_weights(network, 0)
     recipe = {"learning_rate": 4e-3, "min_learning_rate": 1e-3, "warmup_steps": 5, "weight_decay": 0.0, **optim}
-    optimizer = Optimizer(network, OptimConfig(steps=steps, **recipe))
+    optimizer = Optimizer(network, OptimConfig(steps=steps, **recipe), GuardConfig())
     stats, found = LatentStats(torch.full((3,), -0.5), torch.full((3,), 0.5)), []
     for step in range(1, steps + 1):
         batch = collate(rows, [draw_images(0, step, lane, row) for lane, row in enumerate(rows)], model.patch_size)
