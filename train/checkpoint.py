@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,10 +133,10 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def verify(folder: Path, ranks: Ranks) -> list[str]:
+def verify(folder: Path, ranks: Ranks, on_read: Callable[[int], object] | None = None) -> list[str]:
     """Return what is wrong with a checkpoint, the same list on every rank; an empty one means intact.
 
-    The files are dealt out to the ranks by size, and each is read once.
+    The files are dealt out to the ranks by size, and each is read once; `on_read` is told how many bytes were.
     """
     problems = []
     try:
@@ -146,7 +146,7 @@ def verify(folder: Path, ranks: Ranks) -> list[str]:
     shares: list[list[WrittenFile]] = [[] for _ in range(ranks.world_size)]
     for file in sorted(listing.values(), key=lambda file: (-file.num_bytes, file.name)):
         min(shares, key=lambda share: sum(file.num_bytes for file in share)).append(file)
-    problems += [problem for file in shares[ranks.rank] if (problem := problem_of(folder, file))]
+    problems += [problem for file in shares[ranks.rank] if (problem := problem_of(folder, file, on_read))]
     return sorted({problem for of_rank in ranks.gather(problems) for problem in of_rank})
 
 
