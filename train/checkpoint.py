@@ -42,6 +42,7 @@ from train.run_folder import RunFolder, RunTakenOver, sync_folder
 log = logging.getLogger(__name__)
 
 State = dict[str, Any]  # nested dicts whose leaves are tensors or DTensors
+META = "meta.json"  # the extra file with counters, fingerprint and metrics
 NAMED_MISFITS = 8  # of those that do not fit, in one message
 
 
@@ -170,14 +171,19 @@ def retain(root: Path, config: CheckpointConfig, ranks: Ranks) -> list[Path]:
 
     Reads back the newest one before it removes anything, so a disk that garbles what it is given costs no good copy.
     """
-    folders, every = ranks.on_first(lambda: saved(root)), config.keep_every_steps
-    surplus = [folder for folder in folders[: -config.keep_last] if not every or step_of(folder) % every]
-    whole = latest(root, ranks) if surplus else None
+    unwanted = ranks.on_first(lambda: surplus(root, config))
+    whole = latest(root, ranks) if unwanted else None
     if whole is None:
         return []
-    removed = [folder for folder in surplus if folder != whole]
+    removed = [folder for folder in unwanted if folder != whole]
     ranks.on_first(lambda: _remove(removed))
     return removed
+
+
+def surplus(root: Path, config: CheckpointConfig) -> list[Path]:
+    """Return the checkpoints under `root` that no rule of `config` keeps, oldest step first."""
+    every = config.keep_every_steps
+    return [folder for folder in saved(root)[: -config.keep_last] if not every or step_of(folder) % every]
 
 
 def clean(root: Path, ranks: Ranks) -> None:
