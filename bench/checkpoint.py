@@ -36,6 +36,7 @@ from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from train.checkpoint import CheckpointConfig
 from train.distributed import Ranks, init_ranks
+from train.guard import GuardConfig
 from train.optim import OptimConfig, Optimizer
 from train.parallelize import ParallelConfig, initialize, parallelize
 from train.run_folder import RunFolder
@@ -108,7 +109,7 @@ class Trainee:
             model = Transfusion(self.config, VOCAB)
         parallelize(model, ParallelConfig(dtype="float32"), ranks)
         initialize(model, 0, ranks.device)
-        optimizer = Optimizer(model, OptimConfig(ema_decay=0.999))
+        optimizer = Optimizer(model, OptimConfig(ema_decay=0.999), GuardConfig())
         data = {"latent_spec": None, "grids": []}
         self.state = TrainState(model, optimizer, lambda step: {}, "", data)
         self.batch, self.ranks = random_batch(options.length, ranks.rank), ranks

@@ -14,6 +14,7 @@ from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from tests.ranks import run_ranks
 from train.distributed import Ranks
+from train.guard import GuardConfig
 from train.optim import OptimConfig, Optimizer, learning_rate
 from train.parallelize import gather_weights
 
@@ -101,7 +102,7 @@ def _run_optimizer(ranks: Ranks, sharded: bool) -> list[tuple[dict, dict, float,
         mesh = init_device_mesh("cpu", (ranks.world_size,))
         fully_shard(model.linear, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = Optimizer(model, CONFIG)
+    optimizer = Optimizer(model, CONFIG, GuardConfig())
     history = []
     for step in range(1, CONFIG.steps + 1):
         for name, p in model.named_parameters():
@@ -113,7 +114,7 @@ def _run_optimizer(ranks: Ranks, sharded: bool) -> list[tuple[dict, dict, float,
         assert all(p.grad is None for p in model.parameters())
         weights, average = gather_weights(optimizer.parameters), gather_weights(optimizer.ema)
         counted = optimizer.adamw.state[model.linear.weight]["step"].item()
-        history.append((weights, average, norm.item(), optimizer.nonfinite.tolist(), counted))
+        history.append((weights, average, norm.item(), optimizer.guard.counts[:2].tolist(), counted))
     return history
 
 
@@ -144,7 +145,7 @@ def test_norms_and_biases_are_not_decayed_and_matrices_are() -> None:
     )
     model = Transfusion(config, 20)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = Optimizer(model, OptimConfig(warmup_steps=1))
+    optimizer = Optimizer(model, OptimConfig(warmup_steps=1), GuardConfig())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.update(1)
@@ -155,7 +156,7 @@ def test_norms_and_biases_are_not_decayed_and_matrices_are() -> None:
 
 
 def test_no_average_is_kept_unless_asked_for() -> None:
-    assert Optimizer(Small(), OptimConfig()).ema is None
+    assert Optimizer(Small(), OptimConfig(), GuardConfig()).ema is None
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,6 @@ def test_no_average_is_kept_unless_asked_for() -> None:
         {"ema_decay": 1.0},
         {"beta1": 1.0},
         {"eps": 0.0},
-        {"max_nonfinite_in_a_row": 0},
     ],
 )
 def test_impossible_settings_are_refused_by_name(changes: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from train.optim import Optimizer
 from train.parallelize import gather_weights, initialize, parallelize
 from train.recipe import PretrainConfig
 from train.run_folder import RunFolder
+from train.saver import Saver
 from train.state import Progress, TrainState, fingerprint
 
 
@@ -33,7 +34,7 @@ def _state(ranks: Ranks, config: PretrainConfig, seed: int) -> tuple[TrainState,
     initialize(model, seed, ranks.device)
     known = {"latent_spec": None, "grids": data.grids}
     meaning = partial(fingerprint, config, data)
-    return TrainState(model, Optimizer(model, config.optim), meaning, to_yaml(config), known), data
+    return TrainState(model, Optimizer(model, config.optim, config.guard), meaning, to_yaml(config), known), data
 
 
 def _everything(state: TrainState) -> dict[str, torch.Tensor]:
@@ -52,14 +53,16 @@ def _save(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor]
         state.optimizer.update(step)
     state.progress = Progress(step=3, tokens_seen=2**40, images_seen=77)
     with RunFolder(config.run_dir, ranks) as folder:
-        state.save(folder, config.checkpoint, ranks)
+        saver = Saver(folder, config.checkpoint, ranks)
+        saver.start(state.snapshot(ranks))
+        saver.settle(tolerate=False)
     return _everything(state), state.lane_states
 
 
 def _load(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], dict[int, dict], Progress, list]:
     state, _ = _state(ranks, config, seed=2)
     state.load(Path(config.run_dir) / "checkpoints" / "step-00000003", ranks)
-    return _everything(state), state.lane_states, state.progress, state.optimizer.nonfinite.tolist()
+    return _everything(state), state.lane_states, state.progress, state.optimizer.guard.counts.tolist()
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def test_everything_a_run_carries_comes_back_on_any_world_size(config: PretrainC
             assert tensors.keys() == expected.keys()
             assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
             assert lane_states == lanes
-            assert progress == Progress(step=3, tokens_seen=2**40, images_seen=77) and nonfinite == [1.0, 0.0]
+            assert progress == Progress(step=3, tokens_seen=2**40, images_seen=77) and nonfinite[:3] == [1, 0, 2]
     folder = Path(config.run_dir) / "checkpoints" / "step-00000003"
     assert json.loads((folder / "meta.json").read_text())["progress"]["step"] == 3
     assert load_config(PretrainConfig, [f"config={folder / 'config.yaml'}"]) == config

@@ -10,6 +10,7 @@ train/checkpoint_storage.py's business. Functions that take `ranks` are collecti
 touch no other group, so a background thread may run `save` and `retain` on staged copies.
 """
 
+import json
 import logging
 import os
 import re
@@ -51,12 +52,21 @@ class CheckpointConfig:
     interval_steps: int = 1000  # steps between saves, >= 1; a stop signal and the end of the run save as well
     keep_last: int = 2  # newest checkpoints to keep, >= 1; the newest that verifies is kept in any case
     keep_every_steps: int | None = None  # also keep for ever those whose step is a multiple of this, >= 1; null: none
+    keep_best: int = 0  # also keep so many with the lowest `best_metric`, >= 0
+    # heldout/NAME/text_loss or image_loss: counts for checkpoints of steps that are evaluated too (`evaluation`)
+    best_metric: str | None = None
+    max_failures_in_a_row: int = 3  # writes in the background that fail before the run stops, >= 1
 
     def __post_init__(self) -> None:
-        for name in ("interval_steps", "keep_last", "keep_every_steps"):
+        for name in ("interval_steps", "keep_last", "keep_every_steps", "max_failures_in_a_row"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name}={value}: expected at least 1")
+        if self.keep_best < 0 or bool(self.keep_best) != (self.best_metric is not None):
+            raise ValueError(
+                f"checkpoint.keep_best={self.keep_best}, best_metric={self.best_metric}: expected 0 and null, or a "
+                "number of checkpoints and the metric that ranks them"
+            )
 
 
 class CheckpointError(RuntimeError):
@@ -182,8 +192,20 @@ def retain(root: Path, config: CheckpointConfig, ranks: Ranks) -> list[Path]:
 
 def surplus(root: Path, config: CheckpointConfig) -> list[Path]:
     """Return the checkpoints under `root` that no rule of `config` keeps, oldest step first."""
-    every = config.keep_every_steps
-    return [folder for folder in saved(root)[: -config.keep_last] if not every or step_of(folder) % every]
+    folders, every = saved(root), config.keep_every_steps
+    scores = {folder: metrics_of(folder).get(config.best_metric) for folder in folders} if config.keep_best else {}
+    measured = sorted((folder for folder, score in scores.items() if score is not None), key=scores.get)
+    best = set(measured[: config.keep_best])
+    older = folders[: -config.keep_last]
+    return [folder for folder in older if folder not in best and (not every or step_of(folder) % every)]
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    """Return what was measured on held-out data at a checkpoint's step; empty where nothing was, or it is damaged."""
+    try:
+        return json.loads(read_extra(folder, META))["metrics"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def clean(root: Path, ranks: Ranks) -> None:

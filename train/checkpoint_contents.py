@@ -136,8 +136,9 @@ class Contents:
 
     folder: Path
     tensors: list[SavedTensor] = field(default_factory=list)
-    progress: dict[str, int] = field(default_factory=dict)
-    skipped_updates: list[float] = field(default_factory=list)  # in all, in a row
+    progress: dict[str, Any] = field(default_factory=dict)
+    guard: list[float] = field(default_factory=list)  # updates skipped, skipped in a row, good, mean gradient norm
+    back_to: int | None = None  # the step that this continuation began at, where it was told to go back to one
     metrics: dict[str, float] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
     lanes: Lanes | None = None
@@ -157,8 +158,8 @@ class Contents:
         """Read a checkpoint; tensors in the files `damaged` are listed and not read. `on_read` is told of bytes."""
         contents = cls(folder)
         meta = contents._json(checkpoint.META, {})
-        contents.progress = dict(meta.get("progress", {}))
-        contents.skipped_updates = list(meta.get("skipped_updates", []))
+        contents.progress, contents.back_to = dict(meta.get("progress", {})), meta.get("back_to")
+        contents.guard = list(meta.get("guard", []))
         contents.metrics, contents.fingerprint = dict(meta.get("metrics", {})), dict(meta.get("fingerprint", {}))
         stored = contents._config()
         contents.config = differences(stored)

@@ -75,7 +75,7 @@ class ListedCheckpoint:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A folder that a start of the run settles."""
+    """A folder that is no checkpoint of the run: no longer, or not yet."""
 
     folder: Path
     num_bytes: int
@@ -143,6 +143,8 @@ def _leftovers(root: Path) -> list[Leftover]:
     for kind, meaning in LEFTOVERS.items():
         for folder in sorted(root.glob(f".{kind}-step-*")):
             found.append(Leftover(folder, _size_on_disk(folder), meaning))
+    for folder in sorted(root.parent.glob("abandoned-*/step-*")) if root.name == "checkpoints" else ():
+        found.append(Leftover(folder, _size_on_disk(folder), "put aside when the run went back to an earlier step"))
     return found
 
 

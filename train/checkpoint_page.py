@@ -36,7 +36,10 @@ def view_checkpoints(path: Path, verify: bool) -> View:
     tables = [("checkpoints", _list(listing))] if listing.checkpoints else []
     sections = [("checkpoints", "Checkpoints", _list(listing).html())] if listing.checkpoints else []
     if listing.leftovers:
-        rows = [[one.folder.name, f"{one.num_bytes / 1e6:,.1f} MB", one.meaning] for one in listing.leftovers]
+        rows = [
+            [str(one.folder.relative_to(listing.run or listing.path)), f"{one.num_bytes / 1e6:,.1f} MB", one.meaning]
+            for one in listing.leftovers
+        ]
         tables.append(("leftovers", Table(["folder", "size", "what it is"], rows, is_text=True)))
         sections.append(("leftovers", "Leftovers", tables[-1][1].html()))
     facts, remarks, record = _facts(listing), _remarks(listing, verify), _record(listing)
@@ -136,10 +139,17 @@ def _record(listing: CheckpointListing) -> dict[str, Any]:
 
 def _counters(contents: Contents) -> dict[str, str]:
     facts = {"described": contents.folder.name}
-    facts |= {name.replace("_", " "): f"{value:,}" for name, value in contents.progress.items()}
-    if contents.skipped_updates:
-        in_all, in_a_row = map(int, contents.skipped_updates)
-        facts["updates skipped"] = f"{in_all:,} for non-finite gradients, the last {in_a_row:,} in a row"
+    progress = dict(contents.progress)
+    excluded = progress.pop("excluded", [])  # [first, last step] each
+    facts |= {name.replace("_", " "): f"{value:,}" for name, value in progress.items()}
+    if contents.back_to is not None:
+        facts["went back"] = f"to step {contents.back_to:,}"
+    if excluded:
+        facts["batches left out"] = "of steps " + ", ".join(f"{first:,} to {last:,}" for first, last in excluded)
+    if contents.guard:
+        skipped, in_a_row, _, mean = contents.guard
+        facts["updates skipped"] = f"{skipped:,.0f} for their gradients, the last {in_a_row:,.0f} in a row"
+        facts["gradient norm"] = f"{mean:.4g} on average"
     facts |= {name: f"{value:.4f}" for name, value in contents.metrics.items()}
     if contents.lanes is not None:
         lanes = contents.lanes
@@ -342,7 +352,8 @@ def _contents_record(contents: Contents) -> dict[str, Any]:
     return {
         "folder": str(contents.folder),
         "progress": contents.progress,
-        "skipped_updates": contents.skipped_updates,
+        "guard": contents.guard,
+        "back_to": contents.back_to,
         "metrics": contents.metrics,
         "entries": numbers(contents.sums(lambda tensor: tensor.entry)),
         "parts": numbers(_weights(contents, MODEL, lambda tensor: tensor.part)),

@@ -1,7 +1,7 @@
 """The update: clip, learning rate, AdamW, EMA on local shards. No host waits for the device here.
 
-A non-finite gradient norm skips the update and the EMA on every rank alike (P8): the norm is global, and fused AdamW
-reads the flag on the device. `step` names the batch either way.
+A bad gradient norm skips the update and the EMA on every rank alike (P8): train/guard.py judges, and fused AdamW reads
+its flag on the device. `step` names the batch either way.
 """
 
 import math
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from train.guard import Guard, GuardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,6 @@ class OptimConfig:
     weight_decay: float = 0.1  # on matrices; none on norms, biases and embeddings' vectors of one axis
     clip_norm: float = 1.0  # global gradient norm, > 0
     ema_decay: float | None = None  # exponential moving average of the weights, in (0, 1); None keeps none
-    max_nonfinite_in_a_row: int = 5  # skipped updates in a row after which the next log row stops the run, >= 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_learning_rate <= self.learning_rate:
@@ -42,8 +43,6 @@ class OptimConfig:
                 f"optim.beta1={self.beta1}, beta2={self.beta2}, eps={self.eps}, weight_decay={self.weight_decay}: "
                 "expected betas in [0, 1), eps > 0, weight_decay >= 0"
             )
-        if self.max_nonfinite_in_a_row < 1:
-            raise ValueError(f"optim.max_nonfinite_in_a_row={self.max_nonfinite_in_a_row}: expected at least 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"optim.ema_decay={self.ema_decay}: expected in (0, 1), or null for no EMA")
 
@@ -60,7 +59,7 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 class Optimizer:
     """AdamW and the EMA of one model's (sharded) parameters."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig):
+    def __init__(self, model: nn.Module, config: OptimConfig, guard: GuardConfig):
         self.config = config
         self.parameters = dict(model.named_parameters())
         matrices = [p for p in self.parameters.values() if p.ndim > 1]
@@ -77,7 +76,7 @@ class Optimizer:
         if config.ema_decay is not None:
             self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
-        self.nonfinite = torch.zeros(2, device=device)  # updates skipped: in all, in a row
+        self.guard = Guard(guard, device)
 
     @torch.no_grad()
     def update(self, step: int) -> torch.Tensor:
@@ -86,17 +85,14 @@ class Optimizer:
         norm = torch.nn.utils.get_total_norm(grads, norm_type=2.0, foreach=True)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()  # sums over the mesh; every rank takes part
-        finite = torch.isfinite(norm)
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm, foreach=True)
         for group in self.adamw.param_groups:
             group["lr"].fill_(learning_rate(step, self.config))
-        skip = (~finite).to(torch.float32)
+        skip = self.guard.judge(norm)
         self.adamw.found_inf = skip  # read by the fused kernel
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         self._average(1.0 - skip)
-        self.nonfinite += skip
-        self.nonfinite[1] *= skip
         return norm
 
     def _average(self, keep: torch.Tensor) -> None:

@@ -84,21 +84,21 @@ class Trained:
         return cls(model, tokenizer, recipe, spec, grids, meta["progress"]["step"], chosen, identity)
 
 
-def find_checkpoint(path: Path, ranks: Ranks) -> Path:
+def find_checkpoint(path: Path, ranks: Ranks, key: str = "checkpoint") -> Path:
     """Return a checkpoint folder from its own path, a run's, or a checkpoints folder's; verified.
 
-    Raises FileNotFoundError where there is none, ValueError where none is whole.
+    Raises FileNotFoundError where there is none, ValueError where none is whole; `key` is the option that named it.
     """
     for root in (path / "checkpoints", path):
         if not (folders := checkpoint.saved(root)):
             continue
         if (newest := checkpoint.latest(root, ranks)) is None:
-            raise ValueError(f"checkpoint={path}: all {len(folders)} checkpoints in it are damaged")
+            raise ValueError(f"{key}={path}: all {len(folders)} checkpoints in it are damaged")
         return newest
     if not (path / LISTING).is_file():
-        raise FileNotFoundError(f"checkpoint={path}: neither a checkpoint, a run folder that holds one, nor an export")
+        raise FileNotFoundError(f"{key}={path}: neither a checkpoint, a run folder that holds one, nor an export")
     if problems := checkpoint.verify(path, ranks):
-        raise ValueError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
+        raise ValueError(f"{key}={path} is damaged: {'; '.join(problems)}")
     return path
 
 
