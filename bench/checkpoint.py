@@ -225,12 +225,14 @@ def summary(rounds: list[dict[str, float]], interval_steps: int) -> dict:
     median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
     between = interval_steps * median["step_s"]
     megabytes = median["bytes"] / 1e6
+    ratios = sorted(one["dd_s"] / one["write_s"] for one in rounds)
     return {
         "stall_s": round(median["stall_s"], 3),
         "stall_share": round(median["stall_s"] / between, 6),
         "slowdown_s": round(median["slowdown_s"], 3),
         "slowdown_share": round(median["slowdown_s"] / between, 6),
         "write_ratio_to_dd": round(median["dd_s"] / median["write_s"], 3),
+        "write_ratio_to_dd_range": [round(ratios[0], 3), round(ratios[-1], 3)],
         "write_ratio_to_dd_idle": round(median["idle_dd_s"] / median["idle_write_s"], 3),
         "write_mb_per_s": round(megabytes / median["write_s"]),
         "dd_mb_per_s": round(megabytes / median["dd_s"]),

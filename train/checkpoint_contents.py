@@ -1,10 +1,12 @@
 """What one checkpoint holds: its entries, weights, counters, lanes and config, read without a model or its ranks.
 
-A tensor is read when its files verified, by itself, and dropped once it is measured: a laptop can look at a 7B run.
+Tensors are read one at a time (in memory: one, and twice a rank's shard of it) and dropped once measured, so a laptop
+can look at a 7B run; those in files that did not verify are not read.
 Damage is no error here but part of the answer: it is named in `problems`, and the rest is read.
 """
 
 import json
+import math
 import re
 import warnings
 from collections import Counter
@@ -26,6 +28,7 @@ from train.checkpoint_storage import CheckedReader, read_index
 from train.estimate import PARTS
 from train.recipe import PretrainConfig
 
+MODEL = "model"  # the entry of the weights that are trained
 PIECE = 1 << 20  # elements measured at once
 DECADES, BINS_A_DECADE = (-8, 2), 8  # of the histograms of magnitudes; what lies beyond counts in the outermost
 NAMES_KEPT = 20  # of skipped documents
@@ -46,7 +49,7 @@ class Sums:
     measured: int = 0  # elements that could be read
     dtypes: set[str] = field(default_factory=set)
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(magnitude_edges().size - 1, np.int64))
-    zeros: int = 0  # not in the histogram
+    zeros: int = 0  # weights that are 0, not in the histogram
 
     @property
     def norm(self) -> float:
@@ -63,24 +66,28 @@ class Sums:
         self.dtypes |= other.dtypes
         self.histogram = self.histogram + other.histogram
 
-    def measure(self, tensor: torch.Tensor) -> None:
-        """Add the values of a tensor, piece by piece."""
+    def measure(self, tensor: torch.Tensor, is_weight: bool) -> None:
+        """Add the values of a tensor, piece by piece; only weights go into the histogram, which costs the most."""
         for piece in tensor.flatten().split(PIECE):
-            is_finite = piece.isfinite()
-            finite = (piece if is_finite.all() else piece[is_finite]).float()
+            values = piece.float()
+            norm = torch.linalg.vector_norm(values, dtype=torch.float64).item()
+            if not math.isfinite(norm):  # in float64 no sum of finite squares is
+                values = values[values.isfinite()]
+                norm = torch.linalg.vector_norm(values, dtype=torch.float64).item()
             self.measured += piece.numel()
-            self.nonfinite += piece.numel() - finite.numel()
-            if not finite.numel():
-                continue
-            self.squares += torch.linalg.vector_norm(finite, dtype=torch.float64).item() ** 2
-            magnitudes = finite.abs()
-            self.largest = max(self.largest, magnitudes.max().item())
-            zeros = finite.numel() - int(finite.count_nonzero())
-            low, high = DECADES
-            exponents = magnitudes.log10_().clamp_(low, high)
-            self.histogram += torch.histc(exponents, self.histogram.size, low, high).long().numpy()
-            self.histogram[0] -= zeros
-            self.zeros += zeros
+            self.nonfinite += piece.numel() - values.numel()
+            self.squares += norm**2
+            if values.numel():
+                self.largest = max(self.largest, torch.linalg.vector_norm(values, torch.inf).item())
+            if is_weight:
+                self._count(values.abs())
+
+    def _count(self, magnitudes: torch.Tensor) -> None:
+        zeros, (low, high) = magnitudes.numel() - int(magnitudes.count_nonzero()), DECADES
+        exponents = magnitudes.log10_().clamp_(low, high)  # of 0: the lowest
+        self.histogram += torch.histc(exponents, self.histogram.size, low, high).long().numpy()
+        self.histogram[0] -= zeros
+        self.zeros += zeros
 
 
 @dataclass(frozen=True)
@@ -267,7 +274,7 @@ def _measured(
             unread.update(bad)
         else:
             try:
-                sums.measure(_read(reader, name, record))
+                sums.measure(_read(reader, name, record), is_weight=name.startswith(f"{MODEL}."))
             except (CheckpointException, OSError) as error:
                 problems.append(f"{name} cannot be read: {_cause(error)}")
             on_read(sums.num_bytes)

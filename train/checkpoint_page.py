@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from train.charts import ACCENT, SOFT, figure, label
-from train.checkpoint_contents import BLOCK, Contents, SavedTensor, Sums, magnitude_edges
+from train.checkpoint_contents import BLOCK, MODEL, Contents, SavedTensor, Sums, magnitude_edges
 from train.checkpoint_listing import CheckpointListing
 from train.page import Table, View, note
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LARGEST_TENSORS, NAMED_PROBLEMS = 12, 20
-MODEL, EMA = "model", "ema"
+EMA = "ema"
 
 
 def view_checkpoints(path: Path, verify: bool) -> View:
