@@ -145,6 +145,7 @@ class Round:
 
     def __init__(self, trainee: Trainee, saver: Saver, run: RunFolder, ranks: Ranks) -> None:
         self.trainee, self.saver, self.run, self.ranks = trainee, saver, run, ranks
+        self._dd_file = run.path / f"dd-{ranks.rank}"
 
     def measure(self, num_steps: int) -> dict[str, float]:
         plain = [self.trainee.step() for _ in range(num_steps)]
@@ -157,12 +158,14 @@ class Round:
         size = self.ranks.on_first(lambda: sum(file.stat().st_size for file in final.iterdir()))
         dd = partial(self._dd, size // self.ranks.world_size)
         found["dd_s"], _ = self._train_until(Watch(dd))
+        self._dd_file.unlink()
         self.trainee.step()  # another step to save
         _, write = self._start_save(self._final())
         found["idle_write_s"] = self.ranks.gather(write.wait())[0]
         self._settle()
         self.ranks.gather(None)
         found["idle_dd_s"] = max(self.ranks.gather(Watch(dd).wait()))
+        self._dd_file.unlink()
         found["bytes"] = size
         return found
 
@@ -190,11 +193,9 @@ class Round:
         return time.perf_counter() - start
 
     def _dd(self, num_bytes: int) -> None:
-        file = self.run.path / f"dd-{self.ranks.rank}"
         count = max(1, num_bytes // BLOCK)
-        command = ["dd", "if=/dev/zero", f"of={file}", f"bs={BLOCK}", f"count={count}", "conv=fsync"]
+        command = ["dd", "if=/dev/zero", f"of={self._dd_file}", f"bs={BLOCK}", f"count={count}", "conv=fsync"]
         subprocess.run(command, check=True, capture_output=True)
-        file.unlink()
 
 
 class Watch:
