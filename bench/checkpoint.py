@@ -109,7 +109,7 @@ class Trainee:
             model = Transfusion(self.config, VOCAB)
         parallelize(model, ParallelConfig(dtype="float32"), ranks)
         initialize(model, 0, ranks.device)
-        optimizer = Optimizer(model, OptimConfig(ema_decay=0.999), GuardConfig())
+        optimizer = Optimizer(model, OptimConfig(ema_half_lives=(1000,)), GuardConfig())
         data = {"latent_spec": None, "grids": []}
         self.state = TrainState(model, optimizer, lambda step: {}, "", data)
         self.batch, self.ranks = random_batch(options.length, ranks.rank), ranks

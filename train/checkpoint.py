@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +73,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint was not written, on any rank; those saved before are unharmed."""
 
 
-def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Return the tensors of model and optimizer under parameter names, which hold for every world size.
+def training_state(
+    model: torch.nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+) -> State:
+    """Return the tensors of model and optimizers under parameter names, which hold for every world size.
 
     They are the live tensors: loading into them is loading. An optimizer that has not stepped gets its state first.
     Its hyper-parameters are not part: they come from the config, so a resume may change them.
     """
-    optimizer_state = get_optimizer_state_dict(model, optimizer)["state"]
+    optimizer_state = get_optimizer_state_dict(model, optimizers)["state"]
     return {"model": get_model_state_dict(model), "optimizer": optimizer_state}
 
 
@@ -114,7 +116,7 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
     """Read `folder` into the tensors of `state`, in place, whatever world size wrote it.
 
     Give a folder that `latest` or `verify` approved. `state` may hold some of the saved top-level entries (only
-    `ema`, say), each complete. Raises ValueError naming the tensors that do not fit, before any is written.
+    `model`, say), each complete. Raises ValueError naming the tensors that do not fit, before any is written.
     """
     _assert_only_tensors(state)
     index = read_index(folder)
@@ -126,6 +128,11 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
         )
     with _group_of(ranks) as group:
         dcp.load(state, storage_reader=CheckedReader(folder, index), **group)
+
+
+def entries(folder: Path) -> set[str]:
+    """Return the names of the saved top-level entries, such as `model`."""
+    return {name.split(".")[0] for name in read_index(folder).state_dict_metadata}
 
 
 def read_extra(folder: Path, name: str) -> bytes:

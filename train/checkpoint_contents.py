@@ -1,7 +1,7 @@
 """What one checkpoint holds: its entries, weights, counters, lanes and config, read without a model or its ranks.
 
-Tensors are read one at a time (in memory: one, and twice a rank's shard of it) and dropped once measured, so a laptop
-can look at a 7B run; those in files that did not verify are not read.
+Tensors are read one at a time and dropped once measured, so a laptop can look at a 7B run; those in files that did not
+verify are not read.
 Damage is no error here but part of the answer: it is named in `problems`, and the rest is read.
 """
 
@@ -100,7 +100,7 @@ class SavedTensor:
 
     @property
     def entry(self) -> str:
-        """model, ema, …; each kind of an optimizer's moments apart."""
+        """model, ema-…; each kind of an optimizer's moments apart."""
         found = MOMENT.fullmatch(self.name)
         return f"optimizer {found['kind']}" if found else self.name.partition(".")[0]
 

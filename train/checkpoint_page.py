@@ -14,13 +14,13 @@ from tqdm import tqdm
 from train.charts import ACCENT, SOFT, figure, label
 from train.checkpoint_contents import BLOCK, MODEL, Contents, SavedTensor, Sums, magnitude_edges
 from train.checkpoint_listing import CheckpointListing
+from train.ema import is_label
 from train.page import Table, View, note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LARGEST_TENSORS, NAMED_PROBLEMS = 12, 20
-EMA = "ema"
 
 
 def view_checkpoints(path: Path, verify: bool) -> View:
@@ -213,8 +213,8 @@ def _weights(contents: Contents, entry: str, key: Callable[[SavedTensor], Any]) 
 
 
 def _parts(contents: Contents) -> Table:
-    parts = {entry: _weights(contents, entry, lambda tensor: tensor.part) for entry in (MODEL, EMA)}
-    parts = {entry: sums for entry, sums in parts.items() if sums}
+    entries = [name for name in contents.sums(lambda tensor: tensor.entry) if name == MODEL or is_label(name)]
+    parts = {entry: _weights(contents, entry, lambda tensor: tensor.part) for entry in entries}
     counted = next(iter(parts.values()), {})
     total = sum(sums.elements for sums in counted.values())
     head = ["part", "parameters", "share", *(f"{what}, {entry}" for entry in parts for what in ("norm", "rms"))]

@@ -77,6 +77,16 @@ class Guard:
         in_a_row.add_(1).mul_(skip)
         return skip
 
+    @property
+    def in_a_row(self) -> int:
+        """Return how many updates have been skipped since the last good one; waits for the device."""
+        return int(self.counts[1])
+
+    @property
+    def good_updates(self) -> torch.Tensor:
+        """Return f32 [] on the device: updates made since the run began."""
+        return self.counts[2]
+
     def note(self, batch: StepBatch, losses: list[StepLoss], norm: torch.Tensor) -> None:
         """Remember a step until the next review: device scalars, and where its documents lie."""
         self._steps.append((batch.step, norm, self.counts[1].clone(), losses, _shares(batch)))

@@ -1,4 +1,4 @@
-"""Sample pictures every so often, from the weights in training (their EMA if there is one)."""
+"""Sample pictures every so often, from the weights in training (their first EMA if there is one)."""
 
 import torch
 
@@ -44,7 +44,7 @@ class Previews:
 
     def make(self, optimizer: Optimizer, step: int, stop: StopSignal) -> None:
         """Save a sheet of the prompts' pictures, unless told to stop meanwhile. Collective; touches no random state."""
-        weights = gather_weights(optimizer.ema or optimizer.parameters, keep=self.ranks.is_first)
+        weights = gather_weights(optimizer.preferred_weights(), keep=self.ranks.is_first)
         # The peers wait here rather than in the next vote, whose timeout is short.
         self.ranks.on_first(lambda: self._draw(weights, step, stop))
 

@@ -95,7 +95,7 @@ class Saver:
             seconds = time.monotonic() - start
             if self._ranks.is_first:
                 size = sum(file.stat().st_size for file in path.iterdir())
-                print(f"saved {path}: {size / 1e9:.3g} GB in {seconds:.1f} s", flush=True)
+                print(f"saved {path}: {size / 1e6:,.1f} MB in {seconds:.1f} s", flush=True)
             checkpoint.retain(self._folder.checkpoints, self._config, self._background)
         except OSError as error:  # of retention, the same on every rank
             self._error = CheckpointError(f"checkpoints that are no longer kept were not removed: {error}")

@@ -5,6 +5,7 @@ on are extra files beside them, readable by people.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +16,13 @@ from torch import nn
 from data.dataset import DataSet
 from train import checkpoint
 from train.distributed import Ranks
+from train.ema import is_label
 from train.optim import Optimizer
 from train.parallelize import plain_name
 from train.recipe import PretrainConfig
 from train.saver import Snapshot
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,6 +74,7 @@ class TrainState:
     def load(self, path: Path, ranks: Ranks) -> None:
         """Continue from a checkpoint that verified, on any world size. Collective.
 
+        An EMA that the checkpoint lacks begins at its weights; one that is no longer asked for is left behind.
         Raises ValueError when the data, tokenizer, VAE, seed, lanes or model are not those it was trained with.
         """
         meta = json.loads(checkpoint.read_extra(path, checkpoint.META))
@@ -79,16 +84,22 @@ class TrainState:
                 f"{path} was trained otherwise: {'; '.join(changed)}. Restore what it was, or start with another "
                 "run_dir (learning rate, steps, ranks, workers and intervals may change)"
             )
-        checkpoint.load(path, self._tensors(), ranks)
+        saved, emas = checkpoint.entries(path), self.optimizer.emas
+        added, dropped = emas.keys() - saved, {name for name in saved if is_label(name)} - emas.keys()
+        checkpoint.load(path, {name: part for name, part in self._tensors().items() if name not in added}, ranks)
+        for name in added:
+            emas[name].restart(self.optimizer.parameters)
+        if ranks.is_first and (added or dropped):
+            log.warning("EMAs that begin at the weights of %s: %s; dropped: %s", path, sorted(added), sorted(dropped))
         self.optimizer.guard.counts.copy_(torch.tensor(meta["guard"]))
         self.progress, self.back_to, self.metrics = Progress(**meta["progress"]), meta["back_to"], meta["metrics"]
         lanes = json.loads(checkpoint.read_extra(path, "lanes.json"))
         self.lane_states = {int(lane): state for lane, state in lanes.items()}
 
     def _tensors(self) -> checkpoint.State:
-        state = checkpoint.training_state(self.model, self.optimizer.adamw)
-        if self.optimizer.ema is not None:
-            state["ema"] = {plain_name(name): tensor for name, tensor in self.optimizer.ema.items()}
+        state = checkpoint.training_state(self.model, self.optimizer.parts)
+        for name, ema in self.optimizer.emas.items():
+            state[name] = {plain_name(parameter): tensor for parameter, tensor in ema.weights.items()}
         return state
 
 
@@ -102,6 +113,7 @@ def fingerprint(config: PretrainConfig, data: DataSet, step: int) -> dict[str, s
         "vae": spec.vae_hash if spec is not None else "none",
         **{f"model.transformer.{name}": str(value) for name, value in model.pop("transformer").items()},
         **{f"model.{name}": str(value) for name, value in model.items()},
+        **{f"optim.{name}": getattr(config.optim, name) for name in ("optimizer", "state_dtype")},
         "diffusion.num_timesteps": str(config.diffusion.num_timesteps),
         "diffusion.prediction": config.diffusion.prediction,
     }
