@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -282,14 +282,20 @@ def full_disk(job: Job, luck: random.Random) -> Iterator[None]:
 
 @contextmanager
 def read_only(job: Job, luck: random.Random) -> Iterator[None]:
-    """Remount the folder of checkpoints read-only; root ignores permission bits."""
+    """Mount the folder of checkpoints read-only over itself; root ignores permission bits.
+
+    By way of a side mount that nobody writes through: remounting one in use fails with "busy".
+    """
     job.checkpoints.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "--bind", job.checkpoints, job.checkpoints], check=True)
-    try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", job.checkpoints], check=True)
+    side = job.run_dir.with_name("side")
+    side.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        for source, target in ((job.checkpoints, side), (side, job.checkpoints)):
+            subprocess.run(["mount", "--bind", source, target], check=True)
+            stack.callback(subprocess.run, ["umount", "--lazy", target], check=True)
+            if target is side:
+                subprocess.run(["mount", "-o", "remount,bind,ro", side], check=True)
         yield
-    finally:
-        subprocess.run(["umount", "--lazy", job.checkpoints], check=True)
 
 
 @contextmanager
