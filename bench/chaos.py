@@ -35,7 +35,6 @@ from bench.trajectory import WORLD_SIZE, Entry, Trajectory, Undisturbed
 from data.tokenizer import Tokenizer, train_tokenizer
 from train.config import load_config, run_program
 
-SAVE_EVERY = 4  # steps
 ELASTIC = 0.25  # of the trainings change their number of ranks
 DISK = "size=24m"  # of the small disk: two checkpoints of 1.3 MB, and a third being written
 
@@ -136,7 +135,7 @@ def plan(config: ChaosConfig, kinds: list[str]) -> list[Fault]:
         # The second copy needs a first that goes on for a while.
         chunk = sorted(drawn[first : first + each], key=lambda kind: kind != "second_copy")
         for number, kind in enumerate(chunk, first + 1):
-            phase = luck.choice([phase for phase in KINDS[kind].phases if phase != "evaluation"])
+            phase = luck.choice(KINDS[kind].phases)
             place, moment, size, seed = luck.random(), luck.random(), luck.choice(sizes), luck.randrange(1 << 31)
             faults.append(Fault(number, kind, phase, place, moment, size, luck.choice((0, 0, 1)), seed))
     return faults
@@ -164,6 +163,7 @@ def make_settings(folder: Path, steps: int) -> dict[str, Any]:
 
     make_source(folder / "pairs", tokenizer, ([tokens(1, 8), latents(i)] for i in range(90)), channels=2, records=31)
     make_source(folder / "texts", tokenizer, ([tokens(1, 60)] for _ in range(70)), channels=2, records=23)
+    make_source(folder / "heldout", tokenizer, ([tokens(1, 60)] for _ in range(12)), channels=2, records=12)
     return {
         "device": "cpu",
         "micro_batch_size": 2,
@@ -182,11 +182,13 @@ def make_settings(folder: Path, steps: int) -> dict[str, Any]:
         "optim.steps": steps,
         "optim.learning_rate": 1e-3,
         "optim.warmup_steps": 2,
-        "optim.ema_decay": 0.9,
+        "optim.ema_half_lives": [7],
         "parallel.dtype": "float32",
-        "checkpoint.interval_steps": SAVE_EVERY,
+        "checkpoint.interval_steps": 4,
+        "evaluation.interval_steps": 7,
+        "evaluation.heldout.texts": folder / "heldout",
+        "evaluation.lanes": 4,
         "log.interval_steps": 1,
-        "timeout_minutes": 1.0,
     }
 
 
@@ -248,7 +250,7 @@ def _line(entry: Entry, config: ChaosConfig, name: str) -> str:
     if entry.seconds_to_end is not None:
         seconds += f"  others ended {entry.seconds_to_end:.1f} s"
     return (
-        f"{fault.number:3}/{config.faults}  training {name}  {fault.kind:17} {fault.phase:6} step {entry.target:3}  "
+        f"{fault.number:3}/{config.faults}  training {name}  {fault.kind:17} {fault.phase:10} step {entry.target:3}  "
         f"{fault.world_size} ranks  {entry.what or 'ok'}{seconds}{'  half-written' if entry.half_written else ''}"
     )
 

@@ -104,6 +104,9 @@ def wait_for_instant(scene: Scene) -> None:
     def reached() -> bool:
         return scene.has_trained() and job.last_step() >= target
 
+    every = job.settings["evaluation.interval_steps"]
+    if fault.phase == "evaluation":  # it follows upon the row of its step
+        target = min(-(-target // every), scene.steps // every) * every
     conditions = {
         "start": lambda: True,
         "save": lambda: any(_size(file) for file in beside("__*")),
@@ -254,8 +257,8 @@ def remove(path: Path, luck: random.Random) -> None:
 
 def suffer(scene: Scene) -> None:
     """The run may stop of it, or go on; then it is stopped, with what harms it still there. It must not hang."""
-    deadline, since = time.monotonic() + scene.timeout_s, scene.job.last_step()
-    while scene.attempt.running and scene.job.last_step() < since + 12 and time.monotonic() < deadline:
+    deadline, until = time.monotonic() + scene.timeout_s, scene.job.last_step() + scene.luck.randrange(4, 20)
+    while scene.attempt.running and scene.job.last_step() < until and time.monotonic() < deadline:
         time.sleep(0.02)
     scene.attempt.signal(signal.SIGTERM)
     scene.end({0, 1, 2, 75, *_at_start(scene, signal.SIGTERM)})

@@ -139,7 +139,14 @@ class Job:
         return self.run_dir / "checkpoints"
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the whole rows of metrics.jsonl."""
+        """Return the whole rows of training steps in metrics.jsonl."""
+        return [row for row in self._all_rows() if "text_loss" in row]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Return the whole rows of evaluations in metrics.jsonl."""
+        return [row for row in self._all_rows() if "text_loss" not in row]
+
+    def _all_rows(self) -> list[dict[str, Any]]:
         lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
 

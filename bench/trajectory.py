@@ -58,7 +58,8 @@ class Entry:
 class End:
     """What a finished run leaves."""
 
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # of training steps
+    evaluations: list[dict[str, Any]]
     tensors: dict[str, torch.Tensor]
     lanes: Lanes
     progress: dict[str, Any]
@@ -74,7 +75,8 @@ class End:
         checkpoint.load(folder, state, alone())
         tensors = {f"{entry}.{rest}": tensor for entry, part in state.items() for rest, tensor in part.items()}
         meta = json.loads(checkpoint.read_extra(folder, "meta.json"))
-        return cls(job.rows(), tensors, saved_lanes(job, checkpoint.step_of(folder)), meta["progress"])
+        lanes = saved_lanes(job, checkpoint.step_of(folder))
+        return cls(job.rows(), job.evaluations(), tensors, lanes, meta["progress"])
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Undisturbed:
     def run(cls, job: Job) -> "Undisturbed":
         """Train without a fault."""
         steps, save_every = job.settings["optim.steps"], job.settings["checkpoint.interval_steps"]
-        with job.start(WORLD_SIZE, {"log.interval_steps": 1}) as attempt, FirstStep(job, attempt, 0) as first:
+        with job.start(WORLD_SIZE) as attempt, FirstStep(job, attempt, 0) as first:
             statuses = attempt.wait(END_S)
         if set(statuses) != {0}:
             raise RuntimeError(f"the undisturbed run ended with {statuses}:\n{attempt.output()}")
@@ -102,8 +104,9 @@ class Undisturbed:
         paces = {
             "start": first.seconds,
             "step": step_s[len(step_s) // 2],
-            "save": 2 * step_s[len(step_s) // 2],
+            "save": 3 * step_s[len(step_s) // 2],
             "commit": step_s[0] / 4,
+            "evaluation": max(row["evaluation_share"] * row["step_s"] for row in end.rows),
             "exit": 4 * step_s[-1],
         }
         documents, _ = read_again(data(), {}, 0, steps)
@@ -204,7 +207,8 @@ class Trajectory:
     def _struck(self, entry: Entry, resume: int, stack: ExitStack) -> tuple[Attempt, FirstStep]:
         fault, job, undisturbed = entry.fault, self.job, self.undisturbed
         kind, luck = KINDS[fault.kind], fault.luck
-        changes = {"data.num_workers": fault.workers, "timeout_minutes": kind.timeout_s / 60, **kind.changes}
+        timeouts = dict.fromkeys(("timeout_minutes", "startup_timeout_minutes"), kind.timeout_s / 60)
+        changes = {"data.num_workers": fault.workers, **timeouts, **kind.changes}
         if kind.harm and fault.phase == "start":
             stack.enter_context(kind.harm(job, luck))
         attempt = stack.enter_context(job.start(fault.world_size, changes, kind.environment))
@@ -255,12 +259,16 @@ def check_rows(rows: list[dict], before: list[dict], resume: int, trained: bool)
 def compare(end: End, expected: End, tolerance: float) -> list[str]:
     """Return how the ends of two runs differ; a tolerance of 0 compares bits."""
     differences = []
-    if [row["step"] for row in end.rows] != [row["step"] for row in expected.rows]:
-        differences.append(f"{len(end.rows)} rows, expected {len(expected.rows)}")
-    for row, other in zip(end.rows, expected.rows, strict=False):
-        for name in NUMBERS:
-            if abs(row[name] - other[name]) > tolerance * abs(other[name]):
-                differences.append(f"step {row['step']}: {name} is {row[name]}, was {other[name]}")
+    for mine, theirs in ((end.rows, expected.rows), (end.evaluations, expected.evaluations)):
+        if [row["step"] for row in mine] != [row["step"] for row in theirs]:
+            differences.append(f"rows of steps {[row['step'] for row in mine]}")
+        for row, other in zip(mine, theirs, strict=False):
+            names = [name for name in other if name in NUMBERS or name.startswith("heldout/")]
+            differences += [
+                f"step {row['step']}: {name} is {row[name]}, was {other[name]}"
+                for name in names
+                if row[name] != other[name] and not _close(row[name], other[name], tolerance)
+            ]
     if end.tensors.keys() != expected.tensors.keys():
         differences.append("other tensors")
     for name in end.tensors.keys() & expected.tensors.keys():
@@ -271,6 +279,10 @@ def compare(end: End, expected: End, tolerance: float) -> list[str]:
     if (end.lanes, end.progress) != (expected.lanes, expected.progress):
         differences.append("other lanes or counters")
     return differences
+
+
+def _close(number: float | None, other: float | None, tolerance: float) -> bool:
+    return None not in (number, other) and abs(number - other) <= tolerance * abs(other)
 
 
 def saved_lanes(job: Job, step: int) -> Lanes:
