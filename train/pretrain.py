@@ -22,6 +22,7 @@ from train.feed import CannotGoOn, next_batch
 from train.flops import Flops
 from train.metrics import Console, Interval
 from train.optim import learning_rate
+from train.parallelize import set_micro_step
 from train.recipe import PretrainConfig
 from train.run import Run, start_or_resume
 from train.run_folder import RunFolder, RunTakenOver
@@ -96,6 +97,7 @@ def run_steps(run: Run) -> tuple[str, int]:
     with run.loader() as loader:
         interval.evaluation_s += evaluate(run, stats)  # if a stop kept the last step's from being made
         while progress.step < last:
+            run.profiler.before(progress.step + 1)
             fed = next_batch(loader, ranks, run.stop, run.saver.failed)
             if fed.vote.ranks_write_failed:
                 run.saver.settle()
@@ -111,6 +113,7 @@ def run_steps(run: Run) -> tuple[str, int]:
             else:
                 losses, grad_norm = run_step(config, run.state, fed.batch, fed.vote, stats, ranks.device)
                 interval.add(fed, losses, grad_norm)
+            run.profiler.after(progress.step)
             if progress.step == console.first_step + 1:
                 ranks.set_timeout(60 * config.timeout_minutes)
             if progress.step % config.log.interval_steps == 0:
@@ -121,6 +124,7 @@ def run_steps(run: Run) -> tuple[str, int]:
                 interval.checkpoint_s += run.save()
         else:
             why, status = "done", 0
+        run.profiler.close()
         write_row(run, interval, console)
     return why, status
 
@@ -141,7 +145,8 @@ def run_step(
 ) -> tuple[list[StepLoss], torch.Tensor]:
     """Make the update of one step and count it; return the micro-batches' losses and the gradient norm. Collective."""
     losses = []
-    for micro_batch in batch.micro_batches:
+    for number, micro_batch in enumerate(batch.micro_batches, start=1):
+        set_micro_step(state.model, config.parallel, is_last=number == len(batch.micro_batches))
         loss = micro_step(
             state.model,
             micro_batch.to(device),

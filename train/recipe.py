@@ -17,6 +17,7 @@ from train.heldout import HeldoutConfig
 from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.parallelize import ParallelConfig
+from train.profile import ProfileConfig
 from train.step import LossConfig
 
 
@@ -59,6 +60,7 @@ class PretrainConfig:
     evaluation: HeldoutConfig = field(default_factory=HeldoutConfig)
     log: LogConfig = field(default_factory=LogConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1:

@@ -26,6 +26,7 @@ from train.optim import Optimizer
 from train.origin import find_origin, go_back_before
 from train.parallelize import initialize, parallelize
 from train.previews import Previews
+from train.profile import Profiler
 from train.recipe import PretrainConfig
 from train.run_folder import RunFolder, write_durably
 from train.saver import Saver
@@ -46,6 +47,7 @@ class Run:
     saver: Saver
     log: MetricsLog
     previews: Previews
+    profiler: Profiler
     heldout: Heldout | None
     origin: str  # where it started, in words
     bad_updates: list[BadUpdate] = field(default_factory=list)  # the last ones in a row
@@ -148,4 +150,5 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
     saver.saved_step = state.progress.step
     log = MetricsLog(config.log, folder, ranks, asdict(config))
     previews = Previews(config, data, ranks, folder, log)
-    return Run(config, data, ranks, folder, stop, state, saver, log, previews, heldout, str(origin))
+    profiler = Profiler(config.profile, folder.path, ranks)
+    return Run(config, data, ranks, folder, stop, state, saver, log, previews, profiler, heldout, str(origin))
