@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from data.dataset import DataConfig, DataSet, open_data
 from data.documents import OrderConfig
@@ -139,6 +140,9 @@ class Heldout:
                     yield torch.cat([torch.stack([loss.text_nll, loss.image_error]), counts]).double()
         finally:
             loader.close()
+            for module in model.modules():  # the root stays gathered without a backward, and a save wants shards
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
 
 def check_disjoint(training: DataConfig, sources: dict[str, str]) -> None:
