@@ -92,7 +92,8 @@ class Run:
         self.state.load(path, self.ranks)
         self.state.progress.rollbacks, self.state.progress.excluded = rollbacks + 1, [*excluded, (first, last)]
         self.saver.saved_step, self.bad_updates = self.state.progress.step, []
-        self.ranks.on_first(lambda: self.folder.cut_metrics(self.state.progress.step))
+        step, evaluated = self.state.progress.step, bool(self.state.metrics)
+        self.ranks.on_first(lambda: self.folder.cut_metrics(step, evaluated=evaluated))
         if self.ranks.is_first:
             print(f"pretrain: back to {path}, and on without the batches of steps {first} to {last}", flush=True)
 
@@ -142,7 +143,8 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
         state.back_to = origin.back_to
 
     def settle() -> None:
-        folder.cut_metrics(state.progress.step)  # rows that a killed attempt wrote after its last checkpoint
+        # Rows that a killed attempt wrote after its last checkpoint.
+        folder.cut_metrics(state.progress.step, evaluated=bool(state.metrics))
         write_durably(folder.path / "config.yaml", state.recipe.encode())
 
     ranks.on_first(settle)
