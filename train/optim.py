@@ -68,7 +68,8 @@ class Optimizer:
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
-            lr=torch.tensor(0.0),  # set before each update
+            lr=0.0,  # set before each update; a tensor would cost the first one four copies of the whole model a rank:
+            # DTensor tries fused AdamW's tensor variant, which has no fake kernel, on full-size tensors
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             fused=True,
@@ -89,7 +90,7 @@ class Optimizer:
         finite = torch.isfinite(norm)
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm, foreach=True)
         for group in self.adamw.param_groups:
-            group["lr"].fill_(learning_rate(step, self.config))
+            group["lr"] = learning_rate(step, self.config)
         skip = (~finite).to(torch.float32)
         self.adamw.found_inf = skip  # read by the fused kernel
         self.adamw.step()
