@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from omegaconf import MISSING
 
 from data.documents import OrderConfig
-from data.lanes import LaneSettings, Source, SourceConfig
+from data.lanes import LaneSettings, Position, Source, SourceConfig
 from data.manifest import LatentSpec, Manifest
 from data.packing import patch_grid
 from data.shard_cache import CacheConfig
@@ -71,6 +71,11 @@ class DataSet:
     tokenizer: Tokenizer
     latent_spec: LatentSpec | None  # None when every source is text only
     grids: list[tuple[int, int]]  # latent grids that occur, sorted
+
+    def name_of(self, position: Position) -> str:
+        """Return the name of a document in messages: its shard and its number there."""
+        source, shard, record = position
+        return f"{self.sources[source].manifest.shard_path(shard)}#{record}"
 
     def fingerprint(self, step: int) -> dict[str, str]:
         """Return what a resume after `step` must find unchanged."""

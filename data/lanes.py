@@ -31,6 +31,8 @@ MIN_CUT = 8  # tokens: a shorter piece of a cut text teaches nothing and costs a
 NAMES_KEPT = 4  # names of skipped documents in a lane's state; the log has them all
 SKIPS_IN_A_ROW = 1000  # documents: a lane that skips this many has nothing left to read and would search for ever
 
+Position = tuple[int, int, int]  # (source, shard, record) of a document
+
 log = logging.getLogger(__name__)
 
 
@@ -218,6 +220,7 @@ class Lane:
         # A phase of up to one sequence, so that lanes do not all begin with the same source.
         self._phases = [phase * settings.sequence_length for phase in phases]
         self._rows = 0  # made so far: the next one is that of step `_rows + 1`
+        self.documents: list[Position] = []  # in the last row
         self._skipped: Counter = Counter()
         self._skipped_names: list[str] = []
         self._cursors = [Cursor() for _ in sources]
@@ -236,6 +239,7 @@ class Lane:
             self._settle_accounts()
             self._weights = weights
         self._rows += 1
+        self.documents = []
         length, chosen, space = self.settings.sequence_length, [], self.settings.sequence_length
         while space:
             self._refill()
@@ -249,6 +253,7 @@ class Lane:
                 piece, rest = piece.split(cut)
                 self._pending.insert(place, (replace(pending, cut=pending.cut + cut), rest))
             chosen.append(piece)
+            self.documents.append((pending.source, pending.shard, pending.record))
             space -= len(piece)
         return pack(chosen, length, self.settings.special.pad) if chosen else None
 

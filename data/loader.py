@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from data.dataset import DataConfig, DataSet
 from data.documents import seed_from
-from data.lanes import Lane, lanes_of_rank
+from data.lanes import Lane, Position, lanes_of_rank
 from data.packing import ImageDraws, PackedBatch, PackedSequence, collate, pack
 
 
@@ -29,6 +29,7 @@ class StepBatch:
     step: int  # counts from 1: the batch that makes the model's step-th update
     micro_batches: list[PackedBatch]
     lane_states: dict[int, dict]
+    documents: dict[int, list[Position]]  # of each lane's row, in the order of rows
     num_skipped: int  # documents skipped so far by this rank's lanes
     ended: bool  # no lane of this rank had anything left
 
@@ -64,6 +65,7 @@ class LaneRow:
     lane: int
     row: PackedSequence | None  # None: the lane has ended
     state: dict  # after this row
+    documents: list[Position]  # in this row
 
 
 class LaneRows(IterableDataset):
@@ -78,7 +80,7 @@ class LaneRows(IterableDataset):
         data = self.data
         lanes = [Lane(number, data.sources, data.settings, self.states.get(number)) for number in numbers]
         while True:
-            yield [LaneRow(lane.number, lane.next_row(), lane.state()) for lane in lanes]
+            yield [LaneRow(lane.number, lane.next_row(), lane.state(), lane.documents) for lane in lanes]
 
 
 class Loader:
@@ -191,6 +193,7 @@ class Loader:
             step=step,
             micro_batches=[batch.pin_memory() for batch in batches] if self.pin_memory else batches,
             lane_states={row.lane: row.state for row in rows},
+            documents={row.lane: row.documents for row in rows},
             num_skipped=sum(sum(row.state["skipped"].values()) for row in rows),
             ended=all(row.row is None for row in rows),
         )

@@ -7,6 +7,7 @@ same all-gathers, and every parameter has a gradient, in a batch without images 
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from model.transformer import Transformer, TransformerConfig
 from model.unet import UNetConfig, UNetPatches
 
 Grid = tuple[int, int]  # (h, w) of an image's latents
+PIECE = 1 << 20  # elements of a parameter drawn at once; another number would be another draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,16 +148,25 @@ def initial_value(
     sqrt(2 layers), so that its variance does not grow with depth; a small noise head, so that the first predictions are
     near zero, the mean of the noise; ones for norms, zeros for biases and for what a U-Net block adds to its input.
     """
-    if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    if name.endswith((".bias", ".conv_out.weight")):
-        return torch.zeros(shape)
+    return torch.cat(list(initial_pieces(name, shape, config, generator))).view(shape)
+
+
+def initial_pieces(
+    name: str, shape: tuple[int, ...], config: TransfusionConfig, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """Yield `initial_value` flattened, PIECE elements at a time: a rank that keeps a slice never holds the whole."""
+    mean = 1.0 if name.endswith("norm.weight") else 0.0
     std = math.prod(shape[1:]) ** -0.5
-    if name.endswith(("attention.out.weight", "ffn.down.weight")):
+    if name.endswith(("norm.weight", ".bias", ".conv_out.weight")):
+        std = 0.0
+    elif name.endswith(("attention.out.weight", "ffn.down.weight")):
         std /= (2 * config.transformer.layers) ** 0.5
     elif name.endswith(("patches.to_patch.weight", "patches.to_latents.weight")):
         std *= 0.1
-    return torch.empty(shape).normal_(std=std, generator=generator)
+    size = math.prod(shape)
+    for start in range(0, size, PIECE):
+        piece = torch.full((min(PIECE, size - start),), mean)
+        yield piece.normal_(std=std, generator=generator) if std else piece
 
 
 def parameter_generator(seed: int, name: str) -> torch.Generator:

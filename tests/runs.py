@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ def settings(run_dir: Path, tokenizer: Tokenizer, sources: dict[str, Path], **ch
         "optim.steps": STEPS,
         "optim.learning_rate": 1e-3,
         "optim.warmup_steps": 2,
-        "optim.ema_decay": 0.9,
+        "optim.ema_half_lives": [7],
         "parallel.dtype": "float32",
         "checkpoint.interval_steps": SAVE_EVERY,
         "log.interval_steps": 1,
@@ -113,14 +113,11 @@ def saved_state(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict, dict]:
     return tensors, lanes, meta
 
 
-def assert_same_end(run_dir: Path, expected: Path) -> None:
+def assert_same_end(run_dir: Path, expected: Path, emas: Set[str] = frozenset({"ema-7"})) -> None:
     """The last checkpoints hold the same bits of weights, moments and averages, the same lanes and counters."""
     (tensors, lanes, meta), (other_tensors, other_lanes, other_meta) = saved_state(run_dir), saved_state(expected)
-    assert tensors.keys() == other_tensors.keys() and {name.split(".")[0] for name in tensors} == {
-        "model",
-        "optimizer",
-        "ema",
-    }
+    assert tensors.keys() == other_tensors.keys()
+    assert {name.split(".")[0] for name in tensors} == {"model", "optimizer", *emas}
     assert [name for name, tensor in tensors.items() if not torch.equal(tensor, other_tensors[name])] == []
     assert lanes == other_lanes and meta == other_meta
 

@@ -20,17 +20,11 @@ from tests.runs import DrawingRun
 from tests.sources import make_source, pairs, texts
 from train import evaluate
 from train.distributed import Ranks, alone
-from train.evaluation import (
-    SceneItem,
-    check_disjoint,
-    heldout_losses,
-    judge_captions,
-    judge_drawings,
-    read_scenes,
-    shares,
-)
+from train.evaluation import SceneItem, judge_captions, judge_drawings, read_scenes, shares
 from train.generation import Generation, GenerationConfig
+from train.heldout import Heldout, HeldoutConfig, check_disjoint
 from train.scenes import _held_out_records
+from train.signals import StopSignal
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +113,15 @@ def _heldout_pairs(folder: Path, drawn: DrawingRun) -> Path:
 
 def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str]) -> list[dict]:
     generation, recipe, _ = Generation.load(GenerationConfig(checkpoint=str(run_dir)), ranks)
-    trained = [heldout_losses(generation, recipe, {name: path}, ranks) for name, path in sources.items()]
+    of_model = recipe.data, recipe.seed, recipe.model.patch_size, recipe.diffusion, generation.vae_hash
+    heldout = Heldout(HeldoutConfig(heldout=sources), *of_model, ranks)
+    trained = heldout.losses(generation.model, generation.stats, StopSignal())
     with torch.no_grad():
         generation.model.text_head.weight.zero_()
         generation.model.patches.to_patch.weight.zero_()
         generation.model.patches.to_patch.bias.zero_()
-    return trained + [heldout_losses(generation, recipe, {name: path}, ranks) for name, path in sources.items()]
+    silent = heldout.losses(generation.model, generation.stats, StopSignal())
+    return [*trained.values(), *silent.values()]
 
 
 def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_nothing_and_equal_on_any_ranks(
@@ -157,11 +154,11 @@ def test_heldout_data_inside_the_training_data_is_refused(
     drawn: DrawingRun, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     """P10: the same shard under another name and in another folder is still the same."""
-    recipe = Generation.load(GenerationConfig(checkpoint=str(drawn.run_dir)), alone())[1]
-    check_disjoint(recipe, {"fresh": str(make_source(tmp_path / "fresh", tokenizer, pairs(8, seed=5)))})
+    trained = Generation.load(GenerationConfig(checkpoint=str(drawn.run_dir)), alone())[1].data
+    check_disjoint(trained, {"fresh": str(make_source(tmp_path / "fresh", tokenizer, pairs(8, seed=5)))})
     twin = make_source(tmp_path / "twin", tokenizer, pairs(40, grids=[(8, 8)])[:20])
     with pytest.raises(ValueError, match=r"twin/00000\.tar is training data too"):
-        check_disjoint(recipe, {"held": str(twin)})
+        check_disjoint(trained, {"held": str(twin)})
 
 
 def test_the_program_writes_scores_settings_and_every_example_alike_on_one_and_two_ranks(

@@ -45,7 +45,7 @@ def test_an_export_draws_the_same_bits_and_needs_nothing_else(drawn: DrawingRun,
     assert str(generation.tokenizer.path).startswith(str(moved))
     for ours, theirs in zip(generation.draw(PROMPTS, SAMPLER, 3), original.draw(PROMPTS, SAMPLER, 3), strict=True):
         assert np.array_equal(ours, theirs)
-    assert Trained.load(moved, alone()).step == 6 and Trained.load(moved, alone()).weights == "ema"
+    assert Trained.load(moved, alone()).step == 6 and Trained.load(moved, alone()).weights == "ema-7"
     export(drawn, tmp_path / "elsewhere")
     assert "reusing it" in capsys.readouterr().out
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()}
@@ -69,7 +69,7 @@ def test_weights_and_dtype_are_those_asked_for(drawn: DrawingRun, tmp_path: Path
     written = load_file(folder / "model.safetensors")
     assert written.keys() == live.keys()
     assert all(torch.equal(written[name], live[name].bfloat16()) for name in live)
-    with pytest.raises(ValueError, match=r"weights=ema, but .* use weights=model"):
+    with pytest.raises(ValueError, match=r"weights=ema: .* holds model; use weights=model"):
         Trained.load(folder, alone(), "ema")
     picture = load(folder, dtype="bfloat16").draw(PROMPTS[:1], SAMPLER, 0)[0]
     assert picture.shape == (32, 32, 3) and picture.std() > 0

@@ -36,11 +36,11 @@ def test_a_checkpoint_gives_the_averaged_or_the_live_weights_of_training(drawn: 
     """Trained on two ranks with activation checkpointing, loaded plain on one; with recipe, step and grid."""
     tensors, _, meta = saved_state(drawn.run_dir)
     assert meta["progress"]["step"] == 6
-    for weights, entry in [("auto", "ema"), ("ema", "ema"), ("model", "model")]:
+    for weights, entry in [("auto", "ema-7"), ("ema", "ema-7"), ("ema-7", "ema-7"), ("model", "model")]:
         generation, recipe, step = load(drawn.run_dir, weights=weights)
         assert (step, recipe.optim.steps, generation.grid, generation.resolution) == (6, 6, (8, 8), 32)
         parameters = dict(generation.model.named_parameters())
-        assert parameters.keys() == {n.removeprefix("ema.") for n in tensors if n.startswith("ema.")}
+        assert parameters.keys() == {n.removeprefix("ema-7.") for n in tensors if n.startswith("ema-7.")}
         for name, parameter in parameters.items():
             assert torch.equal(parameter, tensors[f"{entry}.{name}"]), (weights, name)
 

@@ -1,6 +1,7 @@
 """Numbers that mean what their names say (P9), and a logger that cannot stop training (P13)."""
 
 import json
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from tests.ranks import run_ranks
 from train import metrics
 from train.distributed import Ranks, Vote, alone
+from train.feed import Fed
 from train.flops import Flops
 from train.metrics import Console, Interval, LogConfig, MetricsLog
 from train.run_folder import RunFolder
@@ -53,8 +55,9 @@ def _two_rows(ranks: Ranks) -> list[dict]:
         for _ in range(steps):
             vote = _vote(text_targets=30, images=6, tokens=120, documents_skipped=4)
             losses = [_loss(10.0 * mine, 1.0 * mine), _loss(5.0, 0.0)]
-            interval.add(_batch(slots=50, pairs=7 * mine), losses, vote, data_wait_s=0.0, grad_norm=torch.tensor(2.5))
-        interval.checkpoint_s = 0.0
+            fed = Fed(_batch(slots=50, pairs=7 * mine), vote, data_wait_s=0.0, peers_wait_s=abs(ranks.rank - 1))
+            interval.add(fed, losses, grad_norm=torch.tensor(2.5))
+        interval.checkpoint_s = interval.evaluation_s = 0.0
         rows.append(interval.row(states))
     return rows
 
@@ -62,7 +65,8 @@ def _two_rows(ranks: Ranks) -> list[dict]:
 def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on_every_rank() -> None:
     """P2, P9: sums over ranks by global counts, although ranks differ; nothing is carried into the next row."""
     of_ranks = run_ranks(_two_rows, 3)
-    timed = {"tokens_per_s", "images_per_s", "step_s", "model_tflops_per_s_per_rank"}
+    timed = {"tokens_per_s", "images_per_s", "step_s", "model_tflops_per_s_per_rank", "slowest_lag_share"}
+    timed |= {"slowest_host", "host_memory_gib"}
     for first, second in of_ranks:
         for row, steps in ((first, 2), (second, 1)):
             assert {name: row[name] for name in row.keys() - timed} == pytest.approx(
@@ -74,6 +78,9 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
                     "idle_row_share": 0.2,
                     "data_stall_share": 0.0,
                     "checkpoint_stall_share": 0.0,
+                    "evaluation_share": 0.0,
+                    "slowest_rank": 1,  # which waited for nobody
+                    "device_memory_gib": 0.0,
                     "attention_imbalance": 1.5,
                     "grad_norm": 2.5,
                     "skipped_documents": 4,
@@ -84,6 +91,8 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
             )
             flops = steps * (10 * 120 + 2 * 7 * (1 + 2 + 3) + 100 * 30 + 1000 * 3 * 2 * 12)
             per_s = steps * row["step_s"]
+            assert row["slowest_lag_share"] == pytest.approx(steps / per_s, rel=1e-6)
+            assert row["slowest_host"] == socket.gethostname() and 0.01 < row["host_memory_gib"] < 10
             assert row["model_tflops_per_s_per_rank"] == pytest.approx(flops / per_s / 3 / 1e12, rel=1e-6)
             assert row["tokens_per_s"] == pytest.approx(120 * steps / per_s, rel=1e-6)
 
@@ -97,8 +106,10 @@ def test_the_time_left_counts_only_the_steps_of_this_start(
     console = Console(100, 50, alone())
     clock[0] += 10
     names = ("text_loss", "image_loss", "grad_norm", "learning_rate", "tokens_per_s", "images_per_s")
-    console.show({"step": 60, **dict.fromkeys(names, 1.0)})
+    row = {"step": 60, **dict.fromkeys(names, 1.0), "slowest_lag_share": 0.25, "slowest_rank": 3, "slowest_host": "n7"}
+    console.show(row | {"image_loss": None})
     assert "step 60/100" in (line := capsys.readouterr().out) and "0:00:40 left" in line
+    assert "image" not in line.split("norm")[0] and "waits 25% for rank 3 on n7" in line
 
 
 def _fails(*_: Any, **__: Any) -> None:

@@ -1,6 +1,9 @@
 """The update against a plain loop in float64, on one rank and on three with uneven shards (P8)."""
 
 import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from tests.ranks import run_ranks
 from train.distributed import Ranks
+from train.ema import choose
+from train.guard import GuardConfig
 from train.optim import OptimConfig, Optimizer, learning_rate
 from train.parallelize import gather_weights
 
@@ -22,10 +27,10 @@ CONFIG = OptimConfig(
     learning_rate=1e-2,
     min_learning_rate=1e-3,
     warmup_steps=4,
-    steps=12,
+    steps=16,
     weight_decay=0.3,
     clip_norm=0.7,
-    ema_decay=0.8,
+    ema_half_lives=(3, 1),
 )
 
 
@@ -42,6 +47,33 @@ def test_the_rate_rises_in_a_line_and_falls_as_half_a_cosine() -> None:
     assert learning_rate(5, OptimConfig(warmup_steps=10, steps=5)) == pytest.approx(top / 2), (
         "warm-up longer than the run"
     )
+
+
+def test_wsd_stays_at_the_peak_and_falls_in_its_last_part() -> None:
+    """Closed forms of both shapes; no jump but the decay's own slope; 1 - sqrt falls first, the line evenly."""
+    line = OptimConfig(learning_rate=1.0, min_learning_rate=0.2, warmup_steps=10, steps=100, schedule="wsd")
+    line = replace(line, decay_share=0.4)
+    root = replace(line, decay_shape="sqrt")
+    for step, expected in {5: 0.5, 10: 1.0, 11: 1.0, 60: 1.0, 70: 0.8, 80: 0.6, 100: 0.2, 150: 0.2}.items():
+        assert learning_rate(step, line) == pytest.approx(expected, rel=1e-12), step
+    for step, expected in {10: 1.0, 60: 1.0, 70: 0.6, 90: 1 - 0.8 * math.sqrt(0.75), 100: 0.2}.items():
+        assert learning_rate(step, root) == pytest.approx(expected, rel=1e-12), step
+    rates = [learning_rate(step, line) for step in range(10, 101)]
+    assert max(a - b for a, b in pairwise(rates)) == pytest.approx(0.8 / 40) and sorted(rates, reverse=True) == rates
+
+
+def test_a_wsd_run_prolonged_before_its_decay_is_the_longer_run() -> None:
+    """P10: `steps` may change on resume; so may the whole schedule, as the rate depends on step and config alone."""
+    short = OptimConfig(steps=1000, warmup_steps=100, schedule="wsd", decay_share=0.2)
+    long = replace(short, steps=2000)
+    assert [learning_rate(step, short) for step in range(1, 801)] == [
+        learning_rate(step, long) for step in range(1, 801)
+    ]
+    assert learning_rate(1600, long) == long.learning_rate and learning_rate(2000, long) == long.min_learning_rate
+    warm = replace(short, warmup_steps=900)  # the decay does not begin before the warm-up ends
+    assert learning_rate(900, warm) == warm.learning_rate and learning_rate(950, warm) == pytest.approx(1.575e-4)
+    constant = replace(short, decay_share=0.0)
+    assert {learning_rate(step, constant) for step in range(100, 1001)} == {constant.learning_rate}
 
 
 class Small(nn.Module):
@@ -72,7 +104,7 @@ def _start() -> dict[str, torch.Tensor]:
 def _plain_loop(config: OptimConfig) -> tuple[list[dict], list[dict], list[float]]:
     """Return weights, averages and gradient norms after each step, by AdamW as it is written in its paper."""
     weights = {name: tensor.double() for name, tensor in _start().items()}
-    average = {name: tensor.clone() for name, tensor in weights.items()}
+    averages = {half_life: {name: tensor.clone() for name, tensor in weights.items()} for half_life in (3, 1)}
     first = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     second = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     updates, history = 0, ([], [], [])
@@ -88,8 +120,12 @@ def _plain_loop(config: OptimConfig) -> tuple[list[dict], list[dict], list[float
                 m, v = first[name] / (1 - config.beta1**updates), second[name] / (1 - config.beta2**updates)
                 decay = config.weight_decay if weight.ndim == 2 else 0.0
                 weights[name] = weight - learning_rate(step, config) * (m / (v.sqrt() + config.eps) + decay * weight)
-                average[name] = config.ema_decay * average[name] + (1 - config.ema_decay) * weights[name]
-        for record, value in zip(history, (dict(weights), dict(average), norm), strict=True):
+            for half_life, average in averages.items():
+                decay = 0.5 ** (1 / min(half_life, updates / 10))
+                for name, weight in weights.items():
+                    average[name] = decay * average[name] + (1 - decay) * weight
+        now = {f"ema-{half_life}.{name}": mean for half_life, part in averages.items() for name, mean in part.items()}
+        for record, value in zip(history, (dict(weights), now, norm), strict=True):
             record.append(value)
     return history
 
@@ -101,7 +137,7 @@ def _run_optimizer(ranks: Ranks, sharded: bool) -> list[tuple[dict, dict, float,
         mesh = init_device_mesh("cpu", (ranks.world_size,))
         fully_shard(model.linear, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = Optimizer(model, CONFIG)
+    optimizer = Optimizer(model, CONFIG, GuardConfig())
     history = []
     for step in range(1, CONFIG.steps + 1):
         for name, p in model.named_parameters():
@@ -111,14 +147,16 @@ def _run_optimizer(ranks: Ranks, sharded: bool) -> list[tuple[dict, dict, float,
             p.grad = grad
         norm = optimizer.update(step)
         assert all(p.grad is None for p in model.parameters())
-        weights, average = gather_weights(optimizer.parameters), gather_weights(optimizer.ema)
+        weights, average = gather_weights(optimizer.parameters), {}
+        for label, ema in optimizer.emas.items():
+            average |= {f"{label}.{name}": mean for name, mean in gather_weights(ema.weights).items()}
         counted = optimizer.adamw.state[model.linear.weight]["step"].item()
-        history.append((weights, average, norm.item(), optimizer.nonfinite.tolist(), counted))
+        history.append((weights, average, norm.item(), optimizer.guard.counts[:2].tolist(), counted))
     return history
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_clipping_adamw_and_ema_equal_the_plain_loop_on_any_number_of_ranks(world_size: int) -> None:
+def test_clipping_adamw_and_emas_equal_the_plain_loop_on_any_number_of_ranks(world_size: int) -> None:
     """P8 too: a bad step moves neither weights nor averages by a bit on any rank, is counted, and Adam's own count
     of updates leaves it out, while the learning rate goes on with the step."""
     weights, averages, norms = _plain_loop(CONFIG)
@@ -129,12 +167,12 @@ def test_clipping_adamw_and_ema_equal_the_plain_loop_on_any_number_of_ranks(worl
             in_all, in_a_row = in_all + bad, (in_a_row + 1) * bad
             assert nonfinite == [in_all, in_a_row] and counted == i + 1 - in_all
             assert norm == pytest.approx(norms[i], rel=1e-5, nan_ok=True)
-            for name in found:
-                torch.testing.assert_close(found[name].double(), weights[i][name], rtol=1e-5, atol=1e-6)
-                torch.testing.assert_close(average[name].double(), averages[i][name], rtol=1e-5, atol=1e-6)
-                if bad and i:
-                    assert torch.equal(found[name], history[i - 1][0][name])
-                    assert torch.equal(average[name], history[i - 1][1][name])
+            assert found.keys() == weights[i].keys() and average.keys() == averages[i].keys()
+            for name, tensor in (found | average).items():
+                expected = (weights[i] | averages[i])[name]
+                torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
+                if bad:
+                    assert torch.equal(tensor, (history[i - 1][0] | history[i - 1][1])[name])
 
 
 def test_norms_and_biases_are_not_decayed_and_matrices_are() -> None:
@@ -144,7 +182,7 @@ def test_norms_and_biases_are_not_decayed_and_matrices_are() -> None:
     )
     model = Transfusion(config, 20)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = Optimizer(model, OptimConfig(warmup_steps=1))
+    optimizer = Optimizer(model, OptimConfig(warmup_steps=1), GuardConfig())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.update(1)
@@ -154,8 +192,23 @@ def test_norms_and_biases_are_not_decayed_and_matrices_are() -> None:
         torch.testing.assert_close(p, before[name] * (1 if kept else 1 - 3e-4 * 0.1))
 
 
-def test_no_average_is_kept_unless_asked_for() -> None:
-    assert Optimizer(Small(), OptimConfig()).ema is None
+def test_without_an_average_the_weights_in_training_are_preferred_else_the_first() -> None:
+    configs = (OptimConfig(), OptimConfig(ema_half_lives=(9, 2)))
+    plain, averaged = (Optimizer(Small(), config, GuardConfig()) for config in configs)
+    assert plain.emas == {} and plain.preferred_weights() is plain.parameters
+    assert averaged.preferred_weights() is averaged.emas["ema-9"].weights
+    for weights, kept, chosen in [
+        ("auto", ["ema-9", "ema-2", "model"], "ema-9"),
+        ("ema", ["ema-9", "ema-2", "model"], "ema-9"),
+        ("ema-2", ["ema-9", "ema-2", "model"], "ema-2"),
+        ("model", ["ema-9", "ema-2", "model"], "model"),
+        ("auto", ["model"], "model"),
+        ("ema", ["ema-2"], "ema-2"),
+    ]:
+        assert choose(weights, kept, Path("run")) == chosen
+    for weights in ("ema-3", "best", "ema-", "Model"):
+        with pytest.raises(ValueError, match=f"weights={weights}: run holds ema-9, model; use weights=ema-9"):
+            choose(weights, ["ema-9", "model"], Path("run"))
 
 
 @pytest.mark.parametrize(
@@ -164,11 +217,13 @@ def test_no_average_is_kept_unless_asked_for() -> None:
         {"min_learning_rate": 1.0},
         {"steps": 0},
         {"warmup_steps": -1},
+        {"decay_share": 1.1},
         {"clip_norm": 0.0},
-        {"ema_decay": 1.0},
+        {"ema_half_lives": (0,)},
+        {"ema_half_lives": (3, 3)},
         {"beta1": 1.0},
+        {"momentum": 1.0},
         {"eps": 0.0},
-        {"max_nonfinite_in_a_row": 0},
     ],
 )
 def test_impossible_settings_are_refused_by_name(changes: dict[str, Any]) -> None:

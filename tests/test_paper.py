@@ -50,7 +50,7 @@ def test_a_presets_recipe_is_the_papers(name: str) -> None:
         eps=1e-8,
         weight_decay=0.1,
         clip_norm=1.0,
-        ema_decay=None,
+        ema_half_lives=(),
     )
     rates = [learning_rate(step, config.optim) for step in (2000, 4000, 250_000)]
     assert rates == pytest.approx([1.5e-4, 3e-4, 1.5e-5])

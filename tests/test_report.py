@@ -45,7 +45,7 @@ def make_run(folder: Path, rows: int = 30) -> None:
             row |= {"text_loss": 3 / i, "image_loss": 1 / i, "learning_rate": 1e-3 / i}
             row |= {"tokens_per_s": 900.5, "images_per_s": 20.0, "skipped_updates": 0}
             run.append_metrics(row)
-    settings = [f"run_dir={folder}", "optim.steps=400", "optim.ema_decay=0.99", "data.tokenizer=t"]
+    settings = [f"run_dir={folder}", "optim.steps=400", "optim.ema_half_lives=[69]", "data.tokenizer=t"]
     config = load_config(PretrainConfig, settings)
     (folder / "config.yaml").write_text(to_yaml(config))
 
@@ -176,7 +176,7 @@ def test_scores_are_the_evaluations_with_number_range_and_settings(whole) -> Non
     settings = {"training step": 300, "sampler": "ddim", "steps": 50, "guidance": 3.5, "seed": 11}
     for name, value in settings.items():
         assert f"{name}{value}" in text
-    assert "weightsEMA" in text and "clip x0" not in text  # auto, and the recipe keeps an EMA; off is not shown
+    assert "weightsema-69" in text and "clip x0" not in text  # auto, and the recipe keeps an EMA; off is not shown
 
 
 def test_the_range_is_wilsons() -> None:

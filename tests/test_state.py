@@ -22,6 +22,7 @@ from train.optim import Optimizer
 from train.parallelize import gather_weights, initialize, parallelize
 from train.recipe import PretrainConfig
 from train.run_folder import RunFolder
+from train.saver import Saver
 from train.state import Progress, TrainState, fingerprint
 
 
@@ -33,7 +34,7 @@ def _state(ranks: Ranks, config: PretrainConfig, seed: int) -> tuple[TrainState,
     initialize(model, seed, ranks.device)
     known = {"latent_spec": None, "grids": data.grids}
     meaning = partial(fingerprint, config, data)
-    return TrainState(model, Optimizer(model, config.optim), meaning, to_yaml(config), known), data
+    return TrainState(model, Optimizer(model, config.optim, config.guard), meaning, to_yaml(config), known), data
 
 
 def _everything(state: TrainState) -> dict[str, torch.Tensor]:
@@ -52,14 +53,16 @@ def _save(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor]
         state.optimizer.update(step)
     state.progress = Progress(step=3, tokens_seen=2**40, images_seen=77)
     with RunFolder(config.run_dir, ranks) as folder:
-        state.save(folder, config.checkpoint, ranks)
+        saver = Saver(folder, config.checkpoint, ranks)
+        saver.start(state.snapshot(ranks))
+        saver.settle(tolerate=False)
     return _everything(state), state.lane_states
 
 
 def _load(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], dict[int, dict], Progress, list]:
     state, _ = _state(ranks, config, seed=2)
     state.load(Path(config.run_dir) / "checkpoints" / "step-00000003", ranks)
-    return _everything(state), state.lane_states, state.progress, state.optimizer.nonfinite.tolist()
+    return _everything(state), state.lane_states, state.progress, state.optimizer.guard.counts.tolist()
 
 
 @pytest.fixture
@@ -72,17 +75,29 @@ def test_everything_a_run_carries_comes_back_on_any_world_size(config: PretrainC
     """P4: weights, moments, averages, every lane, counters beyond 32 bits, skipped updates; extras are plain JSON."""
     saved = run_ranks(_save, 2, config)
     expected, lanes = saved[0][0], saved[0][1] | saved[1][1]
-    assert set(lanes) == set(range(5)) and {name.split(".")[0] for name in expected} == {"model", "optimizer", "ema"}
-    assert not torch.equal(expected["model.text_head.weight"], expected["ema.text_head.weight"])
+    assert set(lanes) == set(range(5)) and {name.split(".")[0] for name in expected} == {"model", "optimizer", "ema-7"}
+    assert not torch.equal(expected["model.text_head.weight"], expected["ema-7.text_head.weight"])
     for world_size in (1, 3):
         for tensors, lane_states, progress, nonfinite in run_ranks(_load, world_size, config):
             assert tensors.keys() == expected.keys()
             assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
             assert lane_states == lanes
-            assert progress == Progress(step=3, tokens_seen=2**40, images_seen=77) and nonfinite == [1.0, 0.0]
+            assert progress == Progress(step=3, tokens_seen=2**40, images_seen=77) and nonfinite[:3] == [1, 0, 2]
     folder = Path(config.run_dir) / "checkpoints" / "step-00000003"
     assert json.loads((folder / "meta.json").read_text())["progress"]["step"] == 3
     assert load_config(PretrainConfig, [f"config={folder / 'config.yaml'}"]) == config
+
+
+def test_an_ema_may_be_added_or_dropped_on_resume_and_a_new_one_begins_at_the_weights(config: PretrainConfig) -> None:
+    run_ranks(_save, 1, config)
+    both, other = (replace(config, optim=replace(config.optim, ema_half_lives=kept)) for kept in ((7, 50), (50,)))
+    (as_saved, *_), (extended, *_), (exchanged, *_) = (run_ranks(_load, 2, c)[0] for c in (config, both, other))
+    kept = {name: tensor for name, tensor in as_saved.items() if not name.startswith("ema-7.")}
+    weights = {name.removeprefix("model."): tensor for name, tensor in kept.items() if name.startswith("model.")}
+    begun = {f"ema-50.{name}": tensor for name, tensor in weights.items()}
+    for found, expected in ((extended, as_saved | begun), (exchanged, kept | begun)):
+        assert found.keys() == expected.keys()
+        assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
 def _refusals(ranks: Ranks, config: PretrainConfig, changed: list[PretrainConfig]) -> list[str]:
@@ -104,12 +119,11 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_name_on_every_rank(config:
         ("width was 32, is 64", "qk_norm was False, is True", "latent_channels was 2, is 4"): replace(
             config, model=wide
         ),
-        ("ema.patches.to_patch.weight is not in the checkpoint",): replace(
-            config, optim=replace(config.optim, ema_decay=0.5)
+        ("optim.optimizer was adamw, is muon", "optim.state_dtype was float32, is bfloat16"): replace(
+            config, optim=replace(config.optim, optimizer="muon", state_dtype="bfloat16")
         ),
     }
-    without_ema = replace(config, optim=replace(config.optim, ema_decay=None))
-    for of_rank in run_ranks(_refusals, 2, without_ema, list(changed.values())):
+    for of_rank in run_ranks(_refusals, 2, config, list(changed.values())):
         for message, words in zip(of_rank, changed, strict=True):
             assert [word for word in words if word not in message] == [], message
     data = open_data(config.data, config.seed, model.patch_size)

@@ -412,7 +412,7 @@ def test_the_discriminator_starts_at_its_step_and_not_before(shards, tmp_path, m
 
 
 def test_the_discriminator_follows_its_own_peak_rate():
-    optim = OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=2, steps=10, ema_decay=0.9)
+    optim = OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=2, steps=10)
     config = VaeLossConfig(gan_weight=0.5, gan_channels=8, gan_learning_rate=2e-4)
     own = CodecLoss(config, optim, None, torch.device("cpu")).optimizer.config
     for step in (1, 2, 5, 10):
@@ -491,6 +491,11 @@ def test_bad_input_is_refused_with_a_message(shards, tmp_path):
         (arguments(tmp_path / "empty", tmp_path / "v"), r"no \.tar files"),
         (arguments(tmp_path / "nowhere", tmp_path / "v"), "does not exist"),
         (arguments(shards, tmp_path / "v", resolution=30), "multiple of the stride 4"),
+        (
+            arguments(shards, tmp_path / "v", **{"optim.ema_half_lives": [9]}),
+            r"ema_half_lives=\(9,\).*keeps no average",
+        ),
+        (arguments(shards, tmp_path / "v", **{"optim.optimizer": "muon"}), "optimizer=muon.*no blocks for Muon"),
         (arguments(shards, tmp_path / "v", **{"model.norm_groups": 3}), "multiple of norm_groups"),
         (arguments(shards, tmp_path / "v", **{"loss.id_weight": 0.2}), r"loss\.id_weight=0\.2: .* not implemented"),
         (arguments(shards, tmp_path / "v", resolution=16, **{"loss.gan_weight": 0.5}), "the loss needs 24 pixels"),

@@ -10,12 +10,13 @@ train/checkpoint_storage.py's business. Functions that take `ranks` are collecti
 touch no other group, so a background thread may run `save` and `retain` on staged copies.
 """
 
+import json
 import logging
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from train.run_folder import RunFolder, RunTakenOver, sync_folder
 log = logging.getLogger(__name__)
 
 State = dict[str, Any]  # nested dicts whose leaves are tensors or DTensors
+META = "meta.json"  # the extra file with counters, fingerprint and metrics
 NAMED_MISFITS = 8  # of those that do not fit, in one message
 
 
@@ -50,25 +52,36 @@ class CheckpointConfig:
     interval_steps: int = 1000  # steps between saves, >= 1; a stop signal and the end of the run save as well
     keep_last: int = 2  # newest checkpoints to keep, >= 1; the newest that verifies is kept in any case
     keep_every_steps: int | None = None  # also keep for ever those whose step is a multiple of this, >= 1; null: none
+    keep_best: int = 0  # also keep so many with the lowest `best_metric`, >= 0
+    # heldout/NAME/text_loss or image_loss: counts for checkpoints of steps that are evaluated too (`evaluation`)
+    best_metric: str | None = None
+    max_failures_in_a_row: int = 3  # writes in the background that fail before the run stops, >= 1
 
     def __post_init__(self) -> None:
-        for name in ("interval_steps", "keep_last", "keep_every_steps"):
+        for name in ("interval_steps", "keep_last", "keep_every_steps", "max_failures_in_a_row"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name}={value}: expected at least 1")
+        if self.keep_best < 0 or bool(self.keep_best) != (self.best_metric is not None):
+            raise ValueError(
+                f"checkpoint.keep_best={self.keep_best}, best_metric={self.best_metric}: expected 0 and null, or a "
+                "number of checkpoints and the metric that ranks them"
+            )
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint was not written, on any rank; those saved before are unharmed."""
 
 
-def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Return the tensors of model and optimizer under parameter names, which hold for every world size.
+def training_state(
+    model: torch.nn.Module, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+) -> State:
+    """Return the tensors of model and optimizers under parameter names, which hold for every world size.
 
     They are the live tensors: loading into them is loading. An optimizer that has not stepped gets its state first.
     Its hyper-parameters are not part: they come from the config, so a resume may change them.
     """
-    optimizer_state = get_optimizer_state_dict(model, optimizer)["state"]
+    optimizer_state = get_optimizer_state_dict(model, optimizers)["state"]
     return {"model": get_model_state_dict(model), "optimizer": optimizer_state}
 
 
@@ -103,7 +116,7 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
     """Read `folder` into the tensors of `state`, in place, whatever world size wrote it.
 
     Give a folder that `latest` or `verify` approved. `state` may hold some of the saved top-level entries (only
-    `ema`, say), each complete. Raises ValueError naming the tensors that do not fit, before any is written.
+    `model`, say), each complete. Raises ValueError naming the tensors that do not fit, before any is written.
     """
     _assert_only_tensors(state)
     index = read_index(folder)
@@ -115,6 +128,11 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
         )
     with _group_of(ranks) as group:
         dcp.load(state, storage_reader=CheckedReader(folder, index), **group)
+
+
+def entries(folder: Path) -> set[str]:
+    """Return the names of the saved top-level entries, such as `model`."""
+    return {name.split(".")[0] for name in read_index(folder).state_dict_metadata}
 
 
 def read_extra(folder: Path, name: str) -> bytes:
@@ -170,14 +188,21 @@ def retain(root: Path, config: CheckpointConfig, ranks: Ranks) -> list[Path]:
 
     Reads back the newest one before it removes anything, so a disk that garbles what it is given costs no good copy.
     """
-    folders, every = ranks.on_first(lambda: saved(root)), config.keep_every_steps
-    surplus = [folder for folder in folders[: -config.keep_last] if not every or step_of(folder) % every]
+    surplus = ranks.on_first(lambda: _surplus(root, config))
     whole = latest(root, ranks) if surplus else None
     if whole is None:
         return []
     removed = [folder for folder in surplus if folder != whole]
     ranks.on_first(lambda: _remove(removed))
     return removed
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    """Return what was measured on held-out data at a checkpoint's step; empty where nothing was, or it is damaged."""
+    try:
+        return json.loads(read_extra(folder, META))["metrics"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def clean(root: Path, ranks: Ranks) -> None:
@@ -191,6 +216,16 @@ def clean(root: Path, ranks: Ranks) -> None:
         _remove(sorted(folder for kind in ("tmp", "replaced", "removing") for folder in root.glob(f".{kind}-step-*")))
 
     ranks.on_first(settle)
+
+
+def _surplus(root: Path, config: CheckpointConfig) -> list[Path]:
+    """Return the checkpoints that no rule of `config` keeps."""
+    folders, every = saved(root), config.keep_every_steps
+    scores = {folder: metrics_of(folder).get(config.best_metric) for folder in folders} if config.keep_best else {}
+    measured = sorted((folder for folder, score in scores.items() if score is not None), key=scores.get)
+    best = set(measured[: config.keep_best])
+    older = folders[: -config.keep_last]
+    return [folder for folder in older if folder not in best and (not every or step_of(folder) % every)]
 
 
 @contextmanager

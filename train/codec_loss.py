@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.discriminator import PatchDiscriminator, hinge_loss
 from model.perceptual import Lpips
 from model.vae import VaeLossConfig, vae_loss
+from train.guard import GuardConfig
 from train.optim import OptimConfig, Optimizer
 
 
@@ -29,7 +30,7 @@ class CodecLoss:
         self.discriminator: PatchDiscriminator | None = None
         if config.gan_weight > 0:
             self.discriminator = PatchDiscriminator(config.gan_channels).to(device)
-            self.optimizer = Optimizer(self.discriminator, self._optim(optim))
+            self.optimizer = Optimizer(self.discriminator, self._optim(optim), GuardConfig())
 
     def backward(
         self, pixels: Tensor, reconstruction: Tensor, moments: Tensor, step: int, share: float
@@ -67,7 +68,7 @@ class CodecLoss:
     @property
     def skipped_in_a_row(self) -> int:
         """Updates of the discriminator left out for non-finite gradients since the last one made."""
-        return int(self.optimizer.nonfinite[1]) if self.discriminator is not None else 0
+        return self.optimizer.guard.in_a_row if self.discriminator is not None else 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs; LPIPS is frozen and stays in its own file."""
@@ -88,4 +89,4 @@ class CodecLoss:
         """Return the VAE's settings with the discriminator's rate; no average of it is ever read."""
         rate = self.config.gan_learning_rate or optim.learning_rate
         ratio = rate / optim.learning_rate if optim.learning_rate > 0 else 0.0
-        return replace(optim, learning_rate=rate, min_learning_rate=optim.min_learning_rate * ratio, ema_decay=None)
+        return replace(optim, learning_rate=rate, min_learning_rate=optim.min_learning_rate * ratio, ema_half_lives=())

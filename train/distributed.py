@@ -1,8 +1,8 @@
 """Ranks: who this process is among its peers, the groups they talk on, the one vote a step, and how a rank dies.
 
-Two gloo groups besides the default one, because two threads that use one group mis-order its collectives:
-`vote_group` belongs to the main thread, `checkpoint_group` to whoever saves. A plain `python -m` run is one rank
-with the same groups, so nothing else in the trainer asks whether it is distributed.
+Three gloo groups besides the default one, because two threads that use one group mis-order its collectives: the main
+thread votes on `vote_group` and gathers, loads and saves on `checkpoint_group`; a background save has a group of its
+own. A plain `python -m` run is one rank with the same groups, so nothing else asks whether it is distributed.
 Rejected: one all-reduce per agreed quantity; a vote is one message however many questions it answers.
 """
 
@@ -13,13 +13,16 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
+from train.roll_call import RollCall
 from train.signals import StopKind
 
 T = TypeVar("T")
@@ -38,7 +41,10 @@ class Ranks:
     local_rank: int  # on this machine
     device: torch.device
     vote_group: dist.ProcessGroup | None  # gloo, the main thread's
-    checkpoint_group: dist.ProcessGroup | None  # gloo, for whoever saves or loads
+    checkpoint_group: dist.ProcessGroup | None  # gloo, the main thread's, with a timeout that slow disks decide
+    background_group: dist.ProcessGroup | None = None  # gloo, a background save's
+    roll_call: RollCall | None = None
+    flight_recorder: Path | None = None  # folder for NCCL's last collectives, written when a peer is lost; CUDA only
 
     @property
     def is_first(self) -> bool:
@@ -70,8 +76,23 @@ class Ranks:
             raise outcome[1]
         return outcome[0]
 
+    def in_background(self) -> "Ranks":
+        """Return the same ranks for a background thread, whose collectives meet no other thread's."""
+        return replace(self, vote_group=None, checkpoint_group=self.background_group, background_group=None)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Change how long a collective of the training loop may wait: long for the first step, short from then on.
+
+        NCCL gets a little more, so that the vote, whose message people can read, is the first to notice.
+        """
+        if self.vote_group is not None:
+            c10d._set_pg_timeout(timedelta(seconds=seconds), self.vote_group)
+            c10d._set_pg_timeout(timedelta(seconds=1.25 * seconds))
+
     def close(self) -> None:
         """Wait for the peers and take the process groups down. Collective; the end of a run that went well."""
+        if self.roll_call is not None:
+            self.roll_call.close()
         if dist.is_initialized():
             dist.barrier(group=self.vote_group)
             dist.destroy_process_group()
@@ -80,12 +101,18 @@ class Ranks:
 Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is any
 
 
-def init_ranks(*, timeout_s: float, checkpoint_timeout_s: float = 1800.0, device: Device = "auto") -> Ranks:
+def init_ranks(
+    *,
+    timeout_s: float,
+    checkpoint_timeout_s: float = 1800.0,
+    device: Device = "auto",
+    flight_recorder: Path | None = None,
+) -> Ranks:
     """Join the process groups that torchrun's environment describes, or make a group of one without it.
 
-    A collective that waits longer than `timeout_s` raises; on `checkpoint_group` longer than `checkpoint_timeout_s`,
-    since the slowest disk decides there. Also sets the number of CPU threads. Raises ValueError for a device that is
-    not there.
+    A collective that waits longer than `timeout_s` raises; on `checkpoint_group` and in the background longer than
+    `checkpoint_timeout_s`, since the slowest disk decides there. Also sets the number of CPU threads. Raises ValueError
+    for a device that is not there.
     """
     launched = "RANK" in os.environ
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -103,7 +130,9 @@ def init_ranks(*, timeout_s: float, checkpoint_timeout_s: float = 1800.0, device
         torch.cuda.set_device(place)
     _set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     rendezvous = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    timeout = timedelta(seconds=timeout_s)
+    timeout, checkpoint_timeout = timedelta(seconds=timeout_s), timedelta(seconds=checkpoint_timeout_s)
+    if on_cuda:
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives that the flight recorder remembers
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout, **rendezvous)
     ranks = Ranks(
         rank=rank,
@@ -111,7 +140,10 @@ def init_ranks(*, timeout_s: float, checkpoint_timeout_s: float = 1800.0, device
         local_rank=local_rank,
         device=place,
         vote_group=dist.new_group(backend="gloo", timeout=timeout),
-        checkpoint_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=checkpoint_timeout_s)),
+        checkpoint_group=dist.new_group(backend="gloo", timeout=checkpoint_timeout),
+        background_group=dist.new_group(backend="gloo", timeout=checkpoint_timeout),
+        roll_call=RollCall(c10d._get_default_store(), rank, world_size),
+        flight_recorder=flight_recorder if on_cuda else None,
     )
     ranks.gather(None)  # a rank that failed already would break the connecting of the others, with a worse message
     return ranks
@@ -133,7 +165,7 @@ class Ballot:
     documents_skipped: int = 0  # since the run began, by this rank's lanes
     has_batch: bool = True  # False: this rank still waits for data, and the step cannot be run
     ended: bool = False  # every lane of this rank is at its end
-    write_failed: bool = False  # a background checkpoint write of this rank failed
+    write_failed: bool = False  # the background save failed; said by rank 0 alone, for all ranks fail together
     data_failed: bool = False  # this rank's reader failed
     stop: StopKind = StopKind.NONE
 
@@ -181,7 +213,8 @@ def last_words(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
     """Around the training loop: an exception ends this process at once, after saying which rank died, where, of what.
 
     Exiting closes the connections, so the peers' collectives fail within milliseconds instead of at the timeout. A
-    rank whose error is only the loss of a peer says so in one line, so that the culprit's traceback stands alone.
+    rank whose error is only the loss of a peer names the peer in one line, so that the culprit's traceback stands
+    alone.
     `where` names the place, for example `lambda: f"step {step}"`. Refusals belong before this context.
     """
     try:
@@ -190,13 +223,31 @@ def last_words(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
         name = f"rank {ranks.rank} of {ranks.world_size} ({socket.gethostname()}, pid {os.getpid()})"
         reason = f"{type(error).__name__}: {str(error).strip()}"
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
-            words = f"{name} lost a peer at {where()}; the peer's own message says why ({reason.splitlines()[0]})\n"
+            _dump_flight_recorder(ranks)
+            lost = ", ".join(f"rank {peer}" for peer in _missing(ranks)) or "a peer"
+            words = f"{name} lost {lost} at {where()}; its own message says why ({reason.splitlines()[0]})\n"
         else:
             words = f"{''.join(traceback.format_exception(error))}{name} died at {where()}: {reason}\n"
         sys.stdout.flush()
         sys.stderr.flush()
         os.write(sys.stderr.fileno(), words.encode())  # one write: lines of several ranks do not mix
         os._exit(DIED)
+
+
+def _missing(ranks: Ranks) -> list[int]:
+    return ranks.roll_call.missing() if ranks.roll_call is not None else []
+
+
+def _dump_flight_recorder(ranks: Ranks) -> None:
+    """Leave what NCCL's flight recorder holds, a pickle that `torchfrtrace` reads, before the process ends."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if ranks.flight_recorder is None or dump is None:
+        return
+    try:
+        ranks.flight_recorder.mkdir(parents=True, exist_ok=True)
+        (ranks.flight_recorder / f"rank-{ranks.rank}.pickle").write_bytes(dump())
+    except OSError as error:  # a full disk must not hide why the run ended
+        print(f"flight recorder: {error}", file=sys.stderr)
 
 
 def _set_cpu_threads(local_world_size: int) -> None:

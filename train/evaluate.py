@@ -15,8 +15,10 @@ from data.shards import atomic_write
 from model.sampler import SamplerConfig
 from train.config import load_config, run_program
 from train.distributed import init_ranks
-from train.evaluation import check_disjoint, heldout_losses, judge_captions, judge_drawings, read_scenes, shares
+from train.evaluation import judge_captions, judge_drawings, read_scenes, shares
 from train.generation import BAR_FORMAT, Generation, GenerationConfig
+from train.heldout import Heldout, HeldoutConfig
+from train.signals import StopSignal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +47,10 @@ def main(argv: list[str]) -> int | None:
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerConfig)}
     results: dict = {"step": step, "seed": config.seed, "settings": settings, "weights": config.weights}
     if config.heldout:
-        check_disjoint(recipe, config.heldout)
-        results["heldout"] = {}
-        for name, path in config.heldout.items():
-            results["heldout"][name] = heldout_losses(generation, recipe, {name: path}, ranks)
+        sources = HeldoutConfig(heldout=config.heldout)
+        of_model = recipe.data, recipe.seed, recipe.model.patch_size, recipe.diffusion, generation.vae_hash
+        heldout = Heldout(sources, *of_model, ranks)
+        results["heldout"] = heldout.losses(generation.model, generation.stats, StopSignal())  # Ctrl-C ends it as ever
     if config.scenes is not None:
         items = read_scenes(Path(config.scenes), generation.resolution, config.max_prompts)
         mine = -(-len(items) // ranks.world_size)

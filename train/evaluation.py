@@ -1,4 +1,4 @@
-"""What a trained model can do, as numbers: the judge's verdicts on scenes, and the losses on held-out shards.
+"""What a trained model can do, as numbers: the judge's verdicts on scenes. (Held-out losses: train/heldout.py.)
 
 Work is split over ranks by item, results are gathered and are the same for every number of ranks up to the order of
 float additions. An evaluation records sampler, steps, guidance and seed: without them its scores mean nothing.
@@ -6,28 +6,19 @@ float additions. An evaluation records sampler, steps, guidance and seed: withou
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
-from data.dataset import DataConfig, open_data
-from data.lanes import SourceConfig
-from data.loader import Loader
-from data.manifest import Manifest
 from data.pictures import decode_picture
 from data.raw import TAR, caption_of, picture_of
 from data.scenes import Shape, Verdict, compare, parse_caption, score
 from data.shards import BadRecords, read_shard
 from data.storage import expand
-from model.diffusion import DiffusionConfig
 from model.sampler import SamplerConfig
 from train.distributed import Ranks
 from train.generation import Generation, Progress
-from train.recipe import PretrainConfig
-from train.step import micro_step
 
 GOALS = ("all", "colour", "shape", "position")
 
@@ -112,76 +103,6 @@ def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str,
 
     scores = {goal: share("seen", goal) for goal in GOALS}
     return {**scores, "all_unseen": share("unseen", "all"), "all_two_shapes": share("two_shapes", "all")}
-
-
-@torch.no_grad()
-def heldout_losses(
-    generation: Generation, recipe: PretrainConfig, sources: dict[str, str], ranks: Ranks, lanes: int = 8
-) -> dict[str, float | None]:
-    """Return text loss (nats a text target) and noise error (mean squared, an image) over held-out shards.
-
-    None where there is nothing to measure. Each document once, captions first, no dropout; noise and timesteps
-    depend on the recipe's seed alone.
-    """
-    order = {"caption_first": 1.0, "caption_dropout": 0.0}
-    config = DataConfig(
-        sources={name: SourceConfig(path=path, repeat=False) for name, path in sources.items()},
-        tokenizer=str(generation.tokenizer.path),
-        lanes=lanes,
-        sequence_length=recipe.data.sequence_length,
-        look_ahead=recipe.data.look_ahead,
-        order=type(recipe.data.order)(**order),
-    )
-    data = open_data(config, recipe.seed, recipe.model.patch_size)
-    if data.latent_spec is not None and data.latent_spec.vae_hash != generation.vae_hash:
-        raise ValueError(
-            f"held-out data {', '.join(sources.values())} holds latents of VAE {data.latent_spec.vae_hash}, the model "
-            f"was trained on those of {generation.vae_hash}; encode it with that VAE"
-        )
-    loader = Loader(data, config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=lanes)
-    sums = torch.zeros(4, dtype=torch.float64)
-    while True:
-        batch = loader.next(timeout_seconds=600)
-        if batch is None:
-            raise ValueError(f"no held-out data for 600 s from {', '.join(sources.values())}")
-        if batch.ended:
-            break
-        for micro_batch in batch.micro_batches:
-            loss = micro_step(
-                generation.model,
-                micro_batch.to(ranks.device),
-                stats=generation.stats,
-                diffusion=_uncapped(recipe.diffusion),
-                image_weight=1.0,
-                global_text_targets=1,
-                global_images=1,
-            )
-            counts = (micro_batch.num_text_targets, micro_batch.num_images)
-            sums += torch.tensor([loss.text_nll.item(), loss.image_error.item(), *counts], dtype=torch.float64)
-    loader.close()
-    dist.all_reduce(sums, group=ranks.vote_group)
-    text_nll, image_error, targets, images = sums.tolist()
-    return {
-        "text_loss": text_nll / targets if targets else None,
-        "image_loss": image_error / images if images else None,
-    }
-
-
-def check_disjoint(recipe: PretrainConfig, sources: dict[str, str]) -> None:
-    """Raise ValueError if a held-out folder shares a shard with the training data."""
-    trained = {}
-    for source in recipe.data.sources.values():
-        manifest = Manifest.load(source.path)
-        trained.update({(e.bytes, e.index_crc32): manifest.shard_path(i) for i, e in enumerate(manifest.shards)})
-    for name, path in sources.items():
-        for shard in Manifest.load(path).shards:
-            twin = trained.get((shard.bytes, shard.index_crc32))
-            if twin is not None:
-                raise ValueError(f"held-out source {name}: {path}/{shard.name} is training data too ({twin})")
-
-
-def _uncapped(diffusion: DiffusionConfig) -> DiffusionConfig:
-    return replace(diffusion, before_caption_max_timestep=None, timestep_sampling="uniform", min_snr_gamma=None)
 
 
 def _in_order(ranks: Ranks, mine: list) -> list:

@@ -16,14 +16,14 @@ from model.llama import llama_config, llama_weights
 from train.config import load_config, run_program, to_yaml
 from train.distributed import alone
 from train.output_folder import OutputFolder
-from train.trained import EXPORT_MARK, TOKENIZER_FILE, VAE_FOLDER, WEIGHTS_FILE, Trained, Weights, load_codec
+from train.trained import EXPORT_MARK, TOKENIZER_FILE, VAE_FOLDER, WEIGHTS_FILE, Trained, load_codec
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     checkpoint: str = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
     output: str = "runs/export"  # folder to write; must be absent, empty or made by this program
-    weights: Weights = "auto"  # auto: the EMA if the run kept one
+    weights: str = "auto"  # auto: the first EMA if the run kept one; ema: the first; ema-N: of half-life N; model
     format: Literal["transfusion", "llama"] = "transfusion"  # the whole model, or its text side for transformers
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the written weights
     vae: str | None = None  # AutoencoderKL to copy; null: the one the run names

@@ -22,7 +22,7 @@ from model.vae import LatentStats, decode, moments, stride_of
 from train.distributed import Device, Ranks
 from train.recipe import PretrainConfig
 from train.step import latent_stats
-from train.trained import Trained, Weights, load_codec
+from train.trained import Trained, load_codec
 
 BATCH = 50  # rows a sampling batch: small enough for a laptop, large enough to fill two cores
 # Progress in rows, of which a denoising step is a fraction.
@@ -37,7 +37,7 @@ class GenerationConfig(SamplerConfig):
     """What every program that samples asks for."""
 
     checkpoint: str = "runs/pretrain"  # a checkpoint; a run folder: its newest that verifies; or an export
-    weights: Weights = "auto"  # auto: the EMA if the run kept one
+    weights: str = "auto"  # auto: the first EMA if the run kept one; ema: the first; ema-N: of half-life N; model
     vae: str | None = None  # AutoencoderKL; null: the one the run names
     seed: int = 0  # of noise and tokens
     device: Device = "auto"  # auto: CUDA if there is any

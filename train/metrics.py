@@ -7,22 +7,27 @@ import hashlib
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.loader import StepBatch, epochs
+from data.loader import epochs
 from data.packing import PADDING_DOCUMENT
-from train.distributed import Ranks, Vote
+from train.distributed import Ranks
+from train.feed import Fed
 from train.flops import Flops
 from train.run_folder import RunFolder
 from train.step import StepLoss
+
+SHOWN_LAG = 0.1  # of the time: how long ranks wait for the slowest before the console names it
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +56,17 @@ class Interval:
         self._global = dict.fromkeys(("text_targets", "images", "tokens"), 0)
         self._last: dict[str, Any] = {}  # of the last step only
         self._attention_pairs = 0  # of this rank: what its lanes' documents cost
+        self._peers_wait_s = 0.0  # of this rank: how long it waited for the others
         self.num_steps = 0
-        self.checkpoint_s = 0.0
+        self.checkpoint_s = 0.0  # that the loop was held up by saves
+        self.evaluation_s = 0.0  # by evaluations and previews
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self._start = time.monotonic()
 
-    def add(
-        self, batch: StepBatch, losses: list[StepLoss], vote: Vote, data_wait_s: float, grad_norm: torch.Tensor
-    ) -> None:
+    def add(self, fed: Fed, losses: list[StepLoss], grad_norm: torch.Tensor) -> None:
         """Add one step of this rank; the vote has the global counts."""
+        batch, vote = fed.batch, fed.vote
         for loss in losses:
             self._device_sums += torch.stack([loss.text_nll, loss.image_error]).to(torch.float64)
         for micro_batch in batch.micro_batches:
@@ -68,7 +76,8 @@ class Interval:
             self._sums["idle_rows"] += int((first_documents == PADDING_DOCUMENT).sum())
             self._sums["flops"] += self.flops.of_batch(micro_batch)
             self._attention_pairs += micro_batch.num_attention_pairs
-        self._sums["data_wait_s"] += data_wait_s
+        self._sums["data_wait_s"] += fed.data_wait_s
+        self._peers_wait_s += fed.peers_wait_s
         self._global["text_targets"] += vote.text_targets
         self._global["images"] += vote.images
         self._global["tokens"] += vote.tokens
@@ -81,14 +90,14 @@ class Interval:
         sums = torch.cat([self._device_sums.cpu(), torch.tensor(list(self._sums.values()), dtype=torch.float64)])
         dist.all_reduce(sums, group=self.ranks.vote_group)
         text_nll, image_error, slots, rows, idle_rows, model_flops, data_wait_s = sums.tolist()
-        gathered = self.ranks.gather((epochs(lane_states), self._attention_pairs))
-        epoch = np.concatenate([part for part, _ in gathered])  # [L, sources]
-        pairs = np.array([count for _, count in gathered])
+        mine = (epochs(lane_states), self._attention_pairs, self._peers_wait_s, socket.gethostname(), *_memory_gib())
+        of_ranks, pairs, peers_wait_s, hosts, host_gib, device_gib = zip(*self.ranks.gather(mine), strict=True)
+        epoch, slowest = np.concatenate(of_ranks), int(np.argmin(peers_wait_s))  # [L, sources]; who waits least
         counts, world_size = self._global, self.ranks.world_size
         row = {
             "interval_steps": self.num_steps,  # what the sums and means below are over
-            "text_loss": text_nll / max(counts["text_targets"], 1),  # nats a text target
-            "image_loss": image_error / max(counts["images"], 1),  # mean squared error of the prediction
+            "text_loss": text_nll / counts["text_targets"] if counts["text_targets"] else None,  # nats a text target
+            "image_loss": image_error / counts["images"] if counts["images"] else None,  # mean squared error
             "tokens_per_s": counts["tokens"] / seconds,
             "images_per_s": counts["images"] / seconds,
             "step_s": seconds / max(self.num_steps, 1),
@@ -96,8 +105,14 @@ class Interval:
             "idle_row_share": idle_rows / max(rows, 1),  # of all rows: lanes not divisible by ranks, or at their end
             "data_stall_share": data_wait_s / world_size / seconds,
             "checkpoint_stall_share": self.checkpoint_s / seconds,
+            "evaluation_share": self.evaluation_s / seconds,  # previews included
             "model_tflops_per_s_per_rank": model_flops / seconds / world_size / 1e12,
-            "attention_imbalance": float(pairs.max() / max(pairs.mean(), 1)),  # the slowest rank's pairs by the mean
+            "attention_imbalance": max(pairs) / max(np.mean(pairs), 1),  # the most pairs of a rank by the mean
+            "slowest_rank": slowest,  # the one that the others waited for before their steps
+            "slowest_host": hosts[slowest],
+            "slowest_lag_share": (max(peers_wait_s) - min(peers_wait_s)) / seconds,  # of the time, that they waited
+            "host_memory_gib": max(host_gib),  # resident now, of the largest rank, its loader workers not included
+            "device_memory_gib": max(device_gib),  # peak, of the largest rank; 0 without CUDA
             "grad_norm": float(self._last["grad_norm"]),  # before clipping, of the last step
             "skipped_documents": self._last["skipped_documents"],  # since the run began
             "epoch_min": int(epoch.min()),  # over lanes and sources
@@ -120,10 +135,14 @@ class Console:
             return
         done, left = row["step"] - self.first_step, self.steps - row["step"]
         seconds = (time.monotonic() - self._start) / max(done, 1) * left
+        losses = [f"{kind} {row[f'{kind}_loss']:.4f}" for kind in ("text", "image") if row[f"{kind}_loss"] is not None]
+        lag = ""
+        if row["slowest_lag_share"] > SHOWN_LAG:
+            lag = f"  waits {row['slowest_lag_share']:.0%} for rank {row['slowest_rank']} on {row['slowest_host']}"
         print(
-            f"step {row['step']}/{self.steps}  text {row['text_loss']:.4f}  image {row['image_loss']:.4f}  "
+            f"step {row['step']}/{self.steps}  {'  '.join(losses)}  "
             f"norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.1e}  {row['tokens_per_s']:,.0f} tokens/s  "
-            f"{row['images_per_s']:,.1f} images/s  {timedelta(seconds=round(seconds))} left",
+            f"{row['images_per_s']:,.1f} images/s  {timedelta(seconds=round(seconds))} left{lag}",
             flush=True,
         )
 
@@ -163,6 +182,13 @@ class MetricsLog:
         except Exception as error:  # a logger may fail in any way; the run goes on without its page
             log.warning("wandb is off from here on: %s", error)
             self._wandb = None
+
+
+def _memory_gib() -> tuple[float, float]:
+    """Return this process's resident memory now, and its device's peak since the last row."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30, device / 2**30
 
 
 def _start_wandb(config: LogConfig, folder: RunFolder, recipe: dict[str, Any]) -> Any:

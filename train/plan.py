@@ -193,21 +193,18 @@ def _communication(config: PlanConfig, rehearsal: Rehearsal, gpu: Gpu | None, pl
     """Return what a step sends, how long that takes, and what follows for the run."""
     sent, seconds = Counter(), 0.0
     for what, size in rehearsal.collectives.items():
-        # Gathers and scatters happen each micro-step; sums over copies of the model, and the update's, once a step.
-        times = 1 if what.name == "all_reduce" else plan["micro_steps"]
-        ranks = len(what.ranks)
-        ways = 2 if what.name == "all_reduce" else 1
-        sent[f"{what.name}_{what.phase}"] += times * ways * size * (ranks - 1) / ranks / 1e9
+        ranks, ways = len(what.ranks), 2 if what.name == "all_reduce" else 1
+        sent[f"{what.name}_{what.phase}"] += ways * size * (ranks - 1) / ranks / 1e9
         if gpu is not None:
             links = config.link_gb_per_s or REACHED * gpu.link_gb_per_s
             network = config.network_gb_per_s or REACHED * gpu.network_gb_per_s
-            seconds += times * communication_seconds(what, size, config.gpus_per_node, links, network)
-    plan = {"sent_gb_a_step_and_rank": dict(sent)} | ({"compute_s_a_step": plan["compute_s_a_step"]} if gpu else {})
+            seconds += communication_seconds(what, size, config.gpus_per_node, links, network)
+    found = {"sent_gb_a_step_and_rank": dict(sent)}
     if gpu is None:
-        return plan
+        return found
     step_s = max(plan["compute_s_a_step"], seconds)
     run_s = step_s * config.optim.steps
-    return plan | {
+    return found | {
         "communication_s_a_step": seconds,
         "communication_share_of_compute": seconds / plan["compute_s_a_step"],
         "step_s": step_s,

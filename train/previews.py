@@ -1,4 +1,6 @@
-"""Sample pictures every so often, from the weights in training (their EMA if there is one)."""
+"""Sample pictures every so often, from the weights in training (their first EMA if there is one)."""
+
+import torch
 
 from data.dataset import DataSet
 from data.shards import atomic_write
@@ -12,6 +14,11 @@ from train.optim import Optimizer
 from train.parallelize import gather_weights
 from train.recipe import PretrainConfig
 from train.run_folder import RunFolder
+from train.signals import StopSignal
+
+
+class _Stopped(Exception):
+    """A stop signal came while a picture was drawn."""
 
 
 class Previews:
@@ -35,15 +42,24 @@ class Previews:
         interval = self.recipe.preview.interval_steps
         return interval is not None and step % interval == 0
 
-    def make(self, optimizer: Optimizer, step: int) -> None:
-        """Save a sheet of the prompts' pictures. Collective; the random state of training is not touched."""
-        weights = gather_weights(optimizer.ema or optimizer.parameters, keep=self.ranks.is_first)
-        if self._generation is None:
-            return
+    def make(self, optimizer: Optimizer, step: int, stop: StopSignal) -> None:
+        """Save a sheet of the prompts' pictures, unless told to stop meanwhile. Collective; touches no random state."""
+        weights = gather_weights(optimizer.preferred_weights(), keep=self.ranks.is_first)
+        # The peers wait here rather than in the next vote, whose timeout is short.
+        self.ranks.on_first(lambda: self._draw(weights, step, stop))
+
+    def _draw(self, weights: dict[str, torch.Tensor], step: int, stop: StopSignal) -> None:
+        def poll(_: float) -> None:
+            if stop.kind:
+                raise _Stopped
+
         self._generation.model.load_state_dict(weights)
         config = self.recipe.preview
         sampler = SamplerConfig(sampler="ddim", steps=config.steps, guidance=config.guidance)
-        pictures = self._generation.draw(config.prompts, sampler, self.recipe.seed)
+        try:
+            pictures = self._generation.draw(config.prompts, sampler, self.recipe.seed, poll)
+        except _Stopped:
+            return
         path = self.folder.path / "previews" / f"step-{step:08d}.png"
         with atomic_write(path) as file:
             contact_sheet(pictures, config.prompts).save(file, "PNG")

@@ -12,9 +12,12 @@ from model.diffusion import DiffusionConfig
 from model.transfusion import TransfusionConfig
 from train.checkpoint import CheckpointConfig
 from train.distributed import Device
+from train.guard import GuardConfig
+from train.heldout import HeldoutConfig
 from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.parallelize import ParallelConfig
+from train.profile import ProfileConfig
 from train.step import LossConfig
 
 
@@ -32,25 +35,45 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    run_dir: str = MISSING  # folder of this run: checkpoints, metrics.jsonl, previews; resumed if it has any
+    run_dir: str = MISSING  # folder of this run: checkpoints, metrics.jsonl, previews
+    # Where to start. auto: this run's newest checkpoint that verifies, or from scratch; none: from scratch, refused
+    # where there are checkpoints; a step: back to this run's checkpoint of it, later ones are put aside; a path: from
+    # a checkpoint of another run, until this one has its own.
+    resume: str = "auto"
+    init_from: str | None = None  # weights to start from in place of random ones: a checkpoint, a run or an export
+    init_weights: str = "model"  # which of them: model, or ema; auto: ema if there is one
     seed: int = 0  # of weights, order, noise and everything else that is drawn
     vae: str | None = None  # AutoencoderKL, a folder or hub id, to decode previews; must be the data's
     device: Device = "auto"  # auto: CUDA if there is any
     micro_batch_size: int = 8  # sequences a rank runs at once; the global batch stays data.lanes sequences
     deterministic: bool = False  # bit-exact kernels on CUDA too, slower
     timeout_minutes: float = 10.0  # a collective that waits longer ends the run, > 0
+    startup_timeout_minutes: float = 30.0  # the same until the first step is done: compilation takes its time
     model: TransfusionConfig = field(default_factory=TransfusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: HeldoutConfig = field(default_factory=HeldoutConfig)
     log: LogConfig = field(default_factory=LogConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size}: expected at least 1")
-        if self.timeout_minutes <= 0:
-            raise ValueError(f"timeout_minutes={self.timeout_minutes}: expected more than 0")
+        if self.timeout_minutes <= 0 or self.startup_timeout_minutes <= 0:
+            raise ValueError(
+                f"timeout_minutes={self.timeout_minutes}, startup_timeout_minutes={self.startup_timeout_minutes}: "
+                "expected more than 0"
+            )
+        best = self.checkpoint.best_metric
+        names = [f"heldout/{name}/{loss}" for name in self.evaluation.heldout for loss in ("text_loss", "image_loss")]
+        if best is not None and (self.evaluation.interval_steps is None or best not in names):
+            raise ValueError(
+                f"checkpoint.best_metric={best}: expected one of {names or 'evaluation.heldout.NAME=FOLDER'}, measured "
+                "every evaluation.interval_steps"
+            )

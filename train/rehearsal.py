@@ -32,19 +32,20 @@ from data.packing import PackedBatch
 from model.transfusion import Transfusion
 from train.distributed import Ranks, alone
 from train.optim import Optimizer
-from train.parallelize import parallelize
+from train.parallelize import parallelize, set_micro_step
 from train.recipe import PretrainConfig
 from train.step import latent_stats, micro_step, schedule
 
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 STATES = ("parameters", "gradients", "optimizer", "ema")  # kinds that outlive a step
 DEPTHS = (4, 5)  # layers rehearsed in place of more: FSDP's order is settled from the fourth on
 
 
 class Collective(NamedTuple):
-    """One kind of collective in one micro-step, or one update."""
+    """One kind of collective of a step."""
 
     phase: str  # forward, backward or update
-    name: str  # all_gather, reduce_scatter or all_reduce
+    name: str  # one of COLLECTIVES
     ranks: tuple[int, ...]  # who takes part
 
 
@@ -57,7 +58,7 @@ class Rehearsal:
     staged: float  # of it, this rank's
     largest_parameter: float  # whole, in float32: what loading holds of the model at most
     peaks: dict[str, dict[str, float]]  # by phase (forward, backward, update), by kind: the moment of most bytes
-    # Bytes of the whole tensors. Each of n ranks sends and receives (n - 1) / n of them, twice that for an all_reduce.
+    # Of a step: bytes of the whole tensors. Each of n ranks sends (n - 1) / n of them, twice that for an all_reduce.
     collectives: dict[Collective, float]
 
     @property
@@ -132,9 +133,11 @@ class _Stage:
         self.fake.allow_non_fake_inputs = True  # the meta tensors, and those of the latents' statistics
         with self.fake, self.live:
             self.model.to_empty(device=ranks.device)
-            self.optimizer = Optimizer(self.model, self.config.optim)
-            self._fill_gradients()
+            self.optimizer = Optimizer(self.model, self.config.optim, self.config.guard)
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
             self.optimizer.update(1)
+            self.live.taken()
         known = {id(parameter) for parameter in self.parameters}
         self.held: dict[str, list[torch.Tensor]] = {kind: [] for kind in STATES}
         self.held["parameters"] = self.held["gradients"] = self.parameters
@@ -148,9 +151,8 @@ class _Stage:
     def rehearse(self, batches: Sequence[PackedBatch]) -> Rehearsal:
         schedule.cache_clear()  # no tensor of a real step, and none left for one
         for batch in batches:
-            self.live.collectives.clear()
             with self.fake, self.live:
-                self._step(batch)
+                collectives = self._step(batch)
         schedule.cache_clear()
         saved = [tensor for kind in STATES if kind != "gradients" for tensor in self.held[kind]]
         return Rehearsal(
@@ -159,37 +161,44 @@ class _Stage:
             staged=_bytes(map(_local, saved)),
             largest_parameter=max(_bytes([parameter]) for parameter in self.parameters),
             peaks={phase: self.live.peak(phase) for phase in ("forward", "backward", "update")},
-            collectives=dict(self.live.collectives),
+            collectives=collectives,
         )
 
-    def _step(self, batch: PackedBatch) -> None:
-        live, config = self.live, self.config
+    def _step(self, batch: PackedBatch) -> dict[Collective, float]:
+        """Take the first and the last micro-step, and the update; return the traffic of all micro-steps."""
+        config, live = self.config, self.live
+        lanes = -(-config.data.lanes // self.ranks.world_size)
+        micro_steps = -(-lanes // min(lanes, config.micro_batch_size))
         live.phase = "batch"
         batch = batch.map(torch.empty_like)
-        if -(-config.data.lanes // self.ranks.world_size) > config.micro_batch_size:
-            self._fill_gradients()  # the sum of the micro-steps before
-        live.phase = "forward"
+        first = self._micro_step(batch, is_last=False) if micro_steps > 1 else Counter()
+        last = self._micro_step(batch, is_last=True)
+        live.name("gradients", [parameter.grad for parameter in self.parameters])
+        live.phase = "update"
+        self.optimizer.update(2)
+        total = Counter(live.taken())
+        for what in first | last:
+            # One in between finds gathered what the last finds, and reduces what the first does.
+            between = last if what.name == "all_gather" else first
+            total[what] += first[what] + last[what] + max(micro_steps - 2, 0) * between[what]
+        return dict(total)
+
+    def _micro_step(self, batch: PackedBatch, *, is_last: bool) -> Counter[Collective]:
+        set_micro_step(self.model, self.config.parallel, is_last=is_last)
+        self.live.phase = "forward"
         loss = micro_step(
             self.model,
             batch,
             stats=self.stats,
-            diffusion=config.diffusion,
-            image_weight=config.loss.image_weight,
+            diffusion=self.config.diffusion,
+            image_weight=self.config.loss.image_weight,
             global_text_targets=1,
             global_images=1,
             mask_of=_no_mask if self.cuda else None,
         ).total
-        live.phase = "backward"
+        self.live.phase = "backward"
         loss.backward()
-        del loss
-        live.name("gradients", [parameter.grad for parameter in self.parameters])
-        live.phase = "update"
-        self.optimizer.update(2)
-
-    def _fill_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        self.live.name("gradients", [parameter.grad for parameter in self.parameters])
+        return self.live.taken()
 
 
 def _no_mask(*_: torch.Tensor) -> None:
@@ -205,9 +214,11 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _tensors_in(value: Any, known: set[int]) -> list[torch.Tensor]:
-    """Return the tensors that an optimizer's attribute holds, those of `known` ids left out."""
+    """Return the tensors that an optimizer's attribute holds, those of `known` ids left out; add theirs."""
     if isinstance(value, torch.Tensor):
-        return [] if id(value) in known else [value]
+        new = [] if id(value) in known else [value]
+        known.add(id(value))
+        return new
     if isinstance(value, torch.optim.Optimizer):
         value = value.state
     elif type(value).__module__.startswith("train.") and hasattr(value, "__dict__"):
@@ -227,7 +238,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.phase = "states"
-        self.collectives: Counter[Collective] = Counter()
+        self._collectives: Counter[Collective] = Counter()
         self._allocations = WeakIdKeyDictionary()  # storage -> _Allocation
         self._fullest: dict[str, tuple[int, list[tuple[_Allocation, int]]]] = {}
 
@@ -251,6 +262,11 @@ class _LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             self._allocations[_local(tensor).untyped_storage()].kind = kind
 
+    def taken(self) -> Counter[Collective]:
+        """Return the traffic since the last call."""
+        taken, self._collectives = self._collectives, Counter()
+        return taken
+
     def peak(self, phase: str) -> dict[str, int]:
         """Return the bytes by kind at the fullest moment of a phase."""
         kinds: Counter[str] = Counter()
@@ -265,14 +281,19 @@ class _LiveBytes(TorchDispatchMode):
             self._fullest[self.phase] = total, sizes
 
     def _count(self, func: Any, result: Any, args: tuple, kwargs: dict | None) -> None:
-        name = next(name for name in ("all_gather", "reduce_scatter", "all_reduce") if name in _plain(func))
+        name = next(name for name in COLLECTIVES if name in _plain(func))
         group = CollectiveOp.get_process_group(func, args)
         what = Collective(self.phase, name, tuple(dist.get_process_group_ranks(group)))
-        self.collectives[what] += CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
+        self._collectives[what] += CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
 
 
 def _plain(func: Any) -> str:
-    return func.name().replace("allgather", "all_gather").replace("allreduce", "all_reduce")
+    return (
+        func.name()
+        .replace("allgather", "all_gather")
+        .replace("allreduce", "all_reduce")
+        .replace("alltoall", "all_to_all")
+    )
 
 
 def _inside_fsdp() -> bool:

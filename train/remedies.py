@@ -72,8 +72,13 @@ def _families(config: PretrainConfig, world_size: int) -> Iterator[list[Switch]]
     stronger = levels[levels.index(parallel.activation_checkpointing) + 1 :]
     if stronger:
         yield [_parallel(costs[level], activation_checkpointing=level) for level in stronger]
-    if getattr(parallel, "dp_replicate", 1) > 1:
+    if parallel.accumulate_unsharded:
+        yield [_parallel(0.1, accumulate_unsharded=False)]
+    if parallel.dp_replicate > 1:
         yield [_parallel(0.2, dp_replicate=1)]
+    if config.optim.state_dtype != "bfloat16":
+        low = lambda c: replace(c, optim=replace(c.optim, state_dtype="bfloat16"))  # noqa: E731
+        yield [Switch("optim.state_dtype=bfloat16", 0.25, low)]
     more = [times for times in (2, 4, 8, 16) if world_size * times <= config.data.lanes]
     if more:
         yield [Switch(f"world_size={world_size * times}", float(times), ranks=times) for times in more]

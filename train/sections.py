@@ -49,8 +49,9 @@ def _scores(findings: Findings) -> str:
             html.append(f'<h3>{title}: all right</h3><div class="tiles">{tiles}</div>')
     if not html:
         raise LeftOut("The evaluation had no scenes to judge (train.evaluate scenes=FOLDER).")
-    ema = findings.recipe is not None and findings.recipe.optim.ema_decay is not None
-    weights = {"auto": "EMA" if ema else "model", "ema": "EMA"}.get(scores["weights"], scores["weights"])
+    weights = scores["weights"]
+    if weights in ("auto", "ema") and findings.recipe is not None:
+        weights = findings.recipe.optim.weights[0]
     settings = {**scores["settings"], "training_step": scores["step"], "seed": scores["seed"], "weights": weights}
     shown = {key.replace("_", " "): settings[key] for key in SETTINGS if settings.get(key) is not None}
     explained = (

@@ -5,6 +5,7 @@ on are extra files beside them, readable by people.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,19 +16,27 @@ from torch import nn
 from data.dataset import DataSet
 from train import checkpoint
 from train.distributed import Ranks
+from train.ema import is_label
 from train.optim import Optimizer
 from train.parallelize import plain_name
 from train.recipe import PretrainConfig
-from train.run_folder import RunFolder
+from train.saver import Snapshot
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Progress:
-    """Counters of a run. `step` names the last batch whose update was made (or skipped for bad numbers)."""
+    """Counters of a run. `step` names the last batch whose update was made (or skipped: P8)."""
 
     step: int = 0
     tokens_seen: int = 0  # text, special and image tokens, padding left out, on all ranks
     images_seen: int = 0
+    rollbacks: int = 0
+    excluded: list[tuple[int, int]] = field(default_factory=list)  # first and last step of batches that made no update
+
+    def excludes(self, step: int) -> bool:
+        return any(first <= step <= last for first, last in self.excluded)
 
 
 @dataclass
@@ -41,47 +50,56 @@ class TrainState:
     data: dict  # what a sampler must know of it: `latent_spec`, `grids`
     progress: Progress = field(default_factory=Progress)
     lane_states: dict[int, dict] = field(default_factory=dict)
+    back_to: int | None = None  # the step that this continuation began at, where it was told to go back to one
+    metrics: dict[str, float] = field(default_factory=dict)  # on held-out data, at the present step
 
-    def save(self, folder: RunFolder, config: checkpoint.CheckpointConfig, ranks: Ranks) -> Path:
-        """Write a checkpoint of the present step, then remove what is no longer kept. Collective."""
+    def snapshot(self, ranks: Ranks) -> Snapshot:
+        """Return what a checkpoint of the present step holds; its tensors are the live ones. Collective."""
         lanes = {lane: state for part in ranks.gather(self.lane_states) for lane, state in part.items()}
         meta = {
             "progress": vars(self.progress),
-            "skipped_updates": self.optimizer.nonfinite.tolist(),
+            "guard": self.optimizer.guard.counts.tolist(),
+            "back_to": self.back_to,
             "fingerprint": self.fingerprint(self.progress.step),
+            "metrics": self.metrics,
             **self.data,
         }
         extra = {
             "lanes.json": json.dumps(lanes).encode(),
-            "meta.json": json.dumps(meta).encode(),
+            checkpoint.META: json.dumps(meta).encode(),
             "config.yaml": self.recipe.encode(),
         }
-        path = checkpoint.save(folder, self.progress.step, self._tensors(), extra, ranks)
-        checkpoint.retain(folder.checkpoints, config, ranks)
-        return path
+        return Snapshot(self.progress.step, self._tensors(), extra)
 
     def load(self, path: Path, ranks: Ranks) -> None:
         """Continue from a checkpoint that verified, on any world size. Collective.
 
+        An EMA that the checkpoint lacks begins at its weights; one that is no longer asked for is left behind.
         Raises ValueError when the data, tokenizer, VAE, seed, lanes or model are not those it was trained with.
         """
-        meta = json.loads(checkpoint.read_extra(path, "meta.json"))
+        meta = json.loads(checkpoint.read_extra(path, checkpoint.META))
         then, now = meta["fingerprint"], self.fingerprint(meta["progress"]["step"])
         if changed := [f"{name} was {then[name]}, is {now.get(name)}" for name in then if then[name] != now.get(name)]:
             raise ValueError(
                 f"{path} was trained otherwise: {'; '.join(changed)}. Restore what it was, or start with another "
                 "run_dir (learning rate, steps, ranks, workers and intervals may change)"
             )
-        checkpoint.load(path, self._tensors(), ranks)
-        self.optimizer.nonfinite.copy_(torch.tensor(meta["skipped_updates"]))
-        self.progress = Progress(**meta["progress"])
+        saved, emas = checkpoint.entries(path), self.optimizer.emas
+        added, dropped = emas.keys() - saved, {name for name in saved if is_label(name)} - emas.keys()
+        checkpoint.load(path, {name: part for name, part in self._tensors().items() if name not in added}, ranks)
+        for name in added:
+            emas[name].restart(self.optimizer.parameters)
+        if ranks.is_first and (added or dropped):
+            log.warning("EMAs that begin at the weights of %s: %s; dropped: %s", path, sorted(added), sorted(dropped))
+        self.optimizer.guard.counts.copy_(torch.tensor(meta["guard"]))
+        self.progress, self.back_to, self.metrics = Progress(**meta["progress"]), meta["back_to"], meta["metrics"]
         lanes = json.loads(checkpoint.read_extra(path, "lanes.json"))
         self.lane_states = {int(lane): state for lane, state in lanes.items()}
 
     def _tensors(self) -> checkpoint.State:
-        state = checkpoint.training_state(self.model, self.optimizer.adamw)
-        if self.optimizer.ema is not None:
-            state["ema"] = {plain_name(name): tensor for name, tensor in self.optimizer.ema.items()}
+        state = checkpoint.training_state(self.model, self.optimizer.parts)
+        for name, ema in self.optimizer.emas.items():
+            state[name] = {plain_name(parameter): tensor for parameter, tensor in ema.weights.items()}
         return state
 
 
@@ -95,6 +113,7 @@ def fingerprint(config: PretrainConfig, data: DataSet, step: int) -> dict[str, s
         "vae": spec.vae_hash if spec is not None else "none",
         **{f"model.transformer.{name}": str(value) for name, value in model.pop("transformer").items()},
         **{f"model.{name}": str(value) for name, value in model.items()},
+        **{f"optim.{name}": getattr(config.optim, name) for name in ("optimizer", "state_dtype")},
         "diffusion.num_timesteps": str(config.diffusion.num_timesteps),
         "diffusion.prediction": config.diffusion.prediction,
     }

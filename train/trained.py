@@ -12,7 +12,6 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,11 +24,10 @@ from train import checkpoint
 from train.checkpoint_storage import LISTING
 from train.config import load_config
 from train.distributed import Ranks
+from train.ema import choose, is_label
 from train.recipe import PretrainConfig
 
 WEIGHTS_FILE, TOKENIZER_FILE, VAE_FOLDER, EXPORT_MARK = "model.safetensors", "tokenizer.model", "vae", "export.json"
-
-Weights = Literal["auto", "ema", "model"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,11 @@ class Trained:
     latent_spec: LatentSpec | None  # None: trained on text alone
     grids: list[tuple[int, int]]  # latent grids of the training data, sorted
     step: int
-    weights: str  # ema or model
+    weights: str  # model, or the label of an EMA
     identity: str  # hash of the contents: another run under the same path and step has another
 
     @classmethod
-    def load(cls, path: str | Path, ranks: Ranks, weights: Weights = "auto") -> "Trained":
+    def load(cls, path: str | Path, ranks: Ranks, weights: str = "auto") -> "Trained":
         """Load an export, a checkpoint, or the newest of a run that verifies. Collective.
 
         Raises FileNotFoundError or ValueError when there is none, or its tokenizer is not at hand.
@@ -69,7 +67,7 @@ class Trained:
         tokenizer = Tokenizer(recipe.data.tokenizer)
         if tokenizer.hash != meta["fingerprint"]["tokenizer"]:
             raise ValueError(f"{recipe.data.tokenizer} is not the tokenizer that {folder} was trained with")
-        chosen = _choose(weights, meta["weights"] if exported else None, recipe, folder)
+        chosen = choose(weights, [meta["weights"]] if exported else recipe.optim.weights, folder)
         with torch.device("meta"):
             model = Transfusion(recipe.model, tokenizer.vocab_size)
         model.to_empty(device=ranks.device).eval()
@@ -84,21 +82,21 @@ class Trained:
         return cls(model, tokenizer, recipe, spec, grids, meta["progress"]["step"], chosen, identity)
 
 
-def find_checkpoint(path: Path, ranks: Ranks) -> Path:
+def find_checkpoint(path: Path, ranks: Ranks, key: str = "checkpoint") -> Path:
     """Return a checkpoint folder from its own path, a run's, or a checkpoints folder's; verified.
 
-    Raises FileNotFoundError where there is none, ValueError where none is whole.
+    Raises FileNotFoundError where there is none, ValueError where none is whole; `key` is the option that named it.
     """
     for root in (path / "checkpoints", path):
         if not (folders := checkpoint.saved(root)):
             continue
         if (newest := checkpoint.latest(root, ranks)) is None:
-            raise ValueError(f"checkpoint={path}: all {len(folders)} checkpoints in it are damaged")
+            raise ValueError(f"{key}={path}: all {len(folders)} checkpoints in it are damaged")
         return newest
     if not (path / LISTING).is_file():
-        raise FileNotFoundError(f"checkpoint={path}: neither a checkpoint, a run folder that holds one, nor an export")
+        raise FileNotFoundError(f"{key}={path}: neither a checkpoint, a run folder that holds one, nor an export")
     if problems := checkpoint.verify(path, ranks):
-        raise ValueError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
+        raise ValueError(f"{key}={path} is damaged: {'; '.join(problems)}")
     return path
 
 
@@ -124,22 +122,12 @@ def _read_mark(folder: Path) -> dict:
         for h, w in meta["grids"]:
             if min(h, w) < 1:
                 raise ValueError(f"latent grid {h}x{w}")
-        if meta["weights"] not in ("ema", "model"):
+        if meta["weights"] != "model" and not is_label(meta["weights"]):
             raise ValueError(f"weights {meta['weights']!r}")
         int(meta["progress"]["step"]), meta["fingerprint"]["tokenizer"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{mark}: not readable as an export ({error}); export the checkpoint again") from None
     return meta
-
-
-def _choose(weights: Weights, only: str | None, recipe: PretrainConfig, folder: Path) -> str:
-    """Return ema or model; `only` is what an export holds."""
-    there = {only} if only else {"model", *(["ema"] if recipe.optim.ema_decay is not None else [])}
-    chosen = ("ema" if "ema" in there else "model") if weights == "auto" else weights
-    if chosen not in there:
-        why = "was exported with the others" if only else "was trained without one (optim.ema_decay)"
-        raise ValueError(f"weights={weights}, but {folder} {why}; use weights={min(there)}")
-    return chosen
 
 
 def _read_weights(path: Path, parameters: dict[str, torch.Tensor]) -> None:

@@ -31,6 +31,7 @@ from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, kl_nats, mome
 from train.codec_loss import CodecLoss
 from train.config import load_config, run_program
 from train.distributed import DIED, Device, Ranks, init_ranks, last_words
+from train.guard import GuardConfig
 from train.optim import OptimConfig, Optimizer, learning_rate
 from train.output_folder import OutputFolder
 from train.signals import StopKind, StopSignal
@@ -77,6 +78,11 @@ class VaeTrainConfig:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected a share in [0, 1]")
         if self.seed < 0 or self.timeout_minutes <= 0:
             raise ValueError(f"seed={self.seed}, timeout_minutes={self.timeout_minutes}: expected >= 0 and > 0")
+        if self.optim.ema_half_lives or self.optim.optimizer != "adamw":
+            raise ValueError(
+                f"optim.ema_half_lives={self.optim.ema_half_lives}, optimizer={self.optim.optimizer}: expected none "
+                "and adamw; a VAE keeps no average and has no blocks for Muon"
+            )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device}: expected auto, cpu or cuda")
 
@@ -162,7 +168,7 @@ class Training:
             torch.manual_seed(config.seed)
             self.vae = build_vae(config.model).to(ranks.device)
             self.loss = CodecLoss(config.loss, config.optim, lpips, ranks.device)
-        self.optimizer = Optimizer(self.vae, config.optim)
+        self.optimizer = Optimizer(self.vae, config.optim, GuardConfig())
         self.step, self.seconds = 0, 0.0
         self.rows: list[dict[str, float]] = []  # of metrics.jsonl
         state = self._read_state()
@@ -246,8 +252,8 @@ class Training:
         if self.ranks.is_first:
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             (self.output.partial / "metrics.jsonl").write_text(lines)
-        skipped = max(int(self.optimizer.nonfinite[1]), self.loss.skipped_in_a_row)
-        if skipped >= self.config.optim.max_nonfinite_in_a_row:
+        skipped = max(self.optimizer.guard.in_a_row, self.loss.skipped_in_a_row)
+        if skipped >= self.optimizer.guard.config.max_bad_in_a_row:
             raise Diverged(
                 f"{skipped} updates in a row up to step {self.step} had non-finite gradients and were skipped; "
                 f"lower optim.learning_rate={self.config.optim.learning_rate}"

@@ -1,0 +1,154 @@
+"""One training run: what it consists of, how it starts from what its folder holds, and how it goes back.
+
+train/pretrain.py is the loop over it.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+
+from data.dataset import DataSet
+from data.footprint import loader_bytes
+from data.loader import Loader
+from model.transfusion import Transfusion
+from train.config import to_yaml
+from train.distributed import Ranks
+from train.feed import CannotGoOn
+from train.guard import BadUpdate
+from train.heldout import Heldout
+from train.metrics import MetricsLog
+from train.optim import Optimizer
+from train.origin import find_origin, go_back_before
+from train.parallelize import initialize, parallelize
+from train.previews import Previews
+from train.profile import Profiler
+from train.recipe import PretrainConfig
+from train.run_folder import RunFolder, write_durably
+from train.saver import Saver
+from train.signals import StopSignal, shield_worker
+from train.state import TrainState, fingerprint
+
+
+@dataclass
+class Run:
+    """What one training run consists of."""
+
+    config: PretrainConfig
+    data: DataSet
+    ranks: Ranks
+    folder: RunFolder
+    stop: StopSignal
+    state: TrainState
+    saver: Saver
+    log: MetricsLog
+    previews: Previews
+    profiler: Profiler
+    heldout: Heldout | None
+    origin: str  # where it started, in words
+    bad_updates: list[BadUpdate] = field(default_factory=list)  # the last ones in a row
+
+    def save(self, final: bool = False) -> float:
+        """Begin to save the present step, wait for it if it is the last; return the seconds that took. Collective."""
+        start = time.monotonic()
+        self.saver.settle()
+        if self.saver.saved_step != self.state.progress.step:  # nothing is owed before the first update
+            self.saver.start(self.state.snapshot(self.ranks))
+            if final:
+                self.saver.settle(tolerate=False)
+        return time.monotonic() - start
+
+    @contextmanager
+    def loader(self) -> Iterator[Loader]:
+        """Read from where the state stands; the reader's processes end with the context."""
+        loader = Loader(
+            self.data,
+            self.config.data,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            micro_batch_size=self.config.micro_batch_size,
+            first_step=self.state.progress.step + 1,
+            states=self.state.lane_states,
+            pin_memory=self.ranks.device.type == "cuda",
+            worker_init_fn=partial(shield_worker, parent_pid=os.getpid()),
+        )
+        try:
+            yield loader
+        finally:
+            loader.close()
+
+    def go_back(self) -> None:
+        """Load the newest checkpoint before the bad updates, and leave their batches out from here on. Collective."""
+        first, last = self.bad_updates[0].step, self.bad_updates[-1].step
+        self.saver.settle()
+        path = go_back_before(first, self.folder, self.ranks)
+        if path is None:
+            raise CannotGoOn(f"the updates of steps {first} to {last} were bad, and no checkpoint lies before them")
+        rollbacks, excluded = self.state.progress.rollbacks, self.state.progress.excluded
+        self.state.load(path, self.ranks)
+        self.state.progress.rollbacks, self.state.progress.excluded = rollbacks + 1, [*excluded, (first, last)]
+        self.saver.saved_step, self.bad_updates = self.state.progress.step, []
+        self.ranks.on_first(lambda: self.folder.cut_metrics(self.state.progress.step))
+        if self.ranks.is_first:
+            print(f"pretrain: back to {path}, and on without the batches of steps {first} to {last}", flush=True)
+
+    def describe(self) -> Iterator[str]:
+        """Yield the lines that say what is about to be trained, on what, and in how much host memory."""
+        config, data, ranks = self.config, self.data, self.ranks
+        for name, source in zip(config.data.sources, data.sources, strict=True):
+            tokens = sum(shard.tokens(config.model.patch_size) for shard in source.manifest.shards)
+            weight = f"weight {source.config.weight:.3g}"
+            yield f"source {name}: {source.manifest.records:,} documents, {tokens / 1e6:,.2f}M tokens, {weight}"
+        memory = loader_bytes(data, config.data, ranks.world_size)
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items() if size >= 2**20)
+        yield f"data takes at most {sum(memory.values()) / 2**30:.2f} GiB of host memory a rank: {parts}"
+        num_parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
+        yield (
+            f"{num_parameters / 1e6:.2f}M parameters, {ranks.world_size} ranks on {ranks.device.type}, "
+            f"{config.data.lanes} x {config.data.sequence_length} tokens a step, {config.optim.steps} steps, "
+            f"{self.origin}; config in {self.folder.path / 'config.yaml'}"
+        )
+
+
+def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ranks: Ranks, stop: StopSignal) -> Run:
+    """Return the run, ready to train on. Collective; raises ValueError for what does not fit (P10)."""
+    with torch.device("meta"):
+        model = Transfusion(config.model, data.tokenizer.vocab_size)
+    parallelize(model, config.parallel, ranks)
+    origin = find_origin(config.resume, folder, ranks)
+    if origin.checkpoint is not None:
+        model.to_empty(device=ranks.device)  # the checkpoint fills all of it
+    else:
+        initialize(model, config.seed, ranks.device)
+    state = TrainState(
+        model=model,
+        optimizer=Optimizer(model, config.optim, config.guard),
+        fingerprint=partial(fingerprint, config, data),
+        recipe=to_yaml(config),
+        data={"latent_spec": data.latent_spec and asdict(data.latent_spec), "grids": data.grids},
+    )
+    heldout = None
+    if config.evaluation.interval_steps is not None:
+        spec = data.latent_spec
+        of_model = config.data, config.seed, config.model.patch_size, config.diffusion, spec and spec.vae_hash
+        heldout = Heldout(config.evaluation, *of_model, ranks)
+    if origin.checkpoint is not None:
+        state.load(origin.checkpoint, ranks)
+    if origin.back_to is not None:
+        state.back_to = origin.back_to
+
+    def settle() -> None:
+        folder.cut_metrics(state.progress.step)  # rows that a killed attempt wrote after its last checkpoint
+        write_durably(folder.path / "config.yaml", state.recipe.encode())
+
+    ranks.on_first(settle)
+    saver = Saver(folder, config.checkpoint, ranks)
+    saver.saved_step = state.progress.step
+    log = MetricsLog(config.log, folder, ranks, asdict(config))
+    previews = Previews(config, data, ranks, folder, log)
+    profiler = Profiler(config.profile, folder.path, ranks)
+    return Run(config, data, ranks, folder, stop, state, saver, log, previews, profiler, heldout, str(origin))
