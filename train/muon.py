@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
     batch: int = 0  # names the batch: with a parameter's number, the key of the momentum's rounding
 
     def __init__(self, params: dict[nn.Parameter, Parts], state_dtype: torch.dtype, **settings: Any) -> None:
-        """`settings`: lr, a tensor on the CPU; momentum in [0, 1); update_rms; weight_decay."""
+        """`settings`: lr; momentum in [0, 1); update_rms; weight_decay."""
         super().__init__(sorted(params, key=lambda p: -p.numel()), settings)
         self._parts = params
         for p in params:

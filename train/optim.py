@@ -108,7 +108,9 @@ class Optimizer:
         ]
         low = config.state_dtype == "bfloat16"
         adamw = BFloat16AdamW if low else partial(torch.optim.AdamW, fused=True)
-        rate = torch.tensor(0.0)  # on the CPU, set before each update
+        # Set before each update. A number: with a tensor, DTensor would try fused AdamW's other variant, which has no
+        # fake kernel, on tensors of the whole model's size: four copies of it on each rank, at the first update.
+        rate = 0.0
         groups = [group for group in groups if group["params"]]
         self.adamw = adamw(groups, lr=rate, betas=(config.beta1, config.beta2), eps=config.eps)
         self.parts: list[torch.optim.Optimizer] = [self.adamw]
@@ -131,7 +133,7 @@ class Optimizer:
         skip = self.guard.judge(norm)
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"].fill_(learning_rate(step, self.config))
+                group["lr"] = learning_rate(step, self.config)
             part.found_inf, part.batch = skip, step
             part.step()
             part.zero_grad(set_to_none=True)
