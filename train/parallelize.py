@@ -45,8 +45,8 @@ class ParallelConfig:
     # micro-steps; N: spread over groups of N neighbours, 1 < N < dp_shard and a divisor of it, so that backward
     # gathers within them (makes process groups for every block).
     reshard_after_forward: bool | int = True
-    # Blocks whose parameters are gathered ahead of the one that runs, >= 0; each takes its size in `dtype`.
-    # 0: FSDP's own order: none in forward, one in backward.
+    # Blocks whose parameters are gathered ahead of the one that runs, >= 0; each takes its size in `dtype`. 0: FSDP's
+    # own order, one ahead in backward, and in forward as far as the host runs ahead of the device.
     prefetch: int = 1
     # Add micro-steps up before anything is sent: one reduction a step in place of one a micro-step, for a whole
     # float32 gradient (4 bytes a parameter of the model) on every rank.
