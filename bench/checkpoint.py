@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -192,33 +193,36 @@ class Round:
         self.saver.settle()
         return time.perf_counter() - start
 
-    def _dd(self, num_bytes: int) -> None:
+    def _dd(self, num_bytes: int) -> float:
+        """Write zeros and return the seconds that dd says it took, the start of its process left out."""
         count = max(1, num_bytes // BLOCK)
         command = ["dd", "if=/dev/zero", f"of={self._dd_file}", f"bs={BLOCK}", f"count={count}", "conv=fsync"]
-        subprocess.run(command, check=True, capture_output=True)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
+        return float(re.search(r"copied, ([\d.e+-]+) s", done.stderr)[1])
 
 
 class Watch:
-    """Something that goes on in a thread beside training, timed; it does little itself."""
+    """Something that goes on in a thread beside training and says how many seconds it took; it does little itself."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[], float]) -> None:
         self.seconds: float | None = None
-        self._thread = threading.Thread(target=self._time, args=(work,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self._thread.start()
 
     def wait(self) -> float:
         self._thread.join()
         return self.seconds
 
-    def _time(self, work: Callable[[], None]) -> None:
-        start = time.perf_counter()
-        work()
-        self.seconds = time.perf_counter() - start
+    def _run(self, work: Callable[[], float]) -> None:
+        self.seconds = work()
 
 
-def _poll(path: Path) -> None:
+def _poll(path: Path) -> float:
+    """Return the seconds until `path` is there."""
+    start = time.perf_counter()
     while not path.exists():
         time.sleep(POLL_S)
+    return time.perf_counter() - start
 
 
 def summary(rounds: list[dict[str, float]], interval_steps: int) -> dict:
