@@ -127,7 +127,9 @@ def run_steps(run: Run) -> tuple[str, int]:
     """Run steps until the last, a stop signal or the end of the data; return why it ended, and the exit status."""
     config, ranks, progress, last = run.config, run.ranks, run.state.progress, run.config.optim.steps
     stats = latent_stats(run.data.latent_spec, config.model.latent_channels, ranks.device)
-    interval = Interval(Flops.of(config.model, run.data.tokenizer.vocab_size), ranks)
+    interval = Interval(
+        Flops.of(config.model, run.data.tokenizer.vocab_size, config.parallel.activation_checkpointing), ranks
+    )
     console = Console(last, progress.step, ranks)
     why, status = "done", 0
     with run.loader() as loader:

@@ -169,15 +169,14 @@ def read_weights(model: nn.Module, config: PretrainConfig, data: DataSet, ranks:
     other token ids or latents than the data's (P10).
     """
     stored = Stored.find(config.init_from, ranks, "init_from")
-    then, now = stored.meta["fingerprint"], fingerprint(config, data, step=0)
-    for what, remedy in (
-        ("tokenizer", "encode the data with that tokenizer"),
-        ("vae", "encode the data with that VAE"),
-    ):
-        if then[what] != now[what] and "none" not in (then[what], now[what]):
+    made_with = {"tokenizer": (stored.meta["fingerprint"]["tokenizer"], data.tokenizer.hash)}
+    if stored.latent_spec is not None and data.latent_spec is not None:
+        made_with["VAE"] = (stored.latent_spec.vae_hash, data.latent_spec.vae_hash)
+    for what, (then, now) in made_with.items():
+        if then != now:
             raise ValueError(
-                f"init_from={config.init_from} was trained with {what} {then[what]}, the data is of {now[what]}; "
-                f"{remedy}"
+                f"init_from={config.init_from} was trained with {what} {then}, the data was encoded with {now}; encode "
+                f"the data with the {what} of {stored.folder}"
             )
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     with torch.no_grad():
