@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench.chaos import ChaosConfig, plan, survive, target_of
-from bench.faults import KINDS, NotSurvived, flip_bit
+from bench.faults import KINDS, NotSurvived
+from bench.harms import flip_bit
 from bench.job import Job
 from bench.trajectory import End, check_rows, compare, read_again, saved_lanes
 from data.dataset import open_data
