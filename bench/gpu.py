@@ -31,11 +31,10 @@ from model.transformer import SIZES, TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
 from model.vae import VaeConfig, build_vae, moments
+from train import hardware
 from train.encoder import Encoder, EncoderConfig
 from train.flops import Flops
 
-# Dense bf16 tensor-core peak in TFLOP/s, by a part of the device's name (makers' data sheets).
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "B200": 2250, "L40S": 362, "4090": 165}
 VOCAB = sampling.VOCAB
 GRID = sampling.GRID  # the paper's latents: 256 tokens in 2 x 2 patches
 CAPTION = 64  # text tokens of each caption in the measured layout
@@ -225,7 +224,8 @@ def main() -> int:
         unet, draws = UNetConfig(channels=(8, 8), blocks=1), {"rows": 1, "prefix": 16, "repeats": 1}
         options.length, options.rows, options.repeats = 512, 1, 1
     name = "cpu" if tiny else torch.cuda.get_device_name()
-    peak = options.peak_tflops or next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    gpu = hardware.find(name)
+    peak = options.peak_tflops or (gpu.peak_tflops if gpu else None)
     layout = make_layout(options.rows, options.length, GRID[0] * GRID[1] // 4, device)
     record: dict = {"bench": "gpu", "device": name, "torch": torch.__version__, "peak_tflops": peak}
     record |= {"layers": options.layers, "rows": options.rows, "length": options.length, "sizes": {}}

@@ -5,7 +5,7 @@ EOS: each exactly once, as the label of the token before it. No loss where the i
 footnote 8), so EOI is no target either: the decoder appends it. Labels are shifted before a document is cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -138,12 +138,13 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Copy to `device`; from pinned memory the copies do not block."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PackedBatch":
-        return self._map(torch.Tensor.pin_memory)
+        return self.map(torch.Tensor.pin_memory)
 
-    def _map(self, change) -> "PackedBatch":
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
+        """Return a batch of `change`'s result for each tensor."""
         images = {grid: ImageBatch(**_map_tensors(batch, change)) for grid, batch in self.images.items()}
         return PackedBatch(**{**_map_tensors(self, change), "images": images})
 

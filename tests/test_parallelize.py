@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,18 @@ def _refused_mesh(ranks: Ranks) -> str:
 def test_every_rank_refuses_a_wrong_mesh_alike() -> None:
     """P10."""
     assert len(set(run_ranks(_refused_mesh, 2))) == 1
+
+
+def _timeouts(ranks: Ranks) -> list[timedelta]:
+    _initialized(ranks, ParallelConfig(dp_replicate=2), VOCAB)
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    return [group._get_backend(ranks.device).options._timeout for group in groups]
+
+
+def test_a_rank_that_hangs_is_noticed_on_every_axis_of_the_mesh() -> None:
+    """The groups of a mesh wait as long as the run's, not the half hour of torch's default."""
+    for timeouts in run_ranks(_timeouts, 2):
+        assert len(timeouts) > 3 and set(timeouts) == {timeouts[0]} != {timedelta(minutes=30)}
 
 
 class LiveTensors(TorchDispatchMode):

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -92,9 +94,9 @@ def parallelize(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> FSDPM
 
     Raises ValueError on every rank for a mesh that their number does not allow.
     """
-    dp_replicate, dp_shard = mesh_shape(config, ranks.world_size)
-    names, shape = ("dp_replicate", "dp_shard"), (dp_replicate, dp_shard)
-    first = 1 if dp_replicate == 1 else 0  # a mesh of one axis is FSDP's plain case, without an all-reduce
+    shape, names = mesh_shape(config, ranks.world_size), ("dp_replicate", "dp_shard")
+    first = 1 if config.dp_replicate == 1 else 0  # a mesh of one axis is FSDP's plain case, without an all-reduce
+    groups = set(_world.pg_map)
     mesh = init_device_mesh(ranks.device.type, shape[first:], mesh_dim_names=names[first:])
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(config, ranks.device), reduce_dtype=torch.float32)
     blocks = model.transformer.blocks
@@ -121,6 +123,9 @@ def parallelize(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> FSDPM
             unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + config.prefetch])
             before = units[1:i] if i else units[1:]  # the root's backward comes first
             unit.set_modules_to_backward_prefetch(before[: -1 - config.prefetch : -1])
+    timeout = dist.group.WORLD._get_backend(ranks.device).options._timeout
+    for group in set(_world.pg_map) - groups:
+        _set_pg_timeout(timeout, group)  # a new group waits half an hour for a rank that hangs, whatever was asked
     return model
 
 
@@ -136,6 +141,13 @@ def set_micro_step(model: FSDPModule, config: ParallelConfig, *, is_last: bool) 
     else:
         model.set_requires_all_reduce(is_last)
     model.set_reshard_after_backward(is_last, recurse=config.reshard_after_forward is False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward without a backward has left gathered: until then states would be looked for in vain."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _recomputed(module: nn.Module, selective: bool) -> nn.Module:

@@ -94,18 +94,18 @@ def run_steps(run: Run) -> tuple[str, int]:
     stats = latent_stats(run.data.latent_spec, config.model.latent_channels, ranks.device)
     interval = Interval(Flops.of(config.model, run.data.tokenizer.vocab_size), ranks)
     console = Console(last, progress.step, ranks)
+    why, status = "done", 0
     with run.loader() as loader:
-        interval.evaluation_s += evaluate(run, stats)  # if a stop kept the last step's from being made
-        while progress.step < last:
+        stopped = evaluate(run, stats, interval)  # if a stop kept the last step's from being made
+        while progress.step < last and not stopped:
             run.profiler.before(progress.step + 1)
             fed = next_batch(loader, ranks, run.stop, run.saver.failed)
             if fed.vote.ranks_write_failed:
                 run.saver.settle()
-            if fed.vote.stop != StopKind.NONE:
-                why, status = f"stopped by {run.stop.name or 'a peer'}", fed.vote.stop.exit_code
+            if stopped := fed.vote.stop:
                 break
             if fed.vote.ranks_ended == ranks.world_size:
-                why, status = "the data ended", 0
+                why = "the data ended"
                 break
             check_skipped(config, fed.vote, fed.batch, ranks)
             if progress.excludes(fed.batch.step):
@@ -118,12 +118,13 @@ def run_steps(run: Run) -> tuple[str, int]:
                 ranks.set_timeout(60 * config.timeout_minutes)
             if progress.step % config.log.interval_steps == 0:
                 write_row(run, interval, console)
-            interval.evaluation_s += evaluate(run, stats)
-            interval.evaluation_s += draw_previews(run)
+            stopped = evaluate(run, stats, interval)
+            if not stopped and run.previews.due(progress.step):
+                draw_previews(run, interval)
             if progress.step % config.checkpoint.interval_steps == 0:
                 interval.checkpoint_s += run.save()
-        else:
-            why, status = "done", 0
+        if stopped:
+            why, status = f"stopped by {run.stop.name or 'a peer'}", stopped.exit_code
         run.profiler.close()
         write_row(run, interval, console)
     return why, status
@@ -172,31 +173,28 @@ def pass_over(state: TrainState, batch: StepBatch) -> None:
     state.progress.step = batch.step
 
 
-def evaluate(run: Run, stats: LatentStats) -> float:
-    """Measure held-out losses if this step is one for it; return the seconds it took. Collective."""
+def evaluate(run: Run, stats: LatentStats, interval: Interval) -> StopKind:
+    """Measure held-out losses if this step is one for it; return what stopped that, if anything did. Collective."""
     start, step = time.monotonic(), run.state.progress.step
     if not step or run.heldout is None or not run.config.evaluation.due(step) or run.state.metrics:
-        return 0.0
+        return StopKind.NONE
     measured = run.heldout.losses(run.state.model, stats, run.stop)
-    if measured is not None:  # else a stop came first: the resumed run measures
-        run.state.metrics = {
-            f"heldout/{name}/{kind}": loss
-            for name, losses in measured.items()
-            for kind, loss in losses.items()
-            if loss is not None
-        }
-        run.log.write({"step": step, **run.state.metrics})
-        if run.ranks.is_first:
-            print("  ".join([f"step {step}", *(f"{k} {v:.4f}" for k, v in run.state.metrics.items())]), flush=True)
-    return time.monotonic() - start
+    interval.evaluation_s += time.monotonic() - start
+    if isinstance(measured, StopKind):
+        return measured
+    losses = {f"heldout/{name}/{kind}": loss for name, kinds in measured.items() for kind, loss in kinds.items()}
+    run.state.metrics = {name: loss for name, loss in losses.items() if loss is not None}
+    run.log.write({"step": step, **run.state.metrics})
+    if run.ranks.is_first:
+        print("  ".join([f"step {step}", *(f"{name} {loss:.4f}" for name, loss in run.state.metrics.items())]))
+    return StopKind.NONE
 
 
-def draw_previews(run: Run) -> float:
-    """Draw previews if this step is one for it; return the seconds it took. Collective."""
+def draw_previews(run: Run, interval: Interval) -> None:
+    """Draw previews of the weights as they are. Collective."""
     start = time.monotonic()
-    if run.previews.due(run.state.progress.step):
-        run.previews.make(run.state.optimizer, run.state.progress.step, run.stop)
-    return time.monotonic() - start
+    run.previews.make(run.state.optimizer, run.state.progress.step, run.stop)
+    interval.evaluation_s += time.monotonic() - start
 
 
 def write_row(run: Run, interval: Interval, console: Console) -> None:

@@ -4,11 +4,13 @@ Latents are whitened here, timesteps come from u, noise is added before patchifi
 by *global* counts, so neither ranks nor micro-batches change them: LM + image_weight * DDPM (the paper, equation 4).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from data.manifest import LatentSpec
 from data.packing import NO_IMAGE, PackedBatch
@@ -60,11 +62,15 @@ def micro_step(
     image_weight: float,
     global_text_targets: int,
     global_images: int,
+    mask_of: Callable[..., BlockMask | torch.Tensor | None] | None = None,
 ) -> StepLoss:
-    """Run the model on one micro-batch. Noise and timesteps are in the batch, so this is a pure function."""
+    """Run the model on one micro-batch. Noise and timesteps are in the batch, so this is a pure function.
+
+    `mask_of` makes the mask of (document_ids, image_ids, visible_until); None: in the form that the device wants.
+    """
     noisy, timesteps, targets, valid, token_index = noised_images(batch, stats, diffusion, model.config)
-    table = _schedule(diffusion.num_timesteps, batch.input_ids.device)
-    mask_of = block_mask if batch.input_ids.is_cuda else dense_mask
+    table = schedule(diffusion.num_timesteps, batch.input_ids.device)
+    mask_of = mask_of or (block_mask if batch.input_ids.is_cuda else dense_mask)
     seen_as_images = batch.image_ids
     if model.config.image_attention == "causal":
         seen_as_images = torch.full_like(batch.image_ids, NO_IMAGE)  # as if all were text
@@ -105,7 +111,7 @@ def noised_images(
         key, index = (size, size), torch.zeros(1, dtype=torch.int64, device=device)
         timestep = torch.zeros(1, dtype=torch.int64, device=device)
         return {key: zeros}, {key: timestep}, {key: zeros}, {key: timestep.bool()}, index
-    table = _schedule(diffusion.num_timesteps, device)
+    table = schedule(diffusion.num_timesteps, device)
     noisy, timesteps, targets, valid = {}, {}, {}, {}
     for grid, images in batch.images.items():
         latents = stats.whiten(sample_latents(images.moments.float(), images.posterior_noise))
@@ -118,5 +124,6 @@ def noised_images(
 
 
 @lru_cache(4)
-def _schedule(num_timesteps: int, device: torch.device) -> torch.Tensor:
+def schedule(num_timesteps: int, device: torch.device) -> torch.Tensor:
+    """Return `alphas_cumprod` f64 [T] on `device`, one tensor for all steps."""
     return alphas_cumprod(num_timesteps).to(device)

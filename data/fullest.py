@@ -1,0 +1,106 @@
+"""The fullest batches that a data set can make: what a plan counts and a run tries before its first step.
+
+Image slots come in a few sizes (`packing.capacity`), and so do text targets; a batch is fullest where these are, not
+where the tokens are. Images cost more than text, so one batch has the most image slots that any images of the data
+could need, and text wherever is room; the other is text alone. Laid out by the real packing. Pure.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from data.documents import Document, ImageSegment, TextSegment
+from data.packing import ImageDraws, PackedBatch, PackedSequence, capacity, collate, lay_out, pack, patch_grid
+from data.tokenizer import SpecialIds
+
+Grid = tuple[int, int]
+AROUND_IMAGE = AROUND_DOCUMENT = 2  # tokens: BOI and EOI, BOS and EOS
+
+
+def fullest_batches(
+    rows: int, sequence_length: int, grids: Sequence[Grid], channels: int, patch_size: int, special: SpecialIds
+) -> tuple[PackedBatch, ...]:
+    """Return micro-batches of `rows` full sequences: with the most image slots (if there are `grids`), and text alone.
+
+    `grids` are the latent grids (h, w) that occur. Noise, latents and timesteps are zero, every word is EOS: shapes
+    are what counts. `rows` full of images without a word between them may be more than the data holds, never less.
+    """
+    placed: list[list[Grid]] = [[] for _ in range(rows)]
+    batches = []
+    if any(_tokens(grid, patch_size) <= sequence_length - AROUND_DOCUMENT for grid in grids):
+        counts = _most_slots(rows, sequence_length, grids, patch_size)
+        batches.append(_place(counts, rows, sequence_length, patch_size))
+    batches.append(placed)
+    return tuple(_batch(rows_, sequence_length, channels, patch_size, special) for rows_ in batches)
+
+
+def _tokens(grid: Grid, patch_size: int) -> int:
+    height, width = patch_grid(grid, patch_size)
+    return height * width + AROUND_IMAGE
+
+
+def _most_slots(rows: int, sequence_length: int, grids: Sequence[Grid], patch_size: int) -> dict[Grid, int]:
+    """Return the number of images of each grid that needs the most latent cells of slots: a knapsack over tokens.
+
+    Rows are taken end to end here; `_place` puts back what a row's end cannot hold.
+    """
+    room = sequence_length - AROUND_DOCUMENT
+    budget = rows * room
+    most, chosen = np.zeros(budget + 1), []  # latent cells of slots, by tokens spent
+    for grid in grids:
+        tokens = _tokens(grid, patch_size)
+        highest = rows * (room // tokens)
+        # Only the least count of each capacity: more images fill slots that are there anyway.
+        counts = [n for n in range(1, highest + 1) if n == 1 or capacity(n) > capacity(n - 1)]
+        better, choice = most.copy(), np.zeros(budget + 1, dtype=np.int64)
+        for n in counts:
+            value = most[: budget + 1 - n * tokens] + capacity(n) * grid[0] * grid[1]
+            gained = value > better[n * tokens :]
+            better[n * tokens :][gained] = value[gained]
+            choice[n * tokens :][gained] = n
+        most = better
+        chosen.append(choice)
+    left, counts = int(most.argmax()), {}
+    for grid, choice in reversed(list(zip(grids, chosen, strict=True))):
+        counts[grid] = int(choice[left])
+        left -= counts[grid] * _tokens(grid, patch_size)
+    return counts
+
+
+def _place(counts: dict[Grid, int], rows: int, sequence_length: int, patch_size: int) -> list[list[Grid]]:
+    """Return each row's images, the largest placed first; what fits nowhere is left out."""
+    placed: list[list[Grid]] = [[] for _ in range(rows)]
+    left = [sequence_length - AROUND_DOCUMENT] * rows
+    for grid in sorted(counts, key=lambda grid: -_tokens(grid, patch_size)):
+        for _ in range(counts[grid]):
+            row = max(range(rows), key=left.__getitem__)
+            if left[row] < _tokens(grid, patch_size):
+                break
+            placed[row].append(grid)
+            left[row] -= _tokens(grid, patch_size)
+    return placed
+
+
+def _batch(
+    placed: Sequence[Sequence[Grid]], sequence_length: int, channels: int, patch_size: int, special: SpecialIds
+) -> PackedBatch:
+    rows = [_row(grids, sequence_length, channels, patch_size, special) for grids in placed]
+    draws = []
+    for grids in placed:
+        zeros = [torch.zeros(channels, *grid) for grid in grids]
+        draws.append(ImageDraws(torch.zeros(len(grids)), zeros, zeros))
+    return collate(rows, draws, patch_size)
+
+
+def _row(
+    grids: Sequence[Grid], sequence_length: int, channels: int, patch_size: int, special: SpecialIds
+) -> PackedSequence:
+    """Return one document of images and then text to the end of the row."""
+    segments: list[TextSegment | ImageSegment] = [
+        ImageSegment(np.zeros((2 * channels, *grid), dtype=np.float16)) for grid in grids
+    ]
+    words = sequence_length - AROUND_DOCUMENT - sum(_tokens(grid, patch_size) for grid in grids)
+    if words > 0:
+        segments.append(TextSegment(np.full(words, special.eos, dtype=np.int64)))
+    return pack([lay_out(Document(tuple(segments)), special, patch_size)], sequence_length, special.pad)

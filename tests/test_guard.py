@@ -1,0 +1,155 @@
+"""Bad updates are skipped on all ranks alike, their documents named, and a run goes back and on without them (P8)."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from data.dataset import open_data
+from data.loader import Loader
+from data.tokenizer import Tokenizer
+from tests.ranks import run_ranks
+from tests.runs import assert_same_end, finish, launch, numbers, rows, saved_state, saved_steps, settings, wait_for
+from tests.sources import make_source, pairs
+from train.config import load_config
+from train.distributed import Ranks
+from train.guard import Guard, GuardConfig
+from train.recipe import PretrainConfig
+from train.step import StepLoss
+
+NORMS = [1.0, 2.0, math.nan, 3.0, 100.0, math.inf, 2.0, 5.9, 6.1, 2.0]
+
+
+def test_the_judge_skips_what_is_not_finite_and_what_is_far_above_the_mean_of_the_good() -> None:
+    """Against the rule in plain Python; the mean is of good updates alone, and counts only once there are enough."""
+    guard = Guard(GuardConfig(spike_factor=3.0, spike_after=3), torch.device("cpu"))
+    mean, good, skipped, in_a_row = 0.0, 0, 0, 0
+    for norm in NORMS:
+        bad = not math.isfinite(norm) or (good >= 3 and norm > 3.0 * mean)
+        assert guard.judge(torch.tensor(norm)).item() == bad, norm
+        if not bad:
+            mean, good = mean + (norm - mean) / (good + 1), good + 1
+        skipped, in_a_row = skipped + bad, (in_a_row + 1) * bad
+        assert guard.counts.tolist() == pytest.approx([skipped, in_a_row, good, mean])
+    assert skipped == 3 and good == 7
+    plain = Guard(GuardConfig(), torch.device("cpu"))
+    assert [plain.judge(torch.tensor(norm)).item() for norm in NORMS] == [not math.isfinite(norm) for norm in NORMS]
+
+
+def test_impossible_settings_are_refused() -> None:
+    """P10."""
+    for changes in ({"spike_factor": 1.0}, {"spike_factor": math.nan}, {"max_bad_in_a_row": 0}, {"max_rollbacks": -1}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            GuardConfig(**changes)
+
+
+def _blame(ranks: Ranks) -> list[str]:
+    """Three steps, two micro-batches of two lanes on each of two ranks: good, not finite on rank 1, high on rank 0."""
+    guard = Guard(GuardConfig(spike_factor=2.0, spike_after=1), ranks.device)
+    first = 4 * ranks.rank
+    for step, norm, text in [(1, 1.0, [1.0, 1.0]), (2, math.nan, [1.0, math.nan]), (3, 9.0, [50.0, 40.0])]:
+        if step != 1 and ranks.rank != (step == 2):
+            text = [2.0, 2.0]
+        guard.judge(torch.tensor(norm))
+        micro_batch = SimpleNamespace(input_ids=torch.zeros(2, 8), num_text_targets=10, num_images=0)
+        documents = {lane: [(0, lane, step)] for lane in range(first, first + 4)}
+        losses = [StepLoss(torch.tensor(0.0), torch.tensor(10 * value), torch.tensor(0.0)) for value in text]
+        batch: Any = SimpleNamespace(step=step, micro_batches=[micro_batch] * 2, documents=documents)
+        guard.note(batch, losses, torch.tensor(norm))
+    found = guard.review(lambda position: "{}/{}#{}".format(*position), ranks)
+    assert guard.review(str, ranks) == []
+    return [str(update) for update in found]
+
+
+def test_blame_goes_to_the_micro_batch_that_is_not_finite_or_highest_on_any_rank() -> None:
+    expected = [
+        "step 2 (gradient norm nan; lanes [6, 7]; documents 0/6#2, 0/7#2)",
+        "step 3 (gradient norm 9; lanes [0, 1]; documents 0/0#3, 0/1#3)",
+    ]
+    assert run_ranks(_blame, 2) == [expected] * 2
+
+
+BAD_STEPS = (8, 13)
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dict[int, str]:
+    """Pairs, of which one in the batch of each bad step has latents that are finite and 10,000 times too large.
+
+    Returns their names by step; the shard lies in the data set.
+    """
+    folder, documents = tmp_path_factory.mktemp("data"), pairs(500)
+    argv = settings(folder, tokenizer, {"pairs": make_source(folder / "clean", tokenizer, documents)})
+    config = load_config(PretrainConfig, argv)
+    data = open_data(config.data, config.seed, config.model.patch_size)
+    loader = Loader(data, config.data, rank=0, world_size=1, micro_batch_size=1)
+    batches = {step: loader.next(30) for step in range(1, max(BAD_STEPS) + 1)}
+    loader.close()
+    names = {}
+    for step in BAD_STEPS:
+        _, _, record = batches[step].documents[4][0]
+        documents[record][1][:2] = 3e4  # the means
+        names[step] = f"{folder / 'pairs' / '00000.tar'}#{record}"
+    make_source(folder / "pairs", tokenizer, documents)
+    return names
+
+
+def _argv(run_dir: Path, tokenizer: Tokenizer, poisoned: dict[int, str], **changes: Any) -> list[str]:
+    data = Path(poisoned[BAD_STEPS[0]]).parent
+    guard = {"guard__spike_factor": 50.0, "guard__spike_after": 2, "guard__max_bad_in_a_row": 1}
+    changes = {"diffusion__prediction": "v", "micro_batch_size": 1, "checkpoint__keep_last": 100, **guard, **changes}
+    return settings(run_dir, tokenizer, {"pairs": data}, **changes)
+
+
+def test_a_poisoned_picture_is_skipped_counted_and_named_or_stops_the_run(
+    tmp_path: Path, tokenizer: Tokenizer, poisoned: dict[int, str]
+) -> None:
+    """Its document is named, on whichever rank it lies; what was skipped changed no weight; and a resume knows it."""
+    run_dir = tmp_path / "skip"
+    said = finish(_argv(run_dir, tokenizer, poisoned, guard__max_bad_in_a_row=3), 2)
+    for step, name in poisoned.items():
+        (line,) = [line for line in said.splitlines() if f"skipped the update of step {step} " in line]
+        assert "lanes [4]" in line and name in line
+    assert rows(run_dir)[-1]["skipped_updates"] == saved_state(run_dir)[2]["guard"][0] == len(BAD_STEPS)
+
+    run_dir = tmp_path / "stop"
+    with launch(_argv(run_dir, tokenizer, poisoned), 2) as run:
+        assert run.wait() == [1, 1], run.output
+    (end,) = [line for line in run.output.splitlines() if "train.pretrain: stopped" in line]
+    first = BAD_STEPS[0]
+    assert f"stopped after step {first}: the last 1 updates were skipped" in end and poisoned[first] in end
+    assert saved_steps(run_dir)[-1] == first
+
+
+def test_a_run_goes_back_and_on_without_the_bad_batches_and_so_does_whoever_resumes_it(
+    tmp_path: Path, tokenizer: Tokenizer, poisoned: dict[int, str]
+) -> None:
+    """P4, P8: as often as asked; rows of the excluded batches are missing, and a kill afterwards changes nothing."""
+    argv = _argv(tmp_path / "back", tokenizer, poisoned, guard__max_rollbacks=2)
+    said = finish(argv, 2)
+    assert [f"and on without the batches of steps {step} to {step}" in said for step in BAD_STEPS] == [True, True]
+    assert [row["step"] for row in rows(tmp_path / "back")] == [step for step in range(1, 25) if step not in BAD_STEPS]
+    last = rows(tmp_path / "back")[-1]
+    assert last["rollbacks"] == 2 and last["skipped_updates"] == 0
+    assert saved_state(tmp_path / "back")[2]["progress"]["excluded"] == [[step, step] for step in BAD_STEPS]
+
+    argv = _argv(tmp_path / "killed", tokenizer, poisoned, guard__max_rollbacks=2)
+    with launch(argv, 2) as run:
+        wait_for(lambda: "pretrain: back to" in run.output, run)
+        run.signal(9)
+        run.wait()
+    finish(argv, 2)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "back")
+    assert_same_end(tmp_path / "killed", tmp_path / "back")
+
+
+def test_without_a_checkpoint_to_go_back_to_the_run_stops(
+    tmp_path: Path, tokenizer: Tokenizer, poisoned: dict[int, str]
+) -> None:
+    argv = _argv(tmp_path / "run", tokenizer, poisoned, guard__max_rollbacks=1, checkpoint__interval_steps=1000)
+    with launch(argv, None) as run:
+        assert run.wait() == [1], run.output
+    assert "no checkpoint lies before them" in run.output and "Traceback" not in run.output
