@@ -268,8 +268,8 @@ def second_copy(scene: Scene) -> None:
     scene.end({75, -signal.SIGKILL, *_at_exit(scene)})
 
 
-ANY = ("start", "step", "save", "commit", "evaluation", "exit")
-TRAINING = ("step", "save", "commit", "evaluation", "exit")
+TRAINING = ("step", "save", "save", "commit", "commit", "evaluation", "exit")  # a save has the most to lose
+ANY = ("start", *TRAINING)
 OUTSIDE = ("start", "step")
 DAMAGES = {"bit_flipped": flip_bit, "file_truncated": truncate, "file_removed": remove}
 KINDS = {

@@ -105,7 +105,7 @@ class Undisturbed:
         paces = {
             "start": first.seconds,
             "step": step_s[len(step_s) // 2],
-            "save": 3 * step_s[len(step_s) // 2],
+            "save": step_s[len(step_s) // 2],
             "commit": step_s[0] / 4,
             "evaluation": max(row["evaluation_share"] * row["step_s"] for row in end.rows),
             "exit": 4 * step_s[-1],
