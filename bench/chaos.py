@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}; torch {torch.__version__}",
         "commit": _commit(),
-        "command": f"python -m bench.chaos {' '.join(argv)}",
+        "command": " ".join(["python -m bench.chaos", *(a for a in argv if not a.startswith(("folder=", "results=")))]),
     }
     if config.results:
         with open(config.results, "a") as file:

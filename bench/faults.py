@@ -5,19 +5,17 @@ ranks. It strikes one attempt of a job and always ends it; whether the job goes 
 command is started again, in bench/trajectory.py. Whatever must hold and does not raises NotSurvived.
 """
 
-import os
 import random
 import re
-import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.harms import flip_bit, full_disk, read_only, remove, truncate, vanished_shard
 from bench.job import Attempt, Job
 
 POLL_S = 0.001  # a save of the small model takes 0.1 s, its commit a few milliseconds
@@ -89,9 +87,6 @@ class Kind:
     needs_mount: bool = False
 
 
-# --- instants
-
-
 def wait_for_instant(scene: Scene) -> None:
     """Return at the fault's instant, or when the attempt has ended before; what earlier attempts left is none."""
     job, target, fault = scene.job, scene.target, scene.fault
@@ -145,9 +140,6 @@ def _files(folder: Path, pattern: str) -> list[Path]:
         return []
 
 
-# --- kinds: processes
-
-
 def kill_rank(scene: Scene) -> None:
     """`kill -9` of one rank; the others must notice, say so and end."""
     victim, start = scene.luck.randrange(scene.attempt.world_size), time.monotonic()
@@ -190,7 +182,7 @@ def _expect_end_of_others(scene: Scene, victim: int, since: float) -> None:
         return
     for rank in others:
         said = scene.attempt.output(rank)
-        line = rf"^rank {rank} of {scene.attempt.world_size} .*(lost|died).* at step \d+"
+        line = rf"^rank {rank} of {scene.attempt.world_size} .* lost .*\brank {victim}\b.* at step \d+"
         if not re.search(line, said, re.MULTILINE):
             raise NotSurvived(f"rank {rank} does not say which rank, step and what; its last words: {said[-300:]!r}")
         if "Traceback" in said:
@@ -221,9 +213,6 @@ def _at_exit(scene: Scene) -> set[int]:
     return {0, 1, 75} if scene.fault.phase == "exit" or finished else set()
 
 
-# --- kinds: what a checkpoint's file may suffer after a kill
-
-
 def damage(harm: Callable[[Path, random.Random], None]) -> Callable[[Scene], None]:
     """Return the kind that kills all ranks and then harms a file of the newest checkpoint."""
 
@@ -238,23 +227,6 @@ def damage(harm: Callable[[Path, random.Random], None]) -> Callable[[Scene], Non
     return strike
 
 
-def flip_bit(path: Path, luck: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[luck.randrange(len(content))] ^= 1 << luck.randrange(8)
-    path.write_bytes(content)
-
-
-def truncate(path: Path, luck: random.Random) -> None:
-    os.truncate(path, luck.randrange(path.stat().st_size))
-
-
-def remove(path: Path, luck: random.Random) -> None:
-    path.unlink()
-
-
-# --- kinds: what lasts a while
-
-
 def suffer(scene: Scene) -> None:
     """The run may stop of it, or go on; then it is stopped, with what harms it still there. It must not hang."""
     deadline, until = time.monotonic() + scene.timeout_s, scene.job.last_step() + scene.luck.randrange(4, 20)
@@ -264,59 +236,6 @@ def suffer(scene: Scene) -> None:
     scene.end({0, 1, 2, 75, *_at_start(scene, signal.SIGTERM)})
     if "Traceback" in scene.attempt.output():
         raise NotSurvived("it printed a traceback")
-
-
-@contextmanager
-def full_disk(job: Job, luck: random.Random) -> Iterator[None]:
-    """Fill the disk up to a random rest that a save may not fit in."""
-    filler = job.run_dir.parent / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(1 << 16)):
-                pass
-        except OSError:  # full
-            pass
-        file.truncate(max(0, file.tell() - luck.choice([0, luck.randrange(2_000_000)])))
-    try:
-        yield
-    finally:
-        filler.unlink()
-
-
-@contextmanager
-def read_only(job: Job, luck: random.Random) -> Iterator[None]:
-    """Mount the folder of checkpoints read-only over itself; root ignores permission bits.
-
-    By way of a side mount that nobody writes through: remounting one in use fails with "busy".
-    """
-    job.checkpoints.mkdir(parents=True, exist_ok=True)
-    side = job.run_dir.with_name("side")
-    side.mkdir(exist_ok=True)
-    with ExitStack() as stack:
-        for source, target in ((job.checkpoints, side), (side, job.checkpoints)):
-            subprocess.run(["mount", "--bind", source, target], check=True)
-            stack.callback(subprocess.run, ["umount", "--lazy", target], check=True)
-            if target is side:
-                subprocess.run(["mount", "-o", "remount,bind,ro", side], check=True)
-        yield
-
-
-@contextmanager
-def vanished_shard(job: Job, luck: random.Random) -> Iterator[None]:
-    """Take a shard away, from those who hold it open too; it is there again at the end."""
-    folders = [Path(value) for key, value in job.settings.items() if key.startswith("data.sources.")]
-    shard = luck.choice(sorted(path for folder in folders for path in folder.glob("*.tar")))
-    kept = shard.with_name(f"{shard.name}.kept")
-    shutil.copy2(shard, kept)
-    os.truncate(shard, 0)
-    shard.unlink()
-    try:
-        yield
-    finally:
-        kept.rename(shard)
-
-
-# --- kinds: what must leave no trace
 
 
 def unreachable_logger(scene: Scene) -> None:
@@ -349,8 +268,8 @@ def second_copy(scene: Scene) -> None:
     scene.end({75, -signal.SIGKILL, *_at_exit(scene)})
 
 
-ANY = ("start", "step", "save", "commit", "evaluation", "exit")
-TRAINING = ("step", "save", "commit", "evaluation", "exit")
+TRAINING = ("step", "save", "save", "commit", "commit", "evaluation", "exit")  # a save has the most to lose
+ANY = ("start", *TRAINING)
 OUTSIDE = ("start", "step")
 DAMAGES = {"bit_flipped": flip_bit, "file_truncated": truncate, "file_removed": remove}
 KINDS = {

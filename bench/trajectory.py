@@ -33,6 +33,7 @@ WORLD_SIZE = 2  # of the undisturbed run
 NUMBERS = ("text_loss", "image_loss", "grad_norm", "tokens_seen", "images_seen", "skipped_documents", "learning_rate")
 # On other world sizes gradients are added up in another order, and Adam's first steps enlarge the last bits.
 TOLERANCE = 1e-3  # of rows, relative; of weights, absolute
+LATE_S = 40.0  # that the first step may take, besides what its fault adds
 END_S = 120.0  # an undisturbed attempt that takes longer hangs
 POLL_S = 0.003
 
@@ -104,7 +105,7 @@ class Undisturbed:
         paces = {
             "start": first.seconds,
             "step": step_s[len(step_s) // 2],
-            "save": 3 * step_s[len(step_s) // 2],
+            "save": step_s[len(step_s) // 2],
             "commit": step_s[0] / 4,
             "evaluation": max(row["evaluation_share"] * row["step_s"] for row in end.rows),
             "exit": 4 * step_s[-1],
@@ -200,6 +201,8 @@ class Trajectory:
         check_rows(job.rows(), before, resume, first.has_come())
         if entry is not None:
             entry.seconds_to_first_step = first.seconds
+            if first.has_come() and first.seconds > LATE_S + KINDS[entry.fault.kind].delay_s:
+                raise NotSurvived(f"its first step came after {first.seconds:.0f} s")
         if first.has_come() or entry is None:
             for earlier in self.entries:
                 earlier.resumed |= earlier is not entry and earlier.what is None
@@ -238,7 +241,7 @@ class Trajectory:
             raise NotSurvived(f"checkpoint {resume} is lost; the newest is {newest}")
         if entry is not None:
             entry.half_written = bool(job.being_written())
-        if set(attempt.statuses) == {75} and newest != job.last_step():
+        if set(attempt.statuses) == {75} and newest != job.last_step() and not harms:
             raise NotSurvived(f"exit 75 after step {job.last_step()}, but {newest} is the newest saved")
         if 0 in attempt.statuses and newest != self.undisturbed.steps and not harms:
             raise NotSurvived(f"exit 0, but {newest} is the newest saved")
