@@ -21,7 +21,7 @@ from train.distributed import Ranks
 from train.ema import choose
 from train.guard import GuardConfig
 from train.optim import OptimConfig, Optimizer, learning_rate
-from train.parallelize import gather_weights
+from train.parallelize import ParallelConfig, gather_weights, initialize, parallelize
 
 BAD_STEPS = (3, 6, 7)
 CONFIG = OptimConfig(
@@ -247,3 +247,29 @@ def test_impossible_settings_are_refused_by_name(changes: dict[str, Any]) -> Non
     """P10."""
     with pytest.raises(ValueError, match=next(iter(changes))):
         OptimConfig(**changes)
+
+
+def _first_update(ranks: Ranks) -> tuple[int, int]:
+    """Return the bytes of the whole model, and by how many this process's greatest memory grew in the first update."""
+    with torch.device("meta"):
+        model = Transfusion(TransfusionConfig(transformer=TransformerConfig(width=512, layers=4, heads=4)), 8000)
+    parallelize(model, ParallelConfig(), ranks)
+    initialize(model, 0, ranks.device)
+    optimizer = Optimizer(model, CONFIG, GuardConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _peak_bytes()
+    optimizer.update(1)
+    return sum(parameter.numel() * 4 for parameter in model.parameters()), _peak_bytes() - before
+
+
+def _peak_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def test_the_first_update_makes_this_ranks_moments_and_no_copy_of_the_model() -> None:
+    """DTensor looks for the shapes of results by running what it knows no shapes of, at the size of the whole model."""
+    for whole, grown in run_ranks(_first_update, 4):
+        assert grown < whole, f"{grown / whole:.2f} times the model, expected 2 / 4 for the moments"

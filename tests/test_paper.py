@@ -1,6 +1,5 @@
 """P1: the presets are the published recipe, number by number (Zhou et al. 2024); what goes beyond it is off."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,8 @@ import pytest
 from model.diffusion import DiffusionConfig
 from model.sampler import SamplerConfig
 from train.config import load_config
+from train.estimate import parameters
 from train.optim import OptimConfig, learning_rate
-from train.plan import main as plan
 from train.recipe import PretrainConfig
 from train.sample import SampleConfig
 
@@ -84,12 +83,11 @@ def test_pictures_are_drawn_in_250_steps_with_guidance_5_and_3() -> None:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_plan_counts_parameters_by_part(name: str, capsys: pytest.CaptureFixture) -> None:
+def test_the_plan_counts_parameters_by_part(name: str) -> None:
     """The U-Net's are 0.27B within a twentieth at every size; linear patches are next to nothing."""
     counts = {}
     for patches in ("linear", "unet"):
-        plan([f"config={PAPER / name}.yaml", f"model.patches={patches}", "json=true"])
-        counts[patches] = json.loads(capsys.readouterr().out)["parameters"]
+        counts[patches] = parameters(preset(name, f"model.patches={patches}").model, 32_002)
         parts = {"embeddings", "blocks", "patches", "heads"}
         assert counts[patches].keys() == {"total", *parts}
         assert counts[patches]["total"] == sum(counts[patches][part] for part in parts)
@@ -102,20 +100,3 @@ def test_the_plan_counts_parameters_by_part(name: str, capsys: pytest.CaptureFix
     assert {part: unet[part] for part in ("embeddings", "blocks", "heads")} == {
         part: linear[part] for part in ("embeddings", "blocks", "heads")
     }
-
-
-def test_the_plan_in_words_names_every_part_and_the_batch(capsys: pytest.CaptureFixture) -> None:
-    plan([f"config={PAPER / '0.76b.yaml'}"])
-    printed = capsys.readouterr().out
-    for words in (
-        "total",
-        "embeddings",
-        "blocks",
-        "patches",
-        "heads",
-        "2,097,152 tokens: 512 sequences of 4096",
-        "524B",
-    ):
-        assert words in printed
-    plan(["vocab_size=1000", "json=true"])
-    assert json.loads(capsys.readouterr().out)["parameters"]["embeddings"] == 1000 * 768

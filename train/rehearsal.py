@@ -12,6 +12,7 @@ log-sums), and never S x S scores.
 """
 
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from data.packing import PackedBatch
 from model.transfusion import Transfusion
@@ -230,6 +230,8 @@ def _tensors_in(value: Any, known: set[int]) -> list[torch.Tensor]:
 @dataclass(eq=False)
 class _Allocation:
     kind: str
+    storage: weakref.ref  # kept, so that its callback runs
+    num_bytes: int = 0
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -239,7 +241,8 @@ class _LiveBytes(TorchDispatchMode):
         super().__init__()
         self.phase = "states"
         self._collectives: Counter[Collective] = Counter()
-        self._allocations = WeakIdKeyDictionary()  # storage -> _Allocation
+        self._allocations: dict[int, _Allocation] = {}  # by the address of the storage
+        self._total = 0
         self._fullest: dict[str, tuple[int, list[tuple[_Allocation, int]]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -250,17 +253,17 @@ class _LiveBytes(TorchDispatchMode):
             self._count(func, result, args, kwargs)
         by_fsdp = _inside_fsdp()
         storages = [tensor.untyped_storage() for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
-        new = [storage for storage in storages if storage not in self._allocations]
+        new = [storage for storage in storages if storage._cdata not in self._allocations]
         for storage in new:
-            self._allocations[storage] = _Allocation("gathered" if by_fsdp else self.phase)
-        if new or by_fsdp:  # FSDP also frees and fills storages in place
-            self._look()
+            self._add(storage, "gathered" if by_fsdp else self.phase)
+        if new or by_fsdp:
+            self._look(resized=by_fsdp)  # FSDP empties and fills storages in place
         return result
 
     def name(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
         """Say what the storages of `tensors` are, also at the moments already kept."""
         for tensor in tensors:
-            self._allocations[_local(tensor).untyped_storage()].kind = kind
+            self._allocations[_local(tensor).untyped_storage()._cdata].kind = kind
 
     def taken(self) -> Counter[Collective]:
         """Return the traffic since the last call."""
@@ -274,11 +277,26 @@ class _LiveBytes(TorchDispatchMode):
             kinds[allocation.kind] += num_bytes
         return dict(kinds)
 
-    def _look(self) -> None:
-        sizes = [(allocation, storage.nbytes()) for storage, allocation in self._allocations.items()]
-        total = sum(num_bytes for _, num_bytes in sizes)
-        if total > self._fullest.get(self.phase, (-1,))[0]:
-            self._fullest[self.phase] = total, sizes
+    def _add(self, storage: torch.UntypedStorage, kind: str) -> None:
+        address, num_bytes = storage._cdata, storage.nbytes()
+
+        def gone(_: weakref.ref) -> None:
+            self._total -= self._allocations.pop(address).num_bytes
+
+        self._allocations[address] = _Allocation(kind, weakref.ref(storage, gone), num_bytes)
+        self._total += num_bytes
+
+    def _look(self, resized: bool) -> None:
+        if resized:
+            for allocation in list(self._allocations.values()):
+                storage = allocation.storage()
+                if storage is not None:
+                    storage._fix_weakref()  # torch may have been its only owner
+                    allocation.num_bytes = storage.nbytes()
+            self._total = sum(allocation.num_bytes for allocation in self._allocations.values())
+        if self._total > self._fullest.get(self.phase, (-1,))[0]:
+            sizes = [(allocation, allocation.num_bytes) for allocation in self._allocations.values()]
+            self._fullest[self.phase] = self._total, sizes
 
     def _count(self, func: Any, result: Any, args: tuple, kwargs: dict | None) -> None:
         name = next(name for name in COLLECTIVES if name in _plain(func))

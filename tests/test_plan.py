@@ -1,0 +1,185 @@
+"""A plan says whether a run fits, what would make it fit, and how long it takes; nonsense is refused (P10)."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.dataset import open_data
+from data.loader import Loader
+from data.tokenizer import Tokenizer
+from tests.sources import data_config, make_source, pairs
+from train.estimate import (
+    GIB,
+    communication_seconds,
+    documents_of,
+    flops_per_token,
+    refuse_unless_states_fit,
+    rows_per_rank,
+    usable_bytes,
+    warning_unless_peak_fits,
+)
+from train.flops import Flops
+from train.hardware import GPUS, find
+from train.plan import main as plan
+from train.recipe import PretrainConfig
+from train.rehearsal import Collective, state_bytes
+
+PAPER = Path(__file__).parents[1] / "configs" / "paper"
+SMALL = [
+    *("vocab_size=2000", "model.transformer.width=128", "model.transformer.layers=3", "model.transformer.heads=4"),
+    *("world_size=2", "data.lanes=16", "data.sequence_length=1024", "micro_batch_size=4"),
+]
+
+
+def planned(capsys: pytest.CaptureFixture, *argv: str) -> dict:
+    plan([*argv, "json=true"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_7b_model_fits_256_gpus_and_the_numbers_agree_with_common_sense(capsys: pytest.CaptureFixture) -> None:
+    """16 bytes a parameter over all ranks, 6 FLOPs a weight and token, days as GPU-hours / GPUs / 24."""
+    plan([f"config={PAPER / '7b.yaml'}", "world_size=256", "gpu=h200", "json=true"])
+    found = json.loads(capsys.readouterr().out)
+    total = found["parameters"]["total"]
+    assert found["fits"] and 5 < found["peak_memory_gib"] < 15
+    assert sum(found["states_gib"].values()) == pytest.approx(16 * total / 256 / GIB, rel=0.01)
+    assert found["checkpoint_gib"] == pytest.approx(12 * total / GIB, rel=0.001)
+    weights = total - found["parameters"]["embeddings"]
+    assert found["step_tflop"] * 1e12 / found["tokens_a_step"] == pytest.approx(6 * weights, rel=0.1)
+    assert found["days"] == pytest.approx(found["gpu_hours"] / 256 / 24)
+    assert found["tokens"] == pytest.approx(found["tokens_per_s"] * 86_400 * found["days"])
+    assert 0.05 < found["communication_share_of_compute"] < 0.5
+
+
+def test_the_plan_in_words_reads_at_a_glance(capsys: pytest.CaptureFixture) -> None:
+    plan([*SMALL, "gpu=a100"])
+    printed = capsys.readouterr().out
+    for words in (
+        *("total", "embeddings", "blocks", "patches", "heads", "activations", "█", "in all: fits", "host memory"),
+        *("16,384 tokens: 16 sequences of 1024; micro-steps a rank: 2", "MFU", "tokens/s", "GPU-hours", "4.1B tokens"),
+    ):
+        assert words in printed, words
+    assert max(map(len, printed.splitlines())) < 200
+
+
+def test_what_would_make_it_fit_does(capsys: pytest.CaptureFixture) -> None:
+    """The switches it names are arguments of its own."""
+    roomy = planned(capsys, *SMALL)
+    overhead = 1 - usable_bytes(1000) / GIB / 1000
+    small = roomy["peak_memory_gib"] * 0.6 + 1.5 / (1 - 0.05)
+    found = planned(capsys, *SMALL, f"memory_gib={small}")
+    assert not found["fits"] and found["would_fit_with"], overhead
+    again = planned(capsys, *SMALL, f"memory_gib={small}", *found["would_fit_with"])
+    assert again["fits"] and again["peak_memory_gib"] <= found["usable_memory_gib"]
+    hopeless = planned(capsys, *SMALL, "memory_gib=1.6")
+    assert hopeless["would_fit_with"] is None
+
+
+def test_with_the_data_at_hand_its_grids_and_lengths_count(
+    capsys: pytest.CaptureFixture, tokenizer: Tokenizer, pairs_folder: Path
+) -> None:
+    arguments = [
+        *(f"data.tokenizer={tokenizer.path}", f"data.sources.pairs.path={pairs_folder}", "device=cpu"),
+        *("data.lanes=4", "data.sequence_length=64", "model.latent_channels=2", "world_size=2"),
+        *("model.transformer.width=32", "model.transformer.layers=2", "model.transformer.heads=2"),
+    ]
+    found = planned(capsys, *arguments)
+    assert found["data_from"].startswith("as in the manifests") and found["vocab_size"] == tokenizer.vocab_size
+    assert found["host_memory_gib"]["loader"] > 0
+    assert "days" not in found  # of a CPU no speed is known
+    assert found["usable_memory_gib"] == found["device_memory_gib"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gpu=h9000"], "gpu=h9000: expected one of .*h200"),
+        (["world_size=600"], "world_size=600 is more than data.lanes=512"),
+        (["world_size=0"], "expected 1 or more"),
+        (["mfu=1.5"], "mfu=1.5"),
+        (["memory_gib=0"], "memory_gib=0"),
+        (["parallel.dp_replicate=3"], "dp_replicate=3 on 8 ranks"),
+    ],
+)
+def test_nonsense_is_refused(arguments: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan(["model.transformer.layers=1", *arguments])
+
+
+def test_states_that_cannot_fit_are_refused_and_a_peak_that_may_not_is_a_warning() -> None:
+    config = PretrainConfig(run_dir="", micro_batch_size=2)
+    trunk = replace(config.model.transformer, width=64, layers=2, heads=2)
+    data = replace(config.data, lanes=4, sequence_length=256, tokenizer="")
+    config = replace(config, model=replace(config.model, transformer=trunk), data=data)
+    states = int(sum(state_bytes(config, 500, 2).values()))
+    refuse_unless_states_fit(config, 500, 2, states)
+    with pytest.raises(ValueError, match=r"a rank's states take .* more than .* use more ranks than 2"):
+        refuse_unless_states_fit(config, 500, 2, states - 1)
+    assert warning_unless_peak_fits(config, 500, 2, [(8, 8)], GIB, cuda=False) is None
+    assert "estimated at" in warning_unless_peak_fits(config, 500, 2, [(8, 8)], states, cuda=False)
+
+
+def test_gpus_are_found_by_short_names_and_by_what_torch_calls_them() -> None:
+    for name, expected in {
+        "h200": "h200",
+        "NVIDIA H200": "h200",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H100 PCIe": "h100 pcie",
+        "NVIDIA GH200 480GB": "gh200",
+        "NVIDIA A100-SXM4-40GB": "a100 40gb",
+        "NVIDIA A100 80GB PCIe": "a100",
+        "NVIDIA B200": "b200",
+        "NVIDIA L40S": "l40s",
+        "NVIDIA GeForce RTX 4090": "4090",
+    }.items():
+        assert find(name).name == expected
+    assert find("cpu") is None
+    assert all(find(gpu.name) is gpu for gpu in GPUS)
+
+
+def test_communication_takes_the_slower_of_links_and_network() -> None:
+    """Closed forms: a ring in one machine; two whole machines; one rank of each of two machines."""
+
+    def taken(name: str, ranks: tuple[int, ...]) -> float:
+        return communication_seconds(Collective("forward", name, ranks), 8e9, 4, 100.0, 10.0)
+
+    assert taken("all_gather", (0, 1, 2, 3)) == pytest.approx(8 * 3 / 4 / 100)
+    assert taken("reduce_scatter", tuple(range(8))) == pytest.approx(max(8 * 7 / 8 / 100, 8 / 2 / (4 * 10)))
+    assert taken("all_reduce", (0, 4)) == pytest.approx(2 * 8 / 2 / 10)
+
+
+def test_flops_of_an_average_token_are_those_of_real_batches(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Documents of one length, packed without loss: the batch's own count, but for padding."""
+    folder = make_source(tmp_path / "a", tokenizer, pairs(40, lengths=(8, 8)))  # 8 + 4 + 4 tokens each
+    data_settings = data_config(tokenizer, {"a": folder}, lanes=2, sequence_length=64)
+    config = PretrainConfig(run_dir="", data=data_settings)
+    config = replace(config, data=replace(data_settings, order=replace(data_settings.order, caption_dropout=0.0)))
+    data = open_data(config.data, 0, config.model.patch_size)
+    flops = Flops.of(config.model, tokenizer.vocab_size)
+    loader = Loader(data, config.data, rank=0, world_size=1, micro_batch_size=2)
+    (batch,) = loader.next(30).micro_batches
+    loader.close()
+    tokens = batch.input_ids.numel() - batch.num_padding
+    assert tokens == 2 * 64
+    expected = flops_per_token(flops, documents_of(config, data), 64)
+    assert expected == pytest.approx(flops.of_batch(batch) / tokens, rel=1e-6)
+
+
+def test_rows_and_micro_steps_are_the_loaders(tokenizer: Tokenizer, pairs_folder: Path) -> None:
+    for lanes, world_size, size in ((4, 1, 3), (4, 3, 8), (6, 2, 2)):
+        config = data_config(tokenizer, {"pairs": pairs_folder}, lanes=lanes)
+        loader = Loader(open_data(config, 0, 2), config, rank=0, world_size=world_size, micro_batch_size=size)
+        planned = rows_per_rank(PretrainConfig(run_dir="", data=config, micro_batch_size=size), world_size)
+        assert planned == (loader.micro_batch_size, loader.micro_steps)
+        loader.close()
+
+
+def test_a_plan_leaves_no_process_group_and_no_fake_tensor_behind(capsys: pytest.CaptureFixture) -> None:
+    from train.step import schedule
+
+    planned(capsys, *SMALL)
+    assert not torch.distributed.is_initialized()
+    assert type(schedule(1000, torch.device("cpu"))) is torch.Tensor
