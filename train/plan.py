@@ -59,9 +59,8 @@ class PlanConfig(PretrainConfig):
     gpu: str = "h100"  # a name in train/hardware.py, or what torch calls the device; read unless device=cpu
     gpus_per_node: int = 8  # ranks of one machine, >= 1
     mfu: float = 0.4  # model FLOPs utilization to reckon with, in (0, 1]; bench/gpu.sh measures it
-    # One direction, GB/s a GPU: to others of its machine, and to other machines. null: four fifths of the data sheet's.
-    link_gb_per_s: float | None = None
-    network_gb_per_s: float | None = None
+    link_gb_per_s: float | None = None  # to GPUs of its machine, one direction; null: 4/5 of the data sheet's
+    network_gb_per_s: float | None = None  # a GPU's to other machines, one direction; null: 4/5 of the data sheet's
     memory_gib: float | None = None  # memory of a device, GiB, > 0; null: the GPU's, or this machine's for device=cpu
     json: bool = False  # print one JSON object instead of text
 
