@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,20 +87,27 @@ def make_data(folder: Path, pairs: int, texts: int) -> Tokenizer:
     return tokenizer
 
 
-def make_source(folder: Path, tokenizer: Tokenizer, documents: Iterator[list[np.ndarray]]) -> None:
+def make_source(
+    folder: Path,
+    tokenizer: Tokenizer,
+    documents: Iterable[list[np.ndarray]],
+    *,
+    channels: int = CHANNELS,
+    records: int = 1000,  # a shard
+) -> None:
     if (folder / "manifest.json").exists():
         return
     folder.mkdir(exist_ok=True)
     documents, entries = list(documents), []
-    for start in range(0, len(documents), 1000):
-        shard = folder / f"{start // 1000:05d}.tar"
-        numbered = enumerate(documents[start : start + 1000], start)
+    for start in range(0, len(documents), records):
+        shard = folder / f"{start // records:05d}.tar"
+        numbered = enumerate(documents[start : start + records], start)
         write_shard(shard, (encode_record(f"{i:09d}", document, b"{}") for i, document in numbered))
         index = index_shard(shard, document_sizes, BadRecords(0))
         index.save(index_path(shard))
         entries.append(shard_entry(shard, index))
-    zeros, ones = (0.0,) * CHANNELS, (1.0,) * CHANNELS
-    spec = LatentSpec(vae_hash="bench", channels=CHANNELS, stride=8, resolution=256, mean=zeros, std=ones)
+    zeros, ones = (0.0,) * channels, (1.0,) * channels
+    spec = LatentSpec(vae_hash="bench", channels=channels, stride=8, resolution=256, mean=zeros, std=ones)
     Manifest(
         store=Store(str(folder)),
         tokenizer_hash=tokenizer.hash,

@@ -86,8 +86,11 @@ class DataSet:
 
         return {
             "tokenizer": self.tokenizer.hash,
+            # Those that had a weight by then: others may be appended to a run, to begin later.
             "sources": ", ".join(
-                f"{s.manifest.content_hash} weight {weights(s.config)} repeat {s.config.repeat}" for s in self.sources
+                f"{s.number}: {s.manifest.content_hash} weight {weights(s.config)} repeat {s.config.repeat}"
+                for s in self.sources
+                if any(s.config.weight_at(then) for then in (1, step, *map(int, s.config.weight_from)) if then <= step)
             ),
             **{name: str(value) for name, value in vars(self.settings).items()},
         }

@@ -216,8 +216,9 @@ class Lane:
 
     def __init__(self, number: int, sources: list[Source], settings: LaneSettings, state: dict | None = None):
         self.number, self.sources, self.settings = number, sources, settings
-        phases = uniforms("mix", settings.seed, number, count=len(sources))
-        # A phase of up to one sequence, so that lanes do not all begin with the same source.
+        # A phase of up to one sequence, so that lanes do not all begin with the same source; each by itself, so that
+        # a source that is appended changes nothing for the others.
+        phases = [uniforms("mix", settings.seed, number, source.number, count=1)[0] for source in sources]
         self._phases = [phase * settings.sequence_length for phase in phases]
         self._rows = 0  # made so far: the next one is that of step `_rows + 1`
         self.documents: list[Position] = []  # in the last row
@@ -279,7 +280,8 @@ class Lane:
 
     def _restore(self, state: dict) -> None:
         self._rows = state["rows"]
-        self._cursors = [Cursor(*ints) for ints in state["cursors"]]
+        before = [Cursor(*ints) for ints in state["cursors"]]
+        self._cursors[: len(before)] = before  # the rest are of sources that were appended since
         self._skipped.update(state["skipped"])
         self._skipped_names = list(state["skipped_names"])
         pendings = [Pending(*ints) for ints in state["pending"]]

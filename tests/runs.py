@@ -75,8 +75,8 @@ def rows(run_dir: Path) -> list[dict]:
 
 
 def numbers(run_dir: Path) -> list[tuple]:
-    """Return (step, what a run must reproduce) of each row, all but times and speeds."""
-    return [(row["step"], *(row[name] for name in NUMBERS)) for row in rows(run_dir)]
+    """Return (step, what a run must reproduce) of each row of training, all but times and speeds."""
+    return [(row["step"], *(row[name] for name in NUMBERS)) for row in rows(run_dir) if "text_loss" in row]
 
 
 def wait_for(condition: Callable[[], object], run: ProgramRanks, timeout_s: float = 60.0) -> None:

@@ -48,6 +48,18 @@ def test_the_data_side_is_measured_on_one_core():
     assert all(record[name] > 0 for name in speeds)
 
 
+@pytest.mark.slow
+def test_a_save_is_measured_beside_training(tmp_path: Path):
+    """Ranks of its own train, save and are compared with dd; what they wrote is gone afterwards."""
+    options = ("--width", "64", "--layers", "1", "--length", "32", "--rounds", "1", "--steps", "2")
+    result = run_bench(*options, "--folder", str(tmp_path), bench="checkpoint")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["bytes"] > 4 * 4 * 2 * 4096 * 64  # weights, two moments and EMA of the embedding and the text head
+    assert 0 < record["stall_share"] < 1 and record["write_ratio_to_dd"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_refuses_and_names_the_remedy():
     result = run_bench()

@@ -18,7 +18,7 @@ from train import checkpoint
 from train.distributed import alone
 from train.figures import contact_sheet
 from train.generation import Generation, GenerationConfig
-from train.trained import find_checkpoint
+from train.stored import find_checkpoint
 
 SAMPLER = SamplerConfig(sampler="ddim", steps=3, guidance=2.0, max_new_tokens=6)
 
@@ -125,4 +125,12 @@ def test_the_recipe_in_a_checkpoint_holds_no_more_than_the_config(drawn: Drawing
     stored = {checkpoint.read_extra(folder, "config.yaml") for folder in folders}
     assert stored == {(drawn.run_dir / "config.yaml").read_bytes()}
     meta = json.loads(checkpoint.read_extra(folders[0], "meta.json"))
-    assert meta.keys() == {"progress", "skipped_updates", "fingerprint", "latent_spec", "grids"}
+    assert meta.keys() == {
+        "progress",
+        "guard",
+        "back_to",
+        "metrics",
+        "fingerprint",
+        "latent_spec",
+        "grids",
+    }

@@ -47,7 +47,9 @@ def _batch(slots: int, pairs: int) -> Any:
 
 def _two_rows(ranks: Ranks) -> list[dict]:
     """Two steps and a row, one step and a row, with other numbers on each rank."""
-    interval = Interval(Flops(per_token=10.0, per_pair=1.0, per_text_target=100.0, per_latent_cell=1000.0), ranks)
+    flops = Flops(per_token=10.0, per_pair=1.0, per_text_target=100.0, per_latent_cell=1000.0, again_per_token=5.0)
+    interval = Interval(flops, ranks)
+    interval.peak_flops = 1e6  # of a device that is not here
     mine = ranks.rank + 1
     states = {ranks.rank: {"cursors": [[ranks.rank, 5, 0], [3, 0, 0]]}}
     rows = []
@@ -65,7 +67,7 @@ def _two_rows(ranks: Ranks) -> list[dict]:
 def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on_every_rank() -> None:
     """P2, P9: sums over ranks by global counts, although ranks differ; nothing is carried into the next row."""
     of_ranks = run_ranks(_two_rows, 3)
-    timed = {"tokens_per_s", "images_per_s", "step_s", "model_tflops_per_s_per_rank", "slowest_lag_share"}
+    timed = {"tokens_per_s", "images_per_s", "step_s", "model_tflops_per_s_per_rank", "slowest_lag_share", "mfu", "hfu"}
     timed |= {"slowest_host", "host_memory_gib"}
     for first, second in of_ranks:
         for row, steps in ((first, 2), (second, 1)):
@@ -94,6 +96,8 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
             assert row["slowest_lag_share"] == pytest.approx(steps / per_s, rel=1e-6)
             assert row["slowest_host"] == socket.gethostname() and 0.01 < row["host_memory_gib"] < 10
             assert row["model_tflops_per_s_per_rank"] == pytest.approx(flops / per_s / 3 / 1e12, rel=1e-6)
+            assert row["mfu"] == pytest.approx(row["model_tflops_per_s_per_rank"] * 1e6, rel=1e-6)
+            assert row["hfu"] / row["mfu"] == pytest.approx(1 + steps * 5 * 120 / flops, rel=1e-6)
             assert row["tokens_per_s"] == pytest.approx(120 * steps / per_s, rel=1e-6)
 
 
@@ -106,10 +110,17 @@ def test_the_time_left_counts_only_the_steps_of_this_start(
     console = Console(100, 50, alone())
     clock[0] += 10
     names = ("text_loss", "image_loss", "grad_norm", "learning_rate", "tokens_per_s", "images_per_s")
-    row = {"step": 60, **dict.fromkeys(names, 1.0), "slowest_lag_share": 0.25, "slowest_rank": 3, "slowest_host": "n7"}
+    row = {
+        "step": 60,
+        **dict.fromkeys(names, 1.0),
+        "mfu": 0.456,
+        "slowest_lag_share": 0.25,
+        "slowest_rank": 3,
+        "slowest_host": "n7",
+    }
     console.show(row | {"image_loss": None})
     assert "step 60/100" in (line := capsys.readouterr().out) and "0:00:40 left" in line
-    assert "image" not in line.split("norm")[0] and "waits 25% for rank 3 on n7" in line
+    assert "MFU 45.6%" in line and "image" not in line.split("norm")[0] and "waits 25% for rank 3 on n7" in line
 
 
 def _fails(*_: Any, **__: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -192,6 +193,21 @@ def test_norms_and_biases_are_not_decayed_and_matrices_are() -> None:
         torch.testing.assert_close(p, before[name] * (1 if kept else 1 - 3e-4 * 0.1))
 
 
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon"}, {"optimizer": "muon", "state_dtype": "bfloat16"}])
+def test_an_update_reads_no_value_back(changes: dict[str, Any]) -> None:
+    """On a device that would be to wait for it. Fake tensors have no values: what asks for one raises."""
+    model = TransfusionConfig(transformer=TransformerConfig(width=16, layers=1, heads=2))
+    with FakeTensorMode():
+        network = Transfusion(model, 20)
+        optimizer = Optimizer(network, OptimConfig(ema_half_lives=(5,), **changes), GuardConfig(spike_factor=3.0))
+        for step in (1, 2):
+            for p in network.parameters():
+                p.grad = torch.empty_like(p)
+            norm = optimizer.update(step)
+        with pytest.raises(DataDependentOutputException):
+            norm.item()
+
+
 def test_without_an_average_the_weights_in_training_are_preferred_else_the_first() -> None:
     configs = (OptimConfig(), OptimConfig(ema_half_lives=(9, 2)))
     plain, averaged = (Optimizer(Small(), config, GuardConfig()) for config in configs)
@@ -222,7 +238,8 @@ def test_without_an_average_the_weights_in_training_are_preferred_else_the_first
         {"ema_half_lives": (0,)},
         {"ema_half_lives": (3, 3)},
         {"beta1": 1.0},
-        {"momentum": 1.0},
+        {"muon_momentum": 1.0},
+        {"muon_update_rms": 0.0},
         {"eps": 0.0},
     ],
 )

@@ -2,22 +2,30 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.tokenizer import Tokenizer
 from tests.runs import (
     SAVE_EVERY,
     STEPS,
+    DrawingRun,
     assert_refused,
     assert_same_end,
     finish,
+    launch,
     numbers,
     rows,
+    saved_state,
     saved_steps,
     settings,
+    wait_for,
 )
+from tests.sources import make_source, pairs
+from train import export
 from train.distributed import alone
 from train.origin import find_origin
 from train.run_folder import RunFolder
@@ -88,3 +96,60 @@ def test_a_continuation_is_known_by_what_its_checkpoints_say(twin: Path) -> None
         assert find_origin(str(last), folder, alone()).back_to == last
         origin = find_origin(str(first), folder, alone())
         assert (origin.back_to, origin.checkpoint.name) == (first, f"step-{first:08d}")
+
+
+def test_a_run_begins_with_the_weights_of_a_checkpoint_or_of_an_export_and_nothing_else(
+    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], undisturbed: Path, drawn: DrawingRun
+) -> None:
+    """Other data, seed and schedule, from step 0; bit for bit the stored weights, on ranks that hold shards."""
+    export.main([f"checkpoint={drawn.run_dir}", f"output={tmp_path / 'export'}", "weights=ema"])
+    path = undisturbed / "checkpoints" / f"step-{STEPS:08d}"
+    starts = [
+        (undisturbed, "model", [f"init_from={undisturbed}"]),
+        (undisturbed, "ema-7", [f"init_from={path}", "init_weights=ema"]),
+        (drawn.run_dir, "ema-7", [f"init_from={tmp_path / 'export'}", "init_weights=auto"]),
+    ]
+    for number, (origin, kind, start) in enumerate(starts):
+        run_dir = tmp_path / f"run{number}"
+        still = {"optim__learning_rate": 0, "optim__min_learning_rate": 0, "optim__ema_half_lives": "[]"}
+        argv = settings(run_dir, tokenizer, {"texts": sources["texts"]}, seed=5, optim__steps=1, **still)
+        assert f"from the weights ({kind}) of " in finish([*argv, *start], 3)
+        (tensors, _, meta), (kept, _, _) = saved_state(run_dir), saved_state(origin)
+        assert meta["progress"]["step"] == 1
+        for name in [name for name in tensors if name.startswith("model.")]:
+            assert torch.equal(tensors[name], kept[name.replace("model", kind, 1)]), (kind, name)
+    assert "done after step 1" in finish([*argv, "init_from=/nowhere"], 3), "its own checkpoint counts now"
+    wide = settings(tmp_path / "wide", tokenizer, sources, model__transformer__width=64)
+    assert_refused([([*wide, f"init_from={undisturbed}"], ["does not fit", "model.text_head.weight is [300, 32]"])])
+
+
+def test_data_that_is_added_later_changes_nothing_before_and_counts_from_its_step(
+    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
+) -> None:
+    """P3, P10: appended on a resume, or there from the start with weight 0 until then: the same bits; and not between
+    the others, nor with a weight in the past."""
+    more = make_source(tmp_path / "more", tokenizer, pairs(40, seed=55))
+    later = [f"data.sources.more.path={more}", "data.sources.more.weight=0", "data.sources.more.weight_from={12: 2}"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish([*settings(one, tokenizer, sources), *later], 2)
+    argv = settings(two, tokenizer, sources)
+    with launch(argv, 2) as run:
+        wait_for((two / "checkpoints" / "step-00000010").exists, run)
+        run.signal(signal.SIGKILL)
+    for path in two.glob("checkpoints/step-*"):
+        if path.name > "step-00000010":
+            shutil.rmtree(path)
+    assert_refused([([*argv, *later[:2], "data.sources.more.weight_from={9: 2}"], ["sources was", "2: ", "weight 0"])])
+    first = {"a": more, **sources}
+    assert_refused(
+        [
+            (
+                [*settings(two, tokenizer, first), "data.sources.a.weight=0", "data.sources.a.weight_from={12: 2}"],
+                ["sources was"],
+            )
+        ]
+    )
+    finish([*argv, *later], 2)
+    assert numbers(one) == numbers(two)
+    assert_same_end(one, two)
+    assert all(state["cursors"][2] != [0, 0, 0] for state in saved_state(one)[1].values())

@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from data.dataset import open_data
 from data.loader import Loader
 from data.tokenizer import Tokenizer
+from model import transfusion
 from model.diffusion import DiffusionConfig
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
@@ -50,20 +52,22 @@ def _initialized(
     return model
 
 
-def _initial_weights(ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+def _initial_weights(ranks: Ranks, piece: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+    transfusion.PIECE = piece
     model = _initialized(ranks, ParallelConfig(activation_checkpointing="full"), VOCAB)
     parameters = dict(model.named_parameters())
     largest = sum(p.to_local().numel() for p in parameters.values()) / sum(p.numel() for p in parameters.values())
     return gather_weights(parameters), gather_weights(parameters, keep=False), largest
 
 
-def test_initial_weights_are_those_of_the_plain_model_on_any_number_of_ranks() -> None:
-    """P3: bit for bit; and each rank holds its share of them, not all."""
+def test_initial_weights_are_those_of_the_plain_model_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P3: bit for bit, drawn in pieces that begin and end anywhere; and each rank holds its share of them, not all."""
+    monkeypatch.setattr(transfusion, "PIECE", 500)
     plain = Transfusion(MODEL, VOCAB)
     init_weights(plain, 7)
     expected = dict(plain.named_parameters())
     for world_size in (1, 2, 3):
-        for weights, nothing, share in run_ranks(_initial_weights, world_size):
+        for weights, nothing, share in run_ranks(_initial_weights, world_size, 500):
             assert nothing == {} and weights.keys() == expected.keys()
             assert all(torch.equal(weights[name], p) for name, p in expected.items()), world_size
             assert share < 1 / world_size + 0.05
@@ -181,6 +185,12 @@ MESHES = {
         "2x2, a row at a time": {"dp_replicate": 2, "micro_batch_size": 1},
         "2x2, unsharded sums": {"dp_replicate": 2, "micro_batch_size": 1, "accumulate_unsharded": True},
         "2x2, kept": {"dp_replicate": 2, "micro_batch_size": 1, "reshard_after_forward": False},
+        "2x2, kept, unsharded sums": {
+            "dp_replicate": 2,
+            "micro_batch_size": 1,
+            "reshard_after_forward": False,
+            "accumulate_unsharded": True,
+        },
         "1x4 in groups of two": {"reshard_after_forward": 2, "micro_batch_size": 1},
     },
 }
@@ -206,7 +216,7 @@ def test_any_mesh_and_any_split_into_micro_steps_make_the_update_of_one_rank(
         name: (step.collectives["_reduce_scatter_base_"], step.collectives["allreduce_"])
         for name, step in steps.items()
     }
-    assert reductions["2x2"] == reductions["2x2, unsharded sums"] == (4, 4)
+    assert reductions["2x2"] == reductions["2x2, unsharded sums"] == reductions["2x2, kept, unsharded sums"] == (4, 4)
     assert reductions["2x2, a row at a time"] == (8, 4)
     assert reductions["2x1"] == reductions["2x1, a row at a time"] == (0, 4)
     gathers = {name: step.collectives["_allgather_base_"] for name, step in steps.items()}
@@ -236,6 +246,18 @@ def _refused_mesh(ranks: Ranks) -> str:
 def test_every_rank_refuses_a_wrong_mesh_alike() -> None:
     """P10."""
     assert len(set(run_ranks(_refused_mesh, 2))) == 1
+
+
+def _timeouts(ranks: Ranks) -> list[timedelta]:
+    _initialized(ranks, ParallelConfig(dp_replicate=2), VOCAB)
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    return [group._get_backend(ranks.device).options._timeout for group in groups]
+
+
+def test_a_rank_that_hangs_is_noticed_on_every_axis_of_the_mesh() -> None:
+    """The groups of a mesh wait as long as the run's, not the half hour of torch's default."""
+    for timeouts in run_ranks(_timeouts, 2):
+        assert len(timeouts) > 3 and set(timeouts) == {timeouts[0]} != {timedelta(minutes=30)}
 
 
 class LiveTensors(TorchDispatchMode):

@@ -167,7 +167,7 @@ def test_stopped_started_again_prolonged_and_refused(
     assert all(path.read_bytes() == content for path, content in before.items())
     assert len(rows(run_dir)) == len({row["step"] for row in rows(run_dir)})
 
-    assert "from " in finish(changed(optim__steps=33), None)
+    assert "from " in finish(changed(optim__steps=33, optim__schedule="wsd"), None)
     assert saved_steps(run_dir) == [30, 33]
 
     changes = {

@@ -94,7 +94,12 @@ def test_resume_cuts_the_rows_that_it_will_write_again(tmp_path: Path) -> None:
         run.cut_metrics(last_step=3)
         assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
         run.append_metrics({"step": 4, "loss": 0.5})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+        run.append_metrics({"step": 4, "heldout/x/text_loss": 0.6})
+        run.cut_metrics(last_step=4)
+        assert len(path.read_text().splitlines()) == 5
+        run.cut_metrics(last_step=4, evaluated=False)  # the resumed run measures again
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_a_full_disk_delays_rows_but_loses_none(tmp_path: Path) -> None:

@@ -404,7 +404,7 @@ def test_what_cannot_be_viewed_is_refused_with_a_remedy(pairs_folder: Path, tmp_
             settings = {"shards": pairs_folder, "output": tmp_path / "out", **changes}
             main([f"{name}={value}" for name, value in settings.items()])
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="shards is required"):
+    with pytest.raises(ValueError, match="exactly one of them"):
         main([])
 
 

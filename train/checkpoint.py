@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,10 +151,10 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def verify(folder: Path, ranks: Ranks) -> list[str]:
+def verify(folder: Path, ranks: Ranks, on_read: Callable[[int], object] | None = None) -> list[str]:
     """Return what is wrong with a checkpoint, the same list on every rank; an empty one means intact.
 
-    The files are dealt out to the ranks by size, and each is read once.
+    The files are dealt out to the ranks by size, and each is read once; `on_read` is told how many bytes were.
     """
     problems = []
     try:
@@ -164,7 +164,7 @@ def verify(folder: Path, ranks: Ranks) -> list[str]:
     shares: list[list[WrittenFile]] = [[] for _ in range(ranks.world_size)]
     for file in sorted(listing.values(), key=lambda file: (-file.num_bytes, file.name)):
         min(shares, key=lambda share: sum(file.num_bytes for file in share)).append(file)
-    problems += [problem for file in shares[ranks.rank] if (problem := problem_of(folder, file))]
+    problems += [problem for file in shares[ranks.rank] if (problem := problem_of(folder, file, on_read))]
     return sorted({problem for of_rank in ranks.gather(problems) for problem in of_rank})
 
 
@@ -188,13 +188,23 @@ def retain(root: Path, config: CheckpointConfig, ranks: Ranks) -> list[Path]:
 
     Reads back the newest one before it removes anything, so a disk that garbles what it is given costs no good copy.
     """
-    surplus = ranks.on_first(lambda: _surplus(root, config))
-    whole = latest(root, ranks) if surplus else None
+    unwanted = ranks.on_first(lambda: surplus(root, config))
+    whole = latest(root, ranks) if unwanted else None
     if whole is None:
         return []
-    removed = [folder for folder in surplus if folder != whole]
+    removed = [folder for folder in unwanted if folder != whole]
     ranks.on_first(lambda: _remove(removed))
     return removed
+
+
+def surplus(root: Path, config: CheckpointConfig) -> list[Path]:
+    """Return the checkpoints under `root` that no rule of `config` keeps, oldest step first."""
+    folders, every = saved(root), config.keep_every_steps
+    scores = {folder: metrics_of(folder).get(config.best_metric) for folder in folders} if config.keep_best else {}
+    measured = sorted((folder for folder, score in scores.items() if score is not None), key=scores.get)
+    best = set(measured[: config.keep_best])
+    older = folders[: -config.keep_last]
+    return [folder for folder in older if folder not in best and (not every or step_of(folder) % every)]
 
 
 def metrics_of(folder: Path) -> dict[str, float]:
@@ -216,16 +226,6 @@ def clean(root: Path, ranks: Ranks) -> None:
         _remove(sorted(folder for kind in ("tmp", "replaced", "removing") for folder in root.glob(f".{kind}-step-*")))
 
     ranks.on_first(settle)
-
-
-def _surplus(root: Path, config: CheckpointConfig) -> list[Path]:
-    """Return the checkpoints that no rule of `config` keeps."""
-    folders, every = saved(root), config.keep_every_steps
-    scores = {folder: metrics_of(folder).get(config.best_metric) for folder in folders} if config.keep_best else {}
-    measured = sorted((folder for folder, score in scores.items() if score is not None), key=scores.get)
-    best = set(measured[: config.keep_best])
-    older = folders[: -config.keep_last]
-    return [folder for folder in older if folder not in best and (not every or step_of(folder) % every)]
 
 
 @contextmanager

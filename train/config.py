@@ -73,7 +73,7 @@ def run_program(main: Callable[[list[str]], int | None]) -> None:
     Exit status: main's own (0 when None), 2 for a refusal, 130 for Ctrl-C. `TRACEBACK=1` shows where a refusal arose.
     """
     module = inspect.getmodule(main)
-    name = f"train.{Path(module.__file__).stem}"
+    name = f"{module.__package__ or 'train'}.{Path(module.__file__).stem}"
     argv = sys.argv[1:]
     if {"--help", "-h", "help"} & set(argv):
         print(help_text(f"python -m {name}", inspect.getdoc(module) or "", module.CONFIG))

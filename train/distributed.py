@@ -83,11 +83,12 @@ class Ranks:
     def set_timeout(self, seconds: float) -> None:
         """Change how long a collective of the training loop may wait: long for the first step, short from then on.
 
-        NCCL gets a little more, so that the vote, whose message people can read, is the first to notice.
+        The groups of meshes are among them, made since. All but the vote get a little more, so that the vote, whose
+        message people can read, is the first to notice.
         """
-        if self.vote_group is not None:
-            c10d._set_pg_timeout(timedelta(seconds=seconds), self.vote_group)
-            c10d._set_pg_timeout(timedelta(seconds=1.25 * seconds))
+        for group in c10d._world.pg_map:
+            if group not in (self.checkpoint_group, self.background_group):
+                c10d._set_pg_timeout(timedelta(seconds=seconds * (1 if group is self.vote_group else 1.25)), group)
 
     def close(self) -> None:
         """Wait for the peers and take the process groups down. Collective; the end of a run that went well."""
@@ -99,6 +100,21 @@ class Ranks:
 
 
 Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is any
+
+
+def own_device(device: Device) -> torch.device:
+    """Return where this rank computes: a CUDA device each, by the local rank. Raises ValueError where there is none."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank}, but {torch.cuda.device_count()} CUDA devices: start one rank a device at most, "
+            "or use device=cpu"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def init_ranks(
@@ -116,16 +132,8 @@ def init_ranks(
     """
     launched = "RANK" in os.environ
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
-    on_cuda = torch.cuda.is_available() and device != "cpu"
-    if on_cuda and local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"local rank {local_rank}, but {torch.cuda.device_count()} CUDA devices: start one rank a device at most, "
-            "or use device=cpu"
-        )
-    place = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    place = own_device(device)
+    on_cuda = place.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(place)
     _set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -137,7 +145,7 @@ def init_ranks(
     ranks = Ranks(
         rank=rank,
         world_size=world_size,
-        local_rank=local_rank,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         device=place,
         vote_group=dist.new_group(backend="gloo", timeout=timeout),
         checkpoint_group=dist.new_group(backend="gloo", timeout=checkpoint_timeout),

@@ -16,6 +16,7 @@ from data.packing import PackedBatch
 from data.tokenizer import SpecialIds
 from model.transfusion import Transfusion, TransfusionConfig
 from train.flops import Flops
+from train.hardware import memory_of
 from train.recipe import PretrainConfig
 from train.rehearsal import Collective, Rehearsal, rehearse, state_bytes
 
@@ -27,6 +28,7 @@ CONTEXT_GIB, FRAGMENTED = 1.5, 0.05
 PROCESS_GIB = 3.0  # of host memory: Python, torch and CUDA's libraries
 PAPER_GRID: Grid = (32, 32)  # latents of the paper's 256-pixel pictures
 CAPTION_TOKENS = 64  # assumed where there is no data to ask
+ROUGH_STATES, ROUGH_ACTIVATIONS = 32, 128  # bytes a parameter, bytes a token, channel and layer
 ANY_IDS = SpecialIds(bos=0, eos=0, boi=0, eoi=0, pad=0)  # which ids they are changes no size
 
 
@@ -100,6 +102,24 @@ def warning_unless_peak_fits(
         f"the fullest step is estimated at {total / GIB:.2f} GiB in {rehearsal.peak_phase} ({parts}), of "
         f"{usable / GIB:.2f} GiB that the device has for it; python -m train.plan says what would fit"
     )
+
+
+def check_memory(
+    config: PretrainConfig, vocab_size: int, world_size: int, grids: Sequence[Grid], device: torch.device
+) -> str | None:
+    """Return a warning when a step is likely too large for this rank's device, None when not; before the groups are up.
+
+    Raises ValueError when the states alone are (see `refuse_unless_states_fit`). Small runs on a CPU, far from the
+    limit by a rough count, are not rehearsed.
+    """
+    cuda, memory = device.type == "cuda", memory_of(device)
+    trunk, (rows, _) = config.model.transformer, rows_per_rank(config, world_size)
+    states = ROUGH_STATES * parameters(config.model, vocab_size)["total"] * config.parallel.dp_replicate / world_size
+    activations = ROUGH_ACTIVATIONS * rows * config.data.sequence_length * trunk.width * trunk.layers
+    if not cuda and states + activations < memory / 4:
+        return None
+    refuse_unless_states_fit(config, vocab_size, world_size, memory)
+    return warning_unless_peak_fits(config, vocab_size, world_size, grids, memory, cuda=cuda)
 
 
 def host_bytes(rehearsal: Rehearsal, loader: dict[str, int]) -> dict[str, float]:

@@ -16,7 +16,8 @@ from model.llama import llama_config, llama_weights
 from train.config import load_config, run_program, to_yaml
 from train.distributed import alone
 from train.output_folder import OutputFolder
-from train.trained import EXPORT_MARK, TOKENIZER_FILE, VAE_FOLDER, WEIGHTS_FILE, Trained, load_codec
+from train.stored import EXPORT_MARK, TOKENIZER_FILE, VAE_FOLDER, WEIGHTS_FILE
+from train.trained import Trained, load_codec
 
 
 @dataclass(frozen=True, kw_only=True)

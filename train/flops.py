@@ -1,4 +1,4 @@
-"""Model FLOPs of a batch, forward and backward, from what the mask allows (P9): recomputation is not among them.
+"""Model FLOPs of a batch, forward and backward, from what the mask allows (P9); recomputation counts by itself.
 
 Six for every weight and position that meet in a product, twelve a layer, width and (query, key) pair. Norms, rotary
 positions and timestep embeddings (under a thousandth) are left out.
@@ -18,34 +18,46 @@ class Flops:
     per_latent_cell: float  # in the patchers, both halves
     patch_cells: int = 4  # latent cells a patch
     causal_images: bool = False  # a patch sees the patches before it only
+    # What activation checkpointing computes a second time: no model FLOPs, but the hardware's.
+    again_per_token: float = 0.0
+    again_per_pair: float = 0.0
+    again_per_latent_cell: float = 0.0
 
     @classmethod
-    def of(cls, config: TransfusionConfig, vocab_size: int) -> "Flops":
+    def of(cls, config: TransfusionConfig, vocab_size: int, activation_checkpointing: str = "none") -> "Flops":
+        """Count those of a model; `activation_checkpointing` as in train/parallelize.py."""
         trunk = config.transformer
         kv_share = trunk.num_kv_heads / trunk.heads
         matrices = trunk.layers * (trunk.width**2 * (2 + 2 * kv_share) + 3 * trunk.width * trunk.hidden)
+        cell = _patcher_weights_per_cell(config)
+        again = {}
+        if activation_checkpointing == "full":  # a forward, a third of forward and backward
+            again = {"again_per_token": 2 * matrices, "again_per_pair": 4 * trunk.layers * trunk.width}
+            again["again_per_latent_cell"] = 2 * cell if config.patches == "unet" else 0.0
+        elif activation_checkpointing == "selective":  # SwiGLU's last product, whose output is not kept
+            again = {"again_per_token": 2 * trunk.layers * trunk.width * trunk.hidden}
         return cls(
+            **again,
             per_token=6 * matrices,
             per_pair=12 * trunk.layers * trunk.width,
             per_text_target=6 * trunk.width * vocab_size,
-            per_latent_cell=6 * _patcher_weights_per_cell(config),
+            per_latent_cell=6 * cell,
             patch_cells=config.patch_size**2,
             causal_images=config.image_attention == "causal",
         )
 
-    def of_batch(self, batch: PackedBatch) -> float:
-        """Return the FLOPs of a micro-batch; padding and unused image slots count nothing."""
+    def of_batch(self, batch: PackedBatch) -> tuple[float, float]:
+        """Return a micro-batch's model FLOPs and those computed again; padding and unused slots count nothing."""
         cells = {grid: grid[0] * grid[1] for grid in batch.images}
         pairs = batch.num_attention_pairs
         if self.causal_images:  # the batch counts whole images
             patches = {grid: count // self.patch_cells for grid, count in cells.items()}
             pairs -= sum(batch.images[g].num_valid * p * (p - 1) // 2 for g, p in patches.items())
-        return (
-            self.per_token * (batch.input_ids.numel() - batch.num_padding)
-            + self.per_pair * pairs
-            + self.per_text_target * batch.num_text_targets
-            + self.per_latent_cell * sum(batch.images[grid].num_valid * count for grid, count in cells.items())
-        )
+        tokens = batch.input_ids.numel() - batch.num_padding
+        image_cells = sum(batch.images[grid].num_valid * count for grid, count in cells.items())
+        model = self.per_token * tokens + self.per_pair * pairs + self.per_latent_cell * image_cells
+        again = self.again_per_token * tokens + self.again_per_pair * pairs + self.again_per_latent_cell * image_cells
+        return model + self.per_text_target * batch.num_text_targets, again
 
 
 def _patcher_weights_per_cell(config: TransfusionConfig) -> float:

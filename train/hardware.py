@@ -2,7 +2,11 @@
 promise, so `REACHED` says what share of a bandwidth large messages see.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 REACHED = 0.8  # of a nominal bandwidth, by large NCCL messages
 
@@ -30,6 +34,15 @@ GPUS = (
     Gpu("l40s", 44.4, 362, 32, 12.5),
     Gpu("4090", 23.5, 165, 32, 3),
 )
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory of this rank's device: a GPU's whole, or its share of what the machine has free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def find(name: str) -> Gpu | None:

@@ -21,6 +21,7 @@ from model.diffusion import DiffusionConfig
 from model.vae import LatentStats
 from train.distributed import Ranks
 from train.feed import next_batch
+from train.parallelize import reshard
 from train.signals import StopKind, StopSignal
 from train.step import micro_step
 
@@ -88,17 +89,18 @@ class Heldout:
 
     def losses(
         self, model: nn.Module, stats: LatentStats, stop: StopSignal
-    ) -> dict[str, dict[str, float | None]] | None:
+    ) -> dict[str, dict[str, float | None]] | StopKind:
         """Return `text_loss` (nats a text target) and `image_loss` (mean squared error, an image) of each source.
 
-        None in place of a loss where there is nothing to measure, None for the whole after a stop signal. Collective.
+        None in place of a loss where there is nothing to measure. If any rank was told to stop meanwhile, returns what
+        that asks for. Collective.
         """
         measured = {}
         for name in self._sources:
             sums = torch.zeros(4, dtype=torch.float64, device=self._ranks.device)
             for part in self._batches(name, model, stats, stop):
-                if part is None:
-                    return None
+                if isinstance(part, StopKind):
+                    return part
                 sums += part
             sums = sums.cpu()
             dist.all_reduce(sums, group=self._ranks.vote_group)
@@ -112,15 +114,15 @@ class Heldout:
     @torch.no_grad()
     def _batches(
         self, name: str, model: nn.Module, stats: LatentStats, stop: StopSignal
-    ) -> Iterator[torch.Tensor | None]:
-        """Yield (text nll, image error, text targets, images) of each micro-batch of this rank; None: told to stop."""
+    ) -> Iterator[torch.Tensor | StopKind]:
+        """Yield (text nll, image error, text targets, images) of each micro-batch of this rank, or why to stop."""
         ranks, (config, data) = self._ranks, self._sources[name]
         loader = Loader(data, config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=config.lanes)
         try:
             while True:
                 fed = next_batch(loader, ranks, stop)
                 if fed.vote.stop != StopKind.NONE:
-                    yield None
+                    yield fed.vote.stop
                     return
                 done = self._config.max_batches is not None and fed.batch.step > self._config.max_batches
                 if done or fed.vote.ranks_ended == ranks.world_size:
@@ -139,6 +141,7 @@ class Heldout:
                     yield torch.cat([torch.stack([loss.text_nll, loss.image_error]), counts]).double()
         finally:
             loader.close()
+            reshard(model)
 
 
 def check_disjoint(training: DataConfig, sources: dict[str, str]) -> None:

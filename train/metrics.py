@@ -24,6 +24,7 @@ from data.packing import PADDING_DOCUMENT
 from train.distributed import Ranks
 from train.feed import Fed
 from train.flops import Flops
+from train.hardware import find
 from train.run_folder import RunFolder
 from train.step import StepLoss
 
@@ -48,11 +49,14 @@ class Interval:
 
     def __init__(self, flops: Flops, ranks: Ranks):
         self.flops, self.ranks = flops, ranks
+        on_cuda = ranks.device.type == "cuda"
+        gpu = find(torch.cuda.get_device_name(ranks.device)) if on_cuda else None
+        self.peak_flops = gpu and 1e12 * gpu.peak_tflops
         self._reset()
 
     def _reset(self) -> None:
         self._device_sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # text nll, image error
-        self._sums = dict.fromkeys(("slots", "rows", "idle_rows", "flops", "data_wait_s"), 0.0)
+        self._sums = dict.fromkeys(("slots", "rows", "idle_rows", "flops", "flops_again", "data_wait_s"), 0.0)
         self._global = dict.fromkeys(("text_targets", "images", "tokens"), 0)
         self._last: dict[str, Any] = {}  # of the last step only
         self._attention_pairs = 0  # of this rank: what its lanes' documents cost
@@ -74,7 +78,9 @@ class Interval:
             self._sums["slots"] += micro_batch.input_ids.numel()
             self._sums["rows"] += len(first_documents)
             self._sums["idle_rows"] += int((first_documents == PADDING_DOCUMENT).sum())
-            self._sums["flops"] += self.flops.of_batch(micro_batch)
+            model, again = self.flops.of_batch(micro_batch)
+            self._sums["flops"] += model
+            self._sums["flops_again"] += again
             self._attention_pairs += micro_batch.num_attention_pairs
         self._sums["data_wait_s"] += fed.data_wait_s
         self._peers_wait_s += fed.peers_wait_s
@@ -89,7 +95,9 @@ class Interval:
         seconds = time.monotonic() - self._start
         sums = torch.cat([self._device_sums.cpu(), torch.tensor(list(self._sums.values()), dtype=torch.float64)])
         dist.all_reduce(sums, group=self.ranks.vote_group)
-        text_nll, image_error, slots, rows, idle_rows, model_flops, data_wait_s = sums.tolist()
+        text_nll, image_error, slots, rows, idle_rows, model_flops, flops_again, data_wait_s = sums.tolist()
+        flops_per_s = model_flops / seconds / self.ranks.world_size
+        hardware_share = (model_flops + flops_again) / max(model_flops, 1)
         mine = (epochs(lane_states), self._attention_pairs, self._peers_wait_s, socket.gethostname(), *_memory_gib())
         of_ranks, pairs, peers_wait_s, hosts, host_gib, device_gib = zip(*self.ranks.gather(mine), strict=True)
         epoch, slowest = np.concatenate(of_ranks), int(np.argmin(peers_wait_s))  # [L, sources]; who waits least
@@ -106,7 +114,10 @@ class Interval:
             "data_stall_share": data_wait_s / world_size / seconds,
             "checkpoint_stall_share": self.checkpoint_s / seconds,
             "evaluation_share": self.evaluation_s / seconds,  # previews included
-            "model_tflops_per_s_per_rank": model_flops / seconds / world_size / 1e12,
+            "model_tflops_per_s_per_rank": flops_per_s / 1e12,
+            # Shares of the device's dense bf16 peak: model FLOPs, and those with what is recomputed; null: not known.
+            "mfu": self.peak_flops and flops_per_s / self.peak_flops,
+            "hfu": self.peak_flops and flops_per_s * hardware_share / self.peak_flops,
             "attention_imbalance": max(pairs) / max(np.mean(pairs), 1),  # the most pairs of a rank by the mean
             "slowest_rank": slowest,  # the one that the others waited for before their steps
             "slowest_host": hosts[slowest],
@@ -136,13 +147,14 @@ class Console:
         done, left = row["step"] - self.first_step, self.steps - row["step"]
         seconds = (time.monotonic() - self._start) / max(done, 1) * left
         losses = [f"{kind} {row[f'{kind}_loss']:.4f}" for kind in ("text", "image") if row[f"{kind}_loss"] is not None]
+        mfu = "" if row["mfu"] is None else f"MFU {row['mfu']:.1%}  "
         lag = ""
         if row["slowest_lag_share"] > SHOWN_LAG:
             lag = f"  waits {row['slowest_lag_share']:.0%} for rank {row['slowest_rank']} on {row['slowest_host']}"
         print(
             f"step {row['step']}/{self.steps}  {'  '.join(losses)}  "
             f"norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.1e}  {row['tokens_per_s']:,.0f} tokens/s  "
-            f"{row['images_per_s']:,.1f} images/s  {timedelta(seconds=round(seconds))} left{lag}",
+            f"{row['images_per_s']:,.1f} images/s  {mfu}{timedelta(seconds=round(seconds))} left{lag}",
             flush=True,
         )
 

@@ -23,7 +23,6 @@ Parts = tuple[int, ...]  # rows of the matrices that lie above each other in one
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steep at 0, singular values end in about [0.7, 1.2]
 ITERATIONS = 5
-UPDATE_RMS = 0.2  # of every element, as AdamW's usually is, so that one learning rate serves both
 
 
 def matrices(model: nn.Module) -> dict[nn.Parameter, Parts]:
@@ -49,7 +48,7 @@ class Muon(torch.optim.Optimizer):
     batch: int = 0  # names the batch: with a parameter's number, the key of the momentum's rounding
 
     def __init__(self, params: dict[nn.Parameter, Parts], state_dtype: torch.dtype, **settings: Any) -> None:
-        """`settings`: lr; momentum in [0, 1); weight_decay."""
+        """`settings`: lr; momentum in [0, 1); update_rms; weight_decay."""
         super().__init__(sorted(params, key=lambda p: -p.numel()), settings)
         self._parts = params
         for p in params:
@@ -68,7 +67,7 @@ class Muon(torch.optim.Optimizer):
             dealt = parameters[start : start + per_round]
             directions = [self._direction(p, start + i, skip.bool()) for i, p in enumerate(dealt)]
             for p, update in zip(dealt, self._orthogonalized(dealt, directions), strict=True):
-                local(p).mul_(decay).sub_(update * rate)
+                local(p).mul_(decay).sub_(update * (rate * group["update_rms"]))
 
     def _direction(self, p: nn.Parameter, number: int, skip: torch.Tensor) -> torch.Tensor:
         """Advance this rank's part of the momentum and return the same part of the update before its change."""
@@ -125,11 +124,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(direction: torch.Tensor, parts: Parts) -> torch.Tensor:
     """Return the update of a whole matrix [m, n], each of the `parts` of its rows by itself.
 
-    Scaled by 0.2 sqrt(max(m, n)), at which its elements have the mean square of AdamW's (Liu et al. 2025, Muon is
-    scalable for LLM training, arXiv:2502.16982, section 2.2).
+    Scaled by sqrt(max(m, n)), so that the mean square of its elements is about 1 (Liu et al. 2025, Muon is scalable
+    for LLM training, arXiv:2502.16982, section 2.2, where 0.2 of it goes with AdamW's rate).
     """
-    scaled = [newton_schulz(part) * (UPDATE_RMS * max(part.shape) ** 0.5) for part in direction.split(parts)]
-    return torch.cat(scaled)
+    return torch.cat([newton_schulz(part) * max(part.shape) ** 0.5 for part in direction.split(parts)])
 
 
 def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,10 @@ class OptimConfig:
     beta1: float = 0.9  # in [0, 1)
     beta2: float = 0.95  # in [0, 1)
     eps: float = 1e-8  # AdamW's epsilon, > 0
-    momentum: float = 0.95  # Muon's, in [0, 1)
+    muon_momentum: float = 0.95  # in [0, 1)
+    # Muon: root mean square of an update's elements over the rate, > 0. AdamW's is about 0.2 in a large model's batch
+    # noise, so that both take one rate, and up to 1 in a small model's clear gradients, where more may be better.
+    muon_update_rms: float = 0.2
     weight_decay: float = 0.1  # on matrices; none on norms, biases and embeddings' vectors of one axis
     clip_norm: float = 1.0  # global gradient norm, > 0
     # Half-lives of averages of the weights, in updates, >= 1; the first is what previews and weights=auto take.
@@ -54,11 +57,12 @@ class OptimConfig:
             )
         if not 0 <= self.decay_share <= 1:
             raise ValueError(f"optim.decay_share={self.decay_share}: expected a share of the steps, in [0, 1]")
-        betas_fit = all(0 <= beta < 1 for beta in (self.beta1, self.beta2, self.momentum))
-        if not (betas_fit and self.eps > 0 and self.weight_decay >= 0):
+        betas_fit = all(0 <= beta < 1 for beta in (self.beta1, self.beta2, self.muon_momentum))
+        if not (betas_fit and self.eps > 0 and self.muon_update_rms > 0 and self.weight_decay >= 0):
             raise ValueError(
-                f"optim.beta1={self.beta1}, beta2={self.beta2}, momentum={self.momentum}, eps={self.eps}, weight_decay="
-                f"{self.weight_decay}: expected betas and momentum in [0, 1), eps > 0, weight_decay >= 0"
+                f"optim.beta1={self.beta1}, beta2={self.beta2}, muon_momentum={self.muon_momentum}, eps={self.eps}, "
+                f"muon_update_rms={self.muon_update_rms}, weight_decay={self.weight_decay}: expected betas and "
+                "momentum in [0, 1), eps and muon_update_rms > 0, weight_decay >= 0"
             )
         if min(self.ema_half_lives, default=1) < 1 or len(set(self.ema_half_lives)) < len(self.ema_half_lives):
             raise ValueError(f"optim.ema_half_lives={self.ema_half_lives}: expected different numbers of 1 or more")
@@ -111,7 +115,8 @@ class Optimizer:
         self.adamw = adamw(groups, lr=rate, betas=(config.beta1, config.beta2), eps=config.eps)
         self.parts: list[torch.optim.Optimizer] = [self.adamw]
         if blocks:
-            settings = {"lr": rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
+            settings = {"momentum": config.muon_momentum, "update_rms": config.muon_update_rms}
+            settings |= {"lr": rate, "weight_decay": config.weight_decay}
             self.parts.append(muon.Muon(blocks, torch.bfloat16 if low else torch.float32, **settings))
         self.emas = {label(half_life): Ema(self.parameters, half_life) for half_life in config.ema_half_lives}
         device = next(iter(self.parameters.values())).device

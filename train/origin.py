@@ -14,7 +14,7 @@ from pathlib import Path
 from train import checkpoint
 from train.distributed import Ranks
 from train.run_folder import RunFolder
-from train.trained import find_checkpoint
+from train.stored import find_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ the browser any request and any script, so a mistake shows as a missing picture 
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,43 @@ from PIL import Image
 
 WIDTH = 96  # CSS pixels of a picture
 LOSSLESS = 64  # pixels; wider pictures are stored lossily, at twice their shown width at most
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a head, for a page or a terminal."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    is_text: bool = False  # align all columns left, not the first alone
+
+    def html(self) -> str:
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.head)
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
+        kind = ' class="texts"' if self.is_text else ""
+        return f"<table{kind}><tr>{head}</tr>{rows}</table>"
+
+    def text(self) -> str:
+        lines = [self.head, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.head))]
+        aligned = ["<" if self.is_text or column == 0 else ">" for column in range(len(self.head))]
+        padded = [
+            [f"{cell:{side}{width}}" for cell, side, width in zip(line, aligned, widths, strict=True)] for line in lines
+        ]
+        return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+@dataclass(frozen=True)
+class View:
+    """What there is to show, whatever was looked at."""
+
+    title: str
+    facts: dict[str, str]
+    remarks: list[str]  # what one must know about the pictures and numbers
+    sections: list[tuple[str, str, str]]  # (id, title, HTML)
+    sheet: Image.Image | None = None
+    tables: list[tuple[str, Table]] = field(default_factory=list)  # (title, table) for a terminal
+    record: dict[str, Any] = field(default_factory=dict)  # what json=true prints beside facts and remarks
 
 
 def document(title: str, facts: dict[str, Any], sections: Sequence[tuple[str, str, str]]) -> str:

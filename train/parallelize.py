@@ -45,8 +45,8 @@ class ParallelConfig:
     # micro-steps; N: spread over groups of N neighbours, 1 < N < dp_shard and a divisor of it, so that backward
     # gathers within them (makes process groups for every block).
     reshard_after_forward: bool | int = True
-    # Blocks whose parameters are gathered ahead of the one that runs, >= 0; each takes its size in `dtype`.
-    # 0: FSDP's own order: none in forward, one in backward.
+    # Blocks whose parameters are gathered ahead of the one that runs, >= 0; each takes its size in `dtype`. 0: FSDP's
+    # own order, one ahead in backward, and in forward as far as the host runs ahead of the device.
     prefetch: int = 1
     # Add micro-steps up before anything is sent: one reduction a step in place of one a micro-step, for a whole
     # float32 gradient (4 bytes a parameter of the model) on every rank.
@@ -92,9 +92,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, ranks: Ranks) -> FSDPM
 
     Raises ValueError on every rank for a mesh that their number does not allow.
     """
-    dp_replicate, dp_shard = mesh_shape(config, ranks.world_size)
-    names, shape = ("dp_replicate", "dp_shard"), (dp_replicate, dp_shard)
-    first = 1 if dp_replicate == 1 else 0  # a mesh of one axis is FSDP's plain case, without an all-reduce
+    shape, names = mesh_shape(config, ranks.world_size), ("dp_replicate", "dp_shard")
+    first = 1 if config.dp_replicate == 1 else 0  # a mesh of one axis is FSDP's plain case, without an all-reduce
     mesh = init_device_mesh(ranks.device.type, shape[first:], mesh_dim_names=names[first:])
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(config, ranks.device), reduce_dtype=torch.float32)
     blocks = model.transformer.blocks
@@ -136,6 +135,13 @@ def set_micro_step(model: FSDPModule, config: ParallelConfig, *, is_last: bool) 
     else:
         model.set_requires_all_reduce(is_last)
     model.set_reshard_after_backward(is_last, recurse=config.reshard_after_forward is False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward without a backward has left gathered: until then states would be looked for in vain."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _recomputed(module: nn.Module, selective: bool) -> nn.Module:

@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from data.dataset import DataConfig, DataSet, open_data
 from data.footprint import loader_bytes
 from data.tokenizer import Tokenizer
@@ -26,7 +28,7 @@ from train.estimate import (
     usable_bytes,
 )
 from train.flops import Flops
-from train.hardware import GPUS, REACHED, Gpu, find
+from train.hardware import GPUS, REACHED, Gpu, find, memory_of
 from train.recipe import PretrainConfig
 from train.rehearsal import Rehearsal
 from train.remedies import cheapest_fit
@@ -142,7 +144,8 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> dict:
         memory_gib = config.memory_gib or find(config.gpu).memory_gib
         usable = usable_bytes(memory_gib)
     else:
-        memory_gib = config.memory_gib or _available_gib() / min(world_size, config.gpus_per_node)
+        free_gib = memory_of(torch.device("cpu")) / GIB
+        memory_gib = config.memory_gib or free_gib / min(world_size, config.gpus_per_node)
         usable = memory_gib * GIB
 
     def peak(config: PretrainConfig, world_size: int) -> Rehearsal:
@@ -168,11 +171,6 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> dict:
             config, world_size, lambda c, ranks: sum(peak(c, ranks).peak.values()) <= usable
         )
     return plan
-
-
-def _available_gib() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable"))
 
 
 def _time(config: PlanConfig, vocab_size: int, data: DataSet | None) -> dict:

@@ -14,12 +14,15 @@ import torch
 from data.dataset import open_data
 from data.lanes import lanes_of_rank
 from data.loader import StepBatch
+from data.packing import PackedBatch
 from model.vae import LatentStats
 from train.checkpoint import CheckpointError
 from train.config import load_config, run_program
-from train.distributed import DIED, Ranks, Vote, init_ranks, last_words
+from train.distributed import DIED, Ranks, Vote, init_ranks, last_words, own_device
+from train.estimate import check_memory, fullest_of
 from train.feed import CannotGoOn, next_batch
 from train.flops import Flops
+from train.local_shards import local
 from train.metrics import Console, Interval
 from train.optim import learning_rate
 from train.parallelize import set_micro_step
@@ -47,6 +50,8 @@ def main(argv: list[str]) -> int | None:
         )
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    too_large = check_memory(config, data.tokenizer.vocab_size, world_size, data.grids, own_device(config.device))
     startup_s = 60 * max(config.startup_timeout_minutes, config.timeout_minutes)
     recorder = Path(config.run_dir) / "flight-recorder"
     ranks = init_ranks(timeout_s=startup_s, device=config.device, flight_recorder=recorder)
@@ -56,8 +61,11 @@ def main(argv: list[str]) -> int | None:
         run = start_or_resume(config, data, folder, ranks, stop)
         if ranks.is_first:
             print("\n".join(f"pretrain: {line}" for line in run.describe()), flush=True)
+            if too_large:
+                print(f"pretrain: warning: {too_large}", flush=True)
         with last_words(ranks, lambda: f"step {run.state.progress.step + 1}"):
             try:
+                dry_run(run)
                 status = train(run)
             except (CannotGoOn, CheckpointError, RunTakenOver) as error:  # raised on every rank alike
                 status = DIED
@@ -67,6 +75,33 @@ def main(argv: list[str]) -> int | None:
         run.log.close()
     ranks.close()
     return status
+
+
+def dry_run(run: Run) -> None:
+    """Take the fullest batches that the data can make through forward and backward, and keep nothing of it. Collective.
+
+    What does not fit fails here, not at the first such batch after days; and what is compiled, is compiled.
+    """
+    config, state, device = run.config, run.state, run.ranks.device
+    if state.progress.step >= config.optim.steps:
+        return
+    start = time.monotonic()
+    stats = latent_stats(run.data.latent_spec, config.model.latent_channels, device)
+    moments = 8 * sum(local(p).numel() for p in state.optimizer.parameters.values())  # not there before an update
+    reserve = torch.empty(moments if device.type == "cuda" and not state.progress.step else 0, dtype=torch.uint8)
+    try:
+        reserve = reserve.to(device)
+        for batch in fullest_of(config, run.ranks.world_size, run.data.grids):
+            forward_backward(config, state, batch.to(device), stats, text_targets=1, images=1, is_last=True)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"the fullest batch does not fit: {config.micro_batch_size} x {config.data.sequence_length} "
+            "tokens (micro_batch_size x data.sequence_length); python -m train.plan says what would fit"
+        ) from error
+    state.model.zero_grad(set_to_none=True)
+    if run.ranks.is_first:
+        peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if device.type == "cuda" else ""
+        print(f"pretrain: dry run of the fullest batch: {time.monotonic() - start:.1f} s{peak}", flush=True)
 
 
 def train(run: Run) -> int:
@@ -92,20 +127,22 @@ def run_steps(run: Run) -> tuple[str, int]:
     """Run steps until the last, a stop signal or the end of the data; return why it ended, and the exit status."""
     config, ranks, progress, last = run.config, run.ranks, run.state.progress, run.config.optim.steps
     stats = latent_stats(run.data.latent_spec, config.model.latent_channels, ranks.device)
-    interval = Interval(Flops.of(config.model, run.data.tokenizer.vocab_size), ranks)
+    interval = Interval(
+        Flops.of(config.model, run.data.tokenizer.vocab_size, config.parallel.activation_checkpointing), ranks
+    )
     console = Console(last, progress.step, ranks)
+    why, status = "done", 0
     with run.loader() as loader:
-        interval.evaluation_s += evaluate(run, stats)  # if a stop kept the last step's from being made
-        while progress.step < last:
+        stopped = evaluate(run, stats, interval)  # if a stop kept the last step's from being made
+        while progress.step < last and not stopped:
             run.profiler.before(progress.step + 1)
             fed = next_batch(loader, ranks, run.stop, run.saver.failed)
             if fed.vote.ranks_write_failed:
                 run.saver.settle()
-            if fed.vote.stop != StopKind.NONE:
-                why, status = f"stopped by {run.stop.name or 'a peer'}", fed.vote.stop.exit_code
+            if stopped := fed.vote.stop:
                 break
             if fed.vote.ranks_ended == ranks.world_size:
-                why, status = "the data ended", 0
+                why = "the data ended"
                 break
             check_skipped(config, fed.vote, fed.batch, ranks)
             if progress.excludes(fed.batch.step):
@@ -118,12 +155,13 @@ def run_steps(run: Run) -> tuple[str, int]:
                 ranks.set_timeout(60 * config.timeout_minutes)
             if progress.step % config.log.interval_steps == 0:
                 write_row(run, interval, console)
-            interval.evaluation_s += evaluate(run, stats)
-            interval.evaluation_s += draw_previews(run)
+            stopped = evaluate(run, stats, interval)
+            if not stopped and run.previews.due(progress.step):
+                draw_previews(run, interval)
             if progress.step % config.checkpoint.interval_steps == 0:
                 interval.checkpoint_s += run.save()
-        else:
-            why, status = "done", 0
+        if stopped:
+            why, status = f"stopped by {run.stop.name or 'a peer'}", stopped.exit_code
         run.profiler.close()
         write_row(run, interval, console)
     return why, status
@@ -146,18 +184,9 @@ def run_step(
     """Make the update of one step and count it; return the micro-batches' losses and the gradient norm. Collective."""
     losses = []
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
-        set_micro_step(state.model, config.parallel, is_last=number == len(batch.micro_batches))
-        loss = micro_step(
-            state.model,
-            micro_batch.to(device),
-            stats=stats,
-            diffusion=config.diffusion,
-            image_weight=config.loss.image_weight,
-            global_text_targets=vote.text_targets,
-            global_images=vote.images,
-        )
-        loss.total.backward()
-        losses.append(loss)
+        is_last = number == len(batch.micro_batches)
+        counts = {"text_targets": vote.text_targets, "images": vote.images}
+        losses.append(forward_backward(config, state, micro_batch.to(device), stats, **counts, is_last=is_last))
     grad_norm = state.optimizer.update(batch.step)
     state.optimizer.guard.note(batch, losses, grad_norm)
     pass_over(state, batch)
@@ -166,37 +195,59 @@ def run_step(
     return losses, grad_norm
 
 
+def forward_backward(
+    config: PretrainConfig,
+    state: TrainState,
+    micro_batch: PackedBatch,
+    stats: LatentStats,
+    *,
+    text_targets: int,
+    images: int,
+    is_last: bool,
+) -> StepLoss:
+    """Add a micro-batch's gradients; counts are global, and after the step's last the gradients are too. Collective."""
+    set_micro_step(state.model, config.parallel, is_last=is_last)
+    loss = micro_step(
+        state.model,
+        micro_batch,
+        stats=stats,
+        diffusion=config.diffusion,
+        image_weight=config.loss.image_weight,
+        global_text_targets=text_targets,
+        global_images=images,
+    )
+    loss.total.backward()
+    return loss
+
+
 def pass_over(state: TrainState, batch: StepBatch) -> None:
     """Count a batch as done, whether or not it made an update."""
     state.lane_states, state.metrics = batch.lane_states, {}
     state.progress.step = batch.step
 
 
-def evaluate(run: Run, stats: LatentStats) -> float:
-    """Measure held-out losses if this step is one for it; return the seconds it took. Collective."""
+def evaluate(run: Run, stats: LatentStats, interval: Interval) -> StopKind:
+    """Measure held-out losses if this step is one for it; return what stopped that, if anything did. Collective."""
     start, step = time.monotonic(), run.state.progress.step
     if not step or run.heldout is None or not run.config.evaluation.due(step) or run.state.metrics:
-        return 0.0
+        return StopKind.NONE
     measured = run.heldout.losses(run.state.model, stats, run.stop)
-    if measured is not None:  # else a stop came first: the resumed run measures
-        run.state.metrics = {
-            f"heldout/{name}/{kind}": loss
-            for name, losses in measured.items()
-            for kind, loss in losses.items()
-            if loss is not None
-        }
-        run.log.write({"step": step, **run.state.metrics})
-        if run.ranks.is_first:
-            print("  ".join([f"step {step}", *(f"{k} {v:.4f}" for k, v in run.state.metrics.items())]), flush=True)
-    return time.monotonic() - start
+    interval.evaluation_s += time.monotonic() - start
+    if isinstance(measured, StopKind):
+        return measured
+    losses = {f"heldout/{name}/{kind}": loss for name, kinds in measured.items() for kind, loss in kinds.items()}
+    run.state.metrics = {name: loss for name, loss in losses.items() if loss is not None}
+    run.log.write({"step": step, **run.state.metrics})
+    if run.ranks.is_first:
+        print("  ".join([f"step {step}", *(f"{name} {loss:.4f}" for name, loss in run.state.metrics.items())]))
+    return StopKind.NONE
 
 
-def draw_previews(run: Run) -> float:
-    """Draw previews if this step is one for it; return the seconds it took. Collective."""
+def draw_previews(run: Run, interval: Interval) -> None:
+    """Draw previews of the weights as they are. Collective."""
     start = time.monotonic()
-    if run.previews.due(run.state.progress.step):
-        run.previews.make(run.state.optimizer, run.state.progress.step, run.stop)
-    return time.monotonic() - start
+    run.previews.make(run.state.optimizer, run.state.progress.step, run.stop)
+    interval.evaluation_s += time.monotonic() - start
 
 
 def write_row(run: Run, interval: Interval, console: Console) -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
+from torch import nn
 
 from data.dataset import DataSet
 from data.footprint import loader_bytes
@@ -24,7 +25,7 @@ from train.heldout import Heldout
 from train.metrics import MetricsLog
 from train.optim import Optimizer
 from train.origin import find_origin, go_back_before
-from train.parallelize import initialize, parallelize
+from train.parallelize import initialize, parallelize, plain_name
 from train.previews import Previews
 from train.profile import Profiler
 from train.recipe import PretrainConfig
@@ -32,6 +33,7 @@ from train.run_folder import RunFolder, write_durably
 from train.saver import Saver
 from train.signals import StopSignal, shield_worker
 from train.state import TrainState, fingerprint
+from train.stored import Stored
 
 
 @dataclass
@@ -92,7 +94,8 @@ class Run:
         self.state.load(path, self.ranks)
         self.state.progress.rollbacks, self.state.progress.excluded = rollbacks + 1, [*excluded, (first, last)]
         self.saver.saved_step, self.bad_updates = self.state.progress.step, []
-        self.ranks.on_first(lambda: self.folder.cut_metrics(self.state.progress.step))
+        step, evaluated = self.state.progress.step, bool(self.state.metrics)
+        self.ranks.on_first(lambda: self.folder.cut_metrics(step, evaluated=evaluated))
         if self.ranks.is_first:
             print(f"pretrain: back to {path}, and on without the batches of steps {first} to {last}", flush=True)
 
@@ -120,8 +123,12 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
         model = Transfusion(config.model, data.tokenizer.vocab_size)
     parallelize(model, config.parallel, ranks)
     origin = find_origin(config.resume, folder, ranks)
+    begun = str(origin)
     if origin.checkpoint is not None:
         model.to_empty(device=ranks.device)  # the checkpoint fills all of it
+    elif config.init_from is not None:
+        model.to_empty(device=ranks.device)
+        begun = read_weights(model, config, data, ranks)
     else:
         initialize(model, config.seed, ranks.device)
     state = TrainState(
@@ -142,7 +149,8 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
         state.back_to = origin.back_to
 
     def settle() -> None:
-        folder.cut_metrics(state.progress.step)  # rows that a killed attempt wrote after its last checkpoint
+        # Rows that a killed attempt wrote after its last checkpoint.
+        folder.cut_metrics(state.progress.step, evaluated=bool(state.metrics))
         write_durably(folder.path / "config.yaml", state.recipe.encode())
 
     ranks.on_first(settle)
@@ -151,4 +159,26 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
     log = MetricsLog(config.log, folder, ranks, asdict(config))
     previews = Previews(config, data, ranks, folder, log)
     profiler = Profiler(config.profile, folder.path, ranks)
-    return Run(config, data, ranks, folder, stop, state, saver, log, previews, profiler, heldout, str(origin))
+    return Run(config, data, ranks, folder, stop, state, saver, log, previews, profiler, heldout, begun)
+
+
+def read_weights(model: nn.Module, config: PretrainConfig, data: DataSet, ranks: Ranks) -> str:
+    """Fill a model with the weights that `init_from` names, and say which. Collective.
+
+    Data, schedule and counters are the new run's. Raises ValueError for weights of other sizes, or that were trained on
+    other token ids or latents than the data's (P10).
+    """
+    stored = Stored.find(config.init_from, ranks, "init_from")
+    made_with = {"tokenizer": (stored.meta["fingerprint"]["tokenizer"], data.tokenizer.hash)}
+    if stored.latent_spec is not None and data.latent_spec is not None:
+        made_with["VAE"] = (stored.latent_spec.vae_hash, data.latent_spec.vae_hash)
+    for what, (then, now) in made_with.items():
+        if then != now:
+            raise ValueError(
+                f"init_from={config.init_from} was trained with {what} {then}, the data was encoded with {now}; encode "
+                f"the data with the {what} of {stored.folder}"
+            )
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        chosen = stored.read(config.init_weights, parameters, ranks)
+    return f"from the weights ({chosen}) of {stored.folder}, step {stored.step}"

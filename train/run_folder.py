@@ -70,9 +70,11 @@ class RunFolder:
             return
         self._unwritten.clear()
 
-    def cut_metrics(self, last_step: int) -> None:
+    def cut_metrics(self, last_step: int, *, evaluated: bool = True) -> None:
         """Drop the rows after `last_step`, which the resumed run will write again; does nothing but on rank 0.
 
+        Unless `evaluated`, also the held-out losses of that step: a stop kept the checkpoint from having them, and an
+        attempt since then may have written them already.
         Rewritten beside and renamed, so a kill leaves the old file or the new one. A torn last line, left by a kill
         in the middle of a write, goes too.
         """
@@ -84,7 +86,7 @@ class RunFolder:
             step = _step_of(line)
             if step is None:
                 unreadable += 1
-            elif step <= last_step:
+            elif step < last_step or (step == last_step and (evaluated or b'"heldout/' not in line)):
                 kept.append(line)
         if unreadable:
             log.warning("%s: dropped %d unreadable line(s), left by a kill in the middle of a write", path, unreadable)

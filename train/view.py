@@ -1,10 +1,12 @@
-"""Show what an encoded data set holds before a model is trained on it: counts, and some of its pictures and texts.
+"""Show what an encoded data set holds before a model is trained on it, or what a run has saved since.
 
-Prints a summary and writes `output`/index.html, one self-contained page with histograms and a card a document, and
-`output`/sheet.png, the pictures with their captions. A quick look needs `shards` alone: latents are then shown in
-false colours, and captions are those in the records' json.
+Prints a summary and writes `output`/index.html, one self-contained page. With `shards`: histograms, a card a document,
+and `output`/sheet.png, the pictures with their captions. A quick look needs `shards` alone: latents are then shown in
+false colours, and captions are those in the records' json. With `checkpoint`: the run's checkpoints, verified, and
+what is in the one that a resume takes; no GPU is needed, and memory for the largest tensor alone.
 """
 
+import json
 import math
 import shlex
 from collections import Counter
@@ -14,18 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from omegaconf import MISSING
-from PIL import Image
 
 from data.manifest import LatentSums
 from data.remote import shown
 from data.shards import BadRecords, atomic_write
 from train.charts import ACCENT, LINE, SOFT, figure, label
+from train.checkpoint_page import view_checkpoints
 from train.config import load_config, run_program
 from train.contents import LATENT_RANGE, Counts, EncodedData, ShownDocument, bins, quantiles
 from train.figures import contact_sheet
 from train.output_folder import make_writable
-from train.page import card, cards, document, image, note
+from train.page import Table, View, card, cards, document, image, note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +39,10 @@ QUANTILES = {"shortest": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    shards: str = MISSING  # folder of train.encode or its URL, or one shard in it (FOLDER/00012.tar)
+    shards: str | None = None  # folder of train.encode or its URL, or one shard in it (FOLDER/00012.tar)
+    checkpoint: str | None = None  # instead of shards: a run folder, a folder of checkpoints, or one checkpoint
+    verify: bool = True  # read every byte of the checkpoints against their checksums; false: trust them
+    json: bool = False  # print one JSON object instead of text
     vae: str | None = None  # AutoencoderKL that encoded the pictures; null: latents in false colours
     tokenizer: str | None = None  # SentencePiece model of the token ids; null: captions from the records' json
     n: int = 32  # documents shown, 1 to 1000
@@ -48,6 +52,11 @@ class ViewConfig:
     output: str = "runs/view"  # folder to write index.html and sheet.png into
 
     def __post_init__(self) -> None:
+        if (self.shards is None) == (self.checkpoint is None):
+            raise ValueError(
+                f"shards={self.shards}, checkpoint={self.checkpoint}: expected exactly one of them; give shards=FOLDER "
+                "to look at data, or checkpoint=RUN to look at what training saved"
+            )
         if not 1 <= self.n <= MOST_DOCUMENTS:
             raise ValueError(f"n={self.n}: expected 1 to {MOST_DOCUMENTS}, so that the page can be opened")
         for name in ("patch_size", "sequence_length"):
@@ -58,26 +67,22 @@ class ViewConfig:
 CONFIG = ViewConfig
 
 
-@dataclass(frozen=True)
-class View:
-    """What there is to show, whatever was looked at."""
-
-    title: str
-    facts: dict[str, str]
-    remarks: list[str]  # what one must know about the pictures and numbers
-    sections: list[tuple[str, str, str]]  # (id, title, HTML)
-    sheet: Image.Image | None
-
-
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
-    data = EncodedData.open(config.shards, config.patch_size, config.tokenizer, config.vae)
+    if config.checkpoint is not None:
+        view = view_checkpoints(Path(config.checkpoint), config.verify)
+    else:
+        view = view_data(EncodedData.open(config.shards, config.patch_size, config.tokenizer, config.vae), config)
     output = make_writable(Path(config.output))
-    write(view_data(data, config), output, shown(shlex.join(["python", "-m", "train.view", *argv])))
+    write(view, output, shown(shlex.join(["python", "-m", "train.view", *argv])))
+    if config.json:
+        print(json.dumps({"facts": view.facts, "remarks": view.remarks, **view.record}))
+    else:
+        show(view, output)
 
 
 def write(view: View, output: Path, command: str) -> None:
-    """Write the page and the sheet, and print what a terminal can show."""
+    """Write the page and the sheet."""
     remarks = ("remarks", "Remarks", "".join(f"<p>{escape(remark)}</p>" for remark in view.remarks))
     sections = [*([remarks] if view.remarks else []), *view.sections]
     with atomic_write(output / "index.html") as file:
@@ -88,12 +93,19 @@ def write(view: View, output: Path, command: str) -> None:
     else:
         with atomic_write(sheet) as file:
             view.sheet.save(file, "PNG")
+
+
+def show(view: View, output: Path) -> None:
+    """Print what a terminal can show."""
     width = max(map(len, view.facts))
     for name, value in view.facts.items():
         print(f"{name:<{width}}  {value}")
+    for title, table in view.tables:
+        print(f"\n{title}\n{table.text()}")
     for remark in view.remarks:
         print(f"view: {remark}")
-    print(f"view: wrote {output / 'index.html'}" + (f" and {sheet}" if view.sheet is not None else ""))
+    sheet = f" and {output / 'sheet.png'}" if view.sheet is not None else ""
+    print(f"view: wrote {output / 'index.html'}{sheet}")
 
 
 def view_data(data: EncodedData, config: ViewConfig) -> View:
@@ -274,31 +286,22 @@ def _latents(data: EncodedData, latents: LatentSums) -> str:
     said = f"Whitened latents: means {centres.min():.2f} to {centres.max():.2f}, "
     said += f"deviations {spreads.min():.2f} to {spreads.max():.2f}"
     rows = zip(channels, spec.mean, mean, spec.std, std, strict=True)
-    lines = "".join(
-        f"<tr><td>{channel}</td>{''.join(f'<td>{value:.4f}</td>' for value in values)}</tr>"
-        for channel, *values in rows
-    )
-    head = "<tr><th>channel</th><th>mean, manifest</th><th>shown</th><th>std, manifest</th><th>shown</th></tr>"
-    drawn = figure("latents", "Latents", unit, said, draw)
-    return f'<div class="charts">{drawn}</div><table>{head}{lines}</table>'
+    head = ["channel", "mean, manifest", "shown", "std, manifest", "shown"]
+    table = Table(head, [[str(channel), *(f"{value:.4f}" for value in values)] for channel, *values in rows])
+    return f'<div class="charts">{figure("latents", "Latents", unit, said, draw)}</div>{table.html()}'
 
 
 def _shards(data: EncodedData) -> str:
     """Return the table of the largest shards."""
     entries = sorted(data.manifest.shards, key=lambda entry: -entry.records)
-    lines = ""
+    rows = []
     for entry in entries[:SHARDS]:
-        counts = (
-            entry.records,
-            sum(entry.grids.values()),
-            entry.text_tokens,
-            entry.tokens(data.patch_size),
-            entry.bytes,
-        )
-        lines += f"<tr><td>{escape(entry.name)}</td>{''.join(f'<td>{count:,}</td>' for count in counts)}</tr>"
-    head = "<tr><th>shard</th><th>documents</th><th>pictures</th><th>text tokens</th><th>tokens</th><th>bytes</th></tr>"
+        tokens = (entry.text_tokens, entry.tokens(data.patch_size))
+        counts = (entry.records, sum(entry.grids.values()), *tokens, entry.bytes)
+        rows.append([entry.name, *(f"{count:,}" for count in counts)])
+    table = Table(["shard", "documents", "pictures", "text tokens", "tokens", "bytes"], rows)
     rest = note(f"The {SHARDS} with the most documents, of {len(entries):,}.") if len(entries) > SHARDS else ""
-    return f"{rest}<table>{head}{lines}</table>"
+    return rest + table.html()
 
 
 if __name__ == "__main__":

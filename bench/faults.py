@@ -1,0 +1,290 @@
+"""The faults: what each kind does to a running job, when, and what must hold once it is over.
+
+A fault is drawn up front from (seed, number) alone: its kind, the phase it strikes in, how far into the phase, on which
+ranks. It strikes one attempt of a job and always ends it; whether the job goes on from there is seen when the same
+command is started again, in bench/trajectory.py. Whatever must hold and does not raises NotSurvived.
+"""
+
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.harms import flip_bit, full_disk, read_only, remove, truncate, vanished_shard
+from bench.job import Attempt, Job
+
+POLL_S = 0.001  # a save of the small model takes 0.1 s, its commit a few milliseconds
+GRACE_S = 8.0  # beyond a timeout: what a busy machine may take to end processes
+NO_WANDB = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true"}
+
+
+class NotSurvived(Exception):
+    """What a fault broke that it must not break."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    number: int  # counts from 1 in its run of the program
+    kind: str
+    phase: str  # start, step, save, commit, evaluation or exit
+    place: float  # where in the steps that are this fault's share, in [0, 1)
+    moment: float  # how far into the phase, in [0, 1)
+    world_size: int
+    workers: int  # loader processes a rank
+    seed: int  # of what else is drawn
+
+    @property
+    def luck(self) -> random.Random:
+        return random.Random(self.seed)
+
+
+@dataclass
+class Scene:
+    """One fault and the attempt it strikes."""
+
+    fault: Fault
+    job: Job
+    attempt: Attempt
+    target: int  # the step it waits for
+    steps: int  # of the whole training
+    paces: dict[str, float]  # seconds that a phase takes undisturbed
+    luck: random.Random
+    has_trained: Callable[[], bool]  # the attempt has made a row of its own
+    seconds_to_end: float | None = None  # from a rank's death to the end of the others
+    outwaited: bool = False  # the others of a frozen rank were still there after the timeout
+
+    @property
+    def timeout_s(self) -> float:
+        return KINDS[self.fault.kind].timeout_s
+
+    def end(self, allowed: set[int], *, within_s: float | None = None, ranks: list[int] | None = None) -> None:
+        """Wait for the ranks to end, each with one of the `allowed` statuses."""
+        within_s = within_s or self.timeout_s + GRACE_S
+        statuses = self.attempt.wait(within_s, ranks)
+        statuses = statuses if ranks is None else [statuses[rank] for rank in ranks]
+        if None in statuses:
+            raise NotSurvived(f"statuses {statuses} {within_s:.0f} s after the fault: ranks hang")
+        if not set(statuses) <= allowed:
+            raise NotSurvived(f"statuses {statuses}, expected {sorted(allowed)}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`strike` does the fault and waits for the end of the attempt; a `harm` lasts until that end, and is undone."""
+
+    phases: tuple[str, ...]
+    strike: Callable[[Scene], None]
+    harm: Callable[[Job, random.Random], AbstractContextManager] | None = None
+    changes: dict[str, Any] = field(default_factory=dict)  # of the struck attempt's settings
+    environment: dict[str, str] = field(default_factory=dict)
+    timeout_s: float = 12.0  # of the struck attempt's collectives
+    delay_s: float = 0.0  # that it may add to a start
+    needs_mount: bool = False
+
+
+def wait_for_instant(scene: Scene) -> None:
+    """Return at the fault's instant, or when the attempt has ended before; what earlier attempts left is none."""
+    job, target, fault = scene.job, scene.target, scene.fault
+    left_beside, left_saved = set(job.being_written().values()), _identities(job)
+
+    def beside(pattern: str) -> list[Path]:
+        writing = [path for step, path in job.being_written().items() if step >= target and path not in left_beside]
+        return [file for path in writing for file in _files(path, pattern)]
+
+    def reached() -> bool:
+        return scene.has_trained() and job.last_step() >= target
+
+    every = job.settings["evaluation.interval_steps"]
+    if fault.phase == "evaluation":  # it follows upon the row of its step
+        target = min(-(-target // every), scene.steps // every) * every
+    conditions = {
+        "start": lambda: True,
+        "save": lambda: any(_size(file) for file in beside("__*")),
+        "commit": lambda: beside("checksums.json") or any(s >= target for s, _ in _identities(job) - left_saved),
+    }
+    condition = conditions.get(fault.phase, reached)
+    while not condition() and scene.attempt.running:
+        time.sleep(POLL_S)
+    if fault.kind in DAMAGES:
+        while len(job.saved()) < 2 and scene.attempt.running:  # one is left to go on from
+            time.sleep(POLL_S)
+    if fault.phase == "exit" and target < scene.steps:  # its end comes early, by a signal
+        scene.attempt.signal(signal.SIGTERM)
+    time.sleep(scene.paces[fault.phase] * fault.moment)
+
+
+def _identities(job: Job) -> set[tuple[int, int]]:
+    """Return (step, inode) of the checkpoints: one that replaces another has the same name."""
+    found = set()
+    for step in job.saved():
+        with suppress(FileNotFoundError):  # retention came in between
+            found.add((step, job.folder_of(step).stat().st_ino))
+    return found
+
+
+def _size(file: Path) -> int:
+    with suppress(FileNotFoundError):  # renamed meanwhile
+        return file.stat().st_size
+    return 0
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return list(folder.glob(pattern))
+    except FileNotFoundError:  # renamed meanwhile
+        return []
+
+
+def kill_rank(scene: Scene) -> None:
+    """`kill -9` of one rank; the others must notice, say so and end."""
+    victim, start = scene.luck.randrange(scene.attempt.world_size), time.monotonic()
+    scene.attempt.signal(signal.SIGKILL, [victim])
+    _expect_end_of_others(scene, victim, start)
+
+
+def kill_all(scene: Scene) -> None:
+    scene.attempt.signal(signal.SIGKILL)
+    scene.end({-signal.SIGKILL, *_at_exit(scene)})
+
+
+def freeze_rank(scene: Scene) -> None:
+    """SIGSTOP of one rank beyond the timeout, then SIGCONT or `kill -9`. Peers in a save wait longer, by design."""
+    victim, start = scene.luck.randrange(scene.attempt.world_size), time.monotonic()
+    scene.attempt.signal(signal.SIGSTOP, [victim])
+    others = [rank for rank in range(scene.attempt.world_size) if rank != victim]
+    scene.attempt.wait(scene.timeout_s + GRACE_S / 2, others)
+    scene.outwaited = any(scene.attempt.statuses[rank] is None for rank in others)
+    if scene.luck.random() < 0.5:
+        scene.attempt.signal(signal.SIGKILL, [victim])
+    else:
+        scene.attempt.signal(signal.SIGCONT, [victim])
+        if scene.outwaited or not others:
+            time.sleep(1.0)  # frozen where nobody minded: it goes on, and is stopped in order
+            scene.attempt.signal(signal.SIGTERM)
+            scene.end({0, 1, 75, *_at_start(scene, signal.SIGTERM)})
+            return
+    _expect_end_of_others(scene, victim, start)
+
+
+def _expect_end_of_others(scene: Scene, victim: int, since: float) -> None:
+    others = [rank for rank in range(scene.attempt.world_size) if rank != victim]
+    early, late = _at_start(scene), _at_exit(scene)
+    scene.end({1, *early, *late}, ranks=others)
+    if others:
+        scene.seconds_to_end = time.monotonic() - since
+    scene.end({1, -signal.SIGKILL, *early, *late})
+    if early or late:
+        return
+    for rank in others:
+        said = scene.attempt.output(rank)
+        line = rf"^rank {rank} of {scene.attempt.world_size} .* lost .*\brank {victim}\b.* at step \d+"
+        if not re.search(line, said, re.MULTILINE):
+            raise NotSurvived(f"rank {rank} does not say which rank, step and what; its last words: {said[-300:]!r}")
+        if "Traceback" in said:
+            raise NotSurvived(f"rank {rank} lost a peer and printed a traceback of its own: {said[-600:]!r}")
+
+
+def stop_in_order(number: int) -> Callable[[Scene], None]:
+    """Return the kind that sends a stop signal to one rank, or to all: saved, exit 75."""
+
+    def strike(scene: Scene) -> None:
+        ranks = list(range(scene.attempt.world_size))
+        scene.attempt.signal(number, scene.luck.choice([ranks, [scene.luck.choice(ranks)]]))
+        scene.end({75, *_at_start(scene, number), *_at_exit(scene)})
+        if not _at_start(scene) and "Traceback" in scene.attempt.output():
+            raise NotSurvived("an orderly stop printed a traceback")
+
+    return strike
+
+
+def _at_start(scene: Scene, number: int = signal.SIGKILL) -> set[int]:
+    """Return the statuses that are right besides while nobody trains: handlers and groups are not there yet."""
+    return {1, 2, -number} if scene.fault.phase == "start" else set()
+
+
+def _at_exit(scene: Scene) -> set[int]:
+    """Return the statuses that are right besides once the training is over or told to stop."""
+    finished = scene.job.last_step() >= scene.steps
+    return {0, 1, 75} if scene.fault.phase == "exit" or finished else set()
+
+
+def damage(harm: Callable[[Path, random.Random], None]) -> Callable[[Scene], None]:
+    """Return the kind that kills all ranks and then harms a file of the newest checkpoint."""
+
+    def strike(scene: Scene) -> None:
+        kill_all(scene)
+        folder = scene.job.folder_of(max(scene.job.saved()))
+        files = sorted(path for path in folder.iterdir() if path.stat().st_size)
+        harm(scene.luck.choice(files), scene.luck)
+        if not scene.job.problems()[max(scene.job.saved())]:
+            raise NotSurvived(f"{folder} was harmed and verifies")
+
+    return strike
+
+
+def suffer(scene: Scene) -> None:
+    """The run may stop of it, or go on; then it is stopped, with what harms it still there. It must not hang."""
+    deadline, until = time.monotonic() + scene.timeout_s, scene.job.last_step() + scene.luck.randrange(4, 20)
+    while scene.attempt.running and scene.job.last_step() < until and time.monotonic() < deadline:
+        time.sleep(0.02)
+    scene.attempt.signal(signal.SIGTERM)
+    scene.end({0, 1, 2, 75, *_at_start(scene, signal.SIGTERM)})
+    if "Traceback" in scene.attempt.output():
+        raise NotSurvived("it printed a traceback")
+
+
+def unreachable_logger(scene: Scene) -> None:
+    """It cost at most the time it is waited for; then the attempt is ended in order."""
+    if not scene.attempt.running or scene.job.last_step() < scene.target:
+        raise NotSurvived(f"without wandb it ended with {scene.attempt.statuses} before step {scene.target}")
+    scene.attempt.signal(signal.SIGTERM)
+    scene.end({75})
+
+
+def second_copy(scene: Scene) -> None:
+    """Another start of the same command is refused at once, and the first goes on."""
+    while scene.attempt.running and not scene.job.claimed():
+        time.sleep(0.01)
+    with scene.job.start(scene.luck.choice([1, 2]), {"timeout_minutes": scene.timeout_s / 60}) as second:
+        second.wait(scene.timeout_s + GRACE_S)
+        took = time.monotonic() - second.started
+        since = scene.job.last_step()
+        if set(second.statuses) != {2} and since < scene.steps:
+            raise NotSurvived(f"a second copy ended with {second.statuses} after {took:.1f} s, expected 2")
+        if "is in use by" not in second.output() or "Traceback" in second.output():
+            raise NotSurvived(f"a second copy was refused with {second.output()[-300:]!r}")
+    deadline = time.monotonic() + scene.timeout_s
+    while scene.job.last_step() < min(since + 2, scene.steps):
+        if not scene.attempt.running or time.monotonic() > deadline:
+            raise NotSurvived("the first copy did not go on beside a second")
+        time.sleep(0.01)
+    number = scene.luck.choice([signal.SIGTERM, signal.SIGKILL])
+    scene.attempt.signal(number)
+    scene.end({75, -signal.SIGKILL, *_at_exit(scene)})
+
+
+TRAINING = ("step", "save", "save", "commit", "commit", "evaluation", "exit")  # a save has the most to lose
+ANY = ("start", *TRAINING)
+OUTSIDE = ("start", "step")
+DAMAGES = {"bit_flipped": flip_bit, "file_truncated": truncate, "file_removed": remove}
+KINDS = {
+    "kill_rank": Kind(ANY, kill_rank),
+    "kill_all": Kind(ANY, kill_all),
+    "sigterm": Kind(ANY, stop_in_order(signal.SIGTERM)),
+    "sigusr2": Kind(ANY, stop_in_order(signal.SIGUSR2)),
+    "sigstop": Kind(ANY, freeze_rank, timeout_s=6.0),
+    **{kind: Kind(TRAINING, damage(harm)) for kind, harm in DAMAGES.items()},
+    "disk_full": Kind(OUTSIDE, suffer, full_disk, needs_mount=True),
+    "read_only": Kind(OUTSIDE, suffer, read_only, needs_mount=True),
+    # The trainer waits 20 s for wandb, its peers for the trainer.
+    "wandb_unreachable": Kind(
+        ("step",), unreachable_logger, None, {"log.wandb": "online"}, NO_WANDB, timeout_s=36.0, delay_s=20.0
+    ),
+    "shard_vanishes": Kind(OUTSIDE, suffer, vanished_shard, {"data.max_bad_documents": 0}),
+    "second_copy": Kind(OUTSIDE, second_copy),
+}

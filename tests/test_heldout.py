@@ -1,0 +1,93 @@
+"""A run that measures itself on held-out data: the same training, the same on any ranks, stopped at once (P6)."""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from data.tokenizer import Tokenizer
+from tests.runs import (
+    STEPS,
+    assert_refused,
+    assert_same_end,
+    finish,
+    launch,
+    numbers,
+    rows,
+    saved_state,
+    saved_steps,
+    settings,
+    wait_for,
+)
+from tests.sources import make_source, pairs
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    return make_source(tmp_path_factory.mktemp("heldout") / "pairs", tokenizer, pairs(40, seed=77))
+
+
+def _measured(run_dir: Path) -> dict[int, tuple[float, float]]:
+    names = ("heldout/pairs/text_loss", "heldout/pairs/image_loss")
+    return {row["step"]: tuple(row[name] for name in names) for row in rows(run_dir) if names[0] in row}
+
+
+def test_a_run_measures_itself_and_trains_the_same(
+    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], heldout: Path, undisturbed: Path
+) -> None:
+    """Bit for bit; and the best checkpoint by the metric is kept beside the last."""
+    best = {"checkpoint__keep_last": 1, "checkpoint__keep_best": 1, "checkpoint__interval_steps": 6}
+    best |= {"checkpoint__best_metric": "heldout/pairs/text_loss", "optim__learning_rate": 0.1}
+    argv = settings(
+        tmp_path / "worse", tokenizer, sources, evaluation__interval_steps=6, evaluation__heldout__pairs=heldout
+    )
+    finish([*argv, *(f"{name.replace('__', '.')}={value}" for name, value in best.items())], 1)
+    losses = {step: text for step, (text, _) in _measured(tmp_path / "worse").items()}
+    assert list(losses) == [6, 12, 18, 24]
+    assert set(saved_steps(tmp_path / "worse")) == {min(losses, key=losses.get), 24}
+
+    two, one = tmp_path / "two", tmp_path / "one"
+    argv = settings(two, tokenizer, sources, evaluation__interval_steps=10, evaluation__heldout__pairs=heldout)
+    finish(argv, 2)
+    assert numbers(two) == numbers(undisturbed)
+    assert_same_end(two, undisturbed)
+    finish([*argv, f"run_dir={one}", "optim.steps=10"], 1)
+    assert list(_measured(two)) == [10, 20] and list(_measured(one)) == [10]
+
+
+def test_a_stop_during_an_evaluation_ends_it_and_the_resumed_run_makes_it_anew(
+    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
+) -> None:
+    """P6: within a batch, not after thousands."""
+    run_dir = tmp_path / "run"
+    large = make_source(tmp_path / "large", tokenizer, pairs(30_000, seed=78))
+    argv = settings(run_dir, tokenizer, sources, evaluation__interval_steps=4, evaluation__heldout__pairs=large)
+    with launch([*argv, "optim.steps=4"], 2) as run:
+        wait_for(lambda: [row for row in rows(run_dir) if row["step"] == 4], run)
+        run.signal(signal.SIGTERM, rank=1)
+        asked = time.monotonic()
+        assert run.wait() == [75, 75], run.output
+        assert time.monotonic() - asked < 20
+    assert saved_steps(run_dir) == [4] and saved_state(run_dir)[2]["metrics"] == {} and not _measured(run_dir)
+    finish([*argv, "optim.steps=4", "evaluation.max_batches=2"], 2)
+    assert list(_measured(run_dir)) == [4]
+
+
+def test_what_cannot_be_measured_is_refused_at_the_start(
+    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], heldout: Path
+) -> None:
+    """P10: held-out data inside training data, fewer lanes than ranks, a metric that nobody measures."""
+    twin = Path(shutil.copytree(sources["pairs"], tmp_path / "twin"))
+    argv = settings(tmp_path / "run", tokenizer, sources, evaluation__interval_steps=4)
+    best = ["checkpoint.keep_best=1", "checkpoint.best_metric=heldout/pears/text_loss"]
+    starts = [
+        ([*argv, f"evaluation.heldout.twin={twin}"], ["held-out source twin", "is training data too"]),
+        ([*argv, f"evaluation.heldout.pairs={heldout}", *best], ["best_metric=heldout/pears/text_loss"]),
+        (argv, ["evaluation.interval_steps=4", "evaluation.heldout.NAME=FOLDER"]),
+    ]
+    assert_refused(starts)
+    few = [*argv, f"evaluation.heldout.pairs={heldout}", "evaluation.lanes=1"]
+    assert_refused([(few, ["2 ranks", "lanes=1"])], world_size=2)
+    assert STEPS == 24
