@@ -67,6 +67,7 @@ def test_what_cannot_work_is_refused_before_it_starts(
         "fewer than data.lanes=55": changed(data__lanes=55),
         "more than data.sequence_length=11": changed(data__sequence_length=11),
         "and preview.prompts to draw": changed(preview__interval_steps=1),
+        "a rank's states take ": changed(model__transformer__width=65536, model__transformer__layers=64),
     }
     for words, argv in refused_at_once.items():
         with pytest.raises((ValueError, OSError), match=re.escape(words)):
