@@ -128,15 +128,17 @@ def test_a_run_goes_back_and_on_without_the_bad_batches_and_so_does_whoever_resu
     tmp_path: Path, tokenizer: Tokenizer, poisoned: dict[int, str]
 ) -> None:
     """P4, P8: as often as asked; rows of the excluded batches are missing, and a kill afterwards changes nothing."""
-    argv = _argv(tmp_path / "back", tokenizer, poisoned, guard__max_rollbacks=2)
+    back = {"guard__max_rollbacks": 2, "guard__exclude_before": 1}
+    argv = _argv(tmp_path / "back", tokenizer, poisoned, **back)
     said = finish(argv, 2)
-    assert [f"and on without the batches of steps {step} to {step}" in said for step in BAD_STEPS] == [True, True]
-    assert [row["step"] for row in rows(tmp_path / "back")] == [step for step in range(1, 25) if step not in BAD_STEPS]
+    assert [f"and on without the batches of steps {step - 1} to {step}" in said for step in BAD_STEPS] == [True, True]
+    left_out = {step - before for step in BAD_STEPS for before in (0, 1)}
+    assert [row["step"] for row in rows(tmp_path / "back")] == [step for step in range(1, 25) if step not in left_out]
     last = rows(tmp_path / "back")[-1]
     assert last["rollbacks"] == 2 and last["skipped_updates"] == 0
-    assert saved_state(tmp_path / "back")[2]["progress"]["excluded"] == [[step, step] for step in BAD_STEPS]
+    assert saved_state(tmp_path / "back")[2]["progress"]["excluded"] == [[step - 1, step] for step in BAD_STEPS]
 
-    argv = _argv(tmp_path / "killed", tokenizer, poisoned, guard__max_rollbacks=2)
+    argv = _argv(tmp_path / "killed", tokenizer, poisoned, **back)
     with launch(argv, 2) as run:
         wait_for(lambda: "pretrain: back to" in run.output, run)
         run.signal(9)
@@ -153,3 +155,24 @@ def test_without_a_checkpoint_to_go_back_to_the_run_stops(
     with launch(argv, None) as run:
         assert run.wait() == [1], run.output
     assert "no checkpoint lies before them" in run.output and "Traceback" not in run.output
+    assert saved_steps(tmp_path / "run") == [BAD_STEPS[0]], "what was trained is kept"
+
+
+def test_going_back_by_hand_and_by_itself_is_done_once_and_every_abandoned_course_is_kept(
+    tmp_path: Path, tokenizer: Tokenizer, poisoned: dict[int, str]
+) -> None:
+    """P4: the same command once more, as a requeue gives it, goes on."""
+    run_dir = tmp_path / "run"
+    finish(_argv(run_dir, tokenizer, poisoned, guard__max_bad_in_a_row=5, checkpoint__interval_steps=2), 2)
+    changes = {"guard__max_rollbacks": 2, "guard__exclude_before": 1, "checkpoint__interval_steps": 2, "resume": 4}
+    argv = _argv(run_dir, tokenizer, poisoned, **changes, log__interval_steps=3)
+    assert "told to go back" in finish(argv, 2)
+    kept = {aside.name: saved_rows(aside) for aside in run_dir.glob("abandoned-*")}
+    assert kept["abandoned-1"] == 24 and len(kept) == 3, kept
+    again = finish(argv, 2)
+    assert "told to go back" not in again and "done after step 24" in again
+    assert len(list(run_dir.glob("abandoned-*"))) == 3
+
+
+def saved_rows(folder: Path) -> int:
+    return len((folder / "metrics.jsonl").read_text().splitlines())

@@ -27,17 +27,20 @@ class GuardConfig:
     spike_factor: float | None = None
     spike_after: int = 100  # good updates before `spike_factor` counts, >= 1
     max_bad_in_a_row: int = 5  # skipped updates in a row after which the next log row acts, >= 1
-    # Times that the run then goes back to its last checkpoint and on without the batches of those updates, >= 0; after
-    # that, or with 0, it stops.
+    # Times that the run then goes back to a checkpoint and on without the batches that led there, >= 0; after that, or
+    # with 0, it stops.
     max_rollbacks: int = 0
+    # Batches left out then besides those of the skipped updates, the ones right before them, >= 0: what was skipped did
+    # no harm to the weights, what came before may have (PaLM went back about 100 steps; Chowdhery et al. 2022, 5.1).
+    exclude_before: int = 100
 
     def __post_init__(self) -> None:
         if self.spike_factor is not None and not 1 < self.spike_factor < math.inf:
             raise ValueError(f"guard.spike_factor={self.spike_factor}: expected more than 1, or null")
-        if self.spike_after < 1 or self.max_bad_in_a_row < 1 or self.max_rollbacks < 0:
+        if min(self.spike_after, self.max_bad_in_a_row) < 1 or min(self.max_rollbacks, self.exclude_before) < 0:
             raise ValueError(
                 f"guard.spike_after={self.spike_after}, max_bad_in_a_row={self.max_bad_in_a_row}, max_rollbacks="
-                f"{self.max_rollbacks}: expected at least 1, 1 and 0"
+                f"{self.max_rollbacks}, exclude_before={self.exclude_before}: expected at least 1, 1, 0 and 0"
             )
 
 

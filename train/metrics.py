@@ -10,6 +10,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -134,6 +135,12 @@ class Interval:
         return row
 
 
+def say(words: str) -> None:
+    """Print a line for people; where standard output cannot take it (a full disk), training goes on without (P13)."""
+    with suppress(OSError):
+        print(words, flush=True)
+
+
 class Console:
     """One line a log interval on rank 0: step, losses, speed and the time left."""
 
@@ -151,11 +158,10 @@ class Console:
         lag = ""
         if row["slowest_lag_share"] > SHOWN_LAG:
             lag = f"  waits {row['slowest_lag_share']:.0%} for rank {row['slowest_rank']} on {row['slowest_host']}"
-        print(
+        say(
             f"step {row['step']}/{self.steps}  {'  '.join(losses)}  "
             f"norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.1e}  {row['tokens_per_s']:,.0f} tokens/s  "
             f"{row['images_per_s']:,.1f} images/s  {mfu}{timedelta(seconds=round(seconds))} left{lag}",
-            flush=True,
         )
 
 

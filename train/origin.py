@@ -2,7 +2,7 @@
 
 The same command started again goes on, whatever it asked for the first time: a step to go back to, or another run's
 checkpoint, is where a continuation begins; once that has checkpoints of its own, those count. Nothing is deleted:
-what a run leaves behind when it goes back is put aside in <run>/abandoned-<attempt>/, its metrics too.
+what a run leaves behind when it goes back is put aside in <run>/abandoned-<number>/, its metrics too.
 """
 
 import json
@@ -104,8 +104,9 @@ def _go_back(step: int, saved: list[Path], folder: RunFolder, ranks: Ranks) -> P
     later = [path for path in saved if checkpoint.step_of(path) > step]
 
     def put_aside() -> None:
-        aside = folder.path / f"abandoned-{folder.attempt}"
-        aside.mkdir(exist_ok=True)
+        numbers = [int(path.name.split("-")[1]) for path in folder.path.glob("abandoned-*")]
+        aside = folder.path / f"abandoned-{max(numbers, default=0) + 1}"
+        aside.mkdir()
         if (metrics := folder.path / "metrics.jsonl").exists():
             shutil.copy2(metrics, aside)
         for abandoned in later:

@@ -23,7 +23,7 @@ from train.estimate import check_memory, fullest_of
 from train.feed import CannotGoOn, next_batch
 from train.flops import Flops
 from train.local_shards import local
-from train.metrics import Console, Interval
+from train.metrics import Console, Interval, say
 from train.optim import learning_rate
 from train.parallelize import set_micro_step
 from train.recipe import PretrainConfig
@@ -60,9 +60,9 @@ def main(argv: list[str]) -> int | None:
     with StopSignal() as stop, RunFolder(config.run_dir, ranks) as folder:
         run = start_or_resume(config, data, folder, ranks, stop)
         if ranks.is_first:
-            print("\n".join(f"pretrain: {line}" for line in run.describe()), flush=True)
+            say("\n".join(f"pretrain: {line}" for line in run.describe()))
             if too_large:
-                print(f"pretrain: warning: {too_large}", flush=True)
+                say(f"pretrain: warning: {too_large}")
         with last_words(ranks, lambda: f"step {run.state.progress.step + 1}"):
             try:
                 dry_run(run)
@@ -101,29 +101,29 @@ def dry_run(run: Run) -> None:
     state.model.zero_grad(set_to_none=True)
     if run.ranks.is_first:
         peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if device.type == "cuda" else ""
-        print(f"pretrain: dry run of the fullest batch: {time.monotonic() - start:.1f} s{peak}", flush=True)
+        say(f"pretrain: dry run of the fullest batch: {time.monotonic() - start:.1f} s{peak}")
 
 
 def train(run: Run) -> int:
     """Run steps to the end, going back where updates went bad; save; return the exit status."""
     while True:
         try:
-            why, status = run_steps(run)
+            try:
+                why, status = run_steps(run)
+            except GoBack:
+                run.go_back()
+                continue
             run.save(final=True)
-        except GoBack:
-            run.go_back()
         except CannotGoOn as error:
             try:
                 run.save(final=True)
             except CheckpointError as failure:
                 raise CannotGoOn(f"{error}; and {failure}") from None
             raise
-        else:
-            break
-    step = run.state.progress.step
-    if run.ranks.is_first:
-        print(f"pretrain: {why} after step {step}" + ("; saved" if step else ""), flush=True)
-    return status
+        step = run.state.progress.step
+        if run.ranks.is_first:
+            say(f"pretrain: {why} after step {step}" + ("; saved" if step else ""))
+        return status
 
 
 def run_steps(run: Run) -> tuple[str, int]:
@@ -242,7 +242,7 @@ def evaluate(run: Run, stats: LatentStats, interval: Interval) -> StopKind:
     run.state.metrics = {name: loss for name, loss in losses.items() if loss is not None}
     run.log.write({"step": step, **run.state.metrics})
     if run.ranks.is_first:
-        print("  ".join([f"step {step}", *(f"{name} {loss:.4f}" for name, loss in run.state.metrics.items())]))
+        say("  ".join([f"step {step}", *(f"{name} {loss:.4f}" for name, loss in run.state.metrics.items())]))
     return StopKind.NONE
 
 
@@ -268,7 +268,7 @@ def write_row(run: Run, interval: Interval, console: Console) -> None:
     bad_updates = optimizer.guard.review(run.data.name_of, run.ranks)
     if run.ranks.is_first:
         for update in bad_updates:
-            print(f"pretrain: skipped the update of {update}", flush=True)
+            say(f"pretrain: skipped the update of {update}")
     run.bad_updates = [*run.bad_updates, *bad_updates][-in_a_row:] if in_a_row else []
     guard = run.config.guard
     if in_a_row >= guard.max_bad_in_a_row:

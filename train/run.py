@@ -17,12 +17,13 @@ from data.dataset import DataSet
 from data.footprint import loader_bytes
 from data.loader import Loader
 from model.transfusion import Transfusion
+from train.checkpoint import step_of
 from train.config import to_yaml
 from train.distributed import Ranks
 from train.feed import CannotGoOn
 from train.guard import BadUpdate
 from train.heldout import Heldout
-from train.metrics import MetricsLog
+from train.metrics import MetricsLog, say
 from train.optim import Optimizer
 from train.origin import find_origin, go_back_before
 from train.parallelize import initialize, parallelize, plain_name
@@ -84,20 +85,26 @@ class Run:
             loader.close()
 
     def go_back(self) -> None:
-        """Load the newest checkpoint before the bad updates, and leave their batches out from here on. Collective."""
-        first, last = self.bad_updates[0].step, self.bad_updates[-1].step
+        """Load a checkpoint before the bad updates, and leave out their batches and those that led to them. Collective.
+
+        Raises CannotGoOn, with the state as it was, where there is no such checkpoint.
+        """
+        bad, last = self.bad_updates[0].step, self.bad_updates[-1].step
         self.saver.settle()
-        path = go_back_before(first, self.folder, self.ranks)
+        first = max(1, bad - self.config.guard.exclude_before)
+        path = go_back_before(first, self.folder, self.ranks) or go_back_before(bad, self.folder, self.ranks)
         if path is None:
-            raise CannotGoOn(f"the updates of steps {first} to {last} were bad, and no checkpoint lies before them")
-        rollbacks, excluded = self.state.progress.rollbacks, self.state.progress.excluded
+            raise CannotGoOn(f"the updates of steps {bad} to {last} were bad, and no checkpoint lies before them")
+        first = max(first, step_of(path) + 1)
+        before, back_to = self.state.progress, self.state.back_to
         self.state.load(path, self.ranks)
-        self.state.progress.rollbacks, self.state.progress.excluded = rollbacks + 1, [*excluded, (first, last)]
+        self.state.progress.rollbacks, self.state.back_to = before.rollbacks + 1, back_to
+        self.state.progress.excluded = [*before.excluded, (first, last)]
         self.saver.saved_step, self.bad_updates = self.state.progress.step, []
         step, evaluated = self.state.progress.step, bool(self.state.metrics)
         self.ranks.on_first(lambda: self.folder.cut_metrics(step, evaluated=evaluated))
         if self.ranks.is_first:
-            print(f"pretrain: back to {path}, and on without the batches of steps {first} to {last}", flush=True)
+            say(f"pretrain: back to {path}, and on without the batches of steps {first} to {last}")
 
     def describe(self) -> Iterator[str]:
         """Yield the lines that say what is about to be trained, on what, and in how much host memory."""

@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from train import checkpoint
 from train.checkpoint import CheckpointConfig, CheckpointError, State
+from train.checkpoint_storage import read_listing
 from train.distributed import Ranks
+from train.metrics import say
 from train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -93,10 +95,10 @@ class Saver:
         try:
             path = checkpoint.save(self._folder, snapshot.step, staged, snapshot.extra, self._background)
             seconds = time.monotonic() - start
-            if self._ranks.is_first:
-                size = sum(file.stat().st_size for file in path.iterdir())
-                print(f"saved {path}: {size / 1e6:,.1f} MB in {seconds:.1f} s", flush=True)
             checkpoint.retain(self._folder.checkpoints, self._config, self._background)
+            if self._ranks.is_first:
+                size = sum(file.num_bytes for file in read_listing(path).values())
+                say(f"saved {path}: {size / 1e6:,.1f} MB in {seconds:.1f} s")
         except OSError as error:  # of retention, the same on every rank
             self._error = CheckpointError(f"checkpoints that are no longer kept were not removed: {error}")
         except Exception as error:  # whatever it is, the main thread raises it
