@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -39,9 +40,12 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     layers = [(f"config={path}", _read_yaml(path)) for path in files]
     for argument in overrides:
         layers.append(("command line", _override(argument, schema)))
-    for origin, layer in layers:
-        for key, value in _leaves(layer):  # one by one, so that an error can name its key
-            merged = _merge(merged, key, value, schema, origin)
+    try:
+        merged = OmegaConf.merge(merged, *(layer for _, layer in layers))
+    except (OmegaConfBaseException, TypeError):
+        for origin, layer in layers:
+            for key, value in _leaves(layer):  # one by one, slowly, so that the error can name its key
+                merged = _merge(merged, key, value, schema, origin)
     _refuse_extreme_numbers(merged)
     try:
         return OmegaConf.to_object(merged)
@@ -146,8 +150,15 @@ def _override(argument: str, schema: type) -> dict:
     """Return one `key=value` as a mapping: YAML, but for texts, which are taken as they stand."""
     key, _, value = argument.partition("=")
     if _expected(schema, key) in ("str", "str | None") and value not in ("null", ""):
-        return {key: value}
+        return _nested(key, value)
     return _parse(f"command line: {argument}", lambda: OmegaConf.from_dotlist([argument]))
+
+
+def _nested(key: str, value: Any) -> dict:
+    """Return the mapping that holds one value under a dotted key."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def _leaves(layer: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -161,11 +172,8 @@ def _leaves(layer: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _merge(merged: Any, key: str, value: Any, schema: type, origin: str) -> Any:
     """Return `merged` with one value set; raise ValueError for an unknown key or a value of another type."""
-    layer = value
-    for part in reversed(key.split(".")):
-        layer = {part: layer}
     try:
-        return OmegaConf.merge(merged, layer)
+        return OmegaConf.merge(merged, _nested(key, value))
     except (OmegaConfBaseException, TypeError):
         expected = _expected(schema, key)
         problem = f"{key}={value!r}: expected {expected}" if expected else _unknown_key(schema, key)
@@ -192,6 +200,7 @@ def _unknown_key(schema: type, key: str) -> str:
     return f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists the keys)"
 
 
+@cache
 def _field_comments(schema: type) -> dict[str, str]:
     """Return each field's comment: the trailing one, or the comment lines right above it."""
     comments, above = {}, []
