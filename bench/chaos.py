@@ -137,6 +137,7 @@ def plan(config: ChaosConfig, kinds: list[str]) -> list[Fault]:
         for number, kind in enumerate(chunk, first + 1):
             phase = luck.choice(KINDS[kind].phases)
             place, moment, size, seed = luck.random(), luck.random(), luck.choice(sizes), luck.randrange(1 << 31)
+            size = max(size, KINDS[kind].least_ranks)
             faults.append(Fault(number, kind, phase, place, moment, size, luck.choice((0, 0, 1)), seed))
     return faults
 
