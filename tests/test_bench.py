@@ -27,6 +27,14 @@ def test_smoke_run_ends_with_one_json_object():
     assert record["sampling"]["images_per_s"] > 0 and record["sampling"]["largest_difference"] < 0.1  # in bf16
 
 
+def test_planned_memory_and_the_stall_of_a_save_are_measured_on_a_rank_of_its_own():
+    result = run_bench("--device", "cpu", bench="fit")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    planned = [record["modes"][mode]["planned_peak_gib"] for mode in ("full", "selective", "none")]
+    assert planned == sorted(planned) and planned[0] > 0 and record["save"]["stall_s"] > 0
+
+
 def test_sampling_draws_the_same_with_and_without_its_cache():
     options = ("--size", "0.16b", "--layers", "1", "--prefix", "40", "--steps", "2", "--batches", "1", "2")
     result = run_bench(*options, "--repeats", "1", "--device", "cpu", bench="sampling")

@@ -19,6 +19,7 @@ from tests.disks import small_disk
 from tests.runs import (
     SAVE_EVERY,
     STEPS,
+    DrawingRun,
     assert_refused,
     assert_same_end,
     finish,
@@ -236,3 +237,17 @@ def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_from_scratch(
         assert run.wait() == [2, 2]
     assert "all 2 checkpoints" in run.output and "Traceback" not in run.output
     assert len(rows(run_dir)) == STEPS
+
+
+def test_a_stop_while_pictures_are_drawn_does_not_wait_for_them(tmp_path: Path, drawn: DrawingRun) -> None:
+    """P6: drawing them all would take minutes; the step is saved, and no half-made sheet stays."""
+    run_dir = tmp_path / "run"
+    prompts = "[" + ", ".join(f"circle {i}" for i in range(40)) + "]"
+    argv = [*drawn.argv, f"run_dir={run_dir}", f"preview.prompts={prompts}", "preview.steps=1000"]
+    with launch(argv, 2) as run:
+        wait_for(reached(run_dir, 3), run)
+        asked = time.monotonic()
+        run.signal(signal.SIGTERM)
+        assert run.wait() == [75, 75], run.output
+        assert time.monotonic() - asked < 20
+    assert saved_steps(run_dir) == [3] and list((run_dir / "previews").iterdir()) == []

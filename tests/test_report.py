@@ -16,7 +16,7 @@ from tests.pages import Page
 from train.config import load_config, to_yaml
 from train.curves import CHARTS, POINTS, _thinned, draw_charts
 from train.distributed import alone
-from train.evaluate import EvaluateConfig, _write_examples
+from train.evaluate import _write_examples
 from train.evaluation import SceneItem, shares
 from train.figures import contact_sheet
 from train.findings import ReportConfig
@@ -64,7 +64,7 @@ def make_evaluation(folder: Path, told: str | None = None) -> list[tuple[SceneIt
     folder.mkdir()
     _write_examples(folder, items, drawn, described)
     settings = {"sampler": "ddim", "steps": 50, "guidance": 3.5, "clip_x0": None}
-    scores = {"step": 300, "seed": 11, "settings": settings, "weights": EvaluateConfig().weights}
+    scores = {"step": 300, "seed": 11, "settings": settings, "weights": "ema-69"}
     scores["heldout"] = {HOSTILE: {"text_loss": 1.25, "image_loss": 0.0}}
     scores["text_to_image"] = shares(items, [verdict for _, verdict in drawn])
     scores["image_to_text"] = shares(items, [verdict for _, verdict in described])
@@ -176,7 +176,7 @@ def test_scores_are_the_evaluations_with_number_range_and_settings(whole) -> Non
     settings = {"training step": 300, "sampler": "ddim", "steps": 50, "guidance": 3.5, "seed": 11}
     for name, value in settings.items():
         assert f"{name}{value}" in text
-    assert "weightsema-69" in text and "clip x0" not in text  # auto, and the recipe keeps an EMA; off is not shown
+    assert "weightsema-69" in text and "clip x0" not in text  # off is not shown
 
 
 def test_the_range_is_wilsons() -> None:

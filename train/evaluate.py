@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int | None:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerConfig)}
-    results: dict = {"step": step, "seed": config.seed, "settings": settings, "weights": config.weights}
+    results: dict = {"step": step, "seed": config.seed, "settings": settings, "weights": generation.weights}
     if config.heldout:
         sources = HeldoutConfig(heldout=config.heldout)
         of_model = recipe.data, recipe.seed, recipe.model.patch_size, recipe.diffusion, generation.vae_hash

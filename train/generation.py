@@ -63,6 +63,7 @@ class Generation:
     diffusion: DiffusionConfig
     vae_hash: str  # what the training data's latents were encoded with
     batch_size: int = BATCH
+    weights: str = "model"  # which of a run's: model, or the label of an EMA
 
     @classmethod
     def load(cls, config: GenerationConfig, ranks: Ranks) -> tuple["Generation", PretrainConfig, int]:
@@ -80,7 +81,7 @@ class Generation:
         recipe, vae = trained.recipe, config.vae or trained.recipe.vae
         model = trained.model.to(getattr(torch, config.dtype))
         generation = cls.of(model, trained.tokenizer, recipe, trained.latent_spec, trained.grids, vae)
-        return replace(generation, batch_size=config.batch_size), recipe, trained.step
+        return replace(generation, batch_size=config.batch_size, weights=trained.weights), recipe, trained.step
 
     @classmethod
     def of(

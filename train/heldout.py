@@ -14,7 +14,7 @@ from torch import nn
 
 from data.dataset import DataConfig, DataSet, open_data
 from data.documents import OrderConfig
-from data.lanes import SourceConfig, lanes_of_rank
+from data.lanes import SourceConfig
 from data.loader import Loader
 from data.manifest import Manifest
 from model.diffusion import DiffusionConfig
@@ -63,7 +63,11 @@ class Heldout:
         ranks: Ranks,
     ) -> None:
         """Raise ValueError for a source that is training data too, or of another tokenizer or VAE, or too small."""
-        lanes_of_rank(ranks.rank, ranks.world_size, config.lanes)  # refuses more ranks than lanes
+        if ranks.world_size > config.lanes:
+            raise ValueError(
+                f"evaluation.lanes={config.lanes} on {ranks.world_size} ranks: expected at least one a rank; set "
+                f"evaluation.lanes={ranks.world_size}"
+            )
         check_disjoint(training, config.heldout)
         self._config, self._ranks = config, ranks
         self._diffusion = replace(
@@ -71,6 +75,11 @@ class Heldout:
         )
         self._sources: dict[str, tuple[DataConfig, DataSet]] = {}
         for name, path in config.heldout.items():
+            if (records := Manifest.load(path).records) < config.lanes:
+                raise ValueError(
+                    f"held-out source {name}: {path} has {records} documents, fewer than evaluation.lanes="
+                    f"{config.lanes}; use fewer lanes or more data"
+                )
             source = DataConfig(
                 sources={name: SourceConfig(path=path, repeat=False)},
                 tokenizer=training.tokenizer,

@@ -59,9 +59,8 @@ class PlanConfig(PretrainConfig):
     gpu: str = "h100"  # a name in train/hardware.py, or what torch calls the device; read unless device=cpu
     gpus_per_node: int = 8  # ranks of one machine, >= 1
     mfu: float = 0.4  # model FLOPs utilization to reckon with, in (0, 1]; bench/gpu.sh measures it
-    # One direction, GB/s a GPU: to others of its machine, and to other machines. null: four fifths of the data sheet's.
-    link_gb_per_s: float | None = None
-    network_gb_per_s: float | None = None
+    link_gb_per_s: float | None = None  # to GPUs of its machine, one direction, GB/s; null: 4/5 of the data sheet's
+    network_gb_per_s: float | None = None  # to other machines, one direction, GB/s a GPU; null: 4/5 of the data sheet's
     memory_gib: float | None = None  # memory of a device, GiB, > 0; null: the GPU's, or this machine's for device=cpu
     json: bool = False  # print one JSON object instead of text
 
@@ -276,7 +275,7 @@ def _text_of_time(config: PlanConfig, plan: dict) -> list[str]:
         f"  work           {tflop:,.0f} TFLOP, {tflop * 1e12 / tokens:.3g} FLOP a token",
         f"  sent           {sum(sent.values()):.1f} GB a rank" + (f": {parts}" if parts else ""),
     ]
-    total = f"{plan['steps']:,} steps, {plan['tokens'] / 1e9:,.3g}B tokens in all"
+    total = f"{plan['steps']:,} steps, {plan['tokens'] / 1e9:,.1f}B tokens in all"
     if "step_s" in plan:
         share, speed = plan["communication_share_of_compute"], plan["tokens_per_s"]
         bound = "hidden behind it where prefetching works" if share < 1 else "which it cannot hide: the limit"

@@ -112,8 +112,11 @@ def train(run: Run) -> int:
             run.save(final=True)
         except GoBack:
             run.go_back()
-        except CannotGoOn:
-            run.save(final=True)
+        except CannotGoOn as error:
+            try:
+                run.save(final=True)
+            except CheckpointError as failure:
+                raise CannotGoOn(f"{error}; and {failure}") from None
             raise
         else:
             break

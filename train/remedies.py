@@ -15,9 +15,8 @@ TRIES = 24  # combinations, each some seconds
 @dataclass(frozen=True)
 class Switch:
     words: str  # as on the command line
-    cost: float  # share of the step's time that it takes, roughly; of more ranks, what they cost
-    config: Callable[[PretrainConfig], PretrainConfig] = lambda config: config
-    ranks: int = 1  # times as many
+    cost: float  # share of the step's time that it takes, roughly
+    config: Callable[[PretrainConfig], PretrainConfig]
 
 
 def cheapest_fit(
@@ -25,24 +24,26 @@ def cheapest_fit(
 ) -> list[str] | None:
     """Return the cheapest switches with which `fits(config, world_size)` holds, or None if none are found."""
     families = list(_families(config, world_size))
-    strongest = [family[-1] for family in families]
-    if not fits(*_apply(config, world_size, strongest)):
-        return None
     combinations = [
         [switch for switch in chosen if switch is not None]
         for chosen in itertools.product(*([None, *family] for family in families))
     ]
     combinations.sort(key=lambda switches: sum(switch.cost for switch in switches))
-    for switches in combinations[1:TRIES]:
-        if fits(*_apply(config, world_size, switches)):
-            return [switch.words for switch in switches]
-    return [switch.words for switch in strongest]
+    strongest = [family[-1] for family in families]
+    for times in (1, 2, 4, 8, 16):  # more ranks only where nothing else helps
+        ranks = world_size * times
+        if ranks > config.data.lanes or not fits(_with(config, strongest), ranks):
+            continue
+        tried = combinations[:TRIES]
+        best = next((switches for switches in tried if fits(_with(config, switches), ranks)), strongest)
+        return [*([f"world_size={ranks}"] if times > 1 else []), *(switch.words for switch in best)]
+    return None
 
 
-def _apply(config: PretrainConfig, world_size: int, switches: list[Switch]) -> tuple[PretrainConfig, int]:
+def _with(config: PretrainConfig, switches: list[Switch]) -> PretrainConfig:
     for switch in switches:
-        config, world_size = switch.config(config), world_size * switch.ranks
-    return config, world_size
+        config = switch.config(config)
+    return config
 
 
 def _parallel(cost: float, **changes: object) -> Switch:
@@ -79,6 +80,3 @@ def _families(config: PretrainConfig, world_size: int) -> Iterator[list[Switch]]
     if config.optim.state_dtype != "bfloat16":
         low = lambda c: replace(c, optim=replace(c.optim, state_dtype="bfloat16"))  # noqa: E731
         yield [Switch("optim.state_dtype=bfloat16", 0.25, low)]
-    more = [times for times in (2, 4, 8, 16) if world_size * times <= config.data.lanes]
-    if more:
-        yield [Switch(f"world_size={world_size * times}", float(times), ranks=times) for times in more]

@@ -49,10 +49,8 @@ def _scores(findings: Findings) -> str:
             html.append(f'<h3>{title}: all right</h3><div class="tiles">{tiles}</div>')
     if not html:
         raise LeftOut("The evaluation had no scenes to judge (train.evaluate scenes=FOLDER).")
-    weights = scores["weights"]
-    if weights in ("auto", "ema") and findings.recipe is not None:
-        weights = findings.recipe.optim.weights[0]
-    settings = {**scores["settings"], "training_step": scores["step"], "seed": scores["seed"], "weights": weights}
+    facts = {"training_step": scores["step"], "seed": scores["seed"], "weights": scores["weights"]}
+    settings = {**scores["settings"], **facts}
     shown = {key.replace("_", " "): settings[key] for key in SETTINGS if settings.get(key) is not None}
     explained = (
         "A picture is all right when a judge that never sees the prompt reads the asked colour, shape and position "
