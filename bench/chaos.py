@@ -118,7 +118,7 @@ def survive(config: ChaosConfig, folder: Path) -> dict[str, Any]:
                 identical += len(faults) * (trajectory.same_world_size and entry.what is None)
                 print(f"      training {name} {entry.what or 'ended as it should'}", file=sys.stderr, flush=True)
             if entry.what is not None:
-                failures.append({"seed": config.seed, **_described(entry), "logs": str(job.logs)})
+                failures.append({"seed": config.seed, **_described(entry), "logs": f"logs/{name}"})
                 if os.path.ismount(disk):
                     shutil.copytree(disk, folder / f"{name}-kept")
     return summary(trajectories, identical, documents, failures, skipped)
