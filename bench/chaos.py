@@ -118,7 +118,7 @@ def survive(config: ChaosConfig, folder: Path) -> dict[str, Any]:
                 identical += len(faults) * (trajectory.same_world_size and entry.what is None)
                 print(f"      training {name} {entry.what or 'ended as it should'}", file=sys.stderr, flush=True)
             if entry.what is not None:
-                failures.append({"seed": config.seed, **_described(entry), "logs": str(job.logs)})
+                failures.append({"seed": config.seed, **_described(entry), "logs": f"logs/{name}"})
                 if os.path.ismount(disk):
                     shutil.copytree(disk, folder / f"{name}-kept")
     return summary(trajectories, identical, documents, failures, skipped)
@@ -137,6 +137,7 @@ def plan(config: ChaosConfig, kinds: list[str]) -> list[Fault]:
         for number, kind in enumerate(chunk, first + 1):
             phase = luck.choice(KINDS[kind].phases)
             place, moment, size, seed = luck.random(), luck.random(), luck.choice(sizes), luck.randrange(1 << 31)
+            size = max(size, KINDS[kind].least_ranks)
             faults.append(Fault(number, kind, phase, place, moment, size, luck.choice((0, 0, 1)), seed))
     return faults
 

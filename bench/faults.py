@@ -84,6 +84,7 @@ class Kind:
     environment: dict[str, str] = field(default_factory=dict)
     timeout_s: float = 12.0  # of the struck attempt's collectives
     delay_s: float = 0.0  # that it may add to a start
+    least_ranks: int = 1
     needs_mount: bool = False
 
 
@@ -142,9 +143,9 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 def kill_rank(scene: Scene) -> None:
     """`kill -9` of one rank; the others must notice, say so and end."""
-    victim, start = scene.luck.randrange(scene.attempt.world_size), time.monotonic()
+    victim, since = scene.luck.randrange(scene.attempt.world_size), _now_if_running(scene)
     scene.attempt.signal(signal.SIGKILL, [victim])
-    _expect_end_of_others(scene, victim, start)
+    _expect_end_of_others(scene, victim, since)
 
 
 def kill_all(scene: Scene) -> None:
@@ -154,7 +155,7 @@ def kill_all(scene: Scene) -> None:
 
 def freeze_rank(scene: Scene) -> None:
     """SIGSTOP of one rank beyond the timeout, then SIGCONT or `kill -9`. Peers in a save wait longer, by design."""
-    victim, start = scene.luck.randrange(scene.attempt.world_size), time.monotonic()
+    victim, since = scene.luck.randrange(scene.attempt.world_size), _now_if_running(scene)
     scene.attempt.signal(signal.SIGSTOP, [victim])
     others = [rank for rank in range(scene.attempt.world_size) if rank != victim]
     scene.attempt.wait(scene.timeout_s + GRACE_S / 2, others)
@@ -163,19 +164,23 @@ def freeze_rank(scene: Scene) -> None:
         scene.attempt.signal(signal.SIGKILL, [victim])
     else:
         scene.attempt.signal(signal.SIGCONT, [victim])
-        if scene.outwaited or not others:
+        if scene.outwaited:
             time.sleep(1.0)  # frozen where nobody minded: it goes on, and is stopped in order
             scene.attempt.signal(signal.SIGTERM)
             scene.end({0, 1, 75, *_at_start(scene, signal.SIGTERM)})
             return
-    _expect_end_of_others(scene, victim, start)
+    _expect_end_of_others(scene, victim, since)
 
 
-def _expect_end_of_others(scene: Scene, victim: int, since: float) -> None:
+def _now_if_running(scene: Scene) -> float | None:
+    return time.monotonic() if scene.attempt.running else None
+
+
+def _expect_end_of_others(scene: Scene, victim: int, since: float | None) -> None:
     others = [rank for rank in range(scene.attempt.world_size) if rank != victim]
     early, late = _at_start(scene), _at_exit(scene)
     scene.end({1, *early, *late}, ranks=others)
-    if others:
+    if others and since is not None:
         scene.seconds_to_end = time.monotonic() - since
     scene.end({1, -signal.SIGKILL, *early, *late})
     if early or late:
@@ -273,11 +278,11 @@ ANY = ("start", *TRAINING)
 OUTSIDE = ("start", "step")
 DAMAGES = {"bit_flipped": flip_bit, "file_truncated": truncate, "file_removed": remove}
 KINDS = {
-    "kill_rank": Kind(ANY, kill_rank),
+    "kill_rank": Kind(ANY, kill_rank, least_ranks=2),
     "kill_all": Kind(ANY, kill_all),
     "sigterm": Kind(ANY, stop_in_order(signal.SIGTERM)),
     "sigusr2": Kind(ANY, stop_in_order(signal.SIGUSR2)),
-    "sigstop": Kind(ANY, freeze_rank, timeout_s=6.0),
+    "sigstop": Kind(ANY, freeze_rank, timeout_s=6.0, least_ranks=2),
     **{kind: Kind(TRAINING, damage(harm)) for kind, harm in DAMAGES.items()},
     "disk_full": Kind(OUTSIDE, suffer, full_disk, needs_mount=True),
     "read_only": Kind(OUTSIDE, suffer, read_only, needs_mount=True),

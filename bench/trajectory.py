@@ -115,10 +115,13 @@ class Undisturbed:
 
 
 class FirstStep:
-    """Watch, while open, for the first row that an attempt adds to the metrics of a job that resumes from a step."""
+    """Watch, while open, for the first row that an attempt adds to the metrics of a job that resumes from a step.
+
+    Looks at the folder alone: of two threads that ask for a process's exit status, one would get a wrong answer.
+    """
 
     def __init__(self, job: Job, attempt: Attempt, resume: int) -> None:
-        self.job, self.attempt, self.resume = job, attempt, resume
+        self.job, self.started, self.resume = job, attempt.started, resume
         self.seconds: float | None = None  # from the attempt's start; None: it never came
         self._inode, self._closed = job.inode(), False
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -137,9 +140,9 @@ class FirstStep:
     def _watch(self) -> None:
         ended = False
         while not ended and self.seconds is None:
-            ended = self._closed or not self.attempt.running  # asked first: its last row may come in between
+            ended = self._closed  # asked first: a last row may come in between
             if self.job.inode() != self._inode and self.job.last_step() > self.resume:
-                self.seconds = time.monotonic() - self.attempt.started
+                self.seconds = time.monotonic() - self.started
             time.sleep(POLL_S)
 
 
