@@ -1,5 +1,7 @@
 """A checkpoint is written while training goes on; a failure of the disk is heard of, outlived, or ends the run (P5)."""
 
+import json
+import math
 import shutil
 import signal
 import time
@@ -119,10 +121,10 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(
 
 def test_the_best_by_a_metric_and_every_kth_are_kept(tmp_path: Path) -> None:
     with RunFolder(tmp_path, alone()) as folder:
-        scores = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 5.0, 60: 4.0}
+        scores = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 5.0, 55: math.nan, 60: 4.0}
         for step, score in scores.items():
             metrics = {} if score is None else {"heldout/x/text_loss": score}
-            meta = b'{"metrics": %s}' % str(metrics).replace("'", '"').encode()
+            meta = json.dumps({"metrics": metrics}).encode()
             checkpoint.save(folder, step, {"model": {"a": torch.zeros(3)}}, {checkpoint.META: meta}, alone())
         config = CheckpointConfig(keep_last=1, keep_best=2, best_metric="heldout/x/text_loss", keep_every_steps=40)
         checkpoint.retain(folder.checkpoints, config, alone())

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,9 @@ def surplus(root: Path, config: CheckpointConfig) -> list[Path]:
     """Return the checkpoints under `root` that no rule of `config` keeps, oldest step first."""
     folders, every = saved(root), config.keep_every_steps
     scores = {folder: metrics_of(folder).get(config.best_metric) for folder in folders} if config.keep_best else {}
-    measured = sorted((folder for folder, score in scores.items() if score is not None), key=scores.get)
+    measured = sorted(
+        (folder for folder, score in scores.items() if score is not None and isfinite(score)), key=scores.get
+    )
     best = set(measured[: config.keep_best])
     older = folders[: -config.keep_last]
     return [folder for folder in older if folder not in best and (not every or step_of(folder) % every)]

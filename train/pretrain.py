@@ -7,6 +7,7 @@ Exit status: 0 done, 75 saved after a stop signal (requeue me), 130 saved after 
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -220,7 +221,7 @@ def forward_backward(
         global_images=images,
     )
     loss.total.backward()
-    return loss
+    return replace(loss, total=loss.total.detach())  # what is kept until the next log row must not keep the graph
 
 
 def pass_over(state: TrainState, batch: StepBatch) -> None:
