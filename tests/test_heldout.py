@@ -20,7 +20,7 @@ from tests.runs import (
     settings,
     wait_for,
 )
-from tests.sources import make_source, pairs
+from tests.sources import make_source, pairs, texts
 
 
 @pytest.fixture(scope="module")
@@ -92,5 +92,14 @@ def test_what_cannot_be_measured_is_refused_at_the_start(
         (argv, ["evaluation.interval_steps=4", "evaluation.heldout.NAME=FOLDER"]),
     ]
     assert_refused(starts)
+    argv = [*argv, f"evaluation.heldout.texts={heldout}", "checkpoint.keep_best=1"]
+    uneven = [*argv, "checkpoint.best_metric=heldout/texts/text_loss"]
+    assert_refused(
+        [(uneven, ["checkpoint.interval_steps=5 and evaluation.interval_steps=4", "a multiple of the other"])]
+    )
+    text_only = make_source(tmp_path / "texts", tokenizer, texts(20, seed=79))
+    silent = [*argv, f"evaluation.heldout.texts={text_only}", "checkpoint.best_metric=heldout/texts/image_loss"]
+    assert_refused([([*silent, "evaluation.interval_steps=5"], ["expected one of ['heldout/texts/text_loss']"])])
+    argv = settings(tmp_path / "run", tokenizer, sources, evaluation__interval_steps=4)
     few = [*argv, f"evaluation.heldout.pairs={heldout}", "evaluation.lanes=1"]
     assert_refused([(few, ["evaluation.lanes=1 on 2 ranks", "set evaluation.lanes=2"])], world_size=2)

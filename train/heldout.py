@@ -96,6 +96,14 @@ class Heldout:
                 )
             self._sources[name] = source, data
 
+    @property
+    def metrics(self) -> list[str]:
+        """Return the names of what `losses` can measure."""
+        kinds = {
+            name: ["text_loss", "image_loss"][: 2 if data.grids else 1] for name, (_, data) in self._sources.items()
+        }
+        return [metric_name(name, kind) for name, of_source in kinds.items() for kind in of_source]
+
     def losses(
         self, model: nn.Module, stats: LatentStats, stop: StopSignal
     ) -> dict[str, dict[str, float | None]] | StopKind:
@@ -151,6 +159,11 @@ class Heldout:
         finally:
             loader.close()
             reshard(model)
+
+
+def metric_name(source: str, kind: str) -> str:
+    """Return a loss's name in metrics.jsonl and in `checkpoint.best_metric`."""
+    return f"heldout/{source}/{kind}"
 
 
 def check_disjoint(training: DataConfig, sources: dict[str, str]) -> None:

@@ -23,6 +23,7 @@ from train.distributed import DIED, Ranks, Vote, init_ranks, last_words, own_dev
 from train.estimate import check_memory, fullest_of
 from train.feed import CannotGoOn, next_batch
 from train.flops import Flops
+from train.heldout import metric_name
 from train.local_shards import local
 from train.metrics import Console, Interval, say
 from train.optim import learning_rate
@@ -239,7 +240,7 @@ def evaluate(run: Run, stats: LatentStats, interval: Interval) -> StopKind:
     interval.evaluation_s += time.monotonic() - start
     if isinstance(measured, StopKind):
         return measured
-    losses = {f"heldout/{name}/{kind}": loss for name, kinds in measured.items() for kind, loss in kinds.items()}
+    losses = {metric_name(name, kind): loss for name, kinds in measured.items() for kind, loss in kinds.items()}
     run.state.metrics = {name: loss for name, loss in losses.items() if loss is not None}
     run.log.write({"step": step, **run.state.metrics})
     if run.ranks.is_first:

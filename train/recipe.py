@@ -13,7 +13,7 @@ from model.transfusion import TransfusionConfig
 from train.checkpoint import CheckpointConfig
 from train.distributed import Device
 from train.guard import GuardConfig
-from train.heldout import HeldoutConfig
+from train.heldout import HeldoutConfig, metric_name
 from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.parallelize import ParallelConfig
@@ -71,9 +71,16 @@ class PretrainConfig:
                 "expected more than 0"
             )
         best = self.checkpoint.best_metric
-        names = [f"heldout/{name}/{loss}" for name in self.evaluation.heldout for loss in ("text_loss", "image_loss")]
+        names = [metric_name(name, kind) for name in self.evaluation.heldout for kind in ("text_loss", "image_loss")]
         if best is not None and (self.evaluation.interval_steps is None or best not in names):
             raise ValueError(
                 f"checkpoint.best_metric={best}: expected one of {names or 'evaluation.heldout.NAME=FOLDER'}, measured "
                 "every evaluation.interval_steps"
+            )
+        intervals = sorted((self.checkpoint.interval_steps, self.evaluation.interval_steps or 1))
+        if best is not None and intervals[1] % intervals[0]:
+            raise ValueError(
+                f"checkpoint.interval_steps={self.checkpoint.interval_steps} and evaluation.interval_steps="
+                f"{self.evaluation.interval_steps} with checkpoint.best_metric: expected one to be a multiple of the "
+                "other, so that checkpoints are of steps that were measured"
             )

@@ -150,6 +150,11 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
         spec = data.latent_spec
         of_model = config.data, config.seed, config.model.patch_size, config.diffusion, spec and spec.vae_hash
         heldout = Heldout(config.evaluation, *of_model, ranks)
+        best = config.checkpoint.best_metric
+        if best is not None and best not in heldout.metrics:
+            raise ValueError(
+                f"checkpoint.best_metric={best}: expected one of {heldout.metrics}, which the data can give"
+            )
     if origin.checkpoint is not None:
         state.load(origin.checkpoint, ranks)
     if origin.back_to is not None:

@@ -78,6 +78,11 @@ class TrainState:
         Raises ValueError when the data, tokenizer, VAE, seed, lanes or model are not those it was trained with.
         """
         meta = json.loads(checkpoint.read_extra(path, checkpoint.META))
+        if missing := {"fingerprint", "progress", "guard", "back_to", "metrics"} - meta.keys():
+            raise ValueError(
+                f"{path} was written by another version of the trainer: {checkpoint.META} lacks {sorted(missing)}; "
+                f"resume with that version, or begin another run with its weights: init_from={path}"
+            )
         then, now = meta["fingerprint"], self.fingerprint(meta["progress"]["step"])
         if changed := [f"{name} was {then[name]}, is {now.get(name)}" for name in then if then[name] != now.get(name)]:
             raise ValueError(
