@@ -79,20 +79,27 @@ class DataSet:
 
     def fingerprint(self, step: int) -> dict[str, str]:
         """Return what a resume after `step` must find unchanged."""
+        return {
+            "tokenizer": self.tokenizer.hash,
+            **self._sources_at(step),
+            **{name: str(value) for name, value in vars(self.settings).items()},
+        }
+
+    def _sources_at(self, step: int) -> dict[str, str]:
+        """Return what decides the batches up to `step`, by source; those without a weight by then may be appended."""
 
         def weights(source: SourceConfig) -> str:
             changes = sorted((int(s), w) for s, w in source.weight_from.items() if int(s) <= step)
             return "".join([str(source.weight), *(f" {w} from step {s}" for s, w in changes)])
 
+        begun = [
+            source
+            for source in self.sources
+            if any(source.config.weight_at(then) for then in (1, *map(int, source.config.weight_from)) if then <= step)
+        ]
         return {
-            "tokenizer": self.tokenizer.hash,
-            # Those that had a weight by then: others may be appended to a run, to begin later.
-            "sources": ", ".join(
-                f"{s.number}: {s.manifest.content_hash} weight {weights(s.config)} repeat {s.config.repeat}"
-                for s in self.sources
-                if any(s.config.weight_at(then) for then in (1, step, *map(int, s.config.weight_from)) if then <= step)
-            ),
-            **{name: str(value) for name, value in vars(self.settings).items()},
+            f"source {s.number}": f"{s.manifest.content_hash} weight {weights(s.config)} repeat {s.config.repeat}"
+            for s in begun
         }
 
 

@@ -271,7 +271,7 @@ def test_retention_keeps_the_last_that_verifies(tmp_path: Path) -> None:
     root = folders[0].parent
     for folder in folders[2:]:
         _flip(folder / "__0_0.distcp", 0.5)
-    config = CheckpointConfig(keep_last=1, keep_every_steps=40)
+    config = CheckpointConfig(interval_steps=10, keep_last=1, keep_every_steps=40)
     assert checkpoint.retain(root, config, alone()) == [folders[0], folders[2]]
     assert checkpoint.latest(root, alone()) == folders[1]
     for folder in folders[1:2]:

@@ -9,6 +9,7 @@ from torch.nn import functional
 from data.pictures import to_unit
 from data.scenes import make_splits, training_example
 from model.discriminator import SMALLEST_PICTURE, PatchDiscriminator, generator_loss, hinge_loss
+from train.guard import GuardConfig
 from train.optim import OptimConfig, Optimizer
 
 
@@ -77,7 +78,8 @@ def test_the_losses_are_hinges_with_a_margin_of_one() -> None:
 def test_it_tells_real_from_blurred_after_a_few_steps() -> None:
     """Each held-out picture from its own blur; and along its verdict's gradient a blurred picture gets realer to it."""
     network, pictures = discriminator(16), scenes(0, 96)
-    optimizer = Optimizer(network, OptimConfig(learning_rate=2e-3, warmup_steps=2, steps=1000, weight_decay=0.0))
+    config = OptimConfig(learning_rate=2e-3, warmup_steps=2, steps=1000, weight_decay=0.0)
+    optimizer = Optimizer(network, config, GuardConfig())
     for step in range(1, 61):
         real = pictures[torch.arange(16 * step, 16 * step + 16) % len(pictures)]
         hinge_loss(network(real), network(blurred(real))).backward()

@@ -130,6 +130,7 @@ def test_the_recipe_in_a_checkpoint_holds_no_more_than_the_config(drawn: Drawing
         "guard",
         "back_to",
         "metrics",
+        "learning_rate",
         "fingerprint",
         "latent_spec",
         "grids",

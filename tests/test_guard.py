@@ -48,7 +48,7 @@ def test_impossible_settings_are_refused() -> None:
 
 def _blame(ranks: Ranks) -> list[str]:
     """Three steps, two micro-batches of two lanes on each of two ranks: good, not finite on rank 1, high on rank 0."""
-    guard = Guard(GuardConfig(spike_factor=2.0, spike_after=1), ranks.device)
+    guard = Guard(GuardConfig(spike_factor=2.0, spike_after=1, max_bad_in_a_row=2), ranks.device)
     first = 4 * ranks.rank
     for step, norm, text in [(1, 1.0, [1.0, 1.0]), (2, math.nan, [1.0, math.nan]), (3, 9.0, [50.0, 40.0])]:
         if step != 1 and ranks.rank != (step == 2):
@@ -59,8 +59,8 @@ def _blame(ranks: Ranks) -> list[str]:
         losses = [StepLoss(torch.tensor(0.0), torch.tensor(10 * value), torch.tensor(0.0)) for value in text]
         batch: Any = SimpleNamespace(step=step, micro_batches=[micro_batch] * 2, documents=documents)
         guard.note(batch, losses, torch.tensor(norm))
-    found = guard.review(lambda position: "{}/{}#{}".format(*position), ranks)
-    assert guard.review(str, ranks) == []
+    found, too_many = guard.review(lambda position: "{}/{}#{}".format(*position), ranks)
+    assert too_many == found and guard.review(str, ranks) == ([], []), "two in a row, and both are enough"
     return [str(update) for update in found]
 
 
@@ -120,7 +120,8 @@ def test_a_poisoned_picture_is_skipped_counted_and_named_or_stops_the_run(
         assert run.wait() == [1, 1], run.output
     (end,) = [line for line in run.output.splitlines() if "train.pretrain: stopped" in line]
     first = BAD_STEPS[0]
-    assert f"stopped after step {first}: the last 1 updates were skipped" in end and poisoned[first] in end
+    assert f"stopped after step {first}: the updates of steps {first} to {first} were skipped" in end
+    assert poisoned[first] in end and poisoned[first] in (run_dir / "bad_updates.jsonl").read_text()
     assert saved_steps(run_dir)[-1] == first
 
 

@@ -23,6 +23,7 @@ from train.optim import Optimizer
 from train.parallelize import gather_weights, initialize, parallelize, set_micro_step
 from train.recipe import PretrainConfig
 from train.run_folder import RunFolder
+from train.saver import Saver
 from train.state import Progress, TrainState, fingerprint
 from train.step import latent_stats, micro_step
 
@@ -42,7 +43,7 @@ class Trainee:
         parallelize(model, self.config.parallel, ranks)
         initialize(model, seed, ranks.device)
         known = {"latent_spec": None, "grids": self.data.grids}
-        optimizer = Optimizer(model, config.optim)
+        optimizer = Optimizer(model, config.optim, config.guard)
         self.state = TrainState(model, optimizer, partial(fingerprint, config, self.data), to_yaml(config), known)
 
     def train(self, num_steps: int) -> list[float]:
@@ -90,7 +91,9 @@ def _save(ranks: Ranks, config: PretrainConfig, dp_replicate: int, root: Path) -
     trainee = Trainee(config, dp_replicate, ranks, seed=1)
     trainee.train(2)
     with RunFolder(root, ranks) as folder:
-        trainee.state.save(folder, config.checkpoint, ranks)
+        saver = Saver(folder, config.checkpoint, ranks)
+        saver.start(trainee.state.snapshot(ranks))
+        saver.settle(tolerate=False)
     return trainee.tensors(), trainee.train(2)
 
 

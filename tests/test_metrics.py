@@ -42,13 +42,14 @@ def _batch(slots: int, pairs: int) -> Any:
         num_text_targets=5,
         images={(2, 2): SimpleNamespace(num_valid=3)},
     )
-    return SimpleNamespace(micro_batches=[micro_batch, micro_batch])
+    documents = {0: [(0, 0, 1), (1, 0, 1)], 3: [(1, 2, 3)]}
+    return SimpleNamespace(micro_batches=[micro_batch, micro_batch], documents=documents)
 
 
 def _two_rows(ranks: Ranks) -> list[dict]:
     """Two steps and a row, one step and a row, with other numbers on each rank."""
     flops = Flops(per_token=10.0, per_pair=1.0, per_text_target=100.0, per_latent_cell=1000.0, again_per_token=5.0)
-    interval = Interval(flops, ranks)
+    interval = Interval(flops, ranks, ["a", "b"])
     interval.peak_flops = 1e6  # of a device that is not here
     mine = ranks.rank + 1
     states = {ranks.rank: {"cursors": [[ranks.rank, 5, 0], [3, 0, 0]]}}
@@ -68,7 +69,7 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
     """P2, P9: sums over ranks by global counts, although ranks differ; nothing is carried into the next row."""
     of_ranks = run_ranks(_two_rows, 3)
     timed = {"tokens_per_s", "images_per_s", "step_s", "model_tflops_per_s_per_rank", "slowest_lag_share", "mfu", "hfu"}
-    timed |= {"slowest_host", "host_memory_gib"}
+    timed |= {"slowest_host", "host_memory_gib", "time"}
     for first, second in of_ranks:
         for row, steps in ((first, 2), (second, 1)):
             assert {name: row[name] for name in row.keys() - timed} == pytest.approx(
@@ -89,6 +90,10 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
                     "epoch_min": 0,
                     "epoch_mean": (0 + 1 + 2 + 3 * 3) / 6,
                     "epoch_max": 3,
+                    "epoch/a": (0 + 1 + 2) / 3,
+                    "epoch/b": 3,
+                    "documents/a": 3 * steps,
+                    "documents/b": 2 * 3 * steps,
                 }
             )
             flops = steps * (10 * 120 + 2 * 7 * (1 + 2 + 3) + 100 * 30 + 1000 * 3 * 2 * 12)

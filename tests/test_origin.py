@@ -69,7 +69,7 @@ def test_what_resume_asks_for_and_is_not_there_is_refused(
     assert_refused([([*argv, f"resume={steps[0]}"], [f"resume={steps[0]}", "is damaged", "meta.json"])])
     assert_refused([([*argv, "resume=none"], ["resume=none", "holds 2 checkpoints", "give another run_dir"])])
     fresh = settings(tmp_path / "fresh", tokenizer, sources)
-    assert_refused([([*fresh, f"resume={tmp_path}/nowhere"], [f"resume={tmp_path}/nowhere", "neither a checkpoint"])])
+    assert_refused([([*fresh, f"resume={tmp_path}/nowhere"], [f"resume={tmp_path}/nowhere", "a path that exists"])])
 
 
 def test_a_run_begun_from_another_runs_checkpoint_ends_with_the_same_bits(
@@ -105,7 +105,7 @@ def test_a_run_begins_with_the_weights_of_a_checkpoint_or_of_an_export_and_nothi
     export.main([f"checkpoint={drawn.run_dir}", f"output={tmp_path / 'export'}", "weights=ema"])
     path = undisturbed / "checkpoints" / f"step-{STEPS:08d}"
     starts = [
-        (undisturbed, "model", [f"init_from={undisturbed}"]),
+        (undisturbed, "model", [f"init_from={undisturbed}", "init_weights=model"]),
         (undisturbed, "ema-7", [f"init_from={path}", "init_weights=ema"]),
         (drawn.run_dir, "ema-7", [f"init_from={tmp_path / 'export'}", "init_weights=auto"]),
     ]
@@ -113,14 +113,21 @@ def test_a_run_begins_with_the_weights_of_a_checkpoint_or_of_an_export_and_nothi
         run_dir = tmp_path / f"run{number}"
         still = {"optim__learning_rate": 0, "optim__min_learning_rate": 0, "optim__ema_half_lives": "[]"}
         argv = settings(run_dir, tokenizer, {"texts": sources["texts"]}, seed=5, optim__steps=1, **still)
-        assert f"from the weights ({kind}) of " in finish([*argv, *start], 3)
+        assert f"from the weights ({kind}) of " in finish([*argv, *start], 2)
         (tensors, _, meta), (kept, _, _) = saved_state(run_dir), saved_state(origin)
         assert meta["progress"]["step"] == 1
         for name in [name for name in tensors if name.startswith("model.")]:
             assert torch.equal(tensors[name], kept[name.replace("model", kind, 1)]), (kind, name)
-    assert "done after step 1" in finish([*argv, "init_from=/nowhere"], 3), "its own checkpoint counts now"
+    assert "done after step 1" in finish([*argv, "init_from=/nowhere"], 2), "its own checkpoint counts now"
     wide = settings(tmp_path / "wide", tokenizer, sources, model__transformer__width=64)
-    assert_refused([([*wide, f"init_from={undisturbed}"], ["does not fit", "model.text_head.weight is [300, 32]"])])
+    assert_refused(
+        [
+            (
+                [*wide, f"init_from={undisturbed}", "init_weights=model"],
+                ["does not fit", "model.text_head.weight is [300, 32]"],
+            )
+        ]
+    )
 
 
 def test_data_that_is_added_later_changes_nothing_before_and_counts_from_its_step(
@@ -139,16 +146,10 @@ def test_data_that_is_added_later_changes_nothing_before_and_counts_from_its_ste
     for path in two.glob("checkpoints/step-*"):
         if path.name > "step-00000010":
             shutil.rmtree(path)
-    assert_refused([([*argv, *later[:2], "data.sources.more.weight_from={9: 2}"], ["sources was", "2: ", "weight 0"])])
-    first = {"a": more, **sources}
-    assert_refused(
-        [
-            (
-                [*settings(two, tokenizer, first), "data.sources.a.weight=0", "data.sources.a.weight_from={12: 2}"],
-                ["sources was"],
-            )
-        ]
-    )
+    past = [*argv, *later[:2], "data.sources.more.weight_from={9: 2}"]
+    assert_refused([(past, ["source 2 was absent, is ", "2.0 from step 9", "weight_from={11: "])])
+    between = [*settings(two, tokenizer, {"a": more, **sources}), "data.sources.a.weight=0"]
+    assert_refused([([*between, "data.sources.a.weight_from={12: 2}"], ["source 0 was ", "is absent"])])
     finish([*argv, *later], 2)
     assert numbers(one) == numbers(two)
     assert_same_end(one, two)

@@ -176,7 +176,7 @@ def test_stopped_started_again_prolonged_and_refused(
         "data.sequence_length=80": "sequence_length was 64, is 80",
         "data.shuffle_block=9": "shuffle_block was 8, is 9",
         "data.order.caption_first=0.5": "order was ",
-        "data.sources.pairs.repeat=false": "sources was ",
+        "data.sources.pairs.repeat=false": "source 0 was ",
         "model.transformer.heads=4": "model.transformer.heads was 2, is 4",  # of the same shapes
         "model.transformer.rope_theta=500": "model.transformer.rope_theta was 10000.0, is 500.0",
         "diffusion.prediction=v": "diffusion.prediction was eps, is v",

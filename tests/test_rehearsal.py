@@ -170,7 +170,7 @@ def test_two_depths_tell_of_all(level: str, monkeypatch: pytest.MonkeyPatch) -> 
     batches = fullest_of(config, 2, GRIDS)[:1]
     short = rehearse(config, VOCAB, 2, batches, cuda=True)
     with monkeypatch.context() as patch:
-        patch.setattr(rehearsal, "DEPTHS", (TRUNK.layers, TRUNK.layers))
+        patch.setattr(rehearsal, "DEPTH", TRUNK.layers)
         whole = rehearse(config, VOCAB, 2, batches, cuda=True)
     assert short.states == whole.states
     for phase, kinds in whole.peaks.items():

@@ -126,7 +126,9 @@ def test_the_best_by_a_metric_and_every_kth_are_kept(tmp_path: Path) -> None:
             metrics = {} if score is None else {"heldout/x/text_loss": score}
             meta = json.dumps({"metrics": metrics}).encode()
             checkpoint.save(folder, step, {"model": {"a": torch.zeros(3)}}, {checkpoint.META: meta}, alone())
-        config = CheckpointConfig(keep_last=1, keep_best=2, best_metric="heldout/x/text_loss", keep_every_steps=40)
+        config = CheckpointConfig(
+            interval_steps=10, keep_last=1, keep_best=2, best_metric="heldout/x/text_loss", keep_every_steps=40
+        )
         checkpoint.retain(folder.checkpoints, config, alone())
         assert [checkpoint.step_of(path) for path in checkpoint.saved(folder.checkpoints)] == [20, 30, 40, 60]
         shutil.rmtree(folder.checkpoints / "step-00000020")

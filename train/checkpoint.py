@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 State = dict[str, Any]  # nested dicts whose leaves are tensors or DTensors
 META = "meta.json"  # the extra file with counters, fingerprint and metrics
+MOST_MINUTES = 100_000  # of a timeout
 NAMED_MISFITS = 8  # of those that do not fit, in one message
 
 
@@ -57,12 +58,20 @@ class CheckpointConfig:
     # heldout/NAME/text_loss or image_loss: counts for checkpoints of steps that are evaluated too (`evaluation`)
     best_metric: str | None = None
     max_failures_in_a_row: int = 3  # writes in the background that fail before the run stops, >= 1
+    timeout_minutes: float = 30.0  # a save or load that waits longer for another rank's disk ends the run, > 0
 
     def __post_init__(self) -> None:
         for name in ("interval_steps", "keep_last", "keep_every_steps", "max_failures_in_a_row"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{name}={value}: expected at least 1")
+        if not 0 < self.timeout_minutes <= MOST_MINUTES:
+            raise ValueError(f"checkpoint.timeout_minutes={self.timeout_minutes}: expected in (0, {MOST_MINUTES}]")
+        if self.keep_every_steps is not None and self.keep_every_steps % self.interval_steps:
+            raise ValueError(
+                f"checkpoint.keep_every_steps={self.keep_every_steps}: expected a multiple of interval_steps="
+                f"{self.interval_steps}, for no others are saved"
+            )
         if self.keep_best < 0 or bool(self.keep_best) != (self.best_metric is not None):
             raise ValueError(
                 f"checkpoint.keep_best={self.keep_best}, best_metric={self.best_metric}: expected 0 and null, or a "

@@ -49,6 +49,7 @@ class BadUpdate:
     """An update that was skipped, and what is to blame."""
 
     step: int
+    in_a_row: int  # skipped updates up to this one
     grad_norm: float
     lanes: list[int]
     documents: list[str]
@@ -66,6 +67,7 @@ class Guard:
         self.config = config
         self.counts = torch.zeros(4, device=device)
         self._steps: list[tuple] = []  # since the last review
+        self._in_a_row: list[BadUpdate] = []  # the last ones, up to the last review
 
     def judge(self, norm: torch.Tensor) -> torch.Tensor:
         """Return f32 [] 1.0 where the update with this gradient norm is to be skipped, else 0.0; and count it."""
@@ -94,26 +96,33 @@ class Guard:
         """Remember a step until the next review: device scalars, and where its documents lie."""
         self._steps.append((batch.step, norm, self.counts[1].clone(), losses, _shares(batch)))
 
-    def review(self, name_of: Callable[[tuple], str], ranks: Ranks) -> list[BadUpdate]:
-        """Return the bad updates since the last review, in order. Collective; waits for the device.
+    def review(self, name_of: Callable[[tuple], str], ranks: Ranks) -> tuple[list[BadUpdate], list[BadUpdate]]:
+        """Return the bad updates since the last review, and the last `max_bad_in_a_row` or more of them in a row.
 
-        `name_of` a document's position is its name.
+        `name_of` a document's position is its name. Collective; waits for the device.
         """
-        if not self._steps:
-            return []
-        skipped = torch.stack([in_a_row for _, _, in_a_row, *_ in self._steps]).tolist()
-        bad = [step for step, in_a_row in zip(self._steps, skipped, strict=True) if in_a_row]
+        in_a_row = torch.stack([count for _, _, count, *_ in self._steps]).int().tolist() if self._steps else []
+        bad = [step for step, count in zip(self._steps, in_a_row, strict=True) if count]
         self._steps.clear()
-        if not bad:
-            return []
+        found = self._blame(bad, name_of, ranks) if bad else []
+        too_many, updates = [], iter(found)
+        for count in in_a_row:
+            self._in_a_row = [*self._in_a_row, next(updates)] if count > 1 else [next(updates)] if count else []
+            if count >= self.config.max_bad_in_a_row:
+                too_many = self._in_a_row
+        return found, too_many
+
+    @staticmethod
+    def _blame(bad: list[tuple], name_of: Callable[[tuple], str], ranks: Ranks) -> list[BadUpdate]:
         mine = [_suspects(losses, shares, name_of) for *_, losses, shares in bad]
         found = []
-        for (step, norm, *_), of_ranks in zip(bad, zip(*ranks.gather(mine), strict=True), strict=True):
+        for (step, norm, count, *_), of_ranks in zip(bad, zip(*ranks.gather(mine), strict=True), strict=True):
             suspects = [suspect for part in of_ranks for suspect in part]
             infinite = [suspect for suspect in suspects if not math.isfinite(suspect[0])]
             blamed = infinite or [max(suspects, key=lambda suspect: suspect[0])]
             lanes = [lane for _, lanes, _ in blamed for lane in lanes]
-            found.append(BadUpdate(step, norm.item(), lanes, [name for *_, names in blamed for name in names]))
+            names = [name for *_, names in blamed for name in names]
+            found.append(BadUpdate(step, int(count), norm.item(), lanes, names))
         return found
 
 

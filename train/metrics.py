@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -48,8 +48,8 @@ class LogConfig:
 class Interval:
     """Sums over the steps since the last log line; `row()` reduces them over ranks and starts anew."""
 
-    def __init__(self, flops: Flops, ranks: Ranks):
-        self.flops, self.ranks = flops, ranks
+    def __init__(self, flops: Flops, ranks: Ranks, sources: Sequence[str]):
+        self.flops, self.ranks, self.sources = flops, ranks, sources
         on_cuda = ranks.device.type == "cuda"
         gpu = find(torch.cuda.get_device_name(ranks.device)) if on_cuda else None
         self.peak_flops = gpu and 1e12 * gpu.peak_tflops
@@ -61,6 +61,7 @@ class Interval:
         self._global = dict.fromkeys(("text_targets", "images", "tokens"), 0)
         self._last: dict[str, Any] = {}  # of the last step only
         self._attention_pairs = 0  # of this rank: what its lanes' documents cost
+        self._documents = [0] * len(self.sources)  # of this rank, or the parts of them in its rows
         self._peers_wait_s = 0.0  # of this rank: how long it waited for the others
         self.num_steps = 0
         self.checkpoint_s = 0.0  # that the loop was held up by saves
@@ -83,6 +84,9 @@ class Interval:
             self._sums["flops"] += model
             self._sums["flops_again"] += again
             self._attention_pairs += micro_batch.num_attention_pairs
+        for positions in batch.documents.values():
+            for source, *_ in positions:
+                self._documents[source] += 1
         self._sums["data_wait_s"] += fed.data_wait_s
         self._peers_wait_s += fed.peers_wait_s
         self._global["text_targets"] += vote.text_targets
@@ -99,8 +103,9 @@ class Interval:
         text_nll, image_error, slots, rows, idle_rows, model_flops, flops_again, data_wait_s = sums.tolist()
         flops_per_s = model_flops / seconds / self.ranks.world_size
         hardware_share = (model_flops + flops_again) / max(model_flops, 1)
-        mine = (epochs(lane_states), self._attention_pairs, self._peers_wait_s, socket.gethostname(), *_memory_gib())
-        of_ranks, pairs, peers_wait_s, hosts, host_gib, device_gib = zip(*self.ranks.gather(mine), strict=True)
+        mine = (epochs(lane_states), self._documents, self._attention_pairs, self._peers_wait_s, socket.gethostname())
+        gathered = zip(*self.ranks.gather((*mine, *_memory_gib())), strict=True)
+        of_ranks, documents, pairs, peers_wait_s, hosts, host_gib, device_gib = gathered
         epoch, slowest = np.concatenate(of_ranks), int(np.argmin(peers_wait_s))  # [L, sources]; who waits least
         counts, world_size = self._global, self.ranks.world_size
         row = {
@@ -130,6 +135,10 @@ class Interval:
             "epoch_min": int(epoch.min()),  # over lanes and sources
             "epoch_mean": float(epoch.mean()),
             "epoch_max": int(epoch.max()),
+            # By source: its mean epoch over lanes, and documents (or parts of cut ones) in the interval's sequences.
+            **{f"epoch/{name}": float(of_source.mean()) for name, of_source in zip(self.sources, epoch.T, strict=True)},
+            **{f"documents/{n}": int(c) for n, c in zip(self.sources, np.sum(documents, axis=0), strict=True)},
+            "time": time.time(),  # seconds since 1970
         }
         self._reset()
         return row
@@ -152,7 +161,7 @@ class Console:
         if not self.ranks.is_first:
             return
         done, left = row["step"] - self.first_step, self.steps - row["step"]
-        seconds = (time.monotonic() - self._start) / max(done, 1) * left
+        seconds = min((time.monotonic() - self._start) / max(done, 1) * left, 1e9)
         losses = [f"{kind} {row[f'{kind}_loss']:.4f}" for kind in ("text", "image") if row[f"{kind}_loss"] is not None]
         mfu = "" if row["mfu"] is None else f"MFU {row['mfu']:.1%}  "
         lag = ""

@@ -7,6 +7,7 @@ what a run leaves behind when it goes back is put aside in <run>/abandoned-<numb
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,12 @@ def find_origin(resume: str, folder: RunFolder, ranks: Ranks) -> Origin:
             step,
         )
     if newest is None and resume not in ("auto", "none"):
+        if not Path(resume).exists():
+            raise FileNotFoundError(f"resume={resume}: expected auto, none, a step of this run, or a path that exists")
         return Origin(find_checkpoint(Path(resume), ranks, "resume"))
+    if newest is not None and newest != saved[-1]:  # damaged ones would count among those that retention keeps
+        damaged = [path for path in saved if checkpoint.step_of(path) > checkpoint.step_of(newest)]
+        ranks.on_first(lambda: _put_aside(damaged, folder, f"damaged, after {newest}"))
     return Origin(newest)
 
 
@@ -78,7 +84,8 @@ def _own_step(resume: str, folder: RunFolder) -> int | None:
     if resume.isdecimal():
         return int(resume)
     path = Path(resume).resolve()
-    return checkpoint.step_of(path) if path.parent == folder.checkpoints.resolve() else None
+    own = path.parent == folder.checkpoints.resolve() and re.fullmatch(r"step-\d+", path.name)
+    return checkpoint.step_of(path) if own else None
 
 
 def _went_back_already(step: int, saved: list[Path]) -> bool:
@@ -103,16 +110,18 @@ def _go_back(step: int, saved: list[Path], folder: RunFolder, ranks: Ranks) -> P
         raise ValueError(f"resume={step}: {path} is damaged: {'; '.join(problems)}")
     later = [path for path in saved if checkpoint.step_of(path) > step]
 
-    def put_aside() -> None:
-        numbers = [int(path.name.split("-")[1]) for path in folder.path.glob("abandoned-*")]
-        aside = folder.path / f"abandoned-{max(numbers, default=0) + 1}"
-        aside.mkdir()
-        if (metrics := folder.path / "metrics.jsonl").exists():
-            shutil.copy2(metrics, aside)
-        for abandoned in later:
-            abandoned.rename(aside / abandoned.name)
-        log.warning("went back to step %d: what came after it is in %s", step, aside)
-
-    if later:
-        ranks.on_first(put_aside)
+    if later or ranks.on_first(lambda: folder.has_rows_after(step)):
+        ranks.on_first(lambda: _put_aside(later, folder, f"what came after step {step}"))
     return path
+
+
+def _put_aside(paths: list[Path], folder: RunFolder, what: str) -> None:
+    """Move checkpoints out of the way, with a copy of the metrics as they were; rank 0 only."""
+    numbers = [int(path.name.removeprefix("abandoned-")) for path in folder.path.glob("abandoned-*")]
+    aside = folder.path / f"abandoned-{max(numbers, default=0) + 1}"
+    aside.mkdir()
+    if (metrics := folder.path / "metrics.jsonl").exists():
+        shutil.copy2(metrics, aside)
+    for path in paths:
+        path.rename(aside / path.name)
+    log.warning("put aside in %s: %s", aside, what)

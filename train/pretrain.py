@@ -7,7 +7,7 @@ Exit status: 0 done, 75 saved after a stop signal (requeue me), 130 saved after 
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from train.distributed import DIED, Ranks, Vote, init_ranks, last_words, own_dev
 from train.estimate import check_memory, fullest_of
 from train.feed import CannotGoOn, next_batch
 from train.flops import Flops
+from train.guard import BadUpdate
 from train.heldout import metric_name
 from train.local_shards import local
 from train.metrics import Console, Interval, say
@@ -41,6 +42,10 @@ CONFIG = PretrainConfig
 class GoBack(Exception):
     """Too many updates in a row were bad: go on from an earlier checkpoint, without their batches (P8)."""
 
+    def __init__(self, bad_updates: list[BadUpdate]) -> None:
+        super().__init__(bad_updates)
+        self.bad_updates = bad_updates
+
 
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
@@ -56,7 +61,8 @@ def main(argv: list[str]) -> int | None:
     too_large = check_memory(config, data.tokenizer.vocab_size, world_size, data.grids, own_device(config.device))
     startup_s = 60 * max(config.startup_timeout_minutes, config.timeout_minutes)
     recorder = Path(config.run_dir) / "flight-recorder"
-    ranks = init_ranks(timeout_s=startup_s, device=config.device, flight_recorder=recorder)
+    save_s = 60 * config.checkpoint.timeout_minutes
+    ranks = init_ranks(timeout_s=startup_s, checkpoint_timeout_s=save_s, device=config.device, flight_recorder=recorder)
     lanes_of_rank(ranks.rank, ranks.world_size, config.data.lanes)  # refuses more ranks than lanes
     torch.use_deterministic_algorithms(config.deterministic)
     with StopSignal() as stop, RunFolder(config.run_dir, ranks) as folder:
@@ -75,7 +81,8 @@ def main(argv: list[str]) -> int | None:
                     step = run.state.progress.step
                     print(f"train.pretrain: stopped after step {step}: {error}", file=sys.stderr)
         run.log.close()
-    ranks.close()
+        ranks.close()
+        stop.finish()
     return status
 
 
@@ -112,8 +119,8 @@ def train(run: Run) -> int:
         try:
             try:
                 why, status = run_steps(run)
-            except GoBack:
-                run.go_back()
+            except GoBack as reason:
+                run.go_back(reason.bad_updates)
                 continue
             run.save(final=True)
         except CannotGoOn as error:
@@ -132,13 +139,14 @@ def run_steps(run: Run) -> tuple[str, int]:
     """Run steps until the last, a stop signal or the end of the data; return why it ended, and the exit status."""
     config, ranks, progress, last = run.config, run.ranks, run.state.progress, run.config.optim.steps
     stats = latent_stats(run.data.latent_spec, config.model.latent_channels, ranks.device)
-    interval = Interval(
-        Flops.of(config.model, run.data.tokenizer.vocab_size, config.parallel.activation_checkpointing), ranks
-    )
+    flops = Flops.of(config.model, run.data.tokenizer.vocab_size, config.parallel.activation_checkpointing)
+    interval = Interval(flops, ranks, list(config.data.sources))
     console = Console(last, progress.step, ranks)
     why, status = "done", 0
     with run.loader() as loader:
         stopped = evaluate(run, stats, interval)  # if a stop kept the last step's from being made
+        if run.state.metrics and not run.saver.saved_step:
+            interval.checkpoint_s += run.save()
         while progress.step < last and not stopped:
             run.profiler.before(progress.step + 1)
             fed = next_batch(loader, ranks, run.stop, run.saver.failed)
@@ -242,6 +250,8 @@ def evaluate(run: Run, stats: LatentStats, interval: Interval) -> StopKind:
         return measured
     losses = {metric_name(name, kind): loss for name, kinds in measured.items() for kind, loss in kinds.items()}
     run.state.metrics = {name: loss for name, loss in losses.items() if loss is not None}
+    if run.saver.saved_step == step:
+        run.saver.saved_step = 0  # saved, but without these
     run.log.write({"step": step, **run.state.metrics})
     if run.ranks.is_first:
         say("  ".join([f"step {step}", *(f"{name} {loss:.4f}" for name, loss in run.state.metrics.items())]))
@@ -262,25 +272,27 @@ def write_row(run: Run, interval: Interval, console: Console) -> None:
     progress, optimizer = run.state.progress, run.state.optimizer
     row = {name: getattr(progress, name) for name in ("step", "tokens_seen", "images_seen", "rollbacks")}
     row |= interval.row(run.state.lane_states)
+    row["loss"] = (row["text_loss"] or 0) + run.config.loss.image_weight * (row["image_loss"] or 0)
     row["learning_rate"] = learning_rate(progress.step, run.config.optim)
-    skipped, in_a_row = (int(count) for count in optimizer.guard.counts[:2].tolist())
-    row["skipped_updates"] = skipped
+    row["skipped_updates"] = int(optimizer.guard.counts[0])
     run.log.write(row)
     console.show(row)
-    bad_updates = optimizer.guard.review(run.data.name_of, run.ranks)
+    bad_updates, too_many = optimizer.guard.review(run.data.name_of, run.ranks)
+    run.folder.append("bad_updates.jsonl", map(asdict, bad_updates))
     if run.ranks.is_first:
         for update in bad_updates:
             say(f"pretrain: skipped the update of {update}")
-    run.bad_updates = [*run.bad_updates, *bad_updates][-in_a_row:] if in_a_row else []
+    if not too_many:
+        return
     guard = run.config.guard
-    if in_a_row >= guard.max_bad_in_a_row:
-        if run.bad_updates and progress.rollbacks < guard.max_rollbacks:
-            raise GoBack
-        raise CannotGoOn(
-            f"the last {in_a_row} updates were skipped for their gradients (guard.max_bad_in_a_row="
-            f"{guard.max_bad_in_a_row}): {'; '.join(map(str, run.bad_updates[-3:]))}. Look at these documents, lower "
-            "optim.learning_rate, or set guard.max_rollbacks to go on without these batches"
-        )
+    if progress.rollbacks < guard.max_rollbacks:
+        raise GoBack(too_many)
+    raise CannotGoOn(
+        f"the updates of steps {too_many[0].step} to {too_many[-1].step} were skipped for their gradients "
+        f"(guard.max_bad_in_a_row={guard.max_bad_in_a_row}): {'; '.join(map(str, too_many[-3:]))}; all of them in "
+        f"{run.folder.path / 'bad_updates.jsonl'}. Look at these documents, lower optim.learning_rate, or set "
+        "guard.max_rollbacks to go on without these batches"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Sample pictures every so often, from the weights in training (their first EMA if there is one)."""
 
+import logging
+
 import torch
 
 from data.dataset import DataSet
 from data.shards import atomic_write
-from model.sampler import SamplerConfig
 from model.transfusion import Transfusion
 from train.distributed import Ranks
 from train.figures import contact_sheet
@@ -15,6 +16,8 @@ from train.parallelize import gather_weights
 from train.recipe import PretrainConfig
 from train.run_folder import RunFolder
 from train.signals import StopSignal
+
+log = logging.getLogger(__name__)
 
 
 class _Stopped(Exception):
@@ -55,12 +58,15 @@ class Previews:
 
         self._generation.model.load_state_dict(weights)
         config = self.recipe.preview
-        sampler = SamplerConfig(sampler="ddim", steps=config.steps, guidance=config.guidance)
         try:
-            pictures = self._generation.draw(config.prompts, sampler, self.recipe.seed, poll)
+            pictures = self._generation.draw(config.prompts, config.sampler, self.recipe.seed, poll)
         except _Stopped:
             return
         path = self.folder.path / "previews" / f"step-{step:08d}.png"
-        with atomic_write(path) as file:
-            contact_sheet(pictures, config.prompts).save(file, "PNG")
+        try:
+            with atomic_write(path) as file:
+                contact_sheet(pictures, config.prompts).save(file, "PNG")
+        except OSError as error:  # a full disk costs the picture
+            log.warning("no preview of step %d: %s", step, error)
+            return
         self.log.picture(path, step)

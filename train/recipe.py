@@ -9,8 +9,9 @@ from omegaconf import MISSING
 
 from data.dataset import DataConfig
 from model.diffusion import DiffusionConfig
+from model.sampler import SamplerConfig
 from model.transfusion import TransfusionConfig
-from train.checkpoint import CheckpointConfig
+from train.checkpoint import MOST_MINUTES, CheckpointConfig
 from train.distributed import Device
 from train.guard import GuardConfig
 from train.heldout import HeldoutConfig, metric_name
@@ -19,6 +20,8 @@ from train.optim import OptimConfig
 from train.parallelize import ParallelConfig
 from train.profile import ProfileConfig
 from train.step import LossConfig
+
+LEAST_MINUTES = 0.01  # of a timeout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,11 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         if self.interval_steps is not None and (self.interval_steps < 1 or not self.prompts):
             raise ValueError("preview.interval_steps: expected at least 1, and preview.prompts to draw")
+        self.sampler  # noqa: B018 refuses what it cannot be
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        return SamplerConfig(sampler="ddim", steps=self.steps, guidance=self.guidance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +49,7 @@ class PretrainConfig:
     # a checkpoint of another run, until this one has its own.
     resume: str = "auto"
     init_from: str | None = None  # weights to start from in place of random ones: a checkpoint, a run or an export
-    init_weights: str = "model"  # which of them: model, or ema; auto: ema if there is one
+    init_weights: str = "auto"  # which of them: model, ema, ema-N; auto: the first average, without any the model
     seed: int = 0  # of weights, order, noise and everything else that is drawn
     vae: str | None = None  # AutoencoderKL, a folder or hub id, to decode previews; must be the data's
     device: Device = "auto"  # auto: CUDA if there is any
@@ -65,11 +73,16 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size}: expected at least 1")
-        if self.timeout_minutes <= 0 or self.startup_timeout_minutes <= 0:
+        for name in ("timeout_minutes", "startup_timeout_minutes"):
+            if not LEAST_MINUTES <= getattr(self, name) <= MOST_MINUTES:
+                raise ValueError(f"{name}={getattr(self, name)}: expected in [{LEAST_MINUTES}, {MOST_MINUTES}]")
+        if self.preview.interval_steps is not None and self.preview.steps > self.diffusion.num_timesteps:
             raise ValueError(
-                f"timeout_minutes={self.timeout_minutes}, startup_timeout_minutes={self.startup_timeout_minutes}: "
-                "expected more than 0"
+                f"preview.steps={self.preview.steps}: expected at most diffusion.num_timesteps="
+                f"{self.diffusion.num_timesteps}"
             )
+        if self.init_from is not None and self.resume not in ("auto", "none"):
+            raise ValueError(f"init_from={self.init_from} and resume={self.resume}: expected one of the two")
         best = self.checkpoint.best_metric
         names = [metric_name(name, kind) for name in self.evaluation.heldout for kind in ("text_loss", "image_loss")]
         if best is not None and (self.evaluation.interval_steps is None or best not in names):

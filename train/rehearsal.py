@@ -38,7 +38,7 @@ from train.step import latent_stats, micro_step, schedule
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 STATES = ("parameters", "gradients", "optimizer", "ema")  # kinds that outlive a step
-DEPTHS = (4, 5)  # layers rehearsed in place of more: FSDP's order is settled from the fourth on
+DEPTH = 4  # layers rehearsed in place of more: FSDP's order is settled from the fourth on, or when prefetching is
 
 
 class Collective(NamedTuple):
@@ -91,25 +91,31 @@ def rehearse(
 ) -> Rehearsal:
     """Return what a step of `config` takes on `world_size` ranks, with the dearest of `batches` as its micro-batches.
 
-    Deep models are rehearsed at the two DEPTHS, and the line through them followed. Raises ValueError for a mesh that
+    Deep models are rehearsed at two depths, and the line through them followed. Raises ValueError for a mesh that
     the number of ranks does not allow. Not inside a process group of another size.
     """
-    layers = config.model.transformer.layers
+    layers, (least, more) = config.model.transformer.layers, depths(config)
     with _ranks_of(world_size) as ranks:
-        if layers <= DEPTHS[1]:
+        if layers <= more:
             return _Stage(config, layers, vocab_size, ranks, cuda).rehearse(batches)
-        low, high = (_Stage(config, depth, vocab_size, ranks, cuda).rehearse(batches) for depth in DEPTHS)
-    return low.extended(high, (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+        low, high = (_Stage(config, depth, vocab_size, ranks, cuda).rehearse(batches) for depth in (least, more))
+    return low.extended(high, layers - least)
+
+
+def depths(config: PretrainConfig) -> tuple[int, int]:
+    """Return the two numbers of layers at which a deeper model is rehearsed."""
+    least = max(DEPTH, config.parallel.prefetch + 3)
+    return least, least + 1
 
 
 def state_bytes(config: PretrainConfig, vocab_size: int, world_size: int) -> dict[str, float]:
     """Return the bytes by kind (see STATES) that rank 0 holds between steps, gradients included; no step is needed."""
-    layers = config.model.transformer.layers
+    layers, (least, more) = config.model.transformer.layers, depths(config)
     with _ranks_of(world_size) as ranks:
-        depths = DEPTHS if layers > DEPTHS[1] else (layers, layers)
-        low, high = (_Stage(config, depth, vocab_size, ranks, cuda=False).states for depth in depths)
-    steps = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-    return {kind: low[kind] + steps * (high[kind] - low[kind]) for kind in STATES}
+        if layers <= more:
+            return dict(_Stage(config, layers, vocab_size, ranks, cuda=False).states)
+        low, high = (_Stage(config, depth, vocab_size, ranks, cuda=False).states for depth in (least, more))
+    return {kind: low[kind] + (layers - least) * (high[kind] - low[kind]) for kind in STATES}
 
 
 class _Stage:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from data.dataset import DataSet
 from data.footprint import loader_bytes
 from data.loader import Loader
 from model.transfusion import Transfusion
-from train.checkpoint import step_of
+from train.checkpoint import step_of, verify
 from train.config import to_yaml
 from train.distributed import Ranks
 from train.feed import CannotGoOn
@@ -25,7 +25,7 @@ from train.guard import BadUpdate
 from train.heldout import Heldout
 from train.metrics import MetricsLog, say
 from train.optim import Optimizer
-from train.origin import find_origin, go_back_before
+from train.origin import Origin, find_origin, go_back_before
 from train.parallelize import initialize, parallelize, plain_name
 from train.previews import Previews
 from train.profile import Profiler
@@ -52,8 +52,8 @@ class Run:
     previews: Previews
     profiler: Profiler
     heldout: Heldout | None
-    origin: str  # where it started, in words
-    bad_updates: list[BadUpdate] = field(default_factory=list)  # the last ones in a row
+    origin: Origin
+    begun: str  # where it started, in words
 
     def save(self, final: bool = False) -> float:
         """Begin to save the present step, wait for it if it is the last; return the seconds that took. Collective."""
@@ -84,15 +84,19 @@ class Run:
         finally:
             loader.close()
 
-    def go_back(self) -> None:
+    def go_back(self, bad_updates: list[BadUpdate]) -> None:
         """Load a checkpoint before the bad updates, and leave out their batches and those that led to them. Collective.
 
         Raises CannotGoOn, with the state as it was, where there is no such checkpoint.
         """
-        bad, last = self.bad_updates[0].step, self.bad_updates[-1].step
+        last = bad_updates[-1].step
+        bad = last - bad_updates[-1].in_a_row + 1  # the first of them; an earlier start may have met it
         self.saver.settle()
         first = max(1, bad - self.config.guard.exclude_before)
         path = go_back_before(first, self.folder, self.ranks) or go_back_before(bad, self.folder, self.ranks)
+        begun = self.origin.checkpoint  # perhaps another run's
+        if path is None and begun is not None and step_of(begun) < bad and not verify(begun, self.ranks):
+            path = begun
         if path is None:
             raise CannotGoOn(f"the updates of steps {bad} to {last} were bad, and no checkpoint lies before them")
         first = max(first, step_of(path) + 1)
@@ -100,11 +104,14 @@ class Run:
         self.state.load(path, self.ranks)
         self.state.progress.rollbacks, self.state.back_to = before.rollbacks + 1, back_to
         self.state.progress.excluded = [*before.excluded, (first, last)]
-        self.saver.saved_step, self.bad_updates = self.state.progress.step, []
+        self.saver.saved_step = self.state.progress.step
         step, evaluated = self.state.progress.step, bool(self.state.metrics)
         self.ranks.on_first(lambda: self.folder.cut_metrics(step, evaluated=evaluated))
         if self.ranks.is_first:
-            say(f"pretrain: back to {path}, and on without the batches of steps {first} to {last}")
+            say(
+                f"pretrain: back to {path}, and on without the batches of steps {first} to {last}: they count as steps "
+                f"and train nothing (guard.exclude_before={self.config.guard.exclude_before})"
+            )
 
     def describe(self) -> Iterator[str]:
         """Yield the lines that say what is about to be trained, on what, and in how much host memory."""
@@ -120,7 +127,7 @@ class Run:
         yield (
             f"{num_parameters / 1e6:.2f}M parameters, {ranks.world_size} ranks on {ranks.device.type}, "
             f"{config.data.lanes} x {config.data.sequence_length} tokens a step, {config.optim.steps} steps, "
-            f"{self.origin}; config in {self.folder.path / 'config.yaml'}"
+            f"{self.begun}; config in {self.folder.path / 'config.yaml'}"
         )
 
 
@@ -132,6 +139,8 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
     origin = find_origin(config.resume, folder, ranks)
     begun = str(origin)
     if origin.checkpoint is not None:
+        if config.init_from is not None:
+            begun += " (init_from is for a run without checkpoints)"
         model.to_empty(device=ranks.device)  # the checkpoint fills all of it
     elif config.init_from is not None:
         model.to_empty(device=ranks.device)
@@ -167,11 +176,12 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
 
     ranks.on_first(settle)
     saver = Saver(folder, config.checkpoint, ranks)
-    saver.saved_step = state.progress.step
+    if origin.checkpoint is not None and origin.checkpoint.parent == folder.checkpoints:
+        saver.saved_step = state.progress.step
     log = MetricsLog(config.log, folder, ranks, asdict(config))
     previews = Previews(config, data, ranks, folder, log)
     profiler = Profiler(config.profile, folder.path, ranks)
-    return Run(config, data, ranks, folder, stop, state, saver, log, previews, profiler, heldout, begun)
+    return Run(config, data, ranks, folder, stop, state, saver, log, previews, profiler, heldout, origin, begun)
 
 
 def read_weights(model: nn.Module, config: PretrainConfig, data: DataSet, ranks: Ranks) -> str:

@@ -3,6 +3,7 @@
     <run>/.lock           POSIX record lock of rank 0's process; a second copy on this machine is refused at once
     <run>/attempt.json    number and token of the newest start; whoever wrote it last owns the folder (P5)
     <run>/metrics.jsonl   one JSON object a row, each with its `step`
+    <run>/bad_updates.jsonl   skipped updates with the documents of their batches, of every attempt (train/guard.py)
     <run>/checkpoints/    see train/checkpoint.py
 
 The lock covers a second copy; the attempt covers what no lock sees: a requeued job on another host whose late
@@ -18,6 +19,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,22 @@ class RunFolder:
             log.warning("metrics.jsonl: %d rows wait in memory: %s", len(self._unwritten), error)
             return
         self._unwritten.clear()
+
+    def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows to another `.jsonl` file of the folder, on rank 0 alone. A full disk costs the rows."""
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        if not (self._is_first and lines):
+            return
+        try:
+            _append(self.path / name, lines.encode())
+        except OSError as error:
+            log.warning("%s: rows lost: %s", name, error)
+
+    def has_rows_after(self, step: int) -> bool:
+        """Return whether metrics.jsonl holds a row of a later step."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        return any((_step_of(line) or 0) > step for line in lines)
 
     def cut_metrics(self, last_step: int, *, evaluated: bool = True) -> None:
         """Drop the rows after `last_step`, which the resumed run will write again; does nothing but on rank 0.

@@ -55,6 +55,15 @@ class StopSignal:
         """Return the name of the signal that decided `kind`, for the log; None while nothing came."""
         return self._name
 
+    def finish(self) -> None:
+        """From here on a request to stop is ignored, to the end of the process: all is done that it could ask for.
+
+        Without this a second SIGTERM, as schedulers send it, would turn an orderly exit status into a death.
+        """
+        for number in REQUEUE_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+            self._previous.pop(number, None)
+
     def __enter__(self) -> "StopSignal":
         for number in (*REQUEUE_SIGNALS, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._receive)

@@ -17,7 +17,7 @@ from data.dataset import DataSet
 from train import checkpoint
 from train.distributed import Ranks
 from train.ema import is_label
-from train.optim import Optimizer
+from train.optim import Optimizer, learning_rate
 from train.parallelize import plain_name
 from train.recipe import PretrainConfig
 from train.saver import Snapshot
@@ -62,6 +62,7 @@ class TrainState:
             "back_to": self.back_to,
             "fingerprint": self.fingerprint(self.progress.step),
             "metrics": self.metrics,
+            "learning_rate": learning_rate(self.progress.step, self.optimizer.config),
             **self.data,
         }
         extra = {
@@ -78,17 +79,22 @@ class TrainState:
         Raises ValueError when the data, tokenizer, VAE, seed, lanes or model are not those it was trained with.
         """
         meta = json.loads(checkpoint.read_extra(path, checkpoint.META))
-        if missing := {"fingerprint", "progress", "guard", "back_to", "metrics"} - meta.keys():
+        if missing := {"fingerprint", "progress", "guard", "back_to", "metrics", "learning_rate"} - meta.keys():
             raise ValueError(
                 f"{path} was written by another version of the trainer: {checkpoint.META} lacks {sorted(missing)}; "
                 f"resume with that version, or begin another run with its weights: init_from={path}"
             )
         then, now = meta["fingerprint"], self.fingerprint(meta["progress"]["step"])
-        if changed := [f"{name} was {then[name]}, is {now.get(name)}" for name in then if then[name] != now.get(name)]:
+        pairs = {name: (then.get(name, "absent"), now.get(name, "absent")) for name in {**then, **now}}
+        if changed := [f"{name} was {was}, is {found}" for name, (was, found) in pairs.items() if was != found]:
             raise ValueError(
-                f"{path} was trained otherwise: {'; '.join(changed)}. Restore what it was, or start with another "
-                "run_dir (learning rate, steps, ranks, workers and intervals may change)"
+                f"{path} was trained otherwise: {'; '.join(changed)}. Restore what it was, or begin another run with "
+                f"these weights: init_from={path}. (Learning rate, steps, ranks, workers and intervals may change; a "
+                f"source may be appended with weight=0 and weight_from={{{meta['progress']['step'] + 1}: …}})"
             )
+        before, rate = meta["learning_rate"], learning_rate(meta["progress"]["step"] + 1, self.optimizer.config)
+        if ranks.is_first and rate > 2 * before:
+            log.warning("the learning rate was %.2g when %s was saved and goes on at %.2g", before, path, rate)
         saved, emas = checkpoint.entries(path), self.optimizer.emas
         added, dropped = emas.keys() - saved, {name for name in saved if is_label(name)} - emas.keys()
         checkpoint.load(path, {name: part for name, part in self._tensors().items() if name not in added}, ranks)
