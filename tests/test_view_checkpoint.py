@@ -106,6 +106,8 @@ def test_damage_is_named_and_the_next_whole_checkpoint_is_the_one_a_resume_takes
         assert any(problem.startswith(words) for problem in listing.checkpoints[-1].problems)
     text, page = look(run, tmp_path / "out", capsys)
     assert "step-00000024 is damaged: __1_0.distcp: crc32" in text and page.fact("described") == "step-00000020"
+    assert main([f"checkpoint={run}", f"output={tmp_path / 'out'}"]) == 1
+    assert main([f"checkpoint={older}", f"output={tmp_path / 'out'}"]) == 0
     flip_a_bit(older / "__0_0.distcp")
     text, page = look(run, tmp_path / "out", capsys)
     assert page.fact("resume") == "refused: every checkpoint is damaged" and page.fact("step") == "24"

@@ -52,7 +52,9 @@ def view_checkpoints(path: Path, verify: bool) -> View:
         tables += described.values()
         sections += _sections(contents, described)
         record["contents"] = _contents_record(contents)
-    return View(f"Checkpoints of {listing.path}", facts, remarks, sections, tables=tables, record=record)
+    damaged = any(one.problems for one in listing.checkpoints)
+    of_listing = f"Checkpoints of {listing.path}", facts, remarks, sections
+    return View(*of_listing, tables=tables, record=record, damaged=damaged)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ class View:
     sheet: Image.Image | None = None
     tables: list[tuple[str, Table]] = field(default_factory=list)  # (title, table) for a terminal
     record: dict[str, Any] = field(default_factory=dict)  # what json=true prints beside facts and remarks
+    damaged: bool = False  # what was looked at does not verify
 
 
 def document(title: str, facts: dict[str, Any], sections: Sequence[tuple[str, str, str]]) -> str:

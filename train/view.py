@@ -3,7 +3,8 @@
 Prints a summary and writes `output`/index.html, one self-contained page. With `shards`: histograms, a card a document,
 and `output`/sheet.png, the pictures with their captions. A quick look needs `shards` alone: latents are then shown in
 false colours, and captions are those in the records' json. With `checkpoint`: the run's checkpoints, verified, and
-what is in the one that a resume takes; no GPU is needed, and memory for the largest tensor alone.
+what is in the one that a resume takes; no GPU is needed, and memory for the largest tensor alone. Exit status 1 if any
+checkpoint is damaged.
 """
 
 import json
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> int | None:
         print(json.dumps({"facts": view.facts, "remarks": view.remarks, **view.record}))
     else:
         show(view, output)
+    return int(view.damaged)
 
 
 def write(view: View, output: Path, command: str) -> None:
@@ -100,10 +102,10 @@ def show(view: View, output: Path) -> None:
     width = max(map(len, view.facts))
     for name, value in view.facts.items():
         print(f"{name:<{width}}  {value}")
-    for title, table in view.tables:
-        print(f"\n{title}\n{table.text()}")
     for remark in view.remarks:
         print(f"view: {remark}")
+    for title, table in view.tables:
+        print(f"\n{title}\n{table.text()}")
     sheet = f" and {output / 'sheet.png'}" if view.sheet is not None else ""
     print(f"view: wrote {output / 'index.html'}{sheet}")
 
