@@ -27,6 +27,7 @@ def test_smoke_run_ends_with_one_json_object():
     assert record["sampling"]["images_per_s"] > 0 and record["sampling"]["largest_difference"] < 0.1  # in bf16
 
 
+@pytest.mark.slow
 def test_planned_memory_and_the_stall_of_a_save_are_measured_on_a_rank_of_its_own():
     result = run_bench("--device", "cpu", bench="fit")
     assert result.returncode == 0, result.stderr

@@ -61,7 +61,7 @@ def test_a_stop_during_an_evaluation_ends_it_and_the_resumed_run_makes_it_anew(
 ) -> None:
     """P6: within a batch, not after thousands."""
     run_dir = tmp_path / "run"
-    large = make_source(tmp_path / "large", tokenizer, pairs(30_000, seed=78))
+    large = make_source(tmp_path / "large", tokenizer, pairs(8_000, seed=78))
     argv = settings(run_dir, tokenizer, sources, evaluation__interval_steps=4, evaluation__heldout__pairs=large)
     with launch([*argv, "optim.steps=4"], 2) as run:
         wait_for(lambda: [row for row in rows(run_dir) if row["step"] == 4], run)

@@ -104,7 +104,7 @@ class Run:
         self.state.load(path, self.ranks)
         self.state.progress.rollbacks, self.state.back_to = before.rollbacks + 1, back_to
         self.state.progress.excluded = [*before.excluded, (first, last)]
-        self.saver.saved_step = self.state.progress.step
+        self.saver.saved_step = self.state.progress.step if path.parent == self.folder.checkpoints else 0
         step, evaluated = self.state.progress.step, bool(self.state.metrics)
         self.ranks.on_first(lambda: self.folder.cut_metrics(step, evaluated=evaluated))
         if self.ranks.is_first:
@@ -118,11 +118,12 @@ class Run:
         config, data, ranks = self.config, self.data, self.ranks
         for name, source in zip(config.data.sources, data.sources, strict=True):
             tokens = sum(shard.tokens(config.model.patch_size) for shard in source.manifest.shards)
-            weight = f"weight {source.config.weight:.3g}"
-            yield f"source {name}: {source.manifest.records:,} documents, {tokens / 1e6:,.2f}M tokens, {weight}"
+            later = "".join(f", {w:.3g} from step {step}" for step, w in source.config.weight_from.items())
+            weight = f"weight {source.config.weight:.3g}{later}"
+            yield f"source {name}: {source.manifest.records:,} documents, {tokens:,} tokens, {weight}"
         memory = loader_bytes(data, config.data, ranks.world_size)
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items() if size >= 2**20)
-        yield f"data takes at most {sum(memory.values()) / 2**30:.2f} GiB of host memory a rank: {parts}"
+        parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in memory.items() if size >= 2**16)
+        yield f"data takes at most {sum(memory.values()) / 2**20:,.1f} MiB of host memory a rank: {parts or 'tables'}"
         num_parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
         yield (
             f"{num_parameters / 1e6:.2f}M parameters, {ranks.world_size} ranks on {ranks.device.type}, "
