@@ -105,12 +105,18 @@ def warning_unless_peak_fits(
 
 
 def check_memory(
-    config: PretrainConfig, vocab_size: int, world_size: int, grids: Sequence[Grid], device: torch.device
+    config: PretrainConfig,
+    vocab_size: int,
+    world_size: int,
+    grids: Sequence[Grid],
+    device: torch.device,
+    *,
+    warn: bool,
 ) -> str | None:
     """Return a warning when a step is likely too large for this rank's device, None when not; before the groups are up.
 
     Raises ValueError when the states alone are (see `refuse_unless_states_fit`). Small runs on a CPU, far from the
-    limit by a rough count, are not rehearsed.
+    limit by a rough count, are not rehearsed; nor is a step where nobody would `warn`.
     """
     cuda, memory = device.type == "cuda", memory_of(device)
     trunk, (rows, _) = config.model.transformer, rows_per_rank(config, world_size)
@@ -119,7 +125,7 @@ def check_memory(
     if not cuda and states + activations < memory / 4:
         return None
     refuse_unless_states_fit(config, vocab_size, world_size, memory)
-    return warning_unless_peak_fits(config, vocab_size, world_size, grids, memory, cuda=cuda)
+    return warning_unless_peak_fits(config, vocab_size, world_size, grids, memory, cuda=cuda) if warn else None
 
 
 def host_bytes(rehearsal: Rehearsal, loader: dict[str, int]) -> dict[str, float]:

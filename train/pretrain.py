@@ -57,8 +57,9 @@ def main(argv: list[str]) -> int | None:
         )
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    too_large = check_memory(config, data.tokenizer.vocab_size, world_size, data.grids, own_device(config.device))
+    world_size, warn = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    of_run = config, data.tokenizer.vocab_size, world_size, data.grids
+    too_large = check_memory(*of_run, own_device(config.device), warn=warn)
     startup_s = 60 * max(config.startup_timeout_minutes, config.timeout_minutes)
     recorder = Path(config.run_dir) / "flight-recorder"
     save_s = 60 * config.checkpoint.timeout_minutes
@@ -97,9 +98,9 @@ def dry_run(run: Run) -> None:
     start = time.monotonic()
     stats = latent_stats(run.data.latent_spec, config.model.latent_channels, device)
     moments = 8 * sum(local(p).numel() for p in state.optimizer.parameters.values())  # not there before an update
-    reserve = torch.empty(moments if device.type == "cuda" and not state.progress.step else 0, dtype=torch.uint8)
+    reserved = moments if device.type == "cuda" and not state.progress.step else 0
     try:
-        reserve = reserve.to(device)
+        reserve = torch.empty(reserved, dtype=torch.uint8, device=device)
         for batch in fullest_of(config, run.ranks.world_size, run.data.grids):
             forward_backward(config, state, batch.to(device), stats, text_targets=1, images=1, is_last=True)
     except torch.OutOfMemoryError as error:
@@ -107,6 +108,7 @@ def dry_run(run: Run) -> None:
             f"the fullest batch does not fit: {config.micro_batch_size} x {config.data.sequence_length} "
             "tokens (micro_batch_size x data.sequence_length); python -m train.plan says what would fit"
         ) from error
+    del reserve
     state.model.zero_grad(set_to_none=True)
     if run.ranks.is_first:
         peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if device.type == "cuda" else ""
