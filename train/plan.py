@@ -235,7 +235,7 @@ def _text_of_memory(config: PlanConfig, plan: dict) -> list[str]:
     device = "CPU rank" if config.device == "cpu" else find(config.gpu).name
     usable, peak = plan["usable_memory_gib"], plan["peak_memory_gib"]
     lines = [
-        f"memory of a {device} at the peak, in {plan['peak_in']}: {plan['sequences_a_micro_step']} x "
+        f"memory of each {device} at the peak, in {plan['peak_in']}: {plan['sequences_a_micro_step']} x "
         f"{config.data.sequence_length} tokens at once"
     ]
     for kind, words in WORDS.items():
@@ -269,7 +269,7 @@ def _text_of_time(config: PlanConfig, plan: dict) -> list[str]:
     parts = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in sent.items() if size >= 0.05)
     tokens, tflop = plan["tokens_a_step"], plan["step_tflop"]
     lines = [
-        f"a step of {config.world_size} ranks on {machines} machines",
+        f"a step of {config.world_size} ranks on {machines} machine{'s' if machines > 1 else ''}",
         f"  batch          {tokens:,} tokens: {config.data.lanes} sequences of {config.data.sequence_length}; "
         f"micro-steps a rank: {plan['micro_steps']}",
         f"  work           {tflop:,.0f} TFLOP, {tflop * 1e12 / tokens:.3g} FLOP a token",
