@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, zeros
+from xxhash import xxh3_64_hexdigest
 
 from tests.disks import small_disk
 from tests.ranks import RankProcesses, run_ranks
@@ -186,7 +186,7 @@ def test_a_damaged_or_missing_listing_is_damage(tmp_path: Path) -> None:
     (folder,) = _saved_run(tmp_path, 10)
     listing = folder / "checksums.json"
     content = listing.read_bytes()
-    found = [content.replace(b"crc32", b"crc31", 1), content[:-3], b"[]", b'{"files": {}}', b"\xff"]
+    found = [content.replace(b"xxh3", b"xxh2", 1), content[:-3], b"[]", b'{"files": {}}', b"\xff"]
     for damaged in found:
         listing.write_bytes(damaged)
         assert len(checkpoint.verify(folder, alone())) == 1, damaged
@@ -235,7 +235,7 @@ def test_an_index_that_would_execute_is_refused(tmp_path: Path) -> None:
     content = pickle.dumps(Evil())
     (folder / ".metadata").write_bytes(content)
     listing = json.loads((folder / "checksums.json").read_text())
-    listing["files"][".metadata"] = {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+    listing["files"][".metadata"] = {"bytes": len(content), "xxh3": xxh3_64_hexdigest(content)}
     (folder / "checksums.json").write_text(json.dumps(listing))
     assert checkpoint.verify(folder, alone()) == []
     with pytest.raises(ValueError, match="mkdir has no place"):

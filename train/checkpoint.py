@@ -1,7 +1,7 @@
 """Checkpoints of a run: written beside, committed by rename, verified before use, agreed on by all ranks (P5).
 
     <root>/step-00000123/          whole or absent: __<rank>_0.distcp (tensors), .metadata (DCP's index), the extra
-                                   files, and checksums.json with size and crc32 of each
+                                   files, and checksums.json with size and XXH3 of each
     <root>/.tmp-step-00000123-2/   attempt 2 is writing
     <root>/.replaced-step-…, .removing-step-…   see `_commit` and `_remove`; `clean` settles what a kill left of them
 
