@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bench.job import rank_environment
 from data.documents import Document, TextSegment
 from data.loader import draw_images
 from data.packing import PackedBatch, collate, lay_out, pack
@@ -71,9 +72,7 @@ def start_ranks(options: argparse.Namespace, folder: Path) -> int:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = []
     for rank in range(options.ranks):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.ranks, "LOCAL_WORLD_SIZE": options.ranks}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-        variables = os.environ | {name: str(value) for name, value in environment.items()} | {RANK_FOLDER: str(folder)}
+        variables = os.environ | rank_environment(rank, options.ranks, store.port) | {RANK_FOLDER: str(folder)}
         processes.append(subprocess.Popen([sys.executable, "-m", "bench.checkpoint", *sys.argv[1:]], env=variables))
     if statuses := [status for process in processes if (status := process.wait())]:
         return statuses[0]

@@ -48,7 +48,8 @@ class Attempt:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes = []
         for rank, path in enumerate(self.logs):
-            of_rank = {**_environment(rank, world_size, self._store.port), **(environment or {})}
+            of_rank = {**rank_environment(rank, world_size, self._store.port), "OMP_NUM_THREADS": "1"}
+            of_rank |= environment or {}
             # Not daemonic: such a process may have no children, and loader workers are children.
             process = context.Process(target=_pretrain, args=(list(argv), of_rank, path))
             process.start()
@@ -185,7 +186,8 @@ class Job:
         return {int(path.name.split("-")[2]): path for path in self.checkpoints.glob(".tmp-step-*")}
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Return what torchrun would tell a rank on this machine, whose rendezvous store listens at `port`."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -194,7 +196,6 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": "1",
     }
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bench.job import rank_environment
 from train.config import run_program
 from train.distributed import Ranks, init_ranks
 
@@ -52,7 +53,7 @@ class RankProcesses:
         self.processes, self._results = [], []
         for rank in range(world_size):
             receiving, sending = _context.Pipe(duplex=False)
-            environment = _environment(rank, world_size, self._store.port)
+            environment = rank_environment(rank, world_size, self._store.port)
             process = _context.Process(target=_run, args=(function, args, environment, collective_timeout_s, sending))
             process.daemon = True
             process.start()
@@ -99,7 +100,7 @@ class ProgramRanks:
         self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(world_size or 1)]
         self.processes = []
         for rank, path in enumerate(self.logs):
-            environment = _environment(rank, world_size, self._store.port) if world_size else {}
+            environment = rank_environment(rank, world_size, self._store.port) if world_size else {}
             # Not daemonic: such a process may have no children, and loader workers are children.
             process = _context.Process(target=_run_program, args=(main, list(argv), environment, path))
             process.start()
@@ -143,18 +144,6 @@ def _run_program(main: Callable, argv: list[str], environment: dict[str, str], l
     os.dup2(descriptor, 2)
     sys.argv = [main.__module__, *argv]
     run_program(main)
-
-
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
 
 
 def _run(function: Callable, args: tuple, environment: dict[str, str], timeout_s: float, sending: Connection) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 
 from train import checkpoint
 from train.checkpoint_storage import LISTING, WrittenFile, read_listing
-from train.config import load_config
 from train.distributed import alone
-from train.recipe import PretrainConfig
+from train.stored import read_recipe
 
 LEFTOVERS = {
     "tmp": "half-written: a save in progress, or one that was killed; the next start removes it",
@@ -144,7 +143,9 @@ def _leftovers(root: Path) -> list[Leftover]:
         for folder in sorted(root.glob(f".{kind}-step-*")):
             found.append(Leftover(folder, _size_on_disk(folder), meaning))
     for folder in sorted(root.parent.glob("abandoned-*/step-*")) if root.name == "checkpoints" else ():
-        found.append(Leftover(folder, _size_on_disk(folder), "put aside when the run went back to an earlier step"))
+        found.append(
+            Leftover(folder, _size_on_disk(folder), "put aside: the run went back before it, or it was damaged")
+        )
     return found
 
 
@@ -166,9 +167,7 @@ def _surplus(root: Path, run: Path | None, remarks: list[str]) -> list[Path] | N
     if config is None or not config.is_file():
         return None
     try:
-        if "${" in config.read_text():
-            raise ValueError("it holds an interpolation (${...}), which no run writes")
-        return checkpoint.surplus(root, load_config(PretrainConfig, [f"config={config}"]).checkpoint)
+        return checkpoint.surplus(root, read_recipe(config).checkpoint)
     except ValueError as error:
         remarks.append(f"What retention keeps is unknown, since {config} cannot be read: {error}")
         return None

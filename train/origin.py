@@ -75,7 +75,8 @@ def go_back_before(step: int, folder: RunFolder, ranks: Ranks) -> Path | None:
     saved = ranks.on_first(lambda: checkpoint.saved(folder.checkpoints))
     for path in reversed(saved):
         if checkpoint.step_of(path) < step and not checkpoint.verify(path, ranks):
-            return _go_back(checkpoint.step_of(path), saved, folder, ranks)
+            _leave(path, saved, folder, ranks)
+            return path
     return None
 
 
@@ -101,18 +102,23 @@ def _went_back_already(step: int, saved: list[Path]) -> bool:
 
 
 def _go_back(step: int, saved: list[Path], folder: RunFolder, ranks: Ranks) -> Path:
-    """Return the checkpoint of `step`, after putting aside the later ones and a copy of the metrics."""
+    """Return the checkpoint of `step`, verified, after putting aside the later ones and a copy of the metrics."""
     path = next((path for path in saved if checkpoint.step_of(path) == step), None)
     if path is None:
         there = ", ".join(str(checkpoint.step_of(path)) for path in saved) or "none"
         raise FileNotFoundError(f"resume={step}: {folder.checkpoints} has no such step; it has {there}")
     if problems := checkpoint.verify(path, ranks):
         raise ValueError(f"resume={step}: {path} is damaged: {'; '.join(problems)}")
-    later = [path for path in saved if checkpoint.step_of(path) > step]
+    _leave(path, saved, folder, ranks)
+    return path
 
+
+def _leave(path: Path, saved: list[Path], folder: RunFolder, ranks: Ranks) -> None:
+    """Put aside what came after a checkpoint that the run goes back to. Collective."""
+    step = checkpoint.step_of(path)
+    later = [other for other in saved if checkpoint.step_of(other) > step]
     if later or ranks.on_first(lambda: folder.has_rows_after(step)):
         ranks.on_first(lambda: _put_aside(later, folder, f"what came after step {step}"))
-    return path
 
 
 def _put_aside(paths: list[Path], folder: RunFolder, what: str) -> None:

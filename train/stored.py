@@ -52,10 +52,7 @@ class Stored:
         else:
             checkpoint.read_extra(folder, "config.yaml")  # verifies it
             meta = json.loads(checkpoint.read_extra(folder, checkpoint.META))
-        # Written resolved: an interpolation would read this machine's environment (P11).
-        if "${" in (folder / "config.yaml").read_text():
-            raise ValueError(f"{folder / 'config.yaml'} holds an interpolation (${{...}}), which no run writes")
-        recipe = load_config(PretrainConfig, [f"config={folder / 'config.yaml'}"])
+        recipe = read_recipe(folder / "config.yaml")
         if exported:  # what its config names lies beside it
             data = replace(recipe.data, tokenizer=str(folder / TOKENIZER_FILE))
             recipe = replace(recipe, data=data, vae=recipe.vae and str(folder / VAE_FOLDER))
@@ -87,6 +84,14 @@ class Stored:
         else:
             checkpoint.load(self.folder, {chosen: dict(parameters)}, ranks)
         return chosen
+
+
+def read_recipe(path: Path) -> PretrainConfig:
+    """Return the config that a run wrote at `path`; raises ValueError for what no run writes."""
+    # Written resolved: an interpolation would read this machine's environment (P11).
+    if "${" in path.read_text():
+        raise ValueError(f"{path} holds an interpolation (${{...}}), which no run writes")
+    return load_config(PretrainConfig, [f"config={path}"])
 
 
 def find_checkpoint(path: Path, ranks: Ranks, key: str = "checkpoint") -> Path:
