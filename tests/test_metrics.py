@@ -106,6 +106,20 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
             assert row["tokens_per_s"] == pytest.approx(120 * steps / per_s, rel=1e-6)
 
 
+def console_row() -> dict[str, Any]:
+    """Return what the console shows of step 60."""
+    names = ("text_loss", "image_loss", "grad_norm", "learning_rate", "tokens_per_s", "images_per_s")
+    return {
+        "step": 60,
+        **dict.fromkeys(names, 1.0),
+        "mfu": 0.456,
+        "slowest_lag_share": 0.25,
+        "slowest_rank": 3,
+        "slowest_host": "n7",
+        "stop_s": None,
+    }
+
+
 def test_the_time_left_counts_only_the_steps_of_this_start(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -114,18 +128,25 @@ def test_the_time_left_counts_only_the_steps_of_this_start(
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
     console = Console(100, 50, alone())
     clock[0] += 10
-    names = ("text_loss", "image_loss", "grad_norm", "learning_rate", "tokens_per_s", "images_per_s")
-    row = {
-        "step": 60,
-        **dict.fromkeys(names, 1.0),
-        "mfu": 0.456,
-        "slowest_lag_share": 0.25,
-        "slowest_rank": 3,
-        "slowest_host": "n7",
-    }
-    console.show(row | {"image_loss": None})
+    console.show(console_row() | {"image_loss": None})
     assert "step 60/100" in (line := capsys.readouterr().out) and "0:00:40 left" in line
     assert "MFU 45.6%" in line and "image" not in line.split("norm")[0] and "waits 25% for rank 3 on n7" in line
+
+
+def test_the_console_warns_once_of_a_stop_that_would_come_too_late(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """P6: a step and its saves must fit into the notice that the scheduler gives; without a scheduler nobody warns."""
+    for notice, stops, warned in (("60", (None, 59.0, 61.0, 62.0), 1), ("60", (None, 59.0), 0), (None, (1e6,), 0)):
+        monkeypatch.delenv("TRANSFUSION_NOTICE_S", raising=False)
+        if notice is not None:
+            monkeypatch.setenv("TRANSFUSION_NOTICE_S", notice)
+        console = Console(100, 50, alone())
+        for stop_s in stops:
+            console.show(console_row() | {"stop_s": stop_s})
+        words = capsys.readouterr().out
+        assert words.count("two saves, 61 s, and the signal comes 60 s before the end") == warned, words
+        assert words.count("warning") == warned
 
 
 def _fails(*_: Any, **__: Any) -> None:

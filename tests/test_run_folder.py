@@ -54,10 +54,48 @@ def test_a_later_attempt_takes_the_folder_from_an_earlier_one(tmp_path: Path) ->
     late.assert_current()
     with pytest.raises(RunTakenOver, match="taken over from attempt 1 by attempt 2 "):
         early.assert_current()
+    late.append_metrics({"step": 1})
+    early.append_metrics({"step": 2})  # the late predecessor writes nothing, not even a row
+    early.append("bad_updates.jsonl", [{"step": 2}])
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert not (tmp_path / "bad_updates.jsonl").exists()
     late.close()
     (tmp_path / "attempt.json").unlink()
     with pytest.raises(RunTakenOver):
         late.assert_current()
+
+
+@pytest.mark.parametrize(
+    ("job", "requeues", "taken"), [("17", "1", True), ("17", "0", False), ("18", "1", False), (None, None, False)]
+)
+def test_a_requeued_job_takes_the_folder_from_its_own_earlier_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str | None, requeues: str | None, taken: bool
+) -> None:
+    """P5: its lock may outlive it on a host that Slurm gave up. A second copy is refused as ever."""
+    environment = {**os.environ, "SLURM_JOB_ID": "17", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment,
+    )
+    try:
+        assert holder.stdout.readline() == "1\n"
+        for name, value in (("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", requeues)):
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, value)
+        if taken:
+            with RunFolder(tmp_path, alone()) as run:
+                assert run.attempt == 2
+                run.assert_current()
+        else:
+            with pytest.raises(BlockingIOError, match=f"in use by pid {holder.pid} on .*job 17 requeued 0 times"):
+                RunFolder(tmp_path, alone())
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+        holder.wait()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_with_a_remedy(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -22,6 +23,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 Config = TypeVar("Config")
 
+RESOLVE, CHECK = "--resolve", "--check"  # print the resolved config instead; and look at the input before
+NOTICE = "TRANSFUSION_NOTICE_S"  # environment: seconds between a stop signal and the end, where a launcher knows
 REFUSED = 2  # exit status of a program that refused its config or its input before working
 
 
@@ -75,6 +78,8 @@ def run_program(main: Callable[[list[str]], int | None]) -> None:
     """Run a program's `main(argv)` and exit; print a user's mistake as one message, without a traceback.
 
     Exit status: main's own (0 when None), 2 for a refusal, 130 for Ctrl-C. `TRACEBACK=1` shows where a refusal arose.
+    `--resolve` prints the resolved config in place of running; `--check` also lets the module's `check(config)`, where
+    there is one, look at what the program would read: slurm.launch asks before it queues.
     """
     module = inspect.getmodule(main)
     name = f"{module.__package__ or 'train'}.{Path(module.__file__).stem}"
@@ -83,6 +88,9 @@ def run_program(main: Callable[[list[str]], int | None]) -> None:
         print(help_text(f"python -m {name}", inspect.getdoc(module) or "", module.CONFIG))
         sys.exit(0)
     try:
+        if {RESOLVE, CHECK} & set(argv):
+            print(_resolved(module, [argument for argument in argv if argument not in (RESOLVE, CHECK)], CHECK in argv))
+            sys.exit(0)
         sys.exit(main(argv) or 0)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
@@ -98,6 +106,14 @@ def run_program(main: Callable[[list[str]], int | None]) -> None:
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
         os._exit(status)  # peers may be inside a collective: a tidy shutdown would wait for them
     sys.exit(status)
+
+
+def _resolved(module: Any, argv: list[str], check: bool) -> str:
+    config = load_config(module.CONFIG, argv)
+    if check and hasattr(module, "check"):
+        with redirect_stdout(sys.stderr):
+            module.check(config)
+    return to_yaml(config)
 
 
 def help_text(command: str, purpose: str, schema: type) -> str:
@@ -149,7 +165,9 @@ def _parse(origin: str, load: Callable[[], Any]) -> dict:
 def _override(argument: str, schema: type) -> dict:
     """Return one `key=value` as a mapping: YAML, but for texts, which are taken as they stand."""
     key, _, value = argument.partition("=")
-    if _expected(schema, key) in ("str", "str | None") and value not in ("null", ""):
+    expected, parent = (_expected(schema, name) for name in (key, key.rpartition(".")[0]))
+    is_text = expected in ("str", "str | None") or expected == parent == "dict[str, str]"
+    if is_text and value not in ("null", ""):
         return _nested(key, value)
     return _parse(f"command line: {argument}", lambda: OmegaConf.from_dotlist([argument]))
 

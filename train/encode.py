@@ -85,10 +85,9 @@ def main(argv: list[str]) -> int | None:
     if config.index:
         index_folder(Path(config.index), config, config.max_bad_fraction)
         return None
-    if is_remote(config.output):
-        raise ValueError(f"output={config.output}: expected a local or shared folder; copy it to the store when done")
-    sources, output = expand(config.inputs, SUFFIXES), Path(config.output)
-    encoder = Encoder(config, has_pictures=check_inputs(sources, output))
+    output = Path(config.output)
+    sources, has_pictures = check(config)
+    encoder = Encoder(config, has_pictures=has_pictures)
     tasks = list_tasks(encoder, sources, output)
     say_what_changed(encoder, tasks)
     bad = BadRecords(config.max_bad_fraction)
@@ -105,6 +104,16 @@ def main(argv: list[str]) -> int | None:
     finally:
         encoder.close()
     return None
+
+
+def check(config: EncodeConfig) -> tuple[list[str], bool]:
+    """Return the input files and whether they are pictures; raises ValueError or OSError for what cannot be encoded."""
+    if config.verify or config.index:
+        return [], False
+    if is_remote(config.output):
+        raise ValueError(f"output={config.output}: expected a local or shared folder; copy it to the store when done")
+    sources = expand(config.inputs, SUFFIXES)
+    return sources, check_inputs(sources, Path(config.output))
 
 
 def check_inputs(sources: Sequence[str], output: Path) -> bool:

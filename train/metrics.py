@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from data.loader import epochs
 from data.packing import PADDING_DOCUMENT
+from train.config import NOTICE
 from train.distributed import Ranks
 from train.feed import Fed
 from train.flops import Flops
@@ -151,11 +152,12 @@ def say(words: str) -> None:
 
 
 class Console:
-    """One line a log interval on rank 0: step, losses, speed and the time left."""
+    """One line a log interval on rank 0: step, losses, speed and the time left; and, once, if a stop comes too late."""
 
     def __init__(self, steps: int, first_step: int, ranks: Ranks):
         self.steps, self.first_step, self.ranks = steps, first_step, ranks
         self._start = time.monotonic()
+        self._notice_s = float(os.environ.get(NOTICE, "inf"))
 
     def show(self, row: dict[str, Any]) -> None:
         if not self.ranks.is_first:
@@ -172,6 +174,12 @@ class Console:
             f"norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.1e}  {row['tokens_per_s']:,.0f} tokens/s  "
             f"{row['images_per_s']:,.1f} images/s  {mfu}{timedelta(seconds=round(seconds))} left{lag}",
         )
+        if row["stop_s"] is not None and row["stop_s"] > self._notice_s:
+            say(
+                f"pretrain: warning: to stop takes a step and up to two saves, {row['stop_s']:.0f} s, and the signal "
+                f"comes {self._notice_s:.0f} s before the end: give more (slurm.launch signal_delay=, sbatch --signal)"
+            )
+            self._notice_s = float("inf")
 
 
 class MetricsLog:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.dataset import open_data
+from data.dataset import DataSet, open_data
 from data.lanes import lanes_of_rank
 from data.loader import StepBatch
 from data.packing import PackedBatch
@@ -49,12 +49,7 @@ class GoBack(Exception):
 
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
-    data = open_data(config.data, config.seed, config.model.patch_size)
-    if data.latent_spec is not None and data.latent_spec.channels != config.model.latent_channels:
-        raise ValueError(
-            f"model.latent_channels={config.model.latent_channels}, but the data's latents have "
-            f"{data.latent_spec.channels} channels; set model.latent_channels={data.latent_spec.channels}"
-        )
+    data = check(config)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     world_size, warn = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
@@ -85,6 +80,17 @@ def main(argv: list[str]) -> int | None:
         ranks.close()
         stop.finish()
     return status
+
+
+def check(config: PretrainConfig) -> DataSet:
+    """Open the data; raises ValueError or OSError for what this run cannot train on."""
+    data = open_data(config.data, config.seed, config.model.patch_size)
+    if data.latent_spec is not None and data.latent_spec.channels != config.model.latent_channels:
+        raise ValueError(
+            f"model.latent_channels={config.model.latent_channels}, but the data's latents have "
+            f"{data.latent_spec.channels} channels; set model.latent_channels={data.latent_spec.channels}"
+        )
+    return data
 
 
 def dry_run(run: Run) -> None:
@@ -277,6 +283,8 @@ def write_row(run: Run, interval: Interval, console: Console) -> None:
     row["loss"] = (row["text_loss"] or 0) + run.config.loss.image_weight * (row["image_loss"] or 0)
     row["learning_rate"] = learning_rate(progress.step, run.config.optim)
     row["skipped_updates"] = int(optimizer.guard.counts[0])
+    # How long a stop takes at most: the step it falls into, the save under way, the last one; null: not known yet.
+    row["stop_s"] = None if run.saver.seconds is None else row["step_s"] + 2 * run.saver.seconds
     run.log.write(row)
     console.show(row)
     bad_updates, too_many = optimizer.guard.review(run.data.name_of, run.ranks)

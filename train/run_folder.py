@@ -1,14 +1,14 @@
 """The run folder: what one training run owns on disk, and the proof that it is still ours.
 
-    <run>/.lock           POSIX record lock of rank 0's process; a second copy on this machine is refused at once
+    <run>/.lock           POSIX record lock of rank 0's process; a second copy is refused at once
     <run>/attempt.json    number and token of the newest start; whoever wrote it last owns the folder (P5)
     <run>/metrics.jsonl   one JSON object a row, each with its `step`
     <run>/bad_updates.jsonl   skipped updates with the documents of their batches, of every attempt (train/guard.py)
     <run>/checkpoints/    see train/checkpoint.py
 
-The lock covers a second copy; the attempt covers what no lock sees: a requeued job on another host whose late
-predecessor still runs. A record lock rather than flock, which forked loader workers would go on holding after a
-`kill -9` of the rank itself; its price: this process must open `.lock` only once.
+The lock covers a second copy; the attempt covers what no lock sees, or sees for too long: the late predecessor of a
+requeued job, on a host that Slurm gave up. A record lock rather than flock, which forked loader workers would go on
+holding after a `kill -9` of the rank itself; its price: this process must open `.lock` only once.
 """
 
 import errno
@@ -16,6 +16,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import socket
 import time
 import uuid
@@ -56,13 +57,20 @@ class RunFolder:
                 f"{self.path} was taken over from attempt {self.attempt} by {by}; this process writes nothing more"
             )
 
+    def _is_current(self) -> bool:
+        """Return whether this attempt may still write; a damaged attempt.json is the next commit's to complain of."""
+        try:
+            return _read_attempt(self.path).get("token") == self._token
+        except ValueError:
+            return True
+
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl; does nothing but on rank 0. `row["step"]` is required.
 
         A full disk does not stop training: rows wait in memory, a warning says so, and the next call retries.
         """
         assert "step" in row, row
-        if not self._is_first:
+        if not (self._is_first and self._is_current()):
             return
         self._unwritten.append(json.dumps(row) + "\n")
         try:
@@ -75,7 +83,7 @@ class RunFolder:
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows to another `.jsonl` file of the folder, on rank 0 alone. A full disk costs the rows."""
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        if not (self._is_first and lines):
+        if not (self._is_first and lines and self._is_current()):
             return
         try:
             _append(self.path / name, lines.encode())
@@ -173,14 +181,32 @@ def _lock(folder: Path) -> int:
             log.warning("%s: no file locks here (%s); only attempt.json guards against a second copy", folder, error)
             return descriptor
         holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "an unknown process"
+        if _is_predecessor(holder):
+            log.warning("%s: taken over from %s, an earlier attempt of this job", folder, holder)
+            return descriptor
         os.close(descriptor)
         raise BlockingIOError(
             f"run folder {folder} is in use by {holder}: stop that run or wait for its end, or give another folder"
         ) from None
     who = _whoami()
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"pid {who['pid']} on {who['host']} since {who['started']}\n".encode(), 0)
+    os.pwrite(descriptor, f"pid {who['pid']} on {who['host']} since {who['started']}{_of_job()}\n".encode(), 0)
     return descriptor
+
+
+def _of_job() -> str:
+    """Return which Slurm job this is and how often it was requeued, "" outside of one."""
+    job, requeues = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
+    return f", job {job} requeued {requeues or 0} times" if job else ""
+
+
+def _is_predecessor(holder: str) -> bool:
+    """Return whether the holder of the lock is an earlier attempt of this very job.
+
+    Slurm has given it up, with the host it runs on; its lock may last as long as that host is silent.
+    """
+    theirs, mine = (re.search(r", job (\S+) requeued (\d+) times", words) for words in (holder, _of_job()))
+    return bool(theirs and mine and theirs[1] == mine[1] and int(theirs[2]) < int(mine[2]))
 
 
 def _read_attempt(folder: Path) -> dict[str, Any]:

@@ -38,11 +38,13 @@ class Snapshot:
 class Saver:
     """Write the snapshots of one run, one at a time. Methods are collective and belong to the main thread.
 
-    `saved_step` is the step of the newest checkpoint that is known to be whole, 0 for none.
+    `saved_step` is the step of the newest checkpoint that is known to be whole, 0 for none; `seconds` what writing the
+    last one took, None before any.
     """
 
     def __init__(self, folder: RunFolder, config: CheckpointConfig, ranks: Ranks) -> None:
         self.saved_step = 0
+        self.seconds: float | None = None
         self._folder, self._config, self._ranks = folder, config, ranks
         self._background = ranks.in_background()
         self._buffers: dict[str, torch.Tensor] = {}
@@ -94,11 +96,11 @@ class Saver:
         start = time.monotonic()
         try:
             path = checkpoint.save(self._folder, snapshot.step, staged, snapshot.extra, self._background)
-            seconds = time.monotonic() - start
+            self.seconds = time.monotonic() - start
             checkpoint.retain(self._folder.checkpoints, self._config, self._background)
             if self._ranks.is_first:
                 size = sum(file.num_bytes for file in read_listing(path).values())
-                say(f"saved {path}: {size / 1e6:,.1f} MB in {seconds:.1f} s")
+                say(f"saved {path}: {size / 1e6:,.1f} MB in {self.seconds:.1f} s")
         except OSError as error:  # of retention, the same on every rank
             self._error = CheckpointError(f"checkpoints that are no longer kept were not removed: {error}")
         except Exception as error:  # whatever it is, the main thread raises it

@@ -1,0 +1,163 @@
+"""The command line of slurm.launch: which word is whose.
+
+One flat line of `key=value`, as every program has it. A key of `LaunchConfig` is ours; one of sbatch's long options
+is sbatch's; everything else is the program's, which refuses what it does not know. `then=PROGRAM` begins the next job.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from slurm.job import JobConfig
+from slurm.programs import Program, find_program
+from train.config import load_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    program: str = "train.pretrain"  # what to run; its own options follow as key=value, config=FILE among them
+    nodes: int = 1
+    gpus_per_node: str | None = None  # GPUs of a node, one task each: 8 or TYPE:8; null: none, tasks compute on CPUs
+    tasks_per_node: int | None = None  # null: one a GPU, and 1 without
+    cpus_per_task: int | None = None  # cores of a task, its data workers included; null: the cluster's default
+    time: str | None = None  # limit, as sbatch takes it: minutes, HOURS:MINUTES:SECONDS, DAYS-HOURS; null: the default
+    # Seconds before the limit (and before a preemption, where Slurm is set up to) at which the job is told to save:
+    # more than a step and a save take. It is requeued then, and goes on.
+    signal_delay: int = 300
+    # Elements of a job array, of train.encode: N or N%M, at most M at once; null: no array.
+    array: str | None = None
+    max_requeues: int = (
+        JobConfig.max_requeues
+    )  # attempts in a row that may gain nothing; there is no limit for those that do
+    then: str | None = None  # program of the next job, which starts when this one is done; its options follow
+    wait: bool = False  # follow the jobs to their end, and exit with the first status that is not 0
+    dry_run: bool = False  # print the batch scripts; submit and write nothing
+    cluster: Literal["slurm", "local"] = "slurm"  # local: the same tasks here and now, without Slurm
+    plan: bool = True  # refuse a training that train.plan says does not fit
+    gpu: str = "h100"  # of the plan, a name that train.plan knows
+    setup: list[str] = field(default_factory=list)  # shell lines of each node 0 before the start: [module load cuda]
+    env: dict[str, str] = field(default_factory=dict)  # variables of every task, such as env.NCCL_SOCKET_IFNAME=ib0
+    # More of sbatch's options. Those it has today need no prefix: partition=, account=, qos=, exclude=, mail_type= ...
+    sbatch: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        least = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "signal_delay": 0, "max_requeues": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"{name}={value}: expected at least {smallest}")
+        if self.gpus_per_node is not None and self.num_gpus < 1:
+            raise ValueError(f"gpus_per_node={self.gpus_per_node}: expected a count such as 8, or TYPE:8")
+        if self.num_gpus and self.tasks_per_node not in (None, self.num_gpus):
+            raise ValueError(
+                f"tasks_per_node={self.tasks_per_node} with gpus_per_node={self.gpus_per_node}: one task a GPU; "
+                "leave tasks_per_node out"
+            )
+        elements, limit = self.elements
+        if self.array is not None and (elements < 2 or limit < 1):
+            raise ValueError(f"array={self.array}: expected N or N%M, N at least 2 elements and M at least 1 at once")
+        for name, why in TAKEN.items():
+            if name in self.sbatch:
+                raise ValueError(f"{name}={self.sbatch[name]}: {why}")
+        program = self.found
+        if self.array is not None and program.tasks != "workers":
+            raise ValueError(f"array={self.array}: {self.program} is one job; arrays are for train.encode")
+        if program.tasks == "one" and self.nodes * self.tasks > 1:
+            raise ValueError(f"{self.program} is one task: leave nodes, tasks_per_node and gpus_per_node above 1 out")
+
+    @property
+    def found(self) -> Program:
+        return find_program(self.program)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of a node; 0 for none, and for what is no count."""
+        count = (self.gpus_per_node or "0").rpartition(":")[2]
+        return int(count) if count.isdecimal() else 0
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of a node."""
+        return self.tasks_per_node or self.num_gpus or 1
+
+    @property
+    def elements(self) -> tuple[int, int]:
+        """Elements of the array, 1 without one, and how many of them run at once."""
+        if self.array is None:
+            return 1, 1
+        count, _, limit = self.array.partition("%")
+        at_once = limit or str(AT_ONCE)
+        return (int(count), int(at_once)) if count.isdecimal() and at_once.isdecimal() else (0, 0)
+
+
+AT_ONCE = 64  # elements of an array, unless it says otherwise
+# sbatch's long options that a job of ours can do with (22.05 to 25.05).
+SBATCH_NAMES = """
+account acctg_freq begin bell bb bbf chdir clusters comment constraint container contiguous core_spec cores_per_socket
+cpu_freq cpus_per_gpu deadline delay_boot dependency distribution exclude exclusive extra extra_node_info get_user_env
+gpu_bind gpu_freq gres gres_flags hint hold job_name licenses mail_type mail_user mcs_label mem mem_bind mem_per_cpu
+mem_per_gpu mincpus network nice nodefile nodelist no_kill oom_kill_step overcommit oversubscribe partition power
+prefer priority propagate qos reboot reservation segment sockets_per_node spread_job switches thread_spec
+threads_per_core time_min tmp tres_bind tres_per_task use_min_nodes wait_all_nodes wckey
+"""
+SBATCH = frozenset(SBATCH_NAMES.split())
+# Those that would take a job apart.
+TAKEN = {
+    "ntasks": "give tasks_per_node or gpus_per_node",
+    "ntasks_per_node": "give tasks_per_node or gpus_per_node",
+    "ntasks_per_gpu": "one task a GPU is what gpus_per_node gives",
+    "gpus": "give gpus_per_node, one task each",
+    "gpus_per_task": "give gpus_per_node, one task each: a GPU that its peers cannot see slows NCCL down",
+    "gpus_per_socket": "give gpus_per_node, one task each",
+    "output": "logs go into the run's folder",
+    "error": "logs go into the run's folder",
+    "open_mode": "logs are appended to",
+    "signal": "give signal_delay=SECONDS",
+    "requeue": "jobs always may be requeued; max_requeues bounds it",
+    "no_requeue": "jobs always may be requeued; max_requeues bounds it",
+    "wrap": "give program=",
+    "kill_on_invalid_dep": "a job whose predecessor failed is always cancelled",
+}
+# What a job of a chain does not take over from the one before.
+OWN = frozenset(("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "time", "array", "then", "program"))
+OWN_SBATCH = frozenset(
+    ("begin", "dependency", "job_name", "mem", "mem_per_cpu", "mem_per_gpu", "nodelist", "gres", "exclusive")
+)
+
+
+def read(argv: Sequence[str]) -> list[tuple[LaunchConfig, list[str]]]:
+    """Return the jobs that a command line asks for, each with its program's arguments. Raises ValueError."""
+    groups: list[list[str]] = [[]]
+    for argument in argv:
+        if argument.startswith("then="):
+            groups.append([f"program={argument.removeprefix('then=')}"])
+        else:
+            groups[-1].append(argument)
+    jobs, inherited = [], []
+    for group in groups:
+        ours, theirs = _sort(group)
+        jobs.append((load_config(LaunchConfig, [*inherited, *ours]), theirs))
+        inherited = [a for a in [*inherited, *ours] if not _is_own(a)]
+    return jobs
+
+
+def _sort(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return our arguments, sbatch's as `sbatch.NAME=VALUE`, and the program's."""
+    fields = {field.name for field in dataclasses.fields(LaunchConfig)}
+    ours, theirs = [], []
+    for argument in arguments:
+        key = argument.partition("=")[0].split(".")[0]
+        if key in fields:
+            ours.append(argument)
+        elif key.replace("-", "_") in SBATCH | TAKEN.keys():
+            name, _, value = argument.partition("=")
+            ours.append(f"sbatch.{name.replace('-', '_')}={value}")
+        else:
+            theirs.append(argument)
+    return ours, theirs
+
+
+def _is_own(argument: str) -> bool:
+    key, _, _ = argument.partition("=")
+    return key in OWN or key.removeprefix("sbatch.") in OWN_SBATCH

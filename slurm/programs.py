@@ -1,0 +1,88 @@
+"""What Slurm has to know of each program: where it writes, how many tasks help it, and how far it has come.
+
+The rest it learns by running `python -m PROGRAM --resolve`: nobody imports a program.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from train.config import CHECK, RESOLVE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program of train/ that a job can run."""
+
+    writes: str  # the option that names its folder or file
+    # one: a single task. group: its tasks are ranks of one process group, which end together. workers: its tasks know
+    # nothing of each other, and array elements are more of them.
+    tasks: Literal["one", "group", "workers"] = "one"
+    unit: str = "steps"  # of its progress
+    progress: Callable[[Path], int] | None = None  # how far it has come, durably, from what it writes; None: unknown
+
+    def folder(self, config: dict) -> Path:
+        """Return what a resolved config says it writes, absolute."""
+        return Path(config[self.writes]).absolute()
+
+    def jobs_folder(self, config: dict) -> Path:
+        """Return where its jobs' code, config, logs and records go: in a run's folder, or beside what it writes."""
+        folder = self.folder(config)
+        return folder / "slurm" if self.writes == "run_dir" else folder.with_name(f"{folder.name}.slurm")
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    """Return the step of the newest checkpoint that was committed, 0 without any."""
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in (run_dir / "checkpoints").glob("step-*"))
+    return max((int(name[1]) for name in names if name), default=0)
+
+
+def finished_shards(output: Path) -> int:
+    """Return how many input files have been encoded."""
+    return sum(1 for _ in output.glob("*.tar.json"))
+
+
+def last_row(output: Path) -> int:
+    """Return the last logged step of a program that works in `<output>.partial`, 0 without any."""
+    try:
+        lines = (output.with_name(f"{output.name}.partial") / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["step"] if lines else 0
+    except (OSError, ValueError):  # not there yet, or being written
+        return 0
+
+
+PROGRAMS = {
+    "train.scenes": Program(writes="output"),
+    "train.tokenizer": Program(writes="output"),
+    "train.vae": Program(writes="output", tasks="group", progress=last_row),
+    "train.encode": Program(writes="output", tasks="workers", unit="shards", progress=finished_shards),
+    "train.pretrain": Program(writes="run_dir", tasks="group", progress=newest_checkpoint),
+    "train.sample": Program(writes="output", tasks="group"),
+    "train.evaluate": Program(writes="output", tasks="group"),
+    "train.export": Program(writes="output"),
+    "train.report": Program(writes="output"),
+}
+
+
+def find_program(name: str) -> Program:
+    """Return the program of a name; raises ValueError for one that no job can run."""
+    if name not in PROGRAMS:
+        raise ValueError(f"program={name}: expected one of {', '.join(PROGRAMS)}")
+    return PROGRAMS[name]
+
+
+def resolve(name: str, arguments: Sequence[str], *, check: bool = False) -> str:
+    """Return a program's resolved config, as YAML; with `check` only once it has looked at its input too.
+
+    Raises ValueError with the words of its refusal.
+    """
+    command = [sys.executable, "-m", name, *arguments, CHECK if check else RESOLVE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(done.stderr.strip().removeprefix(f"{name}: ") or f"{name} ended with {done.returncode}")
+    return done.stdout

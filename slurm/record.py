@@ -1,0 +1,83 @@
+"""What became of a job: one JSON file, with an entry for each attempt to run it.
+
+    <jobs>/<job id>/job.json   written whole by rename, by the job's supervisor alone
+
+An attempt whose supervisor was killed with it has no end of its own; the next attempt writes it, from what Slurm says.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Attempt:
+    """One start of a job on its nodes."""
+
+    number: int  # 1 ...
+    nodes: list[str]
+    tasks: int
+    began: str  # local time, ISO 8601
+    at: int | None  # progress when it began: step of the newest checkpoint, finished shards; None: not known
+    ended: str | None = None
+    gained: int | None = None  # how far it came beyond `at`
+    status: int | None = None  # the highest exit status of its tasks; None: Slurm ended the supervisor too
+    reason: str | None = None  # why it ended, for people
+
+    def end(self, at: int | None, status: int | None, reason: str) -> None:
+        """Note how it ended, and how far it came."""
+        self.ended, self.status, self.reason = now(), status, reason
+        self.gained = None if at is None or self.at is None else max(0, at - self.at)
+
+
+@dataclass
+class Record:
+    """A job's file."""
+
+    path: Path
+    job: str  # id; of an array's element ARRAY_INDEX
+    program: str
+    config: str  # file of the resolved config
+    code: str = str(Path(__file__).parent.parent)  # folder that the program is imported from
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path, job: str, program: str, config: str) -> "Record":
+        """Read the record of an earlier attempt, or begin one."""
+        try:
+            attempts = [Attempt(**attempt) for attempt in json.loads(path.read_text())["attempts"]]
+        except (OSError, ValueError, KeyError, TypeError):  # the first attempt, or a disk that was full
+            attempts = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return cls(path, job, program, config, attempts=attempts)
+
+    def begin(self, attempt: Attempt) -> Attempt:
+        """Append an attempt and write the record."""
+        self.attempts.append(attempt)
+        self.write()
+        return attempt
+
+    def idle(self) -> int:
+        """Return how many attempts in a row, up to the last, ended without having gained anything."""
+        count = 0
+        for attempt in reversed(self.attempts):
+            if attempt.ended is None or attempt.gained:
+                break
+            count += 1
+        return count
+
+    def write(self) -> None:
+        """Replace the file; a disk that is full costs the record, not the job."""
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        entries = {name: value for name, value in asdict(self).items() if name != "path"}
+        try:
+            beside.write_text(json.dumps(entries, indent=1) + "\n")
+            beside.rename(self.path)
+        except OSError as error:
+            print(f"slurm: {self.path} was not written: {error}", flush=True)
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

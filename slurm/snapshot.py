@@ -1,0 +1,54 @@
+"""What a job runs, kept as it was when it was submitted: the code and the resolved config, by their hashes.
+
+A job may wait for days and be requeued for weeks; what happens in the working tree meanwhile must not reach it.
+    <jobs>/code-<hash>/        data, model, train, slurm
+    <jobs>/config-<hash>.yaml  every option, no overrides left
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+PACKAGES = ("data", "model", "train", "slurm")
+ROOT = Path(__file__).resolve().parent.parent
+HASH_DIGITS = 10
+
+
+def write_code(jobs: Path) -> Path:
+    """Copy the packages, unless a copy of the same contents is there; return the folder to import them from."""
+    files = {name: (ROOT / name).read_bytes() for name in _code_files()}
+    digest = hashlib.sha256()
+    for name, content in files.items():
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    folder = jobs / f"code-{digest.hexdigest()[:HASH_DIGITS]}"
+    if folder.exists():
+        return folder
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    for name, content in files.items():
+        path = beside / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    try:
+        beside.rename(folder)
+    except OSError:  # another launch was faster
+        shutil.rmtree(beside)
+    return folder
+
+
+def write_config(jobs: Path, resolved: str) -> Path:
+    """Write a resolved config (YAML) into the jobs' folder; return its path."""
+    path = jobs / f"config-{hashlib.sha256(resolved.encode()).hexdigest()[:HASH_DIGITS]}.yaml"
+    if not path.exists():
+        jobs.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(resolved)
+        beside.rename(path)
+    return path
+
+
+def _code_files() -> list[str]:
+    """Return the files of the packages, relative to the root, without what Python or an editor left there."""
+    found = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file())
+    names = (path.relative_to(ROOT) for path in found)
+    return sorted(str(name) for name in names if not any(p.startswith((".", "__pycache__")) for p in name.parts))

@@ -1,0 +1,68 @@
+"""One task of a job: tell the program who it is among its peers, and become it.
+
+`srun python -m slurm.task PROGRAM key=value ...`, from slurm/job.py. The process is replaced, so Slurm's signals and
+the exit status are the program's own, with nobody in between. Rank 0 writes to the job's console log, each other one to
+a file of its own: straight, not through srun, whose end or full pipe would hold the program up.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from slurm.job import CONSOLE, LOGS
+
+# The one place of settings that every rank gets, unless the environment that submits the job has them already.
+DEFAULTS = {
+    "NCCL_DEBUG": "WARN",  # says why a collective failed, and little else
+    "PYTHONUNBUFFERED": "1",  # a log's last line is what happened last
+}
+
+
+def environment(given: Mapping[str, str], node_folder: str) -> dict[str, str]:
+    """Return what a rank's environment has beyond `given`, which Slurm and slurm/job.py have filled.
+
+    Where ranks are and who they are as torchrun says it, threads, and caches of compiled kernels in `node_folder`, on
+    a disk of the node: on a shared file system hundreds of ranks would wait for each other's locks.
+    """
+    node, local_rank = int(given["SLURM_NODEID"]), given["SLURM_LOCALID"]
+    own = {
+        "RANK": given["SLURM_PROCID"],
+        "WORLD_SIZE": given["SLURM_NTASKS"],
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": str(tasks_by_node(given["SLURM_STEP_TASKS_PER_NODE"])[node]),
+    }
+    defaults = dict(DEFAULTS)
+    defaults["TORCHINDUCTOR_CACHE_DIR"] = f"{node_folder}/inductor"
+    defaults["TRITON_CACHE_DIR"] = f"{node_folder}/triton"
+    if "SLURM_CPUS_PER_TASK" in given:  # Slurm binds a task to its CPUs, all of which are this rank's
+        defaults["OMP_NUM_THREADS"] = given["SLURM_CPUS_PER_TASK"]
+    if "NCCL_SOCKET_IFNAME" in given:  # gloo carries votes and checkpoints over the same network
+        defaults["GLOO_SOCKET_IFNAME"] = given["NCCL_SOCKET_IFNAME"]
+    return own | {name: value for name, value in defaults.items() if name not in given}
+
+
+def tasks_by_node(counts: str) -> list[int]:
+    """Return the tasks of each node, from Slurm's short form: "8(x3),4" is [8, 8, 8, 4]."""
+    tasks: list[int] = []
+    for part in counts.split(","):
+        count, _, times = part.partition("(x")
+        tasks += [int(count)] * int(times.rstrip(")") or 1)
+    return tasks
+
+
+def main(argv: list[str]) -> None:
+    rank = int(os.environ["SLURM_PROCID"])
+    log = os.environ.get(CONSOLE) if rank == 0 else f"{os.environ[LOGS]}/rank-{rank}.log"
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+    node_folder = Path(tempfile.gettempdir()) / f"transfusion-{os.getuid()}"
+    os.environ.update(environment(os.environ, str(node_folder)))
+    os.execv(sys.executable, [sys.executable, "-m", *argv])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
