@@ -19,7 +19,7 @@ from train.config import CHECK, RESOLVE
 class Program:
     """A program of train/ that a job can run."""
 
-    writes: str  # the option that names its folder or file
+    writes: tuple[str, ...] = ("output",)  # options of which the first that is set names its folder or file
     # one: a single task. group: its tasks are ranks of one process group, which end together. workers: its tasks know
     # nothing of each other, and array elements are more of them.
     tasks: Literal["one", "group", "workers"] = "one"
@@ -28,12 +28,12 @@ class Program:
 
     def folder(self, config: dict) -> Path:
         """Return what a resolved config says it writes, absolute."""
-        return Path(config[self.writes]).absolute()
+        return Path(next(config[name] for name in self.writes if config[name])).absolute()
 
     def jobs_folder(self, config: dict) -> Path:
         """Return where its jobs' code, config, logs and records go: in a run's folder, or beside what it writes."""
         folder = self.folder(config)
-        return folder / "slurm" if self.writes == "run_dir" else folder.with_name(f"{folder.name}.slurm")
+        return folder / "slurm" if self.writes == ("run_dir",) else folder.with_name(f"{folder.name}.slurm")
 
 
 def newest_checkpoint(run_dir: Path) -> int:
@@ -57,15 +57,17 @@ def last_row(output: Path) -> int:
 
 
 PROGRAMS = {
-    "train.scenes": Program(writes="output"),
-    "train.tokenizer": Program(writes="output"),
-    "train.vae": Program(writes="output", tasks="group", progress=last_row),
-    "train.encode": Program(writes="output", tasks="workers", unit="shards", progress=finished_shards),
-    "train.pretrain": Program(writes="run_dir", tasks="group", progress=newest_checkpoint),
-    "train.sample": Program(writes="output", tasks="group"),
-    "train.evaluate": Program(writes="output", tasks="group"),
-    "train.export": Program(writes="output"),
-    "train.report": Program(writes="output"),
+    "train.scenes": Program(),
+    "train.tokenizer": Program(),
+    "train.vae": Program(tasks="group", progress=last_row),
+    "train.encode": Program(
+        writes=("verify", "index", "output"), tasks="workers", unit="shards", progress=finished_shards
+    ),
+    "train.pretrain": Program(writes=("run_dir",), tasks="group", progress=newest_checkpoint),
+    "train.sample": Program(tasks="group"),
+    "train.evaluate": Program(tasks="group"),
+    "train.export": Program(),
+    "train.report": Program(),
 }
 
 
