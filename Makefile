@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test test-slurm lint bench
 setup: .venv/installed
 
 .venv/installed: requirements.txt
@@ -16,6 +16,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# On a real Slurm of their own, installed from Debian's packages where that is possible, skipped elsewhere.
+test-slurm: setup
+	bash tests/slurm/run.sh
 
 lint: setup
 	$(BIN)/ruff check .

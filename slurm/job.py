@@ -116,6 +116,9 @@ def supervise(job: Job) -> int:
     environment = job.environment(job_id)
     environment |= {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(free_port(f"{job_id} {attempt.number}"))}
     status = run_by_srun(job.command, environment, together=job.together)
+    if not record.is_latest(attempt):
+        say(f"attempt {attempt.number} ended with status {status}, long after Slurm had begun another")
+        return status
     reason, again = judge(status, job_id, job.notice_s)
     attempt.end(job.progress(), status, reason)
     gained = f", {attempt.gained} {unit} gained" if attempt.gained is not None else ""

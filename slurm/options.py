@@ -136,13 +136,13 @@ def read(argv: Sequence[str]) -> list[tuple[LaunchConfig, list[str]]]:
             groups[-1].append(argument)
     jobs, inherited = [], []
     for group in groups:
-        ours, theirs = _sort(group)
+        ours, theirs = sort(group)
         jobs.append((load_config(LaunchConfig, [*inherited, *ours]), theirs))
         inherited = [a for a in [*inherited, *ours] if not _is_own(a)]
     return jobs
 
 
-def _sort(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def sort(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return our arguments, sbatch's as `sbatch.NAME=VALUE`, and the program's."""
     fields = {field.name for field in dataclasses.fields(LaunchConfig)}
     ours, theirs = [], []
@@ -150,7 +150,7 @@ def _sort(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         key = argument.partition("=")[0].split(".")[0]
         if key in fields:
             ours.append(argument)
-        elif key.replace("-", "_") in SBATCH | TAKEN.keys():
+        elif key.replace("-", "_") in (SBATCH | TAKEN.keys()) - {"output"}:  # which programs have too
             name, _, value = argument.partition("=")
             ours.append(f"sbatch.{name.replace('-', '_')}={value}")
         else:

@@ -68,6 +68,10 @@ class Record:
             count += 1
         return count
 
+    def is_latest(self, attempt: Attempt) -> bool:
+        """Return whether no later attempt has begun: a node that Slurm gave up may come to itself long after."""
+        return attempt.number >= len(Record.open(self.path, self.job, self.program, self.config).attempts)
+
     def write(self) -> None:
         """Replace the file; a disk that is full costs the record, not the job."""
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")

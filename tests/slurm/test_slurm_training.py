@@ -1,0 +1,256 @@
+"""Real training on a real Slurm: sent, stopped in every way Slurm has, requeued, finished with the same bits."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data.tokenizer import Tokenizer
+from tests.runs import assert_same_end, finish, numbers, rows, saved_steps, settings
+from tests.slurm.cluster import Cluster, wait_for
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 400
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, sources: dict[str, Path]) -> Path:
+    """The same training, undisturbed, on two ranks and without Slurm."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    finish(training(run_dir, tokenizer, sources), 2)
+    return run_dir
+
+
+def training(run_dir: Path, tokenizer: Tokenizer, sources: dict[str, Path]) -> list[str]:
+    changes = {"optim__steps": STEPS, "checkpoint__interval_steps": 50, "log__interval_steps": 1}
+    return settings(run_dir, tokenizer, sources, **changes)
+
+
+def launch(*argv: object, status: int = 0) -> tuple[list[str], str]:
+    """Run slurm.launch; return the ids of the jobs it submitted and what it printed."""
+    command = [sys.executable, "-m", "slurm.launch", "env.OMP_NUM_THREADS=1", *map(str, argv)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return re.findall(r"^job (\d+): ", done.stdout, re.MULTILINE), done.stdout + done.stderr
+
+
+def attempts(run_dir: Path, job_id: str) -> list[dict]:
+    return json.loads((run_dir / "slurm" / job_id / "job.json").read_text())["attempts"]
+
+
+def wait_for_step(run_dir: Path, step: int, log: Path, timeout_s: float = 60) -> None:
+    wait_for(lambda: rows(run_dir) and rows(run_dir)[-1]["step"] >= step, timeout_s, lambda: tail(log))
+
+
+def tail(log: Path) -> str:
+    """Return the end of a log, for a failure's message."""
+    return log.read_text()[-3000:] if log.exists() else f"no {log}"
+
+
+@pytest.fixture
+def sent(
+    cluster: Cluster, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
+) -> Callable[..., tuple[str, Path, Path]]:
+    """Send the training to two nodes, one rank each; returns job id, run folder and console log at step 20."""
+
+    def send(*options: object) -> tuple[str, Path, Path]:
+        run_dir = tmp_path / "run"
+        (job_id,), _ = launch(*training(run_dir, tokenizer, sources), "nodes=2", "plan=false", *options)
+        log = run_dir / "slurm" / f"{job_id}.log"
+        wait_for_step(run_dir, 20, log)
+        return job_id, run_dir, log
+
+    return send
+
+
+def test_a_training_is_sent_followed_and_done(
+    cluster: Cluster, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], straight: Path
+) -> None:
+    """Two nodes of two tasks; wait=true shows the console as it is written. Losses agree to float rounding (P3)."""
+    run_dir = tmp_path / "run"
+    argv = [*training(run_dir, tokenizer, sources), "nodes=2", "tasks_per_node=2", "time=10", "wait=true"]
+    (job_id,), printed = launch(*argv)
+    assert cluster.history(job_id) == ["COMPLETED"]
+    assert f"launch: job {job_id} (pretrain-run) ended: COMPLETED" in printed
+    assert f"step {STEPS}/{STEPS}" in printed and "attempt 1 ended: done" in printed
+    assert sorted(path.name for path in (run_dir / "slurm" / job_id).iterdir()) == [
+        "job.json", "rank-1.log", "rank-2.log", "rank-3.log"
+    ]  # fmt: skip
+    (attempt,) = attempts(run_dir, job_id)
+    assert (attempt["tasks"], attempt["gained"], attempt["status"]) == (4, STEPS, 0) and len(attempt["nodes"]) == 2
+    for mine, theirs in zip(numbers(run_dir), numbers(straight), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_requeued_by_hand_and_by_its_own_signal_it_ends_with_the_same_bits(
+    sent: Callable, cluster: Cluster, straight: Path
+) -> None:
+    """P4, P6: scontrol requeue warns by SIGTERM, a limit by SIGUSR2; each saves, nothing is redone."""
+    job_id, run_dir, log = sent()
+    owner = json.loads((run_dir / "attempt.json").read_text())
+    environment = Path(f"/proc/{owner['pid']}/environ").read_text()
+    (master,), node = re.findall(r"MASTER_ADDR=(\w+)", environment), attempts(run_dir, job_id)[0]["nodes"][0]
+    assert owner["host"] == master == node  # a name of the first node, not of this machine
+    assert f"PYTHONPATH={run_dir}/slurm/code-" in environment
+    _, printed = launch(*training_of(run_dir), "nodes=1", status=2)
+    assert f"job {job_id} of {run_dir} is still there" in printed
+    run_by_scontrol(job_id)
+    wait_for(lambda: "attempt 2 of job" in log.read_text(), 60, log.read_text)
+    wait_for_step(run_dir, attempts(run_dir, job_id)[1]["at"] + 20, log)
+    cluster.signal(job_id, "USR2")
+    assert cluster.wait(job_id) == "COMPLETED"
+    assert cluster.history(job_id) == ["REQUEUED", "REQUEUED", "COMPLETED"]
+    assert_same_end(run_dir, straight)
+    assert numbers(run_dir) == numbers(straight)
+    found = attempts(run_dir, job_id)
+    assert [attempt["at"] for attempt in found[1:]] == [found[0]["gained"], found[0]["gained"] + found[1]["gained"]]
+    assert [attempt["status"] for attempt in found] == [75, 75, 0]
+    assert "stopped by SIGTERM" in log.read_text() and "stopped by SIGUSR2" in log.read_text()
+
+
+def run_by_scontrol(job_id: str) -> None:
+    subprocess.run(["scontrol", "requeue", job_id], check=True, timeout=60)
+
+
+def test_preempted_by_a_higher_partition_it_ends_with_the_same_bits(
+    sent: Callable, cluster: Cluster, straight: Path
+) -> None:
+    """P4, P6."""
+    job_id, run_dir, log = sent("partition=scavenge")
+    urgent = cluster.submit("sleep 1", "-p", "main", f"--nodes={len(cluster.nodes)}", "--exclusive", "-o", "/dev/null")
+    wait_for(lambda: "attempt 1 ended: stopped by preemption" in log.read_text(), 60, log.read_text)
+    assert cluster.wait(urgent) == "COMPLETED"
+    assert cluster.wait(job_id) == "COMPLETED"
+    assert_same_end(run_dir, straight)
+    assert [attempt["status"] for attempt in attempts(run_dir, job_id)] == [75, 0]
+
+
+def test_at_its_time_limit_it_saves_and_goes_on_with_the_same_bits(
+    cluster: Cluster, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], straight: Path
+) -> None:
+    """P4, P6. Slurm looks at limits every 30 s; a save each step makes the run last long enough."""
+    run_dir = tmp_path / "run"
+    argv = [*training(run_dir, tokenizer, sources), "checkpoint.interval_steps=1", "nodes=2", "time=1"]
+    (job_id,), _ = launch(*argv, "signal_delay=50", "plan=false")
+    log = run_dir / "slurm" / f"{job_id}.log"
+    wait_for(lambda: log.exists() and "stopped by the time limit" in log.read_text(), 90, lambda: log.read_text())
+    assert cluster.wait(job_id, timeout_s=180) == "COMPLETED"
+    assert_same_end(run_dir, straight)
+    assert "TIMEOUT" not in cluster.history(job_id)
+
+
+def test_a_rank_that_dies_is_started_again_from_the_last_checkpoint(
+    sent: Callable, cluster: Cluster, straight: Path
+) -> None:
+    """A fault of the machine looks like this: kill -9 of one rank; the others end, the job is requeued (P4)."""
+    job_id, run_dir, log = sent()
+    wait_for_step(run_dir, 60, log)
+    subprocess.run(["kill", "-9", str(json.loads((run_dir / "attempt.json").read_text())["pid"])], check=True)
+    assert cluster.wait(job_id) == "COMPLETED"
+    assert_same_end(run_dir, straight)
+    first, second = attempts(run_dir, job_id)
+    assert first["reason"] == "failed with status 137" and second["at"] >= 50
+    assert "lost rank 0" in (run_dir / "slurm" / job_id / "rank-1.log").read_text()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(
+    sent: Callable, cluster: Cluster, straight: Path, which: int
+) -> None:
+    """P4, P5: the node with the job's supervisor, or another. It goes on elsewhere, and ends with the same bits."""
+    job_id, run_dir, log = sent()
+    wait_for_step(run_dir, 60, log)
+    node = attempts(run_dir, job_id)[0]["nodes"][which]
+    cluster.node("kill", node)
+    cluster.set_down(node)
+    assert cluster.wait(job_id) == "COMPLETED"
+    assert_same_end(run_dir, straight)
+    first, second = attempts(run_dir, job_id)
+    assert node not in second["nodes"] and 50 <= second["at"] < STEPS
+    assert "NODE_FAIL" in first["reason"] if which == 0 else first["status"] or "NODE_FAIL" in first["reason"]
+
+
+def test_the_late_predecessor_of_a_requeued_job_writes_nothing(
+    cluster: Cluster, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], straight: Path
+) -> None:
+    """P5: its node was given up, not dead; rank and supervisor come to themselves while the next attempt trains."""
+    run_dir = tmp_path / "run"
+    (job_id,), _ = launch(*training(run_dir, tokenizer, sources), "tasks_per_node=2", "plan=false")
+    log = run_dir / "slurm" / f"{job_id}.log"
+    wait_for_step(run_dir, 60, log)
+    (node,) = attempts(run_dir, job_id)[0]["nodes"]
+    cluster.freeze(node)
+    cluster.set_down(node)
+    wait_for(lambda: len(attempts(run_dir, job_id)) == 2, 60, log.read_text)
+    wait_for_step(run_dir, attempts(run_dir, job_id)[1]["at"] + 5, log)
+    cluster.thaw(node)
+    assert cluster.wait(job_id) == "COMPLETED"
+    assert_same_end(run_dir, straight)
+    assert numbers(run_dir) == numbers(straight)
+    assert len(attempts(run_dir, job_id)) == 2 and cluster.history(job_id)[-1] == "COMPLETED"
+    wait_for(lambda: "taken over from attempt 1" in log.read_text(), 30, log.read_text)
+    wait_for(lambda: "long after Slurm had begun another" in log.read_text(), 30, log.read_text)
+
+
+def test_scancel_ends_it_with_a_checkpoint_and_other_nodes_go_on(
+    sent: Callable, cluster: Cluster, straight: Path
+) -> None:
+    """P3, P6: cancelled means cancelled; the same command on another number of nodes trains on the same batches."""
+    job_id, run_dir, log = sent()
+    cluster.cancel(job_id)
+    assert cluster.wait(job_id) == "CANCELLED"
+    (stopped,) = attempts(run_dir, job_id)
+    assert stopped["gained"] == saved_steps(run_dir)[-1] >= 20 and "CANCELLED" in stopped["reason"]
+    assert "requeued" not in log.read_text()
+    (job_id,), _ = launch(*training_of(run_dir), "nodes=3", "plan=false")
+    wait_for_step(run_dir, stopped["gained"] + 20, run_dir / "slurm" / f"{job_id}.log")
+    cluster.signal(job_id, "INT")  # a person's stop: saved, not requeued
+    assert cluster.wait(job_id) == "FAILED"
+    assert attempts(run_dir, job_id)[0]["reason"] == "stopped by a person"
+    (job_id,), _ = launch(*training_of(run_dir), "tasks_per_node=1", "plan=false")
+    assert cluster.wait(job_id) == "COMPLETED"
+    for mine, theirs in zip(numbers(run_dir), numbers(straight), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def training_of(run_dir: Path) -> list[str]:
+    """Return the options that continue a run: all of its resolved config."""
+    return [f"config={run_dir / 'config.yaml'}"]
+
+
+def test_a_job_that_gains_nothing_is_not_requeued_for_ever(
+    cluster: Cluster, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
+) -> None:
+    """It fails on damaged data: the first attempt saves some steps, the second none."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(sources["pairs"], damaged)
+    for shard in damaged.glob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2 :: 512] = bytes(len(range(len(content) // 2, len(content), 512)))
+        shard.write_bytes(content)
+    run_dir = tmp_path / "run"
+    argv = training(run_dir, tokenizer, {**sources, "pairs": damaged})
+    (job_id,), _ = launch(*argv, "plan=false", "max_requeues=1", "data.max_bad_documents=3")
+    assert cluster.wait(job_id) == "FAILED"
+    found = attempts(run_dir, job_id)
+    assert len(found) == 2 and found[0]["gained"] > 0 == found[1]["gained"]
+    assert "1 attempts in a row gained nothing: not requeued" in (run_dir / "slurm" / f"{job_id}.log").read_text()
+
+
+def test_a_bad_config_is_refused_before_it_is_submitted(
+    cluster: Cluster, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
+) -> None:
+    """P10: neither the queue nor accounting ever hears of it; and what sbatch refuses, is said in its words."""
+    before = subprocess.run(["sacct", "-X", "-n", "-a"], capture_output=True, text=True, check=True).stdout
+    argv = training(tmp_path / "run", tokenizer, sources)
+    _, printed = launch(*argv, "optim.learning_rat=1", status=2)
+    assert "did you mean 'optim.learning_rate'?" in printed
+    _, printed = launch(*argv, "partition=nosuch", "plan=false", status=2)
+    assert "sbatch refused the job" in printed and "invalid partition" in printed
+    assert subprocess.run(["sacct", "-X", "-n", "-a"], capture_output=True, text=True, check=True).stdout == before

@@ -1,0 +1,209 @@
+"""slurm.launch without a cluster: whose options are whose, what is refused before it waits, what a script says."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.tokenizer import Tokenizer
+from slurm import job, options, snapshot, steps
+from slurm.programs import PROGRAMS, finished_shards, last_row, newest_checkpoint
+from slurm.record import Attempt, Record
+from slurm.task import environment, tasks_by_node
+from tests.runs import settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(*argv: object, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "slurm.launch", *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_an_option_is_ours_or_sbatchs_or_the_programs() -> None:
+    (ours, theirs), *rest = options.read(
+        ["config=a.yaml", "nodes=2", "gpus_per_node=8", "partition=gpu", "mail-type=END,FAIL",
+         "sbatch.new_option=5", "comment=it's: a # circle", "optim.steps=3", "env.NCCL_SOCKET_IFNAME=ib0"]
+    )  # fmt: skip
+    assert not rest and theirs == ["config=a.yaml", "optim.steps=3"]
+    assert (ours.nodes, ours.tasks, ours.env) == (2, 8, {"NCCL_SOCKET_IFNAME": "ib0"})
+    assert ours.sbatch == {
+        "partition": "gpu", "mail_type": "END,FAIL", "new_option": "5", "comment": "it's: a # circle"
+    }  # fmt: skip
+
+
+def test_no_program_has_an_option_that_launch_would_take_from_it() -> None:
+    """The first word of each key: `train.plan` and `train.demo`, which nobody queues, are not among the programs."""
+    for name in PROGRAMS:
+        keys = [field.name for field in dataclasses.fields(importlib.import_module(name).CONFIG)]
+        assert options.sort([f"{key}=1" for key in keys])[1] == [f"{key}=1" for key in keys], name
+
+
+def test_a_chain_hands_on_the_cluster_and_not_the_size() -> None:
+    jobs = options.read(
+        ["partition=gpu", "account=lab", "program=train.encode", "array=256%32", "time=60", "mem=8G", "inputs=[a]",
+         "then=train.pretrain", "config=b.yaml", "nodes=4", "gpus_per_node=8", "then=train.evaluate", "account=other"]
+    )  # fmt: skip
+    assert [ours.program for ours, _ in jobs] == ["train.encode", "train.pretrain", "train.evaluate"]
+    assert [theirs for _, theirs in jobs] == [["inputs=[a]"], ["config=b.yaml"], []]
+    assert [ours.sbatch for ours, _ in jobs] == [
+        {"partition": "gpu", "account": "lab", "mem": "8G"},
+        {"partition": "gpu", "account": "lab"},
+        {"partition": "gpu", "account": "other"},
+    ]
+    assert [(ours.nodes, ours.tasks, ours.elements, ours.time) for ours, _ in jobs] == [
+        (1, 1, (256, 32), "60"), (4, 8, (1, 1), None), (1, 1, (1, 1), None)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["program=train.pretrian"], "program=train.pretrian: expected one of train.scenes"),
+        (["nodes=0"], "nodes=0: expected at least 1"),
+        (["gpus_per_node=many"], "gpus_per_node=many: expected a count such as 8"),
+        (["gpus_per_node=8", "tasks_per_node=4"], "one task a GPU"),
+        (["gpus_per_task=1"], "gpus_per_task=1: give gpus_per_node"),
+        (["array=8"], "train.pretrain is one job; arrays are for train.encode"),
+        (["program=train.encode", "array=1"], "array=1: expected N or N%M"),
+        (["program=train.encode", "array=8%0"], "array=8%0: expected N or N%M"),
+        (["program=train.tokenizer", "nodes=2"], "train.tokenizer is one task"),
+        (["requeue=true"], "jobs always may be requeued"),
+        (["nodes"], "'nodes' is not of the form key=value"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_words(argv: list[str], words: str) -> None:
+    """P10."""
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        options.read(argv)
+
+
+def test_a_bad_config_or_missing_data_never_waits_in_a_queue(
+    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
+) -> None:
+    """P10: nothing is written, nothing submitted; the message is the program's own."""
+    good = settings(tmp_path / "run", tokenizer, sources)
+    for change, words in (
+        ("optim.stepz=3", "unknown key 'optim.stepz'; did you mean 'optim.steps'?"),
+        ("data.sources.pairs.path=/nowhere", "/nowhere"),
+        ("model.latent_channels=3", "set model.latent_channels=2"),
+        ("nodes=6", "world_size=6 is more than data.lanes=5"),
+    ):
+        done = launch("program=train.pretrain", *good, change)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_that_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
+    paper = ["program=train.pretrain", "config=configs/paper/7b.yaml", f"run_dir={tmp_path / 'run'}", "dry_run=true"]
+    done = launch(*paper, "nodes=1", "gpus_per_node=1", "data.lanes=8", "parallel.compile=false")
+    assert done.returncode == 2 and "does not fit" in done.stderr and "plan=false" in done.stderr, done.stderr
+    done = launch(*paper, "nodes=1", "gpus_per_node=1", "data.lanes=8", "plan=false")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path) -> None:
+    """Of the whole chain, on a machine without Slurm: the parts of the path that hold it are not on it."""
+    done = launch(
+        "partition=gpu", "program=train.tokenizer", f"output={tmp_path}/t.model", "inputs=[x]", "dry_run=true",
+        "then=train.encode", "array=16%4", f"output={tmp_path}/latents", "inputs=[x]", f"tokenizer={tmp_path}/t.model",
+        "gpus_per_node=h100:1", "exclusive=true", "setup=[module load cuda]",
+        PATH=f"{Path(sys.executable).parent}:/bin",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split("#!/bin/bash")[1:]
+    assert "#SBATCH --partition=gpu\n" in first and "#SBATCH --array" not in first
+    expected = "--array=0-15%4 --gpus-per-node=h100:1 --partition=gpu --exclusive --requeue --signal=USR2@300"
+    for option in [*expected.split(), f"--output={tmp_path}/latents.slurm/%A_%a.log", "--open-mode=append"]:
+        assert f"#SBATCH {option}\n" in second, second
+    assert "\nmodule load cuda\n" in second and "srun" not in second
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_tasks_run_here_without_slurm(tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]) -> None:
+    """cluster=local: two ranks, the console on the terminal, the other rank's log in a file."""
+    argv = settings(tmp_path / "run", tokenizer, sources, optim__steps=3)
+    done = launch("program=train.pretrain", *argv, "cluster=local", "tasks_per_node=2", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks on cpu" in done.stdout and "done after step 3; saved" in done.stdout
+    assert [path.name for path in (tmp_path / "run" / "slurm").glob("local-*/*")] == ["rank-1.log"]
+    assert newest_checkpoint(tmp_path / "run") == 3
+
+
+def test_ranks_are_told_who_they_are_as_torchrun_tells_them() -> None:
+    given = {"SLURM_PROCID": "13", "SLURM_NTASKS": "20", "SLURM_LOCALID": "5", "SLURM_NODEID": "1"}
+    given |= {"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_CPUS_PER_TASK": "6", "NCCL_SOCKET_IFNAME": "ib0"}
+    told = environment({**given, "TRITON_CACHE_DIR": "/mine"}, "/tmp/node")
+    assert {name: told[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "13", "WORLD_SIZE": "20", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8"
+    }  # fmt: skip
+    assert told["OMP_NUM_THREADS"] == "6" and told["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert told["TORCHINDUCTOR_CACHE_DIR"].startswith("/tmp/node") and "TRITON_CACHE_DIR" not in told
+    assert tasks_by_node("3") == [3] and tasks_by_node("2(x3),1,4(x2)") == [2, 2, 2, 1, 4, 4]
+
+
+def test_two_jobs_on_a_node_get_two_ports() -> None:
+    import socket
+
+    first = steps.free_port("17 1")
+    assert steps.free_port("17 1") == first != steps.free_port("18 1")
+    with socket.socket() as taken:
+        taken.bind(("", first))
+        taken.listen()
+        assert steps.free_port("17 1") not in (first, None)
+
+
+def test_a_snapshot_is_kept_once_and_runs_without_the_working_tree(tmp_path: Path) -> None:
+    code = snapshot.write_code(tmp_path)
+    assert snapshot.write_code(tmp_path) == code and [path.name for path in tmp_path.iterdir()] == [code.name]
+    shown = subprocess.run(
+        [sys.executable, "-c", "import train.config, slurm.job; print(train.config.__file__, slurm.job.__file__)"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert shown == [f"{code}/train/config.py", f"{code}/slurm/job.py"]
+    assert (code / "train" / "page.css").is_file() and not list(code.rglob("__pycache__"))
+
+
+def test_a_record_counts_attempts_that_gained_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "17" / "job.json"
+    record = Record.open(path, "17", "train.pretrain", "c.yaml")
+    for number, (at, reached) in enumerate([(0, 5), (5, 5), (5, 5)], start=1):
+        record.begin(Attempt(number, ["n0"], 2, "now", at)).end(reached, 75, "stopped")
+    assert record.idle() == 2
+    record.write()
+    again = Record.open(path, "17", "train.pretrain", "c.yaml")
+    assert again.idle() == 2 and [attempt.gained for attempt in again.attempts] == [5, 0, 0]
+    again.begin(Attempt(4, ["n0"], 2, "now", 5))
+    assert json.loads(path.read_text())["attempts"][3]["ended"] is None
+    path.write_text('{"attempts": [{')  # torn
+    assert Record.open(path, "17", "train.pretrain", "c.yaml").attempts == []
+
+
+def test_progress_is_what_a_restart_would_go_on_from(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) == finished_shards(tmp_path) == last_row(tmp_path / "vae") == 0
+    for name in ("step-00000005", "step-00000040", ".tmp-step-50"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "a.tar.json").touch()
+    (tmp_path / "vae.partial").mkdir()
+    (tmp_path / "vae.partial" / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
+    assert (newest_checkpoint(tmp_path), finished_shards(tmp_path), last_row(tmp_path / "vae")) == (40, 1, 20)
+    with (tmp_path / "vae.partial" / "metrics.jsonl").open("a") as file:
+        file.write('{"st')
+    assert last_row(tmp_path / "vae") == 0  # being written; asked again later
+
+
+def test_a_jobs_program_is_named_first() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "slurm.job", "optim.steps=3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "program is required" in done.stderr, done.stderr
+    assert job.JobConfig(program="train.vae").max_requeues == 3
