@@ -137,6 +137,7 @@ def init_ranks(
     if on_cuda:
         torch.cuda.set_device(place)
     _set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     rendezvous = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     timeout, checkpoint_timeout = timedelta(seconds=timeout_s), timedelta(seconds=checkpoint_timeout_s)
     if on_cuda:
@@ -150,7 +151,7 @@ def init_ranks(
         vote_group=dist.new_group(backend="gloo", timeout=timeout),
         checkpoint_group=dist.new_group(backend="gloo", timeout=checkpoint_timeout),
         background_group=dist.new_group(backend="gloo", timeout=checkpoint_timeout),
-        roll_call=RollCall(c10d._get_default_store(), rank, world_size),
+        roll_call=RollCall(c10d._get_default_store(), rank, world_size, kept_by_first=not has_agent),
         flight_recorder=flight_recorder if on_cuda else None,
     )
     ranks.gather(None)  # a rank that failed already would break the connecting of the others, with a worse message

@@ -15,24 +15,31 @@ CALLED = "roll-call"  # the key that asks everybody to answer
 
 
 class RollCall:
-    """Answer for this rank in a daemon thread until `close()`; `missing()` asks for the others."""
+    """Answer for this rank in a daemon thread until `close()`; `missing()` asks for the others.
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+    `kept_by_first`: the store lives in rank 0, as under srun; torchrun's agent keeps it for its ranks.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, *, kept_by_first: bool = False) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
+        self._kept_by_first = kept_by_first
         self._period_s = max(0.5, world_size / 2000)  # at most 2,000 questions a second to one store
         self._closed = threading.Event()
         if world_size > 1:
             threading.Thread(target=self._answer, name="roll-call", daemon=True).start()
 
     def missing(self) -> list[int]:
-        """Return the ranks that do not answer in about two seconds; empty where the store is gone as well."""
+        """Return the ranks that do not answer in about two seconds; empty where nobody can be asked."""
         try:
             self._store.set(CALLED, "")
             self._store.set(f"{CALLED}/{self._rank}", "")
             time.sleep(1.0 + 2 * self._period_s)
-            return [rank for rank in range(self._world_size) if not self._store.check([f"{CALLED}/{rank}"])]
-        except RuntimeError:  # torch's DistError: the store went with the rank that kept it
-            return []
+            found = [rank for rank in range(self._world_size) if not self._store.check([f"{CALLED}/{rank}"])]
+        except RuntimeError:  # torch's DistError: the store went with the one that kept it
+            return [0] if self._kept_by_first else []
+        if self._kept_by_first and self._rank == 0:
+            time.sleep(1.0)  # the others may have begun to ask a little later
+        return found
 
     def close(self) -> None:
         self._closed.set()
