@@ -4,53 +4,17 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from data.tokenizer import Tokenizer
-from tests.runs import assert_same_end, finish, numbers, rows, saved_steps, settings
+from tests.runs import assert_same_end, numbers, saved_steps
 from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.launched import STEPS, attempts, launch, training, wait_for_step
 
-ROOT = Path(__file__).parent.parent.parent
-STEPS = 160
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(scope="session")
-def straight(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, sources: dict[str, Path]) -> Path:
-    """The same training, undisturbed, on two ranks and without Slurm."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
-    finish(training(run_dir, tokenizer, sources), 2)
-    return run_dir
-
-
-def training(run_dir: Path, tokenizer: Tokenizer, sources: dict[str, Path]) -> list[str]:
-    changes = {"optim__steps": STEPS, "checkpoint__interval_steps": 20, "log__interval_steps": 1}
-    return settings(run_dir, tokenizer, sources, **changes)
-
-
-def launch(*argv: object, status: int = 0) -> tuple[list[str], str]:
-    """Run slurm.launch; return the ids of the jobs it submitted and what it printed."""
-    command = [sys.executable, "-m", "slurm.launch", "env.OMP_NUM_THREADS=1", *map(str, argv)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == status, done.stdout + done.stderr
-    return re.findall(r"^job (\d+): ", done.stdout, re.MULTILINE), done.stdout + done.stderr
-
-
-def attempts(run_dir: Path, job_id: str) -> list[dict]:
-    return json.loads((run_dir / "slurm" / job_id / "job.json").read_text())["attempts"]
-
-
-def wait_for_step(run_dir: Path, step: int, log: Path, timeout_s: float = 60) -> None:
-    wait_for(lambda: rows(run_dir) and rows(run_dir)[-1]["step"] >= step, timeout_s, lambda: tail(log))
-
-
-def tail(log: Path) -> str:
-    """Return the end of a log, for a failure's message."""
-    return log.read_text()[-3000:] if log.exists() else f"no {log}"
 
 
 @pytest.fixture
@@ -82,7 +46,7 @@ def test_a_training_is_sent_followed_and_done(
     assert sorted(path.name for path in (run_dir / "slurm" / job_id).iterdir()) == [
         "job.json", "rank-1.log", "rank-2.log", "rank-3.log"
     ]  # fmt: skip
-    (attempt,) = attempts(run_dir, job_id)
+    (attempt,) = attempts(run_dir / "slurm", job_id)
     assert (attempt["tasks"], attempt["gained"], attempt["status"]) == (4, STEPS, 0) and len(attempt["nodes"]) == 2
     for mine, theirs in zip(numbers(run_dir), numbers(straight), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
@@ -95,20 +59,20 @@ def test_requeued_by_hand_and_by_its_own_signal_it_ends_with_the_same_bits(
     job_id, run_dir, log = sent()
     owner = json.loads((run_dir / "attempt.json").read_text())
     environment = Path(f"/proc/{owner['pid']}/environ").read_text()
-    (master,), node = re.findall(r"MASTER_ADDR=(\w+)", environment), attempts(run_dir, job_id)[0]["nodes"][0]
+    (master,), node = re.findall(r"MASTER_ADDR=(\w+)", environment), attempts(run_dir / "slurm", job_id)[0]["nodes"][0]
     assert owner["host"] == master == node  # a name of the first node, not of this machine
     assert f"PYTHONPATH={run_dir}/slurm/code-" in environment
     _, printed = launch(*training_of(run_dir), "nodes=1", status=2)
     assert f"job {job_id} of {run_dir} is still there" in printed
     run_by_scontrol(job_id)
     wait_for(lambda: "attempt 2 of job" in log.read_text(), 60, log.read_text)
-    wait_for_step(run_dir, attempts(run_dir, job_id)[1]["at"] + 10, log)
+    wait_for_step(run_dir, attempts(run_dir / "slurm", job_id)[1]["at"] + 10, log)
     cluster.signal(job_id, "USR2")
     assert cluster.wait(job_id) == "COMPLETED"
     assert cluster.history(job_id) == ["REQUEUED", "REQUEUED", "COMPLETED"]
     assert_same_end(run_dir, straight)
     assert numbers(run_dir) == numbers(straight)
-    found = attempts(run_dir, job_id)
+    found = attempts(run_dir / "slurm", job_id)
     assert [attempt["at"] for attempt in found[1:]] == [found[0]["gained"], found[0]["gained"] + found[1]["gained"]]
     assert [attempt["status"] for attempt in found] == [75, 75, 0]
     assert "stopped by SIGTERM" in log.read_text() and "stopped by SIGUSR2" in log.read_text()
@@ -128,7 +92,7 @@ def test_preempted_by_a_higher_partition_it_ends_with_the_same_bits(
     assert cluster.wait(urgent) == "COMPLETED"
     assert cluster.wait(job_id) == "COMPLETED"
     assert_same_end(run_dir, straight)
-    assert [attempt["status"] for attempt in attempts(run_dir, job_id)] == [75, 0]
+    assert [attempt["status"] for attempt in attempts(run_dir / "slurm", job_id)] == [75, 0]
 
 
 def test_at_its_time_limit_it_saves_and_goes_on_with_the_same_bits(
@@ -154,7 +118,7 @@ def test_a_rank_that_dies_is_started_again_from_the_last_checkpoint(
     subprocess.run(["kill", "-9", str(json.loads((run_dir / "attempt.json").read_text())["pid"])], check=True)
     assert cluster.wait(job_id) == "COMPLETED"
     assert_same_end(run_dir, straight)
-    first, second = attempts(run_dir, job_id)
+    first, second = attempts(run_dir / "slurm", job_id)
     assert first["reason"] == "failed with status 137" and second["at"] >= 20
     assert "lost rank 0" in (run_dir / "slurm" / job_id / "rank-1.log").read_text()
 
@@ -166,12 +130,12 @@ def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(
     """P4, P5: the node with the job's supervisor, or another. It goes on elsewhere, and ends with the same bits."""
     job_id, run_dir, log = sent()
     wait_for_step(run_dir, 30, log)
-    node = attempts(run_dir, job_id)[0]["nodes"][which]
+    node = attempts(run_dir / "slurm", job_id)[0]["nodes"][which]
     cluster.node("kill", node)
     cluster.set_down(node)
     assert cluster.wait(job_id) == "COMPLETED"
     assert_same_end(run_dir, straight)
-    first, second = attempts(run_dir, job_id)
+    first, second = attempts(run_dir / "slurm", job_id)
     assert node not in second["nodes"] and 20 <= second["at"] < STEPS
     assert "NODE_FAIL" in first["reason"] if which == 0 else first["status"] or "NODE_FAIL" in first["reason"]
 
@@ -184,16 +148,16 @@ def test_the_late_predecessor_of_a_requeued_job_writes_nothing(
     (job_id,), _ = launch(*training(run_dir, tokenizer, sources), "tasks_per_node=2", "plan=false")
     log = run_dir / "slurm" / f"{job_id}.log"
     wait_for_step(run_dir, 30, log)
-    (node,) = attempts(run_dir, job_id)[0]["nodes"]
+    (node,) = attempts(run_dir / "slurm", job_id)[0]["nodes"]
     cluster.freeze(node)
     cluster.set_down(node)
-    wait_for(lambda: len(attempts(run_dir, job_id)) == 2, 60, log.read_text)
-    wait_for_step(run_dir, attempts(run_dir, job_id)[1]["at"] + 5, log)
+    wait_for(lambda: len(attempts(run_dir / "slurm", job_id)) == 2, 60, log.read_text)
+    wait_for_step(run_dir, attempts(run_dir / "slurm", job_id)[1]["at"] + 5, log)
     cluster.thaw(node)
     assert cluster.wait(job_id) == "COMPLETED"
     assert_same_end(run_dir, straight)
     assert numbers(run_dir) == numbers(straight)
-    assert len(attempts(run_dir, job_id)) == 2 and cluster.history(job_id)[-1] == "COMPLETED"
+    assert len(attempts(run_dir / "slurm", job_id)) == 2 and cluster.history(job_id)[-1] == "COMPLETED"
     wait_for(lambda: "taken over from attempt 1" in log.read_text(), 30, log.read_text)
     wait_for(lambda: "long after Slurm had begun another" in log.read_text(), 30, log.read_text)
 
@@ -205,14 +169,14 @@ def test_scancel_ends_it_with_a_checkpoint_and_other_nodes_go_on(
     job_id, run_dir, log = sent()
     cluster.cancel(job_id)
     assert cluster.wait(job_id) == "CANCELLED"
-    (stopped,) = attempts(run_dir, job_id)
+    (stopped,) = attempts(run_dir / "slurm", job_id)
     assert stopped["gained"] == saved_steps(run_dir)[-1] >= 10 and "CANCELLED" in stopped["reason"]
     assert "requeued" not in log.read_text()
     (job_id,), _ = launch(*training_of(run_dir), "nodes=3", "plan=false")
     wait_for_step(run_dir, stopped["gained"] + 10, run_dir / "slurm" / f"{job_id}.log")
     cluster.signal(job_id, "INT")  # a person's stop: saved, not requeued
     assert cluster.wait(job_id) == "FAILED"
-    assert attempts(run_dir, job_id)[0]["reason"] == "stopped by a person"
+    assert attempts(run_dir / "slurm", job_id)[0]["reason"] == "stopped by a person"
     (job_id,), _ = launch(*training_of(run_dir), "tasks_per_node=1", "plan=false")
     assert cluster.wait(job_id) == "COMPLETED"
     for mine, theirs in zip(numbers(run_dir), numbers(straight), strict=True):
@@ -238,7 +202,7 @@ def test_a_job_that_gains_nothing_is_not_requeued_for_ever(
     argv = training(run_dir, tokenizer, {**sources, "pairs": damaged})
     (job_id,), _ = launch(*argv, "plan=false", "max_requeues=1", "data.max_bad_documents=100")
     assert cluster.wait(job_id) == "FAILED"
-    found = attempts(run_dir, job_id)
+    found = attempts(run_dir / "slurm", job_id)
     assert len(found) == 2 and found[0]["gained"] > 0 == found[1]["gained"]
     assert "1 attempts in a row gained nothing: not requeued" in (run_dir / "slurm" / f"{job_id}.log").read_text()
 
