@@ -1,7 +1,7 @@
 """A real Slurm cluster on this machine, as up.sh makes it: what tests ask it and do to it."""
 
 import os
-import re
+import shutil
 import signal
 import subprocess
 import time
@@ -30,16 +30,20 @@ def wait_for(condition: Callable[[], object], timeout_s: float, what: Callable[[
 
 @dataclass(frozen=True)
 class Cluster:
-    """The cluster that SLURM_CONF names."""
+    """The cluster that up.sh brought up in SLURM_TEST_DIR."""
 
     nodes: tuple[str, ...]
 
     @classmethod
     def find(cls) -> "Cluster | str":
-        """Return the cluster, or why there is none."""
-        if "SLURM_TEST_DIR" not in os.environ:
+        """Return the cluster, or why there is none; never one that people use, as tests end every job they find."""
+        folder = Path(os.environ.get("SLURM_TEST_DIR", "/nonexistent"))
+        if not (folder / ".transfusion-slurm").exists() or os.environ.get("SLURM_CONF") != str(folder / "slurm.conf"):
             return "no test cluster: make test-slurm brings one up where Slurm can be installed"
-        return cls(tuple(sorted(set(run("sinfo", "-h", "-N", "-o", "%N").split()))))
+        if shutil.which("sinfo") is None:
+            return "Slurm is not installed: make test-slurm installs it where it can"
+        nodes = run("sinfo", "-h", "-N", "-o", "%N", check=False).split()
+        return cls(tuple(sorted(set(nodes)))) if nodes else f"the cluster in {folder} does not answer"
 
     def submit(self, script: str, *options: object) -> str:
         """Submit a batch script's text; return the job's id."""
@@ -50,8 +54,12 @@ class Cluster:
 
     def state(self, job_id: str) -> str:
         """Return the state of a job's newest run: what the queue says, or accounting once it is over."""
+        return self.queue_state(job_id) or (self.history(job_id) or ["UNKNOWN"])[-1]
+
+    def queue_state(self, job_id: str) -> str | None:
+        """Return the state of a job in the queue; None once it has left that."""
         queued = run("squeue", "-h", "-j", job_id, "-o", "%T", check=False).split()
-        return queued[0] if queued else (self.history(job_id) or ["UNKNOWN"])[-1]
+        return queued[0] if queued else None
 
     def history(self, job_id: str) -> list[str]:
         """Return how each run of a job ended, in order, as accounting has it."""
@@ -73,6 +81,9 @@ class Cluster:
 
     def cancel(self, job_id: str) -> None:
         run("scancel", job_id)
+
+    def requeue(self, job_id: str) -> None:
+        run("scontrol", "requeue", job_id)
 
     def freeze(self, name: str) -> None:
         """Kill a node's slurmd and stop what its jobs run: a node that is out of reach, and not dead."""
@@ -101,11 +112,21 @@ class Cluster:
     def clear(self) -> None:
         """End every job, and bring every node back."""
         run("scancel", "--user=root", check=False)
-        wait_for(lambda: not run("squeue", "-h", "-o", "%i").strip(), 30, lambda: run("squeue"))
         for name in self.nodes:
-            state = run("sinfo", "-h", "-n", name, "-p", "main", "-o", "%T").strip()
-            if re.search(r"down|drain|\*", state):
+            if not self._is_on(name):  # with what it may have left frozen
+                self.node("kill", name)
                 self.node("start", name)
-        wait_for(
-            lambda: len(run("sinfo", "-h", "-N", "-p", "main", "-t", "idle").split("\n")) > len(self.nodes), 30, ""
-        )
+            elif "down" in self._node_state(name) or "drain" in self._node_state(name):
+                self.node("start", name)
+        # A task that ignores SIGTERM lives on for KillWait.
+        wait_for(lambda: not run("squeue", "-h", "-o", "%i").strip(), 60, lambda: run("squeue"))
+        idle = {"idle"}
+        wait_for(lambda: {*map(self._node_state, self.nodes)} == idle, 60, lambda: run("sinfo", "-N", "-l"))
+
+    def _node_state(self, name: str) -> str:
+        return run("sinfo", "-h", "-n", name, "-p", "main", "-o", "%T").strip()
+
+    def _is_on(self, name: str) -> bool:
+        """Say whether a node's slurmd runs, which the controller learns late."""
+        pid_file = Path(os.environ["SLURM_TEST_DIR"]) / "run" / f"slurmd-{name}.pid"
+        return pid_file.exists() and (Path("/proc") / pid_file.read_text().strip() / "environ").exists()

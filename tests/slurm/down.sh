@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# down.sh - stop the cluster that up.sh started, and nothing else.
+# Stop the cluster that up.sh started, and nothing else.
 #
-#   [SLURM_TEST_DIR=/tmp/transfusion-slurm] bash down.sh
+#   [SLURM_TEST_DIR=/tmp/transfusion-slurm-tests] bash tests/slurm/down.sh
 #
 # Jobs are cancelled first, then each daemon is ended by the pid in its pid file
 # (after a look that this pid still is that daemon), then whatever a job left
@@ -16,12 +16,12 @@ set -uo pipefail
 export LC_ALL=C
 export PATH=$PATH:/usr/sbin:/sbin
 
-D=${SLURM_TEST_DIR:-/tmp/transfusion-slurm}
-MARK="# up.sh $D"
-say() { printf 'down: %s\n' "$*"; }
+D=${SLURM_TEST_DIR:-/tmp/transfusion-slurm-tests}
+MARK="# tests/slurm/up.sh $D"
+say() { printf 'slurm down: %s\n' "$*"; }
 
 [ -d "$D" ] || { say "nothing at $D"; exit 0; }
-[[ $D == /* && -e $D/.slurm-test ]] || { say "$D is none of up.sh's: not touching it"; exit 2; }
+[[ $D == /* && -e $D/.transfusion-slurm ]] || { say "$D is none of up.sh's: not touching it"; exit 2; }
 if [ "${SLURM_TEST_LOCK_HELD:-0}" != 1 ]; then      # up.sh calls us holding it
     exec 9> "$D/.lock"
     flock -w 120 9 || { say "another up.sh or down.sh holds $D/.lock"; exit 2; }
@@ -117,7 +117,8 @@ if [ -w /etc/hosts ] && grep -qF "$MARK" /etc/hosts; then
     hosts=$(grep -vF "$MARK" /etc/hosts) && printf '%s\n' "$hosts" > /etc/hosts
 fi
 if [ "${SLURM_TEST_PURGE:-0}" = 1 ]; then
-    rm -rf -- "${D:?}"/{run,state,spool,db,munge,etc,dev,log} "$D"/{slurm.conf,gres.conf,cgroup.conf,slurmdbd.conf,env.sh,.lock,.slurm-test}
+    rm -rf -- "${D:?}"/{run,state,spool,db,munge,etc,dev,log}
+    rm -f -- "$D"/{slurm.conf,gres.conf,cgroup.conf,slurmdbd.conf,env.sh,.lock,.transfusion-slurm}
     rmdir -- "$D" 2>/dev/null
 elif [ "${SLURM_TEST_KEEP:-0}" != 1 ]; then
     rm -rf -- "${D:?}"/{run,state,spool,db,munge,etc,dev}

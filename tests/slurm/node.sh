@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# node.sh - play with a node of the cluster that up.sh started.
+# Cut the power of a node of the cluster that up.sh started, and bring it back.
 #
-#   bash node.sh kill  node1   # power cut: slurmd, job steps and tasks of node1 all KILLed
-#   bash node.sh start node1   # boot it again, wait until it is back in service
-#   bash node.sh boot  node1   # start without waiting (up.sh itself uses this)
+#   bash tests/slurm/node.sh kill  node1   # slurmd, job steps and tasks of node1, all KILLed
+#   bash tests/slurm/node.sh start node1   # boot it where it is off, wait until it is back in service
+#   bash tests/slurm/node.sh boot  node1   # boot it without waiting: what up.sh does
 #
 # After `kill`, Slurm takes some 15-30 s to call the node down (SlurmdTimeout=10),
 # ends its jobs with NODE_FAIL and requeues those that may be.
@@ -12,11 +12,11 @@ set -euo pipefail
 exec < /dev/null
 export LC_ALL=C
 export PATH=$PATH:/usr/sbin:/sbin
-D=${SLURM_TEST_DIR:-/tmp/transfusion-slurm}
+D=${SLURM_TEST_DIR:-/tmp/transfusion-slurm-tests}
 export SLURM_CONF=$D/slurm.conf
 cmd=${1:-} node=${2:-}
 case $cmd:$node in kill:node*|start:node*|boot:node*) ;; *) echo "usage: $0 kill|start|boot nodeN" >&2; exit 2 ;; esac
-[ -r "$SLURM_CONF" ] || { echo "node: no cluster at $D" >&2; exit 2; }
+[ -r "$SLURM_CONF" ] || { echo "slurm node: no cluster at $D" >&2; exit 2; }
 
 # The pids of everything that runs on the node: what shares its UTS namespace or,
 # where nodes have none of their own, its slurmd and what that one's jobs run.
@@ -30,7 +30,7 @@ pids_on() {
         else
             { e=$(tr '\0' '\n' < "$d/environ"); } 2>/dev/null || continue
             grep -qxF "SLURM_CONF=$SLURM_CONF" <<< "$e" || continue
-            if grep -qx "SLURMD_NODENAME=$node" <<< "$e" || grep -qx "SLURM_TEST_NODE=$node" <<< "$e"; then echo "$p"; fi
+            if grep -qxE "(SLURMD_NODENAME|SLURM_TEST_NODE)=$node" <<< "$e"; then echo "$p"; fi
         fi
     done
     return 0
@@ -49,6 +49,12 @@ boot() {
     fi
 }
 
+is_on() {
+    local p exe
+    { read -r p < "$D/run/slurmd-$node.pid"; } 2>/dev/null || return 1
+    exe=$(readlink "/proc/$p/exe") && [[ ${exe##*/} == slurmd* ]]
+}
+
 case $cmd in
 kill)
     for _ in 1 2 3; do                     # again for what was just being forked
@@ -63,7 +69,8 @@ boot)
     boot
     ;;
 start)
-    boot
+    # One that was only set down still runs; a second slurmd would lose track of what runs there.
+    if ! is_on; then boot; fi
     SECONDS=0
     while (( SECONDS < 30 )); do
         case $(timeout 10 sinfo -h -n "$node" -p main -o %T 2>/dev/null) in
@@ -72,7 +79,7 @@ start)
         esac
         sleep 0.1
     done
-    echo "node: $node did not come back:" >&2
+    echo "slurm node: $node did not come back:" >&2
     timeout 10 sinfo -N -l >&2 || true
     tail -n 20 "$D/log/slurmd-$node.log" >&2 || true
     exit 1
