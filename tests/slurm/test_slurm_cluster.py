@@ -18,22 +18,6 @@ def test_every_node_runs_tasks_under_its_own_name_and_accounting_knows(cluster: 
     wait_for(lambda: cluster.history(job_id) == ["COMPLETED"], 10, lambda: str(cluster.history(job_id)))
 
 
-def test_main_pushes_scavenge_out_and_the_job_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
-    """Only what outlives its grace is requeued by Slurm itself: steps get a SIGTERM before it, a script does not."""
-    log = tmp_path / "log"
-    script = 'echo "run ${SLURM_RESTART_COUNT:-0}"\ntest -n "$SLURM_RESTART_COUNT" || sleep 300'
-    options = ["--partition=scavenge", "--nodes=3", "--exclusive", "--requeue", "--open-mode=append", "--output", log]
-    pushed = cluster.submit(script, *options)
-    wait_for(lambda: log.exists() and "run 0" in log.read_text(), 20, lambda: cluster.state(pushed))
-    assert cluster.queue_state(pushed) == "RUNNING"
-    urgent = cluster.submit("true", "--partition=main", "--nodes=3", "--exclusive", "--output=/dev/null")
-    assert cluster.wait(urgent, timeout_s=40) == "COMPLETED"
-    assert cluster.wait(pushed, timeout_s=40) == "COMPLETED"
-    assert log.read_text().count("run 1") == 1
-    wait_for(lambda: cluster.history(pushed)[-1] == "COMPLETED", 10, lambda: str(cluster.history(pushed)))
-    assert cluster.history(pushed)[0] in ("PREEMPTED", "REQUEUED")
-
-
 def test_a_node_that_lost_its_power_comes_back_idle(cluster: Cluster) -> None:
     job_id = cluster.submit("srun sleep 300", "--nodelist=node1", "--no-requeue", "--output=/dev/null")
     assert cluster.wait(job_id, ("RUNNING",), timeout_s=20) == "RUNNING"
