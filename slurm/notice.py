@@ -1,6 +1,7 @@
 """Is there time to save? What a stop takes against the notice that Slurm gives."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def warnings(config: dict[str, Any], plan: dict[str, Any] | None, launch: Launch
         lines.append(
             f"warning: {told}, signal_delay={launch.signal_delay} is less: give signal_delay={round(1.5 * seconds)}"
         )
-    partition = launch.sbatch.get("partition")
+    partition = launch.sbatch.get("partition", os.environ.get("SBATCH_PARTITION"))
     grace_s = _grace_seconds(partition)
     if grace_s is not None and seconds > grace_s:
         lines.append(

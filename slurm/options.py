@@ -31,7 +31,7 @@ class LaunchConfig:
         JobConfig.max_requeues
     )  # attempts in a row that may gain nothing; there is no limit for those that do
     then: str | None = None  # program of the next job, which starts when this one is done; its options follow
-    wait: bool = False  # follow the jobs to their end, and exit with the first status that is not 0
+    wait: bool = False  # follow the jobs to their end; exits with 0 if all went well, else with 1
     dry_run: bool = False  # print the batch scripts; submit and write nothing
     cluster: Literal["slurm", "local"] = "slurm"  # local: the same tasks here and now, without Slurm
     plan: bool = True  # refuse a training that train.plan says does not fit
@@ -119,6 +119,7 @@ TAKEN = {
     "wrap": "give program=",
     "kill_on_invalid_dep": "a job whose predecessor failed is always cancelled",
 }
+OF_ALL = ("wait", "dry_run", "cluster")  # wherever they stand
 # What a job of a chain does not take over from the one before.
 OWN = frozenset(("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "time", "array", "then", "program"))
 OWN_SBATCH = frozenset(
@@ -129,12 +130,14 @@ OWN_SBATCH = frozenset(
 def read(argv: Sequence[str]) -> list[tuple[LaunchConfig, list[str]]]:
     """Return the jobs that a command line asks for, each with its program's arguments. Raises ValueError."""
     groups: list[list[str]] = [[]]
+    of_all = []
     for argument in argv:
-        if argument.startswith("then="):
-            groups.append([f"program={argument.removeprefix('then=')}"])
+        key, _, value = argument.partition("=")
+        if key == "then":
+            groups.append([f"program={value}"])
         else:
-            groups[-1].append(argument)
-    jobs, inherited = [], []
+            (of_all if key in OF_ALL else groups[-1]).append(argument)
+    jobs, inherited = [], of_all
     for group in groups:
         ours, theirs = sort(group)
         jobs.append((load_config(LaunchConfig, [*inherited, *ours]), theirs))

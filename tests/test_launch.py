@@ -47,10 +47,12 @@ def test_no_program_has_an_option_that_launch_would_take_from_it() -> None:
 def test_a_chain_hands_on_the_cluster_and_not_the_size() -> None:
     jobs = options.read(
         ["partition=gpu", "account=lab", "program=train.encode", "array=256%32", "time=60", "mem=8G", "inputs=[a]",
-         "then=train.pretrain", "config=b.yaml", "nodes=4", "gpus_per_node=8", "then=train.evaluate", "account=other"]
+         "then=train.pretrain", "config=b.yaml", "nodes=4", "gpus_per_node=8",
+         "then=train.evaluate", "account=other", "dry_run=true"]
     )  # fmt: skip
     assert [ours.program for ours, _ in jobs] == ["train.encode", "train.pretrain", "train.evaluate"]
     assert [theirs for _, theirs in jobs] == [["inputs=[a]"], ["config=b.yaml"], []]
+    assert all(ours.dry_run for ours, _ in jobs)
     assert [ours.sbatch for ours, _ in jobs] == [
         {"partition": "gpu", "account": "lab", "mem": "8G"},
         {"partition": "gpu", "account": "lab"},

@@ -245,6 +245,8 @@ def _start_wandb(config: LogConfig, folder: RunFolder, recipe: dict[str, Any]) -
             settings=settings,
         )
         run.define_metric("*", step_metric="step")
+        if run.url:
+            say(f"wandb: {run.url}")
         return run
     except Exception as error:  # the logger cannot stop training (P13)
         log.warning("wandb is off: %s; metrics.jsonl has everything", error)
