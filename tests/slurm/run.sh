@@ -7,9 +7,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 SLURM_TEST_DIR=$(mktemp -d /tmp/transfusion-slurm.XXXXXX)
-export SLURM_TEST_DIR SLURM_TEST_PURGE=1
-# rmdir: where up.sh found no Slurm, or never got to mark the directory, there is nothing for down.sh to purge.
-trap 'bash tests/slurm/down.sh; rmdir "$SLURM_TEST_DIR" 2>/dev/null || :' EXIT
+export SLURM_TEST_DIR
+purge=1                       # not exported: up.sh that fails takes its cluster down itself, and must keep the logs
+# Nothing in here may fail, or the exit status would be its own. (Where there is no Slurm the directory is still empty
+# and not marked, and down.sh would refuse it.)
+# shellcheck disable=SC2317  # the trap calls it
+leave() {
+    rmdir "$SLURM_TEST_DIR" 2>/dev/null || SLURM_TEST_PURGE=$purge bash tests/slurm/down.sh || :
+}
+trap leave EXIT
 # From a signal, too, the way out is through the trap above.
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
@@ -29,7 +35,7 @@ if (( rc == 0 )); then
     .venv/bin/python -m pytest -m slurm tests/slurm "$@" || rc=$?
 fi
 if (( rc )); then
-    SLURM_TEST_PURGE=0        # the daemons' logs may say why
+    purge=0                   # the daemons' logs may say why
     echo "test-slurm: failed; Slurm's own logs are in $SLURM_TEST_DIR/log"
 fi
 exit "$rc"

@@ -92,7 +92,7 @@ on_exit() {                                # the EXIT trap, from the boot on
     show_logs
     # Bring down what did come up, keep the logs. Without the lock's descriptor,
     # which this process still holds.
-    SLURM_TEST_LOCK_HELD=1 SLURM_TEST_KEEP=1 bash "$HERE/down.sh" 8>&- 9>&-
+    SLURM_TEST_LOCK_HELD=1 SLURM_TEST_KEEP=1 SLURM_TEST_PURGE=0 bash "$HERE/down.sh" 8>&- 9>&-
     exit 1
 }
 
@@ -193,7 +193,7 @@ if healthy && [ "$(usable_nodes)" = "$NODES" ]; then
 fi
 if compgen -G "$D/run/*.pid" >/dev/null; then
     say "another cluster, or what is left of one, is at $D: taking it down"
-    SLURM_TEST_LOCK_HELD=1 bash "$HERE/down.sh" 8>&- 9>&-
+    SLURM_TEST_LOCK_HELD=1 SLURM_TEST_PURGE=0 bash "$HERE/down.sh" 8>&- 9>&-
     phase leftovers
 fi
 
