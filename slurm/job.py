@@ -129,12 +129,13 @@ def supervise(job: Job) -> int:
 
 def judge(status: int, job_id: str, notice_s: int | None) -> tuple[str, bool]:
     """Return why an attempt ended, and whether we have to requeue the job."""
-    if status == 0:
-        return "done", False
     state = patiently(lambda: scheduler.state(job_id))
-    if state != "RUNNING":  # Slurm has decided; a requeue of ours would even revive what a person cancelled
+    if state != "RUNNING":
+        # Slurm has decided, whatever srun says (0 of a lost node). A requeue of ours would revive what was cancelled.
         state = patiently(lambda: scheduler.final_state(job_id))
         return f"ended by Slurm: {state}", state == "TIMEOUT"
+    if status == 0:
+        return "done", False
     if status == REFUSED:
         return "refused: another start would be refused too", False
     if status == INTERRUPTED:
