@@ -5,6 +5,7 @@ is sbatch's; everything else is the program's, which refuses what it does not kn
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -54,6 +55,12 @@ class LaunchConfig:
                 f"tasks_per_node={self.tasks_per_node} with gpus_per_node={self.gpus_per_node}: one task a GPU; "
                 "leave tasks_per_node out"
             )
+        limit_s = seconds_of(self.time) if self.time is not None else None
+        if limit_s is not None and limit_s <= self.signal_delay:
+            raise ValueError(
+                f"time={self.time} is not longer than signal_delay={self.signal_delay} seconds: the job would be told "
+                "to stop as it starts; give more time, or a smaller signal_delay"
+            )
         elements, limit = self.elements
         if self.array is not None and (elements < 2 or limit < 1):
             raise ValueError(f"array={self.array}: expected N or N%M, N at least 2 elements and M at least 1 at once")
@@ -89,6 +96,20 @@ class LaunchConfig:
         count, _, limit = self.array.partition("%")
         at_once = limit or str(AT_ONCE)
         return (int(count), int(at_once)) if count.isdecimal() and at_once.isdecimal() else (0, 0)
+
+
+def seconds_of(time: str) -> int | None:
+    """Return the seconds of a time limit as sbatch takes it, None for one without a limit or that only Slurm knows."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if match is None:
+        return None
+    days, *rest = (int(part) if part is not None else None for part in match.groups())
+    given = [part for part in rest if part is not None]
+    if days is not None or len(given) == 3:  # DAYS-HOURS[:MINUTES[:SECONDS]], HOURS:MINUTES:SECONDS
+        hours, minutes, seconds = [*given, 0, 0][:3]
+        return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    minutes, seconds = [*given, 0][:2]  # MINUTES[:SECONDS]
+    return minutes * 60 + seconds
 
 
 AT_ONCE = 64  # elements of an array, unless it says otherwise

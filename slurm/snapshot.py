@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 PACKAGES = ("data", "model", "train", "slurm")
+SUFFIXES = (".py", ".css")  # of code: whatever else lies in these folders, such as data in data/, is not ours to copy
 ROOT = Path(__file__).resolve().parent.parent
 HASH_DIGITS = 10
 
@@ -48,7 +49,9 @@ def write_config(jobs: Path, resolved: str) -> Path:
 
 
 def _code_files() -> list[str]:
-    """Return the files of the packages, relative to the root, without what Python or an editor left there."""
-    found = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file())
-    names = (path.relative_to(ROOT) for path in found)
-    return sorted(str(name) for name in names if not any(p.startswith((".", "__pycache__")) for p in name.parts))
+    """Return the files of the packages, relative to the root."""
+    folders = [ROOT / package for package in PACKAGES]
+    for folder in folders:
+        folders += [path.parent for path in folder.glob("*/__init__.py")]
+    found = (path for folder in folders for path in folder.iterdir() if path.suffix in SUFFIXES)
+    return sorted(str(path.relative_to(ROOT)) for path in found)

@@ -12,6 +12,7 @@ from slurm import scheduler
 from slurm.scheduler import patiently
 
 LOOK_S = 2.0  # between looks at the logs
+BAR_S = 30.0  # between looks at a progress bar, which overwrites its line many times a second
 ASK_S = 10.0  # between questions to the controller, which many others ask too
 GONE_S = 20.0  # for accounting to hear of a job's end
 
@@ -25,17 +26,20 @@ class Watched:
     log: Path
     elements: int
     _file: TextIO | None = field(default=None, init=False)
-    _line: str = field(default="", init=False)
+    _line: str = field(default="", init=False)  # the last, not whole yet
+    _bar_shown: float = field(default=0.0, init=False)
 
     def new_lines(self) -> list[str]:
-        """Return the whole lines that the log has got since the last call."""
+        """Return what is new in the log: whole lines, and now and then where a progress bar stands."""
         if self._file is None:
             if not self.log.exists():
                 return []
             self._file = self.log.open(errors="replace")
-        lines = (self._line + self._file.read()).split("\n")
-        self._line = lines.pop()
-        return [line.rpartition("\r")[2] for line in lines]  # of a progress bar its last state
+        *lines, self._line = (self._line + self._file.read()).split("\n")
+        if "\r" in self._line and time.monotonic() - self._bar_shown > BAR_S:
+            self._bar_shown = time.monotonic()
+            lines.append(self._line)
+        return [line.rpartition("\r")[2] for line in lines]  # of a bar its last state
 
 
 def follow(jobs: Sequence[Watched]) -> int:

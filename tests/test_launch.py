@@ -75,6 +75,7 @@ def test_a_chain_hands_on_the_cluster_and_not_the_size() -> None:
         (["program=train.encode", "array=1"], "array=1: expected N or N%M"),
         (["program=train.encode", "array=8%0"], "array=8%0: expected N or N%M"),
         (["program=train.tokenizer", "nodes=2"], "train.tokenizer is one task"),
+        (["time=5"], "time=5 is not longer than signal_delay=300 seconds"),
         (["requeue=true"], "jobs always may be requeued"),
         (["nodes"], "'nodes' is not of the form key=value"),
     ],
@@ -83,6 +84,12 @@ def test_what_cannot_be_is_refused_in_words(argv: list[str], words: str) -> None
     """P10."""
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         options.read(argv)
+
+
+def test_time_limits_are_read_as_sbatch_reads_them() -> None:
+    times = {"90": 5400, "1:30": 90, "2:00:00": 7200, "1-12": 129_600, "1-0:30": 88_200, "2-00:00:01": 172_801}
+    assert {time: options.seconds_of(time) for time in times} == times
+    assert options.seconds_of("UNLIMITED") is None
 
 
 def test_a_bad_config_or_missing_data_never_waits_in_a_queue(
