@@ -121,7 +121,7 @@ def supervise(job: Job) -> int:
         return status
     reason, again = judge(status, job_id, job.notice_s)
     attempt.end(job.progress(), status, reason)
-    gained = f", {attempt.gained} {unit} gained" if attempt.gained is not None else ""
+    gained = f", {attempt.gained} {unit} gained" if attempt.gained or (again and attempt.gained is not None) else ""
     say(f"attempt {attempt.number} ended: {reason}{gained}{requeue(job_id, record, job) if again else ''}")
     record.write()
     return status

@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
     for job in planned:
         job_ids.append(submit(job, after=job_ids[-1] if job_ids else None))
         print("\n".join(how_to(job, job_ids[-1])), flush=True)
+    print("\nto resume, the same command again, on any number of nodes", flush=True)
     if asked[0][0].wait:
         return watch.follow(
             [
@@ -126,10 +127,12 @@ def describe(job: Planned) -> list[str]:
     """Return the lines that say what is about to be sent, and what may go wrong with it."""
     launch, plan = job.launch, job.plan
     elements, at_once = launch.elements
-    size = f"{launch.nodes} x {launch.tasks} = {launch.nodes * launch.tasks} tasks"
+    size = f"{launch.nodes * launch.tasks} tasks" if launch.nodes * launch.tasks > 1 else "1 task"
+    if launch.nodes > 1:
+        size += f" on {launch.nodes} nodes"
     if elements > 1:
-        size = f"{elements} elements, at most {at_once} at once, of {size}"
-    lines = [f"{launch.program} -> {launch.found.folder(job.config)}: {size}"]
+        size = f"{elements} elements of {size}, at most {at_once} at once"
+    lines = [f"{launch.program} -> {shown(launch.found.folder(job.config))}: {size}"]
     if plan is not None:
         total, peak = plan["parameters"]["total"], plan["peak_memory_gib"]
         took = f", {plan['days']:.1f} days at an MFU of 40 %" if "days" in plan else ""
@@ -228,18 +231,16 @@ def console(job: Planned, job_id: str) -> Path:
 
 
 def how_to(job: Planned, job_id: str) -> list[str]:
-    """Return the lines that say where a job's logs are, and how to watch, stop and resume it."""
+    """Return the lines that say where a job's logs are, how to watch and stop it."""
     log = shown(console(job, job_id))
     lines = [
         f"\njob {job_id}: {job.name}",
-        f"  log      {log}, of the other tasks in {log.removesuffix('.log')}/, attempts in its job.json",
-        f"  watch    tail -F {shlex.quote(log)}; squeue -j {job_id}",
+        f"  watch    tail -F {shlex.quote(log)}; other tasks' logs and job.json in {log.removesuffix('.log')}/",
     ]
     stop = f"scancel {job_id}"
     if job.launch.program == "train.pretrain":
         stop = f"scancel --signal=INT {job_id}, which lets it save first ({stop} gives it KillWait for that)"
-    lines.append(f"  stop     {stop}")
-    return [*lines, "  resume   the same command again, on any number of nodes"]
+    return [*lines, f"  stop     {stop}"]
 
 
 def shown(path: Path) -> str:

@@ -39,7 +39,7 @@ class Watched:
         if "\r" in self._line and time.monotonic() - self._bar_shown > BAR_S:
             self._bar_shown = time.monotonic()
             lines.append(self._line)
-        return [line.rpartition("\r")[2] for line in lines]  # of a bar its last state
+        return [state for line in lines if (state := line.rpartition("\r")[2])]  # of a bar its last one
 
 
 def follow(jobs: Sequence[Watched]) -> int:
@@ -69,7 +69,7 @@ def _follow(job: Watched) -> str:
             asked = time.monotonic()
             present = patiently(lambda: scheduler.queue(job.job_id))
             words = _in_words(job, present)
-            if words != said:
+            if words != said and present:
                 print(f"launch: {job.name}: {words}", flush=True)
             said, ended = words, not present
         time.sleep(0 if ended else LOOK_S)
@@ -81,7 +81,7 @@ def _follow(job: Watched) -> str:
 def _in_words(job: Watched, present: Sequence[tuple[str, str]]) -> str:
     """Return how a job stands from (state, reason) of those of its elements that the queue has."""
     if job.elements == 1:
-        state, reason = present[0] if present else ("no longer in the queue", "None")
+        state, reason = present[0] if present else ("ended", "None")
         return state.lower() + (f" ({reason})" if state == "PENDING" and reason != "None" else "")
     counts = Counter(state.lower() for state, _ in present)
     counts["ended"] = job.elements - len(present)

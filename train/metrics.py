@@ -245,7 +245,7 @@ def _start_wandb(config: LogConfig, folder: RunFolder, recipe: dict[str, Any]) -
             settings=settings,
         )
         run.define_metric("*", step_metric="step")
-        if run.url:
+        if config.wandb == "online":
             say(f"wandb: {run.url}")
         return run
     except Exception as error:  # the logger cannot stop training (P13)

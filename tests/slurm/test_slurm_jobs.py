@@ -47,7 +47,7 @@ def test_an_array_whose_task_is_killed_ends_complete_and_verified(
     (job_id, check), printed = launch(
         "program=train.encode", "array=3%2", *argv, "then=train.encode", f"verify={output}"
     )
-    assert "3 elements, at most 2 at once" in printed
+    assert "3 elements of 1 task, at most 2 at once" in printed
     jobs = tmp_path / "latents.slurm"
     wait_for(lambda: any(output.glob("*.tar.json")), 60, lambda: tail(jobs / f"{job_id}_0.log"))
     os.kill(max(encoders()), signal.SIGKILL)
@@ -89,7 +89,7 @@ def test_a_chain_of_programs_is_one_command(cluster: Cluster, tmp_path: Path, ra
         "then=train.pretrain", *words, "nodes=2",
         "then=train.evaluate", "device=cpu", f"checkpoint={tmp_path}/run", f"output={tmp_path}/evaluation",
     )  # fmt: skip
-    assert len(ids) == 5 and printed.count("  log ") == 5
+    assert len(ids) == 5 and printed.count("  watch ") == 5
     assert cluster.wait(ids[-1], timeout_s=180) == "COMPLETED"
     assert [set(cluster.history(job_id)) for job_id in ids] == [{"COMPLETED"}] * 5
     assert '"step": 3' in (tmp_path / "evaluation" / "evaluation.json").read_text()
