@@ -196,6 +196,22 @@ def test_a_record_counts_attempts_that_gained_nothing(tmp_path: Path) -> None:
     assert Record.open(path, "17", "train.pretrain", "c.yaml").attempts == []
 
 
+def test_a_full_disk_costs_the_record_and_the_log_and_not_the_attempt(tmp_path: Path) -> None:
+    """What gained nothing and cannot be counted is not requeued: it would be for ever."""
+    (tmp_path / "job.json").mkdir()  # cannot be replaced
+    program = (
+        "import sys; from pathlib import Path; from slurm.job import Job, requeue; from slurm.record import *\n"
+        "record = Record.open(Path(sys.argv[1]), '17', 'train.pretrain', 'c.yaml')\n"
+        "record.begin(Attempt(1, ['n0'], 2, 'now', 5)).end(5, 1, 'failed')\n"
+        "print(requeue('17', record, Job(program='', config='', jobs='', notice_s=0, max_requeues=3)), file=sys.stderr)"
+    )
+    for log in ("/dev/full", "/dev/null"):
+        command = [sys.executable, "-c", program, str(tmp_path / "job.json")]
+        with open(log, "w") as stdout:
+            done = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+        assert "cannot be noted" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_progress_is_what_a_restart_would_go_on_from(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == finished_shards(tmp_path) == last_row(tmp_path / "vae") == 0
     for name in ("step-00000005", "step-00000040", ".tmp-step-50"):
