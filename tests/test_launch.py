@@ -76,6 +76,10 @@ def test_a_chain_hands_on_the_cluster_and_not_the_size() -> None:
         (["program=train.encode", "array=8%0"], "array=8%0: expected N or N%M"),
         (["program=train.tokenizer", "nodes=2"], "train.tokenizer is one task"),
         (["requeue=true"], "jobs always may be requeued"),
+        (["sbatch.gpus-per-task=1"], "gpus-per-task=1: give gpus_per_node"),
+        (["sbatch.nodes=2"], "nodes=2: give nodes= itself"),
+        (["chdir=/tmp"], "chdir=/tmp: paths are meant from where you are"),
+        (["env.A-B=1"], "env.A-B: no name of a variable"),
         (["nodes"], "'nodes' is not of the form key=value"),
     ],
 )  # fmt: skip
@@ -113,6 +117,12 @@ def test_a_training_that_does_not_fit_is_refused_with_what_would(
     assert done.returncode == 2 and "does not fit: " in done.stderr and "plan=false sends it" in done.stderr, (
         done.stderr
     )
+
+
+def test_a_folder_that_sbatch_or_python_would_read_differently_is_refused(tmp_path: Path) -> None:
+    for name in ("lr%j", "a:b", "a\\b", "a\nb"):
+        done = launch("program=train.tokenizer", f"output={tmp_path}/{name}/t", "inputs=[x]", "dry_run=true")
+        assert done.returncode == 2 and "no job can work in a folder with" in done.stderr, done.stderr
 
 
 def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path) -> None:
