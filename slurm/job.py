@@ -131,10 +131,11 @@ def judge(status: int, job_id: str, notice_s: int | None) -> tuple[str, bool]:
     """Return why an attempt ended, and whether we have to requeue the job."""
     if status == 0:
         return "done", False
-    state = patiently(lambda: scheduler.state(job_id))
+    present = patiently(lambda: scheduler.queue(job_id))
+    state, why = present[0] if present else ("gone", "")
     if state != "RUNNING":  # Slurm has decided; a requeue of ours would even revive what a person cancelled
-        state = patiently(lambda: scheduler.final_state(job_id))
-        return f"ended by Slurm: {state}", state == "TIMEOUT"
+        end = "TIMEOUT" if why == "TimeLimit" else patiently(lambda: scheduler.final_state(job_id))
+        return f"ended by Slurm: {end}", end == "TIMEOUT"
     if status == REFUSED:
         return "refused: another start would be refused too", False
     if status == INTERRUPTED:

@@ -58,12 +58,6 @@ def describe(kind: str, name: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", lines[0])) if lines else {}
 
 
-def state(job_id: str) -> str:
-    """Return the state of a job or element: while it is in the queue the present one, later what accounting has."""
-    present = queue(job_id)
-    return present[0][0] if present else final_state(job_id)
-
-
 def queue(job_id: str) -> list[tuple[str, str]]:
     """Return (state, reason) of a job that waits or runs, of an array of each such element; nothing once it ended."""
     try:
