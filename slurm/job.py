@@ -20,7 +20,7 @@ from omegaconf import MISSING, OmegaConf
 
 from slurm import scheduler
 from slurm.programs import PROGRAMS, find_program, resolve
-from slurm.record import Attempt, Record, now
+from slurm.record import Attempt, Record, now, say
 from slurm.scheduler import SlurmError, patiently
 from slurm.snapshot import write_config
 from slurm.steps import free_port, run_by_srun, run_here
@@ -129,11 +129,17 @@ def supervise(job: Job) -> int:
 
 def judge(status: int, job_id: str, notice_s: int | None) -> tuple[str, bool]:
     """Return why an attempt ended, and whether we have to requeue the job."""
-    state = patiently(lambda: scheduler.state(job_id))
+    try:
+        present = patiently(lambda: scheduler.queue(job_id)) if status else scheduler.queue(job_id)
+    except SlurmError:
+        if status:
+            raise
+        present = [("RUNNING", "")]  # no answer, and nothing that would hang on it
+    state, why = present[0] if present else ("gone", "")
     if state != "RUNNING":
         # Slurm has decided, whatever srun says (0 of a lost node). A requeue of ours would revive what was cancelled.
-        state = patiently(lambda: scheduler.final_state(job_id))
-        return f"ended by Slurm: {state}", state == "TIMEOUT"
+        end = "TIMEOUT" if why == "TimeLimit" else patiently(lambda: scheduler.final_state(job_id))
+        return f"ended by Slurm: {end}", end == "TIMEOUT"
     if status == 0:
         return "done", False
     if status == REFUSED:
@@ -151,7 +157,8 @@ def requeue(job_id: str, record: Record, job: Job) -> str:
     """Put the job back into the queue unless its attempts gain nothing; return what came of it, in words."""
     if record.idle() >= job.max_requeues:
         return f"; {record.idle()} attempts in a row gained nothing: not requeued"
-    record.write()  # before Slurm ends us
+    if not record.write() and not record.attempts[-1].gained:  # before Slurm ends us
+        return "; it gained nothing, and that cannot be noted, so it might be requeued for ever: not requeued"
     try:
         patiently(lambda: scheduler.requeue(job_id))
     except SlurmError as error:
@@ -175,14 +182,6 @@ def run_locally(job: Job, *, tasks: int, elements: int, variables: dict[str, str
             given[CONSOLE] = f"{job.jobs}/{job_id}.log"
         of_tasks += [given | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(tasks)]
     return run_here(job.command, of_tasks, together=job.together)
-
-
-def say(words: str) -> None:
-    """Print a line into the console log."""
-    try:
-        print(f"slurm: {words}", flush=True)
-    except OSError:  # a full disk; training went on all the same, and so must the requeue
-        return
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,9 @@ def check(asked: tuple[LaunchConfig, list[str]], number: int) -> Planned:
         resolved = resolve(launch.program, arguments, check=not awaited)
     except ValueError as error:
         raise ValueError(f"{launch.program}: {error}") from None
-    plan = None
+    planned = Planned(launch, arguments, resolved, None)
+    if strange := set("%:\\\n") & set(str(planned.jobs)):  # placeholders of sbatch's, and a separator of PYTHONPATH
+        raise ValueError(f"{planned.jobs}: no job can work in a folder with {' '.join(map(repr, strange))} in its name")
     if launch.program == "train.pretrain" and launch.plan:
         plan = make_plan(launch, resolved)
         if launch.num_gpus and not plan["fits"]:
@@ -106,7 +108,8 @@ def check(asked: tuple[LaunchConfig, list[str]], number: int) -> Planned:
                 + (f"it would fit with {' '.join(remedy)}" if remedy else "give it more nodes")
                 + ". plan=false sends it all the same"
             )
-    return Planned(launch, arguments, resolved, plan)
+        planned = replace(planned, plan=plan)
+    return planned
 
 
 def make_plan(launch: LaunchConfig, resolved: str) -> dict[str, Any]:

@@ -64,9 +64,13 @@ class LaunchConfig:
         elements, limit = self.elements
         if self.array is not None and (elements < 2 or limit < 1):
             raise ValueError(f"array={self.array}: expected N or N%M, N at least 2 elements and M at least 1 at once")
-        for name, why in TAKEN.items():
-            if name in self.sbatch:
-                raise ValueError(f"{name}={self.sbatch[name]}: {why}")
+        own = {field.name: f"give {field.name}= itself" for field in dataclasses.fields(self)}
+        for given, value in self.sbatch.items():
+            if why := (own | TAKEN).get(given.replace("-", "_")):
+                raise ValueError(f"{given}={value}: {why}")
+        for name in self.env:
+            if not (name.isascii() and name.isidentifier()):
+                raise ValueError(f"env.{name}: no name of a variable")
         program = self.found
         if self.array is not None and program.tasks != "workers":
             raise ValueError(f"array={self.array}: {self.program} is one job; arrays are for train.encode")
@@ -115,7 +119,7 @@ def seconds_of(time: str) -> int | None:
 AT_ONCE = 64  # elements of an array, unless it says otherwise
 # sbatch's long options that a job of ours can do with (22.05 to 25.05).
 SBATCH_NAMES = """
-account acctg_freq begin bell bb bbf chdir clusters comment constraint container contiguous core_spec cores_per_socket
+account acctg_freq begin bell bb bbf clusters comment constraint container contiguous core_spec cores_per_socket
 cpu_freq cpus_per_gpu deadline delay_boot dependency distribution exclude exclusive extra extra_node_info get_user_env
 gpu_bind gpu_freq gres gres_flags hint hold job_name licenses mail_type mail_user mcs_label mem mem_bind mem_per_cpu
 mem_per_gpu mincpus network nice nodefile nodelist no_kill oom_kill_step overcommit oversubscribe partition power
@@ -137,6 +141,7 @@ TAKEN = {
     "signal": "give signal_delay=SECONDS",
     "requeue": "jobs always may be requeued; max_requeues bounds it",
     "no_requeue": "jobs always may be requeued; max_requeues bounds it",
+    "chdir": "paths are meant from where you are: go there before",
     "wrap": "give program=",
     "kill_on_invalid_dep": "a job whose predecessor failed is always cancelled",
 }

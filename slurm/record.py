@@ -72,15 +72,25 @@ class Record:
         """Return whether no later attempt has begun: a node that Slurm gave up may come to itself long after."""
         return attempt.number >= len(Record.open(self.path, self.job, self.program, self.config).attempts)
 
-    def write(self) -> None:
-        """Replace the file; a disk that is full costs the record, not the job."""
+    def write(self) -> bool:
+        """Replace the file and return True; a disk that is full costs the record, not the job."""
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         entries = {name: value for name, value in asdict(self).items() if name != "path"}
         try:
             beside.write_text(json.dumps(entries, indent=1) + "\n")
             beside.rename(self.path)
         except OSError as error:
-            print(f"slurm: {self.path} was not written: {error}", flush=True)
+            say(f"{self.path} was not written: {error}")
+            return False
+        return True
+
+
+def say(words: str) -> None:
+    """Print a line into the console log."""
+    try:
+        print(f"slurm: {words}", flush=True)
+    except OSError:  # a full disk; training went on all the same, and so must the requeue
+        return
 
 
 def now() -> str:

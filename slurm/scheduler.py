@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 ANSWER_S = 60  # how long a command may take; a busy controller answers late
-PATIENCE_S, AGAIN_S = 300, 5  # how long `patiently` goes on asking, and how often
+PATIENCE_S, AGAIN_S = 3600, 5  # how long `patiently` goes on asking, and how often
 AWAY = re.compile(r"contact slurm controller|timed out|connection refused|Zero Bytes", re.IGNORECASE)
 EARLY_S = 90  # the controller looks at time limits every 30 s, and may warn up to a minute early
 # States of a job that will not run again, as sacct and scontrol name them.
@@ -56,12 +56,6 @@ def describe(kind: str, name: str) -> dict[str, str]:
     """Return the fields that `scontrol show` has of a job or a partition, those of an array's first element."""
     lines = ask("scontrol", "show", kind, name, "--oneliner").splitlines()
     return dict(re.findall(r"(\S+?)=(\S*)", lines[0])) if lines else {}
-
-
-def state(job_id: str) -> str:
-    """Return the state of a job or element: while it is in the queue the present one, later what accounting has."""
-    present = queue(job_id)
-    return present[0][0] if present else final_state(job_id)
 
 
 def queue(job_id: str) -> list[tuple[str, str]]:

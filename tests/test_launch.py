@@ -77,6 +77,10 @@ def test_a_chain_hands_on_the_cluster_and_not_the_size() -> None:
         (["program=train.tokenizer", "nodes=2"], "train.tokenizer is one task"),
         (["time=5"], "time=5 is not longer than signal_delay=300 seconds"),
         (["requeue=true"], "jobs always may be requeued"),
+        (["sbatch.gpus-per-task=1"], "gpus-per-task=1: give gpus_per_node"),
+        (["sbatch.nodes=2"], "nodes=2: give nodes= itself"),
+        (["chdir=/tmp"], "chdir=/tmp: paths are meant from where you are"),
+        (["env.A-B=1"], "env.A-B: no name of a variable"),
         (["nodes"], "'nodes' is not of the form key=value"),
     ],
 )  # fmt: skip
@@ -120,6 +124,12 @@ def test_a_training_that_does_not_fit_is_refused_with_what_would(
     assert done.returncode == 2 and "does not fit: " in done.stderr and "plan=false sends it" in done.stderr, (
         done.stderr
     )
+
+
+def test_a_folder_that_sbatch_or_python_would_read_differently_is_refused(tmp_path: Path) -> None:
+    for name in ("lr%j", "a:b", "a\\b", "a\nb"):
+        done = launch("program=train.tokenizer", f"output={tmp_path}/{name}/t", "inputs=[x]", "dry_run=true")
+        assert done.returncode == 2 and "no job can work in a folder with" in done.stderr, done.stderr
 
 
 def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path) -> None:
@@ -201,6 +211,22 @@ def test_a_record_counts_attempts_that_gained_nothing(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["attempts"][3]["ended"] is None
     path.write_text('{"attempts": [{')  # torn
     assert Record.open(path, "17", "train.pretrain", "c.yaml").attempts == []
+
+
+def test_a_full_disk_costs_the_record_and_the_log_and_not_the_attempt(tmp_path: Path) -> None:
+    """What gained nothing and cannot be counted is not requeued: it would be for ever."""
+    (tmp_path / "job.json").mkdir()  # cannot be replaced
+    program = (
+        "import sys; from pathlib import Path; from slurm.job import Job, requeue; from slurm.record import *\n"
+        "record = Record.open(Path(sys.argv[1]), '17', 'train.pretrain', 'c.yaml')\n"
+        "record.begin(Attempt(1, ['n0'], 2, 'now', 5)).end(5, 1, 'failed')\n"
+        "print(requeue('17', record, Job(program='', config='', jobs='', notice_s=0, max_requeues=3)), file=sys.stderr)"
+    )
+    for log in ("/dev/full", "/dev/null"):
+        command = [sys.executable, "-c", program, str(tmp_path / "job.json")]
+        with open(log, "w") as stdout:
+            done = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+        assert "cannot be noted" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_progress_is_what_a_restart_would_go_on_from(tmp_path: Path) -> None:

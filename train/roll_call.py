@@ -12,6 +12,7 @@ import time
 from torch.distributed import Store
 
 CALLED = "roll-call"  # the key that asks everybody to answer
+STORE_S = 60.0  # that asking may take; a store whose process is frozen never answers, nor says so
 
 
 class RollCall:
@@ -30,6 +31,13 @@ class RollCall:
 
     def missing(self) -> list[int]:
         """Return the ranks that do not answer in about two seconds; empty where nobody can be asked."""
+        found = [0] if self._kept_by_first else []
+        asking = threading.Thread(target=lambda: found.__setitem__(slice(None), self._ask()), daemon=True)
+        asking.start()
+        asking.join(STORE_S)
+        return found
+
+    def _ask(self) -> list[int]:
         try:
             self._store.set(CALLED, "")
             self._store.set(f"{CALLED}/{self._rank}", "")
