@@ -27,9 +27,7 @@ class LaunchConfig:
     signal_delay: int = 300
     # Elements of a job array, of train.encode: N or N%M, at most M at once; null: no array.
     array: str | None = None
-    max_requeues: int = (
-        JobConfig.max_requeues
-    )  # attempts in a row that may gain nothing; there is no limit for those that do
+    max_requeues: int = JobConfig.max_requeues  # attempts in a row that may gain nothing, preempted ones aside
     then: str | None = None  # program of the next job, which starts when this one is done; its options follow
     wait: bool = False  # follow the jobs to their end; exits with 0 if all went well, else with 1
     dry_run: bool = False  # print the batch scripts; submit and write nothing

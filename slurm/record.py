@@ -11,6 +11,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+BY_SLURM = "ended by Slurm: "
+# Reasons that say nothing against the job: who is preempted three times while it starts may be lucky the fourth time.
+INNOCENT = ("stopped by preemption or a request", f"{BY_SLURM}PREEMPTED")
+
 
 @dataclass
 class Attempt:
@@ -60,12 +64,12 @@ class Record:
         return attempt
 
     def idle(self) -> int:
-        """Return how many attempts in a row, up to the last, ended without having gained anything."""
+        """Return how many attempts in a row, up to the last, gained nothing by their own fault."""
         count = 0
         for attempt in reversed(self.attempts):
             if attempt.ended is None or attempt.gained:
                 break
-            count += 1
+            count += attempt.reason not in INNOCENT
         return count
 
     def is_latest(self, attempt: Attempt) -> bool:

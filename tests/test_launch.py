@@ -13,7 +13,7 @@ import pytest
 from data.tokenizer import Tokenizer
 from slurm import job, options, snapshot, steps
 from slurm.programs import PROGRAMS, finished_shards, last_row, newest_checkpoint
-from slurm.record import Attempt, Record
+from slurm.record import INNOCENT, Attempt, Record
 from slurm.task import environment, tasks_by_node
 from tests.runs import settings
 
@@ -202,6 +202,8 @@ def test_a_record_counts_attempts_that_gained_nothing(tmp_path: Path) -> None:
     assert again.idle() == 2 and [attempt.gained for attempt in again.attempts] == [5, 0, 0]
     again.begin(Attempt(4, ["n0"], 2, "now", 5))
     assert json.loads(path.read_text())["attempts"][3]["ended"] is None
+    again.attempts[-1].end(5, 75, INNOCENT[0])  # preempted as it started
+    assert again.idle() == 2
     path.write_text('{"attempts": [{')  # torn
     assert Record.open(path, "17", "train.pretrain", "c.yaml").attempts == []
 
