@@ -53,8 +53,9 @@ class LaunchConfig:
                 "leave tasks_per_node out"
             )
         elements, limit = self.elements
-        if self.array is not None and (elements < 2 or limit < 1):
-            raise ValueError(f"array={self.array}: expected N or N%M, N at least 2 elements and M at least 1 at once")
+        if self.array is not None and (not 2 <= elements <= MOST or limit < 1):
+            expected = f"N or N%M, N at least 2 elements, at most {MOST:,}, and M at least 1 at once"
+            raise ValueError(f"array={self.array}: expected {expected}")
         own = {field.name: f"give {field.name}= itself" for field in dataclasses.fields(self)}
         for given, value in self.sbatch.items():
             if why := (own | TAKEN).get(given.replace("-", "_")):
@@ -94,6 +95,7 @@ class LaunchConfig:
 
 
 AT_ONCE = 64  # elements of an array, unless it says otherwise
+MOST = 100_000  # each is a file before sbatch sees it, which takes 1,000 unless its MaxArraySize says otherwise
 # sbatch's long options that a job of ours can do with (22.05 to 25.05).
 SBATCH_NAMES = """
 account acctg_freq begin bell bb bbf clusters comment constraint container contiguous core_spec cores_per_socket

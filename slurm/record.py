@@ -13,7 +13,7 @@ from pathlib import Path
 
 BY_SLURM = "ended by Slurm: "
 # Reasons that say nothing against the job: who is preempted three times while it starts may be lucky the fourth time.
-INNOCENT = ("stopped by preemption or a request", f"{BY_SLURM}PREEMPTED")
+INNOCENT = ("stopped by preemption or a request", f"{BY_SLURM}PREEMPTED", f"{BY_SLURM}REQUEUED")
 
 
 @dataclass

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 PACKAGES = ("data", "model", "train", "slurm")
+KINDS = (".py", ".css")  # of files that are code; a data set may lie in data/, too
 ROOT = Path(__file__).resolve().parent.parent
 HASH_DIGITS = 10
 
@@ -33,6 +34,8 @@ def write_code(jobs: Path) -> Path:
         beside.rename(folder)
     except OSError:  # another launch was faster
         shutil.rmtree(beside)
+        if not folder.exists():
+            raise
     return folder
 
 
@@ -48,7 +51,7 @@ def write_config(jobs: Path, resolved: str) -> Path:
 
 
 def _code_files() -> list[str]:
-    """Return the files of the packages, relative to the root, without what Python or an editor left there."""
-    found = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file())
+    """Return the files of code of the packages, relative to the root, without what an editor left there."""
+    found = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in KINDS)
     names = (path.relative_to(ROOT) for path in found)
-    return sorted(str(name) for name in names if not any(p.startswith((".", "__pycache__")) for p in name.parts))
+    return sorted(str(name) for name in names if not any(part.startswith(".") for part in name.parts))

@@ -73,6 +73,7 @@ def test_a_chain_hands_on_the_cluster_and_not_the_size() -> None:
         (["gpus_per_task=1"], "gpus_per_task=1: give gpus_per_node"),
         (["array=8"], "train.pretrain is one job; arrays are for train.encode"),
         (["program=train.encode", "array=1"], "array=1: expected N or N%M"),
+        (["program=train.encode", "array=1000000000"], "at most 100,000"),
         (["program=train.encode", "array=8%0"], "array=8%0: expected N or N%M"),
         (["program=train.tokenizer", "nodes=2"], "train.tokenizer is one task"),
         (["requeue=true"], "jobs always may be requeued"),
