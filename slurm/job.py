@@ -20,7 +20,7 @@ from omegaconf import MISSING, OmegaConf
 
 from slurm import scheduler
 from slurm.programs import PROGRAMS, find_program, resolve
-from slurm.record import Attempt, Record, now, say
+from slurm.record import BY_SLURM, INNOCENT, Attempt, Record, now, say
 from slurm.scheduler import SlurmError, patiently
 from slurm.snapshot import write_config
 from slurm.steps import free_port, run_by_srun, run_here
@@ -35,7 +35,7 @@ STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class JobConfig:
     program: str = MISSING  # what to run; its own options follow as key=value, config=FILE among them
     notice_s: int | None = None  # seconds of notice that `sbatch --signal` asks for; null: not known
-    max_requeues: int = 3  # attempts in a row that may gain nothing; those that gain something are not bounded
+    max_requeues: int = 3  # attempts in a row that may gain nothing; preempted ones count a tenth
 
 
 CONFIG = JobConfig
@@ -102,7 +102,7 @@ def supervise(job: Job) -> int:
     record = Record.open(Path(job.jobs, job_id, "job.json"), job_id, job.program, job.config)
     at, unit = job.progress(), PROGRAMS[job.program].unit
     if record.attempts and record.attempts[-1].ended is None:  # its supervisor was killed
-        record.attempts[-1].end(at, None, f"ended by Slurm: {scheduler.last_end(job_id) or 'it does not say why'}")
+        record.attempts[-1].end(at, None, f"{BY_SLURM}{scheduler.last_end(job_id) or 'it does not say why'}")
     if record.idle() >= job.max_requeues:
         say(f"{record.idle()} attempts in a row gained no {unit}: no other is made; {record.path} has their reasons")
         record.write()
@@ -139,7 +139,7 @@ def judge(status: int, job_id: str, notice_s: int | None) -> tuple[str, bool]:
     if state != "RUNNING":
         # Slurm has decided, whatever srun says (0 of a lost node). A requeue of ours would revive what was cancelled.
         end = "TIMEOUT" if why == "TimeLimit" else patiently(lambda: scheduler.final_state(job_id))
-        return f"ended by Slurm: {end}", end == "TIMEOUT"
+        return f"{BY_SLURM}{end}", end == "TIMEOUT"
     if status == 0:
         return "done", False
     if status == REFUSED:
@@ -149,7 +149,11 @@ def judge(status: int, job_id: str, notice_s: int | None) -> tuple[str, bool]:
     if status == SAVED or status - 128 in STOPS:
         left_s = patiently(lambda: scheduler.seconds_left(job_id))
         at_limit = left_s is not None and left_s <= (notice_s or 0) + scheduler.EARLY_S
-        return "stopped by the time limit" if at_limit else "stopped by preemption or a request", True
+        if at_limit:
+            return "stopped by the time limit", True
+        if status - 128 == signal.SIGTERM:  # perhaps of srun's, where another rank had failed
+            return "ended by SIGTERM before it had saved", True
+        return INNOCENT[0], True
     return f"failed with status {status}", True
 
 

@@ -28,16 +28,14 @@ class LaunchConfig:
     signal_delay: int = 300
     # Elements of a job array, of train.encode: N or N%M, at most M at once; null: no array.
     array: str | None = None
-    max_requeues: int = (
-        JobConfig.max_requeues
-    )  # attempts in a row that may gain nothing; there is no limit for those that do
+    max_requeues: int = JobConfig.max_requeues  # attempts in a row that may gain nothing; preempted ones count a tenth
     then: str | None = None  # program of the next job, which starts when this one is done; its options follow
     wait: bool = False  # follow the jobs to their end; exits with 0 if all went well, else with 1
     dry_run: bool = False  # print the batch scripts; submit and write nothing
     cluster: Literal["slurm", "local"] = "slurm"  # local: the same tasks here and now, without Slurm
     plan: bool = True  # refuse a training that train.plan says does not fit
     gpu: str = "h100"  # of the plan, a name that train.plan knows
-    setup: list[str] = field(default_factory=list)  # shell lines of each node 0 before the start: [module load cuda]
+    setup: list[str] = field(default_factory=list)  # lines that the batch script runs first: [module load cuda]
     env: dict[str, str] = field(default_factory=dict)  # variables of every task, such as env.NCCL_SOCKET_IFNAME=ib0
     # More of sbatch's options. Those it has today need no prefix: partition=, account=, qos=, exclude=, mail_type= ...
     sbatch: dict[str, str] = field(default_factory=dict)
@@ -62,8 +60,9 @@ class LaunchConfig:
                 "to stop as it starts; give more time, or a smaller signal_delay"
             )
         elements, limit = self.elements
-        if self.array is not None and (elements < 2 or limit < 1):
-            raise ValueError(f"array={self.array}: expected N or N%M, N at least 2 elements and M at least 1 at once")
+        if self.array is not None and (not 2 <= elements <= MOST or limit < 1):
+            expected = f"N or N%M, N at least 2 elements, at most {MOST:,}, and M at least 1 at once"
+            raise ValueError(f"array={self.array}: expected {expected}")
         own = {field.name: f"give {field.name}= itself" for field in dataclasses.fields(self)}
         for given, value in self.sbatch.items():
             if why := (own | TAKEN).get(given.replace("-", "_")):
@@ -117,6 +116,7 @@ def seconds_of(time: str) -> int | None:
 
 
 AT_ONCE = 64  # elements of an array, unless it says otherwise
+MOST = 100_000  # each is a file before sbatch sees it, which takes 1,000 unless its MaxArraySize says otherwise
 # sbatch's long options that a job of ours can do with (22.05 to 25.05).
 SBATCH_NAMES = """
 account acctg_freq begin bell bb bbf clusters comment constraint container contiguous core_spec cores_per_socket

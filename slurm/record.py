@@ -11,6 +11,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+BY_SLURM = "ended by Slurm: "
+# Reasons that say little against the job: who is preempted three times while it starts may be lucky the fourth time.
+INNOCENT_SHARE = 10  # so many of those count as one of its own faults
+INNOCENT = ("stopped by preemption or a request", f"{BY_SLURM}PREEMPTED", f"{BY_SLURM}REQUEUED")
+
 
 @dataclass
 class Attempt:
@@ -60,13 +65,14 @@ class Record:
         return attempt
 
     def idle(self) -> int:
-        """Return how many attempts in a row, up to the last, ended without having gained anything."""
-        count = 0
+        """Return how many attempts in a row, up to the last, gained nothing; those of Slurm's making count a tenth."""
+        own, innocent = 0, 0
         for attempt in reversed(self.attempts):
             if attempt.ended is None or attempt.gained:
                 break
-            count += 1
-        return count
+            own += attempt.reason not in INNOCENT
+            innocent += attempt.reason in INNOCENT
+        return own + innocent // INNOCENT_SHARE
 
     def is_latest(self, attempt: Attempt) -> bool:
         """Return whether no later attempt has begun: a node that Slurm gave up may come to itself long after."""

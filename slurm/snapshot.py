@@ -34,6 +34,8 @@ def write_code(jobs: Path) -> Path:
         beside.rename(folder)
     except OSError:  # another launch was faster
         shutil.rmtree(beside)
+        if not folder.exists():
+            raise
     return folder
 
 

@@ -13,7 +13,7 @@ import pytest
 from data.tokenizer import Tokenizer
 from slurm import job, options, snapshot, steps
 from slurm.programs import PROGRAMS, finished_shards, last_row, newest_checkpoint
-from slurm.record import Attempt, Record
+from slurm.record import INNOCENT, Attempt, Record
 from slurm.task import environment, tasks_by_node
 from tests.runs import settings
 
@@ -73,6 +73,7 @@ def test_a_chain_hands_on_the_cluster_and_not_the_size() -> None:
         (["gpus_per_task=1"], "gpus_per_task=1: give gpus_per_node"),
         (["array=8"], "train.pretrain is one job; arrays are for train.encode"),
         (["program=train.encode", "array=1"], "array=1: expected N or N%M"),
+        (["program=train.encode", "array=1000000000"], "at most 100,000"),
         (["program=train.encode", "array=8%0"], "array=8%0: expected N or N%M"),
         (["program=train.tokenizer", "nodes=2"], "train.tokenizer is one task"),
         (["time=5"], "time=5 is not longer than signal_delay=300 seconds"),
@@ -209,6 +210,8 @@ def test_a_record_counts_attempts_that_gained_nothing(tmp_path: Path) -> None:
     assert again.idle() == 2 and [attempt.gained for attempt in again.attempts] == [5, 0, 0]
     again.begin(Attempt(4, ["n0"], 2, "now", 5))
     assert json.loads(path.read_text())["attempts"][3]["ended"] is None
+    again.attempts[-1].end(5, 75, INNOCENT[0])  # preempted as it started
+    assert again.idle() == 2
     path.write_text('{"attempts": [{')  # torn
     assert Record.open(path, "17", "train.pretrain", "c.yaml").attempts == []
 
