@@ -212,6 +212,9 @@ def test_a_record_counts_attempts_that_gained_nothing(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["attempts"][3]["ended"] is None
     again.attempts[-1].end(5, 75, INNOCENT[0])  # preempted as it started
     assert again.idle() == 2
+    for number in range(5, 14):  # and again and again: that is bounded too
+        again.begin(Attempt(number, ["n0"], 2, "now", 5)).end(5, 75, INNOCENT[0])
+    assert again.idle() == 3
     path.write_text('{"attempts": [{')  # torn
     assert Record.open(path, "17", "train.pretrain", "c.yaml").attempts == []
 
