@@ -96,7 +96,12 @@ def last_end(job_id: str) -> str:
 
 
 def requeue(job_id: str) -> None:
-    """Put a running job back into the queue. Raises SlurmError where Slurm does not allow it."""
+    """Put a job that runs, or that its time limit ended, back into the queue. Raises SlurmError where it may not be.
+
+    Slurm would revive one that was cancelled a moment ago, or while an earlier try of ours got no answer.
+    """
+    if not any(state == "RUNNING" or reason == "TimeLimit" for state, reason in queue(job_id)):
+        raise SlurmError("Slurm has ended it meanwhile")
     ask("scontrol", "requeue", job_id)
 
 

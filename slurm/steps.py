@@ -54,7 +54,7 @@ def run_here(command: Sequence[str], environments: Sequence[dict[str, str]], *, 
         signal.signal(number, pass_on)
     signal.signal(signal.SIGINT, lambda *_: None)
     deadline = None
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:  # each, also those behind one that runs
         if together and deadline is None and any(process.returncode is not None for process in processes):
             deadline = time.monotonic() + OTHERS_END_S
         if deadline is not None and time.monotonic() > deadline:

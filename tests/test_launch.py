@@ -173,6 +173,14 @@ def test_ranks_are_told_who_they_are_as_torchrun_tells_them() -> None:
     assert tasks_by_node("3") == [3] and tasks_by_node("2(x3),1,4(x2)") == [2, 2, 2, 1, 4, 4]
 
 
+def test_a_group_here_whose_last_task_ended_is_ended() -> None:
+    program = "from slurm import steps; steps.OTHERS_END_S = 0.2\n"
+    program += 'code = \'import os, time; time.sleep(60 * (os.environ["N"] == "0"))\'\n'
+    program += "print(steps.run_here(['-c', code], [{'N': '0'}, {'N': '1'}], together=True))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.stdout == "137\n", done.stderr
+
+
 def test_two_jobs_on_a_node_get_two_ports() -> None:
     import socket
 
