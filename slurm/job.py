@@ -104,7 +104,7 @@ def supervise(job: Job) -> int:
     if record.attempts and record.attempts[-1].ended is None:  # its supervisor was killed
         record.attempts[-1].end(at, None, f"{BY_SLURM}{scheduler.last_end(job_id) or 'it does not say why'}")
     if record.idle() >= job.max_requeues:
-        say(f"{record.idle()} attempts in a row gained no {unit}: no other is made; {record.path} has their reasons")
+        say(f"{job.max_requeues} attempts in a row gained no {unit}; {record.path} has their reasons. Submit it anew")
         record.write()
         return 1
     attempt = record.begin(Attempt(len(record.attempts) + 1, nodes, int(os.environ["SLURM_NTASKS"]), now(), at))
