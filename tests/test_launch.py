@@ -102,12 +102,8 @@ def test_a_bad_config_or_missing_data_never_waits_in_a_queue(
 ) -> None:
     """P10: nothing is written, nothing submitted; the message is the program's own."""
     good = settings(tmp_path / "run", tokenizer, sources)
-    for change, words in (
-        ("optim.stepz=3", "unknown key 'optim.stepz'; did you mean 'optim.steps'?"),
-        ("data.sources.pairs.path=/nowhere", "/nowhere"),
-    ):
-        done = launch("program=train.pretrain", *good, change)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = launch("program=train.pretrain", *good, "data.sources.pairs.path=/nowhere")
+    assert done.returncode == 2 and "/nowhere" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -154,7 +150,9 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path) -> None
 def test_the_same_tasks_run_here_without_slurm(tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]) -> None:
     """cluster=local: two ranks, the console on the terminal, the other rank's log in a file."""
     argv = settings(tmp_path / "run", tokenizer, sources, optim__steps=3)
-    done = launch("program=train.pretrain", *argv, "cluster=local", "tasks_per_node=2", OMP_NUM_THREADS="1")
+    done = launch(
+        "program=train.pretrain", *argv, "cluster=local", "tasks_per_node=2", "plan=false", OMP_NUM_THREADS="1"
+    )
     assert done.returncode == 0, done.stderr
     assert "2 ranks on cpu" in done.stdout and "done after step 3; saved" in done.stdout
     assert [path.name for path in (tmp_path / "run" / "slurm").glob("local-*/*")] == ["rank-1.log"]

@@ -65,34 +65,32 @@ def test_a_later_attempt_takes_the_folder_from_an_earlier_one(tmp_path: Path) ->
         late.assert_current()
 
 
-@pytest.mark.parametrize(
-    ("job", "requeues", "taken"), [("17", "1", True), ("17", "0", False), ("18", "1", False), (None, None, False)]
-)
 def test_a_requeued_job_takes_the_folder_from_its_own_earlier_attempt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str | None, requeues: str | None, taken: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P5: its lock may outlive it on a host that Slurm gave up. A second copy is refused as ever."""
-    environment = {**os.environ, "SLURM_JOB_ID": "17", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    root = str(Path(__file__).parent.parent)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=environment,
+        env={**os.environ, "SLURM_JOB_ID": "17", "PYTHONPATH": root},
     )
     try:
         assert holder.stdout.readline() == "1\n"
-        for name, value in (("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", requeues)):
-            monkeypatch.delenv(name, raising=False)
-            if value is not None:
-                monkeypatch.setenv(name, value)
-        if taken:
-            with RunFolder(tmp_path, alone()) as run:
-                assert run.attempt == 2
-                run.assert_current()
-        else:
-            with pytest.raises(BlockingIOError, match=f"in use by pid {holder.pid} on .*job 17 requeued 0 times"):
-                RunFolder(tmp_path, alone())
+        refused = f"in use by pid {holder.pid} on .*job 17 requeued 0 times"
+        for job, requeues in ((None, None), ("17", "0"), ("18", "1"), ("17", "1")):
+            for name, value in (("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", requeues)):
+                monkeypatch.delenv(name, raising=False)
+                if value is not None:
+                    monkeypatch.setenv(name, value)
+            if (job, requeues) != ("17", "1"):
+                with pytest.raises(BlockingIOError, match=refused):
+                    RunFolder(tmp_path, alone())
+        with RunFolder(tmp_path, alone()) as run:
+            assert run.attempt == 2
+            run.assert_current()
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
         holder.wait()

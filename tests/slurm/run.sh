@@ -32,7 +32,7 @@ fi
 if (( rc == 0 )); then
     # shellcheck disable=SC1091
     . "$SLURM_TEST_DIR/env.sh"
-    .venv/bin/python -m pytest -m slurm tests/slurm "$@" || rc=$?
+    .venv/bin/python -m pytest -m "slurm and not slow" tests/slurm "$@" || rc=$?
 fi
 if (( rc )); then
     purge=0                   # the daemons' logs may say why

@@ -106,6 +106,7 @@ def test_at_its_time_limit_it_saves_and_goes_on_with_the_same_bits(
     assert "TIMEOUT" not in cluster.history(job_id)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_started_again_from_the_last_checkpoint(
     sent: Callable, cluster: Cluster, straight: Path
 ) -> None:
