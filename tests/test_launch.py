@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from data.tokenizer import Tokenizer
-from slurm import job, options, snapshot, steps
+from slurm import job, notice, options, snapshot, steps
+from slurm.options import LaunchConfig
 from slurm.programs import PROGRAMS, finished_shards, last_row, newest_checkpoint
 from slurm.record import INNOCENT, Attempt, Record
 from slurm.task import environment, tasks_by_node
@@ -145,6 +146,19 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path) -> None
         assert f"#SBATCH {option}\n" in second, second
     assert "\nmodule load cuda\n" in second and "srun" not in second
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_notice_too_short_for_a_step_and_its_saves_is_said_before_submission(tmp_path: Path) -> None:
+    """P6: from what the run has measured so far, or else from the plan."""
+    config, plan = {"run_dir": str(tmp_path)}, {"step_s": 10.0, "checkpoint_gib": 200.0}
+    assert notice.warnings(config, None, LaunchConfig()) == []
+    (line,) = notice.warnings(config, plan, LaunchConfig())
+    assert "take 410 s (planned, at 1 GiB/s), signal_delay=300 is less: give signal_delay=615" in line
+    rows = '{"step": 1, "stop_s": null}\n{"step": 2, "stop_s": 400.0}\n{"step": 3, "stop_s": 90.0}\n{"st'
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    (line,) = notice.warnings(config, plan, LaunchConfig())
+    assert "take 400 s (measured), signal_delay=300 is less: give signal_delay=600" in line
+    assert notice.warnings(config, plan, LaunchConfig(signal_delay=600)) == []
 
 
 def test_the_same_tasks_run_here_without_slurm(tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]) -> None:

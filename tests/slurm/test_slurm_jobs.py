@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from data.tokenizer import Tokenizer
+from slurm.notice import warnings
+from slurm.options import LaunchConfig
 from tests.runs import DrawingRun, assert_same_end, settings
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.launched import ROOT, attempts, launch, tail, training, wait_for_step
@@ -67,6 +69,14 @@ def test_an_array_whose_task_is_killed_ends_complete_and_verified(
         capture_output=True,
     )
     assert contents_of(output) == contents_of(tmp_path / "alone")
+
+
+def test_a_partition_that_preempts_too_fast_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    """P6: its grace is Slurm's to say."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stop_s": 20.0}\n')
+    for partition, warned in (("scavenge", 1), ("main", 0), ("nosuch", 0)):
+        lines = warnings({"run_dir": str(tmp_path)}, None, LaunchConfig(sbatch={"partition": partition}))
+        assert len(lines) == warned and all("partition scavenge gives GraceTime=15 s" in line for line in lines)
 
 
 def test_a_chain_of_programs_is_one_command(cluster: Cluster, tmp_path: Path, raw: Path, tokenizer: Tokenizer) -> None:
