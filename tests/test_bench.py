@@ -45,6 +45,7 @@ def test_sampling_draws_the_same_with_and_without_its_cache():
     assert record["cached_speedup"] > 0 and set(record["images_per_s"]) == {"1", "2"}
 
 
+@pytest.mark.slow
 def test_the_data_side_is_measured_on_one_core():
     """Figures that do not depend on the machine hold at this size too."""
     options = ("--pairs", "1024", "--texts", "1024", "--rounds", "1", "--images", "10")

@@ -161,6 +161,19 @@ def test_a_notice_too_short_for_a_step_and_its_saves_is_said_before_submission(t
     assert notice.warnings(config, plan, LaunchConfig(signal_delay=600)) == []
 
 
+def test_a_chain_runs_here_without_slurm_up_to_the_first_failure(tmp_path: Path) -> None:
+    """cluster=local: the second program's only input is missing, the third is never begun."""
+    (tmp_path / "texts.txt").write_text("\n".join(f"a large red circle beside {i} squares" for i in range(200)))
+    made, missing, never = (tmp_path / name for name in ("made.model", "missing.model", "never.model"))
+    argv = ["program=train.tokenizer", "cluster=local", f"inputs=[{tmp_path}/texts.txt]", f"output={made}"]
+    argv += ["vocab_size=300", "then=train.tokenizer", f"inputs=[{tmp_path}/none.txt]", f"output={missing}"]
+    argv += ["then=train.tokenizer", f"inputs=[{tmp_path}/texts.txt]", f"output={never}"]
+    done = launch(*argv)
+    assert done.returncode == 2 and "none.txt" in done.stderr, done.stderr
+    assert made.is_file() and not missing.exists() and not never.exists()
+
+
+@pytest.mark.slow
 def test_the_same_tasks_run_here_without_slurm(tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]) -> None:
     """cluster=local: two ranks, the console on the terminal, the other rank's log in a file."""
     argv = settings(tmp_path / "run", tokenizer, sources, optim__steps=3)
