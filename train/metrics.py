@@ -245,8 +245,7 @@ def _start_wandb(config: LogConfig, folder: RunFolder, recipe: dict[str, Any]) -
             settings=settings,
         )
         run.define_metric("*", step_metric="step")
-        if config.wandb == "online":
-            say(f"wandb: {run.url}")
+        say(f"wandb: {run.url}" if config.wandb == "online" else f"wandb: offline, in {folder.path / 'wandb'}")
         return run
     except Exception as error:  # the logger cannot stop training (P13)
         log.warning("wandb is off: %s; metrics.jsonl has everything", error)
