@@ -41,3 +41,15 @@ def wait_for_step(run_dir: Path, step: int, log: Path, timeout_s: float = 60) ->
 def tail(log: Path) -> str:
     """Return the end of a log, for a failure's message."""
     return log.read_text()[-3000:] if log.exists() else f"no {log}"
+
+
+def processes(program: str) -> list[int]:
+    """Return the processes on this machine, and so on all nodes, that run a program."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"\0-m\0{program}\0".encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:  # it ended while we looked
+            continue
+    return found

@@ -12,7 +12,7 @@ from slurm.notice import warnings
 from slurm.options import LaunchConfig
 from tests.runs import DrawingRun, assert_same_end, settings
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.launched import ROOT, attempts, launch, tail, training, wait_for_step
+from tests.slurm.launched import ROOT, attempts, launch, processes, tail, training, wait_for_step
 from tests.test_encode import arguments, contents_of, picture_record, raw_folder
 
 pytestmark = pytest.mark.slurm
@@ -25,18 +25,6 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve raw shards of 40 pictures."""
     shards = {f"{i:02d}": [picture_record(40 * i + j) for j in range(40)] for i in range(12)}
     return raw_folder(tmp_path_factory.mktemp("raw") / "pictures", shards)
-
-
-def encoders() -> list[int]:
-    """Return the processes that encode in a job."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"\0train.encode\0" in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-        except OSError:  # it ended while we looked
-            continue
-    return found
 
 
 def test_an_array_whose_task_is_killed_ends_complete_and_verified(
@@ -52,7 +40,7 @@ def test_an_array_whose_task_is_killed_ends_complete_and_verified(
     assert "3 elements of 1 task, at most 2 at once" in printed
     jobs = tmp_path / "latents.slurm"
     wait_for(lambda: any(output.glob("*.tar.json")), 60, lambda: tail(jobs / f"{job_id}_0.log"))
-    os.kill(max(encoders()), signal.SIGKILL)
+    os.kill(max(processes("train.encode")), signal.SIGKILL)
     assert cluster.wait(check, timeout_s=120) == "COMPLETED"
     assert "3 elements" not in tail(jobs / f"{job_id}_0.log") and set(cluster.history(job_id)) == {
         "REQUEUED",

@@ -1,8 +1,10 @@
 """Real training on a real Slurm: sent, stopped in every way Slurm has, requeued, finished with the same bits."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from data.tokenizer import Tokenizer
 from tests.runs import assert_same_end, numbers, saved_steps
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.launched import STEPS, attempts, launch, training, wait_for_step
+from tests.slurm.launched import STEPS, attempts, launch, processes, training, wait_for_step
 
 pytestmark = pytest.mark.slurm
 
@@ -93,14 +95,13 @@ def test_preempted_by_a_higher_partition_it_ends_with_the_same_bits(
 
 
 def test_at_its_time_limit_it_saves_and_goes_on_with_the_same_bits(
-    cluster: Cluster, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], straight: Path
+    sent: Callable, cluster: Cluster, straight: Path
 ) -> None:
-    """P4, P6. Slurm looks at limits every 30 s; a save each step makes the run last long enough."""
-    run_dir = tmp_path / "run"
-    argv = [*training(run_dir, tokenizer, sources), "checkpoint.interval_steps=1", "nodes=2", "time=1"]
-    (job_id,), _ = launch(*argv, "signal_delay=50", "plan=false")
-    log = run_dir / "slurm" / f"{job_id}.log"
-    wait_for(lambda: log.exists() and "stopped by the time limit" in log.read_text(), 90, lambda: log.read_text())
+    """P4, P6. Slurm looks at limits every 30 s: the ranks are stopped until its warning, with a SIGCONT, wakes them."""
+    job_id, run_dir, log = sent("time=1", "signal_delay=50", "timeout_minutes=5")
+    for pid in processes("train.pretrain"):
+        os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: "stopped by the time limit" in log.read_text(), 90, log.read_text)
     assert cluster.wait(job_id, timeout_s=180) == "COMPLETED"
     assert_same_end(run_dir, straight)
     assert "TIMEOUT" not in cluster.history(job_id)
