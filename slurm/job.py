@@ -108,9 +108,10 @@ def supervise(job: Job) -> int:
         record.write()
         return 1
     attempt = record.begin(Attempt(len(record.attempts) + 1, nodes, int(os.environ["SLURM_NTASKS"]), now(), at))
+    tasks = f"{attempt.tasks} tasks" if attempt.tasks > 1 else "1 task"
     begins = f", from {at} {unit}" if at else ""
     say(
-        f"attempt {attempt.number} of job {job_id}: {job.program}, {attempt.tasks} tasks on {' '.join(nodes)}{begins}; "
+        f"attempt {attempt.number} of job {job_id}: {job.program}, {tasks} on {' '.join(nodes)}{begins}; "
         f"{attempt.began}"
     )
     environment = job.environment(job_id)

@@ -8,13 +8,18 @@ requeued and goes on; the same command again goes on too, on any number of nodes
 starts when the one before is done; sbatch's options hold on for it, sizes and times do not.
 """
 
+import dataclasses
+import difflib
+import io
 import json
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ from omegaconf import OmegaConf
 
 from slurm import notice, scheduler, snapshot, watch
 from slurm.job import Job, run_locally
-from slurm.options import LaunchConfig, read
+from slurm.options import SBATCH, LaunchConfig, read
 from slurm.programs import resolve
 from slurm.scheduler import SlurmError
 from train.config import run_program
@@ -94,7 +99,7 @@ def check(asked: tuple[LaunchConfig, list[str]], number: int) -> Planned:
     try:
         resolved = resolve(launch.program, arguments, check=not awaited)
     except ValueError as error:
-        raise ValueError(f"{launch.program}: {error}") from None
+        raise ValueError(f"{launch.program}: {error}{near(str(error))}") from None
     planned = Planned(launch, arguments, resolved, None)
     if strange := set("%:\\\n") & set(str(planned.jobs)):  # placeholders of sbatch's, and a separator of PYTHONPATH
         raise ValueError(f"{planned.jobs}: no job can work in a folder with {' '.join(map(repr, strange))} in its name")
@@ -126,6 +131,14 @@ def make_plan(launch: LaunchConfig, resolved: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def near(refusal: str) -> str:
+    """Return which option of ours or of sbatch's an unknown key may have meant: the program knows its own only."""
+    key = re.search(r"unknown key '(\w+)'", refusal)
+    names = [*(field.name for field in dataclasses.fields(LaunchConfig)), *sorted(SBATCH)]
+    close = difflib.get_close_matches(key[1], names, n=1, cutoff=0.75) if key else []
+    return f"; or did you mean slurm.launch's {close[0]!r}?" if close else ""
+
+
 def describe(job: Planned) -> list[str]:
     """Return the lines that say what is about to be sent, and what may go wrong with it."""
     launch, plan = job.launch, job.plan
@@ -134,13 +147,14 @@ def describe(job: Planned) -> list[str]:
     if launch.nodes > 1:
         size += f" on {launch.nodes} nodes"
     if elements > 1:
-        size = f"{elements} elements of {size}, at most {at_once} at once"
+        size = f"{elements} elements of {size}" + (f", at most {at_once} at once" if at_once < elements else "")
     lines = [f"{launch.program} -> {shown(launch.found.folder(job.config))}: {size}"]
     if plan is not None:
         total, peak = plan["parameters"]["total"], plan["peak_memory_gib"]
         took = f", {plan['days']:.1f} days at an MFU of 40 %" if "days" in plan else ""
         fits = f"{peak:.1f} of {plan['usable_memory_gib']:.1f} GiB a rank"
-        lines.append(f"  {total / 1e9:.2f}B parameters, {fits}{took} (python -m train.plan has the rest)")
+        count = f"{total / 1e9:.2f}B" if total >= 1e8 else f"{total / 1e6:.2f}M"
+        lines.append(f"  {count} parameters, {fits}{took} (python -m train.plan has the rest)")
     if launch.program == "train.pretrain" and launch.cluster == "slurm":
         lines += [f"  {line}" for line in notice.warnings(job.config, plan, launch)]
     return lines
@@ -170,9 +184,10 @@ def submit(job: Planned, after: str | None) -> str:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        if launch.elements[0] > 1:
-            return executor.submit_array([work] * launch.elements[0])[0].job_id.partition("_")[0]
-        return executor.submit(work).job_id
+        with redirect_stderr(io.StringIO()):  # submitit shows sbatch's words, and then raises them
+            if launch.elements[0] > 1:
+                return executor.submit_array([work] * launch.elements[0])[0].job_id.partition("_")[0]
+            return executor.submit(work).job_id
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
 

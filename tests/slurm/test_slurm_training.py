@@ -215,8 +215,10 @@ def test_a_bad_config_is_refused_before_it_is_submitted(
     argv = training(tmp_path / "run", tokenizer, sources)
     _, printed = launch(*argv, "optim.learning_rat=1", status=2)
     assert "did you mean 'optim.learning_rate'?" in printed
+    _, printed = launch(*argv, "partiton=main", status=2)
+    assert "did you mean slurm.launch's 'partition'?" in printed
     _, printed = launch(*argv, "nodes=6", status=2)
     assert "world_size=6 is more than data.lanes=5" in printed
     _, printed = launch(*argv, "partition=nosuch", "plan=false", status=2)
-    assert "sbatch refused the job" in printed and "invalid partition" in printed
+    assert "sbatch refused the job" in printed and printed.count("invalid partition") == 1
     assert subprocess.run(["sacct", "-X", "-n", "-a"], capture_output=True, text=True, check=True).stdout == before
