@@ -31,7 +31,7 @@ class LaunchConfig:
     max_requeues: int = JobConfig.max_requeues  # attempts in a row that may gain nothing; preempted ones count a tenth
     then: str | None = None  # program of the next job, which starts when this one is done; its options follow
     wait: bool = False  # follow the jobs to their end; exits with 0 if all went well, else with 1
-    dry_run: bool = False  # print the batch scripts; submit and write nothing
+    dry_run: bool = False  # print the batch scripts; open no data, submit and write nothing
     cluster: Literal["slurm", "local"] = "slurm"  # local: the same tasks here and now, without Slurm
     plan: bool = True  # refuse a training that train.plan says does not fit
     gpu: str = "h100"  # of the plan, a name that train.plan knows
