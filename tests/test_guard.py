@@ -173,13 +173,13 @@ def test_going_back_by_hand_and_by_itself_is_done_once_and_every_abandoned_cours
 ) -> None:
     """P4: the same command once more, as a requeue gives it, goes on."""
     run_dir = tmp_path / "run"
-    finish(_argv(run_dir, tokenizer, poisoned, guard__max_bad_in_a_row=5, checkpoint__interval_steps=2), 2)
+    finish(_argv(run_dir, tokenizer, poisoned, guard__max_bad_in_a_row=5, checkpoint__interval_steps=2), 1)
     changes = {"guard__max_rollbacks": 2, "guard__exclude_before": 3, "checkpoint__interval_steps": 2, "resume": 4}
     argv = _argv(run_dir, tokenizer, poisoned, **changes)
-    assert "told to go back" in finish(argv, 2)
+    assert "told to go back" in finish(argv, 1)
     kept = {aside.name: saved_rows(aside) for aside in run_dir.glob("abandoned-*")}
     assert kept["abandoned-1"] == END and len(kept) == 3, kept
-    again = finish(argv, 2)
+    again = finish(argv, 1)
     assert "told to go back" not in again and f"done after step {END}" in again
     assert len(list(run_dir.glob("abandoned-*"))) == 3
 
