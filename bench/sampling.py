@@ -5,8 +5,8 @@ usage: python -m bench.sampling [--size 0.16b] [--layers 2] [--prefix 512] [--st
 Both ways draw the same pictures (they are compared) with the same sampler, guidance and precision: with the cache a
 step runs the picture's tokens alone, without it the whole prefix again, both guidance branches side by side in one
 forward either way. They take turns; the speedup is that of the medians, `cached_speedup` that of the largest batch.
-The last line is one JSON object. As it stands it ends within three minutes on two AVX2 cores; `--steps 50` takes five
-times as long.
+The last line is one JSON object. The defaults are for three minutes on two AVX2 cores; `--steps 50` takes five times
+as long.
 """
 
 import argparse
