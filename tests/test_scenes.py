@@ -15,7 +15,6 @@ from data.scenes import (
     PAIR_WORDINGS,
     POSITIONS,
     SHAPES,
-    SIZES,
     UNCLEAR,
     WORDINGS,
     Shape,
