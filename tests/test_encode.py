@@ -506,7 +506,9 @@ def test_a_truncated_tar_gives_its_whole_records(
 ) -> None:
     raw = raw_folder(tmp_path / "raw", {"a": [picture_record(i) for i in range(4)], "b": [picture_record(9)]})
     os.truncate(raw / "a.tar", (raw / "a.tar").stat().st_size // 2)
-    encode(raw, tmp_path / "out", max_bad_fraction=0.5)
+    with pytest.raises(ValueError, match=r"of which 1 files that end too early count whole, more than max_bad_fr"):
+        encode(raw, tmp_path / "out", max_bad_fraction=0.5)
+    encode(raw, tmp_path / "out", max_bad_fraction=0.8)
     keys = [r["__key__"].decode() for r in encoded_records(tmp_path / "out")]
     assert keys in (["00000", "00009"], ["00000", "00001", "00009"])
     assert "skipped truncated: 1" in capsys.readouterr().out
@@ -517,7 +519,7 @@ def test_a_shard_without_a_good_record_is_left_out_of_the_manifest(
 ) -> None:
     raw = raw_folder(tmp_path / "raw", {"a": [picture_record(0, txt=b"")], "b": [picture_record(1)]})
     (raw / "c.tar").write_bytes(b"")
-    encode(raw, tmp_path / "out", max_bad_fraction=1)
+    encode(raw, tmp_path / "out", max_bad_fraction=1, max_failed_files=1)
     assert [shard.name for shard in Manifest.load(tmp_path / "out").shards] == ["b.tar"]
     raw = raw_folder(tmp_path / "raw2", {"a": [picture_record(0, txt=b"")]})
     with pytest.raises(ValueError, match="nothing could be encoded from 1 input files"):
