@@ -42,7 +42,7 @@ class BadRecords:
     def note(self, what: str, where: str) -> None:
         """Count what costs no record."""
         self.noted[what] += 1
-        self.examples.setdefault(what, _printable(where[:MAX_SHOWN]))
+        self.examples.setdefault(what, _printable(where[:MAX_SHOWN])[:MAX_SHOWN])
 
     def update(self, other: "BadRecords") -> None:
         """Add what another has counted."""

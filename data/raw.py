@@ -44,13 +44,15 @@ class RawDocument:
 
 
 def suffix_of(path: str) -> str:
-    """Return which of SUFFIXES a path or URL ends in, "" for none."""
-    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if _without_query(path).endswith(s)), "")
+    """Return which of SUFFIXES a path or URL ends in, in any case, "" for none."""
+    name = _without_query(path).lower()
+    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(s)), "")
 
 
 def input_name(path: str) -> str:
     """Return the file name of a path or URL without its suffix: the name of the shard made of it."""
-    return _without_query(path).rsplit("/", 1)[-1].removesuffix(suffix_of(path))
+    name = _without_query(path).rsplit("/", 1)[-1]
+    return name[: len(name) - len(suffix_of(path))]
 
 
 def _without_query(path: str) -> str:

@@ -121,6 +121,7 @@ def test_names_and_suffixes() -> None:
         "/a/b.c.jsonl.gz": ("b.c", ".jsonl.gz"),
         "https://host/x/00001.tar?sig=a/b.txt": ("00001", ".tar"),
         "s3://bucket/a.txt": ("a", ".txt"),
+        "/a/B.TAR": ("B", ".tar"),
     }
     assert {path: (input_name(path), suffix_of(path)) for path in cases} == cases
 

@@ -90,7 +90,7 @@ def index_folder(folder: Path, config: EncoderConfig, bad: BadRecords) -> Manife
     For shards in our record layout that were written elsewhere or lost their indices. Bad records are counted in `bad`
     and left out of the index.
     """
-    shards = [Path(path) for path in expand([str(folder)], (TAR,))]
+    shards = [Path(path) for path in expand([str(folder)], (TAR,), quiet=True)]
     encoder = Encoder(config, has_pictures=config.vae is not None)
     sidecars = []
     for shard in tqdm(shards, desc="index", unit="shard", mininterval=1):
