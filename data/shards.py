@@ -247,7 +247,7 @@ def _records(file: BinaryIO, name: str, bad: BadRecords) -> Iterator[tuple[int, 
         else:
             kinds.add(frozenset(record))
             if span.is_last:
-                bad.note("no end-of-archive block", name)
+                bad.note("file without an end-of-archive block, perhaps cut", name)
             yield span.offset, span.length, record
     if has_records:
         bad.files.append((size, 1.0 if is_cut else lost / size))

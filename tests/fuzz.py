@@ -172,6 +172,7 @@ class Readers:
         said = [*bad.names, *bad.remarks()]
         check(all(len(n) <= MAX_MESSAGE and n.isprintable() for n in said), f"unfit remarks {str(said)[:300]}")
         self.reasons += bad.reasons + Counter({"failed file": len(bad.failed)})
+        self.reasons += Counter(what for what in bad.noted if what.startswith("file without an end"))
 
     def _document(self, make: Callable[[], Document]) -> bytes | None:
         """Return as bytes a document that may be trained on, None for a bad one."""
