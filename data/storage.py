@@ -127,6 +127,8 @@ def _list_local(name: str, what: str) -> list[str] | None:
         return None
     if os.path.isdir(name):
         return sorted(entry.path + "/" * (not entry.is_file()) for entry in os.scandir(name))
+    if os.path.lexists(name):
+        raise ValueError(f"{what}: expected a file or folder, found a device, a pipe or a broken link")
     if not has_magic(name):
         raise FileNotFoundError(f"{what} does not exist")
     found = sorted(file.rstrip("/") + "/" * (not os.path.isfile(file)) for file in glob(name, recursive=True))

@@ -324,7 +324,10 @@ def test_inputs_that_are_no_files_are_refused(tmp_path: Path, memory, server: Se
         with pytest.raises(FileNotFoundError, match=message) as caught:
             expand([name], TAR, SOON)
         assert "secret" not in str(caught.value)
+    (tmp_path / "gone.tar").symlink_to("nowhere")
     refused = {
+        os.devnull: "null: expected a file or folder, found a device, a pipe or a broken link",
+        f"{tmp_path}/gone.tar": "gone.tar: expected a file or folder, found a device, a pipe or a broken link",
         f"{tmp_path}/a.parquet": "a.parquet: expected one of .tar, .txt, or a folder of them",
         f"{server.url}/a.md": "a.md: expected one of .tar, .txt, or a folder of them",
         "memory://x/a.md": "a.md: expected one of .tar, .txt, or a folder of them",
