@@ -103,7 +103,8 @@ def _files_of(name: str, suffixes: tuple[str, ...], retries: Retries, quiet: boo
             raise ValueError(f"no {kinds} files in {[shown(name)]}" + (f", but {others}" if others else ""))
         if others and not quiet:
             warn_once(f"{what}: {len(kept)} files are read; left out, as none of {kinds}: {others}")
-    forbidden = [] if is_remote(name) else [file for file in kept if not os.access(file, os.R_OK, effective_ids=True)]
+    as_who = {"effective_ids": os.access in os.supports_effective_ids}
+    forbidden = [] if is_remote(name) else [file for file in kept if not os.access(file, os.R_OK, **as_who)]
     if forbidden:
         raise PermissionError(f"{what}: {len(forbidden)} files may not be read, such as {forbidden[0]!r}; allow it")
     return kept

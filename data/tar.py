@@ -186,10 +186,8 @@ def _member(kind: bytes, name: str, problem: str | None, first: int, start: int,
     elif problem is None:
         if kind == tarfile.GNUTYPE_SPARSE:
             problem = "sparse member"
-        elif kind not in _FILE_TYPES:
-            problem = "member is not a file"
         else:
-            problem = "oversized member" if size > MAX_RECORD_BYTES else name_problem(name)
+            problem = "member is not a file" if kind not in _FILE_TYPES else name_problem(name)
     return Member(key, extension, problem, name, first, start, size, after)
 
 

@@ -15,7 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.documents import document_sizes
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int | None:
                 bad.check()
             for name in bad.names:
                 print(f"encode: skipped {name}")
-            finish(encoder, tasks, output, leases, bad, config.bad_records())
+            finish(encoder, tasks, output, leases, bad)
     finally:
         encoder.close()
     return None
@@ -241,19 +241,12 @@ def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progres
     except (FileExistsError, FileNotFoundError):  # another worker was faster, and maybe cleaned up already
         if (sidecar := task.sidecar()) is None:
             raise
-    counted = sidecar.counted()
-    counted.names, counted.examples = of_file.names, of_file.examples
-    bad.update(counted)
+    bad.update(replace(sidecar.counted(), names=of_file.names, examples=of_file.examples))
     progress.is_done()
 
 
-def finish(
-    encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases, mine: BadRecords, bad: BadRecords
-) -> None:
-    """Write the manifest unless another worker does, and say what the whole job came to.
-
-    `mine` is what this worker skipped; of the whole job it is counted in `bad`.
-    """
+def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases, mine: BadRecords) -> None:
+    """Write the manifest unless another worker does, and say what the whole job came to."""
     while not leases.claim("manifest"):
         if (output / FILE_NAME).is_file():
             print(f"encode: done; another worker wrote {output / FILE_NAME}")
@@ -262,7 +255,9 @@ def finish(
     sidecars = [task.sidecar() for task in tasks]
     if None in sidecars:
         raise ValueError(f"{tasks[sidecars.index(None)].source} or its shard changed meanwhile; start again")
-    bad.names, bad.examples = mine.names, mine.examples
+    bad = BadRecords(
+        mine.max_fraction, names=mine.names, max_failed_files=mine.max_failed_files, examples=mine.examples
+    )
     for sidecar in sidecars:
         bad.update(sidecar.counted())
     for remark in bad.remarks():
