@@ -493,7 +493,7 @@ def test_behind_the_end_of_an_archive_nothing_is_silent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damaged", [0, 1, 100, 101, 198, 199])
 def test_a_damaged_header_costs_the_records_beside_it(tmp_path: Path, damaged: int) -> None:
-    """The one it belongs to, and the one beside, of which members may be among the bytes lost; tarfile finds the rest."""
+    """Its own one, and the one beside it, of which members may be among the bytes lost; tarfile finds the rest."""
     data = bytearray(members(*pairs(100)))
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         info = archive.getmembers()[damaged]
