@@ -116,7 +116,7 @@ def _others(names: Iterable[str]) -> str:
     for base in sorted(name.rstrip("/").rpartition("/")[2] + "/" * name.endswith("/") for name in names):
         suffix = re.search(r"[^.]((?:\.tar)?\.[^.]+)$", base.lower())
         kind = left_out(base) or (suffix[1] if suffix else "without suffix")
-        kinds.setdefault("folders or broken links" if base.endswith("/") else kind, []).append(base)
+        kinds.setdefault("that are no files" if base.endswith("/") else kind, []).append(base)
     most = sorted(kinds.items(), key=lambda item: -len(item[1]))
     said = [f"{len(some)} {kind} (such as {some[0]!r})" for kind, some in most[:5]]
     return ", ".join(said) + (f" and {sum(len(some) for _, some in most[5:])} of other kinds" if most[5:] else "")

@@ -248,7 +248,7 @@ def test_what_else_lies_in_a_folder_is_named(tmp_path: Path, caplog: pytest.LogC
     (tmp_path / "gone.tar").symlink_to("nowhere")
     found = [f"{tmp_path}/C.TAR", f"{tmp_path}/b.tar"]
     others = (
-        "2 .parquet (such as 'd.parquet'), 2 folders or broken links (such as 'folder.tar/'), 1 file of macOS or "
+        "2 .parquet (such as 'd.parquet'), 2 that are no files (such as 'folder.tar/'), 1 file of macOS or "
         "Windows (such as '._b.tar'), 1 without suffix (such as 'README'), 1 .tar.gz (such as 'a.tar.gz') and 1 of "
         "other kinds"
     )
@@ -268,7 +268,7 @@ def test_what_else_lies_in_a_folder_is_named(tmp_path: Path, caplog: pytest.LogC
     memory.pipe("/x/sub/b.tar", b"1")
     caplog.clear()
     assert expand(["memory:///x"], TAR) == ["memory:///x/a.Tar"]
-    assert "left out, as none of .tar: 1 folders or broken links (such as 'sub/')" in caplog.text
+    assert "left out, as none of .tar: 1 that are no files (such as 'sub/')" in caplog.text
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's rights")
