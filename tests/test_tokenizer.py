@@ -125,6 +125,25 @@ def test_the_program_trains_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
             main(arguments)
 
 
+def test_what_the_program_cannot_read_is_named_and_has_a_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f'{{"text": "some words for number {i}"}}\n' for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join([*lines, "no JSON\n", "none either\n"]))
+    (tmp_path / "b.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
+    output = tmp_path / "t.model"
+    arguments = [f"inputs=[{tmp_path}]", f"output={output}", "vocab_size=300"]
+    for more, message in (
+        ([], "^nothing could be read from 1 of 2 input files, .*b.jsonl: no text; it is a Git LFS pointer"),
+        (["max_failed_files=1"], "^2 of 102 records are bad, more than max_bad_fraction=0.01: undecodable text: 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([*arguments, *more])
+        assert not output.exists()
+    main([*arguments, "max_failed_files=1", "max_bad_fraction=0.02"])
+    assert output.exists() and f"tokenizer: skipped {tmp_path / 'a.jsonl'}:101" in capsys.readouterr().out
+
+
 def test_the_program_refuses_without_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "train.tokenizer", f"inputs=[{tmp_path / 'none'}]", f"output={tmp_path / 't'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -478,6 +478,11 @@ def test_bad_pictures_are_skipped_by_name_and_too_many_stop(shards, tmp_path, ca
     printed = capsys.readouterr().out
     assert "bad.tar/0007: undecodable picture" in printed and "bad.tar/0009: no picture" in printed
     assert json.loads((tmp_path / "vae/vae.json").read_text())["pictures"] == 22
+    (tmp_path / "page.tar").write_bytes(b"<!DOCTYPE html><title>404 Not Found</title>")
+    argv[0] = f"inputs=[{tmp_path / 'bad.tar'},{tmp_path / 'page.tar'}]"
+    assert "page.tar: no record; it is an HTML page" in refusal([*argv, "max_bad_fraction=0.1"])
+    main([*argv, "max_bad_fraction=0.1", "max_failed_files=1"])
+    assert "failed file" in capsys.readouterr().out
 
 
 def test_bad_input_is_refused_with_a_message(shards, tmp_path):

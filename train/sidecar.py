@@ -6,7 +6,8 @@ job that is started again knows what is done, and keeps the sums from which the 
 
 import json
 import zlib
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ class Sidecar:
     sums: list[list[float]]  # of latents by channel: means, and second moments
     seen: int  # records of the input, good and bad
     skipped: dict[str, int]  # by reason
+    lost: float = 0.0  # share of the input's bytes, 1 where it was cut
+    failed: str = ""  # what an input is of which nothing can be read
+    noted: dict[str, int] = field(default_factory=dict)  # what cost no record
 
     @classmethod
     def write(cls, shard: Path, index: ShardIndex, origin: dict, latents: LatentSums, bad: BadRecords) -> "Sidecar":
@@ -37,10 +41,25 @@ class Sidecar:
             sums=latents.sums.tolist(),
             seen=bad.seen,
             skipped=dict(sorted(bad.reasons.items())),
+            lost=sum(share for _, share in bad.files),
+            failed="".join(bad.failed),
+            noted=dict(sorted(bad.noted.items())),
         )
         with atomic_write(sidecar_path(shard)) as file:
             file.write(json.dumps(asdict(sidecar)).encode())
         return sidecar
+
+    def counted(self) -> BadRecords:
+        """Return what was skipped of the input; of names, only what is kept: that of a failed file."""
+        size = self.origin.get("input_bytes", self.entry.bytes)
+        return BadRecords(
+            max_fraction=1,
+            seen=self.seen,
+            reasons=Counter(self.skipped),
+            failed=[self.failed] if self.failed else [],
+            files=[] if self.failed else [(size, self.lost)],
+            noted=Counter(self.noted),
+        )
 
     @staticmethod
     def origin_of(shard: Path) -> dict | None:

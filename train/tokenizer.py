@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.raw import read_texts
+from data.shards import BadRecords
 from data.tokenizer import Tokenizer, train_tokenizer
 from train.config import load_config, run_program
 
@@ -17,10 +19,16 @@ class TokenizerConfig:
     output: str = "runs/tokenizer.model"  # the model file to write
     vocab_size: int = 32000  # pieces, the special ones and 256 byte pieces included, > 264
     max_texts: int = 1_000_000  # texts read for training, from the first file on
+    max_bad_fraction: float = 0.01  # share of records, and of the files' bytes, that may be skipped, in [0, 1]
+    max_failed_files: int = 0  # files that may hold nothing readable, >= 0
 
     def __post_init__(self) -> None:
         if self.vocab_size <= 264:
             raise ValueError(f"vocab_size={self.vocab_size}: expected more than 264 (256 bytes and special pieces)")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected a share in [0, 1]")
+        if self.max_failed_files < 0:
+            raise ValueError(f"max_failed_files={self.max_failed_files}: expected 0 or more")
 
 
 CONFIG = TokenizerConfig
@@ -32,18 +40,24 @@ def main(argv: list[str]) -> int | None:
     if output.is_file():
         print(f"tokenizer: {output} is there (vocabulary {Tokenizer(output).vocab_size}); delete it to train again")
         return
-    train_tokenizer(_texts(config), output, config.vocab_size)
+    bad = BadRecords(config.max_bad_fraction, max_failed_files=config.max_failed_files)
+    try:
+        train_tokenizer(_texts(config, bad), output, config.vocab_size)
+    except ValueError:  # as SentencePiece wraps what its texts raise
+        bad.check(final=True)
+        raise
     tokenizer = Tokenizer(output)
     print(f"tokenizer: wrote {output}, vocabulary {tokenizer.vocab_size}, hash {tokenizer.hash}")
 
 
-def _texts(config: TokenizerConfig) -> Iterator[str]:
+def _texts(config: TokenizerConfig, bad: BadRecords) -> Iterator[str]:
     with tqdm(desc="tokenizer: texts", unit="text", mininterval=1) as progress:
-        for count, (text, _) in enumerate(read_texts(config.inputs)):
-            if count == config.max_texts:
-                return
+        for text, _ in islice(read_texts(config.inputs, bad), config.max_texts):
             progress.update()
             yield text
+    for remark in [*(f"skipped {name}" for name in bad.names), *bad.remarks()]:
+        print(f"tokenizer: {remark}")
+    bad.check(final=True)
 
 
 if __name__ == "__main__":
