@@ -1,7 +1,7 @@
 """Checkpoints of a run: written beside, committed by rename, verified before use, agreed on by all ranks (P5).
 
-    <root>/step-00000123/          whole or absent: __<rank>_0.distcp (tensors), .metadata (DCP's index), the extra
-                                   files, and checksums.json with size and XXH3 of each
+    <root>/step-00000123/          whole or absent: __<rank>_0.distcp (tensors), index.json (what lies where), the
+                                   extra files, and checksums.json with size and XXH3 of each
     <root>/.tmp-step-00000123-2/   attempt 2 is writing
     <root>/.replaced-step-…, .removing-step-…   see `_commit` and `_remove`; `clean` settles what a kill left of them
 
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from train.checkpoint_storage import (
@@ -310,9 +310,7 @@ def _misfits(index: Metadata, state: State) -> list[str]:
             problems.append(f"{name} is only in the checkpoint")
     for name in sorted(here.keys() & there.keys()):
         tensor, record = here[name], there[name]
-        if not isinstance(record, TensorStorageMetadata):  # DCP would unpickle such an entry
-            problems.append(f"{name} is no tensor in the checkpoint")
-        elif (tensor.shape, tensor.dtype) != (record.size, record.properties.dtype):
+        if (tensor.shape, tensor.dtype) != (record.size, record.properties.dtype):
             found = f"{list(record.size)} {record.properties.dtype}"
             problems.append(f"{name} is {found} in the checkpoint, {list(tensor.shape)} {tensor.dtype} here")
     return problems
