@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data.npz import write_npz
 from data.tar import MAX_RECORD_BYTES, BadRecord, Read, key_of, members, name_problem
 
 Record = dict[str, bytes]  # extension -> contents, and "__key__" -> the key in UTF-8
@@ -88,7 +89,7 @@ class ShardIndex:
 
     def save(self, path: Path) -> None:
         with atomic_write(path) as file:
-            np.savez(file, **vars(self))
+            write_npz(file, vars(self))
 
     @classmethod
     def parse(cls, data: bytes, where: str, crc32: int | None = None) -> "ShardIndex":
