@@ -129,7 +129,7 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
     `model`, say), each complete. Raises ValueError naming the tensors that do not fit, before any is written.
     """
     _assert_only_tensors(state)
-    index = read_index(folder)
+    index = ranks.on_first(lambda: read_index(folder))
     if misfits := _misfits(index, state):
         more = f"; and {len(misfits) - NAMED_MISFITS} more" if len(misfits) > NAMED_MISFITS else ""
         raise ValueError(
@@ -182,13 +182,17 @@ def latest(root: Path, ranks: Ranks) -> Path | None:
     """Return the newest checkpoint that verifies, the same on every rank, or None.
 
     Those passed over are named in a warning and stay in their place: the run that goes on from an older step
-    replaces them when it comes to save that step again.
+    replaces them when it comes to save that step again. One that its run removes meanwhile counts as never seen.
     """
-    for folder in reversed(ranks.on_first(lambda: saved(root))):
+    folders = ranks.on_first(lambda: saved(root))
+    while folders:
+        folder = folders.pop()
         problems = verify(folder, ranks)
         if not problems:
             return folder
-        if ranks.is_first:
+        if not ranks.on_first(folder.exists):
+            folders = ranks.on_first(lambda: saved(root))
+        elif ranks.is_first:
             log.warning("passing over %s, which is damaged: %s", folder, "; ".join(problems))
     return None
 
