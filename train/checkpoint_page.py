@@ -36,6 +36,8 @@ def view_checkpoints(path: Path, verify: bool) -> View:
     def choose() -> Path:
         nonlocal listing
         listing = listed = CheckpointListing.open(path)
+        if not listed.checkpoints:
+            raise FileNotFoundError(f"checkpoint={path}: all that were in it were removed meanwhile")
         if verify:
             with _bar("verify", listing.num_bytes) as on_read:
                 listing = listing.verified(on_read)

@@ -115,20 +115,20 @@ def read_while_there(
 ) -> T:
     """Return what `read` makes of the checkpoint that `choose` returns; choose again if its run removed it meanwhile.
 
-    `chosen` is the first, where it is known. Collective; an error of `read` must be one of every rank. Raises
-    FileNotFoundError where a run removes each before it is read.
+    `chosen` is the first, where it is known. Collective; `read` must fail on every rank where the checkpoint is gone.
+    Raises FileNotFoundError where a run removes each before it is read.
     """
     for _ in range(MOST_CHOICES):
         folder, chosen = chosen or choose(), None
-        identity = partial(ranks.on_first, partial(_identity, folder))
-        before = identity()
+        identity = partial(_identity, folder)
+        before = ranks.on_first(identity)
         try:
             result = read(folder)
         except (OSError, ValueError, CheckpointException):
-            if identity() == before is not None:
+            if identity() == before is not None:  # asked of no other rank: the error may be this one's alone
                 raise
         else:
-            if identity() in (before, None):
+            if ranks.on_first(identity) in (before, None):
                 return result
         if ranks.is_first:
             log.warning("%s was removed by its run while it was read: taking the newest that is there", folder)
