@@ -192,6 +192,7 @@ def read_weights(model: nn.Module, config: PretrainConfig, data: DataSet, ranks:
     other token ids or latents than the data's (P10).
     """
     stored = Stored.find(config.init_from, ranks, "init_from")
+    ranks.require_alike({"init_from (contents)": stored.identity})
     made_with = {"tokenizer": (stored.meta["fingerprint"]["tokenizer"], data.tokenizer.hash)}
     if stored.latent_spec is not None and data.latent_spec is not None:
         made_with["VAE"] = (stored.latent_spec.vae_hash, data.latent_spec.vae_hash)

@@ -34,6 +34,7 @@ class Trained:
         Raises FileNotFoundError or ValueError when there is none, or its tokenizer is not at hand.
         """
         stored = Stored.find(path, ranks)
+        ranks.require_alike({"checkpoint (contents)": stored.identity})
         tokenizer = Tokenizer(stored.recipe.data.tokenizer)
         if tokenizer.hash != stored.meta["fingerprint"]["tokenizer"]:
             raise ValueError(

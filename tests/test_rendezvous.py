@@ -1,0 +1,159 @@
+"""Ranks that were not started alike say so, all of them and at once; so do those that cannot meet."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data.tokenizer import Tokenizer, train_tokenizer
+from slurm.steps import free_port
+from tests.ranks import ProgramRanks
+from tests.runs import settings
+from tests.sources import make_source, pairs
+from train import pretrain, rendezvous, sample
+from train.agreement import difference
+from train.config import run_program
+
+
+@dataclass
+class Ended:
+    status: int | None  # None: it had to be killed
+    words: list[str]  # its lines
+
+    @property
+    def last(self) -> str:
+        return self.words[-1] if self.words else ""
+
+
+def by_hand(
+    commands: Sequence[tuple[Callable, list[str]]], log: Path, changes: dict[str, str] | None = None, **of_all: str
+) -> list[Ended]:
+    """Run one program a rank as a person starts them, without torchrun's agent; `changes` to the variables of rank 1.
+
+    Fails where they take longer than 40 seconds.
+    """
+    ProgramRanks(_nothing, [], None, log).wait()  # the server that forks, with its imports, is there
+    environment = {
+        "WORLD_SIZE": str(len(commands)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port(str(log))),
+    }
+    processes, logs = [], [log.with_name(f"{log.name}-{rank}") for rank in range(len(commands))]
+    for rank, (main, argv) in enumerate(commands):
+        own = {**environment, "RANK": str(rank), **of_all, **((changes or {}) if rank else {})}
+        process = multiprocessing.get_context("forkserver").Process(target=_run, args=(main, argv, own, logs[rank]))
+        process.start()
+        processes.append(process)
+    deadline, ended = time.monotonic() + 40, []
+    for process, path in zip(processes, logs, strict=True):
+        process.join(max(0.1, deadline - time.monotonic()))
+        status = process.exitcode
+        process.kill()
+        lines = path.read_text().splitlines() if path.exists() else []
+        ended.append(Ended(status, lines))
+    return ended
+
+
+def _nothing(argv: list[str]) -> None:
+    return None
+
+
+def _run(main: Callable, argv: list[str], environment: dict[str, str], log: Path) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = [main.__module__, *argv]
+    rendezvous.ANSWER_S = 4.0  # in this process alone
+    run_program(main)
+
+
+def assert_refused(ended: list[Ended], *words: str) -> None:
+    """Each rank ends with status 2, the words in its last line, and without a traceback."""
+    for rank, end in enumerate(ended):
+        assert end.status == 2, (rank, end)
+        assert "train." in end.last and [word for word in words if word not in end.last] == [], (rank, end.last, words)
+        assert not [line for line in end.words if line.startswith("Traceback")], (rank, end.words)
+
+
+@pytest.fixture(scope="module")
+def argv(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, pairs_folder: Path) -> list[str]:
+    folder = tmp_path_factory.mktemp("alike")
+    return settings(folder / "run", tokenizer, {"pairs": pairs_folder}, optim__steps=2)
+
+
+def test_settings_and_data_that_differ_are_named_by_key_value_and_rank(
+    argv: list[str], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """P10: before any collective; the model's sizes would break one, the rest would train on."""
+    data = make_source(tmp_path / "other", tokenizer, pairs(60, grids=[(4, 8), (4, 4)]), shard_sizes=[60])
+    changed = {
+        "optim.learning_rate": ("0.002", "optim.learning_rate is 0.001 on rank 0, 0.002 on rank 1"),
+        "optim.weight_decay": ("0.3", "optim.weight_decay"),
+        "seed": ("7", "seed is 0 on rank 0, 7 on rank 1"),
+        "diffusion.prediction": ("v", "diffusion.prediction"),
+        "model.transformer.width": ("64", "model.transformer.width is 32 on rank 0, 64 on rank 1"),
+        "data.sources.pairs.path": (str(data), "data.sources.pairs.path (number, contents)"),
+    }
+    other = [*argv, *(f"{key}={value}" for key, (value, _) in changed.items())]
+    ended = by_hand([(pretrain.main, argv), (pretrain.main, other)], tmp_path / "log")
+    assert_refused(ended, *(words for _, words in changed.values()))
+
+
+def test_a_refusal_of_one_rank_alone_reaches_the_others_before_they_wait(argv: list[str], tmp_path: Path) -> None:
+    """Another tokenizer, and settings that cannot be: on either side of the store."""
+    train_tokenizer((f"another text of {i} words" for i in range(200)), tmp_path / "other.model", 290)
+    tokenizer = [*argv, f"data.tokenizer={tmp_path / 'other.model'}"]
+    assert_refused(by_hand([(pretrain.main, argv), (pretrain.main, tokenizer)], tmp_path / "a"), "with tokenizer")
+    nonsense = [*argv, "micro_batch_size=0"]
+    assert_refused(by_hand([(pretrain.main, nonsense), (pretrain.main, argv)], tmp_path / "b"), "micro_batch_size=0")
+    assert_refused(by_hand([(sample.main, ["n=0"])] * 2, tmp_path / "c"), "n=0")
+
+
+def test_paths_and_readers_of_each_rank_may_differ(
+    argv: list[str], tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path
+) -> None:
+    """What the paths hold is the same."""
+    (tmp_path / "copy").symlink_to(pairs_folder)
+    (tmp_path / "t.model").write_bytes(Path(tokenizer.path).read_bytes())
+    own = [*argv, f"data.sources.pairs.path={tmp_path / 'copy'}", f"data.tokenizer={tmp_path / 't.model'}"]
+    own += ["data.num_workers=1", "data.prefetch_steps=1"]
+    ended = by_hand([(pretrain.main, argv), (pretrain.main, own)], tmp_path / "log")
+    assert [end.status for end in ended] == [0, 0], ended
+
+
+def test_a_port_in_use_is_refused_by_name_on_all_ranks(argv: list[str], tmp_path: Path) -> None:
+    """A stranger who says nothing, where a store's handshake would wait for ever; rank 0 names it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        ended = by_hand([(pretrain.main, argv)] * 2, tmp_path / "log", MASTER_PORT=str(port))
+    assert_refused(ended, f"MASTER_PORT={port}")
+    assert f"pid {os.getpid()}" in ended[0].last and "not rank 0 of this run" in ended[1].last
+
+
+def test_variables_that_do_not_make_a_rank_are_named(argv: list[str], tmp_path: Path) -> None:
+    for number, (variables, words) in enumerate(
+        [
+            ({"RANK": ""}, ["RANK is empty", "WORLD_SIZE=1", "torchrun"]),
+            ({"RANK": "0", "WORLD_SIZE": "x"}, ["WORLD_SIZE='x'"]),
+            ({"RANK": "4", "WORLD_SIZE": "4"}, ["RANK=4, WORLD_SIZE=4"]),
+            ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": ""}, ["MASTER_PORT not set or empty"]),
+            ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "no"}, ["MASTER_PORT=no"]),
+        ]
+    ):
+        (end,) = by_hand([(pretrain.main, argv)], tmp_path / str(number), **variables)
+        assert_refused([end], *words)
+
+
+def test_a_difference_is_told_in_one_short_sentence() -> None:
+    alike = {"seed": "0", "data": "x" * 1000}
+    assert difference({0: alike, 1: dict(alike)}) is None
+    found = difference({0: alike, 1: {**alike, "seed": "1"}, 2: {"data": "y" * 1000}})
+    assert "seed is 0 on rank 0, 1 on rank 1, nothing on rank 2; data is xxx" in found and len(found) < 600
+    assert "seed is 0 on ranks 0, 2, 1 on rank 1" in difference({0: alike, 1: {**alike, "seed": "1"}, 2: alike})
