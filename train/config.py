@@ -103,16 +103,12 @@ def run_program(main: Callable[[list[str]], int | None]) -> None:
             traceback.print_exc()
         _say_refusal(f"{name}: {error}")
         if getattr(module, "GROUP", False):
-            from train.rendezvous import tell_peers  # imports torch, which such a program has done
-
-            tell_peers(error)
+            _tell_peers(error)
         status = REFUSED
-    except RuntimeError as error:
-        if not getattr(module, "GROUP", False):
-            raise
-        from train.rendezvous import refusal_of_peer
-
-        if (reason := refusal_of_peer(error)) is None:
+    except Exception as error:  # raised again, unless a peer has said why it left
+        reason = _refusal_of_peer(error) if getattr(module, "GROUP", False) else None
+        if reason is None:
+            leave_word(traceback.format_exc())
             raise
         _say_refusal(f"{name}: {reason}")
         status = REFUSED
@@ -128,6 +124,18 @@ def _say_refusal(words: str) -> None:
     rank = os.environ.get("RANK", "0")
     print(f"[rank {rank}] {words}" if rank not in ("", "0") else words, file=sys.stderr, flush=True)
     leave_word(words)
+
+
+def _tell_peers(error: Exception) -> None:
+    from train.rendezvous import tell_peers  # imports torch, as a program whose ranks work together has done
+
+    tell_peers(error)
+
+
+def _refusal_of_peer(error: Exception) -> str | None:
+    from train.rendezvous import refusal_of_peer  # as above
+
+    return refusal_of_peer(error)
 
 
 def _resolved(module: Any, argv: list[str], check: bool) -> str:

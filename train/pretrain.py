@@ -163,8 +163,11 @@ def train(run: Run) -> int:
                 raise CannotGoOn(f"{error}; and {failure}") from None
             raise
         step = run.state.progress.step
+        words = f"pretrain: {why} after step {step}" + ("; saved" if step else "")
         if run.ranks.is_first:
-            say(f"pretrain: {why} after step {step}" + ("; saved" if step else ""))
+            say(words)
+        if status:
+            leave_word(words)
         return status
 
 

@@ -70,9 +70,9 @@ def tell_peers(refusal: Exception) -> None:
         return
 
 
-def refusal_of_peer(error: RuntimeError) -> str | None:
+def refusal_of_peer(error: Exception) -> str | None:
     """Return why the peer left that a collective has lost, as it said itself; None where none said anything."""
-    if not dist.is_initialized() or not LOST_PEER.search(str(error)):
+    if not (isinstance(error, RuntimeError) and LOST_PEER.search(str(error)) and dist.is_initialized()):
         return None
     try:
         store = c10d._get_default_store()

@@ -139,7 +139,9 @@ def main(argv: list[str]) -> int | None:
             if stopped == StopKind.NONE:
                 ranks.on_first(lambda: finish(training, pictures, heldout))
             else:
-                _say(ranks, f"stopped and saved at step {training.step}; the same command goes on from here")
+                words = f"stopped and saved at step {training.step}; the same command goes on from here"
+                leave_word(f"train.vae: {words}")
+                _say(ranks, words)
                 status = stopped.exit_code
         except Diverged as error:
             leave_word(f"train.vae: {error}")
