@@ -137,18 +137,9 @@ def test_a_port_in_use_is_refused_by_name_on_all_ranks(argv: list[str], tmp_path
     assert f"pid {os.getpid()}" in ended[0].last and "not rank 0 of this run" in ended[1].last
 
 
-def test_variables_that_do_not_make_a_rank_are_named(argv: list[str], tmp_path: Path) -> None:
-    for number, (variables, words) in enumerate(
-        [
-            ({"RANK": ""}, ["RANK is empty", "WORLD_SIZE=1", "torchrun"]),
-            ({"RANK": "0", "WORLD_SIZE": "x"}, ["WORLD_SIZE='x'"]),
-            ({"RANK": "4", "WORLD_SIZE": "4"}, ["RANK=4, WORLD_SIZE=4"]),
-            ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": ""}, ["MASTER_PORT not set or empty"]),
-            ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "no"}, ["MASTER_PORT=no"]),
-        ]
-    ):
-        (end,) = by_hand([(pretrain.main, argv)], tmp_path / str(number), **variables)
-        assert_refused([end], *words)
+def test_a_program_of_one_rank_refuses_half_of_a_rank(argv: list[str], tmp_path: Path) -> None:
+    (end,) = by_hand([(pretrain.main, argv)], tmp_path / "log", RANK="")
+    assert_refused([end], "RANK is empty", "WORLD_SIZE=1", "torchrun")
 
 
 def test_a_difference_is_told_in_one_short_sentence() -> None:
