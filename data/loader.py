@@ -7,10 +7,8 @@ and its own state is not used.
 """
 
 import errno
-import multiprocessing.queues
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,8 +24,7 @@ from data.documents import seed_from
 from data.lanes import Lane, Position, lanes_of_rank
 from data.packing import ImageDraws, PackedBatch, PackedSequence, collate, pack
 
-SHARED_MEMORY = Path("/dev/shm")  # what workers hand rows over in, and where their semaphores lie
-SHARED_MEMORY_FULL = 75  # exit status of a worker
+SHARED_MEMORY = Path("/dev/shm")  # where the semaphores of workers lie; rows go through pipes
 
 
 @dataclass
@@ -173,7 +170,7 @@ class Loader:
                     batch_size=None,
                     num_workers=workers,
                     multiprocessing_context="fork",
-                    worker_init_fn=self._begin_worker,
+                    worker_init_fn=self._worker_init_fn,
                     prefetch_factor=self.config.prefetch_steps,
                     snapshot_every_n_steps=1 << 40,
                 )
@@ -184,17 +181,8 @@ class Loader:
         try:
             while True:
                 yield [row for _ in range(workers) for row in next(items)]
-        except RuntimeError:
-            if SHARED_MEMORY_FULL in [worker.exitcode for worker in self._workers]:
-                raise shared_memory_full(workers) from None
-            raise
         finally:
             items._shutdown_workers()  # left to the garbage collector, it may find the workers' queues gone and wait
-
-    def _begin_worker(self, worker_id: int) -> None:
-        multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
-        if self._worker_init_fn is not None:
-            self._worker_init_fn(worker_id)
 
     def _collate(self, step: int, rows: list[LaneRow]) -> StepBatch:
         settings = self.data.settings
@@ -219,22 +207,14 @@ class Loader:
         )
 
 
-def end_worker(error: Exception, _rows: object) -> None:
-    """End a worker that cannot hand over its rows: the trainer would wait for them for ever."""
-    full = "No space left on device" in str(error)
-    if not full:
-        print(f"loader worker: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    os._exit(SHARED_MEMORY_FULL if full else 1)
-
-
 def shared_memory_full(workers: int) -> OSError:
     """Return the refusal that says how much shared memory there is and how to have more."""
     space = os.statvfs(SHARED_MEMORY)
     size, free = (blocks * space.f_frsize / 2**20 for blocks in (space.f_blocks, space.f_bavail))
     return OSError(
         f"{SHARED_MEMORY} is too small for data.num_workers={workers}: {size:.3g} MiB, of which {free:.3g} are free. "
-        "Give the container more (docker run --shm-size=8g or --ipc=host; in Kubernetes an emptyDir of medium Memory "
-        "mounted there), use fewer workers or data.prefetch_steps, or data.num_workers=0"
+        "Remove what fills it, give the container more (docker run --shm-size=1g or --ipc=host; in Kubernetes an "
+        "emptyDir of medium Memory mounted there), or use fewer workers; data.num_workers=0 needs none"
     )
 
 

@@ -438,11 +438,8 @@ def _read_with_little_shared_memory(config: DataConfig, kib: int, said: SimpleQu
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs mounts of its own")
-@pytest.mark.parametrize("kib", [4, 64])  # of which the semaphores take all, or the rows
-def test_too_little_shared_memory_for_workers_is_named_with_its_size_and_the_remedy(
-    mixed: DataConfig, kib: int
-) -> None:
-    config = replace(mixed, num_workers=2, sequence_length=16384)
+def test_too_little_shared_memory_for_workers_is_named_with_its_size_and_the_remedy(mixed: DataConfig) -> None:
+    config, kib = replace(mixed, num_workers=4), 64
     context = multiprocessing.get_context("forkserver")  # whose mounts are not this process's
     said = context.SimpleQueue()
     process = context.Process(target=_read_with_little_shared_memory, args=(config, kib, said))
@@ -450,5 +447,5 @@ def test_too_little_shared_memory_for_workers_is_named_with_its_size_and_the_rem
     process.join(60)
     assert process.exitcode == 0 and not said.empty()
     words = said.get()
-    assert words.startswith(f"/dev/shm is too small for data.num_workers=2: {kib / 1024:.3g} MiB"), words
+    assert words.startswith(f"/dev/shm is too small for data.num_workers=4: {kib / 1024:.3g} MiB"), words
     assert "--shm-size" in words and "data.num_workers=0" in words
