@@ -16,7 +16,7 @@ from slurm.steps import free_port
 from tests.ranks import ProgramRanks
 from tests.runs import settings
 from tests.sources import make_source, pairs
-from train import pretrain, rendezvous, sample
+from train import evaluate, pretrain, rendezvous, sample, vae
 from train.agreement import difference
 from train.config import run_program
 
@@ -104,6 +104,19 @@ def test_settings_and_data_that_differ_are_named_by_key_value_and_rank(
     other = [*argv, *(f"{key}={value}" for key, (value, _) in changed.items())]
     ended = by_hand([(pretrain.main, argv), (pretrain.main, other)], tmp_path / "log")
     assert_refused(ended, *(words for _, words in changed.values()))
+
+
+def test_every_program_whose_ranks_work_together_compares_before_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").touch()
+    of_program = {
+        vae.main: [f"inputs=[{tmp_path / 'a.tar'}]", f"output={tmp_path / 'vae'}"],
+        sample.main: ["checkpoint=nowhere", "prompt=a circle"],
+        evaluate.main: ["checkpoint=nowhere"],
+    }
+    for main, argv in of_program.items():
+        argv = [*argv, "device=cpu"]
+        ended = by_hand([(main, argv), (main, [*argv, "seed=3"])], tmp_path / main.__module__)
+        assert_refused(ended, f"{main.__module__}: ", "seed is 0 on rank 0, 3 on rank 1")
 
 
 def test_a_refusal_of_one_rank_alone_reaches_the_others_before_they_wait(argv: list[str], tmp_path: Path) -> None:
