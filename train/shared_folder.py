@@ -10,7 +10,7 @@ from pathlib import Path
 
 from train.distributed import Ranks
 
-SEE_S = 5.0  # that a network file system may take to show what another host wrote
+SEE_S = 10.0  # that a network file system may take to show what another host wrote
 
 
 def require_shared(folder: Path, key: str, ranks: Ranks) -> None:

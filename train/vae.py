@@ -120,6 +120,7 @@ def main(argv: list[str]) -> int | None:
             f"batch_size={config.batch_size}: expected at least one picture for each of {ranks.world_size} ranks"
         )
     settings = {name: value for name, value in asdict(config).items() if name not in HOW} | contents
+    settings = ranks.on_first(lambda: settings)  # the paths of its inputs are each rank's own
     if lpips is not None:
         heads = "with its linear heads" if lpips.has_heads else "without heads: every channel weighs 1"
         _say(ranks, f"LPIPS from {config.loss.lpips_weights}, {heads}")
