@@ -5,13 +5,15 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from data.tokenizer import Tokenizer, train_tokenizer
 from tests.by_hand import assert_refused, by_hand
 from tests.runs import settings
 from tests.sources import make_source, pairs
-from train import evaluate, pretrain, sample, vae
+from train import evaluate, pretrain, rendezvous, sample, vae
 from train.agreement import difference
+from train.launcher import Place
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,20 @@ def test_a_port_in_use_is_refused_by_name_on_all_ranks(argv: list[str], tmp_path
         ended = by_hand([(pretrain.main, argv)] * 2, tmp_path / "log", MASTER_PORT=str(port))
     assert_refused(ended, f"MASTER_PORT={port}")
     assert f"pid {os.getpid()}" in ended[0].last and "not rank 0 of this run" in ended[1].last
+
+
+def test_the_store_of_another_run_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one of another program, nor one that has a rank of this number already."""
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 1.0)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(rendezvous.RefusedTogether, match=f"MASTER_PORT={store.port} says nothing of rank 0"):
+        rendezvous.meet(Place(1, 2), {}, timeout_s=5)
+    with pytest.raises(rendezvous.RefusedTogether, match="another process is rank 1 at"):
+        rendezvous.meet(Place(1, 2), {}, timeout_s=5)
 
 
 def test_a_program_of_one_rank_refuses_half_of_a_rank(argv: list[str], tmp_path: Path) -> None:
