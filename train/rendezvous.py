@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 # What gloo and NCCL say when the fault is a peer's; matched on RuntimeErrors only.
 LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|timed? ?out|no route to host", re.IGNORECASE)
-ANSWER_S = 30.0  # in which a store that accepts connections has to answer
+ANSWER_S = 20.0  # in which a store that accepts connections has to answer
 GRACE_S = 5.0  # that rank 0 gives the others once one has objected
 TELL_S = 20.0  # that a rank that refused before the meeting takes to tell the others, who may still be starting
 POLL_S = 0.05
