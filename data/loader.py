@@ -6,11 +6,14 @@ peers. The state is ours, by lane, and does not depend on the number of workers;
 and its own state is not used.
 """
 
+import errno
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +23,8 @@ from data.dataset import DataConfig, DataSet
 from data.documents import seed_from
 from data.lanes import Lane, Position, lanes_of_rank
 from data.packing import ImageDraws, PackedBatch, PackedSequence, collate, pack
+
+SHARED_MEMORY = Path("/dev/shm")  # where the semaphores of workers lie; rows go through pipes
 
 
 @dataclass
@@ -158,17 +163,20 @@ class Loader:
 
         # Each worker yields one item a step (all its lanes), and items come in the workers' order. Forked, because
         # open sources (caches, files) do not pickle.
-        items = iter(
-            StatefulDataLoader(
-                self._rows,
-                batch_size=None,
-                num_workers=workers,
-                multiprocessing_context="fork",
-                worker_init_fn=self._worker_init_fn,
-                prefetch_factor=self.config.prefetch_steps,
-                snapshot_every_n_steps=1 << 40,
+        try:
+            items = iter(
+                StatefulDataLoader(
+                    self._rows,
+                    batch_size=None,
+                    num_workers=workers,
+                    multiprocessing_context="fork",
+                    worker_init_fn=self._worker_init_fn,
+                    prefetch_factor=self.config.prefetch_steps,
+                    snapshot_every_n_steps=1 << 40,
+                )
             )
-        )
+        except OSError as error:
+            raise shared_memory_full(workers) if error.errno == errno.ENOSPC else error from None
         self._workers = items._workers
         try:
             while True:
@@ -197,6 +205,17 @@ class Loader:
             num_skipped=sum(sum(row.state["skipped"].values()) for row in rows),
             ended=all(row.row is None for row in rows),
         )
+
+
+def shared_memory_full(workers: int) -> OSError:
+    """Return the refusal that says how much shared memory there is and how to have more."""
+    space = os.statvfs(SHARED_MEMORY)
+    size, free = (blocks * space.f_frsize / 2**20 for blocks in (space.f_blocks, space.f_bavail))
+    return OSError(
+        f"{SHARED_MEMORY} is too small for data.num_workers={workers}: {size:.3g} MiB, of which {free:.3g} are free. "
+        "Remove what fills it, give the container more (docker run --shm-size=1g or --ipc=host; in Kubernetes an "
+        "emptyDir of medium Memory mounted there), or use fewer workers; data.num_workers=0 needs none"
+    )
 
 
 def epochs(lane_states: dict[int, dict]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """A disk that is small enough to fill."""
 
+import ctypes
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,3 +20,15 @@ def small_disk(path: Path, kib: int) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def own_mounts() -> None:
+    """Give this process mounts of its own, as a node has; for a process that was forked for it. Needs root."""
+    clone_newns, private = 0x00020000, ["mount", "--make-rprivate", "/"]
+    if ctypes.CDLL(None, use_errno=True).unshare(clone_newns) or subprocess.run(private, check=False).returncode:
+        raise PermissionError("no mounts of its own for this process")
+
+
+def can_mount() -> bool:
+    """Return whether a process may have mounts of its own here."""
+    return subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode == 0

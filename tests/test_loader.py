@@ -3,8 +3,10 @@
 import itertools
 import json
 import multiprocessing
+import subprocess
 import time
 from dataclasses import replace
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from data.loader import Loader, StepBatch, epochs
 from data.manifest import Manifest
 from data.packing import PADDING_DOCUMENT, PackedBatch
 from data.tokenizer import Tokenizer, train_tokenizer
+from tests.disks import can_mount, own_mounts
 from tests.sources import data_config, interleaved, make_source, pairs, texts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torchdata")  # of the number of workers on few cores
@@ -420,3 +423,29 @@ def test_p1_weights_are_solved_so_that_image_and_text_tokens_are_one_to_one(
     ]:
         with pytest.raises(ValueError, match=words):
             open_data(replace(config, **changes), 3, PATCH)
+
+
+def _read_with_little_shared_memory(config: DataConfig, kib: int, said: SimpleQueue) -> None:
+    own_mounts()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", "/dev/shm"], check=True)
+    loader = make_loader(config)
+    try:
+        for _ in range(100):
+            next_batch(loader)
+    except OSError as error:
+        said.put(str(error))
+    loader.close()
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs mounts of its own")
+def test_too_little_shared_memory_for_workers_is_named_with_its_size_and_the_remedy(mixed: DataConfig) -> None:
+    config, kib = replace(mixed, num_workers=4), 64
+    context = multiprocessing.get_context("forkserver")  # whose mounts are not this process's
+    said = context.SimpleQueue()
+    process = context.Process(target=_read_with_little_shared_memory, args=(config, kib, said))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and not said.empty()
+    words = said.get()
+    assert words.startswith(f"/dev/shm is too small for data.num_workers=4: {kib / 1024:.3g} MiB"), words
+    assert "--shm-size" in words and "data.num_workers=0" in words

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.disks import small_disk
+from tests.disks import can_mount, own_mounts, small_disk
 from tests.ranks import run_ranks
+from train import checkpoint
 from train.distributed import Ranks, alone
 from train.run_folder import RunFolder, RunTakenOver
+from train.shared_folder import require_shared
 
 HOLD = """
 import sys, time
@@ -151,3 +154,37 @@ def test_a_full_disk_delays_rows_but_loses_none(tmp_path: Path) -> None:
         run.append_metrics({"step": 500})
         rows = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, 501))
+
+
+def _use_a_disk_of_its_own(ranks: Ranks, folder: Path) -> tuple[list[str], str, list[str]]:
+    """On rank 1; return what is said at the start, and of a disk that comes between later."""
+    with RunFolder(folder / "late", ranks) as run:
+        ranks.gather(None)
+        if ranks.rank == 1:
+            own_mounts()
+            for name in ("late", "start"):
+                subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder / name], check=True)
+            (folder / "late" / "checkpoints" / ".tmp-step-00000001-1").mkdir(parents=True)
+        ranks.gather(None)
+        refusals = []
+        for key, start in (
+            ("run_dir", lambda: RunFolder(folder / "start", ranks)),
+            ("output", lambda: require_shared(folder / "start", "output", ranks)),
+        ):
+            with pytest.raises(OSError, match=f"{key}=.*: rank 1 .* cannot see there what rank 0") as refusal:
+                start()
+            refusals.append(str(refusal.value))
+        state = {"model": {"weight": torch.zeros(4)}, "own": {str(ranks.rank): torch.ones(3)}}
+        with pytest.raises(checkpoint.CheckpointError) as failure:
+            checkpoint.save(run, 1, state, {}, ranks)
+    return refusals, str(failure.value), [path.name for path in checkpoint.saved(run.checkpoints)]
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs mounts of its own")
+def test_disks_of_each_nodes_own_are_refused_at_the_start_and_never_called_saved(tmp_path: Path) -> None:
+    """P5, P10: each rank would find the folder of that name, and only its own files in it."""
+    (tmp_path / "start").mkdir()
+    (first, failure, saved), other = run_ranks(_use_a_disk_of_its_own, 2, tmp_path)
+    assert (first, failure) == (other[0], other[1]), "the same words on every rank"
+    assert "do all ranks see" in failure and saved == []
+    assert sorted(path.name for path in (tmp_path / "start").iterdir()) == [".lock", "attempt.json", "checkpoints"]

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from data.pictures import encode_png
+from tests.by_hand import assert_refused, by_hand
 from tests.ranks import ProgramRanks
 from tests.runs import PROMPTS, DrawingRun
 from train import sample
@@ -128,3 +129,12 @@ def test_what_cannot_be_sampled_is_refused_in_one_message(
         assert run.wait() == [2], run.output
     lines = [line for line in run.output.splitlines() if "train.sample: " in line]
     assert len(lines) == 1 and words in lines[0] and "Traceback" not in run.output, run.output
+
+
+def test_a_rank_that_refuses_what_only_it_lacks_is_the_last_word_of_the_others(
+    drawn: DrawingRun, given: Path, tmp_path: Path
+) -> None:
+    """After the ranks have met, where the others wait for it in a collective."""
+    argv = [*_argv(drawn, tmp_path / "output"), f"images=[{given}]"]
+    other = [*argv, f"images=[{tmp_path / 'nowhere.png'}]"]
+    assert_refused(by_hand([(sample.main, argv), (sample.main, other)], tmp_path / "log"), "nowhere.png cannot be read")

@@ -140,7 +140,17 @@ class HashingWriter(dcp.FileSystemWriter):
         files = {f.name: {"bytes": f.num_bytes, "xxh3": f.xxh3} for f in self.fs.written.values()}
         self._write(LISTING, json.dumps({"files": files}, indent=1, sort_keys=True).encode())
         sync_folder(self.path)
+        self._require_whole()
         self._commit()
+
+    def _require_whole(self) -> None:
+        """Raise OSError unless every rank's file lies here, as long as it was written: else nothing could be loaded."""
+        for name, file in self.fs.written.items():
+            path = self.path / name
+            if not path.exists():
+                raise OSError(f"{name} was written by its rank and is not here: do all ranks see {self.path.parent}?")
+            if (found := path.stat().st_size) != file.num_bytes:
+                raise OSError(f"{name}: {file.num_bytes} bytes were written, {found} are here")
 
     def _write(self, name: str, content: bytes) -> None:
         with self.fs.create_stream(self.path / name, "wb") as stream:

@@ -21,6 +21,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from train.launcher import leave_word
+
 Config = TypeVar("Config")
 
 RESOLVE, CHECK = "--resolve", "--check"  # print the resolved config instead; and look at the input before
@@ -78,6 +80,7 @@ def run_program(main: Callable[[list[str]], int | None]) -> None:
     """Run a program's `main(argv)` and exit; print a user's mistake as one message, without a traceback.
 
     Exit status: main's own (0 when None), 2 for a refusal, 130 for Ctrl-C. `TRACEBACK=1` shows where a refusal arose.
+    Where the module says `GROUP = True`, its ranks work together: a refusal of one before they met reaches the others.
     `--resolve` prints the resolved config in place of running; `--check` also lets the module's `check(config)`, where
     there is one, look at what the program would read: slurm.launch asks before it queues.
     """
@@ -98,14 +101,41 @@ def run_program(main: Callable[[list[str]], int | None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
-        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("RANK", "0")) else ""
-        print(f"{rank}{name}: {error}", file=sys.stderr)
+        _say_refusal(f"{name}: {error}")
+        if getattr(module, "GROUP", False):
+            _tell_peers(error)
+        status = REFUSED
+    except Exception as error:  # raised again, unless a peer has said why it left
+        reason = _refusal_of_peer(error) if getattr(module, "GROUP", False) else None
+        if reason is None:
+            leave_word(traceback.format_exc())
+            raise
+        _say_refusal(f"{name}: {reason}")
         status = REFUSED
     sys.stdout.flush()
     sys.stderr.flush()
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
         os._exit(status)  # peers may be inside a collective: a tidy shutdown would wait for them
     sys.exit(status)
+
+
+def _say_refusal(words: str) -> None:
+    """Print why this rank ends, and leave it for torchrun's report."""
+    rank = os.environ.get("RANK", "0")
+    print(f"[rank {rank}] {words}" if rank not in ("", "0") else words, file=sys.stderr, flush=True)
+    leave_word(words)
+
+
+def _tell_peers(error: Exception) -> None:
+    from train.rendezvous import tell_peers  # imports torch, as a program whose ranks work together has done
+
+    tell_peers(error)
+
+
+def _refusal_of_peer(error: Exception) -> str | None:
+    from train.rendezvous import refusal_of_peer  # as above
+
+    return refusal_of_peer(error)
 
 
 def _resolved(module: Any, argv: list[str], check: bool) -> str:

@@ -7,11 +7,10 @@ Rejected: one all-reduce per agreed quantity; a vote is one message however many
 """
 
 import os
-import re
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -22,13 +21,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from train.agreement import difference, program_facts
+from train.launcher import has_agent, leave_word, place, refuse_lone_task
+from train.rendezvous import LOST_PEER, meet
 from train.roll_call import RollCall
 from train.signals import StopKind
 
 T = TypeVar("T")
 
-# What gloo and NCCL say when the fault is a peer's; matched on RuntimeErrors only.
-LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|timed? ?out|no route to host", re.IGNORECASE)
 DIED = 1  # exit status
 
 
@@ -76,6 +76,11 @@ class Ranks:
             raise outcome[1]
         return outcome[0]
 
+    def require_alike(self, facts: Mapping[str, str]) -> None:
+        """Raise ValueError, on every rank, naming what differs between them. Collective on `checkpoint_group`."""
+        if found := difference(dict(enumerate(self.gather(dict(facts))))):
+            raise ValueError(found)
+
     def in_background(self) -> "Ranks":
         """Return the same ranks for a background thread, whose collectives meet no other thread's."""
         return replace(self, vote_group=None, checkpoint_group=self.background_group, background_group=None)
@@ -104,15 +109,20 @@ Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is any
 
 def own_device(device: Device) -> torch.device:
     """Return where this rank computes: a CUDA device each, by the local rank. Raises ValueError where there is none."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = place().local_rank
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"local rank {local_rank}, but {torch.cuda.device_count()} CUDA devices: start one rank a device at most, "
+            f"LOCAL_RANK={local_rank}, but {torch.cuda.device_count()} CUDA devices: start one rank a device at most, "
             "or use device=cpu"
+        )
+    if "LOCAL_RANK" not in os.environ and place().world_size > 1 and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"LOCAL_RANK is not set, and this rank sees {torch.cuda.device_count()} CUDA devices: set it to the number "
+            "of the rank on its machine, or give each rank one device (CUDA_VISIBLE_DEVICES)"
         )
     return torch.device("cuda", local_rank)
 
@@ -123,35 +133,36 @@ def init_ranks(
     checkpoint_timeout_s: float = 1800.0,
     device: Device = "auto",
     flight_recorder: Path | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> Ranks:
     """Join the process groups that torchrun's environment describes, or make a group of one without it.
 
+    `facts` must be the same on all ranks, as the program's version is and the kind of device (train/agreement.py).
     A collective that waits longer than `timeout_s` raises; on `checkpoint_group` and in the background longer than
     `checkpoint_timeout_s`, since the slowest disk decides there. Also sets the number of CPU threads. Raises ValueError
-    for a device that is not there.
+    for a device that is not there, an environment that is not a rank's, and ranks that do not agree.
     """
-    launched = "RANK" in os.environ
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = own_device(device)
-    on_cuda = place.type == "cuda"
+    refuse_lone_task()
+    mine, own = place(), own_device(device)
+    on_cuda = own.type == "cuda"
     if on_cuda:
-        torch.cuda.set_device(place)
-    _set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    rendezvous = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        torch.cuda.set_device(own)
+    _set_cpu_threads(mine.local_world_size)
+    store = meet(mine, {**(facts or {}), "kind of device": own.type, **program_facts()}, timeout_s)
     timeout, checkpoint_timeout = timedelta(seconds=timeout_s), timedelta(seconds=checkpoint_timeout_s)
     if on_cuda:
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives that the flight recorder remembers
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout, **rendezvous)
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=mine.rank, world_size=mine.world_size)
     ranks = Ranks(
-        rank=rank,
-        world_size=world_size,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        device=place,
+        rank=mine.rank,
+        world_size=mine.world_size,
+        local_rank=mine.local_rank,
+        device=own,
         vote_group=dist.new_group(backend="gloo", timeout=timeout),
         checkpoint_group=dist.new_group(backend="gloo", timeout=checkpoint_timeout),
         background_group=dist.new_group(backend="gloo", timeout=checkpoint_timeout),
-        roll_call=RollCall(c10d._get_default_store(), rank, world_size, kept_by_first=not has_agent),
+        roll_call=RollCall(c10d._get_default_store(), mine.rank, mine.world_size, kept_by_first=not has_agent()),
         flight_recorder=flight_recorder if on_cuda else None,
     )
     ranks.gather(None)  # a rank that failed already would break the connecting of the others, with a worse message
@@ -237,6 +248,7 @@ def last_words(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
             words = f"{name} lost {lost} at {where()}; its own message says why ({reason.splitlines()[0]})\n"
         else:
             words = f"{''.join(traceback.format_exception(error))}{name} died at {where()}: {reason}\n"
+        leave_word(words)
         sys.stdout.flush()
         sys.stderr.flush()
         os.write(sys.stderr.fileno(), words.encode())  # one write: lines of several ranks do not mix

@@ -26,6 +26,7 @@ from data.shards import TEMPORARY_NAME, BadRecords, Record, index_shard, write_s
 from data.storage import expand, local_copy
 from train.config import load_config, run_program
 from train.encoder import Encoder, EncoderConfig
+from train.launcher import place
 from train.leases import Leases
 from train.output_folder import make_writable
 from train.progress import Progress
@@ -282,7 +283,7 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
 
 def _place() -> float:
     """Return where among all workers this one is, in [0, 1): by rank and array task; 0 for one that knows of none."""
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, ranks = place().rank, place().world_size
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         first, last = (int(os.environ.get(f"SLURM_ARRAY_TASK_{end}", "0")) for end in ("MIN", "MAX"))
         rank += ranks * (int(os.environ["SLURM_ARRAY_TASK_ID"]) - first)

@@ -25,6 +25,7 @@ from data.remote import FileVersion
 from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record
 from data.tokenizer import Tokenizer
 from model.vae import load_vae, moments, stated_stats, stride_of, vae_hash
+from train.launcher import place
 
 MAX_KEY_BYTES = 4096  # of a document, as long as a path may be
 AHEAD = 8  # batches of pictures decoded before the VAE wants them, and documents that may wait for a rare size
@@ -102,7 +103,7 @@ class Encoder:
         self.given_spec, self.stats_source = self._given_spec()
         # Of the present file's latents.
         self.latent_sums = LatentSums.none(self.channels)
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = len(os.sched_getaffinity(0)) // place().local_world_size
         self.num_threads = config.decode_threads or max(1, cores)
         self._threads = ThreadPoolExecutor(self.num_threads, "decode")
 
@@ -285,7 +286,7 @@ class Encoder:
 def _device(name: str) -> torch.device:
     """Return the device of this process; raise ValueError for one that is not there."""
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{place().local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -5,19 +5,23 @@ Writes evaluation.json (scores and the settings they depend on), examples.jsonl 
 
 import json
 import time
+import zlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from tqdm import tqdm
 
+from data.manifest import Manifest
 from data.pictures import encode_png
 from data.shards import atomic_write
 from model.sampler import SamplerConfig
+from train.agreement import facts_of
 from train.config import load_config, run_program
 from train.distributed import init_ranks
 from train.evaluation import judge_captions, judge_drawings, read_scenes, shares
 from train.generation import BAR_FORMAT, Generation, GenerationConfig
 from train.heldout import Heldout, HeldoutConfig
+from train.output_folder import make_writable
 from train.signals import StopSignal
 
 
@@ -35,15 +39,18 @@ class EvaluateConfig(GenerationConfig):
 
 
 CONFIG = EvaluateConfig
+GROUP = True  # its ranks work together
+OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae")  # of each rank: what they hold is compared
 
 
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
-    ranks = init_ranks(timeout_s=1800, device=config.device)
+    contents = {f"heldout.{name} (contents)": Manifest.load(path).content_hash for name, path in config.heldout.items()}
+    ranks = init_ranks(timeout_s=1800, device=config.device, facts={**facts_of(config, OWN), **contents})
     start = time.monotonic()
     generation, recipe, step = Generation.load(config, ranks)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    ranks.on_first(lambda: make_writable(output))  # which alone writes there
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerConfig)}
     results: dict = {"step": step, "seed": config.seed, "settings": settings, "weights": generation.weights}
     if config.heldout:
@@ -53,6 +60,7 @@ def main(argv: list[str]) -> int | None:
         results["heldout"] = heldout.losses(generation.model, generation.stats, StopSignal())  # Ctrl-C ends it as ever
     if config.scenes is not None:
         items = read_scenes(Path(config.scenes), generation.resolution, config.max_prompts)
+        ranks.require_alike({"scenes (contents)": str(zlib.crc32(repr([item.caption for item in items]).encode()))})
         mine = -(-len(items) // ranks.world_size)
         with tqdm(
             desc="evaluate", total=2 * mine, bar_format=BAR_FORMAT, disable=not ranks.is_first, mininterval=1

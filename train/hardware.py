@@ -2,11 +2,12 @@
 promise, so `REACHED` says what share of a bandwidth large messages see.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from train.launcher import place
 
 REACHED = 0.8  # of a nominal bandwidth, by large NCCL messages
 
@@ -42,7 +43,7 @@ def memory_of(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free // place().local_world_size
 
 
 def find(name: str) -> Gpu | None:

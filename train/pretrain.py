@@ -15,8 +15,10 @@ import torch
 from data.dataset import DataSet, open_data
 from data.lanes import lanes_of_rank
 from data.loader import StepBatch
+from data.manifest import Manifest
 from data.packing import PackedBatch
 from model.vae import LatentStats
+from train.agreement import facts_of
 from train.checkpoint import CheckpointError
 from train.config import load_config, run_program
 from train.distributed import DIED, Ranks, Vote, init_ranks, last_words, own_device
@@ -25,6 +27,7 @@ from train.feed import CannotGoOn, next_batch
 from train.flops import Flops
 from train.guard import BadUpdate
 from train.heldout import metric_name
+from train.launcher import leave_word, place
 from train.local_shards import local
 from train.metrics import Console, Interval, say
 from train.optim import learning_rate
@@ -37,6 +40,12 @@ from train.state import TrainState
 from train.step import StepLoss, latent_stats, micro_step
 
 CONFIG = PretrainConfig
+GROUP = True  # its ranks work together
+# What each rank may have of its own: its device, the paths of its host, how it reads data. What they hold is compared.
+OWN = (
+    *("run_dir", "device", "vae", "data.tokenizer", "data.sources.*.path", "evaluation.heldout.*"),
+    *("data.cache_*", "data.num_workers", "data.prefetch_steps", "data.read_*"),
+)
 
 
 class GoBack(Exception):
@@ -52,13 +61,18 @@ def main(argv: list[str]) -> int | None:
     data = check(config)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    world_size, warn = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    of_run = config, data.tokenizer.vocab_size, world_size, data.grids
-    too_large = check_memory(*of_run, own_device(config.device), warn=warn)
+    of_run = config, data.tokenizer.vocab_size, place().world_size, data.grids
+    too_large = check_memory(*of_run, own_device(config.device), warn=place().rank == 0)
     startup_s = 60 * max(config.startup_timeout_minutes, config.timeout_minutes)
     recorder = Path(config.run_dir) / "flight-recorder"
     save_s = 60 * config.checkpoint.timeout_minutes
-    ranks = init_ranks(timeout_s=startup_s, checkpoint_timeout_s=save_s, device=config.device, flight_recorder=recorder)
+    ranks = init_ranks(
+        timeout_s=startup_s,
+        checkpoint_timeout_s=save_s,
+        device=config.device,
+        flight_recorder=recorder,
+        facts=common_facts(config, data),
+    )
     lanes_of_rank(ranks.rank, ranks.world_size, config.data.lanes)  # refuses more ranks than lanes
     torch.use_deterministic_algorithms(config.deterministic)
     with StopSignal() as stop, RunFolder(config.run_dir, ranks) as folder:
@@ -73,13 +87,24 @@ def main(argv: list[str]) -> int | None:
                 status = train(run)
             except (CannotGoOn, CheckpointError, RunTakenOver) as error:  # raised on every rank alike
                 status = DIED
+                words = f"train.pretrain: stopped after step {run.state.progress.step}: {error}"
+                leave_word(words)
                 if ranks.is_first:
-                    step = run.state.progress.step
-                    print(f"train.pretrain: stopped after step {step}: {error}", file=sys.stderr)
+                    print(words, file=sys.stderr)
         run.log.close()
         ranks.close()
         stop.finish()
     return status
+
+
+def common_facts(config: PretrainConfig, data: DataSet) -> dict[str, str]:
+    """Return what all ranks must have in common: settings, and the contents of what the paths name."""
+    contents = {"data.tokenizer": data.tokenizer.hash}
+    for name, source in zip(config.data.sources, data.sources, strict=True):
+        contents[f"data.sources.{name}.path (number, contents)"] = f"{source.number}, {source.manifest.content_hash}"
+    for name, path in config.evaluation.heldout.items() if config.evaluation.interval_steps is not None else ():
+        contents[f"evaluation.heldout.{name} (contents)"] = Manifest.load(path).content_hash
+    return {**facts_of(config, OWN), **contents}
 
 
 def check(config: PretrainConfig) -> DataSet:
@@ -138,8 +163,11 @@ def train(run: Run) -> int:
                 raise CannotGoOn(f"{error}; and {failure}") from None
             raise
         step = run.state.progress.step
+        words = f"pretrain: {why} after step {step}" + ("; saved" if step else "")
         if run.ranks.is_first:
-            say(f"pretrain: {why} after step {step}" + ("; saved" if step else ""))
+            say(words)
+        if status:
+            leave_word(words)
         return status
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from data.raw import RawDocument
 from data.shards import BadRecords
+from train.launcher import place
 from train.sidecar import sidecar_path
 
 
@@ -38,7 +39,7 @@ class Progress:
             unit="B",
             unit_scale=True,
             smoothing=0,
-            disable=int(os.environ.get("RANK", "0")) > 0,
+            disable=place().rank > 0,
         )
 
     def __enter__(self) -> "Progress":

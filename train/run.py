@@ -201,6 +201,7 @@ def read_weights(model: nn.Module, config: PretrainConfig, data: DataSet, ranks:
 
 
 def _fill(model: nn.Module, config: PretrainConfig, data: DataSet, ranks: Ranks, stored: Stored) -> str:
+    ranks.require_alike({"init_from (contents)": stored.identity})
     made_with = {"tokenizer": (stored.meta["fingerprint"]["tokenizer"], data.tokenizer.hash)}
     if stored.latent_spec is not None and data.latent_spec is not None:
         made_with["VAE"] = (stored.latent_spec.vae_hash, data.latent_spec.vae_hash)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from train.distributed import Ranks
+from train.shared_folder import require_shared
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class RunTakenOver(RuntimeError):
 class RunFolder:
     """The folder of a run, created, locked and numbered on construction, which is collective.
 
-    Raises the same OSError on every rank if the folder cannot be written or another process holds it. Use as a
-    context, or call `close()`.
+    Raises the same OSError on every rank if the folder cannot be written, another process holds it, or the ranks do
+    not see one folder. Use as a context, or call `close()`.
     """
 
     def __init__(self, path: str | Path, ranks: Ranks) -> None:
@@ -47,6 +48,11 @@ class RunFolder:
         self._lock: int | None = None
         self._unwritten: list[str] = []
         self.attempt, self._token = ranks.on_first(self._claim)
+        try:
+            require_shared(self.path, "run_dir", ranks)
+        except OSError:
+            self.close()
+            raise
 
     def assert_current(self) -> None:
         """Raise RunTakenOver unless this attempt is still the newest; called right before each commit."""

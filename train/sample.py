@@ -8,6 +8,7 @@ Writes one JSON line a sample (results.jsonl), its pictures (NNNN-0.png, ...) an
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,10 +18,12 @@ from tqdm import tqdm
 
 from data.pictures import decode_picture, encode_png
 from data.shards import BadRecord, atomic_write
+from train.agreement import facts_of
 from train.config import load_config, run_program
 from train.distributed import Ranks, init_ranks
 from train.figures import contact_sheet
 from train.generation import BAR_FORMAT, Generation, GenerationConfig, Part, one_picture, text_alone
+from train.shared_folder import require_shared
 
 IMAGE = "<image>"
 ASKED = ("prompt", "prompts", "prompts_file", "images", "n", "output", "seed")  # not how a sample was made
@@ -47,6 +50,8 @@ class SampleConfig(GenerationConfig):
 
 
 CONFIG = SampleConfig
+GROUP = True  # its ranks work together
+OWN = ("checkpoint", "prompts_file", "images", "output", "device", "vae")  # of each rank: what they hold is compared
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,15 @@ class Request:
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
     requests = [request for request in _requests(config) for _ in range(config.n)]
-    ranks = init_ranks(timeout_s=1800, device=config.device)
+    facts = {**facts_of(config, OWN), "prompts": str([(request.prompt, len(request.images)) for request in requests])}
+    ranks = init_ranks(timeout_s=1800, device=config.device, facts=facts)
     generation, _, step = Generation.load(config, ranks)
     generation = generation.sized(config.size)
     pictures = {name: _read_picture(Path(name), generation) for name in dict.fromkeys(config.images)}
     output = Path(config.output)
+    ranks.require_alike({"images (contents)": str([zlib.crc32(picture.tobytes()) for picture in pictures.values()])})
     ranks.on_first(lambda: _clear(output))
+    require_shared(output, "output", ranks)
     mine = range(ranks.rank, len(requests), ranks.world_size)
     made_with = {f.name: getattr(config, f.name) for f in fields(SampleConfig) if f.name not in ASKED}
     lines, shown = [], []

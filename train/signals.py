@@ -5,6 +5,7 @@ them inside different steps. The mapping, decided here:
 
     SIGTERM, SIGUSR1, SIGUSR2   StopKind.REQUEUE   save, exit 75: saved, start me again with the same command
     SIGINT (Ctrl-C)             StopKind.CANCEL    save, exit 130: a person stopped it, nobody should requeue it
+    torchrun is gone            StopKind.REQUEUE   the same: its ranks would train on, where nobody could stop them
     SIGINT a second time        die at once, by the default action, which also works inside a blocked collective
 
 SIGTERM counts as a requeue because preemption, a node's drain and scancel look alike from inside; requeueing a job
@@ -16,6 +17,8 @@ import enum
 import os
 import signal
 from types import FrameType
+
+from train.launcher import watched_parent
 
 REQUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -43,11 +46,14 @@ class StopSignal:
     def __init__(self) -> None:
         self._kind = StopKind.NONE
         self._name: str | None = None
+        self._parent: int | None = None  # whose end is a request to stop
         self._previous = {}
 
     @property
     def kind(self) -> StopKind:
         """Return the gravest stop that was asked for so far."""
+        if self._parent is not None and not self._kind and os.getppid() != self._parent:
+            self._kind, self._name = StopKind.REQUEUE, f"the end of torchrun (pid {self._parent})"
         return self._kind
 
     @property
@@ -65,6 +71,7 @@ class StopSignal:
             self._previous.pop(number, None)
 
     def __enter__(self) -> "StopSignal":
+        self._parent = watched_parent()
         for number in (*REQUEUE_SIGNALS, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._receive)
         return self

@@ -37,6 +37,7 @@ class Trained:
 
     @classmethod
     def _of(cls, stored: Stored, ranks: Ranks, weights: str) -> "Trained":
+        ranks.require_alike({"checkpoint (contents)": stored.identity})
         tokenizer = Tokenizer(stored.recipe.data.tokenizer)
         if tokenizer.hash != stored.meta["fingerprint"]["tokenizer"]:
             raise ValueError(

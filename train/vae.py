@@ -28,12 +28,15 @@ from data.shards import BadRecord, BadRecords, read_shard
 from data.storage import expand
 from model.perceptual import Lpips, load_lpips
 from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, kl_nats, moments, sample_latents, vae_hash
+from train.agreement import facts_of
 from train.codec_loss import CodecLoss
 from train.config import load_config, run_program
 from train.distributed import DIED, Device, Ranks, init_ranks, last_words
 from train.guard import GuardConfig
+from train.launcher import leave_word
 from train.optim import OptimConfig, Optimizer, learning_rate
 from train.output_folder import OutputFolder
+from train.shared_folder import require_shared
 from train.signals import StopKind, StopSignal
 
 DEFAULT_OPTIM = OptimConfig(
@@ -91,6 +94,8 @@ class VaeTrainConfig:
 
 
 CONFIG = VaeTrainConfig
+GROUP = True  # its ranks work together
+OWN = ("inputs", "heldout", "output", "device", "loss.lpips_weights")  # of each rank: what they hold is compared
 # Settings that do not decide what comes out, only how it is made.
 HOW = ("output", "log_interval_steps", "state_interval_steps", "device", "timeout_minutes")
 
@@ -105,15 +110,18 @@ def main(argv: list[str]) -> int | None:
     files = [Path(path) for path in expand(config.inputs, (TAR,))]
     heldout_files = [Path(path) for path in expand(config.heldout, (TAR,))] if config.heldout else []
     lpips = load_lpips(config.loss.lpips_weights) if config.loss.lpips_weight > 0 else None
-    ranks = init_ranks(timeout_s=60 * config.timeout_minutes, device=config.device)
+    contents = {"data": f"{_crc32(files):08x}-{_crc32(heldout_files):08x}"}
+    if lpips is not None:
+        contents["lpips"] = f"{_crc32([Path(config.loss.lpips_weights)]):08x}"
+    facts = {**facts_of(config, OWN), **contents}
+    ranks = init_ranks(timeout_s=60 * config.timeout_minutes, device=config.device, facts=facts)
     if config.batch_size < ranks.world_size:
         raise ValueError(
             f"batch_size={config.batch_size}: expected at least one picture for each of {ranks.world_size} ranks"
         )
-    settings = {name: value for name, value in asdict(config).items() if name not in HOW}
-    settings["data"] = f"{_crc32(files):08x}-{_crc32(heldout_files):08x}"
+    settings = {name: value for name, value in asdict(config).items() if name not in HOW} | contents
+    settings = ranks.on_first(lambda: settings)  # the paths of its inputs are each rank's own
     if lpips is not None:
-        settings["lpips"] = f"{_crc32([Path(config.loss.lpips_weights)]):08x}"
         heads = "with its linear heads" if lpips.has_heads else "without heads: every channel weighs 1"
         _say(ranks, f"LPIPS from {config.loss.lpips_weights}, {heads}")
     output = OutputFolder(config.output, "train.vae", "vae.json", settings)
@@ -132,9 +140,12 @@ def main(argv: list[str]) -> int | None:
             if stopped == StopKind.NONE:
                 ranks.on_first(lambda: finish(training, pictures, heldout))
             else:
-                _say(ranks, f"stopped and saved at step {training.step}; the same command goes on from here")
+                words = f"stopped and saved at step {training.step}; the same command goes on from here"
+                leave_word(f"train.vae: {words}")
+                _say(ranks, words)
                 status = stopped.exit_code
         except Diverged as error:
+            leave_word(f"train.vae: {error}")
             _say(ranks, str(error))
             status = DIED
     ranks.close()
@@ -174,6 +185,8 @@ class Training:
         self.optimizer = Optimizer(self.vae, config.optim, GuardConfig())
         self.step, self.seconds = 0, 0.0
         self.rows: list[dict[str, float]] = []  # of metrics.jsonl
+        ranks.on_first(lambda: output.open_partial(keep=True))
+        require_shared(output.partial, "output", ranks)
         state = self._read_state()
         ranks.on_first(lambda: output.open_partial(keep=state is not None))
         if state is not None:

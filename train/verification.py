@@ -4,7 +4,6 @@ Verifying reads each byte once: sizes, the indices' checksums, each record's che
 latents and known tokens, and whether the counts add up.
 """
 
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from data.remote import file_version
 from data.shards import BadRecord, BadRecords, Record, index_shard, read_at
 from data.storage import expand
 from train.encoder import Encoder, EncoderConfig
+from train.launcher import place
 from train.sidecar import Sidecar, build_manifest
 
 
@@ -28,7 +28,7 @@ def verify_folder(folder: str) -> int:
     Under torchrun each rank checks its share of the shards.
     """
     manifest = Manifest.load(folder)
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, ranks = place().rank, place().world_size
     shards = range(rank, len(manifest.shards), ranks)
     bad, damaged = BadRecords(max_fraction=1), []
     total = sum(manifest.shards[shard].bytes for shard in shards)
