@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
+from data.storage import Location
 from model.llama import llama_config, llama_weights
 from train.config import load_config, run_program, to_yaml
 from train.distributed import alone
@@ -22,12 +23,12 @@ from train.trained import Trained, load_codec
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    checkpoint: str = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
-    output: str = "runs/export"  # folder to write; must be absent, empty or made by this program
+    checkpoint: Location = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
+    output: Location = "runs/export"  # folder to write; must be absent, empty or made by this program
     weights: str = "auto"  # auto: the first EMA if the run kept one; ema: the first; ema-N: of half-life N; model
     format: Literal["transfusion", "llama"] = "transfusion"  # the whole model, or its text side for transformers
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the written weights
-    vae: str | None = None  # AutoencoderKL to copy; null: the one the run names
+    vae: Location | None = None  # AutoencoderKL to copy; null: the one the run names
 
 
 CONFIG = ExportConfig
@@ -62,7 +63,7 @@ def write_transfusion(trained: Trained, output: OutputFolder, dtype: torch.dtype
         codec.save_pretrained(folder / VAE_FOLDER, safe_serialization=True)
     data = replace(trained.recipe.data, tokenizer=TOKENIZER_FILE)
     recipe = replace(trained.recipe, data=data, vae=VAE_FOLDER if codec is not None else None)
-    (folder / "config.yaml").write_text(to_yaml(recipe))
+    (folder / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     return {
         "weights": trained.weights,
         "progress": {"step": trained.step},
@@ -82,7 +83,7 @@ def write_llama(trained: Trained, output: OutputFolder, dtype: torch.dtype, vae:
     folder = output.open_partial()
     weights = {key: tensor.to(dtype) for key, tensor in llama_weights(trained.model).items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(contents, indent=1))
+    (folder / "config.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
     shutil.copyfile(trained.tokenizer.path, folder / TOKENIZER_FILE)
     return {"weights": trained.weights, "progress": {"step": trained.step}}
 

@@ -221,7 +221,7 @@ class MetricsLog:
 
 def _memory_gib() -> tuple[float, float]:
     """Return this process's resident memory now, and its device's peak since the last row."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30, device / 2**30
 

@@ -89,9 +89,9 @@ class Stored:
 def read_recipe(path: Path) -> PretrainConfig:
     """Return the config that a run wrote at `path`; raises ValueError for what no run writes."""
     # Written resolved: an interpolation would read this machine's environment (P11).
-    if "${" in path.read_text():
+    if "${" in path.read_text(encoding="utf-8"):
         raise ValueError(f"{path} holds an interpolation (${{...}}), which no run writes")
-    return load_config(PretrainConfig, [f"config={path}"])
+    return load_config(PretrainConfig, [f"config={path}"], expand=False)
 
 
 def find_checkpoint(path: Path, ranks: Ranks, key: str = "checkpoint") -> Path:
@@ -116,7 +116,7 @@ def _read_mark(folder: Path) -> dict:
     """Return what an export's mark says; raise ValueError for one that is not as train.export writes it."""
     mark = folder / EXPORT_MARK
     try:
-        meta = json.loads(mark.read_text())
+        meta = json.loads(mark.read_text(encoding="utf-8"))
         if meta["settings"]["format"] == "llama":
             raise ValueError("it is a Llama export, the text side for transformers; export with format=transfusion")
         if meta["latent_spec"] is not None:
