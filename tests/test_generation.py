@@ -100,7 +100,7 @@ def test_what_is_not_the_trainings_own_is_refused(drawn: DrawingRun, tmp_path: P
     kept = drawn.tokenizer.path.read_bytes()
     try:
         train_tokenizer((f"green triangles, {i} of them" for i in range(200)), drawn.tokenizer.path, 290)
-        with pytest.raises(ValueError, match="is not the tokenizer"):
+        with pytest.raises(ValueError, match="was trained with the tokenizer of hash"):
             load(drawn.run_dir)
     finally:
         drawn.tokenizer.path.write_bytes(kept)

@@ -81,8 +81,11 @@ def _refuse_extreme_numbers(merged: Any) -> None:
 
 
 def to_yaml(config: Any) -> str:
-    """Render a resolved config so that `config=` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    """Render a resolved config so that `config=` reads it back; raise ValueError for a name that is not UTF-8."""
+    try:
+        return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object!a}: a config is UTF-8, this name is not; rename what it names") from None
 
 
 def run_program(main: Callable[[list[str]], int | None], *, lasting: bool = False) -> None:

@@ -17,7 +17,8 @@ from model.llama import llama_config, llama_weights
 from train.config import load_config, run_program, to_yaml
 from train.distributed import alone
 from train.output_folder import OutputFolder
-from train.stored import EXPORT_MARK, TOKENIZER_FILE, VAE_FOLDER, WEIGHTS_FILE
+from train.run_folder import TOKENIZER_FILE
+from train.stored import EXPORT_MARK, VAE_FOLDER, WEIGHTS_FILE
 from train.trained import Trained, load_codec
 
 
@@ -29,6 +30,7 @@ class ExportConfig:
     format: Literal["transfusion", "llama"] = "transfusion"  # the whole model, or its text side for transformers
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the written weights
     vae: Location | None = None  # AutoencoderKL to copy; null: the one the run names
+    tokenizer: Location | None = None  # SentencePiece model to copy; null: the copy in the run, else the one it names
 
 
 CONFIG = ExportConfig
@@ -36,7 +38,7 @@ CONFIG = ExportConfig
 
 def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
-    trained = Trained.load(config.checkpoint, alone(), config.weights)
+    trained = Trained.load(config.checkpoint, alone(), config.weights, config.tokenizer)
     settings = {"checkpoint": config.checkpoint, "identity": trained.identity, "weights": trained.weights}
     settings |= {"format": config.format, "dtype": config.dtype, "vae": config.vae or trained.recipe.vae}
     output = OutputFolder(config.output, "train.export", EXPORT_MARK, settings)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data.manifest import LatentSpec
+from data.tokenizer import Tokenizer
 from train import checkpoint
 from train.checkpoint_storage import LISTING
 from train.config import load_config
@@ -25,8 +26,9 @@ from train.distributed import Ranks
 from train.ema import choose, is_label
 from train.local_shards import first_element, local
 from train.recipe import PretrainConfig
+from train.run_folder import TOKENIZER_FILE
 
-WEIGHTS_FILE, TOKENIZER_FILE, VAE_FOLDER, EXPORT_MARK = "model.safetensors", "tokenizer.model", "vae", "export.json"
+WEIGHTS_FILE, VAE_FOLDER, EXPORT_MARK = "model.safetensors", "vae", "export.json"
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,7 @@ class Stored:
             meta = json.loads(checkpoint.read_extra(folder, checkpoint.META))
         recipe = read_recipe(folder / "config.yaml")
         if exported:  # what its config names lies beside it
-            data = replace(recipe.data, tokenizer=str(folder / TOKENIZER_FILE))
-            recipe = replace(recipe, data=data, vae=recipe.vae and str(folder / VAE_FOLDER))
+            recipe = replace(recipe, vae=recipe.vae and str(folder / VAE_FOLDER))
         return cls(folder, exported, meta, recipe)
 
     @property
@@ -72,6 +73,26 @@ class Stored:
         """Return a hash of the contents: another run under the same path and step has another."""
         content = (self.folder / (EXPORT_MARK if self.exported else LISTING)).read_bytes()
         return hashlib.sha256(content).hexdigest()[:16]
+
+    def tokenizer(self, path: str | None = None) -> Tokenizer:
+        """Return the tokenizer `path`, by default the copy that lies with the weights, else the one that they name.
+
+        Raises ValueError where none of them is the one that the model was trained with.
+        """
+        copies = [folder / TOKENIZER_FILE for folder in (self.folder, self.folder.parent.parent)]
+        places = [path] if path else [*copies, self.recipe.data.tokenizer]
+        found = {str(place): Tokenizer(place) for place in places if Path(place).is_file()}
+        expected = self.meta["fingerprint"]["tokenizer"]
+        for tokenizer in found.values():
+            if tokenizer.hash == expected:
+                return tokenizer
+        tried = ", ".join(
+            f"{place} ({found[place].hash if place in found else 'not there'})" for place in map(str, places)
+        )
+        raise ValueError(
+            f"{self.folder} was trained with the tokenizer of hash {expected}, and that is none of {tried}; name it by "
+            "tokenizer=FILE"
+        )
 
     def read(self, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks) -> str:
         """Read `weights` (see `choose`) into parameters or shards of them, and return which they are. Collective.

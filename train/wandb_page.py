@@ -1,0 +1,155 @@
+"""A run's page at wandb: a copy of its metrics, which may fail, hang or be absent without a say in the training (P13).
+
+wandb writes from a process of its own, and Slurm and systemd may stop that by the same signal as the ranks: it drops
+what it still holds. Once it is found gone it is started again and told what metrics.jsonl has of this attempt, so that
+the page is whole. Rejected: to keep the signals from it. It handles them whatever it inherits, in a session of its own.
+
+    <run>/wandb-page.json   id of the page, wherever the folder is moved; without it the next start begins another page
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from train.run_folder import write_durably
+
+ID_FILE = "wandb-page.json"
+RESTARTS = 3  # of its process, in one attempt of the run
+
+log = logging.getLogger(__name__)
+
+
+class WandbPage:
+    """The page of the run in `folder`; `mode` and `project` None: what WANDB_MODE and WANDB_PROJECT say."""
+
+    def __init__(self, mode: str | None, project: str | None, folder: Path, recipe: dict[str, Any]) -> None:
+        self._mode = mode or os.environ.get("WANDB_MODE") or "disabled"
+        self._project = project or os.environ.get("WANDB_PROJECT") or "transfusion"
+        self._folder, self._recipe = folder, recipe
+        self._run: Any = None  # None: there is no page, or not any more
+        self._lost = False  # its process is gone
+        self._restarts_left = RESTARTS
+        self._before: int | None = None  # no row of this step or an earlier one was sent
+        self._pictures: list[tuple[str, int]] = []  # sent, with their steps
+        if self._mode == "disabled":
+            return
+        try:
+            self._run = self._start()
+        except Exception as error:  # a logger may fail in any way
+            log.warning("wandb is off: %s; metrics.jsonl has everything", error)
+
+    @property
+    def place(self) -> str | None:
+        """Return where the page is, in words; None where there is none."""
+        if self._run is None:
+            return None
+        return f"offline, in {Path(self._run.dir).parent}" if self._run.offline else str(self._run.url)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Send a row that metrics.jsonl has already."""
+        self._before = min(row["step"] - 1, row["step"] if self._before is None else self._before)
+        self._send(lambda run: run.log(row))
+
+    def picture(self, path: os.PathLike, step: int) -> None:
+        """Show a saved picture."""
+        self._pictures.append((str(path), step))
+        self._send(lambda run: _show(run, str(path), step))
+
+    def close(self) -> None:
+        """Wait until all is written or sent, a minute at most."""
+        while self._run is not None:
+            self._send(_finish, last=True)
+
+    def _send(self, send: Callable[[Any], object], last: bool = False) -> None:
+        if self._run is None:
+            return
+        try:
+            if self._lost:
+                self._tell_again()
+                send = send if last else lambda run: None  # it was told this too
+            send(self._run)
+            self._run = None if last else self._run
+        except Exception as error:  # a logger may fail in any way; the run goes on without its page
+            self._lost = True
+            self._restarts_left -= 1
+            if self._restarts_left < 0:
+                log.warning("wandb is off from here on: %s", error)
+                self._run = None
+
+    def _start(self) -> Any:
+        import wandb
+
+        settings = wandb.Settings(init_timeout=20, finish_timeout=60, console="off", silent=True, x_disable_stats=True)
+        given = {
+            "project": self._project,
+            "dir": os.environ.get("WANDB_DIR") or str(self._folder),
+            "id": self._id(),
+            "name": self._folder.resolve().name,
+            "resume": "allow",
+            "config": self._recipe,
+            "settings": settings,
+        }
+        try:
+            run = wandb.init(mode=self._mode, **given)
+        except Exception as error:  # no key, no network
+            if self._mode != "online":
+                raise
+            log.warning("wandb: %s; the page is kept offline, for `wandb sync`", " ".join(str(error).split()))
+            run = wandb.init(mode="offline", **given)
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _tell_again(self) -> None:
+        """Start wandb's process again and send what it may have dropped."""
+        import wandb
+
+        dead = self._run
+        with suppress(Exception):
+            wandb.teardown()  # or it would be asked again
+        self._run, self._lost = self._start(), False
+        before = -1 if self._before is None else self._before
+        if self._run.resumed:  # at the server, which says what reached it
+            before = max(before, self._run.summary.get("step", -1))
+        for path, step in self._pictures:  # first, so that the summary ends with the last row
+            if step > before:
+                _show(self._run, path, step)
+        with (self._folder / "metrics.jsonl").open("rb") as rows:
+            for row in map(json.loads, rows):
+                if row["step"] > before:
+                    self._run.log(row)
+        if dead.offline and dead.dir != self._run.dir:
+            shutil.rmtree(Path(dead.dir).parent, ignore_errors=True)  # a part of what was told again
+
+    def _id(self) -> str:
+        """Return the page's id: the same after a resume and a move, never that of another run."""
+        kept = self._folder / ID_FILE
+        if kept.is_file():
+            return json.loads(kept.read_bytes())["id"]
+        path = self._folder.resolve()
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", path.name)
+        page = f"{name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # of a run that kept no id
+        if not any(self._folder.glob(f"wandb/*run-*-{page}")):
+            page = f"{name}-{uuid.uuid4().hex[:8]}"
+        write_durably(kept, json.dumps({"id": page}).encode())
+        return page
+
+
+def _finish(run: Any) -> None:
+    import wandb
+
+    run.finish()
+    wandb.teardown()  # its process holds a page that was finished for a moment longer
+
+
+def _show(run: Any, path: str, step: int) -> None:
+    import wandb
+
+    run.log({"preview": wandb.Image(path), "step": step})
