@@ -6,7 +6,10 @@ import shutil
 import signal
 import struct
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +91,68 @@ def test_a_signal_that_reaches_wandb_too_costs_the_page_no_row(number: signal.Si
     assert summary["step"] == 6 and summary["text_loss"] == 1 / 6
 
 
+class Server(BaseHTTPRequestHandler):
+    """As much of wandb's server as one page needs: it keeps what has reached it, and says so to who resumes."""
+
+    protocol_version = "HTTP/1.1"
+    rows: dict[int, str]
+    summary: str
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        asked = json.loads(content) if content.startswith(b"{") else {}  # else: telemetry
+        for name, part in (asked.get("files") or {}).items():
+            if name == "wandb-history.jsonl":
+                self.rows.update(enumerate(part["content"], start=part["offset"]))
+            elif name == "wandb-summary.json":
+                type(self).summary = part["content"][-1]
+        owner = {"id": "project", "name": "project", "entity": {"id": "us", "name": "us"}}
+        last = json.dumps([self.rows[max(self.rows)]] if self.rows else [])
+        page = {"id": "page", "name": "page", "config": "{}", "wandbConfig": '{"t": 1}', "project": owner}
+        page |= {"historyLineCount": len(self.rows), "historyTail": last, "summaryMetrics": self.summary}
+        page |= {"eventsLineCount": 0, "logLineCount": 0, "eventsTail": "[]"}
+        answers = {
+            "RunResumeStatus": {"model": {**owner, "bucket": page if self.rows else None}},
+            "UpsertBucket": {"upsertBucket": {"bucket": page, "inserted": not self.rows}},
+            "CreateRunFiles": {"createRunFiles": {"runID": "page", "uploadHeaders": [], "files": []}},
+        }
+        answer = json.dumps({"data": answers.get(asked.get("operationName"), {})}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_PUT = do_POST
+
+
+def test_online_too_what_did_not_reach_the_server_is_sent_again_and_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Server.rows, Server.summary = {}, "{}"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with RunFolder(tmp_path / "run", alone()) as folder:
+        log = MetricsLog(LogConfig(wandb="online"), folder, alone(), {})
+        for step in range(1, 13):
+            log.write({"step": step})
+            log.write({"step": step, "heldout/x/text_loss": 1 / step})
+            if step == 6:
+                deadline = time.monotonic() + 30
+                while not Server.rows and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            if step in (6, 12):
+                signal_service(signal.SIGTERM)
+        log.close()
+    server.shutdown()
+    assert [json.loads(Server.rows[n])["step"] for n in sorted(Server.rows)] == [n // 2 for n in range(2, 26)]
+    assert json.loads(Server.summary)["heldout/x/text_loss"] == 1 / 12
+
+
 def test_a_run_has_its_page_wherever_it_lies_and_a_copy_may_have_its_own(tmp_path: Path) -> None:
     def page_of(path: Path) -> str:
         with RunFolder(path, alone()) as folder:
@@ -145,7 +210,7 @@ def test_no_failure_of_wandb_reaches_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P13: not installed, refusing to start, failing later; each says so once, and metrics.jsonl has every row."""
-    names = {"offline": True, "dir": str(tmp_path / "page" / "files"), "resumed": False}
+    names = {"offline": True, "dir": str(tmp_path / "page" / "files"), "resumed": False, "starting_step": 0}
     failing_run = SimpleNamespace(define_metric=lambda *_, **__: None, log=_fails, finish=_fails, **names)
     faults = [
         None,  # not installed

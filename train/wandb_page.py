@@ -14,8 +14,10 @@ import os
 import re
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,13 @@ class WandbPage:
         self._run: Any = None  # None: there is no page, or not any more
         self._lost = False  # its process is gone
         self._restarts_left = RESTARTS
-        self._before: int | None = None  # no row of this step or an earlier one was sent
-        self._pictures: list[tuple[str, int]] = []  # sent, with their steps
+        self._sent: list[int] = []  # the step of each row and picture, in order
+        self._pictures: dict[int, str] = {}  # sent, by step
         if self._mode == "disabled":
             return
         try:
             self._run = self._start()
+            self._begun = self._run.starting_step  # rows that the page had before this attempt
         except Exception as error:  # a logger may fail in any way
             log.warning("wandb is off: %s; metrics.jsonl has everything", error)
 
@@ -55,12 +58,13 @@ class WandbPage:
 
     def log(self, row: dict[str, Any]) -> None:
         """Send a row that metrics.jsonl has already."""
-        self._before = min(row["step"] - 1, row["step"] if self._before is None else self._before)
+        self._sent.append(row["step"])
         self._send(lambda run: run.log(row))
 
     def picture(self, path: os.PathLike, step: int) -> None:
         """Show a saved picture."""
-        self._pictures.append((str(path), step))
+        self._sent.append(step)
+        self._pictures[step] = str(path)
         self._send(lambda run: _show(run, str(path), step))
 
     def close(self) -> None:
@@ -83,6 +87,7 @@ class WandbPage:
             if self._restarts_left < 0:
                 log.warning("wandb is off from here on: %s", error)
                 self._run = None
+                _forget()
 
     def _start(self) -> Any:
         import wandb
@@ -109,22 +114,23 @@ class WandbPage:
 
     def _tell_again(self) -> None:
         """Start wandb's process again and send what it may have dropped."""
-        import wandb
-
         dead = self._run
-        with suppress(Exception):
-            wandb.teardown()  # or it would be asked again
+        _forget()
         self._run, self._lost = self._start(), False
-        before = -1 if self._before is None else self._before
-        if self._run.resumed:  # at the server, which says what reached it
-            before = max(before, self._run.summary.get("step", -1))
-        for path, step in self._pictures:  # first, so that the summary ends with the last row
-            if step > before:
-                _show(self._run, path, step)
+        reached = self._run.starting_step - self._begun if self._run.resumed else 0  # the server says
+        missing, told = Counter(self._sent[reached:]), self._sent[:reached]
+        items: dict[int, list[Callable[[], None]]] = {}
         with (self._folder / "metrics.jsonl").open("rb") as rows:
             for row in map(json.loads, rows):
-                if row["step"] > before:
-                    self._run.log(row)
+                if row["step"] in missing:
+                    items.setdefault(row["step"], []).append(partial(self._run.log, row))
+        for step, path in self._pictures.items():
+            items.setdefault(step, []).append(partial(_show, self._run, path, step))
+        for step, count in missing.items():
+            for send in items.get(step, [])[-count:]:
+                send()
+                told.append(step)
+        self._sent = told
         if dead.offline and dead.dir != self._run.dir:
             shutil.rmtree(Path(dead.dir).parent, ignore_errors=True)  # a part of what was told again
 
@@ -147,6 +153,14 @@ def _finish(run: Any) -> None:
 
     run.finish()
     wandb.teardown()  # its process holds a page that was finished for a moment longer
+
+
+def _forget() -> None:
+    """Let go of wandb's process, which would be asked again."""
+    with suppress(Exception):
+        import wandb
+
+        wandb.teardown()
 
 
 def _show(run: Any, path: str, step: int) -> None:
