@@ -214,8 +214,8 @@ def test_no_failure_of_wandb_reaches_the_training(
     failing_run = SimpleNamespace(define_metric=lambda *_, **__: None, log=_fails, finish=_fails, **names)
     faults = [
         None,  # not installed
-        SimpleNamespace(Settings=dict, init=_fails),
-        SimpleNamespace(Settings=dict, init=lambda **_: failing_run, teardown=_fails),
+        SimpleNamespace(Settings=dict, setup=dict, init=_fails),
+        SimpleNamespace(Settings=dict, setup=dict, init=lambda **_: failing_run, teardown=_fails),
     ]
     rows = [{"step": step, "text_loss": 1.5} for step in (1, 2, 3)]
     with RunFolder(tmp_path / "run", alone()) as folder:

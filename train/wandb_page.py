@@ -93,6 +93,7 @@ class WandbPage:
         import wandb
 
         settings = wandb.Settings(init_timeout=20, finish_timeout=60, console="off", silent=True, x_disable_stats=True)
+        wandb.setup(settings)  # or it would ask a terminal for a key, and wait
         given = {
             "project": self._project,
             "dir": os.environ.get("WANDB_DIR") or str(self._folder),
