@@ -190,10 +190,16 @@ def test_the_environment_counts_where_the_config_is_silent(tmp_path: Path, monke
     assert written("folder", LogConfig()) == ["elsewhere"] and not (tmp_path / "folder" / "wandb").exists()
 
 
-def test_online_without_a_key_keeps_an_offline_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("key", ["", pytest.param("k" * 40, marks=pytest.mark.slow)])
+def test_online_without_a_key_or_a_network_keeps_an_offline_page(
+    key: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", key)
     with RunFolder(tmp_path / "run", alone()) as folder:
         log = MetricsLog(LogConfig(wandb="online"), folder, alone(), {})
         log.write({"step": 1})

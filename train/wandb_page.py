@@ -109,6 +109,8 @@ class WandbPage:
             if self._mode != "online":
                 raise
             log.warning("wandb: %s; the page is kept offline, for `wandb sync`", " ".join(str(error).split()))
+            _forget()  # its process has the id still in use
+            wandb.setup(settings)
             run = wandb.init(mode="offline", **given)
         run.define_metric("*", step_metric="step")
         return run
