@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from train.streams import open_streams
+
 HERE = Path(__file__).resolve().parent.parent
 CONFIGS, DEMO = HERE / "configs" / "demo", Path("runs/demo")
 UNET = (
@@ -67,7 +69,7 @@ def run_variant(name: str, switches: tuple[str, ...], options: argparse.Namespac
         print(f"$ torchrun --nproc-per-node {options.ranks} -m {shlex.join(command)}", file=sys.stderr, flush=True)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(HERE)}
         subprocess.run([*launcher, *command], check=True, stdout=sys.stderr, env=environment)
-    scores = json.loads((folder / "scores" / "evaluation.json").read_text())
+    scores = json.loads((folder / "scores" / "evaluation.json").read_text(encoding="utf-8"))
     return {key: scores[key] for key in ("text_to_image", "image_to_text", "heldout")}
 
 
@@ -90,4 +92,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         "command": " ".join(["python -m bench.chaos", *(a for a in argv if not a.startswith(("folder=", "results=")))]),
     }
     if config.results:
-        with open(config.results, "a") as file:
+        with open(config.results, "a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
     if result["failures"]:
         print(f"chaos: what is left of it: {folder}", file=sys.stderr)

@@ -45,6 +45,7 @@ from train.run_folder import RunFolder
 from train.saver import Saver
 from train.state import TrainState
 from train.step import latent_stats, micro_step
+from train.streams import open_streams
 
 VOCAB, BLOCK = 4096, 4 << 20  # token ids; bytes that dd writes at once
 POLL_S = 0.005
@@ -77,7 +78,7 @@ def start_ranks(options: argparse.Namespace, folder: Path) -> int:
     if statuses := [status for process in processes if (status := process.wait())]:
         return statuses[0]
     print(f"command: python -m bench.checkpoint {' '.join(sys.argv[1:])}")
-    print((folder / "result.json").read_text())
+    print((folder / "result.json").read_text(encoding="utf-8"))
     return 0
 
 
@@ -100,7 +101,7 @@ def run_rank(options: argparse.Namespace, folder: Path) -> int:
             record = {"bench": "checkpoint", **{k: v for k, v in vars(options).items() if k != "folder"}, **record}
             record["machine"] = f"{os.cpu_count()} cores, {platform.machine()}"
             record["torch"] = torch.__version__
-            (folder / "result.json").write_text(json.dumps(record))
+            (folder / "result.json").write_text(json.dumps(record), encoding="utf-8")
     ranks.close()
     return 0
 
@@ -255,4 +256,5 @@ def summary(rounds: list[dict[str, float]], interval_steps: int) -> dict:
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

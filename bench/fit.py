@@ -32,6 +32,7 @@ from train.rehearsal import rehearse
 from train.run_folder import RunFolder
 from train.saver import Saver, Snapshot
 from train.step import latent_stats, micro_step
+from train.streams import open_streams
 
 GRID, VOCAB = (32, 32), 32_768
 MODES = ("full", "selective", "none")
@@ -128,4 +129,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

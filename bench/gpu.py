@@ -34,6 +34,7 @@ from model.vae import VaeConfig, build_vae, moments
 from train import hardware
 from train.encoder import Encoder, EncoderConfig
 from train.flops import Flops
+from train.streams import open_streams
 
 VOCAB = sampling.VOCAB
 GRID = sampling.GRID  # the paper's latents: 256 tokens in 2 x 2 patches
@@ -318,4 +319,5 @@ def _wait(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

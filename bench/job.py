@@ -87,7 +87,7 @@ class Attempt:
     def output(self, rank: int | None = None) -> str:
         """Return what one rank, or all, have printed so far."""
         logs = self.logs if rank is None else [self.logs[rank]]
-        return "".join(path.read_text(errors="replace") for path in logs if path.exists())
+        return "".join(path.read_text(errors="replace", encoding="utf-8") for path in logs if path.exists())
 
     def leftovers(self) -> list[int]:
         """Return the processes that still print to this attempt's logs: ranks and what they started."""
@@ -129,7 +129,7 @@ class Job:
 
     def _attempt_json(self) -> str:
         path = self.run_dir / "attempt.json"
-        return path.read_text() if path.exists() else ""
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
     @property
     def metrics(self) -> Path:

@@ -38,6 +38,7 @@ from data.storage import Store
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.vae import VaeConfig, build_vae
 from train.encoder import Encoder, EncoderConfig
+from train.streams import open_streams
 
 CHANNELS, GRID, PATCH, LENGTH = 8, (32, 32), 2, 4096  # the paper's: 256 patches an image, 4,096 tokens a sequence
 LANES, RANKS = 16, 8
@@ -277,4 +278,5 @@ def in_turns(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
 
 
 if __name__ == "__main__":
+    open_streams()
     main()

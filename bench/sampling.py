@@ -27,6 +27,7 @@ from model.draws import SeededDraws
 from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate
 from model.transformer import SIZES
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
+from train.streams import open_streams
 
 VOCAB, GRID = 32002, (32, 32)
 SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4)
@@ -131,4 +132,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

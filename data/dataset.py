@@ -13,6 +13,7 @@ from data.lanes import LaneSettings, Position, Source, SourceConfig, sum_in_orde
 from data.manifest import LatentSpec, Manifest
 from data.packing import patch_grid
 from data.shard_cache import CacheConfig
+from data.storage import Location
 from data.tokenizer import Tokenizer
 from data.watch import ReadWatch
 
@@ -25,7 +26,7 @@ class DataConfig:
     # Share of image tokens (patches) among all, in (0, 1): the weights of sources with and without images are scaled
     # to meet it, captions counting as text (the paper: 0.5). null: weights as given.
     image_share: float | None = None
-    tokenizer: str = MISSING  # SentencePiece model that made the shards' token ids
+    tokenizer: Location = MISSING  # SentencePiece model that made the shards' token ids
     lanes: int = 512  # L, sequences a global batch; the number of ranks may not exceed it
     sequence_length: int = 4096  # S, tokens a sequence
     shuffle_block: int = 1024  # documents a lane shuffles among
@@ -34,7 +35,7 @@ class DataConfig:
     # Documents of each source whose bytes a lane asks for before it reads them: for remote data and network disks.
     # null: 16 for remote data without a cache, else 0.
     read_ahead: int | None = None
-    cache_dir: str | None = None  # node-local folder for whole copies of remote shards, shared by a node's ranks
+    cache_dir: Location | None = None  # node-local folder for whole copies of remote shards, shared by a node's ranks
     cache_gib: float = 100.0  # GiB that `cache_dir` may take
     read_warning_s: float = 30.0  # seconds after which a read that has not come back is named in the log, > 0
     num_workers: int = 0  # loader processes a rank; 0 reads in the rank's own prefetch thread

@@ -26,6 +26,7 @@ from data.manifest import Manifest
 from data.packing import PackedSequence, Piece, lay_out, pack
 from data.remote import shown
 from data.shards import BadRecord, Record, read_at
+from data.storage import Location
 from data.tokenizer import SpecialIds
 from data.watch import ReadWatch
 
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    path: str = MISSING  # folder of encoded shards with its manifest.json
+    path: Location = MISSING  # folder of encoded shards with its manifest.json
     weight: float = 1.0  # share of all tokens relative to the other sources, >= 0
     # Other weights from given steps on, such as {20000: 0.5, 30000: 0}. A resume may change those of steps to come.
     weight_from: dict[str, float] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ class VaeLossConfig:
     kl_warmup_steps: int = 0  # steps over which kl_weight rises linearly from 0, so that no channel dies early; >= 0
     edge_weight: float = 0.0  # weight of the squared error of the differences between neighbouring pixels; 0 or more
     lpips_weight: float = 0.0  # weight of LPIPS, a distance of VGG16's features; 0 or more, 0 needs no VGG16
-    lpips_weights: str | None = None  # safetensors file with VGG16; model.perceptual.load_lpips says how to make it
+    # Safetensors file with VGG16; model.perceptual.load_lpips says how to make it.
+    lpips_weights: Annotated[str, "path"] | None = None
     # Weight of the patch discriminator's verdict; 0 or more. Fixed, since the paper's formula states a number: VQGAN's
     # adaptive weight scales it by a ratio of gradient norms that changes every step.
     gan_weight: float = 0.0

@@ -190,4 +190,4 @@ def run_locally(job: Job, *, tasks: int, elements: int, variables: dict[str, str
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, lasting=True)

@@ -119,7 +119,7 @@ def check(asked: tuple[LaunchConfig, list[str]], number: int) -> Planned:
 
 def make_plan(launch: LaunchConfig, resolved: str) -> dict[str, Any]:
     """Return what train.plan says of a training on these nodes; raises ValueError with its refusal."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(resolved)
         file.flush()
         options = [f"world_size={launch.nodes * launch.tasks}", f"gpus_per_node={launch.tasks}", f"gpu={launch.gpu}"]
@@ -294,4 +294,4 @@ def _run_here(planned: Sequence[Planned]) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, lasting=True)

@@ -17,7 +17,7 @@ def stop_seconds(run_dir: Path, plan: dict[str, Any] | None) -> tuple[float, str
     """Return how long a run may take to stop, a step and two saves, and whence that is known; None: it is not."""
     measured = []
     path = run_dir / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines()[-ROWS:] if path.is_file() else []:
+    for line in path.read_text(errors="replace", encoding="utf-8").splitlines()[-ROWS:] if path.is_file() else []:
         try:
             row = json.loads(line)
         except ValueError:  # a kill in the middle of a write

@@ -50,7 +50,7 @@ def finished_shards(output: Path) -> int:
 def last_row(output: Path) -> int:
     """Return the last logged step of a program that works in `<output>.partial`, 0 without any."""
     try:
-        lines = (output.with_name(f"{output.name}.partial") / "metrics.jsonl").read_text().splitlines()
+        lines = (output.with_name(f"{output.name}.partial") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return json.loads(lines[-1])["step"] if lines else 0
     except (OSError, ValueError):  # not there yet, or being written
         return 0
@@ -84,7 +84,7 @@ def resolve(name: str, arguments: Sequence[str], *, check: bool = False) -> str:
     Raises ValueError with the words of its refusal.
     """
     command = [sys.executable, "-m", name, *arguments, CHECK if check else RESOLVE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="surrogateescape", check=False)
     if done.returncode:
         raise ValueError(done.stderr.strip().removeprefix(f"{name}: ") or f"{name} ended with {done.returncode}")
     return done.stdout

@@ -52,7 +52,7 @@ class Record:
     def open(cls, path: Path, job: str, program: str, config: str) -> "Record":
         """Read the record of an earlier attempt, or begin one."""
         try:
-            attempts = [Attempt(**attempt) for attempt in json.loads(path.read_text())["attempts"]]
+            attempts = [Attempt(**attempt) for attempt in json.loads(path.read_text(encoding="utf-8"))["attempts"]]
         except (OSError, ValueError, KeyError, TypeError):  # the first attempt, or a disk that was full
             attempts = []
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class Record:
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         entries = {name: value for name, value in asdict(self).items() if name != "path"}
         try:
-            beside.write_text(json.dumps(entries, indent=1) + "\n")
+            beside.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
             beside.rename(self.path)
         except OSError as error:
             say(f"{self.path} was not written: {error}")

@@ -45,7 +45,7 @@ def write_config(jobs: Path, resolved: str) -> Path:
     if not path.exists():
         jobs.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(resolved)
+        beside.write_text(resolved, encoding="utf-8")
         beside.rename(path)
     return path
 

@@ -34,7 +34,7 @@ class Watched:
         if self._file is None:
             if not self.log.exists():
                 return []
-            self._file = self.log.open(errors="replace")
+            self._file = self.log.open(encoding="utf-8", errors="replace")
         *lines, self._line = (self._line + self._file.read()).split("\n")
         if "\r" in self._line and time.monotonic() - self._bar_shown > BAR_S:
             self._bar_shown = time.monotonic()

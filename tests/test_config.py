@@ -1,17 +1,20 @@
 """The one door: what a person writes arrives typed and complete, or is refused by name, value and expectation."""
 
 import ast
+import dataclasses
 import importlib
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from omegaconf import MISSING
 
+from data.storage import Location
 from train.config import help_text, load_config, options, to_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -32,19 +35,21 @@ class Inner:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    path: str = MISSING  # folder of the source
+    path: Location | None = MISSING  # folder of the source
     weight: float = 1.0  # share of all tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    run_dir: str = MISSING  # folder of the run
+    run_dir: Location = MISSING  # folder of the run
     seed: int = 0  # of everything
     kind: Literal["one", "two"] = "one"  # which
     sizes: tuple[int, ...] = (1, 2)  # a few
-    inputs: list[str] = field(default_factory=list)  # files
+    pair: tuple[int, int] | None = None  # two
+    inputs: list[Location] = field(default_factory=list)  # files
     fast: bool = False  # or slow
     labels: dict[str, str] = field(default_factory=dict)  # by name
+    folders: dict[str, Location] = field(default_factory=dict)  # by name
     inner: Inner = field(default_factory=Inner)
     sources: dict[str, Source] = field(default_factory=dict)  # data sets by name
 
@@ -121,8 +126,10 @@ def test_a_saved_config_loads_back(tmp_path: Path) -> None:
         ("seed=null", "command line: seed=None: expected int"),
         ("kind=three", "command line: kind='three': expected Literal['one', 'two']"),
         ("sizes=[1,x]", "command line: sizes=[1, 'x']: expected tuple[int, ...]"),
-        ("sizes=5", "command line: sizes=5: expected tuple[int, ...]"),
-        ("inputs=a", "command line: inputs='a': expected list[str]"),
+        ("pair=5", "command line: pair=5: expected tuple[int, int] | None"),
+        ("inputs=", "command line: inputs=None: expected list[str]"),
+        ("sources.x=null", "command line: sources.x=null leaves out what is not there; there is nothing"),
+        ("labels.x=null", "command line: labels.x=null leaves out what is not there; there is nothing"),
         ("fast=perhaps", "command line: fast='perhaps': expected bool"),
         ("inner=5", "command line: inner=5: expected a group of keys, such as inner.width"),
         ("sources=[1]", "command line: sources=[1]: expected name: settings"),
@@ -159,6 +166,57 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
     assert load(yaml_file(path, "")) == load()  # an empty file says nothing
 
 
+def test_null_leaves_out_what_a_layer_below_names(tmp_path: Path) -> None:
+    base = yaml_file(tmp_path / "1.yaml", "sources: {a: {path: p, weight: 2}, b: {path: q}}\nlabels: {x: y, z: w}\n")
+    assert load(base, "sources.a=null", "sources.c.path=r", "labels.x=null") == Config(
+        run_dir="run", sources={"b": Source(path="q"), "c": Source(path="r")}, labels={"z": "w"}
+    )
+    assert load(base, "sources.a=null", "sources.a.path=r").sources["a"] == Source(path="r")  # nothing of the old one
+    assert load(base, "sources=null", "labels=null") == load()
+    above = yaml_file(tmp_path / "2.yaml", "sources: {a: null, d: {path: s}}\nlabels: ~\n")
+    assert load(base, above) == Config(run_dir="run", sources={"b": Source(path="q"), "d": Source(path="s")})
+    assert "sources.e=null leaves out what is not there; there is a, b" in refusal(base, "sources.e=null")
+    assert load("labels.x=").labels == {"x": ""}  # empty is a text
+
+
+def test_names_are_what_is_written_whatever_yaml_takes_them_for(tmp_path: Path) -> None:
+    names = ("no", "on", "yes", "1", "1.0", "null", "2024-01-01", "0x1f")
+    written = "".join(f"  {name}: {{path: p}}\n" for name in names)
+    assert tuple(load(yaml_file(tmp_path / "c.yaml", f"sources:\n{written}")).sources) == names
+    assert tuple(load("sources={no: {path: p}, 1: {path: q}}").sources) == ("no", "1")
+    merged = yaml_file(tmp_path / "d.yaml", "sources: {a: &a {path: p, weight: 3}, on: {<<: *a, path: q}}\n")
+    assert load(merged).sources["on"] == Source(path="q", weight=3.0)
+
+
+def test_a_lone_value_is_a_list_of_one(tmp_path: Path) -> None:
+    assert load("inputs=a: b, c", "sizes=5") == load("inputs=['a: b, c']", "sizes=[5]")
+    assert load("inputs={000..099}.tar").inputs == ["{000..099}.tar"]
+    assert load(yaml_file(tmp_path / "c.yaml", "inputs: a\nsizes: 5\n")) == load("inputs=[a]", "sizes=[5]")
+
+
+def test_home_and_variables_are_expanded_in_paths_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/$me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    url = "s3://$bucket/~x"
+    paths = yaml_file(tmp_path / "c.yaml", "run_dir: ~/run\nfolders: {a: $SCRATCH}\nsources: {a: {path: ~/$SCRATCH}}\n")
+    config = load_config(
+        Config, [paths, f"inputs=[{url},~/,a~/b,$SCRATCH/c.tar]", "labels.x=~/$SCRATCH", "inner.name=$5"]
+    )
+    assert config == Config(
+        run_dir="/home/me/run",
+        inputs=[url, "/home/me/", "a~/b", "/scratch/$me/c.tar"],
+        folders={"a": "/scratch/$me"},
+        sources={"a": Source(path="/home/me//scratch/$me")},
+        labels={"x": "~/$SCRATCH"},
+        inner=Inner(name="$5"),
+    )
+    assert load_config(Config, [paths], expand=False).run_dir == "~/run"
+    assert "folders.a=$NOWHERE/x: $NOWHERE is not set in the environment" in refusal("folders.a=$NOWHERE/x")
+    assert "nobody has this home here" in refusal("run_dir=~nobody-of-this-name/x")
+    assert "an environment variable is written $NAME" in refusal("run_dir=${SCRATCH}/x")
+
+
 def test_a_missing_value_is_asked_for() -> None:
     with pytest.raises(ValueError, match=r"run_dir is required: give run_dir=VALUE or set it in config=FILE"):
         load_config(Config, [])
@@ -172,14 +230,16 @@ def test_help_lists_every_option_with_its_comment() -> None:
         ("seed", "int", "0", "of everything"),
         ("kind", "Literal['one', 'two']", "one", "which"),
         ("sizes", "tuple[int, ...]", "(1, 2)", "a few"),
+        ("pair", "tuple[int, int] | None", "None", "two"),
         ("inputs", "list[str]", "[]", "files"),
         ("fast", "bool", "False", "or slow"),
         ("labels", "dict[str, str]", "{}", "by name"),
+        ("folders", "dict[str, str]", "{}", "by name"),
         ("inner.width", "int", "3", "units, > 0"),
         ("inner.share", "float", "0.5", "Of what is kept, in [0, 1]."),
         ("inner.name", "str | None", "None", "null: none"),
         ("sources", "name: settings", "{}", "data sets by name"),
-        ("sources.NAME.path", "str", "(required)", "folder of the source"),
+        ("sources.NAME.path", "str | None", "(required)", "folder of the source"),
         ("sources.NAME.weight", "float", "1.0", "share of all tokens"),
     ]
     for key, type_name, default, comment in options(Config):
@@ -195,6 +255,30 @@ def programs() -> list[str]:
 def test_every_option_of_every_program_is_explained(name: str) -> None:
     schema = importlib.import_module(f"train.{name}").CONFIG
     assert [key for key, _, _, comment in options(schema) if not comment] == []
+
+
+# Texts that name no file: what `~` and `$NAME` stand for in them is their reader's affair.
+TEXTS = {
+    *("weights", "init_weights", "device", "prompt", "prompts", "preview.prompts", "title", "gpu", "log.project"),
+    *("checkpoint.best_metric", "program", "gpus_per_node", "time", "array", "then", "setup", "env", "sbatch"),
+}
+
+
+def hints(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, type) of each leaf, with the mark of a path."""
+    for name, hint in get_type_hints(schema, include_extras=True).items():
+        inner = get_args(hint)[1] if get_origin(hint) is dict else hint
+        if dataclasses.is_dataclass(inner):
+            yield from hints(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(hint)
+
+
+@pytest.mark.parametrize("name", [*(f"train.{name}" for name in programs()), "slurm.launch"])
+def test_every_text_among_the_options_is_a_path_or_is_not(name: str) -> None:
+    """A new option that names a file and is no Location would make a folder called `~`."""
+    for key, hint in hints(importlib.import_module(name).CONFIG):
+        assert key in TEXTS or "'path'" in hint or "Literal" in hint or "str" not in hint.replace("dict[str, ", ""), key
 
 
 def configs() -> list[Path]:
@@ -217,6 +301,7 @@ PROGRAM = '''
 
 from dataclasses import dataclass
 
+from data.storage import Location
 from train.config import load_config, run_program
 
 

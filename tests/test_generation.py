@@ -97,15 +97,28 @@ def test_what_is_not_the_trainings_own_is_refused(drawn: DrawingRun, tmp_path: P
         load(drawn.run_dir, vae=str(tmp_path / "vae"))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(drawn.run_dir, vae=str(tmp_path / "nowhere"))
-    kept = drawn.tokenizer.path.read_bytes()
-    try:
-        train_tokenizer((f"green triangles, {i} of them" for i in range(200)), drawn.tokenizer.path, 290)
-        with pytest.raises(ValueError, match="is not the tokenizer"):
-            load(drawn.run_dir)
-    finally:
-        drawn.tokenizer.path.write_bytes(kept)
+    other = tmp_path / "other.model"
+    train_tokenizer((f"green triangles, {i} of them" for i in range(200)), other, 290)
+    with pytest.raises(ValueError, match=rf"was trained with the tokenizer of hash .* none of {other} "):
+        load(drawn.run_dir, tokenizer=str(other))
     with pytest.raises(ValueError, match="trained on text alone"):
         Generation.of(torch.nn.Linear(1, 1), drawn.tokenizer, None, None, [], None)
+
+
+def test_a_run_that_was_moved_is_read_where_it_lies(drawn: DrawingRun, tmp_path: Path) -> None:
+    """With the tokenizer that it keeps, or one that is named; its config still says the places of then."""
+    moved = shutil.copytree(drawn.run_dir, tmp_path / "moved")
+    for config in moved.glob("checkpoints/*/config.yaml"):
+        assert str(drawn.tokenizer.path) in config.read_text()
+    expected = drawn.tokenizer.path.read_bytes()
+    assert (moved / "tokenizer.model").read_bytes() == expected
+    recipe = load(moved, vae=str(drawn.vae))[1]
+    assert recipe.data.tokenizer == str(moved / "tokenizer.model")
+    (tmp_path / "named.model").write_bytes(expected)
+    recipe = load(moved, tokenizer=str(tmp_path / "named.model"))[1]
+    assert recipe.data.tokenizer == str(tmp_path / "named.model")
+    (moved / "tokenizer.model").unlink()  # of an older version, which kept none
+    assert load(moved)[1].data.tokenizer == str(drawn.tokenizer.path)
 
 
 def test_previews_show_the_prompts_by_the_averaged_weights(drawn: DrawingRun, generation: Generation) -> None:

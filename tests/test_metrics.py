@@ -1,9 +1,6 @@
 """Numbers that mean what their names say (P9), and a logger that cannot stop training (P13)."""
 
-import json
 import socket
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +12,7 @@ from train import metrics
 from train.distributed import Ranks, Vote, alone
 from train.feed import Fed
 from train.flops import Flops
-from train.metrics import Console, Interval, LogConfig, MetricsLog
-from train.run_folder import RunFolder
+from train.metrics import Console, Interval
 from train.signals import StopKind
 from train.step import StepLoss
 
@@ -147,53 +143,3 @@ def test_the_console_warns_once_of_a_stop_that_would_come_too_late(
         words = capsys.readouterr().out
         assert words.count("two saves, 61 s, and the signal comes 60 s before the end") == warned, words
         assert words.count("warning") == warned
-
-
-def _fails(*_: Any, **__: Any) -> None:
-    raise RuntimeError("the network is gone")
-
-
-def test_no_failure_of_wandb_reaches_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """P13: not installed, refusing to start, failing later; each says so once, and metrics.jsonl has every row."""
-    failing_run = SimpleNamespace(define_metric=lambda *_, **__: None, log=_fails, finish=_fails)
-    faults = [
-        None,  # not installed
-        SimpleNamespace(Settings=dict, init=_fails),
-        SimpleNamespace(Settings=dict, init=lambda **_: failing_run),
-    ]
-    rows = [{"step": step, "text_loss": 1.5} for step in (1, 2, 3)]
-    with RunFolder(tmp_path / "run", alone()) as folder:
-        for wandb in faults:
-            monkeypatch.setitem(sys.modules, "wandb", wandb)
-            caplog.clear()
-            log = MetricsLog(LogConfig(wandb="offline"), folder, alone(), {})
-            for row in rows:
-                log.write(row)
-                log.picture(tmp_path / "picture.png", row["step"])
-            log.close()
-            assert caplog.text.count("wandb is off") == 1
-        monkeypatch.setitem(sys.modules, "wandb", None)
-        MetricsLog(LogConfig(), folder, alone(), {}).picture(tmp_path / "picture.png", 1)  # disabled: not looked for
-    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert written == 3 * rows
-
-
-def test_two_runs_in_folders_of_one_name_have_pages_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And a resumed run finds its page again; the id holds nothing that wandb refuses."""
-    asked: list[dict] = []
-
-    def init(**settings: Any) -> Any:
-        asked.append(settings)
-        return SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda: None)
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=init))
-    for parent in ("a", "b", "a"):
-        with RunFolder(tmp_path / parent / "my run: 1", alone()) as folder:
-            MetricsLog(LogConfig(wandb="offline"), folder, alone(), {}).close()
-    first, second, again = (settings["id"] for settings in asked)
-    assert first == again != second
-    assert not set(first) & set("/\\#?%: ")

@@ -16,37 +16,46 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from train.launcher import leave_word
+from train.layers import as_expanded, as_list, each, expanded, lay, parse, read_yaml
+from train.streams import open_streams
 
 Config = TypeVar("Config")
 
 RESOLVE, CHECK = "--resolve", "--check"  # print the resolved config instead; and look at the input before
 NOTICE = "TRANSFUSION_NOTICE_S"  # environment: seconds between a stop signal and the end, where a launcher knows
+HELP = {"--help", "-h", "help"}
 REFUSED = 2  # exit status of a program that refused its config or its input before working
+RULES = """A lone value stands for a list of one. NAME=null leaves out what config=FILE calls NAME in a mapping, such as
+a data source. In paths ~ and $NAME are expanded."""
 
 
-def load_config(schema: type[Config], argv: list[str]) -> Config:
+def load_config(schema: type[Config], argv: list[str], *, expand: bool = True) -> Config:
     """Return `schema` filled from `config=FILE` (any number, later wins) and then `key=value` arguments.
 
+    `expand` replaces `~` and `$NAME` in paths; a config that a run wrote holds none, and is not to read this machine's.
     Raises ValueError naming the key, the value and what was expected; FileNotFoundError for a missing file.
     """
-    files = [argument.removeprefix("config=") for argument in argv if argument.startswith("config=")]
+    files = [expanded("config", a.removeprefix("config=")) for a in argv if a.startswith("config=")]
     overrides = [argument for argument in argv if not argument.startswith("config=")]
     for argument in overrides:
         if "=" not in argument or argument.startswith("-"):
             raise ValueError(f"argument {argument!r} is not of the form key=value; --help lists the keys")
+    layers = [(f"config={path}", read_yaml(path)) for path in files]
+    layers += [("command line", _override(argument, schema)) for argument in overrides]
+    layers = [(origin, each(layer, schema, as_list)) for origin, layer in layers]
+    given = lay(layers, schema)
+    if expand:
+        given = each(given, schema, as_expanded)
     merged = OmegaConf.structured(schema)
     OmegaConf.set_readonly(merged, False)
-    layers = [(f"config={path}", _read_yaml(path)) for path in files]
-    for argument in overrides:
-        layers.append(("command line", _override(argument, schema)))
     try:
-        merged = OmegaConf.merge(merged, *(layer for _, layer in layers))
+        merged = OmegaConf.merge(merged, given)
     except (OmegaConfBaseException, TypeError):
         for origin, layer in layers:
             for key, value in _leaves(layer):  # one by one, slowly, so that the error can name its key
@@ -58,7 +67,8 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
         key = error.full_key
         raise ValueError(f"{key} is required: give {key}=VALUE or set it in config=FILE") from None
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+        remedy = "; an environment variable is written $NAME in a path, ${oc.env:NAME} elsewhere"
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}{remedy}") from None
 
 
 def _refuse_extreme_numbers(merged: Any) -> None:
@@ -72,29 +82,37 @@ def _refuse_extreme_numbers(merged: Any) -> None:
 
 
 def to_yaml(config: Any) -> str:
-    """Render a resolved config so that `config=` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    """Render a resolved config so that `config=` reads it back; raise ValueError for a name that is not UTF-8."""
+    try:
+        return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object!a}: a config is UTF-8, this name is not; rename what it names") from None
 
 
-def run_program(main: Callable[[list[str]], int | None]) -> None:
+def run_program(main: Callable[[list[str]], int | None], *, lasting: bool = False) -> None:
     """Run a program's `main(argv)` and exit; print a user's mistake as one message, without a traceback.
 
     Exit status: main's own (0 when None), 2 for a refusal, 130 for Ctrl-C. `TRACEBACK=1` shows where a refusal arose.
     Where the module says `GROUP = True`, its ranks work together: a refusal of one before they met reaches the others.
     `--resolve` prints the resolved config in place of running; `--check` also lets the module's `check(config)`, where
-    there is one, look at what the program would read: slurm.launch asks before it queues.
+    there is one, look at what the program would read: slurm.launch asks before it queues. `lasting` work goes on when
+    nobody reads its output any more (train/streams.py).
     """
     module = inspect.getmodule(main)
     name = f"{module.__package__ or 'train'}.{Path(module.__file__).stem}"
     argv = sys.argv[1:]
-    if {"--help", "-h", "help"} & set(argv):
+    asked = {RESOLVE, CHECK} & set(argv)
+    open_streams(lasting=lasting and not asked)
+    if HELP & set(argv):
         print(help_text(f"python -m {name}", inspect.getdoc(module) or "", module.CONFIG))
         sys.exit(0)
     try:
-        if {RESOLVE, CHECK} & set(argv):
-            print(_resolved(module, [argument for argument in argv if argument not in (RESOLVE, CHECK)], CHECK in argv))
-            sys.exit(0)
-        sys.exit(main(argv) or 0)
+        if asked:
+            resolved = _resolved(module, [argument for argument in argv if argument not in asked], CHECK in asked)
+            sys.stdout.buffer.write(resolved.encode())  # for programs to read, wherever it is printed
+        status = 0 if asked else main(argv) or 0
+        sys.stdout.flush()
+        sys.exit(status)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
         status = 130
@@ -143,12 +161,19 @@ def _resolved(module: Any, argv: list[str], check: bool) -> str:
     if check and hasattr(module, "check"):
         with redirect_stdout(sys.stderr):
             module.check(config)
-    return to_yaml(config)
+    written = load_config(module.CONFIG, argv, expand=False)
+    expansions = [
+        f"# {key}: {value} stood for {now}\n"
+        for (key, value), (_, now) in zip(*(_leaves(dataclasses.asdict(c)) for c in (written, config)), strict=True)
+        if value != now
+    ]
+    return "".join(expansions) + to_yaml(config)
 
 
 def help_text(command: str, purpose: str, schema: type) -> str:
     """List every option of `schema` with its type, default and comment."""
-    lines = [f"usage: {command} [config=FILE.yaml] [key=value ...]", "", purpose, "", "options (key: type = default):"]
+    usage = f"usage: {command} [config=FILE.yaml] [key=value ...]"
+    lines = [usage, "", purpose, "", RULES, "", "options (key: type = default):"]
     for key, type_name, default, comment in options(schema):
         lines.append(f"  {key}: {type_name} = {default}")
         if comment:
@@ -176,30 +201,15 @@ def options(schema: type, prefix: str = "", defaults: Any = None) -> Iterator[tu
         yield key, _type_name(hint), shown, comments.get(field.name, "")
 
 
-def _read_yaml(path: str) -> dict:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"config={path}: no such file")
-    return _parse(f"config={path}", lambda: OmegaConf.load(path))
-
-
-def _parse(origin: str, load: Callable[[], Any]) -> dict:
-    try:
-        layer = load()
-    except Exception as error:  # the YAML library's own errors share no base with ours
-        raise ValueError(f"{origin}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not OmegaConf.is_dict(layer):
-        raise ValueError(f"{origin}: expected a mapping of keys to values")
-    return OmegaConf.to_container(layer)
-
-
 def _override(argument: str, schema: type) -> dict:
     """Return one `key=value` as a mapping: YAML, but for texts, which are taken as they stand."""
     key, _, value = argument.partition("=")
     expected, parent = (_expected(schema, name) for name in (key, key.rpartition(".")[0]))
-    is_text = expected in ("str", "str | None") or expected == parent == "dict[str, str]"
-    if is_text and value not in ("null", ""):
+    in_mapping = expected == parent == "dict[str, str]"
+    is_text = expected in ("str", "str | None") or in_mapping or (expected == "list[str]" and value[:1] != "[")
+    if is_text and value != "null" and (value or in_mapping):
         return _nested(key, value)
-    return _parse(f"command line: {argument}", lambda: OmegaConf.from_dotlist([argument]))
+    return _nested(key, parse(f"command line: {argument}", value))
 
 
 def _nested(key: str, value: Any) -> dict:
@@ -271,6 +281,8 @@ def _field_comments(schema: type) -> dict[str, str]:
 
 
 def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Union:
+        return " | ".join("None" if part is type(None) else _type_name(part) for part in get_args(hint))
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 

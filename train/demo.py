@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.shards import atomic_write
+from data.storage import Location
 from train.config import load_config, run_program
 
 HERE = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ HERE = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    root: str = "."  # folder in which runs/demo is made
+    root: Location = "."  # folder in which runs/demo is made
     smoke: bool = False  # a minute of every stage at toy length: shows that it runs, not what it learns
     ranks: int = 2  # processes of the stages that run distributed, >= 1
 
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> int:
     fingerprint = ""
     for number, stage in enumerate(todo, start=1):
         mark = folder / "stages" / f"{stage.name.replace(' ', '-')}.json"
-        before = json.loads(mark.read_text()) if mark.is_file() else {}
+        before = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
         fingerprint = _fingerprint(stage, fingerprint)
         head = f"[{number}/{len(todo)}] {stage.name}"
         if before.get("fingerprint") == fingerprint and "seconds" in before:
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> int:
             return status
         seconds[stage.name] = time.monotonic() - start
         _write(mark, {"fingerprint": fingerprint, "seconds": seconds[stage.name]})
-    scores = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    scores = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     summary = {key: scores[key] for key in ("text_to_image", "image_to_text", "heldout")}
     summary["seconds"] = {**seconds, "total": sum(seconds.values())}
     _write(folder / "demo.json", summary)

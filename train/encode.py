@@ -23,7 +23,7 @@ from data.manifest import FILE_NAME, MAX_NAME_BYTES
 from data.raw import SUFFIXES, TAR, RawDocument, input_name, read_raw, suffix_of
 from data.remote import file_version, is_remote, shown
 from data.shards import TEMPORARY_NAME, BadRecords, Record, index_shard, write_shard
-from data.storage import expand, local_copy
+from data.storage import Location, expand, local_copy
 from train.config import load_config, run_program
 from train.encoder import Encoder, EncoderConfig
 from train.launcher import place
@@ -40,14 +40,14 @@ WAIT_S = 2.0  # between looks at what others work on
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig(EncoderConfig):
     # Files of pictures (.tar) or text: paths, folders, globs, {000..099}, http(s)://, s3:// and what fsspec reads.
-    inputs: list[str] = field(default_factory=list)
-    output: str = "runs/latents"  # folder for the shards and manifest.json
+    inputs: list[Location] = field(default_factory=list)
+    output: Location = "runs/latents"  # folder for the shards and manifest.json
     # Share of the data that may be skipped, in [0, 1]: of the records, and of the input's bytes where tars are damaged.
     max_bad_fraction: float = 0.01
     max_failed_files: int = 0  # input files that may hold nothing readable, such as pointers or error pages, >= 0
     lease_timeout_s: float = 60  # seconds without a heartbeat after which another worker takes a file over, >= 1
-    verify: str | None = None  # encoded folder to check instead: checksums, counts, decodable, finite
-    index: str | None = None  # folder of encoded shards to index instead: writes .idx files, sidecars and manifest.json
+    verify: Location | None = None  # encoded folder to check instead: checksums, counts, decodable, finite
+    index: Location | None = None  # folder of encoded shards to index instead: .idx files, sidecars, manifest.json
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -294,4 +294,4 @@ def _place() -> float:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, lasting=True)

@@ -23,6 +23,7 @@ from data.pictures import bucket_sizes, decode_picture
 from data.raw import RawDocument
 from data.remote import FileVersion
 from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record
+from data.storage import Location
 from data.tokenizer import Tokenizer
 from model.vae import load_vae, moments, stated_stats, stride_of, vae_hash
 from train.launcher import place
@@ -33,8 +34,8 @@ AHEAD = 8  # batches of pictures decoded before the VAE wants them, and document
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    tokenizer: str = "runs/tokenizer.model"  # SentencePiece model
-    vae: str | None = None  # diffusers AutoencoderKL: a folder or a hub id; not needed for text
+    tokenizer: Location = "runs/tokenizer.model"  # SentencePiece model
+    vae: Location | None = None  # diffusers AutoencoderKL: a folder or a hub id; not needed for text
     resolution: int = 256  # pixels of a square picture's side, a multiple of the VAE's stride
     # centre: the square in the middle (the paper's). buckets: the nearest of several aspects from 1:2 to 2:1 with at
     # most as many pixels as the square.
@@ -46,7 +47,7 @@ class EncoderConfig:
     # Where the mean and deviation come from by which training whitens latents. vae: the scaling that the VAE's config
     # states; measured: these pictures' latents; auto: vae where the config states other than 1, else measured.
     latent_stats: Literal["auto", "measured", "vae"] = "auto"
-    stats_from: str | None = None  # encoded folder whose latent statistics to take over instead (for held-out data)
+    stats_from: Location | None = None  # encoded folder whose latent statistics to take over (for held-out data)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from data.manifest import Manifest
 from data.pictures import encode_png
 from data.shards import atomic_write
+from data.storage import Location
 from model.sampler import SamplerConfig
 from train.agreement import facts_of
 from train.config import load_config, run_program
@@ -27,10 +28,10 @@ from train.signals import StopSignal
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(GenerationConfig):
-    output: str = "runs/evaluation"  # folder to write
-    scenes: str | None = None  # raw held-out scenes (train.scenes) to draw and to describe; null: no judge
+    output: Location = "runs/evaluation"  # folder to write
+    scenes: Location | None = None  # raw held-out scenes (train.scenes) to draw and to describe; null: no judge
     max_prompts: int = 200  # scenes of each split
-    heldout: dict[str, str] = field(default_factory=dict)  # encoded folders by name, for the held-out losses
+    heldout: dict[str, Location] = field(default_factory=dict)  # encoded folders by name, for the held-out losses
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,22 +12,25 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
+from data.storage import Location
 from model.llama import llama_config, llama_weights
 from train.config import load_config, run_program, to_yaml
 from train.distributed import alone
 from train.output_folder import OutputFolder
-from train.stored import EXPORT_MARK, TOKENIZER_FILE, VAE_FOLDER, WEIGHTS_FILE
+from train.run_folder import TOKENIZER_FILE
+from train.stored import EXPORT_MARK, VAE_FOLDER, WEIGHTS_FILE
 from train.trained import Trained, load_codec
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    checkpoint: str = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
-    output: str = "runs/export"  # folder to write; must be absent, empty or made by this program
+    checkpoint: Location = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
+    output: Location = "runs/export"  # folder to write; must be absent, empty or made by this program
     weights: str = "auto"  # auto: the first EMA if the run kept one; ema: the first; ema-N: of half-life N; model
     format: Literal["transfusion", "llama"] = "transfusion"  # the whole model, or its text side for transformers
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the written weights
-    vae: str | None = None  # AutoencoderKL to copy; null: the one the run names
+    vae: Location | None = None  # AutoencoderKL to copy; null: the one the run names
+    tokenizer: Location | None = None  # SentencePiece model to copy; null: the copy in the run, else the one it names
 
 
 CONFIG = ExportConfig
@@ -35,7 +38,7 @@ CONFIG = ExportConfig
 
 def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
-    trained = Trained.load(config.checkpoint, alone(), config.weights)
+    trained = Trained.load(config.checkpoint, alone(), config.weights, config.tokenizer)
     settings = {"checkpoint": config.checkpoint, "identity": trained.identity, "weights": trained.weights}
     settings |= {"format": config.format, "dtype": config.dtype, "vae": config.vae or trained.recipe.vae}
     output = OutputFolder(config.output, "train.export", EXPORT_MARK, settings)
@@ -62,7 +65,7 @@ def write_transfusion(trained: Trained, output: OutputFolder, dtype: torch.dtype
         codec.save_pretrained(folder / VAE_FOLDER, safe_serialization=True)
     data = replace(trained.recipe.data, tokenizer=TOKENIZER_FILE)
     recipe = replace(trained.recipe, data=data, vae=VAE_FOLDER if codec is not None else None)
-    (folder / "config.yaml").write_text(to_yaml(recipe))
+    (folder / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     return {
         "weights": trained.weights,
         "progress": {"step": trained.step},
@@ -82,7 +85,7 @@ def write_llama(trained: Trained, output: OutputFolder, dtype: torch.dtype, vae:
     folder = output.open_partial()
     weights = {key: tensor.to(dtype) for key, tensor in llama_weights(trained.model).items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(contents, indent=1))
+    (folder / "config.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
     shutil.copyfile(trained.tokenizer.path, folder / TOKENIZER_FILE)
     return {"weights": trained.weights, "progress": {"step": trained.step}}
 

@@ -8,22 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.config import load_config
+from data.storage import Location
 from train.recipe import PretrainConfig
+from train.stored import read_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    run: str = "runs/pretrain"  # run folder of train.pretrain: config.yaml, metrics.jsonl, previews
-    evaluation: str | None = None  # folder of train.evaluate; null: none
-    samples: str | None = None  # folder of train.sample; null: none
-    vae: str | None = None  # AutoencoderKL of the reconstructions; null: the one the run names
-    stages: str | None = None  # folder in which train.demo marks its finished stages; null: none
+    run: Location = "runs/pretrain"  # run folder of train.pretrain: config.yaml, metrics.jsonl, previews
+    evaluation: Location | None = None  # folder of train.evaluate; null: none
+    samples: Location | None = None  # folder of train.sample; null: none
+    vae: Location | None = None  # AutoencoderKL of the reconstructions; null: the one the run names
+    stages: Location | None = None  # folder in which train.demo marks its finished stages; null: none
     num_right: int = 12  # right answers shown of each split, 0 or more; failures are all shown
     num_previews: int = 6  # preview sheets shown, from the first to the last, >= 2
     num_reconstructions: int = 8  # pictures passed through the VAE, 0 or more
     title: str = "Transfusion: training report"  # of the page
-    output: str = "runs/demo/report.html"  # file to write
+    output: Location = "runs/demo/report.html"  # file to write
 
     def __post_init__(self) -> None:
         for name, least in (("num_right", 0), ("num_previews", 2), ("num_reconstructions", 0)):
@@ -54,12 +55,12 @@ def gather(config: ReportConfig, command: str) -> Findings:
     if not any((run / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise ValueError(f"run={run}: not a run folder of train.pretrain, it has neither config.yaml nor metrics.jsonl")
     unreadable: list[str] = []
-    recipe = load_config(PretrainConfig, [f"config={run / 'config.yaml'}"]) if (run / "config.yaml").is_file() else None
+    recipe = read_recipe(run / "config.yaml") if (run / "config.yaml").is_file() else None
     scores = Path(config.evaluation) / "evaluation.json" if config.evaluation else None
     evaluation = None
     if scores is not None and scores.is_file():
         try:
-            evaluation = json.loads(scores.read_text())
+            evaluation = json.loads(scores.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{scores}: damaged ({error}); run train.evaluate again") from None
     return Findings(
@@ -77,7 +78,9 @@ def gather(config: ReportConfig, command: str) -> Findings:
 
 def _seconds(folder: Path) -> dict[str, float]:
     marks = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    found = {path.stem: json.loads(path.read_text()) for path in marks}  # renamed into place: whole or absent
+    found = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in marks
+    }  # renamed into place: whole or absent
     return {name: mark["seconds"] for name, mark in found.items() if "seconds" in mark}  # others only began
 
 

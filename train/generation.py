@@ -13,6 +13,7 @@ import torch
 
 from data.manifest import LatentSpec
 from data.pictures import from_unit, to_unit
+from data.storage import Location
 from data.tokenizer import Tokenizer
 from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
@@ -36,9 +37,10 @@ Progress = Callable[[float], object]  # is told how many rows, or what fraction 
 class GenerationConfig(SamplerConfig):
     """What every program that samples asks for."""
 
-    checkpoint: str = "runs/pretrain"  # a checkpoint; a run folder: its newest that verifies; or an export
+    checkpoint: Location = "runs/pretrain"  # a checkpoint; a run folder: its newest that verifies; or an export
     weights: str = "auto"  # auto: the first EMA if the run kept one; ema: the first; ema-N: of half-life N; model
-    vae: str | None = None  # AutoencoderKL; null: the one the run names
+    vae: Location | None = None  # AutoencoderKL; null: the one the run names
+    tokenizer: Location | None = None  # SentencePiece model; null: the copy in the run or export, else the run's
     seed: int = 0  # of noise and tokens
     device: Device = "auto"  # auto: CUDA if there is any
     dtype: Literal["float32", "bfloat16"] = "float32"  # number format of the model
@@ -71,7 +73,7 @@ class Generation:
 
         Raises FileNotFoundError or ValueError when there is none, or its tokenizer or VAE are not at hand.
         """
-        trained = Trained.load(config.checkpoint, ranks, config.weights)
+        trained = Trained.load(config.checkpoint, ranks, config.weights, config.tokenizer)
         last = trained.recipe.diffusion.num_timesteps - 1
         if config.steps > last + 1 or max(config.guidance_interval or (0,)) > last:
             raise ValueError(

@@ -41,7 +41,7 @@ def memory_of(device: torch.device) -> int:
     """Return the bytes of memory of this rank's device: a GPU's whole, or its share of what the machine has free."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     return free // place().local_world_size
 

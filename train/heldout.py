@@ -17,6 +17,7 @@ from data.documents import OrderConfig
 from data.lanes import SourceConfig
 from data.loader import Loader
 from data.manifest import Manifest
+from data.storage import Location
 from model.diffusion import DiffusionConfig
 from model.vae import LatentStats
 from train.distributed import Ranks
@@ -29,7 +30,7 @@ from train.step import micro_step
 @dataclass(frozen=True, kw_only=True)
 class HeldoutConfig:
     interval_steps: int | None = None  # steps between evaluations, >= 1; null: none during the run
-    heldout: dict[str, str] = field(default_factory=dict)  # encoded folders by name, never trained on
+    heldout: dict[str, Location] = field(default_factory=dict)  # encoded folders by name, never trained on
     lanes: int = 8  # sequences of a batch over all ranks, >= the number of ranks
     max_batches: int | None = None  # of each source, >= 1; null: all of it, each document once
 

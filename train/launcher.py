@@ -100,7 +100,7 @@ def leave_word(reason: str) -> None:
         return
     message = {"message": reason, "extraInfo": {"py_callstack": reason, "timestamp": str(int(time.time()))}}
     try:
-        Path(path).write_text(json.dumps({"message": message}))
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
     except OSError as error:
         print(f"{ERROR_FILE}={path}: {error.strerror}", file=sys.stderr)
 

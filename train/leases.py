@@ -48,13 +48,13 @@ class Leases:
         with contextlib.suppress(FileExistsError):
             self.folder.mkdir()
         try:
-            with open(path, "x") as file:
+            with open(path, "x", encoding="utf-8") as file:
                 file.write(self._owner)
         except FileExistsError:
             if not self._is_stale(name):
                 return False
             taken = path.with_name(f"{path.name}.{os.getpid()}-{socket.gethostname()}")
-            taken.write_text(self._owner)
+            taken.write_text(self._owner, encoding="utf-8")
             os.replace(taken, path)
         self._held.add(name)
         return True
@@ -68,7 +68,7 @@ class Leases:
         """Give the lease of `name` back, unless another took it over."""
         self._held.discard(name)
         with contextlib.suppress(OSError):
-            if self._path(name).read_text(errors="replace") == self._owner:
+            if self._path(name).read_text(errors="replace", encoding="utf-8") == self._owner:
                 self._path(name).unlink()
 
     def _path(self, name: str) -> Path:
@@ -77,7 +77,7 @@ class Leases:
     def _is_stale(self, name: str) -> bool:
         path = self._path(name)
         try:
-            owner, stamp = path.read_text(errors="replace"), path.stat().st_mtime_ns
+            owner, stamp = path.read_text(errors="replace", encoding="utf-8"), path.stat().st_mtime_ns
         except OSError:  # released in this moment
             return True
         host, _, process = owner.partition(" ")
@@ -105,6 +105,6 @@ def _machine() -> str:
 def _start_time(pid: int | str) -> str:
     """Return when a process of this machine started, in ticks since boot; "" if there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):
         return ""

@@ -1,15 +1,13 @@
 """Honest numbers: what is summed between log lines, reduced once an interval, and where it is written (P9, P13).
 
-A row goes to metrics.jsonl first; wandb gets a copy and may fail, hang or be absent without a say in the training.
+A row goes to metrics.jsonl first; wandb gets a copy (train/wandb_page.py).
 """
 
-import hashlib
 import logging
 import os
-import re
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +27,7 @@ from train.flops import Flops
 from train.hardware import find
 from train.run_folder import RunFolder
 from train.step import StepLoss
+from train.wandb_page import WandbPage
 
 SHOWN_LAG = 0.1  # of the time: how long ranks wait for the slowest before the console names it
 
@@ -38,8 +37,10 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     interval_steps: int = 10  # steps between rows of metrics.jsonl, >= 1
-    wandb: Literal["disabled", "offline", "online"] = "disabled"  # offline writes to the run folder only
-    project: str = "transfusion"  # wandb project
+    # null: what the environment's WANDB_MODE says, else disabled. offline: only written down, in the run folder or in
+    # WANDB_DIR; online without a key or a network is offline.
+    wandb: Literal["disabled", "offline", "online"] | None = None
+    project: str | None = None  # wandb project; null: WANDB_PROJECT, else transfusion
 
     def __post_init__(self) -> None:
         if self.interval_steps < 1:
@@ -183,70 +184,31 @@ class Console:
 
 
 class MetricsLog:
-    """Write rows to the run folder and, if asked and able, to wandb; rank 0 only."""
+    """Write rows to the run folder and, if asked and able, to its wandb page; rank 0 only."""
 
     def __init__(self, config: LogConfig, folder: RunFolder, ranks: Ranks, recipe: dict[str, Any]):
         self.folder = folder
-        self._wandb = None
-        if config.wandb != "disabled" and ranks.is_first:
-            self._wandb = _start_wandb(config, folder, recipe)
+        self._page = WandbPage(config.wandb, config.project, folder.path, recipe) if ranks.is_first else None
+        if self._page is not None and self._page.place is not None:
+            say(f"wandb: {self._page.place}")
 
     def write(self, row: dict[str, Any]) -> None:
         self.folder.append_metrics(row)
-        self._copy(lambda run: run.log(row))
+        if self._page is not None:
+            self._page.log(row)
 
     def picture(self, path: os.PathLike, step: int) -> None:
         """Show a saved picture on the run's page."""
-
-        def send(run: Any) -> None:
-            import wandb
-
-            run.log({"preview": wandb.Image(str(path)), "step": step})
-
-        self._copy(send)
+        if self._page is not None:
+            self._page.picture(path, step)
 
     def close(self) -> None:
-        self._copy(lambda run: run.finish())
-        self._wandb = None
-
-    def _copy(self, send: Callable[[Any], object]) -> None:
-        if self._wandb is None:
-            return
-        try:
-            send(self._wandb)
-        except Exception as error:  # a logger may fail in any way; the run goes on without its page
-            log.warning("wandb is off from here on: %s", error)
-            self._wandb = None
+        if self._page is not None:
+            self._page.close()
 
 
 def _memory_gib() -> tuple[float, float]:
     """Return this process's resident memory now, and its device's peak since the last row."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30, device / 2**30
-
-
-def _start_wandb(config: LogConfig, folder: RunFolder, recipe: dict[str, Any]) -> Any:
-    # The same page after a resume, and never that of another run whose folder has the same name.
-    path = folder.path.resolve()
-    run_id = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', path.name)}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    try:
-        import wandb
-
-        settings = wandb.Settings(init_timeout=20, finish_timeout=60, console="off", silent=True, x_disable_stats=True)
-        run = wandb.init(
-            project=config.project,
-            dir=str(folder.path),
-            id=run_id,
-            name=path.name,
-            resume="allow",
-            mode=config.wandb,
-            config=recipe,
-            settings=settings,
-        )
-        run.define_metric("*", step_metric="step")
-        say(f"wandb: {run.url}" if config.wandb == "online" else f"wandb: offline, in {folder.path / 'wandb'}")
-        return run
-    except Exception as error:  # the logger cannot stop training (P13)
-        log.warning("wandb is off: %s; metrics.jsonl has everything", error)
-        return None

@@ -44,7 +44,7 @@ class OutputFolder:
                 "choose another folder or remove it"
             )
         try:
-            made_with = json.loads(mark.read_text())["settings"]
+            made_with = json.loads(mark.read_text(encoding="utf-8"))["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{mark}: not readable ({error!r}); remove {self.path} to make it anew") from None
         if made_with == self.settings:
@@ -68,7 +68,7 @@ class OutputFolder:
     def commit(self, summary: dict[str, Any]) -> None:
         """Write the mark with `summary` and put the finished folder in the place of whatever was there."""
         mark = {"settings": self.settings, **summary}
-        (self.partial / self.mark).write_text(json.dumps(mark, indent=1) + "\n")
+        (self.partial / self.mark).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
         mode = (self.partial / self.mark).stat().st_mode & 0o777
         for file in self.partial.rglob("*"):  # safetensors writes for its owner alone
             if file.is_file():

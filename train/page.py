@@ -68,7 +68,7 @@ def document(title: str, facts: dict[str, Any], sections: Sequence[tuple[str, st
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>\n{Path(__file__).with_suffix('.css').read_text()}</style></head>\n<body>"
+        f"<style>\n{Path(__file__).with_suffix('.css').read_text(encoding='utf-8')}</style></head>\n<body>"
         f"<header><h1>{escape(title)}</h1>{fact_list(facts)}<nav>{links}</nav></header>\n{body}\n</body></html>\n"
     )
 

@@ -210,7 +210,7 @@ def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
 
 def _cpu_flags() -> set[str]:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 

@@ -13,6 +13,7 @@ import torch
 
 from data.dataset import DataConfig, DataSet, open_data
 from data.footprint import loader_bytes
+from data.storage import Location
 from data.tokenizer import Tokenizer
 from train.config import load_config, run_program
 from train.estimate import (
@@ -51,7 +52,7 @@ WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(PretrainConfig):
-    run_dir: str = "runs/plan"  # of the planned run; not touched
+    run_dir: Location = "runs/plan"  # of the planned run; not touched
     # Token ids; null: those of data.tokenizer, or of Llama-2's tokenizer with BOI and EOI if that file is not here.
     vocab_size: int | None = None
     data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer="runs/tokenizer.model"))

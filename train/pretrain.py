@@ -334,4 +334,4 @@ def write_row(run: Run, interval: Interval, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, lasting=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from data.dataset import DataConfig
+from data.storage import Location
 from model.diffusion import DiffusionConfig
 from model.sampler import SamplerConfig
 from model.transfusion import TransfusionConfig
@@ -43,15 +44,15 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    run_dir: str = MISSING  # folder of this run: checkpoints, metrics.jsonl, previews
+    run_dir: Location = MISSING  # folder of this run: checkpoints, metrics.jsonl, previews
     # Where to start. auto: this run's newest checkpoint that verifies, or from scratch; none: from scratch, refused
     # where there are checkpoints; a step: back to this run's checkpoint of it, later ones are put aside; a path: from
     # a checkpoint of another run, until this one has its own.
-    resume: str = "auto"
-    init_from: str | None = None  # weights to start from in place of random ones: a checkpoint, a run or an export
+    resume: Location = "auto"
+    init_from: Location | None = None  # weights to start from in place of random ones: a checkpoint, a run or an export
     init_weights: str = "auto"  # which of them: model, ema, ema-N; auto: the first average, without any the model
     seed: int = 0  # of weights, order, noise and everything else that is drawn
-    vae: str | None = None  # AutoencoderKL, a folder or hub id, to decode previews; must be the data's
+    vae: Location | None = None  # AutoencoderKL, a folder or hub id, to decode previews; must be the data's
     device: Device = "auto"  # auto: CUDA if there is any
     micro_batch_size: int = 8  # sequences a rank runs at once; the global batch stays data.lanes sequences
     deterministic: bool = False  # bit-exact kernels on CUDA too, slower

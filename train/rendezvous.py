@@ -231,7 +231,7 @@ def _listener(port: int) -> str | None:
     """Return the process that listens on a port of this machine, as far as this user may see it."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:] if Path(table).exists() else ():
+        for line in Path(table).read_text(encoding="utf-8").splitlines()[1:] if Path(table).exists() else ():
             local, state, inode = (line.split()[column] for column in (1, 3, 9))
             if state == "0A" and int(local.rpartition(":")[2], 16) == port:
                 inodes.add(f"socket:[{inode}]")

@@ -30,7 +30,7 @@ from train.parallelize import initialize, parallelize, plain_name
 from train.previews import Previews
 from train.profile import Profiler
 from train.recipe import PretrainConfig
-from train.run_folder import RunFolder, write_durably
+from train.run_folder import TOKENIZER_FILE, RunFolder, write_durably
 from train.saver import Saver
 from train.signals import StopSignal, shield_worker
 from train.state import TrainState, fingerprint
@@ -180,6 +180,7 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
         # Rows that a killed attempt wrote after its last checkpoint.
         folder.cut_metrics(state.progress.step, evaluated=bool(state.metrics))
         write_durably(folder.path / "config.yaml", state.recipe.encode())
+        write_durably(folder.path / TOKENIZER_FILE, data.tokenizer.path.read_bytes())
 
     ranks.on_first(settle)
     saver = Saver(folder, config.checkpoint, ranks)

@@ -2,6 +2,7 @@
 
     <run>/.lock           POSIX record lock of rank 0's process; a second copy is refused at once
     <run>/attempt.json    number and token of the newest start; whoever wrote it last owns the folder (P5)
+    <run>/tokenizer.model copy of the one that it trains with, so that the folder can be moved
     <run>/metrics.jsonl   one JSON object a row, each with its `step`
     <run>/bad_updates.jsonl   skipped updates with the documents of their batches, of every attempt (train/guard.py)
     <run>/checkpoints/    see train/checkpoint.py
@@ -26,6 +27,8 @@ from typing import Any
 
 from train.distributed import Ranks
 from train.shared_folder import require_shared
+
+TOKENIZER_FILE = "tokenizer.model"
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data.pictures import decode_picture, encode_png
 from data.shards import BadRecord, atomic_write
+from data.storage import Location
 from train.agreement import facts_of
 from train.config import load_config, run_program
 from train.distributed import Ranks, init_ranks
@@ -32,11 +33,11 @@ SHEET_PICTURES = 200  # at most, so that the sheet can be opened
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(GenerationConfig):
-    output: str = "runs/samples"  # folder to write
+    output: Location = "runs/samples"  # folder to write
     prompt: str | None = None  # one caption to draw; <image> in it stands for the next of `images`
     prompts: list[str] = field(default_factory=list)  # more of them
-    prompts_file: str | None = None  # text file with one a line
-    images: list[str] = field(default_factory=list)  # picture files for the prompts' <image>; the rest is described
+    prompts_file: Location | None = None  # text file with one a line
+    images: list[Location] = field(default_factory=list)  # picture files for the prompts' <image>; others are described
     n: int = 1  # samples a prompt or picture
     interleaved: bool = False  # the model chooses what follows, up to max_new_tokens and max_images; false: one picture
     size: tuple[int, int] | None = None  # [height, width] of drawn pictures in pixels; null: the training data's
@@ -117,7 +118,7 @@ def _requests(config: SampleConfig) -> list[Request]:
     prompts = ([config.prompt] if config.prompt is not None else []) + list(config.prompts)
     if config.prompts_file is not None:
         try:
-            text = Path(config.prompts_file).read_text()
+            text = Path(config.prompts_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"prompts_file={config.prompts_file}: not a readable UTF-8 text file ({error})") from None
         prompts += [line.strip() for line in text.splitlines() if line.strip()]

@@ -20,6 +20,7 @@ from data.pictures import encode_png
 from data.prose import text_documents
 from data.scenes import Example, Splits, held_out_examples, make_splits, training_example
 from data.shards import Record, write_shard
+from data.storage import Location
 from train.config import load_config, run_program
 from train.output_folder import OutputFolder
 
@@ -29,7 +30,7 @@ DOCUMENTS_PER_FILE = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesConfig:
-    output: str = "runs/demo/scenes"  # folder to write; must be absent, empty or made by this program
+    output: Location = "runs/demo/scenes"  # folder to write; must be absent, empty or made by this program
     seed: int = 0  # of pictures, captions and splits; 0 or more
     resolution: int = 32  # pixels a side; a multiple of 8, at least 16
     num_train: int = 20000  # training pictures; 1 or more
@@ -158,7 +159,7 @@ def _shard_name(shard: int) -> str:
 def _write_texts(folder: Path, documents: list[str]) -> None:
     for number, first in enumerate(range(0, len(documents), DOCUMENTS_PER_FILE)):
         lines = (json.dumps({"text": text}) + "\n" for text in documents[first : first + DOCUMENTS_PER_FILE])
-        (folder / f"{number:05d}.jsonl").write_text("".join(lines))
+        (folder / f"{number:05d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Sidecar:
     def origin_of(shard: Path) -> dict | None:
         """Return what a shard's sidecar says it was made of, None where there is none."""
         try:
-            origin = json.loads(sidecar_path(shard).read_text())["origin"]
+            origin = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))["origin"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return origin if isinstance(origin, dict) else None
@@ -74,7 +74,7 @@ class Sidecar:
     def read(cls, shard: Path, origin: dict) -> "Sidecar | None":
         """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin."""
         try:
-            fields = json.loads(sidecar_path(shard).read_text())
+            fields = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))
             sidecar = cls(**{**fields, "entry": ShardEntry(**fields["entry"])})
             if sidecar.origin != origin:
                 return None

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.manifest import LatentSpec
+from data.tokenizer import Tokenizer
 from train import checkpoint
 from train.checkpoint_storage import LISTING
 from train.config import load_config
@@ -30,12 +31,13 @@ from train.distributed import Ranks
 from train.ema import choose, is_label
 from train.local_shards import first_element, local
 from train.recipe import PretrainConfig
+from train.run_folder import TOKENIZER_FILE
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MOST_CHOICES = 20  # of a checkpoint to read, in a run that removes them meanwhile
-WEIGHTS_FILE, TOKENIZER_FILE, VAE_FOLDER, EXPORT_MARK = "model.safetensors", "tokenizer.model", "vae", "export.json"
+WEIGHTS_FILE, VAE_FOLDER, EXPORT_MARK = "model.safetensors", "vae", "export.json"
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ class Stored:
             meta = json.loads(checkpoint.read_extra(folder, checkpoint.META))
         recipe = read_recipe(folder / "config.yaml")
         if exported:  # what its config names lies beside it
-            data = replace(recipe.data, tokenizer=str(folder / TOKENIZER_FILE))
-            recipe = replace(recipe, data=data, vae=recipe.vae and str(folder / VAE_FOLDER))
+            recipe = replace(recipe, vae=recipe.vae and str(folder / VAE_FOLDER))
         if (identity := _identity(folder)) is None:
             raise FileNotFoundError(folder)
         return cls(folder, exported, meta, recipe, identity)
@@ -88,6 +89,26 @@ class Stored:
     def latent_spec(self) -> LatentSpec | None:
         """Return what the model's latents are; None: it was trained on text alone."""
         return LatentSpec(**self.meta["latent_spec"]) if self.meta["latent_spec"] else None
+
+    def tokenizer(self, path: str | None = None) -> Tokenizer:
+        """Return the tokenizer `path`, by default the copy that lies with the weights, else the one that they name.
+
+        Raises ValueError where none of them is the one that the model was trained with.
+        """
+        copies = [folder / TOKENIZER_FILE for folder in (self.folder, self.folder.parent.parent)]
+        places = [path] if path else [*copies, self.recipe.data.tokenizer]
+        found = {str(place): Tokenizer(place) for place in places if Path(place).is_file()}
+        expected = self.meta["fingerprint"]["tokenizer"]
+        for tokenizer in found.values():
+            if tokenizer.hash == expected:
+                return tokenizer
+        tried = ", ".join(
+            f"{place} ({found[place].hash if place in found else 'not there'})" for place in map(str, places)
+        )
+        raise ValueError(
+            f"{self.folder} was trained with the tokenizer of hash {expected}, and that is none of {tried}; name it by "
+            "tokenizer=FILE"
+        )
 
     def read(self, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks) -> str:
         """Read `weights` (see `choose`) into parameters or shards of them, and return which they are. Collective.
@@ -105,9 +126,9 @@ class Stored:
 def read_recipe(path: Path) -> PretrainConfig:
     """Return the config that a run wrote at `path`; raises ValueError for what no run writes."""
     # Written resolved: an interpolation would read this machine's environment (P11).
-    if "${" in path.read_text():
+    if "${" in path.read_text(encoding="utf-8"):
         raise ValueError(f"{path} holds an interpolation (${{...}}), which no run writes")
-    return load_config(PretrainConfig, [f"config={path}"])
+    return load_config(PretrainConfig, [f"config={path}"], expand=False)
 
 
 def read_while_there(
@@ -170,7 +191,7 @@ def _read_mark(folder: Path) -> dict:
     """Return what an export's mark says; raise ValueError for one that is not as train.export writes it."""
     mark = folder / EXPORT_MARK
     try:
-        meta = json.loads(mark.read_text())
+        meta = json.loads(mark.read_text(encoding="utf-8"))
         if meta["settings"]["format"] == "llama":
             raise ValueError("it is a Llama export, the text side for transformers; export with format=transfusion")
         if meta["latent_spec"] is not None:

@@ -9,14 +9,15 @@ from tqdm import tqdm
 
 from data.raw import read_texts
 from data.shards import BadRecords
+from data.storage import Location
 from data.tokenizer import Tokenizer, train_tokenizer
 from train.config import load_config, run_program
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    inputs: list[str] = field(default_factory=list)  # files or folders of .tar, .jsonl and .txt
-    output: str = "runs/tokenizer.model"  # the model file to write
+    inputs: list[Location] = field(default_factory=list)  # files or folders of .tar, .jsonl and .txt
+    output: Location = "runs/tokenizer.model"  # the model file to write
     vocab_size: int = 32000  # pieces, the special ones and 256 byte pieces included, > 264
     max_texts: int = 1_000_000  # texts read for training, from the first file on
     max_bad_fraction: float = 0.01  # share of records, and of the files' bytes, that may be skipped, in [0, 1]

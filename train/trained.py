@@ -1,6 +1,6 @@
 """A trained model in memory, whole on every rank, with what it was trained on: for samplers and evaluations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,28 +28,24 @@ class Trained:
     identity: str  # hash of the contents: another run under the same path and step has another
 
     @classmethod
-    def load(cls, path: str | Path, ranks: Ranks, weights: str = "auto") -> "Trained":
+    def load(cls, path: str | Path, ranks: Ranks, weights: str = "auto", tokenizer: str | None = None) -> "Trained":
         """Load an export, a checkpoint, or the newest of a run that verifies and stays. Collective.
 
-        Raises FileNotFoundError or ValueError when there is none, or its tokenizer is not at hand.
+        `tokenizer`: where it is; None: see Stored.tokenizer. Raises FileNotFoundError or ValueError when there is none.
         """
-        return Stored.use(path, ranks, lambda stored: cls._of(stored, ranks, weights))
+        return Stored.use(path, ranks, lambda stored: cls._of(stored, ranks, weights, tokenizer))
 
     @classmethod
-    def _of(cls, stored: Stored, ranks: Ranks, weights: str) -> "Trained":
+    def _of(cls, stored: Stored, ranks: Ranks, weights: str, tokenizer: str | None) -> "Trained":
         ranks.require_alike({"checkpoint (contents)": stored.identity})
-        tokenizer = Tokenizer(stored.recipe.data.tokenizer)
-        if tokenizer.hash != stored.meta["fingerprint"]["tokenizer"]:
-            raise ValueError(
-                f"{stored.recipe.data.tokenizer} is not the tokenizer that {stored.folder} was trained with"
-            )
+        used = stored.tokenizer(tokenizer)
+        recipe = replace(stored.recipe, data=replace(stored.recipe.data, tokenizer=str(used.path)))
         with torch.device("meta"):
-            model = Transfusion(stored.recipe.model, tokenizer.vocab_size)
+            model = Transfusion(recipe.model, used.vocab_size)
         model.to_empty(device=ranks.device).eval()
         chosen = stored.read(weights, {name: parameter.data for name, parameter in model.named_parameters()}, ranks)
         grids = [tuple(grid) for grid in stored.meta["grids"]]
-        of_stored = stored.recipe, stored.latent_spec, grids, stored.step, chosen, stored.identity
-        return cls(model, tokenizer, *of_stored)
+        return cls(model, used, recipe, stored.latent_spec, grids, stored.step, chosen, stored.identity)
 
 
 def load_codec(vae: str | None, spec: LatentSpec) -> torch.nn.Module:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data.pictures import decode_picture, to_unit
 from data.raw import TAR, picture_of
 from data.shards import BadRecord, BadRecords, read_shard
-from data.storage import expand
+from data.storage import Location, expand
 from model.perceptual import Lpips, load_lpips
 from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, kl_nats, moments, sample_latents, vae_hash
 from train.agreement import facts_of
@@ -46,9 +46,9 @@ DEFAULT_OPTIM = OptimConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class VaeTrainConfig:
-    inputs: list[str] = field(default_factory=list)  # .tar shards with pictures, or folders of them
-    heldout: list[str] = field(default_factory=list)  # the same, for the error that vae.json states; none: training's
-    output: str = "runs/vae"  # folder to write; must be absent, empty or made by this program
+    inputs: list[Location] = field(default_factory=list)  # .tar shards with pictures, or folders of them
+    heldout: list[Location] = field(default_factory=list)  # the same, for the error in vae.json; none: training's
+    output: Location = "runs/vae"  # folder to write; must be absent, empty or made by this program
     resolution: int = 256  # pixels a side of the square pictures; a multiple of the model's stride
     max_pictures: int = 50_000  # pictures kept in memory, the first ones of `inputs`; at 256 pixels 0.2 MB each
     max_bad_fraction: float = 0.01  # share of records, and of the shards' bytes, that may be skipped, in [0, 1]
@@ -267,7 +267,7 @@ class Training:
         self.rows.append(row)
         if self.ranks.is_first:
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-            (self.output.partial / "metrics.jsonl").write_text(lines)
+            (self.output.partial / "metrics.jsonl").write_text(lines, encoding="utf-8")
         skipped = max(self.optimizer.guard.in_a_row, self.loss.skipped_in_a_row)
         if skipped >= self.optimizer.guard.config.max_bad_in_a_row:
             raise Diverged(
@@ -370,4 +370,4 @@ def _crc32(files: list[Path]) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, lasting=True)

@@ -21,6 +21,7 @@ import numpy as np
 from data.manifest import LatentSums
 from data.remote import shown
 from data.shards import BadRecords, atomic_write
+from data.storage import Location
 from train.charts import ACCENT, LINE, SOFT, figure, label
 from train.checkpoint_page import view_checkpoints
 from train.config import load_config, run_program
@@ -40,17 +41,17 @@ QUANTILES = {"shortest": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    shards: str | None = None  # folder of train.encode or its URL, or one shard in it (FOLDER/00012.tar)
-    checkpoint: str | None = None  # instead of shards: a run folder, a folder of checkpoints, or one checkpoint
+    shards: Location | None = None  # folder of train.encode or its URL, or one shard in it (FOLDER/00012.tar)
+    checkpoint: Location | None = None  # instead of shards: a run folder, a folder of checkpoints, or one checkpoint
     verify: bool = True  # read every byte of the checkpoints against their checksums; false: trust them
     json: bool = False  # print one JSON object instead of text
-    vae: str | None = None  # AutoencoderKL that encoded the pictures; null: latents in false colours
-    tokenizer: str | None = None  # SentencePiece model of the token ids; null: captions from the records' json
+    vae: Location | None = None  # AutoencoderKL that encoded the pictures; null: latents in false colours
+    tokenizer: Location | None = None  # SentencePiece model of the token ids; null: captions from the records' json
     n: int = 32  # documents shown, 1 to 1000
     seed: int = 0  # of the choice of documents
     patch_size: int = 2  # latent cells a side of an image token, as in the model to be trained; 1 or more
     sequence_length: int = 4096  # tokens of a training sequence: longer documents are counted; 1 or more
-    output: str = "runs/view"  # folder to write index.html and sheet.png into
+    output: Location = "runs/view"  # folder to write index.html and sheet.png into
 
     def __post_init__(self) -> None:
         if (self.shards is None) == (self.checkpoint is None):
