@@ -3,6 +3,7 @@
     <export>/model.safetensors   all parameters by name, unsharded
              config.yaml         the run's resolved config; `config=` reads it back
              tokenizer.model, vae/   copies of what the run names
+             trained.keys        which records it was trained on, or a sample (train/trained_records.py)
              export.json         step, latent spec, grids, hashes; written last
 
 Either is read on any number of ranks, into whole parameters or into shards.
@@ -30,6 +31,7 @@ from train.distributed import Ranks
 from train.ema import choose, is_label
 from train.local_shards import first_element, local
 from train.recipe import PretrainConfig
+from train.trained_records import TRAINED_FILE, TrainedRecords
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Stored:
     meta: dict  # what train/state.py writes beside the tensors: progress, fingerprint, latent_spec, grids
     recipe: PretrainConfig
     identity: str  # a hash of the contents: another run under the same path and step has another
+    trained: TrainedRecords | None  # what it was trained on; None: an earlier version did not say
 
     @classmethod
     def use(cls, path: str | Path, ranks: Ranks, use: Callable[["Stored"], T], key: str = "checkpoint") -> T:
@@ -78,7 +81,7 @@ class Stored:
             recipe = replace(recipe, data=data, vae=recipe.vae and str(folder / VAE_FOLDER))
         if (identity := _identity(folder)) is None:
             raise FileNotFoundError(folder)
-        return cls(folder, exported, meta, recipe, identity)
+        return cls(folder, exported, meta, recipe, identity, stored_records(folder))
 
     @property
     def step(self) -> int:
@@ -87,7 +90,7 @@ class Stored:
     @property
     def latent_spec(self) -> LatentSpec | None:
         """Return what the model's latents are; None: it was trained on text alone."""
-        return LatentSpec(**self.meta["latent_spec"]) if self.meta["latent_spec"] else None
+        return LatentSpec.parse(self.meta["latent_spec"]) if self.meta["latent_spec"] else None
 
     def read(self, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks) -> str:
         """Read `weights` (see `choose`) into parameters or shards of them, and return which they are. Collective.
@@ -100,6 +103,28 @@ class Stored:
         else:
             checkpoint.load(self.folder, {chosen: dict(parameters)}, ranks)
         return chosen
+
+
+def stored_records(folder: Path) -> TrainedRecords | None:
+    """Return which records the model of a checkpoint or an export was trained on; None: an earlier version wrote it."""
+    path = folder / TRAINED_FILE
+    if not path.is_file():
+        return None
+    exported = (folder / EXPORT_MARK).is_file()
+    return TrainedRecords.from_bytes(path.read_bytes() if exported else checkpoint.read_extra(folder, TRAINED_FILE))
+
+
+def stored_spec(path: Path) -> LatentSpec | None:
+    """Return the latent spec of an export, a checkpoint, or a run's newest, from what lies beside the weights alone.
+
+    Raises FileNotFoundError where there is none, ValueError for what is not readable.
+    """
+    if (path / EXPORT_MARK).is_file():
+        meta = _read_mark(path)
+    else:
+        folder = next((root[-1] for root in map(checkpoint.saved, (path / "checkpoints", path)) if root), path)
+        meta = json.loads(checkpoint.read_extra(folder, checkpoint.META))
+    return LatentSpec.parse(meta["latent_spec"]) if meta["latent_spec"] else None
 
 
 def read_recipe(path: Path) -> PretrainConfig:
@@ -174,7 +199,7 @@ def _read_mark(folder: Path) -> dict:
         if meta["settings"]["format"] == "llama":
             raise ValueError("it is a Llama export, the text side for transformers; export with format=transfusion")
         if meta["latent_spec"] is not None:
-            LatentSpec(**meta["latent_spec"])
+            LatentSpec.parse(meta["latent_spec"])
         for h, w in meta["grids"]:
             if min(h, w) < 1:
                 raise ValueError(f"latent grid {h}x{w}")
