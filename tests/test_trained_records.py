@@ -70,7 +70,7 @@ def _check(ranks: Ranks, sources: list[Path], held: Path) -> tuple[bytes, str]:
 
 
 def test_a_record_in_a_hundred_is_chance_and_more_is_refused_alike_on_any_ranks(
-    tmp_path: Path, tokenizer: Tokenizer
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     documents = pairs(200) + texts(300, lengths=(20, 40))
     train = [make_source(tmp_path / "a", tokenizer, documents[:200], shard_sizes=[7, 80, 113])]
@@ -80,6 +80,7 @@ def test_a_record_in_a_hundred_is_chance_and_more_is_refused_alike_on_any_ranks(
         mixed = documents[198 : 198 + shared] + fresh[shared:]
         held = make_source(tmp_path / f"held{shared}", tokenizer, mixed, shard_sizes=[100, 300])
         found = _check(alone(), train, held)
+        assert ("held: 1 % of its documents are training data too" in capsys.readouterr().out) == (shared == 4)
         assert shared != 5 or run_ranks(_check, 3, train, held) == [found] * 3
         assert ("held-out source held: 1 % of the documents" in found[1]) == (shared == 5)
 

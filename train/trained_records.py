@@ -54,7 +54,7 @@ class TrainedRecords:
 
         parts = _over_shards(read, sources, ranks)
         carried, found = (_sorted(part[i] for part in parts) for i in (0, 1))
-        cls(found)._refuse_shared(held, heldout)
+        cls(found)._refuse_shared(held, heldout, ranks)
         return cls(carried, bound)
 
     def __or__(self, other: "TrainedRecords") -> "TrainedRecords":
@@ -63,9 +63,9 @@ class TrainedRecords:
 
     def check(self, heldout: dict[str, str], ranks: Ranks) -> None:
         """Raise ValueError for a folder of `heldout`, by name, that holds records trained on. Collective."""
-        self._refuse_shared(_read_heldout(heldout, ranks), heldout)
+        self._refuse_shared(_read_heldout(heldout, ranks), heldout, ranks)
 
-    def _refuse_shared(self, held: dict[str, np.ndarray], folders: dict[str, str]) -> None:
+    def _refuse_shared(self, held: dict[str, np.ndarray], folders: dict[str, str], ranks: Ranks) -> None:
         for name, keys in held.items():
             covered = keys <= np.uint64(self.bound)
             shared = covered & np.isin(keys, self.keys)
@@ -77,6 +77,8 @@ class TrainedRecords:
                     f"training data too, such as document {int(shared.any(1).argmax())}; expected none (by chance at "
                     f"most {100 * SHARED:.0f} %): name data that the run does not train on"
                 )
+            if share and ranks.is_first:
+                say(f"held-out source {name}: {100 * share:.2g} % of its documents are training data too, by chance")
 
     def to_bytes(self) -> bytes:
         return np.concatenate([np.array([self.bound], "<u8"), self.keys.astype("<u8")]).tobytes()
