@@ -12,7 +12,7 @@ import io
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -168,10 +168,13 @@ def sizes_of(document: Document) -> tuple[int, list[tuple[int, int]]]:
 def arrange(document: Document, config: OrderConfig, *origin: int) -> Document:
     """Draw caption order and caption dropout of an image-caption document from `origin`; leave others as they are.
 
-    `origin` is (seed, epoch, source, shard, record). An image that comes before its caption is marked: its noise is
-    capped (the paper, section 4.1: t <= 500 there, so that captions are learnt from pictures one can see).
+    `origin` is (seed, epoch, source, shard, record). An image that comes before its caption is marked: its noise may be
+    capped (the paper, section 4.3.4: captions are learnt from pictures one can see). So is that of a document which is
+    an image and then a text by itself; ours: in longer ones a text describes the image after it, and none is capped.
     """
     kinds = [type(segment) for segment in document.segments]
+    if kinds == [ImageSegment, TextSegment]:
+        return Document((replace(document.segments[0], before_caption=True), document.segments[1]))
     if kinds != [TextSegment, ImageSegment]:
         return document
     order_draw, dropout_draw = uniforms("caption", *origin, count=2)
@@ -180,7 +183,7 @@ def arrange(document: Document, config: OrderConfig, *origin: int) -> Document:
         return Document((image,))
     if order_draw < config.caption_first:
         return document
-    return Document((ImageSegment(image.moments, before_caption=True), caption))
+    return Document((replace(image, before_caption=True), caption))
 
 
 def _digest(parts: tuple[int | str, ...], size: int) -> bytes:

@@ -7,7 +7,7 @@ shuffle blocks are never held: a block is an order of positions.
 from data.dataset import DataConfig, DataSet
 from data.lanes import lanes_of_rank
 
-INDEX_BYTES = 48  # a record with one image, in an index
+INDEX_BYTES = 56  # a record with one image, in an index
 TOKEN_BYTES = 48  # a token of a packed row
 MOMENT_BYTES, DRAW_BYTES = 2, 4  # a latent cell's numbers: mean and log variance, noise and posterior noise
 

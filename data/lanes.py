@@ -373,9 +373,9 @@ class Lane:
             return None
 
 
-def lanes_of_rank(rank: int, world_size: int, lanes: int) -> range:
-    """Return the lanes a rank owns; any world size up to the number of lanes."""
-    if world_size > lanes:
+def lanes_of_rank(rank: int, world_size: int, lanes: int, may_idle: bool = False) -> range:
+    """Return the lanes a rank owns; any world size up to the number of lanes, or with ranks that own none."""
+    if world_size > lanes and not may_idle:
         raise ValueError(f"{world_size} ranks, but data.lanes={lanes}: use at most one rank a lane, or more lanes")
     return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
 

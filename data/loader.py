@@ -103,10 +103,11 @@ class Loader:
         states: dict[int, dict] | None = None,
         pin_memory: bool = False,
         worker_init_fn: Callable[[int], None] | None = None,  # runs first in each loader process
+        may_idle: bool = False,  # more ranks than lanes: those without one get empty batches
     ):
         self.data, self.config, self.pin_memory = data, config, pin_memory
         self._worker_init_fn = worker_init_fn
-        self.lanes = lanes_of_rank(rank, world_size, config.lanes)
+        self.lanes = lanes_of_rank(rank, world_size, config.lanes, may_idle)
         most = -(-config.lanes // world_size)  # rows of the fullest rank: all ranks run as many micro-steps
         self.micro_batch_size = min(micro_batch_size, most)
         self.micro_steps = -(-most // self.micro_batch_size)

@@ -47,6 +47,16 @@ class LatentSpec:
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std) > 0):
             raise ValueError(f"latent mean {self.mean}, std {self.std}: expected finite numbers and std > 0")
 
+    @classmethod
+    def parse(cls, fields: dict) -> "LatentSpec":
+        """Return the spec of its fields as JSON gives them back."""
+        return cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
+
+    @property
+    def statistics(self) -> dict[str, str]:
+        """Return what whitens these latents, by name, to six digits: weights know latents whitened alike only."""
+        return {f"latent {name}": str([float(f"{x:.6g}") for x in getattr(self, name)]) for name in ("mean", "std")}
+
 
 @dataclass
 class LatentSums:
@@ -201,7 +211,7 @@ class Manifest:
                 raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
             spec = fields.pop("latent_spec")
             if spec is not None:
-                spec = LatentSpec(**{**spec, "mean": tuple(spec["mean"]), "std": tuple(spec["std"])})
+                spec = LatentSpec.parse(spec)
             shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
             manifest = cls(store=store, latent_spec=spec, shards=shards, **fields)
             if type(manifest.vocab_size) is not int or manifest.vocab_size < 1:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from xxhash import xxh3_64
 
 from data.bad_records import BadRecord, BadRecords
 from data.npz import write_npz
@@ -51,19 +52,31 @@ class ShardIndex:
 
     spans int64 [R, 3]: byte offset, byte length, crc32 of those bytes. text_tokens int64 [R].
     grid_starts int64 [R + 1] into grids int32 [G, 2]: latent (h, w) of each record's images.
+    contents uint64 [R]: `content_key` of each record; None in an index that was written before there were such.
     """
 
     spans: np.ndarray
     text_tokens: np.ndarray
     grid_starts: np.ndarray
     grids: np.ndarray
+    contents: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def save(self, path: Path) -> None:
         with atomic_write(path) as file:
-            write_npz(file, vars(self))
+            write_npz(file, {name: array for name, array in vars(self).items() if array is not None})
+
+    @property
+    def sums(self) -> np.ndarray:
+        """Return uint64 [R]: crc32 and length of each record's bytes, its name among them."""
+        return self.spans[:, 2].astype(np.uint64) << np.uint64(32) | self.spans[:, 1].astype(np.uint64)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Return uint64 [R]: what each record is known by, the best that there is."""
+        return self.sums if self.contents is None else self.contents
 
     @classmethod
     def parse(cls, data: bytes, where: str, crc32: int | None = None) -> "ShardIndex":
@@ -83,6 +96,7 @@ class ShardIndex:
                     text_tokens=_saved_array(archive, "text_tokens", "<i8"),
                     grid_starts=_saved_array(archive, "grid_starts", "<i8"),
                     grids=_saved_array(archive, "grids", "<i4", 2),
+                    contents=_saved_array(archive, "contents", "<u8") if "contents.npy" in archive.namelist() else None,
                 )
             index._check()
         except _NOT_ARRAYS as error:
@@ -93,6 +107,8 @@ class ShardIndex:
         records, images, starts = len(self.spans), len(self.grids), self.grid_starts
         if len(self.text_tokens) != records:
             raise ValueError(f"{len(self.text_tokens)} counts of text tokens for {records} records")
+        if self.contents is not None and len(self.contents) != records:
+            raise ValueError(f"{len(self.contents)} keys of contents for {records} records")
         if len(starts) != records + 1 or starts[0] != 0 or starts[-1] != images or (np.diff(starts) < 0).any():
             raise ValueError(f"grid_starts do not cut {images} images into {records} records")
         cells = self.grids.astype(np.int64).prod(axis=1)
@@ -180,7 +196,7 @@ def index_shard(
 
     `sizes_of` gives a record's text tokens and image grids, or raises BadRecord: an index vouches for what it lists.
     """
-    spans, text_tokens, counts, grids = [], [], [0], []
+    spans, text_tokens, counts, grids, contents = [], [], [0], [], []
     with open(path, "rb") as file:
         for offset, length, record in _records(file, str(path), bad):
             try:
@@ -190,6 +206,7 @@ def index_shard(
                 continue
             spans.append((offset, length, zlib.crc32(_read_span(_reader(file), offset, length, str(path)))))
             text_tokens.append(tokens)
+            contents.append(content_key(record))
             grids.extend(record_grids)
             counts.append(len(grids))
     return ShardIndex(
@@ -197,7 +214,17 @@ def index_shard(
         text_tokens=np.array(text_tokens, dtype=np.int64),
         grid_starts=np.array(counts, dtype=np.int64),
         grids=np.array(grids, dtype=np.int32).reshape(-1, 2),
+        contents=np.array(contents, dtype=np.uint64),
     )
+
+
+def content_key(record: Record) -> int:
+    """Return a 64-bit hash of what a record holds: the same whatever its key and the JSON that is kept for people."""
+    digest = xxh3_64()
+    for name in sorted(record.keys() - {"__key__", "json"}):
+        digest.update(f"{name} {len(record[name])} ".encode())
+        digest.update(record[name])
+    return digest.intdigest()
 
 
 def read_at(read: Read, span: np.ndarray, where: str) -> Record:

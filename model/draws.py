@@ -14,6 +14,10 @@ class Draws(Protocol):
         """Return f32 [C, h, w]: the start of a picture at step 0, a sampler's own noise at step 1, 2, ..."""
         ...
 
+    def posterior(self, index: int, image: int, shape: tuple[int, ...]) -> Tensor:
+        """Return f32 [C, h, w]: what picture number `image` of a prompt is drawn from its posterior with."""
+        ...
+
     def uniform(self, index: int, token: int) -> float:
         """Return a number in [0, 1) that decides the row's sampled token number `token`."""
         ...
@@ -26,11 +30,16 @@ class SeededDraws:
         self.seed = seed
 
     def noise(self, index: int, image: int, step: int, shape: tuple[int, ...]) -> Tensor:
-        generator = torch.Generator().manual_seed(self._hash("noise", index, image, step) >> 1)
-        return torch.randn(shape, generator=generator)
+        return self._normal(shape, "noise", index, image, step)
+
+    def posterior(self, index: int, image: int, shape: tuple[int, ...]) -> Tensor:
+        return self._normal(shape, "posterior", index, image)
 
     def uniform(self, index: int, token: int) -> float:
         return (self._hash("uniform", index, token) >> 11) / 2**53
+
+    def _normal(self, shape: tuple[int, ...], *parts: int | str) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(self._hash(*parts) >> 1))
 
     def _hash(self, *parts: int | str) -> int:
         text = "/".join(str(part) for part in (self.seed, *parts))

@@ -124,6 +124,15 @@ def generate(
     return [row.segments() for row in decoding.rows]
 
 
+def first_step_error(config: SamplerConfig, diffusion: DiffusionConfig) -> float:
+    """Return how many times the first denoising step multiplies an error of the predicted noise (by DDIM)."""
+    table = alphas_cumprod(diffusion.num_timesteps).tolist()
+    first, *rest = sampling_timesteps(config.steps, config.spacing, diffusion.num_timesteps)
+    error, none = torch.ones(1), torch.zeros(1)
+    x0, eps = to_x0_and_eps(error, none, table[first], "eps")
+    return ddim_step(x0, eps, table[first], table[rest[0]] if rest else 1.0, 0.0, None).abs().item()
+
+
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
     """Return int64 [R] from logits [R, V]: nucleus sampling by the inverse of the cumulative, at `uniforms` [R]."""
     if temperature == 0:

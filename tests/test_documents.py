@@ -122,7 +122,10 @@ def test_an_interleaved_document_keeps_its_order() -> None:
         for segment, given in zip(document.segments, [s for s in segments if s.size], strict=True):
             found = segment.moments if isinstance(segment, ImageSegment) else segment.token_ids
             assert np.array_equal(found, given)
-        assert arrange(document, OrderConfig(caption_first=0, caption_dropout=1), 0, 0, 0, 0, 0) is document
+        arranged = arrange(document, OrderConfig(caption_first=0, caption_dropout=1), 0, 0, 0, 0, 0)
+        assert layout(arranged) == expected, "nothing is dropped"
+        capped = [s.before_caption for s in arranged.segments if isinstance(s, ImageSegment)]
+        assert any(capped) == (expected == "image text"), "an image whose text follows it is before its caption"
 
 
 def test_an_interleaved_record_that_contradicts_itself_is_refused() -> None:
@@ -179,7 +182,7 @@ def test_shares_of_zero_and_one_are_exact(config: OrderConfig, expected: str) ->
 def test_other_documents_are_left_as_they_are() -> None:
     always = OrderConfig(caption_first=0, caption_dropout=1)
     text, image = TextSegment(TOKENS), ImageSegment(MOMENTS)
-    for segments in ((text,), (image,), (text, image, text), (image, text), (text, image, image)):
+    for segments in ((text,), (image,), (text, image, text), (image, text, image), (text, image, image)):
         assert arrange(Document(segments), always, 1) == Document(segments)
 
 

@@ -10,19 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
+from data.documents import Document, ImageSegment, TextSegment
+from data.loader import draw_images
 from data.manifest import Manifest
+from data.packing import IGNORE, collate, lay_out, pack
 from data.scenes import Shape, Verdict, held_out_examples, make_splits
 from data.shards import write_shard
-from data.tokenizer import Tokenizer
+from data.tokenizer import SpecialIds, Tokenizer
 from model.sampler import SamplerConfig
 from tests.ranks import ProgramRanks, run_ranks
 from tests.runs import DrawingRun
 from tests.sources import make_source, pairs, texts
-from train import evaluate
-from train.distributed import Ranks, alone
+from train import checkpoint, evaluate, export
+from train.distributed import Ranks
 from train.evaluation import SceneItem, judge_captions, judge_drawings, read_scenes, shares
 from train.generation import Generation, GenerationConfig
-from train.heldout import Heldout, HeldoutConfig, check_disjoint
+from train.heldout import KINDS, Heldout, HeldoutConfig, captions_alone
 from train.scenes import _held_out_records
 from train.signals import StopSignal
 
@@ -131,6 +134,7 @@ def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_noth
     sources = {
         "pairs": str(_heldout_pairs(tmp_path / "pairs", drawn)),
         "texts": str(make_source(tmp_path / "texts", tokenizer, texts(20, seed=9))),
+        "few": str(make_source(tmp_path / "few", tokenizer, texts(2, seed=9))),
     }
     by_world_size = [run_ranks(_heldout, world_size, drawn.run_dir, sources) for world_size in (1, 3)]
     first = by_world_size[0][0]
@@ -138,27 +142,69 @@ def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_noth
         for found in of_ranks:
             for losses, expected in zip(found, first, strict=True):
                 assert _with_nan(losses) == pytest.approx(_with_nan(expected), rel=1e-5, nan_ok=True)
-    trained_pairs, trained_texts, pairs_loss, texts_loss = first
-    for losses in (pairs_loss, texts_loss):
+    trained_pairs, trained_texts, _, pairs_loss, texts_loss, few_loss = first
+    for losses in (pairs_loss, texts_loss, few_loss):
         assert losses["text_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
+    assert pairs_loss["captioning_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
     assert pairs_loss["image_loss"] == pytest.approx(1.0, abs=5 * math.sqrt(2 / (30 * 2 * 64)))
-    assert texts_loss["image_loss"] is None and trained_texts["image_loss"] is None
-    assert trained_pairs["text_loss"] != pairs_loss["text_loss"]
+    assert [trained_texts[kind] is None for kind in KINDS] == [False, True, True]
+    assert trained_pairs["captioning_loss"] != trained_pairs["text_loss"] != pairs_loss["text_loss"]
+    words = np.concatenate([tokens for tokens, _ in pairs(30, seed=9)])  # at random, so that some are BOI
+    counts = {"documents": 30, "images": 30, "text_targets": len(words) + 30 * len(("BOI", "EOS"))}
+    counts["caption_targets"] = (words != tokenizer.special.boi).sum() + 30 * len(("EOS",))
+    assert counts.items() <= pairs_loss.items() and few_loss["documents"] == 2
+
+
+def test_captioning_is_measured_on_captions_of_pictures_that_come_first_and_on_nothing_else() -> None:
+    """Not on texts, on what follows a picture within a longer document, or on the BOI that announces a picture."""
+    special = SpecialIds(bos=2, eos=3, boi=4, eoi=5, pad=0)
+    text, image = TextSegment(np.arange(6, 9)), ImageSegment(np.zeros((4, 4, 4), np.float16))
+    documents = [(text,), (image, text), (text, image, text), (image,), (image, text, image)]
+    pieces = [lay_out(Document(segments), special, 2) for segments in documents]
+    rows = [pack(pieces[:3], 64, special.pad), pack(pieces[3:], 64, special.pad)]
+    draws = [draw_images(0, 1, lane, row) for lane, row in enumerate(rows)]
+    batch = collate(rows, draws, 2)
+    kept = captions_alone(batch, special.boi)
+    targets = kept.text_targets[kept.text_targets != IGNORE].tolist()
+    assert targets == [6, 7, 8, 3, 3, 6, 7, 8, 3] and kept.num_text_targets == 9
+    assert batch.num_text_targets > 9 and torch.equal(kept.input_ids, batch.input_ids)
 
 
 def _with_nan(losses: dict[str, float | None]) -> dict[str, float]:
     return {name: math.nan if loss is None else loss for name, loss in losses.items()}
 
 
-def test_heldout_data_inside_the_training_data_is_refused(
-    drawn: DrawingRun, tmp_path: Path, tokenizer: Tokenizer
+def _evaluate(argv: list[str], log: Path, world_size: int | None = None) -> tuple[set[int | None], str]:
+    with ProgramRanks(evaluate.main, argv, world_size, log) as run:
+        return set(run.wait()), run.output
+
+
+def test_an_export_is_evaluated_where_its_training_data_is_not_and_still_knows_it(
+    drawn: DrawingRun, tmp_path: Path
 ) -> None:
-    """P10: the same shard under another name and in another folder is still the same."""
-    trained = Generation.load(GenerationConfig(checkpoint=str(drawn.run_dir)), alone())[1].data
-    check_disjoint(trained, {"fresh": str(make_source(tmp_path / "fresh", tokenizer, pairs(8, seed=5)))})
-    twin = make_source(tmp_path / "twin", tokenizer, pairs(40, grids=[(8, 8)])[:20])
-    with pytest.raises(ValueError, match=r"twin/00000\.tar is training data too"):
-        check_disjoint(trained, {"held": str(twin)})
+    """P10: the export names its data by fingerprint; its records in other shards are refused."""
+    folder, output = tmp_path / "export", tmp_path / "output"
+    export.main([f"checkpoint={drawn.run_dir}", f"output={folder}"])
+    recipe = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(recipe.replace(str(drawn.data), "/nowhere/data"))
+    held, codec = _heldout_pairs(tmp_path / "held", drawn), Manifest.load(drawn.data).latent_spec.vae_hash
+    twin = make_source(
+        tmp_path / "twin", drawn.tokenizer, pairs(40, grids=[(8, 8)]), shard_sizes=[13, 27], vae_hash=codec
+    )
+    argv = [f"checkpoint={folder}", f"output={output}", "device=cpu"]
+    statuses, said = _evaluate([*argv, f"heldout.fresh={held}"], tmp_path / "fresh.log")
+    assert statuses == {0}, said
+    data = json.loads((output / "evaluation.json").read_text())["data"]
+    assert data["training"]["pairs"] == {
+        "path": "/nowhere/data",
+        "fingerprint": Manifest.load(drawn.data).content_hash,
+    }
+    assert data["heldout"]["fresh"] == {"path": str(held), "fingerprint": Manifest.load(held).content_hash}
+    statuses, said = _evaluate([*argv, f"heldout.twin={twin}"], tmp_path / "twin.log")
+    assert statuses == {2} and "held-out source twin: 100 % of the documents" in said
+    (folder / "trained.keys").unlink()  # as an earlier version exported it
+    statuses, said = _evaluate([*argv, f"heldout.fresh={held}"], tmp_path / "old.log")
+    assert statuses == {2} and "does not say which records it was trained on" in said and "/nowhere/data" in said
 
 
 def test_the_program_writes_scores_settings_and_every_example_alike_on_one_and_two_ranks(
@@ -170,14 +216,19 @@ def test_the_program_writes_scores_settings_and_every_example_alike_on_one_and_t
         output = tmp_path / f"output{world_size}"
         argv = [f"checkpoint={drawn.run_dir}", f"output={output}", f"scenes={scenes}", f"heldout.pairs={held}"]
         argv += ["max_prompts=3", "sampler=ddim", "steps=2", "max_new_tokens=4", "device=cpu", "seed=3"]
-        with ProgramRanks(evaluate.main, argv, world_size, tmp_path / f"log{world_size}") as run:
-            assert set(run.wait()) == {0}, run.output
+        statuses, said = _evaluate(argv, tmp_path / f"log{world_size}", world_size)
+        assert statuses == {0}, said
         results.append(json.loads((output / "evaluation.json").read_text()))
         examples.append([json.loads(line) for line in (output / "examples.jsonl").read_text().splitlines()])
         pictures = {path.name for path in (output / "pictures").iterdir()}
         assert pictures == {f"{i:04d}-{kind}.png" for i in range(9) for kind in ("drawn", "true")}
     one, two = results
-    assert {key: one[key] for key in ("step", "seed")} == {"step": 6, "seed": 3}
+    newest = checkpoint.saved(drawn.run_dir / "checkpoints")[-1]
+    expected = {"checkpoint": str(newest), "step": 6, "seed": 3, "weights": "ema-7", "dtype": "float32"}
+    assert {key: one[key] for key in expected} == expected
+    assert (one["world_size"], two["world_size"]) == (1, 2) and one["data"] == two["data"]
+    judged = {"items": 9, "items_of_split": {"seen": 3, "two_shapes": 3, "unseen": 3}}
+    assert judged.items() <= one["data"]["scenes"].items() and one["heldout"]["pairs"]["documents"] == 30
     assert {"sampler", "steps", "guidance", "spacing", "temperature"} <= one["settings"].keys()
     assert two["heldout"]["pairs"] == pytest.approx(one["heldout"]["pairs"], rel=1e-5)
     assert [e["caption"] for e in examples[0]] == [e["caption"] for e in examples[1]]

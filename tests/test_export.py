@@ -38,7 +38,7 @@ def load(path: Path, **settings: str) -> Generation:
 def test_an_export_draws_the_same_bits_and_needs_nothing_else(drawn: DrawingRun, tmp_path: Path, capsys) -> None:
     folder = export(drawn, tmp_path / "export")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "config.yaml", "export.json", "model.safetensors", "tokenizer.model", "vae"
+        "config.yaml", "export.json", "model.safetensors", "tokenizer.model", "trained.keys", "vae"
     ]  # fmt: skip
     moved = shutil.move(folder, tmp_path / "elsewhere")
     generation, original = load(moved), load(drawn.run_dir)

@@ -197,6 +197,9 @@ def test_an_index_takes_no_more_memory_than_it_has_bytes() -> None:
         assert (
             reason(lambda content=content: ShardIndex.parse(index_of({"spans": content}), "here")) == "unreadable index"
         )
+    for contents in (np.zeros(3, np.uint64), np.zeros(2, np.int64), np.zeros((2, 2), np.uint64)):  # of two records
+        keys = index_of({"contents": npy(contents)})
+        assert reason(lambda keys=keys: ShardIndex.parse(keys, "here")) == "unreadable index"
     for form in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
         bomb = index_of({"grids": npy(np.ones((1 << 20, 2), np.int32))}, form)
         assert reason(lambda bomb=bomb: ShardIndex.parse(bomb, "here")) == "unreadable index"

@@ -10,20 +10,24 @@ import pytest
 import torch
 from PIL import Image
 
+from data.pictures import to_unit
 from data.tokenizer import train_tokenizer
-from model.sampler import SamplerConfig
-from model.vae import VaeConfig, build_vae
+from model.diffusion import DiffusionConfig
+from model.draws import SeededDraws
+from model.sampler import SamplerConfig, first_step_error
+from model.vae import VaeConfig, build_vae, moments, sample_latents
 from tests.runs import PROMPTS, DrawingRun, saved_state
 from train import checkpoint
 from train.distributed import alone
 from train.figures import contact_sheet
 from train.generation import Generation, GenerationConfig
 from train.stored import find_checkpoint
+from train.trained import Trained
 
 SAMPLER = SamplerConfig(sampler="ddim", steps=3, guidance=2.0, max_new_tokens=6)
 
 
-def load(path: Path, **settings: str) -> tuple:
+def load(path: Path, **settings: str | int | float) -> tuple:
     return Generation.load(GenerationConfig(checkpoint=str(path), device="cpu", **settings), alone())
 
 
@@ -67,6 +71,50 @@ def test_captions_depend_on_the_picture_and_on_its_number(generation: Generation
     assert len(captions) == 4 and all(isinstance(caption, str) for caption in captions) and any(captions)
     assert small.describe(pictures[2:], SAMPLER, 1, numbers=[2, 3]) == captions[2:]
     assert small.describe([], SAMPLER, 1) == [] and small.draw([], SAMPLER, 1) == []
+
+
+def test_a_given_picture_is_drawn_from_its_posterior_as_in_training(generation: Generation) -> None:
+    """P12: the same function of moments and noise, which (seed, number, place) decides; not the posterior's mean."""
+    picture = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    draws, places = SeededDraws(3), [(5, 0), (6, 0), (5, 1)]
+    given = torch.stack(list(generation._encode([picture] * 3, places, draws)))
+    encoded = moments(generation.vae, torch.from_numpy(to_unit(picture[None])))
+    for latents, place in zip(given, places, strict=True):
+        trained = sample_latents(encoded, draws.posterior(*place, tuple(latents.shape))[None])
+        assert torch.allclose(latents, generation.stats.whiten(trained)[0], atol=1e-4)
+    mean = generation.stats.whiten(encoded.chunk(2, dim=1)[0])
+    deviation = (encoded.chunk(2, dim=1)[1] / 2).exp()
+    assert ((given - mean) / deviation).std().item() == pytest.approx(1, abs=0.2)
+    alone_again = next(iter(generation._encode([picture], places[1:2], draws)))
+    assert torch.allclose(alone_again, given[1], atol=1e-4) and not torch.equal(given[0], given[2])
+
+
+def test_new_pictures_are_square_where_training_had_aspects(generation: Generation, drawn: DrawingRun) -> None:
+    for grids, expected in [
+        ([(4, 16), (8, 8), (16, 4)], (8, 8)),
+        ([(8, 8), (12, 12), (16, 4)], (12, 12)),
+        ([(4, 16), (6, 10), (10, 6), (16, 4)], (6, 10)),
+    ]:
+        recipe, spec = load(drawn.run_dir)[1], Trained.load(drawn.run_dir, alone()).latent_spec
+        of_data = Generation.of(generation.model, generation.tokenizer, recipe, spec, grids, str(drawn.vae))
+        assert of_data.grid == expected
+
+
+def test_a_spacing_that_multiplies_the_error_of_predicted_noise_is_warned_of(
+    drawn: DrawingRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The factor is what a small error of the first prediction becomes, relative to the same step without it."""
+    for spacing, steps, factor in (("trailing", 250, 125), ("linspace", 50, 631), ("leading", 250, 1.3)):
+        assert first_step_error(SamplerConfig(spacing=spacing, steps=steps), DiffusionConfig()) == pytest.approx(
+            factor, rel=0.03
+        )
+        caplog.clear()
+        load(drawn.run_dir, spacing=spacing, steps=steps)
+        warned = [record.getMessage() for record in caplog.records if "spacing=" in record.getMessage()]
+        assert len(warned) == (factor > 100) and all(f"{factor} times" in words for words in warned), warned
+    caplog.clear()
+    load(drawn.run_dir, spacing="trailing", steps=50, clip_x0=4.0)
+    assert not [record for record in caplog.records if "spacing=" in record.getMessage()]
 
 
 def test_any_of_three_paths_names_a_checkpoint_and_the_newest_whole_one_is_taken(

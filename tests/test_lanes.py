@@ -512,6 +512,7 @@ def test_ranks_own_every_lane_once_and_nearly_equal_shares() -> None:
             assert max(map(len, owned)) - min(map(len, owned)) <= 1
     with pytest.raises(ValueError, match=r"5 ranks, but data.lanes=4: use at most one rank a lane, or more lanes"):
         lanes_of_rank(0, 5, 4)
+    assert sorted(lane for rank in range(5) for lane in lanes_of_rank(rank, 5, 4, may_idle=True)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan")])

@@ -3,11 +3,13 @@
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from data.manifest import Manifest
 from data.tokenizer import Tokenizer
 from tests.runs import (
     SAVE_EVERY,
@@ -25,10 +27,13 @@ from tests.runs import (
     wait_for,
 )
 from tests.sources import make_source, pairs
-from train import export
+from tests.test_encode import arguments, picture_record, raw_folder
+from train import checkpoint, export
 from train.distributed import alone
+from train.encode import main as encode_main
 from train.origin import find_origin
 from train.run_folder import RunFolder
+from train.stored import stored_records
 
 
 @pytest.fixture
@@ -128,6 +133,43 @@ def test_a_run_begins_with_the_weights_of_a_checkpoint_or_of_an_export_and_nothi
             )
         ]
     )
+
+
+def _whitened_otherwise(folder: Path, copy: Path) -> Path:
+    """Return a copy of a data set whose latents are divided by three times as much."""
+    manifest = Manifest.load(shutil.copytree(folder, copy))
+    spec = manifest.latent_spec
+    replace(manifest, latent_spec=replace(spec, std=tuple(3 * std for std in spec.std))).save()
+    return copy
+
+
+def test_weights_meet_no_latents_whitened_otherwise_and_the_remedy_works(
+    tmp_path: Path, tokenizer: Tokenizer, vae_folder: Path, drawn: DrawingRun
+) -> None:
+    """P10: as the start of a run and on a resume, which names the stored statistics and not the way into the trap."""
+    raw, latents = raw_folder(tmp_path / "raw", {"a": [picture_record(n) for n in range(12)]}), tmp_path / "latents"
+    encode_main(arguments(raw, latents, tokenizer, vae=vae_folder))
+    new = settings(tmp_path / "new", tokenizer, {"pairs": latents}, optim__steps=1)
+    export.main([f"checkpoint={drawn.run_dir}", f"output={tmp_path / 'export'}"])
+    words = ["whitened otherwise: latent mean was [0.0, 0.0], is [", "stats_from="]
+    starts = [([*new, f"init_from={drawn.run_dir}"], words)]
+    starts.append(([*new, f"init_from={tmp_path / 'export'}", f"run_dir={tmp_path / 'other'}"], words))
+    scaled = _whitened_otherwise(drawn.data, tmp_path / "scaled")
+    resumed = [*drawn.argv, f"run_dir={shutil.copytree(drawn.run_dir, tmp_path / 'again')}", "log.wandb=disabled"]
+    resume = [*resumed, f"data.sources.pairs.path={scaled}"]
+    starts.append(
+        (resume, ["latent std was [1.0, 1.0], is [3.0, 3.0]", "again with stats_from=", "alone. (Learning rate"])
+    )
+    assert_refused(starts)
+    for stored in (drawn.run_dir, tmp_path / "export", checkpoint.saved(drawn.run_dir / "checkpoints")[-1]):
+        encode_main(arguments(raw, latents, tokenizer, vae=vae_folder, stats_from=stored))
+        assert Manifest.load(latents).latent_spec.std == (1.0, 1.0)
+    warned = finish([*new, f"init_from={tmp_path / 'export'}", "diffusion.prediction=v"], None)
+    assert "trained otherwise: diffusion.prediction was eps, is v" in warned
+    carried = stored_records(checkpoint.saved(tmp_path / "new" / "checkpoints")[-1])
+    for name, folder in (("now", latents), ("before", drawn.data)):
+        with pytest.raises(ValueError, match=f"held-out source {name}: 100 %"):
+            carried.check({name: str(folder)}, alone())
 
 
 def test_data_that_is_added_later_changes_nothing_before_and_counts_from_its_step(

@@ -65,7 +65,7 @@ def make_evaluation(folder: Path, told: str | None = None) -> list[tuple[SceneIt
     _write_examples(folder, items, drawn, described)
     settings = {"sampler": "ddim", "steps": 50, "guidance": 3.5, "clip_x0": None}
     scores = {"step": 300, "seed": 11, "settings": settings, "weights": "ema-69"}
-    scores["heldout"] = {HOSTILE: {"text_loss": 1.25, "image_loss": 0.0}}
+    scores["heldout"] = {HOSTILE: {"text_loss": 1.25, "image_loss": 0.0, "captioning_loss": 0.75}}
     scores["text_to_image"] = shares(items, [verdict for _, verdict in drawn])
     scores["image_to_text"] = shares(items, [verdict for _, verdict in described])
     (folder / "evaluation.json").write_text(json.dumps(scores))
@@ -215,7 +215,9 @@ def test_previews_stages_and_losses_are_those_on_disk(whole) -> None:
         ("pretrain", "40.5"),
         ("total", "42.5"),
     ]
-    assert "1.25003.49—" in page.section("heldout").text  # exp(1.25); an image loss of 0 means there were no images
+    assert (
+        "1.25003.49—0.7500" in page.section("heldout").text
+    )  # exp(1.25); an image loss of 0 means there were no images
 
 
 def test_a_run_in_progress_is_reported_and_each_lack_explained(tmp_path: Path, capsys) -> None:

@@ -130,10 +130,13 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_name_on_every_rank(config:
     model = config.model
     wide = replace(model, transformer=replace(model.transformer, width=64, qk_norm=True), latent_channels=4)
     changed = {
-        ("seed was 0, is 9",): replace(config, seed=9),
-        ("width was 32, is 64", "qk_norm was False, is True", "latent_channels was 2, is 4"): replace(
-            config, model=wide
-        ),
+        ("seed was 0, is 9", "or begin another run with these weights: init_from="): replace(config, seed=9),
+        (
+            "Restore what it was. (Learning rate",
+            "width was 32, is 64",
+            "qk_norm was False, is True",
+            "latent_channels was 2, is 4",
+        ): replace(config, model=wide),
         ("optim.optimizer was adamw, is muon", "optim.state_dtype was float32, is bfloat16"): replace(
             config, optim=replace(config.optim, optimizer="muon", state_dtype="bfloat16")
         ),

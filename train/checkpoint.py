@@ -55,7 +55,8 @@ class CheckpointConfig:
     keep_last: int = 2  # newest checkpoints to keep, >= 1; the newest that verifies is kept in any case
     keep_every_steps: int | None = None  # also keep for ever those whose step is a multiple of this, >= 1; null: none
     keep_best: int = 0  # also keep so many with the lowest `best_metric`, >= 0
-    # heldout/NAME/text_loss or image_loss: counts for checkpoints of steps that are evaluated too (`evaluation`)
+    # heldout/NAME/text_loss, image_loss or captioning_loss: counts for checkpoints of steps that are evaluated too
+    # (`evaluation`)
     best_metric: str | None = None
     max_failures_in_a_row: int = 3  # writes in the background that fail before the run stops, >= 1
     timeout_minutes: float = 30.0  # a save or load that waits longer for another rank's disk ends the run, > 0

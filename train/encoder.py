@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -47,7 +48,9 @@ class EncoderConfig:
     # Where the mean and deviation come from by which training whitens latents. vae: the scaling that the VAE's config
     # states; measured: these pictures' latents; auto: vae where the config states other than 1, else measured.
     latent_stats: Literal["auto", "measured", "vae"] = "auto"
-    stats_from: Location | None = None  # encoded folder whose latent statistics to take over (for held-out data)
+    # Encoded folder, run, checkpoint or export whose latent statistics to take over instead: for held-out data, and for
+    # data that a model is to be trained on further.
+    stats_from: Location | None = None
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self) -> None:
@@ -146,15 +149,19 @@ class Encoder:
         return LatentSpec(**self._spec_fields, mean=mean, std=std), "the VAE's own scaling"
 
     def _spec_of(self, folder: str) -> LatentSpec:
-        """Return the latent spec of an encoded folder; raise ValueError for one of other latents."""
-        theirs, ours = Manifest.load(folder).latent_spec, self._spec_fields
+        """Return our latent spec with the statistics of another; raise ValueError for one of other latents."""
+        if any((Path(folder) / name).exists() for name in ("export.json", "checkpoints", "meta.json")):
+            from train.stored import stored_spec  # only now: it takes a second that most encoding jobs do not owe
+
+            theirs = stored_spec(Path(folder))
+        else:
+            theirs = Manifest.load(folder).latent_spec
         if theirs is None or self.vae is None:
             raise ValueError(f"stats_from={folder}: both it and the inputs must hold pictures; leave it out for text")
-        different = [name for name, value in ours.items() if getattr(theirs, name) != value]
-        if different:
-            found = ", ".join(f"{name} {getattr(theirs, name)} (here {ours[name]})" for name in different)
+        if theirs.vae_hash != self.vae_hash:
+            found = f"vae_hash {theirs.vae_hash} (here {self.vae_hash})"
             raise ValueError(f"stats_from={folder} has other latents: {found}; encode both alike")
-        return theirs
+        return LatentSpec(**self._spec_fields, mean=theirs.mean, std=theirs.std)
 
     @property
     def _spec_fields(self) -> dict:

@@ -1,6 +1,7 @@
-"""Evaluate a trained model on held-out scenes and shards: the judge's scores, text loss and noise error.
+"""Evaluate a trained model on held-out scenes and shards: the judge's scores, text loss, noise error, captioning loss.
 
-Writes evaluation.json (scores and the settings they depend on), examples.jsonl and the pictures they name.
+Writes evaluation.json (scores, what they were measured on, and what they depend on), examples.jsonl and the pictures
+they name. Held-out folders that hold training records are refused.
 """
 
 import json
@@ -18,12 +19,14 @@ from data.storage import Location
 from model.sampler import SamplerConfig
 from train.agreement import facts_of
 from train.config import load_config, run_program
-from train.distributed import init_ranks
-from train.evaluation import judge_captions, judge_drawings, read_scenes, shares
+from train.distributed import Ranks, init_ranks
+from train.evaluation import describe_scenes, judge_captions, judge_drawings, read_scenes, shares
 from train.generation import BAR_FORMAT, Generation, GenerationConfig
 from train.heldout import Heldout, HeldoutConfig
 from train.output_folder import make_writable
 from train.signals import StopSignal
+from train.stored import Stored
+from train.trained_records import TrainedRecords
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,9 @@ class EvaluateConfig(GenerationConfig):
     output: Location = "runs/evaluation"  # folder to write
     scenes: Location | None = None  # raw held-out scenes (train.scenes) to draw and to describe; null: no judge
     max_prompts: int = 200  # scenes of each split
-    heldout: dict[str, Location] = field(default_factory=dict)  # encoded folders by name, for the held-out losses
+    # Encoded folders by name, never trained on: text_loss and image_loss (drawing) with captions first, captioning_loss
+    # with captions last.
+    heldout: dict[str, Location] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,11 +58,18 @@ def main(argv: list[str]) -> int | None:
     output = Path(config.output)
     ranks.on_first(lambda: make_writable(output))  # which alone writes there
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerConfig)}
-    results: dict = {"step": step, "seed": config.seed, "settings": settings, "weights": generation.weights}
+    results: dict = {"checkpoint": str(generation.stored.folder.resolve()), "step": step, "weights": generation.weights}
+    results |= {"dtype": config.dtype, "seed": config.seed, "settings": settings, "world_size": ranks.world_size}
+    results["data"] = {"training": _training_data(generation.stored)}
     if config.heldout:
+        _refuse_trained(generation.stored, config.heldout, ranks)
         sources = HeldoutConfig(heldout=config.heldout)
         of_model = recipe.data, recipe.seed, recipe.model.patch_size, recipe.diffusion, generation.vae_hash
         heldout = Heldout(sources, *of_model, ranks)
+        results["data"]["heldout"] = {
+            name: {"path": path, "fingerprint": Manifest.load(path).content_hash}
+            for name, path in config.heldout.items()
+        }
         results["heldout"] = heldout.losses(generation.model, generation.stats, StopSignal())  # Ctrl-C ends it as ever
     if config.scenes is not None:
         items = read_scenes(Path(config.scenes), generation.resolution, config.max_prompts)
@@ -68,6 +80,7 @@ def main(argv: list[str]) -> int | None:
         ) as bar:
             drawn = judge_drawings(generation, items, config, config.seed, ranks, bar.update)
             told = judge_captions(generation, items, config, config.seed, ranks, bar.update)
+        results["data"]["scenes"] = {"path": config.scenes, **describe_scenes(items)}
         results["text_to_image"] = shares(items, [verdict for _, verdict in drawn])
         results["image_to_text"] = shares(items, [verdict for _, verdict in told])
         if ranks.is_first:
@@ -79,6 +92,30 @@ def main(argv: list[str]) -> int | None:
         print(json.dumps(results, indent=1))
     ranks.close()
     return 0
+
+
+def _training_data(stored: Stored) -> dict[str, dict[str, str]]:
+    """Return path and fingerprint of each source that the model was trained on."""
+    fingerprints = stored.meta["fingerprint"]  # of an export of an earlier version, the tokenizer's alone
+    return {
+        name: {"path": source.path, "fingerprint": fingerprints.get(f"source {number}", "unknown").split()[0]}
+        for number, (name, source) in enumerate(stored.recipe.data.sources.items())
+    }
+
+
+def _refuse_trained(stored: Stored, heldout: dict[str, str], ranks: Ranks) -> None:
+    """Raise ValueError for held-out data that the model was trained on (P10). Collective."""
+    if stored.trained is not None:
+        stored.trained.check(heldout, ranks)
+        return
+    try:
+        sources = [Manifest.load(source.path) for source in stored.recipe.data.sources.values()]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{stored.folder} was written by an earlier version and does not say which records it was trained on, and "
+            f"{error}: evaluate it where its training data is, or go on with its run for a step and export that"
+        ) from None
+    TrainedRecords.read(sources, heldout, ranks)
 
 
 def _write_examples(output: Path, items: list, drawn: list, told: list) -> None:

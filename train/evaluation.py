@@ -4,7 +4,9 @@ Work is split over ranks by item, results are gathered and are the same for ever
 float additions. An evaluation records sampler, steps, guidance and seed: without them its scores mean nothing.
 """
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +59,15 @@ def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem
     bad.check(final=True)
     counts = {split: min(per_split, len(items)) for split, items in splits.items()}
     return [items[i * len(items) // counts[split]] for split, items in splits.items() for i in range(counts[split])]
+
+
+def describe_scenes(items: Sequence[SceneItem]) -> dict:
+    """Return how many scenes of each split are judged, and a fingerprint of their captions and pictures."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(f"{item.split} {item.caption}\0".encode() + item.picture.tobytes())
+    counts = Counter(item.split for item in items)
+    return {"fingerprint": digest.hexdigest()[:16], "items": len(items), "items_of_split": dict(sorted(counts.items()))}
 
 
 def judge_drawings(

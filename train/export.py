@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a folder that stands alone: one safetensors file, config, tokenizer, VAE.
+"""Turn a checkpoint into a folder that stands alone: one safetensors file, config, tokenizer, VAE, trained records.
 
 `train.sample` and `train.evaluate` take the folder as their `checkpoint`. With format=llama, the text side alone in the
 layout that transformers' LlamaForCausalLM.from_pretrained opens.
@@ -20,6 +20,7 @@ from train.output_folder import OutputFolder
 from train.run_folder import TOKENIZER_FILE
 from train.stored import EXPORT_MARK, VAE_FOLDER, WEIGHTS_FILE
 from train.trained import Trained, load_codec
+from train.trained_records import TRAINED_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ CONFIG = ExportConfig
 def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
     trained = Trained.load(config.checkpoint, alone(), config.weights, config.tokenizer)
-    settings = {"checkpoint": config.checkpoint, "identity": trained.identity, "weights": trained.weights}
+    settings = {"checkpoint": config.checkpoint, "identity": trained.stored.identity, "weights": trained.weights}
     settings |= {"format": config.format, "dtype": config.dtype, "vae": config.vae or trained.recipe.vae}
     output = OutputFolder(config.output, "train.export", EXPORT_MARK, settings)
     if output.is_complete():
@@ -66,10 +67,12 @@ def write_transfusion(trained: Trained, output: OutputFolder, dtype: torch.dtype
     data = replace(trained.recipe.data, tokenizer=TOKENIZER_FILE)
     recipe = replace(trained.recipe, data=data, vae=VAE_FOLDER if codec is not None else None)
     (folder / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    if trained.stored.trained is not None:
+        (folder / TRAINED_FILE).write_bytes(trained.stored.trained.to_bytes())
     return {
         "weights": trained.weights,
         "progress": {"step": trained.step},
-        "fingerprint": {"tokenizer": trained.tokenizer.hash},
+        "fingerprint": trained.stored.meta["fingerprint"],
         "latent_spec": None if spec is None else vars(spec),
         "grids": trained.grids,
     }

@@ -4,6 +4,7 @@ Batches of one call have one shape, the last one filled up: so the bits of a pic
 and that shape, not on what the other rows hold. Smaller batches for fewer rows differ by float rounding only.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,15 +17,19 @@ from data.pictures import from_unit, to_unit
 from data.storage import Location
 from data.tokenizer import Tokenizer
 from model.diffusion import DiffusionConfig
-from model.draws import SeededDraws
-from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate
+from model.draws import Draws, SeededDraws
+from model.sampler import Prompt, SamplerConfig, SpecialTokens, first_step_error, generate
 from model.transfusion import Transfusion
-from model.vae import LatentStats, decode, moments, stride_of
+from model.vae import LatentStats, decode, moments, sample_latents, stride_of
 from train.distributed import Device, Ranks
 from train.recipe import PretrainConfig
 from train.step import latent_stats
+from train.stored import Stored
 from train.trained import Trained, load_codec
 
+log = logging.getLogger(__name__)
+
+MOST_ERROR = 50.0  # times that a sampler's first step may multiply the error of a predicted noise without a warning
 BATCH = 50  # rows a sampling batch: small enough for a laptop, large enough to fill two cores
 # Progress in rows, of which a denoising step is a fraction.
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
@@ -66,6 +71,7 @@ class Generation:
     vae_hash: str  # what the training data's latents were encoded with
     batch_size: int = BATCH
     weights: str = "model"  # which of a run's: model, or the label of an EMA
+    stored: Stored | None = None  # where it was loaded from
 
     @classmethod
     def load(cls, config: GenerationConfig, ranks: Ranks) -> tuple["Generation", PretrainConfig, int]:
@@ -81,9 +87,17 @@ class Generation:
                 f"steps and timesteps in 0...{last}, those that the model was trained with"
             )
         recipe, vae = trained.recipe, config.vae or trained.recipe.vae
+        factor = first_step_error(config, recipe.diffusion)
+        if ranks.is_first and recipe.diffusion.prediction == "eps" and config.clip_x0 is None and factor > MOST_ERROR:
+            log.warning(
+                "spacing=%s with a model that predicts noise: the first of %d steps multiplies its error %.0f "
+                "times; use spacing=leading, which begins where there is signal, or clip_x0",
+                *(config.spacing, config.steps, factor),
+            )
         model = trained.model.to(getattr(torch, config.dtype))
         generation = cls.of(model, trained.tokenizer, recipe, trained.latent_spec, trained.grids, vae)
-        return replace(generation, batch_size=config.batch_size, weights=trained.weights), recipe, trained.step
+        of_run = {"weights": trained.weights, "stored": trained.stored}
+        return replace(generation, batch_size=config.batch_size, **of_run), recipe, trained.step
 
     @classmethod
     def of(
@@ -101,7 +115,8 @@ class Generation:
         device = next(model.parameters()).device
         codec = load_codec(vae, spec).to(device).eval()
         stats = latent_stats(spec, recipe.model.latent_channels, device)
-        grid = tuple(grids[-1])
+        # The square, or what is nearest to it; of these the largest.
+        grid = min(map(tuple, grids), key=lambda grid: (max(grid) / min(grid), -grid[0] * grid[1]))
         return cls(model, tokenizer, codec, stats, grid, spec.resolution, recipe.diffusion, spec.vae_hash)
 
     def sized(self, pixels: tuple[int, int] | None) -> "Generation":
@@ -134,10 +149,12 @@ class Generation:
         `draw`: begin with a picture; else the model begins with text and decides. Pictures of a prompt are
         [resolution, resolution, 3]. `numbers` name the samples; None counts them from 0.
         """
-        given = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
-        latents = iter(self._encode(given))
+        numbers = numbers or range(len(prompts))
+        given = [[part for part in prompt if not isinstance(part, str)] for prompt in prompts]
+        places = [(number, i) for number, parts in zip(numbers, given, strict=True) for i in range(len(parts))]
+        latents = iter(self._encode([picture for parts in given for picture in parts], places, SeededDraws(seed)))
         rows = []
-        for number, prompt in zip(numbers or range(len(prompts)), prompts, strict=True):
+        for number, prompt in zip(numbers, prompts, strict=True):
             segments = [
                 torch.from_numpy(self.tokenizer.encode(part)) if isinstance(part, str) else next(latents)
                 for part in prompt
@@ -172,12 +189,20 @@ class Generation:
         results = self.complete([[picture] for picture in pictures], text_alone(config), seed, progress, numbers)
         return [parts[0] if parts else "" for parts in results]
 
-    def _encode(self, pictures: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
-        """Yield the whitened latents f32 [C, h, w] of each picture: the posterior's mean."""
+    def _encode(
+        self, pictures: Sequence[np.ndarray], places: Sequence[tuple[int, int]], draws: Draws
+    ) -> Iterator[torch.Tensor]:
+        """Yield the whitened latents f32 [C, h, w] of each picture, at `places` (number of its prompt, place in it).
+
+        A draw from the posterior, as in training and by the same function: the mean would be latents of less variance
+        than any that the model has seen (P12).
+        """
         for start in range(0, len(pictures), self.batch_size):
             pixels = torch.from_numpy(to_unit(np.stack(pictures[start : start + self.batch_size])))
-            means = moments(self.vae, pixels.to(self.stats.mean.device)).float().chunk(2, dim=1)[0]
-            yield from self.stats.whiten(means).cpu()
+            encoded = moments(self.vae, pixels.to(self.stats.mean.device)).float()
+            shape = (encoded.shape[1] // 2, *encoded.shape[2:])
+            noise = torch.stack([draws.posterior(*place, shape) for place in places[start : start + self.batch_size]])
+            yield from self.stats.whiten(sample_latents(encoded, noise.to(encoded.device))).cpu()
 
     def _decode(self, latents: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
         for start in range(0, len(latents), self.batch_size):

@@ -1,8 +1,10 @@
 """Losses on data that is never trained on: text loss and noise error of each source, during a run or after it.
 
-Every document once, captions first, no dropout; noise and timesteps depend on the seed alone, so two evaluations of
-one model agree whatever the number of ranks, up to the order of float additions. The ranks agree on each batch as in
-training, so a stop signal ends an evaluation within a batch and a sharded model's collectives always match.
+Every document once, captions first, no dropout: how well texts are known and pictures drawn from their captions. Then
+once more, captions last, if there are pictures: how well they are described. Noise and timesteps depend on the seed
+alone, so two evaluations of one model agree whatever the number of ranks, up to the order of float additions. The
+ranks agree on each batch as in training, so a stop signal ends an evaluation within a batch and a sharded model's
+collectives always match.
 """
 
 from collections.abc import Iterator
@@ -14,9 +16,10 @@ from torch import nn
 
 from data.dataset import DataConfig, DataSet, open_data
 from data.documents import OrderConfig
-from data.lanes import SourceConfig
+from data.lanes import Position, SourceConfig
 from data.loader import Loader
 from data.manifest import Manifest
+from data.packing import IGNORE, PackedBatch
 from data.storage import Location
 from model.diffusion import DiffusionConfig
 from model.vae import LatentStats
@@ -26,13 +29,17 @@ from train.parallelize import reshard
 from train.signals import StopKind, StopSignal
 from train.step import micro_step
 
+# Captions first: nats a text target, of texts and of captions before their picture; mean squared error of an image's
+# prediction (drawing). Captions last: nats a target of the captions (describing).
+KINDS = ("text_loss", "image_loss", "captioning_loss")
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutConfig:
     interval_steps: int | None = None  # steps between evaluations, >= 1; null: none during the run
     heldout: dict[str, Location] = field(default_factory=dict)  # encoded folders by name, never trained on
-    lanes: int = 8  # sequences of a batch over all ranks, >= the number of ranks
-    max_batches: int | None = None  # of each source, >= 1; null: all of it, each document once
+    lanes: int = 8  # sequences of a batch over all ranks; of a source with fewer documents fewer; ranks beyond it idle
+    max_batches: int | None = None  # of each source and order, >= 1; null: all of it, each document once
 
     def __post_init__(self) -> None:
         if self.interval_steps is not None and (self.interval_steps < 1 or not self.heldout):
@@ -63,28 +70,17 @@ class Heldout:
         vae_hash: str | None,  # of the training data's latents; None: text alone
         ranks: Ranks,
     ) -> None:
-        """Raise ValueError for a source that is training data too, or of another tokenizer or VAE, or too small."""
-        if ranks.world_size > config.lanes:
-            raise ValueError(
-                f"evaluation.lanes={config.lanes} on {ranks.world_size} ranks: expected at least one a rank; set "
-                f"evaluation.lanes={ranks.world_size}"
-            )
-        check_disjoint(training, config.heldout)
+        """Raise ValueError for a source of another tokenizer or VAE; `TrainedRecords` for one that is trained on."""
         self._config, self._ranks = config, ranks
         self._diffusion = replace(
             diffusion, before_caption_max_timestep=None, timestep_sampling="uniform", min_snr_gamma=None
         )
-        self._sources: dict[str, tuple[DataConfig, DataSet]] = {}
+        self._sources: dict[str, dict[str, tuple[DataConfig, DataSet]]] = {}  # by name and order
         for name, path in config.heldout.items():
-            if (records := Manifest.load(path).records) < config.lanes:
-                raise ValueError(
-                    f"held-out source {name}: {path} has {records} documents, fewer than evaluation.lanes="
-                    f"{config.lanes}; use fewer lanes or more data"
-                )
             source = DataConfig(
                 sources={name: SourceConfig(path=path, repeat=False)},
                 tokenizer=training.tokenizer,
-                lanes=config.lanes,
+                lanes=min(config.lanes, Manifest.load(path).records),  # not the ranks': they do not change a result
                 sequence_length=training.sequence_length,
                 look_ahead=training.look_ahead,
                 order=OrderConfig(caption_first=1.0, caption_dropout=0.0),
@@ -95,47 +91,76 @@ class Heldout:
                     f"held-out source {name}: {path} holds latents of VAE {data.latent_spec.vae_hash}, the model was "
                     f"trained on those of {vae_hash}; encode it with that VAE"
                 )
-            self._sources[name] = source, data
+            self._sources[name] = {"caption_first": (source, data)}
+            if data.grids:
+                last = replace(source, order=OrderConfig(caption_first=0.0, caption_dropout=0.0))
+                self._sources[name]["image_first"] = last, open_data(last, seed, patch_size)
 
     @property
     def metrics(self) -> list[str]:
         """Return the names of what `losses` can measure."""
-        kinds = {
-            name: ["text_loss", "image_loss"][: 2 if data.grids else 1] for name, (_, data) in self._sources.items()
-        }
+        kinds = {name: KINDS if len(orders) > 1 else KINDS[:1] for name, orders in self._sources.items()}
         return [metric_name(name, kind) for name, of_source in kinds.items() for kind in of_source]
 
     def losses(
         self, model: nn.Module, stats: LatentStats, stop: StopSignal
-    ) -> dict[str, dict[str, float | None]] | StopKind:
-        """Return `text_loss` (nats a text target) and `image_loss` (mean squared error, an image) of each source.
+    ) -> dict[str, dict[str, float | int | None]] | StopKind:
+        """Return what was measured of each source (see KINDS), and on how much.
 
         None in place of a loss where there is nothing to measure. If any rank was told to stop meanwhile, returns what
         that asks for. Collective.
         """
         measured = {}
-        for name in self._sources:
-            sums = torch.zeros(4, dtype=torch.float64, device=self._ranks.device)
-            for part in self._batches(name, model, stats, stop):
-                if isinstance(part, StopKind):
-                    return part
-                sums += part
-            sums = sums.cpu()
-            dist.all_reduce(sums, group=self._ranks.vote_group)
-            text_nll, image_error, targets, images = sums.tolist()
+        for name, orders in self._sources.items():
+            nothing = {"text_nll": 0.0, "image_error": 0.0, "text_targets": 0, "images": 0, "documents": 0}
+            sums = {"image_first": nothing}
+            for order in orders:
+                found = self._sums(name, order, model, stats, stop)
+                if isinstance(found, StopKind):
+                    return found
+                sums[order] = dict(zip(nothing, found, strict=True))
+            first, last = sums["caption_first"], sums["image_first"]
+            counts = {key: int(first[key]) for key in ("documents", "text_targets", "images")}
+            counts["caption_targets"] = int(last["text_targets"])
             measured[name] = {
-                "text_loss": text_nll / targets if targets else None,
-                "image_loss": image_error / images if images else None,
+                "text_loss": first["text_nll"] / counts["text_targets"] if counts["text_targets"] else None,
+                "image_loss": first["image_error"] / counts["images"] if counts["images"] else None,
+                "captioning_loss": last["text_nll"] / last["text_targets"] if last["text_targets"] else None,
+                **counts,
             }
         return measured
 
+    def _sums(
+        self, name: str, order: str, model: nn.Module, stats: LatentStats, stop: StopSignal
+    ) -> list[float] | StopKind:
+        """Return text nll, image error, text targets, images, documents of all ranks; or why to stop. Collective."""
+        documents: set[Position] = set()
+        sums = torch.zeros(4, dtype=torch.float64, device=self._ranks.device)
+        for part in self._batches(name, order, model, stats, stop, documents):
+            if isinstance(part, StopKind):
+                return part
+            sums += part
+        sums = torch.cat([sums.cpu(), torch.tensor([len(documents)])])
+        dist.all_reduce(sums, group=self._ranks.vote_group)
+        return sums.tolist()
+
     @torch.no_grad()
     def _batches(
-        self, name: str, model: nn.Module, stats: LatentStats, stop: StopSignal
+        self,
+        name: str,
+        order: str,
+        model: nn.Module,
+        stats: LatentStats,
+        stop: StopSignal,
+        documents: set[Position],
     ) -> Iterator[torch.Tensor | StopKind]:
-        """Yield (text nll, image error, text targets, images) of each micro-batch of this rank, or why to stop."""
-        ranks, (config, data) = self._ranks, self._sources[name]
-        loader = Loader(data, config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=config.lanes)
+        """Yield (text nll, image error, text targets, images) of each micro-batch of this rank, or why to stop.
+
+        The positions of its documents are added to `documents`.
+        """
+        ranks, (config, data) = self._ranks, self._sources[name][order]
+        of_ranks = {"rank": ranks.rank, "world_size": ranks.world_size, "may_idle": True}
+        loader = Loader(data, config, micro_batch_size=config.lanes, **of_ranks)
         try:
             while True:
                 fed = next_batch(loader, ranks, stop)
@@ -145,7 +170,10 @@ class Heldout:
                 done = self._config.max_batches is not None and fed.batch.step > self._config.max_batches
                 if done or fed.vote.ranks_ended == ranks.world_size:
                     return
+                documents.update(position for of_lane in fed.batch.documents.values() for position in of_lane)
                 for micro_batch in fed.batch.micro_batches:
+                    if order == "image_first":
+                        micro_batch = captions_alone(micro_batch, data.settings.special.boi)
                     loss = micro_step(
                         model,
                         micro_batch.to(ranks.device),
@@ -162,19 +190,16 @@ class Heldout:
             reshard(model)
 
 
+def captions_alone(batch: PackedBatch, boi: int) -> PackedBatch:
+    """Keep the text targets of documents that begin with a picture, but for its BOI: what describes the picture."""
+    begins = (batch.position_ids == 2) & (batch.grid_positions == 0).all(-1)  # the first patch, right after BOS BOI
+    documents = batch.document_ids + torch.arange(len(begins))[:, None] * begins.shape[1]  # distinct in the batch
+    described = torch.isin(documents, documents[begins]).flatten()[batch.text_target_index]
+    kept = described & (batch.text_targets != boi) & (batch.text_targets != IGNORE)
+    targets = torch.where(kept, batch.text_targets, IGNORE)
+    return replace(batch, text_targets=targets, num_text_targets=int(kept.sum()))
+
+
 def metric_name(source: str, kind: str) -> str:
     """Return a loss's name in metrics.jsonl and in `checkpoint.best_metric`."""
     return f"heldout/{source}/{kind}"
-
-
-def check_disjoint(training: DataConfig, sources: dict[str, str]) -> None:
-    """Raise ValueError if a held-out folder shares a shard with the training data (P10)."""
-    trained = {}
-    for source in training.sources.values():
-        manifest = Manifest.load(source.path)
-        trained.update({(e.bytes, e.index_crc32): manifest.shard_path(i) for i, e in enumerate(manifest.shards)})
-    for name, path in sources.items():
-        for shard in Manifest.load(path).shards:
-            twin = trained.get((shard.bytes, shard.index_crc32))
-            if twin is not None:
-                raise ValueError(f"held-out source {name}: {path}/{shard.name} is training data too ({twin})")

@@ -26,7 +26,7 @@ from train.estimate import check_memory, fullest_of
 from train.feed import CannotGoOn, next_batch
 from train.flops import Flops
 from train.guard import BadUpdate
-from train.heldout import metric_name
+from train.heldout import KINDS, metric_name
 from train.launcher import leave_word, place
 from train.local_shards import local
 from train.metrics import Console, Interval, say
@@ -284,7 +284,7 @@ def evaluate(run: Run, stats: LatentStats, interval: Interval) -> StopKind:
     interval.evaluation_s += time.monotonic() - start
     if isinstance(measured, StopKind):
         return measured
-    losses = {metric_name(name, kind): loss for name, kinds in measured.items() for kind, loss in kinds.items()}
+    losses = {metric_name(name, kind): found[kind] for name, found in measured.items() for kind in KINDS}
     run.state.metrics = {name: loss for name, loss in losses.items() if loss is not None}
     if run.saver.saved_step == step:
         run.saver.saved_step = 0  # saved, but without these

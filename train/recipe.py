@@ -15,7 +15,7 @@ from model.transfusion import TransfusionConfig
 from train.checkpoint import MOST_MINUTES, CheckpointConfig
 from train.distributed import Device
 from train.guard import GuardConfig
-from train.heldout import HeldoutConfig, metric_name
+from train.heldout import KINDS, HeldoutConfig, metric_name
 from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.parallelize import ParallelConfig
@@ -85,7 +85,7 @@ class PretrainConfig:
         if self.init_from is not None and self.resume not in ("auto", "none"):
             raise ValueError(f"init_from={self.init_from} and resume={self.resume}: expected one of the two")
         best = self.checkpoint.best_metric
-        names = [metric_name(name, kind) for name in self.evaluation.heldout for kind in ("text_loss", "image_loss")]
+        names = [metric_name(name, kind) for name in self.evaluation.heldout for kind in KINDS]
         if best is not None and (self.evaluation.interval_steps is None or best not in names):
             raise ValueError(
                 f"checkpoint.best_metric={best}: expected one of {names or 'evaluation.heldout.NAME=FOLDER'}, measured "

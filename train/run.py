@@ -3,6 +3,7 @@
 train/pretrain.py is the loop over it.
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -33,8 +34,11 @@ from train.recipe import PretrainConfig
 from train.run_folder import TOKENIZER_FILE, RunFolder, write_durably
 from train.saver import Saver
 from train.signals import StopSignal, shield_worker
-from train.state import TrainState, fingerprint
-from train.stored import Stored, read_while_there
+from train.state import TrainState, differences, fingerprint, meaning
+from train.stored import Stored, read_while_there, stored_records
+from train.trained_records import TrainedRecords
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -138,14 +142,14 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
         model = Transfusion(config.model, data.tokenizer.vocab_size)
     parallelize(model, config.parallel, ranks)
     origin = find_origin(config.resume, folder, ranks)
-    begun = str(origin)
+    begun, before = str(origin), None  # records that the weights were trained on before
     if origin.checkpoint is not None:
         if config.init_from is not None:
             begun += " (init_from is for a run without checkpoints)"
         model.to_empty(device=ranks.device)  # the checkpoint fills all of it
     elif config.init_from is not None:
         model.to_empty(device=ranks.device)
-        begun = read_weights(model, config, data, ranks)
+        begun, before = read_weights(model, config, data, ranks)
     else:
         initialize(model, config.seed, ranks.device)
     state = TrainState(
@@ -155,24 +159,20 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
         recipe=to_yaml(config),
         data={"latent_spec": data.latent_spec and asdict(data.latent_spec), "grids": data.grids},
     )
-    heldout = None
-    if config.evaluation.interval_steps is not None:
-        spec = data.latent_spec
-        of_model = config.data, config.seed, config.model.patch_size, config.diffusion, spec and spec.vae_hash
-        heldout = Heldout(config.evaluation, *of_model, ranks)
-        best = config.checkpoint.best_metric
-        if best is not None and best not in heldout.metrics:
-            raise ValueError(
-                f"checkpoint.best_metric={best}: expected one of {heldout.metrics}, which the data can give"
-            )
+    held = config.evaluation.heldout if config.evaluation.interval_steps is not None else {}
+    state.trained = TrainedRecords.read([source.manifest for source in data.sources], held, ranks)
+    heldout = open_heldout(config, data, ranks) if held else None
     if origin.checkpoint is not None:
-        path = read_while_there(  # another run may be training
+        path, before = read_while_there(  # another run may be training
             lambda: find_origin(config.resume, folder, ranks).checkpoint,
-            lambda path: state.load(path, ranks) or path,
+            lambda path: (state.load(path, ranks) or path, stored_records(path)),
             ranks,
             origin.checkpoint,
         )
         origin, begun = replace(origin, checkpoint=path), begun.replace(str(origin.checkpoint), str(path))
+    if before is not None:
+        before.check(held, ranks)
+        state.trained |= before
     if origin.back_to is not None:
         state.back_to = origin.back_to
 
@@ -192,16 +192,31 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
     return Run(config, data, ranks, folder, stop, state, saver, log, previews, profiler, heldout, origin, begun)
 
 
-def read_weights(model: nn.Module, config: PretrainConfig, data: DataSet, ranks: Ranks) -> str:
-    """Fill a model with the weights that `init_from` names, and say which. Collective.
+def open_heldout(config: PretrainConfig, data: DataSet, ranks: Ranks) -> Heldout:
+    """Open what the run measures itself on; raises ValueError for a `best_metric` that it cannot give."""
+    spec = data.latent_spec
+    of_model = config.data, config.seed, config.model.patch_size, config.diffusion, spec and spec.vae_hash
+    heldout = Heldout(config.evaluation, *of_model, ranks)
+    best = config.checkpoint.best_metric
+    if best is not None and best not in heldout.metrics:
+        raise ValueError(f"checkpoint.best_metric={best}: expected one of {heldout.metrics}, which the data can give")
+    return heldout
 
-    Data, schedule and counters are the new run's. Raises ValueError for weights of other sizes, or that were trained on
-    other token ids or latents than the data's (P10).
+
+def read_weights(
+    model: nn.Module, config: PretrainConfig, data: DataSet, ranks: Ranks
+) -> tuple[str, TrainedRecords | None]:
+    """Fill a model with the weights that `init_from` names; say which, and what they were trained on. Collective.
+
+    Data, schedule and counters are the new run's; pictures may be of another size. Raises ValueError for weights of
+    other sizes, or that were trained on other token ids, other latents or latents whitened otherwise (P10).
     """
     return Stored.use(config.init_from, ranks, partial(_fill, model, config, data, ranks), "init_from")
 
 
-def _fill(model: nn.Module, config: PretrainConfig, data: DataSet, ranks: Ranks, stored: Stored) -> str:
+def _fill(
+    model: nn.Module, config: PretrainConfig, data: DataSet, ranks: Ranks, stored: Stored
+) -> tuple[str, TrainedRecords | None]:
     ranks.require_alike({"init_from (contents)": stored.identity})
     made_with = {"tokenizer": (stored.meta["fingerprint"]["tokenizer"], data.tokenizer.hash)}
     if stored.latent_spec is not None and data.latent_spec is not None:
@@ -212,7 +227,15 @@ def _fill(model: nn.Module, config: PretrainConfig, data: DataSet, ranks: Ranks,
                 f"init_from={config.init_from} was trained with {what} {then}, the data was encoded with {now}; encode "
                 f"the data with the {what} of {stored.folder}"
             )
+    if "VAE" in made_with and (changed := differences(stored.latent_spec.statistics, data.latent_spec.statistics)):
+        raise ValueError(
+            f"init_from={config.init_from} was trained on latents whitened otherwise: "
+            f"{'; '.join(changed.values())}; run the data's train.encode command again with "
+            f"stats_from={stored.folder}, which rewrites the manifest alone"
+        )
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     with torch.no_grad():
         chosen = stored.read(config.init_weights, parameters, ranks)
-    return f"from the weights ({chosen}) of {stored.folder}, step {stored.step}"
+    if ranks.is_first and (changed := differences(meaning(stored.recipe), meaning(config))):
+        log.warning("the weights of %s were trained otherwise: %s", stored.folder, "; ".join(changed.values()))
+    return f"from the weights ({chosen}) of {stored.folder}, step {stored.step}", stored.trained

@@ -204,14 +204,16 @@ def _heldout(findings: Findings) -> str:
         raise LeftOut("No held-out losses were measured (train.evaluate heldout={NAME: FOLDER}).")
     lines = ""
     for name, loss in losses.items():
-        text, picture = loss["text_loss"], loss["image_loss"]  # null where the data has none of that kind
+        # null where the data has none of that kind; an evaluation by an earlier version has no captioning loss
+        text, picture, caption = (loss.get(kind) for kind in ("text_loss", "image_loss", "captioning_loss"))
         cells = (f"{text:.4f}" if text else "—", f"{math.exp(min(text, 100)):.3g}" if text else "—")
-        cells += (f"{picture:.4f}" if picture else "—",)
+        cells += tuple(f"{value:.4f}" if value else "—" for value in (picture, caption))
         lines += f"<tr><td>{escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    head = "<tr><th>data</th><th>text loss</th><th>perplexity</th><th>image loss</th></tr>"
+    head = "<tr><th>data</th><th>text loss</th><th>perplexity</th><th>image loss</th><th>captioning loss</th></tr>"
     about = (
-        "Each held-out document once, caption first. Text in nats a target; images as mean squared error of the "
-        "prediction over all timesteps, so they do not compare with the curve above, whose timesteps are capped."
+        "Each held-out document once, caption first; the captioning loss is that of captions after their picture. Text "
+        "in nats a target; images as mean squared error of the prediction over all timesteps, so they do not compare "
+        "with the curve above where its timesteps are capped."
     )
     return note(about) + f"<table>{head}{lines}</table>"
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from data.dataset import DataSet
+from data.manifest import LatentSpec
 from train import checkpoint
 from train.distributed import Ranks
 from train.ema import is_label
@@ -22,6 +23,7 @@ from train.optim import Optimizer, learning_rate
 from train.parallelize import plain_name
 from train.recipe import PretrainConfig
 from train.saver import Snapshot
+from train.trained_records import TRAINED_FILE, TrainedRecords
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class TrainState:
     lane_states: dict[int, dict] = field(default_factory=dict)
     back_to: int | None = None  # the step that this continuation began at, where it was told to go back to one
     metrics: dict[str, float] = field(default_factory=dict)  # on held-out data, at the present step
+    trained: TrainedRecords | None = None  # what the run trains on
 
     def snapshot(self, ranks: Ranks) -> Snapshot:
         """Return what a checkpoint of the present step holds; its tensors are the live ones. Collective."""
@@ -70,6 +73,7 @@ class TrainState:
             "lanes.json": json.dumps(lanes).encode(),
             checkpoint.META: json.dumps(meta).encode(),
             "config.yaml": self.recipe.encode(),
+            **({TRAINED_FILE: self.trained.to_bytes()} if self.trained is not None else {}),
         }
         return Snapshot(self.progress.step, self._tensors(), extra)
 
@@ -88,15 +92,15 @@ class TrainState:
                 f"{path} was written by another version of the trainer: {checkpoint.META} lacks {sorted(missing)}; "
                 f"resume with that version, or begin another run with its weights: init_from={path}"
             )
-        then, now = meta["fingerprint"], self.fingerprint(meta["progress"]["step"])
-        pairs = {name: (then.get(name, "absent"), now.get(name, "absent")) for name in {**then, **now}}
-        if changed := [f"{name} was {was}, is {found}" for name, (was, found) in pairs.items() if was != found]:
+        step = meta["progress"]["step"]
+        then = meta["fingerprint"] | _statistics(meta["latent_spec"])
+        if changed := differences(then, self.fingerprint(step) | _statistics(self.data["latent_spec"])):
             raise ValueError(
-                f"{path} was trained otherwise: {'; '.join(changed)}. Restore what it was, or begin another run with "
-                f"these weights: init_from={path}. (Learning rate, steps, ranks, workers and intervals may change; a "
-                f"source may be appended with weight=0 and weight_from={{{meta['progress']['step'] + 1}: …}})"
+                f"{path} was trained otherwise: {'; '.join(changed.values())}. {_remedy(set(changed), path)} (Learning "
+                f"rate, steps, ranks, workers and intervals may change; a source may be appended with weight=0 and "
+                f"weight_from={{{step + 1}: …}})"
             )
-        before, rate = meta["learning_rate"], learning_rate(meta["progress"]["step"] + 1, self.optimizer.config)
+        before, rate = meta["learning_rate"], learning_rate(step + 1, self.optimizer.config)
         if ranks.is_first and rate > 2 * before:
             log.warning("the learning rate was %.2g when %s was saved and goes on at %.2g", before, path, rate)
         saved, emas = ranks.on_first(lambda: checkpoint.entries(path)), self.optimizer.emas
@@ -119,15 +123,44 @@ class TrainState:
 
 def fingerprint(config: PretrainConfig, data: DataSet, step: int) -> dict[str, str]:
     """Return what a resume after `step` must find unchanged: what decided the batches, and what the weights mean."""
-    model = asdict(config.model)
-    del model["text_loss_chunk"]  # bounds memory, not the result
     spec = data.latent_spec
     return {
         **data.fingerprint(step),
         "vae": spec.vae_hash if spec is not None else "none",
+        **meaning(config),
+        **{f"optim.{name}": getattr(config.optim, name) for name in ("optimizer", "state_dtype")},
+    }
+
+
+def meaning(config: PretrainConfig) -> dict[str, str]:
+    """Return what decides, besides data, what a run's weights compute."""
+    model = asdict(config.model)
+    del model["text_loss_chunk"]  # bounds memory, not the result
+    return {
         **{f"model.transformer.{name}": str(value) for name, value in model.pop("transformer").items()},
         **{f"model.{name}": str(value) for name, value in model.items()},
-        **{f"optim.{name}": getattr(config.optim, name) for name in ("optimizer", "state_dtype")},
         "diffusion.num_timesteps": str(config.diffusion.num_timesteps),
         "diffusion.prediction": config.diffusion.prediction,
     }
+
+
+def differences(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """Return what differs, by name, in words."""
+    pairs = {name: (then.get(name, "absent"), now.get(name, "absent")) for name in {**then, **now}}
+    return {name: f"{name} was {was}, is {found}" for name, (was, found) in pairs.items() if was != found}
+
+
+def _statistics(spec: dict | None) -> dict[str, str]:
+    return LatentSpec.parse(spec).statistics if spec is not None else {}
+
+
+def _remedy(changed: set[str], path: Path) -> str:
+    """Return what to do where a resume found these changed: never to begin with weights that mean something else."""
+    if {"latent mean", "latent std"} & changed and "vae" not in changed:
+        return (
+            "Give the data the statistics that these weights know: run its train.encode command again with "
+            f"stats_from={path}, which rewrites the manifest alone."
+        )
+    if any(name in ("tokenizer", "vae", "special") or name.startswith(("model.", "diffusion.")) for name in changed):
+        return "Restore what it was."
+    return f"Restore what it was, or begin another run with these weights: init_from={path}."

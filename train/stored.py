@@ -3,6 +3,7 @@
     <export>/model.safetensors   all parameters by name, unsharded
              config.yaml         the run's resolved config; `config=` reads it back
              tokenizer.model, vae/   copies of what the run names
+             trained.keys        which records it was trained on, or a sample (train/trained_records.py)
              export.json         step, latent spec, grids, hashes; written last
 
 Either is read on any number of ranks, into whole parameters or into shards.
@@ -32,6 +33,7 @@ from train.ema import choose, is_label
 from train.local_shards import first_element, local
 from train.recipe import PretrainConfig
 from train.run_folder import TOKENIZER_FILE
+from train.trained_records import TRAINED_FILE, TrainedRecords
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Stored:
     meta: dict  # what train/state.py writes beside the tensors: progress, fingerprint, latent_spec, grids
     recipe: PretrainConfig
     identity: str  # a hash of the contents: another run under the same path and step has another
+    trained: TrainedRecords | None  # what it was trained on; None: an earlier version did not say
 
     @classmethod
     def use(cls, path: str | Path, ranks: Ranks, use: Callable[["Stored"], T], key: str = "checkpoint") -> T:
@@ -79,7 +82,7 @@ class Stored:
             recipe = replace(recipe, vae=recipe.vae and str(folder / VAE_FOLDER))
         if (identity := _identity(folder)) is None:
             raise FileNotFoundError(folder)
-        return cls(folder, exported, meta, recipe, identity)
+        return cls(folder, exported, meta, recipe, identity, stored_records(folder))
 
     @property
     def step(self) -> int:
@@ -88,7 +91,7 @@ class Stored:
     @property
     def latent_spec(self) -> LatentSpec | None:
         """Return what the model's latents are; None: it was trained on text alone."""
-        return LatentSpec(**self.meta["latent_spec"]) if self.meta["latent_spec"] else None
+        return LatentSpec.parse(self.meta["latent_spec"]) if self.meta["latent_spec"] else None
 
     def tokenizer(self, path: str | None = None) -> Tokenizer:
         """Return the tokenizer `path`, by default the copy that lies with the weights, else the one that they name.
@@ -121,6 +124,28 @@ class Stored:
         else:
             checkpoint.load(self.folder, {chosen: dict(parameters)}, ranks)
         return chosen
+
+
+def stored_records(folder: Path) -> TrainedRecords | None:
+    """Return which records the model of a checkpoint or an export was trained on; None: an earlier version wrote it."""
+    path = folder / TRAINED_FILE
+    if not path.is_file():
+        return None
+    exported = (folder / EXPORT_MARK).is_file()
+    return TrainedRecords.from_bytes(path.read_bytes() if exported else checkpoint.read_extra(folder, TRAINED_FILE))
+
+
+def stored_spec(path: Path) -> LatentSpec | None:
+    """Return the latent spec of an export, a checkpoint, or a run's newest, from what lies beside the weights alone.
+
+    Raises FileNotFoundError where there is none, ValueError for what is not readable.
+    """
+    if (path / EXPORT_MARK).is_file():
+        meta = _read_mark(path)
+    else:
+        folder = next((root[-1] for root in map(checkpoint.saved, (path / "checkpoints", path)) if root), path)
+        meta = json.loads(checkpoint.read_extra(folder, checkpoint.META))
+    return LatentSpec.parse(meta["latent_spec"]) if meta["latent_spec"] else None
 
 
 def read_recipe(path: Path) -> PretrainConfig:
@@ -195,7 +220,7 @@ def _read_mark(folder: Path) -> dict:
         if meta["settings"]["format"] == "llama":
             raise ValueError("it is a Llama export, the text side for transformers; export with format=transfusion")
         if meta["latent_spec"] is not None:
-            LatentSpec(**meta["latent_spec"])
+            LatentSpec.parse(meta["latent_spec"])
         for h, w in meta["grids"]:
             if min(h, w) < 1:
                 raise ValueError(f"latent grid {h}x{w}")

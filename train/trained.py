@@ -25,7 +25,7 @@ class Trained:
     grids: list[tuple[int, int]]  # latent grids of the training data, sorted
     step: int
     weights: str  # model, or the label of an EMA
-    identity: str  # hash of the contents: another run under the same path and step has another
+    stored: Stored  # where it lay
 
     @classmethod
     def load(cls, path: str | Path, ranks: Ranks, weights: str = "auto", tokenizer: str | None = None) -> "Trained":
@@ -45,7 +45,7 @@ class Trained:
         model.to_empty(device=ranks.device).eval()
         chosen = stored.read(weights, {name: parameter.data for name, parameter in model.named_parameters()}, ranks)
         grids = [tuple(grid) for grid in stored.meta["grids"]]
-        return cls(model, used, recipe, stored.latent_spec, grids, stored.step, chosen, stored.identity)
+        return cls(model, used, recipe, stored.latent_spec, grids, stored.step, chosen, stored)
 
 
 def load_codec(vae: str | None, spec: LatentSpec) -> torch.nn.Module:
