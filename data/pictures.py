@@ -2,19 +2,35 @@
 
 import io
 import re
+import struct
+import warnings
 from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from data.shards import BadRecord
+
+# Pillow warns of what it tolerates (odd EXIF, large pictures): that is nobody's to act on. Once and for all, because
+# `catch_warnings` changes the filters of every thread.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_PIXELS = 64 * 1024 * 1024  # a header that claims more is a decompression bomb
 MAX_SCANS = 100  # of a JPEG: each takes a pass over all pixels, were it a hundred bytes; usual are 1 to 12
 _TILE = 2048  # pixels a side that are made opaque at once
 _JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of a segment, or the end; others stand in compressed data
 Size = tuple[int, int]  # pixels, (height, width)
+# What makes a picture of each EXIF orientation upright; 1 is.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def bucket_sizes(resolution: int, multiple: int, max_aspect: float = 2.0) -> tuple[Size, ...]:
@@ -43,8 +59,7 @@ def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray
                 raise BadRecord("oversized picture", where, f"{picture.width}x{picture.height}")
             if data.startswith(b"\xff\xd8") and (scans := _num_scans(data)) > MAX_SCANS:
                 raise BadRecord("oversized picture", where, f"{scans} scans")
-            ImageOps.exif_transpose(picture, in_place=True)
-            picture = _to_rgb(picture)
+            picture = _to_rgb(_upright(picture))
     except (BadRecord, MemoryError):  # the latter need not be the picture's fault
         raise
     except Image.DecompressionBombError as error:
@@ -60,6 +75,19 @@ def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray
         box = (left, top, left + kept_width, top + kept_height)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(picture)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF asks, where that can be read.
+
+    Not by ImageOps.exif_transpose: it writes the EXIF again, and cannot write all that it reads.
+    """
+    picture.load()  # a PNG's EXIF may follow its pixels: their damage must not pass for the EXIF's
+    try:
+        turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, OSError, struct.error):
+        return picture  # as viewers show it
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
