@@ -212,6 +212,25 @@ def test_interleaved_documents_keep_their_order(
     assert others == contents_of(tmp_path / "out")
 
 
+def test_a_list_of_captions_becomes_several_and_what_is_none_is_counted(
+    tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From JSON under a key of its own to what training draws; a job in which the key is missing names it."""
+    values: list[object] = [["a red circle", "a round thing"], float("nan"), 7, "null", "a square"]
+    records = [picture_record(i, txt=None, json=json.dumps({"TEXT": v}).encode()) for i, v in enumerate(values)]
+    raw, out = raw_folder(tmp_path / "raw", {"a": records}), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"no caption: 5.*caption_key=KEY chooses one of \['TEXT'\]"):
+        encode(raw, out)
+    encode(raw, out, caption_key="TEXT", max_bad_fraction=0.6)
+    assert "2 records in 1 shards" in (said := capsys.readouterr().out) and "skipped no caption: 3" in said
+    several, one = (decode_document(r, "here") for r in encoded_records(out))
+    assert [tokenizer.decode(s.token_ids) for s in several.captions] == values[0] and not one.captions
+    data = open_data(data_config(tokenizer, {"a": out}, lanes=1), 0, patch_size=2)
+    lane = Lane(0, data.sources, data.settings)
+    drawn = " ".join(tokenizer.decode(lane.next_row().input_ids) for _ in range(40))
+    assert all(caption in drawn for caption in ("a red circle", "a round thing", "a square"))
+
+
 def test_pictures_go_into_the_nearest_aspect_bucket(
     tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer
 ) -> None:
@@ -369,7 +388,10 @@ def test_bad_pictures_and_captions_are_counted_by_reason_and_named(
     encode(raw, tmp_path / "out", max_bad_fraction=0.8)
     assert [r["__key__"].decode() for r in encoded_records(tmp_path / "out")] == ["00000", "00008", "00009"]
     printed = capsys.readouterr().out
-    counts = "duplicate key: 1, empty caption: 2, no picture: 1, undecodable caption: 1, undecodable picture: 2"
+    counts = (
+        "duplicate key: 1, empty caption: 1, no caption: 1, no picture: 1, undecodable caption: 1, "
+        "undecodable picture: 2"
+    )
     assert f"3 records in 1 shards in {tmp_path / 'out'}; skipped {counts}" in printed
     assert f"encode: skipped {raw / 'a.tar'}/00001: undecodable picture" in printed
     # A second run has nothing to do, and still says what is missing.
@@ -434,7 +456,7 @@ def test_everything_that_the_web_holds_is_counted_and_nothing_leaves_the_folder(
     assert captions[b"between"] == "of between" and captions[b"fine"] == "a"
     printed = capsys.readouterr().out
     counts = (
-        "duplicate key: 2, duplicate member: 1, empty caption: 1, empty picture: 1, member is not a file: 1, "
+        "duplicate key: 2, duplicate member: 1, empty picture: 1, member is not a file: 1, no caption: 1, "
         "no picture: 1, oversized picture: 1, undecodable caption: 1, undecodable picture: 1, unsafe member name: 2"
     )
     assert f"8 records in 1 shards in {tmp_path / 'out'}; skipped {counts}" in printed

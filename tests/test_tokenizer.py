@@ -119,10 +119,18 @@ def test_the_program_trains_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert output.read_bytes() == made and "delete it to train again" in capsys.readouterr().out
     for arguments, message in (
         ([f"inputs=[{tmp_path}]", f"output={tmp_path / 'b'}", "vocab_size=264"], "expected more than 264"),
+        (
+            [f"inputs=[{tmp_path / 'a.jsonl'}]", f"output={tmp_path / 'b'}", "text_key=words"],
+            r"no text in .*skipped no text: 100\. First: .*text_key=KEY chooses one of \['text'\]",
+        ),
         ([f"output={tmp_path / 'b'}"], r"inputs=\[\] \(none given\)"),
     ):
         with pytest.raises(ValueError, match=message):
             main(arguments)
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"words": "some words for number {i}"}}\n' for i in range(100)) + "{}")
+    main([f"inputs=[{tmp_path / 'a.jsonl'}]", f"output={tmp_path / 'c'}", "vocab_size=300", "text_key=words"])
+    said = capsys.readouterr().out
+    assert f"skipped {tmp_path / 'a.jsonl'}:101: no text" in said and (tmp_path / "c").read_bytes() == made
 
 
 def test_the_program_refuses_without_a_traceback(tmp_path: Path) -> None:

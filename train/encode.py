@@ -214,7 +214,7 @@ def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progres
 
     def documents() -> Iterator[RawDocument]:
         with local_copy(task.source) as file:
-            for document in read_raw(file, task.source, of_file):
+            for document in read_raw(file, task.source, of_file, encoder.config):
                 yield document
                 progress.add(document)
 

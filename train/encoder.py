@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Literal
 
@@ -20,7 +20,7 @@ import torch
 from data.documents import decode_document, encode_record
 from data.manifest import FORMAT_VERSION, LatentSpec, LatentSums, Manifest
 from data.pictures import bucket_sizes, decode_picture
-from data.raw import RawDocument
+from data.raw import KeysConfig, RawDocument
 from data.remote import FileVersion
 from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record
 from data.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ AHEAD = 8  # batches of pictures decoded before the VAE wants them, and document
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(KeysConfig):
     tokenizer: str = "runs/tokenizer.model"  # SentencePiece model
     vae: str | None = None  # diffusers AutoencoderKL: a folder or a hub id; not needed for text
     resolution: int = 256  # pixels of a square picture's side, a multiple of the VAE's stride
@@ -182,6 +182,8 @@ class Encoder:
             "resolution": self.config.resolution,
             "bucket_multiple": self.config.bucket_multiple if self.config.crop == "buckets" else None,
             "dtype": str(self.dtype).removeprefix("torch."),
+            # Those that were chosen: shards that were made before there was a choice stay as they are.
+            **{f.name: value for f in fields(KeysConfig) if (value := getattr(self.config, f.name)) != f.default},
         }
 
     def origin(self, version: FileVersion) -> dict:
@@ -268,12 +270,13 @@ class Encoder:
 
     def _record(self, draft: _Draft) -> Record:
         segments, where = [], draft.document.where
+        captions = [self.tokenizer.encode(caption) for caption in draft.document.captions]
         for segment in draft.segments:
-            if isinstance(segment, str):
-                segments.append(self.tokenizer.encode(segment))
-            else:
+            if not isinstance(segment, str):
                 segments.append(segment.moments)
-        record = encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode())
+            elif not captions:
+                segments.append(self.tokenizer.encode(segment))
+        record = encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode(), captions)
         if len(record["__key__"]) > MAX_KEY_BYTES or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:
             raise BadRecord("oversized record", where)
         decode_document(record, where)  # what its index would refuse is counted here

@@ -1,18 +1,20 @@
-"""Train a SentencePiece tokenizer from captions (.txt members of .tar shards) and text (.jsonl, .txt files)."""
+"""Train a SentencePiece tokenizer from the captions of .tar shards and from text (.jsonl, .txt files)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data.raw import read_texts
+from data.raw import KeysConfig, read_texts
+from data.shards import BadRecords
 from data.tokenizer import Tokenizer, train_tokenizer
 from train.config import load_config, run_program
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(KeysConfig):
     inputs: list[str] = field(default_factory=list)  # files or folders of .tar, .jsonl and .txt
     output: str = "runs/tokenizer.model"  # the model file to write
     vocab_size: int = 32000  # pieces, the special ones and 256 byte pieces included, > 264
@@ -32,18 +34,24 @@ def main(argv: list[str]) -> int | None:
     if output.is_file():
         print(f"tokenizer: {output} is there (vocabulary {Tokenizer(output).vocab_size}); delete it to train again")
         return
-    train_tokenizer(_texts(config), output, config.vocab_size)
-    tokenizer = Tokenizer(output)
-    print(f"tokenizer: wrote {output}, vocabulary {tokenizer.vocab_size}, hash {tokenizer.hash}")
+    bad = BadRecords(max_fraction=1)
+    train_tokenizer(_texts(config, bad), output, config.vocab_size)
+    for name in bad.names:
+        print(f"tokenizer: skipped {name}")
+    made = Tokenizer(output)
+    print(f"tokenizer: wrote {output}, vocabulary {made.vocab_size}, hash {made.hash}; skipped {bad.summary()}")
 
 
-def _texts(config: TokenizerConfig) -> Iterator[str]:
+def _texts(config: TokenizerConfig, bad: BadRecords) -> Iterator[str]:
+    """Yield the first `max_texts`; raise ValueError where there are none."""
+    count = 0
     with tqdm(desc="tokenizer: texts", unit="text", mininterval=1) as progress:
-        for count, (text, _) in enumerate(read_texts(config.inputs)):
-            if count == config.max_texts:
-                return
+        for text in islice(read_texts(config.inputs, bad, config), config.max_texts):
+            count += 1
             progress.update()
             yield text
+    if not count:
+        raise ValueError(f"no text in {config.inputs}: skipped {bad.summary()}. First: {'; '.join(bad.names[:3])}")
 
 
 if __name__ == "__main__":
