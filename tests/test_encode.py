@@ -34,6 +34,7 @@ from data.shards import Record, read_at, write_shard
 from data.tokenizer import Tokenizer
 from model.vae import LatentStats, load_vae, moments, vae_hash
 from tests.sources import data_config, encoded_records
+from tests.test_tokenizer import foreign_model
 from train.encode import main
 
 Contents = dict[str, bytes]
@@ -229,6 +230,25 @@ def test_a_list_of_captions_becomes_several_and_what_is_none_is_counted(
     lane = Lane(0, data.sources, data.settings)
     drawn = " ".join(tokenizer.decode(lane.next_row().input_ids) for _ in range(40))
     assert all(caption in drawn for caption in ("a red circle", "a round thing", "a square"))
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_counted_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.jsonl").write_text('{"text": "some 中 words"}\n{"text": "for number é 1"}\n')
+    foreign, out = Tokenizer(foreign_model(tmp_path / "foreign.model")), tmp_path / "out"
+    tokens = sum(len(foreign.encode(text)) for text in ("some 中 words", "for number é 1"))
+    said = f"encode: warning: {2 / tokens:.2%} of the tokens are unknown to {foreign.path}, such as ['中', 'é']"
+    for _ in range(2):  # the second time nothing is left to do
+        main(arguments(tmp_path / "raw", out, foreign))
+        assert said in capsys.readouterr().out
+    sidecar = json.loads((out / "a.tar.json").read_text())
+    del sidecar["words"]  # as earlier versions wrote it
+    (out / "a.tar.json").write_text(json.dumps(sidecar))
+    written = (out / "a.tar").stat().st_mtime_ns
+    main(arguments(tmp_path / "raw", out, foreign))
+    assert (out / "a.tar").stat().st_mtime_ns == written and "unknown" not in capsys.readouterr().out
 
 
 def test_pictures_go_into_the_nearest_aspect_bucket(

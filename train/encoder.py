@@ -27,6 +27,7 @@ from data.tokenizer import Tokenizer
 from model.vae import load_vae, moments, stated_stats, stride_of, vae_hash
 
 MAX_KEY_BYTES = 4096  # of a document, as long as a path may be
+EXAMPLES_KEPT = 8  # of what the tokenizer does not know, of an input file
 AHEAD = 8  # batches of pictures decoded before the VAE wants them, and documents that may wait for a rare size
 
 
@@ -85,6 +86,15 @@ class _Draft:
         return all(picture.moments is not None for picture in self.pictures)
 
 
+@dataclass
+class WordCounts:
+    """How many tokens texts became, how many of them are the unknown piece, and a few words for which it stands."""
+
+    tokens: int = 0
+    unknown: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
 class Encoder:
     """Encodes one input file after another."""
 
@@ -100,8 +110,8 @@ class Encoder:
         else:
             self.sizes = ((config.resolution, config.resolution),)
         self.given_spec, self.stats_source = self._given_spec()
-        # Of the present file's latents.
-        self.latent_sums = LatentSums.none(self.channels)
+        # Of the present file.
+        self.latent_sums, self.words = LatentSums.none(self.channels), WordCounts()
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.num_threads = config.decode_threads or max(1, cores)
         self._threads = ThreadPoolExecutor(self.num_threads, "decode")
@@ -194,7 +204,7 @@ class Encoder:
     @torch.no_grad()
     def records(self, documents: Iterable[RawDocument], bad: BadRecords) -> Iterator[Record]:
         """Yield the encoded records of one input file's documents, in order; what is bad is counted and named."""
-        self.latent_sums = LatentSums.none(self.channels)
+        self.latent_sums, self.words = LatentSums.none(self.channels), WordCounts()
         waiting: deque[_Draft] = deque()  # for the VAE, in the order of the input
         batches: dict[tuple[int, int], list[_Picture]] = {}  # by size, not full yet
         running: deque[tuple[list[_Picture], torch.Tensor]] = deque()  # on the device
@@ -269,13 +279,10 @@ class Encoder:
                 yield draft
 
     def _record(self, draft: _Draft) -> Record:
-        segments, where = [], draft.document.where
-        captions = [self.tokenizer.encode(caption) for caption in draft.document.captions]
-        for segment in draft.segments:
-            if not isinstance(segment, str):
-                segments.append(segment.moments)
-            elif not captions:
-                segments.append(self.tokenizer.encode(segment))
+        where = draft.document.where
+        captions = [self._tokens(caption) for caption in draft.document.captions]
+        left = draft.pictures if captions else draft.segments
+        segments = [self._tokens(s) if isinstance(s, str) else s.moments for s in left]
         record = encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode(), captions)
         if len(record["__key__"]) > MAX_KEY_BYTES or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:
             raise BadRecord("oversized record", where)
@@ -283,6 +290,15 @@ class Encoder:
         for picture in draft.pictures:
             self.latent_sums.add(picture.moments)
         return record
+
+    def _tokens(self, text: str) -> np.ndarray:
+        token_ids = self.tokenizer.encode(text)
+        self.words.tokens += len(token_ids)
+        if unknown := int((token_ids == self.tokenizer.unknown).sum()):
+            self.words.unknown += unknown
+            new = dict.fromkeys(word for word in self.tokenizer.unknown_in(text) if word not in self.words.examples)
+            self.words.examples += list(new)[: EXAMPLES_KEPT - len(self.words.examples)]
+        return token_ids
 
 
 def _device(name: str) -> torch.device:

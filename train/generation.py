@@ -4,8 +4,9 @@ Batches of one call have one shape, the last one filled up: so the bits of a pic
 and that shape, not on what the other rows hold. Smaller batches for fewer rows differ by float rounding only.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,8 @@ from train.trained import Trained, load_codec
 BATCH = 50  # rows a sampling batch: small enough for a laptop, large enough to fill two cores
 # Progress in rows, of which a denoising step is a fraction.
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
+
+log = logging.getLogger(__name__)
 
 Part = str | np.ndarray  # text, or a picture uint8 [H, W, 3]
 Progress = Callable[[float], object]  # is told how many rows, or what fraction of one, were added
@@ -64,6 +67,7 @@ class Generation:
     vae_hash: str  # what the training data's latents were encoded with
     batch_size: int = BATCH
     weights: str = "model"  # which of a run's: model, or the label of an EMA
+    _seen: set[str] = field(default_factory=set)  # prompts
 
     @classmethod
     def load(cls, config: GenerationConfig, ranks: Ranks) -> tuple["Generation", PretrainConfig, int]:
@@ -132,6 +136,7 @@ class Generation:
         `draw`: begin with a picture; else the model begins with text and decides. Pictures of a prompt are
         [resolution, resolution, 3]. `numbers` name the samples; None counts them from 0.
         """
+        self._warn_of_unknown({part for prompt in prompts for part in prompt if isinstance(part, str)})
         given = [part for prompt in prompts for part in prompt if not isinstance(part, str)]
         latents = iter(self._encode(given))
         rows = []
@@ -169,6 +174,13 @@ class Generation:
         """Return a caption for each picture; see `complete` for the rest."""
         results = self.complete([[picture] for picture in pictures], text_alone(config), seed, progress, numbers)
         return [parts[0] if parts else "" for parts in results]
+
+    def _warn_of_unknown(self, texts: set[str]) -> None:
+        """Log what of new prompts the tokenizer has no piece for."""
+        for text in sorted(texts - self._seen):
+            if unknown := self.tokenizer.unknown_in(text):
+                log.warning("prompt %r: %s unknown to the tokenizer: the model cannot tell them apart", text, unknown)
+        self._seen |= texts
 
     def _encode(self, pictures: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
         """Yield the whitened latents f32 [C, h, w] of each picture: the posterior's mean."""

@@ -6,7 +6,7 @@ job that is started again knows what is done, and keeps the sums from which the 
 
 import json
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from data.manifest import LatentSums, Manifest, ShardEntry, shard_entry
 from data.shards import BadRecords, ShardIndex, atomic_write, index_path
 from data.storage import Store
-from train.encoder import Encoder
+from train.encoder import Encoder, WordCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,18 @@ class Sidecar:
     sums: list[list[float]]  # of latents by channel: means, and second moments
     seen: int  # records of the input, good and bad
     skipped: dict[str, int]  # by reason
+    words: WordCounts = field(default_factory=WordCounts)
 
     @classmethod
-    def write(cls, shard: Path, index: ShardIndex, origin: dict, latents: LatentSums, bad: BadRecords) -> "Sidecar":
+    def write(
+        cls,
+        shard: Path,
+        index: ShardIndex,
+        origin: dict,
+        latents: LatentSums,
+        bad: BadRecords,
+        words: WordCounts | None = None,
+    ) -> "Sidecar":
         """Save a written shard's index and then its sidecar."""
         index.save(index_path(shard))
         sidecar = cls(
@@ -37,6 +46,7 @@ class Sidecar:
             sums=latents.sums.tolist(),
             seen=bad.seen,
             skipped=dict(sorted(bad.reasons.items())),
+            words=words or WordCounts(),
         )
         with atomic_write(sidecar_path(shard)) as file:
             file.write(json.dumps(asdict(sidecar)).encode())
@@ -56,7 +66,8 @@ class Sidecar:
         """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin."""
         try:
             fields = json.loads(sidecar_path(shard).read_text())
-            sidecar = cls(**{**fields, "entry": ShardEntry(**fields["entry"])})
+            words = WordCounts(**fields.get("words", {}))  # older ones have none
+            sidecar = cls(**{**fields, "entry": ShardEntry(**fields["entry"]), "words": words})
             if sidecar.origin != origin:
                 return None
             is_whole = zlib.crc32(index_path(shard).read_bytes()) == sidecar.entry.index_crc32
