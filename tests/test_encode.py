@@ -747,6 +747,30 @@ def test_a_vae_that_states_no_scaling_is_measured_unless_asked_otherwise(
     assert (spec.mean, spec.std) == ((0.0, 0.0), (1.0, 1.0))
 
 
+def test_diffusers_default_is_not_taken_for_a_vaes_own_scaling(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae, out = foreign_vae(tmp_path / "vae"), tmp_path / "out"
+    encode(raw, out, vae=vae)  # it states 0.18215, and that is far from right
+    deviation = 0.18215 * np.sqrt(np.mean(np.square(measured_std(encode, raw, tmp_path, vae))))
+    warning = f"warning: whitened latents have deviation {deviation:.3g}, expected about 1"
+    assert not 0.5 < deviation < 2 and warning in capsys.readouterr().out
+    config = json.loads((vae / "config.json").read_text())
+    del config["scaling_factor"]
+    (vae / "config.json").write_text(json.dumps(config))
+    encode(raw, out, vae=vae)
+    said = capsys.readouterr().out
+    assert "statistics: measured (the VAE's config states no scaling_factor)" in said and "warning" not in said
+    encode(raw, out, vae=vae, latent_stats="vae")
+    said = capsys.readouterr().out
+    assert "statistics: diffusers' default, as the VAE's config states no scaling" in said and warning in said
+
+
+def measured_std(encode: Callable[..., Contents], raw: Path, tmp_path: Path, vae: Path) -> tuple[float, ...]:
+    encode(raw, tmp_path / "measured", vae=vae, latent_stats="measured")
+    return Manifest.load(tmp_path / "measured").latent_spec.std
+
+
 def test_statistics_from_two_places_are_refused_and_another_data_sets_win(
     raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ from data.raw import KeysConfig, RawDocument
 from data.remote import FileVersion
 from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record
 from data.tokenizer import Tokenizer
-from model.vae import load_vae, moments, stated_stats, stride_of, vae_hash
+from model.vae import load_vae, moments, stated_stats, states_scaling, stride_of, vae_hash
 
 MAX_KEY_BYTES = 4096  # of a document, as long as a path may be
 EXAMPLES_KEPT = 8  # of what the tokenizer does not know, of an input file
@@ -44,7 +44,8 @@ class EncoderConfig(KeysConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the VAE; auto: bfloat16 on CUDA, else float32
     decode_threads: int = 0  # threads that decode and resize pictures; 0: one a core of this process's share
     # Where the mean and deviation come from by which training whitens latents. vae: the scaling that the VAE's config
-    # states; measured: these pictures' latents; auto: vae where the config states other than 1, else measured.
+    # states, else diffusers' default; measured: these pictures' latents; auto: vae where the config states other than
+    # 1, else measured.
     latent_stats: Literal["auto", "measured", "vae"] = "auto"
     stats_from: str | None = None  # encoded folder whose latent statistics to take over instead (for held-out data)
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -147,11 +148,15 @@ class Encoder:
             return self._spec_of(self.config.stats_from), f"from {self.config.stats_from}"
         if self.vae is None or self.config.latent_stats == "measured":
             return None, "measured"
+        is_stated = states_scaling(self.vae)
+        if self.config.latent_stats == "auto" and not is_stated:
+            return None, "measured (the VAE's config states no scaling_factor)"
         stats = stated_stats(self.vae)
         mean, std = tuple(stats.mean.tolist()), tuple(stats.std.tolist())
         if self.config.latent_stats == "auto" and set(mean) == {0.0} and set(std) == {1.0}:
             return None, "measured (the VAE states no scaling)"
-        return LatentSpec(**self._spec_fields, mean=mean, std=std), "the VAE's own scaling"
+        source = "the VAE's own scaling" if is_stated else "diffusers' default, as the VAE's config states no scaling"
+        return LatentSpec(**self._spec_fields, mean=mean, std=std), source
 
     def _spec_of(self, folder: str) -> LatentSpec:
         """Return the latent spec of an encoded folder; raise ValueError for one of other latents."""
@@ -170,17 +175,13 @@ class Encoder:
         names = ("vae_hash", "channels", "stride")
         return {**{name: getattr(self, name) for name in names}, "resolution": self.config.resolution}
 
-    def latent_spec(self, sums: Iterable[LatentSums]) -> LatentSpec | None:
+    def latent_spec(self, sums: LatentSums) -> LatentSpec | None:
         """Return the spec of a data set from the sums of all its shards; None for text."""
         if self.vae is None or self.given_spec is not None:
             return self.given_spec
-        together = LatentSums.none(self.channels)
-        for part in sums:
-            together.sums += part.sums
-            together.cells += part.cells
-        if not together.cells:
+        if not sums.cells:
             return None
-        return LatentSpec(**self._spec_fields, mean=tuple(together.mean.tolist()), std=tuple(together.std.tolist()))
+        return LatentSpec(**self._spec_fields, mean=tuple(sums.mean.tolist()), std=tuple(sums.std.tolist()))
 
     @property
     def made_with(self) -> dict:

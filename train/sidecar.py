@@ -84,12 +84,20 @@ def build_manifest(encoder: Encoder, sidecars: list[Sidecar], folder: Path) -> M
     """Write manifest.json from the sidecars of all shards; raise ValueError if they hold nothing."""
     if not any(sidecar.entry.records for sidecar in sidecars):
         raise ValueError(f"nothing could be encoded from {len(sidecars)} input files")
+    sums = LatentSums.total(encoder.channels, (LatentSums(np.array(s.sums), s.cells) for s in sidecars))
     manifest = Manifest(
         store=Store(str(folder)),
         tokenizer_hash=encoder.tokenizer.hash,
         vocab_size=encoder.tokenizer.vocab_size,
-        latent_spec=encoder.latent_spec(LatentSums(np.array(s.sums), s.cells) for s in sidecars),
+        latent_spec=encoder.latent_spec(sums),
         shards=tuple(sidecar.entry for sidecar in sidecars if sidecar.entry.records),
     )
     manifest.save()
+    spec = manifest.latent_spec
+    if spec is not None and sums.cells and not 0.5 <= (deviation := sums.whitened_by(spec)) <= 2:
+        print(
+            f"warning: whitened latents have deviation {deviation:.3g}, expected about 1, for which the noise schedule "
+            f"is made (statistics: {encoder.stats_source}); the same command with latent_stats=measured takes these "
+            "pictures' own and rewrites manifest.json alone"
+        )
     return manifest
