@@ -5,16 +5,13 @@ import re
 import struct
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from data.shards import BadRecord
-
-# Pillow warns of what it tolerates (odd EXIF, large pictures): that is nobody's to act on. Once and for all, because
-# `catch_warnings` changes the filters of every thread.
-warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_PIXELS = 64 * 1024 * 1024  # a header that claims more is a decompression bomb
 MAX_SCANS = 100  # of a JPEG: each takes a pass over all pixels, were it a hundred bytes; usual are 1 to 12
@@ -53,6 +50,7 @@ def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray
     """
     if not data:
         raise BadRecord("empty picture", where)
+    _silence_pillow()
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -75,6 +73,15 @@ def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray
         box = (left, top, left + kept_width, top + kept_height)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(picture)
+
+
+@cache
+def _silence_pillow() -> None:
+    """Keep what Pillow tolerates (odd EXIF, large pictures) off the terminal: it is nobody's to act on.
+
+    Once and for all: `catch_warnings` would change the filters under other threads.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
