@@ -45,7 +45,9 @@ class Tokenizer:
         self.unknown = self._processor.unk_id()
         boi, eoi = (self._processor.piece_to_id(piece) for piece in (BOI_PIECE, EOI_PIECE))
         if self.unknown not in (boi, eoi) and not all(map(self._processor.is_control, (boi, eoi))):
-            self._processor.LoadFromSerializedProto(_with_control(model, (boi, eoi)))
+            model = _with_control(model, (boi, eoi))
+            self._processor.LoadFromSerializedProto(model)
+        self.model = model  # as it is used
         if self.unknown in (boi, eoi):
             boi, eoi, size = size, size + 1, size + 2
         self.vocab_size = size
@@ -59,6 +61,10 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Return token ids int64 [len], without special ids."""
         return np.array(self._processor.encode(text), dtype=np.int64)
+
+    def piece(self, token_id: int) -> str:
+        """Return how the model's vocabulary spells an id."""
+        return self._processor.id_to_piece(token_id)
 
     def unknown_in(self, text: str) -> list[str]:
         """Return the parts of a text that no piece stands for, in order: the model cannot tell one from another."""
