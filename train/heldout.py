@@ -5,6 +5,7 @@ one model agree whatever the number of ranks, up to the order of float additions
 training, so a stop signal ends an evaluation within a batch and a sharded model's collectives always match.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +25,8 @@ from train.feed import next_batch
 from train.parallelize import reshard
 from train.signals import StopKind, StopSignal
 from train.step import micro_step
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,8 @@ class Heldout:
                     f"trained on those of {vae_hash}; encode it with that VAE"
                 )
             self._sources[name] = source, data
+            if data.too_long and ranks.is_first:
+                log.warning("held-out source %s leaves out %s", name, "; ".join(data.too_long[:8]))
 
     @property
     def metrics(self) -> list[str]:
