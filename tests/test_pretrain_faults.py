@@ -157,7 +157,7 @@ def test_a_shard_that_vanishes_is_bad_data_and_one_that_cannot_be_indexed_stops_
     folder = _copy(texts_folder, tmp_path / "texts")
     run_dir = tmp_path / "run"
     argv = settings(run_dir, tokenizer, {"texts": folder}, optim__steps=10**6, checkpoint__interval_steps=10**6)
-    with launch(argv, 2) as run:
+    with launch([*argv, "data.max_bad_documents=10"], 2) as run:
         wait_for(reached(run_dir, 3), run)
         os.truncate(folder / "00000.tar", 0)
         (folder / "00001.tar").unlink()
