@@ -65,9 +65,9 @@ class Sidecar:
     def read(cls, shard: Path, origin: dict) -> "Sidecar | None":
         """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin."""
         try:
-            fields = json.loads(sidecar_path(shard).read_text())
-            words = WordCounts(**fields.get("words", {}))  # older ones have none
-            sidecar = cls(**{**fields, "entry": ShardEntry(**fields["entry"]), "words": words})
+            fields = {"words": {}, **json.loads(sidecar_path(shard).read_text())}  # older ones have no words
+            parts = {"entry": ShardEntry(**fields["entry"]), "words": WordCounts(**fields["words"])}
+            sidecar = cls(**{**fields, **parts})
             if sidecar.origin != origin:
                 return None
             is_whole = zlib.crc32(index_path(shard).read_bytes()) == sidecar.entry.index_crc32
