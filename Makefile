@@ -14,8 +14,9 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python -m train.demo
 
+# A file's tests share what they train, so they stay together; each process more imports torch once more.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # On a real Slurm of their own, installed from Debian's packages where that is possible, skipped elsewhere.
 test-slurm: setup

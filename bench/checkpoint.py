@@ -87,7 +87,13 @@ def run_rank(options: argparse.Namespace, folder: Path) -> int:
     with RunFolder(folder / "run", ranks) as run:
         trainee = Trainee(options, ranks)
         saver = Saver(run, config, ranks)
-        rounds = [Round(trainee, saver, run, ranks).measure(options.steps) for _ in range(options.rounds + 1)][1:]
+        rounds, start = [], time.perf_counter()
+        for number in range(options.rounds + 1):  # the first is left out
+            rounds.append(Round(trainee, saver, run, ranks).measure(options.steps))
+            left = (time.perf_counter() - start) / (number + 1) * (options.rounds - number)
+            if ranks.is_first:
+                print(f"round {number} of {options.rounds}: {left:.0f} s left", file=sys.stderr, flush=True)
+        rounds = rounds[1:]
         saver.settle()
         if ranks.is_first:
             record = summary(rounds, config.interval_steps)

@@ -9,6 +9,7 @@ MEMBER} in order, MEMBER being what follows the key in the member's name (`0.jpg
 import gzip
 import io
 import json
+import os
 import re
 import reprlib
 import zlib
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.documents import MAX_SEGMENTS
-from data.remote import is_http
+from data.remote import is_http, shown
 from data.shards import BadRecord, BadRecords, Record, read_shard
+from data.signatures import HEAD_BYTES, LFS_POINTER, looks_like
 from data.storage import expand, local_copy
 
 TAR, TEXT = ".tar", ".txt"
@@ -55,13 +57,15 @@ class RawDocument:
 
 
 def suffix_of(path: str) -> str:
-    """Return which of SUFFIXES a path or URL ends in, "" for none."""
-    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if _without_query(path).endswith(s)), "")
+    """Return which of SUFFIXES a path or URL ends in, in any case, "" for none."""
+    name = _without_query(path).lower()
+    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(s)), "")
 
 
 def input_name(path: str) -> str:
     """Return the file name of a path or URL without its suffix: the name of the shard made of it."""
-    return _without_query(path).rsplit("/", 1)[-1].removesuffix(suffix_of(path))
+    name = _without_query(path).rsplit("/", 1)[-1]
+    return name[: len(name) - len(suffix_of(path))]
 
 
 def _without_query(path: str) -> str:
@@ -75,9 +79,9 @@ def read_raw(file: Path, source: str, bad: BadRecords, names: KeysConfig | None 
         yield from _read_texts(file, source, bad, names.text_key)
         return
     keys: set[str] = set()
-    for record in read_shard(file, bad, source):
+    for record in read_shard(file, bad, shown(source)):
         key = record["__key__"].decode()
-        where = f"{source}/{key}"
+        where = f"{shown(source)}/{key}"
         try:
             if key in keys:
                 raise BadRecord("duplicate key", where, "or its members do not follow each other")
@@ -159,30 +163,43 @@ def _segments(listed: Any, record: Record, where: str) -> Iterator[str | bytes]:
 
 
 def _read_texts(file: Path, source: str, bad: BadRecords, text_key: str) -> Iterator[RawDocument]:
-    key, is_whole = input_name(source).replace(".", "_"), suffix_of(source) == TEXT  # a key ends at the first dot
-    if suffix_of(source).endswith((".gz", ".zst")) and not file.stat().st_size:  # not even of no lines
-        bad.seen += 1
-        bad.add(BadRecord("truncated", source, "0 bytes"))
-        return
-    with _open_text(file, suffix_of(source)) as (raw, text):
-        lines, number, read = _lines(text, is_whole), 0, 0
-        while True:
-            where = f"{source}:{number + 1}"
+    key, suffix, name = input_name(source).replace(".", "_"), suffix_of(source), shown(source)  # a key ends at a dot
+    is_whole, is_cut, number, read = suffix == TEXT, False, 0, 0
+    with _open_text(file, suffix) as (raw, text):
+        size, what = file.stat().st_size, _other_kind(raw, suffix)
+        lines = _lines(text, is_whole) if what is None else iter(())
+        while not is_cut:
+            where = f"{name}:{number + 1}"
             try:
                 line = next(lines)
                 content = _text(line, where, None if is_whole else text_key)
-                info = {"source": input_name(source) + suffix_of(source), "line": number + 1}
+                info = {"source": input_name(source) + suffix, "line": number + 1}
                 yield RawDocument(f"{key}-{number:08d}", where, (content,), info, raw.tell() - read)
             except StopIteration:
-                return
+                break
             except BadRecord as error:
                 bad.add(error)
             except (OSError, EOFError, zlib.error) as error:  # of the compression: there is no more
-                bad.seen += 1
                 bad.add(BadRecord("truncated", where, str(error)))
-                return
+                is_cut = True
             bad.seen += 1
             number, read = number + 1, raw.tell()
+    if number:
+        bad.files.append((size, float(is_cut)))
+    elif is_whole and what is None:
+        bad.seen += 1
+        bad.add(BadRecord("empty text", name))
+    else:
+        bad.failed.append(f"{name}: no text; it is {what or 'of no lines'}")
+
+
+def _other_kind(file: BinaryIO, suffix: str) -> str | None:
+    """Return what a text file is by its first bytes where that is not what its suffix says."""
+    what = looks_like(os.pread(file.fileno(), HEAD_BYTES, 0))
+    if suffix == TEXT:
+        return what if what == LFS_POINTER else None
+    expected = {"gz": "gzip", "zst": "zstd"}.get(suffix.rpartition(".")[2])
+    return None if what == expected or (what == "JSON" and not expected) else what or f"no {expected}"
 
 
 def _lines(text: BinaryIO, is_whole: bool) -> Iterator[bytes | None]:

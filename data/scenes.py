@@ -67,7 +67,7 @@ PAIR_WORDINGS = (
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """One shape of a scene; on its own it is also the *combination* that the splits speak of."""
+    """One shape of a scene; on its own it is also the *combination* of attributes that the splits speak of."""
 
     shape: str
     colour: str
@@ -147,7 +147,8 @@ _GRAMMAR = [_pattern(template) for template in WORDINGS + PAIR_WORDINGS]
 class Splits:
     """What is trained and what is held out, for one seed.
 
-    `held_out_wordings[combination]` are the wordings with which a trained combination never occurs in training.
+    `held_out_wordings[combination]` are two wordings of a trained combination whose captions no training caption
+    repeats, not even as a part of itself.
     """
 
     seed: int
@@ -157,33 +158,36 @@ class Splits:
 
     def trains(self, shapes: tuple[Shape, ...], wording: int) -> bool:
         """Whether this scene with this wording may occur in training."""
-        if any(shape not in self.held_out_wordings for shape in shapes):
+        if any(shape not in self.held_out_wordings for shape in shapes) or self.holds_out_pair(shapes):
             return False
-        if len(shapes) == 1:
-            return wording not in self.held_out_wordings[shapes[0]]
-        return _hash(self.seed, *sorted(shape.combination for shape in shapes)) % 10 != 0
+        said = caption(shapes, wording)
+        return not any(caption((s,), w) in said for s in shapes for w in self.held_out_wordings[s])
+
+    def holds_out_pair(self, shapes: tuple[Shape, ...]) -> bool:
+        """Whether these are two shapes that training never shows together: one pair in ten."""
+        return len(shapes) == 2 and _hash(self.seed, *sorted(shape.combination for shape in shapes)) % 10 == 0
 
 
 def make_splits(seed: int) -> Splits:
-    """Hold out one combination in ten, and two wordings of each other one.
+    """Hold out one in ten of shape x colour x position, in both sizes, and two wordings of each other combination.
 
-    The held-out combinations are spread evenly: no attribute value has more than its share, so each occurs in training.
+    Both sizes, because the judge does not compare them: in one size alone, a combination would be unseen in name only.
+    What is held out is spread evenly: no value of an attribute has more than its share, so each occurs in training.
     """
-    every = [Shape(*values) for values in itertools.product(SHAPES, COLOURS, POSITIONS, SIZES)]
+    every = list(itertools.product(SHAPES, COLOURS, POSITIONS))
     number = len(every) // 10
     held_out, taken = [], {}
-    for shape in sorted(every, key=lambda shape: _hash(seed, shape.combination)):
-        values = [(shape.shape, len(SHAPES)), (shape.colour, len(COLOURS))]
-        values += [(shape.position, len(POSITIONS)), (shape.size, len(SIZES))]
-        if all(taken.get(value, 0) < -(-number // share) for value, share in values):
-            held_out.append(shape)
-            taken.update({value: taken.get(value, 0) + 1 for value, _ in values})
-    trained = tuple(shape for shape in every if shape not in held_out)
+    for values in sorted(every, key=lambda values: _hash(seed, *values)):
+        shares = zip(values, (len(SHAPES), len(COLOURS), len(POSITIONS)), strict=True)
+        if len(held_out) < number and all(taken.get(value, 0) < -(-number // share) for value, share in shares):
+            held_out.append(values)
+            taken.update({value: taken.get(value, 0) + 1 for value in values})
+    trained = tuple(Shape(*values, size) for values in every if values not in held_out for size in SIZES)
     wordings = {
         shape: tuple(sorted(range(len(WORDINGS)), key=lambda w, s=shape: _hash(seed, s.combination, str(w)))[:2])
         for shape in trained
     }
-    return Splits(seed, trained, tuple(sorted(held_out)), wordings)
+    return Splits(seed, trained, tuple(sorted(Shape(*values, size) for values in held_out for size in SIZES)), wordings)
 
 
 def training_example(splits: Splits, index: int, resolution: int, two_shapes_share: float) -> Example:
@@ -207,7 +211,7 @@ def held_out_examples(splits: Splits, resolution: int, num_two_shapes: int) -> I
     pairs = {}
     while len(pairs) < num_two_shapes:
         pair = _random_pair(splits, rng)
-        if not splits.trains(pair, 0):
+        if splits.holds_out_pair(pair):
             pairs.setdefault(tuple(sorted(pair)), pair)
     asked += [("two_shapes", pair, int(rng.integers(len(PAIR_WORDINGS)))) for pair in pairs.values()]
     for split, shapes, wording in asked:

@@ -1,8 +1,9 @@
-"""Tar shards as records: scan, index, read at offsets, write, and count what is bad.
+"""Tar shards as records: scan, index, read at offsets, write.
 
 One reader serves raw and encoded shards. webdataset writes them and gives the key rule, but it does not read them
 here: it drops a truncated tail uncounted and hands on the cut sample without its later members. A record is the run
-of consecutive members that share a key; it is complete only if another record or the end-of-archive block follows.
+of consecutive members that share a key. It is complete only if no bytes were lost on either side of it, and if another
+record or an end-of-archive block follows; at the end of a file without one, if an earlier record had just its members.
 Keys are valid UTF-8 and stay inside the archive: no `..`, no leading slash.
 """
 
@@ -14,19 +15,19 @@ import secrets
 import struct
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from data.tar import MAX_RECORD_BYTES, BadRecord, Read, key_of, members, name_problem
+from data.bad_records import BadRecord, BadRecords
+from data.signatures import HEAD_BYTES, looks_like
+from data.tar import MAX_RECORD_BYTES, Member, Read, key_of, left_out, members, name_problem
 
 Record = dict[str, bytes]  # extension -> contents, and "__key__" -> the key in UTF-8
 
-NAMES_KEPT = 20  # of bad records
 TEMPORARY_NAME = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")  # of atomic_write's files: NAME.tmp-PID-RANDOM
 NPY_HEADER_BYTES = 128  # that np.save writes before an array of a few dimensions
 _PROBE_BYTES = 1 << 24  # a read of more asks for its last byte first
@@ -41,33 +42,6 @@ _NOT_ARRAYS = (
     struct.error,
     zipfile.BadZipFile,
 )
-
-
-@dataclass
-class BadRecords:
-    """Counts what was skipped by reason, remembers the first names, and stops past a share of all records."""
-
-    max_fraction: float  # of all records seen, in [0, 1]; judged once 20 records were seen
-    seen: int = 0
-    reasons: Counter = field(default_factory=Counter)
-    names: list[str] = field(default_factory=list)
-
-    def add(self, error: BadRecord) -> None:
-        self.reasons[error.reason] += 1
-        if len(self.names) < NAMES_KEPT:
-            self.names.append(str(error))
-
-    def check(self, final: bool = False) -> None:
-        """Raise ValueError when more than `max_fraction` of the records seen were bad."""
-        bad = self.reasons.total()
-        if bad and (final or self.seen >= 20) and bad > self.max_fraction * max(self.seen, 1):
-            raise ValueError(
-                f"{bad} of {self.seen} records are bad, more than max_bad_fraction={self.max_fraction}: "
-                f"{self.summary()}" + (f". First: {'; '.join(self.names[:3])}" if self.names else "")
-            )
-
-    def summary(self) -> str:
-        return ", ".join(f"{reason}: {count}" for reason, count in sorted(self.reasons.items())) or "none"
 
 
 @dataclass(frozen=True)
@@ -191,7 +165,7 @@ def write_shard(path: Path, records: Iterable[Record]) -> int:
     ):
         for record in records:
             key = record["__key__"].decode()
-            if key == last or key_of(f"{key}.x") != (key, "x") or name_problem(key):
+            if key == last or key_of(f"{key}.x") != (key, "x") or name_problem(key) or left_out(key):
                 raise ValueError(f"{path}: key {key!r} repeats, holds a dot or leaves the archive; rename the record")
             writer.write({**record, "__key__": key})
             last = key
@@ -235,7 +209,7 @@ def read_at(read: Read, span: np.ndarray, where: str) -> Record:
 
 
 def read_shard(path: Path, bad: BadRecords, name: str | None = None) -> Iterator[Record]:
-    """Yield a shard's good records in file order; bad ones are counted in `bad`, and a broken tail as one.
+    """Yield a shard's good records in file order; what is bad or lost is counted in `bad`.
 
     `name` is what errors call the shard, where `path` is a copy of it.
     """
@@ -245,28 +219,51 @@ def read_shard(path: Path, bad: BadRecords, name: str | None = None) -> Iterator
 
 
 def _records(file: BinaryIO, name: str, bad: BadRecords) -> Iterator[tuple[int, int, Record]]:
-    """Yield (offset, length, record) of the good records of a shard."""
-    spans = _scan(file, name)
-    while True:
+    """Yield (offset, length, record) of the good records of a shard; at its end count in `bad` what was lost of it."""
+    size = os.fstat(file.fileno()).st_size
+    kinds: set[frozenset[str]] = set()  # the extensions of a record, of all records
+    lost, is_cut = 0, False
+    # Of what comes before the first record: a file without any counts as such, and for nothing else.
+    counts, has_records = BadRecords(1), False
+    for span in _scan(file, size, name, bad):
+        if span.has_record and not has_records:
+            bad.update(counts)
+            counts, has_records = bad, True
+        lost += span.lost
+        is_cut |= span.is_cut
+        counts.seen += 1
         try:
-            offset, length = next(spans)
-            where = f"{name}@{offset}"
-            record = parse_record(_read_span(_reader(file), offset, length, where), where)
-        except StopIteration:
-            return
-        except BadRecord as error:  # one record's, or the tail's: then the next turn ends the shard
-            bad.seen += 1
-            bad.add(error)
-            bad.check()
+            if span.error is not None:
+                raise span.error
+            where = f"{name}@{span.offset}"
+            record = parse_record(_read_span(_reader(file), span.offset, span.length, where), where)
+            if span.is_last and (is_cut := frozenset(record) not in kinds):
+                raise BadRecord(
+                    "truncated", where, "no end-of-archive block, nor an earlier record of just its members"
+                )
+        except BadRecord as error:
+            counts.add(error)
+            counts.check()
         else:
-            bad.seen += 1
-            yield offset, length, record
+            kinds.add(frozenset(record))
+            if span.is_last:
+                bad.note("file without an end-of-archive block, perhaps cut", name)
+            yield span.offset, span.length, record
+    if has_records:
+        bad.files.append((size, 1.0 if is_cut else lost / size))
+    else:
+        what = looks_like(os.pread(file.fileno(), HEAD_BYTES, 0))
+        bad.failed.append(f"{name}: no record" + (f"; it is {what}" if what else f" in {size} bytes"))
 
 
 def parse_record(span: bytes, where: str) -> Record:
     """Return the members of one record's bytes by extension, and its key; raise BadRecord for one we do not trust."""
     record: Record = {}
-    for member in members(lambda offset, size: span[offset : offset + size], len(span), where):
+    for member in members(lambda offset, size: span[offset : offset + size], len(span)):
+        if not isinstance(member, Member):
+            if member.reason is not None:
+                raise BadRecord(member.reason, where, member.detail)
+            continue
         if member.key is None:
             continue
         key = member.key.encode(errors="surrogateescape")
@@ -278,17 +275,49 @@ def parse_record(span: bytes, where: str) -> Record:
     return record
 
 
-def _scan(file: BinaryIO, where: str) -> Iterator[tuple[int, int]]:
-    """Yield (offset, length) of each complete record; raise BadRecord at a cut or broken tail, after the whole ones."""
-    first, after, key = 0, 0, None
-    for member in members(_reader(file), os.fstat(file.fileno()).st_size, where, whole=True):
-        if member.key is not None and member.key != key:
-            if key is not None:
-                yield first, after - first
-            first, key = member.offset, member.key
-        after = member.after
+class _Span(NamedTuple):
+    """The bytes of a record, or (error) bytes that hold no whole one."""
+
+    offset: int
+    length: int
+    error: BadRecord | None = None
+    has_record: bool = True  # also one that is not whole
+    is_last: bool = False  # and no end-of-archive block follows
+    lost: int = 0  # bytes in which no member was found
+    is_cut: bool = False  # the file ends too early
+
+
+def _scan(file: BinaryIO, size: int, name: str, bad: BadRecords) -> Iterator[_Span]:
+    """Yield each record's bytes in file order, and an error for bytes that were lost; note members of no record."""
+    first = after = 0
+    key = torn = beside = None  # reasons: why bytes were lost before this record's first member, before the next one's
+
+    def record(is_last: bool = False) -> _Span:
+        detail = "its first members may be among the bytes lost before it"
+        error = BadRecord(torn, f"{name}@{first}", f"{key!r}: {detail}") if torn else None
+        return _Span(first, after - first, error, is_last=is_last)
+
+    for part in members(_reader(file), size):
+        if isinstance(part, Member):
+            if part.key is None and part.problem is not None:
+                bad.note(part.problem, f"{name}/{part.name}")
+            elif part.key is not None and part.key != key:
+                if key is not None:
+                    yield record()
+                first, key, torn, beside = part.offset, part.key, beside, None
+            after = part.after
+            continue
+        if part.reason is not None:
+            lost = part.stop - part.start
+            detail = f"{part.detail}; {lost} bytes lost" + (f", and with them {key!r}" if key is not None else "")
+            error = BadRecord(part.reason, f"{name}@{part.start}", detail)
+            yield _Span(part.start, lost, error, key is not None, lost=lost, is_cut=part.is_cut)
+            beside = part.reason
+        elif key is not None:
+            yield record()
+        key = None
     if key is not None:
-        yield first, after - first
+        yield record(is_last=True)
 
 
 def _reader(file: BinaryIO) -> Read:

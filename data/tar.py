@@ -1,14 +1,15 @@
 """Tar headers -> members: where each lies, which record it belongs to, and what is wrong with it.
 
-A strict walk over a tar's 512-byte blocks that trusts no size and no name. webdataset gives the rule by which a name
-becomes a key and an extension. Rejected: tarfile, which hides a broken tail and takes as long as all the rest of a
-read; it parses what our own fast parser does not recognise.
+A walk over a tar's 512-byte blocks that trusts no size and no name, and goes on behind what is damaged. webdataset
+gives the rule by which a name becomes a key and an extension. Rejected: tarfile, which hides a broken tail and takes as
+long as all the rest of a read; it parses what our own fast parser does not recognise.
 """
 
 import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 Read = Callable[[int, int], bytes]  # (offset, length) -> bytes of a shard, fewer only where it ends
@@ -16,13 +17,14 @@ Read = Callable[[int, int], bytes]  # (offset, length) -> bytes of a shard, fewe
 TAR_BLOCK = 512
 MAX_RECORD_BYTES = 1 << 30  # a header that claims more is hostile or broken
 MAX_NAME_BYTES = 1 << 16
-MAX_SHOWN = 500  # characters of a bad record's place and details: names in hostile shards have no end
 _META_RULE = re.compile(r"__[^/]*__($|/)")  # webdataset's: members about the archive, part of no record
 _FILE_TYPES = (b"0", b"\0", b"7")
 _LINK_OR_FOLDER_TYPES = (b"1", b"2", b"3", b"4", b"5", b"6")  # have no contents, whatever size they claim
 _HEADER_TYPES = (b"x", b"L", b"g", b"K")  # describe the member after them (x and L: its name) or the archive
-_END_OF_ARCHIVE = bytes(TAR_BLOCK)
+_MAGIC, _MAGIC_PLACE = b"ustar", 257
+_SEARCH_BYTES = (1 << 13, 1 << 20)  # read at once, first and at most, where no header is: a multiple of a block
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
+_SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 # A file of an ASCII name, no prefix: name, mode and owners, size, time, checksum, type "0", no link, ustar or GNU.
 _PLAIN_HEADER = re.compile(
     rb"([\x20-\x7e]{1,100})\0*[0-7]{7}\0.{16}([0-7]{11})\0.{12}([0-7]{6})\0 0\0{100}ustar.{83}\0{155}",
@@ -30,80 +32,193 @@ _PLAIN_HEADER = re.compile(
 )
 
 
-class BadRecord(ValueError):
-    """A record that cannot be used; `reason` is a short stable name to count by."""
-
-    def __init__(self, reason: str, where: str, detail: str = ""):
-        message = f"{where[:MAX_SHOWN]}: {reason}" + (f" ({detail[:MAX_SHOWN]})" if detail else "")
-        if not message.isprintable():  # nor may they move a terminal's cursor or begin a line of a log
-            message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-        super().__init__(message)
-        self.reason, self.where = reason, where
-
-
 class Member(NamedTuple):
     """One tar member: its first header's offset, where its contents start, their size, where the next header is."""
 
-    key: str | None  # None: a folder, a name without an extension or webdataset's meta data: part of no record
+    key: str | None  # None: part of no record
     extension: str
-    problem: str | None  # why its record cannot be used
+    problem: str | None  # why its record cannot be used; without a key, why it is left out (None: a folder)
+    name: str
     offset: int
     start: int
     size: int
     after: int
 
 
-def members(read: Read, end: int, where: str, whole: bool = False) -> Iterator[Member]:
-    """Walk the tar headers in [0, end); `whole` also demands the end-of-archive block."""
-    offset = first = 0
-    long_name = None
-    while offset < end or whole:
+class Break(NamedTuple):
+    """Bytes [start, stop) without members: those that end an archive, or, with a reason, what could not be read."""
+
+    start: int
+    stop: int
+    reason: str | None = None  # as BadRecord's
+    detail: str = ""
+    is_cut: bool = False  # the file ends within them: how much more there was cannot be known
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What extended headers say of the member after them."""
+
+    name: str | None = None
+    size: int | None = None
+    problem: str | None = None
+    error: tuple[str, str] | None = None  # reason and detail: they cannot be followed, so the member has no name
+
+
+_NOTHING_SAID = _Said()
+
+
+def members(read: Read, end: int) -> Iterator[Member | Break]:
+    """Walk the tar headers in [0, end), on behind damage and behind the end of an archive (`cat` joins them).
+
+    Behind a damaged header the next member is at the first block with a tar header's magic and right checksum.
+    """
+    offset = first = 0  # of this header, and of the first one that describes the same member
+    said = _NOTHING_SAID
+    while offset < end:
         header = read(offset, TAR_BLOCK)
-        if header == _END_OF_ARCHIVE:
-            return
+        if header[:1] == b"\0" and not header.strip(b"\0"):
+            if first < offset:
+                yield Break(first, offset, "broken header", "it describes no member")
+            after = _after_zeros(read, offset, end)
+            yield Break(offset, after)
+            offset, first, said = after, after, _NOTHING_SAID
+            continue
         if len(header) < TAR_BLOCK:
-            raise BadRecord("truncated", f"{where}@{offset}", "no end-of-archive block")
-        kind, name, size = _plain_header(header) or _any_header(header, f"{where}@{offset}")
-        is_member = kind not in _HEADER_TYPES
-        if not 0 <= size <= (MAX_RECORD_BYTES if is_member else MAX_NAME_BYTES):
-            raise BadRecord("oversized member", f"{where}@{offset}", f"{size} bytes")
+            yield Break(first, end, "truncated", f"{len(header)} of 512 bytes of a header", is_cut=True)
+            return
+        try:
+            kind, name, size = _plain_header(header) or _any_header(header)
+        except ValueError as error:
+            after = _next_header(read, offset + TAR_BLOCK, end)
+            yield Break(first, after, "broken header", str(error))
+            offset, first, said = after, after, _NOTHING_SAID
+            continue
         start = offset + TAR_BLOCK
+        if kind == tarfile.GNUTYPE_SPARSE:
+            start = _after_sparse_map(read, start, header[482])
+        if said.size is not None and kind not in _HEADER_TYPES + _LINK_OR_FOLDER_TYPES:
+            size = said.size
         after = start + -(-size // TAR_BLOCK) * TAR_BLOCK
-        if is_member:
-            name = long_name or name
-            key, extension = key_of(name) if kind != tarfile.DIRTYPE else (None, "")
-            problem = "member is not a file" if kind not in _FILE_TYPES else name_problem(name)
+        if kind not in _HEADER_TYPES and said.error is None:
             # A member that is cut is handed on before the error: its name shows that the record before it is whole.
-            yield Member(key, extension, problem, first, start, size, after)
+            yield _member(kind, said.name or name, said.problem, first, start, size, after)
         if after > end:
-            raise BadRecord("truncated", f"{where}@{offset}", f"{name!r} ends at byte {after} of {end}")
-        if is_member:
-            first, long_name = after, None
-        elif kind in (b"x", b"L"):
-            long_name = _long_name(kind, read(start, size), f"{where}@{offset}") or long_name
+            reason = "oversized member" if size > MAX_RECORD_BYTES else "truncated"
+            yield Break(first, end, reason, f"{name!r} ends at byte {after} of {end}", is_cut=True)
+            return
+        if kind == b"g":
+            yield Member(None, "", "global header", name, offset, start, size, after)
+            first = after if first == offset else first
+        elif kind in _HEADER_TYPES:
+            said = _said_by(kind, size, read, start, said)
+        else:
+            if said.error is not None:
+                yield Break(first, after, *said.error)
+            first, said = after, _NOTHING_SAID
         offset = after
+    if first < offset:
+        yield Break(first, end, "truncated", "an extended header is the last", is_cut=True)
+
+
+def _after_zeros(read: Read, offset: int, end: int) -> int:
+    """Return where the first block from `offset` on begins that is not all zeros."""
+    length, most = _SEARCH_BYTES
+    while chunk := read(offset, min(length, end - offset)):
+        if rest := len(chunk.lstrip(b"\0")):
+            return offset + (len(chunk) - rest) // TAR_BLOCK * TAR_BLOCK
+        offset, length = offset + len(chunk), min(2 * length, most)
+    return end
+
+
+def _next_header(read: Read, offset: int, end: int) -> int:
+    """Return where the next block from `offset` on begins that is a tar header, or the zeros do that stand before it.
+
+    Takes time in proportion to the bytes it passes, whatever they hold.
+    """
+    stop, (length, most) = offset, _SEARCH_BYTES  # stop: after the last block that is not all zeros
+
+    def after_last(chunk: bytes) -> int:
+        used = len(chunk.rstrip(b"\0"))
+        return offset + -(-used // TAR_BLOCK) * TAR_BLOCK if used else stop
+
+    while chunk := read(offset, min(length, end - offset)):
+        magic, block = chunk[_MAGIC_PLACE::TAR_BLOCK], -1  # the first letter of each block's
+        while (block := magic.find(_MAGIC[:1], block + 1)) >= 0:
+            place = block * TAR_BLOCK
+            if _is_header(chunk[place : place + TAR_BLOCK]):
+                return after_last(chunk[:place])
+        stop = after_last(chunk)
+        offset, length = offset + len(chunk), min(2 * length, most)
+    return min(stop, end)
+
+
+def _is_header(block: bytes) -> bool:
+    digits = block[148:156].strip(b" \0")
+    has_magic = len(block) == TAR_BLOCK and block.startswith(_MAGIC, _MAGIC_PLACE)
+    return has_magic and digits.isdigit() and not digits.strip(b"01234567") and _has_sum(block, int(digits, 8))
+
+
+def _has_sum(header: bytes, checksum: int) -> bool:
+    """Say whether a header's bytes have that sum, its own eight bytes counting as spaces.
+
+    adler32's lower half is the sum of the bytes.
+    """
+    return not ((zlib.adler32(header) & 0xFFFF) - sum(header[148:156]) - 1 + 256 - checksum) % 65521
+
+
+def _after_sparse_map(read: Read, start: int, more: int) -> int:
+    """Return where the contents of an old GNU sparse member start: after the blocks of its map."""
+    while more:
+        block = read(start, TAR_BLOCK)
+        start, more = start + TAR_BLOCK, len(block) == TAR_BLOCK and block[504]
+    return start
+
+
+def _member(kind: bytes, name: str, problem: str | None, first: int, start: int, size: int, after: int) -> Member:
+    if kind == tarfile.DIRTYPE:
+        return Member(None, "", None, name, first, start, size, after)
+    if (what := left_out(name)) is not None:
+        return Member(None, "", what, name, first, start, size, after)
+    key, extension = key_of(name)
+    if key is None:
+        problem = "webdataset's meta data" if _META_RULE.match(name) else "name without extension"
+    elif problem is None:
+        if kind == tarfile.GNUTYPE_SPARSE:
+            problem = "sparse member"
+        else:
+            problem = "member is not a file" if kind not in _FILE_TYPES else name_problem(name)
+    return Member(key, extension, problem, name, first, start, size, after)
+
+
+def left_out(name: str) -> str | None:
+    """Return what a member is that file managers write beside a folder's own files, None for any other."""
+    base = name.rpartition("/")[2]
+    is_theirs = base.startswith("._") or base in _SYSTEM_FILES or ("__MACOSX" in name and "__MACOSX" in name.split("/"))
+    return "file of macOS or Windows" if is_theirs else None
 
 
 def _plain_header(header: bytes) -> tuple[bytes, str, int] | None:
     """Return (type, name, size) of a header such as TarWriter writes for a file, None for every other.
 
-    tarfile's own parser takes 30 us a header, more than all the rest of a read; adler32's lower half is the sum of
-    the bytes that a tar header's checksum asks for, but for its own eight bytes counting as spaces.
+    tarfile's own parser takes 30 us a header, more than all the rest of a read.
     """
     match = _PLAIN_HEADER.match(header)
     if match is None or match.start(2) != 124:  # a name of another length than its field
         return None
     name, size, checksum = match.groups()
-    if ((zlib.adler32(header) & 0xFFFF) - sum(header[148:156]) - 1 + 256 - int(checksum, 8)) % 65521:
+    if not _has_sum(header, int(checksum, 8)):
         return None
     return b"0", name.decode(), int(size, 8)
 
 
-def _any_header(header: bytes, where: str) -> tuple[bytes, str, int]:
+def _any_header(header: bytes) -> tuple[bytes, str, int]:
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except (tarfile.HeaderError, ValueError) as error:
-        raise BadRecord("broken header", where, str(error)) from None
+    except tarfile.HeaderError as error:
+        raise ValueError(str(error)) from None
+    if info.size < 0:
+        raise ValueError(f"{info.size} bytes")
     return info.type, info.name, 0 if info.type in _LINK_OR_FOLDER_TYPES else info.size
 
 
@@ -128,22 +243,30 @@ def name_problem(name: str) -> str | None:
     return None if name.isascii() or not re.search("[\ud800-\udfff]", name) else "member name is not UTF-8"
 
 
-def _long_name(kind: bytes, contents: bytes, where: str) -> str | None:
-    """Return the name that a GNU ("L") or pax ("x") header gives to the member after it, if it gives one.
-
-    Raises BadRecord for a pax header that is broken, or by which the member is not as its own header says.
-    """
+def _said_by(kind: bytes, size: int, read: Read, start: int, said: _Said) -> _Said:
+    """Return what is said of a member after one more GNU ("L") or pax ("x") header of it."""
+    if size > MAX_NAME_BYTES:
+        return replace(said, error=("oversized member", f"an extended header of {size} bytes"))
     if kind == b"L":
-        return contents.rstrip(b"\0").decode("utf-8", "surrogateescape")
-    name, place = None, 0
+        return replace(said, name=read(start, size).rstrip(b"\0").decode("utf-8", "surrogateescape"))
+    return _said_by_pax(read(start, size), said) if kind == b"x" else said
+
+
+def _said_by_pax(contents: bytes, said: _Said) -> _Said:
+    place, sparse_name = 0, None
     while contents[place : place + 1].strip(b"\0"):
         match = _PAX_RECORD.match(contents, place)
         end = place + int(match[1]) if match else 0
-        if match is None or not match.end() < end <= len(contents) or contents[end - 1 : end] != b"\n":
-            raise BadRecord("broken header", where, f"pax record {contents[place : place + 80]!r}")
-        if match[2] == b"size" or match[2].startswith(b"GNU.sparse."):
-            raise BadRecord("unsupported member", where, f"pax record {contents[place : place + 80]!r}")
+        value = contents[match.end() : end - 1] if match else b""
+        is_record = match is not None and match.end() < end <= len(contents) and contents[end - 1 : end] == b"\n"
+        if not is_record or (match[2] == b"size" and not re.fullmatch(rb"\d{1,20}", value)):
+            return replace(said, error=("broken header", f"pax record {contents[place : place + 80]!r}"))
         if match[2] == b"path":
-            name = contents[match.end() : end - 1].decode("utf-8", "surrogateescape")
+            said = replace(said, name=value.decode("utf-8", "surrogateescape"))
+        elif match[2] == b"size":
+            said = replace(said, size=int(value))
+        elif match[2].startswith(b"GNU.sparse."):
+            said = replace(said, problem="sparse member")
+            sparse_name = value if match[2] == b"GNU.sparse.name" else sparse_name
         place = end
-    return name
+    return said if sparse_name is None else replace(said, name=sparse_name.decode("utf-8", "surrogateescape"))

@@ -1,5 +1,6 @@
 """Fixtures that many test files share: a tokenizer, and two small encoded data sets. None of them may be changed."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tests.runs import DrawingRun
 
 torch.set_num_threads(1)  # tensors are tiny: on busy cores threads only wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and by all that is started
 
 
 @pytest.fixture(scope="module")

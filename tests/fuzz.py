@@ -47,7 +47,7 @@ MAX_MESSAGE = 2000  # characters of an error
 REASONS = {
     # of tar files and their members
     *("truncated", "broken header", "oversized member", "oversized record", "unsafe member name", "duplicate member"),
-    *("member is not a file", "member name is not UTF-8", "unsupported member"),
+    *("member is not a file", "member name is not UTF-8", "sparse member"),
     # of encoded shards
     *("checksum", "unreadable shard", "unreadable index", "no tokens and no moments", "empty document", "wrong array"),
     *(
@@ -177,8 +177,10 @@ class Readers:
     def _count(self, bad: BadRecords, read: int) -> None:
         check(bad.seen == read + bad.reasons.total(), f"{bad.seen} records seen, {read} read, {bad.reasons} bad")
         check(set(bad.reasons) <= REASONS, f"new reasons in {bad.reasons}")
-        check(all(len(n) <= MAX_MESSAGE and n.isprintable() for n in bad.names), f"unfit names {str(bad.names)[:300]}")
-        self.reasons.update(bad.reasons)
+        said = [*bad.names, *bad.remarks()]
+        check(all(len(n) <= MAX_MESSAGE and n.isprintable() for n in said), f"unfit remarks {str(said)[:300]}")
+        self.reasons += bad.reasons + Counter({"failed file": len(bad.failed)})
+        self.reasons += Counter(what for what in bad.noted if what.startswith("file without an end"))
 
     def _document(self, make: Callable[[], Document]) -> bytes | None:
         """Return as bytes a document that may be trained on, None for a bad one."""

@@ -21,20 +21,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench.job import rank_environment
+from bench.job import PRELOADED, rank_environment
 from train.config import run_program
 from train.distributed import Ranks, init_ranks
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch.distributed.fsdp",
-        "torch.distributed.checkpoint.state_dict",
-        "torch._dynamo",
-        "train.pretrain",
-        "diffusers.models.autoencoders.autoencoder_kl",
-    ]
-)
+# One server serves both: whoever is first to start a process starts it, and only then this list counts.
+PRELOADED += ["diffusers.models.autoencoders.autoencoder_kl", "tests.frozen"]
+_context.set_forkserver_preload(PRELOADED)
 
 
 class RankProcesses:

@@ -1,4 +1,7 @@
-"""Faults of every kind, at random instants of a real training: nothing is lost (P4-P7, P10, P13)."""
+"""Faults of every kind, at random instants of a real training: nothing is lost (P4-P7, P10, P13).
+
+Slow, as test_pretrain.py and test_pretrain_faults.py hold the same at chosen instants.
+"""
 
 import random
 from pathlib import Path
@@ -37,6 +40,7 @@ def finished(survived: dict[str, Any], folder: Path) -> Job:
     return Job(folder / "undisturbed", {}, folder / "logs")
 
 
+@pytest.mark.slow
 def test_three_faults_are_survived_bit_for_bit(survived: dict[str, Any]) -> None:
     """P4, P5, P6: a rank killed, a stop signal, a bit flipped in the newest checkpoint."""
     assert survived["failures"] == []
@@ -55,6 +59,7 @@ def test_a_dozen_faults_are_survived(tmp_path: Path, seed: int) -> None:
     assert (result["documents_lost"], result["documents_repeated"]) == (0, 0)
 
 
+@pytest.mark.slow
 def test_one_bit_of_one_weight_one_row_or_one_lane_is_a_difference(finished: Job) -> None:
     expected, other = End.of(finished), End.of(finished)
     assert compare(other, expected, 0.0) == []
@@ -70,6 +75,7 @@ def test_one_bit_of_one_weight_one_row_or_one_lane_is_a_difference(finished: Job
     assert compare(other, expected, 0.0) == ["other lanes or counters"]
 
 
+@pytest.mark.slow
 def test_a_step_trained_twice_or_left_out_shows_in_the_documents(finished: Job) -> None:
     """Lanes that lag behind the weights by a step, or are ahead of them."""
     config = load_config(PretrainConfig, [f"config={finished.run_dir}/config.yaml"])
@@ -86,6 +92,7 @@ def test_a_step_trained_twice_or_left_out_shows_in_the_documents(finished: Job) 
     assert (early - whole).total() > 0 and not whole - early, "a step trained twice"
 
 
+@pytest.mark.slow
 def test_going_on_from_another_step_or_without_a_row_is_not_survival(finished: Job) -> None:
     rows = finished.rows()
     before = [*rows[:20], *({**row, "step_s": -1.0} for row in rows[20:])]

@@ -102,14 +102,20 @@ def _load_all(ranks: Ranks, roots: list[Path]) -> list[dict[str, torch.Tensor]]:
     return loaded
 
 
-def test_every_world_size_loads_what_every_other_saved(tmp_path: Path) -> None:
-    """P4: 1, 2, 3 and 4 ranks, all sixteen pairs, uneven and empty shards, optimizer and EMA: the same bits."""
-    roots = [tmp_path / f"by{world_size}" for world_size in (1, 2, 3, 4)]
-    written = [run_ranks(_train_and_save, 1 + i, root)[0] for i, root in enumerate(roots)]
-    for world_size in (1, 2, 3, 4):
+@pytest.mark.parametrize(
+    ("saving", "loading"),
+    [((1, 4), (3,)), ((3,), (1, 4)), pytest.param((1, 2, 3, 4), (1, 2, 3, 4), marks=pytest.mark.slow)],
+)
+def test_every_world_size_loads_what_every_other_saved(
+    saving: tuple[int, ...], loading: tuple[int, ...], tmp_path: Path
+) -> None:
+    """P4: more ranks and fewer, uneven and empty shards, optimizer and EMA: the same bits. (Slow: all pairs.)"""
+    roots = [tmp_path / f"by{world_size}" for world_size in saving]
+    written = [run_ranks(_train_and_save, size, root)[0] for size, root in zip(saving, roots, strict=True)]
+    for world_size in loading:
         for loaded in run_ranks(_load_all, world_size, roots):
             assert all(_same_bits(one, other) for one, other in zip(written, loaded, strict=True)), world_size
-    for world_size, root in enumerate(roots, start=1):
+    for world_size, root in zip(saving, roots, strict=True):
         assert checkpoint.read_extra(checkpoint.saved(root / "checkpoints")[0], "world.json") == b"%d" % world_size
 
 

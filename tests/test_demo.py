@@ -33,8 +33,15 @@ def test_every_stage_is_a_command_that_its_program_accepts(monkeypatch: pytest.M
         assert stage.output in made, f"{stage.name} makes {made}, and {stage.output} would be removed"
 
 
-def _stage(name: str, output: str, code: str) -> Stage:
-    return Stage(name, 1.0, output, ("python", "-c", code))
+def _stage(name: str, output: str, code: str, work: float = 1.0) -> Stage:
+    return Stage(name, work, output, ("python", "-c", code))
+
+
+def test_the_time_left_is_told_at_the_pace_of_this_machine() -> None:
+    """A machine that took 80 s for what is a quarter of the work needs four minutes for the rest."""
+    done, todo = [_stage("one", "", "", 4.0), _stage("two", "", "", 6.0)], [_stage("three", "", "", 30.0)]
+    assert "about 4 min to" in demo._time_left(done, todo, {"one": 20.0, "two": 60.0})
+    assert demo._time_left([], done + todo, {}) == "", "there is no pace yet"
 
 
 def _count(folder: Path, name: str) -> int:

@@ -548,10 +548,48 @@ def test_a_truncated_tar_gives_its_whole_records(
 ) -> None:
     raw = raw_folder(tmp_path / "raw", {"a": [picture_record(i) for i in range(4)], "b": [picture_record(9)]})
     os.truncate(raw / "a.tar", (raw / "a.tar").stat().st_size // 2)
-    encode(raw, tmp_path / "out", max_bad_fraction=0.5)
+    with pytest.raises(ValueError, match=r"of which 1 files that end too early count whole, more than max_bad_fr"):
+        encode(raw, tmp_path / "out", max_bad_fraction=0.5)
+    encode(raw, tmp_path / "out", max_bad_fraction=0.8)
     keys = [r["__key__"].decode() for r in encoded_records(tmp_path / "out")]
     assert keys in (["00000", "00009"], ["00000", "00001", "00009"])
     assert "skipped truncated: 1" in capsys.readouterr().out
+
+
+def test_what_was_lost_of_each_file_is_counted_over_all_workers_and_runs(
+    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pointer, two tars joined, a damaged header, a Mac's leftovers: by name, and the second run says the same."""
+    numbers = {"joined": range(4), "tail": range(4, 8), "damaged": range(10, 20)}
+    raw = raw_folder(tmp_path / "raw", {name: [picture_record(i) for i in some] for name, some in numbers.items()})
+    with (raw / "joined.tar").open("ab") as file:
+        file.write((raw / "tail.tar").read_bytes())
+    (raw / "tail.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    damaged = bytearray((raw / "damaged.tar").read_bytes())
+    with tarfile.open(raw / "damaged.tar") as tar:
+        place = tar.getmember("00014.txt").offset
+    damaged[place] ^= 1
+    (raw / "damaged.tar").write_bytes(damaged)
+    with tarfile.open(raw / "mac.tar", "w") as tar:
+        for name, content in [("a/._0.png", b"\0\5\26\7"), ("a/0.png", picture_record(30)["png"]), ("a/0.txt", b"a")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    out = tmp_path / "out"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"from 1 of 4 input files.*=0: .*tail.tar: no record; it is a Git LFS po"):
+            encode(raw, out, max_bad_fraction=0.2)
+        with pytest.raises(ValueError, match=r"2 of 19 records are bad; with the bytes lost 1\d.* % of the data, more"):
+            encode(raw, out, max_failed_files=1)
+        capsys.readouterr()
+        files = encode(raw, out, max_bad_fraction=0.2, max_failed_files=1)
+        printed = capsys.readouterr().out
+        assert "17 records in 3 shards" in printed and "skipped broken header: 2, failed files: 1" in printed
+        assert f"encode: failed file {raw}/tail.tar: no record; it is a Git LFS pointer" in printed
+        assert "encode: file of macOS or Windows: 1" in printed
+    found = [int(r["__key__"].split(b"/")[-1]) for r in encoded_records(out)]
+    assert found == [10, 11, 12, 13, 16, 17, 18, 19, *range(8), 0]
+    assert encode(raw, tmp_path / "out2", max_bad_fraction=0.2, max_failed_files=1) == files
 
 
 def test_a_shard_without_a_good_record_is_left_out_of_the_manifest(
@@ -559,7 +597,7 @@ def test_a_shard_without_a_good_record_is_left_out_of_the_manifest(
 ) -> None:
     raw = raw_folder(tmp_path / "raw", {"a": [picture_record(0, txt=b"")], "b": [picture_record(1)]})
     (raw / "c.tar").write_bytes(b"")
-    encode(raw, tmp_path / "out", max_bad_fraction=1)
+    encode(raw, tmp_path / "out", max_bad_fraction=1, max_failed_files=1)
     assert [shard.name for shard in Manifest.load(tmp_path / "out").shards] == ["b.tar"]
     raw = raw_folder(tmp_path / "raw2", {"a": [picture_record(0, txt=b"")]})
     with pytest.raises(ValueError, match="nothing could be encoded from 1 input files"):
@@ -612,6 +650,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, encode: Callable[
         ({"resolution": 30}, ValueError, "resolution=30: expected a multiple of the VAE's stride 4"),
         ({"resolution": 0}, ValueError, "expected at least 1"),
         ({"max_bad_fraction": 1.5}, ValueError, r"max_bad_fraction=1.5: expected a share in \[0, 1\]"),
+        ({"max_failed_files": -1}, ValueError, "max_failed_files=-1: expected 0 or more"),
         ({"device": "tpu"}, ValueError, "device=tpu"),
         ({"stats_from": tmp_path / "none"}, FileNotFoundError, "does not exist; make it with"),
     ]

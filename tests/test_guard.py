@@ -72,7 +72,7 @@ def test_blame_goes_to_the_micro_batch_that_is_not_finite_or_highest_on_any_rank
     assert run_ranks(_blame, 2) == [expected] * 2
 
 
-BAD_STEPS = (8, 13)
+BAD_STEPS, END = (8, 13), 16
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,14 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> 
 def _argv(run_dir: Path, tokenizer: Tokenizer, poisoned: dict[int, str], **changes: Any) -> list[str]:
     data = Path(poisoned[BAD_STEPS[0]]).parent
     guard = {"guard__spike_factor": 50.0, "guard__spike_after": 2, "guard__max_bad_in_a_row": 1}
-    changes = {"diffusion__prediction": "v", "micro_batch_size": 1, "checkpoint__keep_last": 100, **guard, **changes}
+    changes = {
+        "optim__steps": END,
+        "diffusion__prediction": "v",
+        "micro_batch_size": 1,
+        "checkpoint__keep_last": 100,
+        **guard,
+        **changes,
+    }
     return settings(run_dir, tokenizer, {"pairs": data}, **changes)
 
 
@@ -134,7 +141,9 @@ def test_a_run_goes_back_and_on_without_the_bad_batches_and_so_does_whoever_resu
     said = finish(argv, 2)
     assert [f"and on without the batches of steps {step - 1} to {step}" in said for step in BAD_STEPS] == [True, True]
     left_out = {step - before for step in BAD_STEPS for before in (0, 1)}
-    assert [row["step"] for row in rows(tmp_path / "back")] == [step for step in range(1, 25) if step not in left_out]
+    assert [row["step"] for row in rows(tmp_path / "back")] == [
+        step for step in range(1, END + 1) if step not in left_out
+    ]
     last = rows(tmp_path / "back")[-1]
     assert last["rollbacks"] == 2 and last["skipped_updates"] == 0
     assert saved_state(tmp_path / "back")[2]["progress"]["excluded"] == [[step - 1, step] for step in BAD_STEPS]
@@ -164,14 +173,14 @@ def test_going_back_by_hand_and_by_itself_is_done_once_and_every_abandoned_cours
 ) -> None:
     """P4: the same command once more, as a requeue gives it, goes on."""
     run_dir = tmp_path / "run"
-    finish(_argv(run_dir, tokenizer, poisoned, guard__max_bad_in_a_row=5, checkpoint__interval_steps=2), 2)
+    finish(_argv(run_dir, tokenizer, poisoned, guard__max_bad_in_a_row=5, checkpoint__interval_steps=2), 1)
     changes = {"guard__max_rollbacks": 2, "guard__exclude_before": 3, "checkpoint__interval_steps": 2, "resume": 4}
     argv = _argv(run_dir, tokenizer, poisoned, **changes)
-    assert "told to go back" in finish(argv, 2)
+    assert "told to go back" in finish(argv, 1)
     kept = {aside.name: saved_rows(aside) for aside in run_dir.glob("abandoned-*")}
-    assert kept["abandoned-1"] == 24 and len(kept) == 3, kept
-    again = finish(argv, 2)
-    assert "told to go back" not in again and "done after step 24" in again
+    assert kept["abandoned-1"] == END and len(kept) == 3, kept
+    again = finish(argv, 1)
+    assert "told to go back" not in again and f"done after step {END}" in again
     assert len(list(run_dir.glob("abandoned-*"))) == 3
 
 

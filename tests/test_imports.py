@@ -1,7 +1,7 @@
 """Imports go one way, programs are imported by nobody, and importing does nothing. Read from the sources' ASTs."""
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,14 +31,17 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def imports_of(path: Path) -> Iterator[str]:
-    """Yield the dotted name of everything a file imports, inside functions and for type checking too."""
+@cache
+def imports_of(path: Path) -> list[str]:
+    """Return the dotted name of everything a file imports, inside functions and for type checking too."""
+    names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
 def is_main_or_type_checking(test: ast.expr) -> bool:

@@ -90,7 +90,7 @@ def assert_both_fall(curve: np.ndarray, image_to: float = 0.85) -> None:
 
 
 @pytest.mark.parametrize("patches", ["linear", "unet"])
-@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("patch_size", [2, 4, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 8))])
 def test_each_patcher_learns_at_each_patch_size(words: Tokenizer, patches: str, patch_size: int) -> None:
     # A linear patch of 8x8x3 numbers does not fit into a width of 64: its noise is learnt slowly, and in part.
     slow = patches == "linear" and patch_size == 8

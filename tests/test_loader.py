@@ -105,7 +105,7 @@ def mixed(
 
 
 @pytest.mark.parametrize("lanes", [8, 11])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 3, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_the_global_batch_is_the_same_for_any_ranks_workers_and_micro_batches(
     mixed: DataConfig, lanes: int, world_size: int, undivided: dict[int, Any]
 ) -> None:

@@ -127,7 +127,8 @@ def _assert_every_mesh_loads(saving: list[str], loading: list[str], config: Pret
 
 def test_hsdp_and_fsdp_load_what_the_other_saved(config: PretrainConfig, tmp_path: Path) -> None:
     """P4: the same bits, then the same losses within 1e-5; replicas do not write twice."""
-    _assert_every_mesh_loads(["2x2", "1x2"], ["2x2", "1x3"], config, tmp_path)
+    _assert_every_mesh_loads(["2x2"], ["1x3"], config, tmp_path)
+    _assert_every_mesh_loads(["1x2"], ["2x2"], config, tmp_path)
     hsdp, fsdp = (sum(f.stat().st_size for f in (tmp_path / n).rglob("*.distcp")) for n in ("2x2", "1x2"))
     assert hsdp < 1.1 * fsdp, "the same shards, each written once"
 

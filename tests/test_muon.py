@@ -137,7 +137,11 @@ def with_adamw() -> dict[str, torch.Tensor]:
     return run_ranks(_train, 1, None, replace(CONFIG, optimizer="adamw"))[0][-1]
 
 
-@pytest.mark.parametrize("mesh_shape", [None, (1,), (2,), (3,), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh_shape",
+    [None, (3,), (2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1,), (2,)))],
+    ids=str,
+)
 def test_cut_matrices_get_the_update_of_whole_ones(
     mesh_shape: tuple[int, ...] | None, with_adamw: dict[str, torch.Tensor]
 ) -> None:

@@ -49,12 +49,10 @@ def test_a_txt_file_is_one_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo\n")
     assert texts_of(read(path)[0]) == ["one\ntwo\n"]
-    for content, reason in ((b"\xff", "undecodable text"), (b" \n", "empty text")):
+    for content, reason in ((b"\xff", "undecodable text"), (b" \n", "empty text"), (b"", "empty text")):
         path.write_bytes(content)
         documents, bad = read(path)
         assert not documents and dict(bad.reasons) == {reason: 1} and bad.seen == 1
-    path.write_bytes(b"")
-    assert read(path)[0] == []
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
@@ -68,15 +66,36 @@ def test_compressed_lines_are_read_to_the_cut(tmp_path: Path, suffix: str) -> No
     documents, bad = read(path)
     assert texts_of(documents) == texts and not bad.reasons and documents[0].key == "a-00000000"
     first = len(compress(lines_of(texts[:100])))
-    for cut in {1, 5, 60, first - 1, first + 1, first + 3, len(whole) // 2, len(whole) - 9, len(whole) - 1}:
+    for cut in {5, 60, first - 1, first + 1, first + 3, len(whole) // 2, len(whole) - 9, len(whole) - 1}:
         path.write_bytes(whole[:cut])
         documents, bad = read(path)
         assert texts_of(documents) == texts[: len(documents)], cut
         assert bad.reasons["truncated"] == 1 and bad.reasons.total() <= 2, (cut, bad.reasons)
-        assert len(documents) >= 100 or cut < first
-    path.write_bytes(b"no compressed file")
-    documents, bad = read(path)
-    assert not documents and dict(bad.reasons) == {"truncated": 1}
+        assert bad.lost_share() == 1 and (len(documents) >= 100 or cut < first)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.jsonl", b"", "an empty file"),
+        ("a.jsonl", LFS_POINTER, "a Git LFS pointer"),
+        ("a.jsonl", b"<html>404</html>\n", "an HTML page"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}\n'), "gzip"),
+        ("a.jsonl.gz", b'{"text": "a"}\n', "JSON"),
+        ("a.jsonl.gz", LFS_POINTER, "a Git LFS pointer"),
+        ("a.jsonl.zst", b"no compressed file", "no zstd"),
+        ("a.txt", LFS_POINTER, "a Git LFS pointer"),
+        ("a.tar", LFS_POINTER, "a Git LFS pointer"),
+    ],
+)
+def test_a_file_of_another_kind_is_a_failed_one(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    documents, bad = read(tmp_path / name)
+    assert not documents and not bad.seen and len(bad.failed) == 1
+    assert bad.failed[0].startswith(f"{tmp_path / name}: no ") and f"; it is {what}" in bad.failed[0]
 
 
 def test_a_text_without_end_is_refused_and_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +113,7 @@ def test_names_and_suffixes() -> None:
         "/a/b.c.jsonl.gz": ("b.c", ".jsonl.gz"),
         "https://host/x/00001.tar?sig=a/b.txt": ("00001", ".tar"),
         "s3://bucket/a.txt": ("a", ".txt"),
+        "/a/B.TAR": ("B", ".tar"),
     }
     assert {path: (input_name(path), suffix_of(path)) for path in cases} == cases
 
@@ -177,7 +197,7 @@ def test_interleaved_records_keep_their_order(tmp_path: Path) -> None:
     assert dict(bad.reasons) == {"undecodable segments": len(broken), "no picture": 1}
 
 
-def test_all_texts_are_read_and_what_is_bad_is_left_out(tmp_path: Path) -> None:
+def test_all_texts_are_read_and_what_is_bad_is_counted(tmp_path: Path) -> None:
     """For the tokenizer: captions, the texts of interleaved documents, lines, files."""
     segments = json.dumps({"segments": ["before", {"image": "jpg"}, "after"]}).encode()
     records = [
@@ -192,4 +212,4 @@ def test_all_texts_are_read_and_what_is_bad_is_left_out(tmp_path: Path) -> None:
     bad = BadRecords(max_fraction=1)
     texts = ["caption", "before", "after", "one", "other", "line", "whole"]
     assert list(read_texts([str(tmp_path)], bad, KeysConfig())) == texts
-    assert dict(bad.reasons) == {"undecodable caption": 1, "no text": 1}
+    assert dict(bad.reasons) == {"undecodable caption": 1, "no text": 1} and bad.seen == 7

@@ -80,7 +80,6 @@ def _real_states(ranks: Ranks, variants: list[PretrainConfig]) -> list[dict[str,
 @pytest.mark.parametrize(
     ("world_size", "parallel", "optim"),
     [
-        (1, "sharded", ["bfloat16"]),
         (2, "replicated", ["muon"]),
         (4, "sharded", ["averages"]),
         pytest.param(1, "sharded", [*OPTIM], marks=pytest.mark.slow),

@@ -1,10 +1,15 @@
 """Shards read back what was written, agree with webdataset and tarfile, and bad bytes are typed, counted errors."""
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import pickle
 import random
+import subprocess
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import webdataset as wds
+import zstandard
 
 from data.documents import decode_document, document_sizes, encode_record
 from data.shards import (
@@ -103,7 +109,7 @@ def save(path: Path, data: bytes) -> Path:
 def reasons(data: bytes, path: Path) -> tuple[list[str], dict[str, int]]:
     """Return the keys that are read from a tar, and what was counted as bad."""
     records, bad = read_all(save(path, data))
-    assert bad.seen == len(records) + bad.reasons.total()
+    assert bad.seen == len(records) + bad.reasons.total() and len(bad.failed) + len(bad.files) == 1
     return [record["__key__"].decode() for record in records], dict(bad.reasons)
 
 
@@ -169,13 +175,16 @@ def test_we_read_what_tarfile_writes_as_webdataset_does(tmp_path: Path, form: in
 
 
 def test_the_end_of_a_shard_ends_its_last_record_only_with_the_archive(tmp_path: Path) -> None:
-    """At each cut: the records that are provably complete, all bytes theirs, and one counted tail."""
+    """At each cut: the records that are provably complete, all bytes theirs, and one counted tail.
+
+    Only of a tar that ends just behind a record of the same members as others, is the last one kept, with a remark.
+    """
     written = raw_records(6)
     write_shard(tmp_path / "whole.tar", written)
     data = (tmp_path / "whole.tar").read_bytes()
     spans = index_shard(tmp_path / "whole.tar", no_sizes, BadRecords(0)).spans
     end = int(spans[-1, 0] + spans[-1, 1])
-    cuts = {0, 1, 511, 512, 513, end - 1, end, end + 1, end + 511}
+    cuts = {0, 1, 511, 512, 513, end - 1, end}
     cuts |= {int(start) + delta for start in spans[:, 0] for delta in (-513, -1, 0, 1, 511, 512, 1024, 1500) if start}
     for cut in sorted(cuts):
         records, bad = read_all(save(tmp_path / "cut.tar", data[:cut]))
@@ -183,11 +192,18 @@ def test_the_end_of_a_shard_ends_its_last_record_only_with_the_archive(tmp_path:
         assert records == written[: len(records)], cut
         ends = [int(start + length) for start, length, _ in spans]
         assert sum(stop + 3 * 512 + 512 <= cut for stop in ends[:-1]) <= len(records), cut
-        assert all(stop + 512 <= cut for stop in ends[: len(records)]), cut
-        assert dict(bad.reasons) == {"truncated": 1} and bad.seen == len(records) + 1, cut
-        indexed = index_shard(tmp_path / "cut.tar", no_sizes, bad := BadRecords(1))
-        assert indexed.spans.tolist() == spans[: len(records)].tolist() and dict(bad.reasons) == {"truncated": 1}
-    for cut in (end + 512, end + 1024, len(data)):
+        indexed = index_shard(tmp_path / "cut.tar", no_sizes, BadRecords(1))
+        assert indexed.spans.tolist() == spans[: len(records)].tolist()
+        if cut in ends[1:]:
+            assert bad.noted == {"file without an end-of-archive block, perhaps cut": 1}, cut
+            assert not bad.reasons and bad.lost_share() == 0, cut
+        elif cut < 512:
+            assert len(bad.failed) == 1 and not bad.reasons, cut
+        else:
+            assert all(stop + 512 <= cut for stop in ends[: len(records)]), cut
+            assert dict(bad.reasons) == {"truncated": 1} and bad.seen == len(records) + 1, cut
+            assert bad.lost_share() == 1, cut
+    for cut in (end + 1, end + 511, end + 512, end + 1024, len(data)):
         assert read_all(save(tmp_path / "cut.tar", data[:cut]), max_fraction=0)[0] == written
 
 
@@ -318,10 +334,11 @@ def test_headers_that_claim_absurd_sizes_are_refused_without_reading(tmp_path: P
         info = tarfile.TarInfo("x.txt")
         info.size = size
         data = members(("a.txt", b"1"))[:1024] + info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
-        assert reasons(data, tmp_path / "a.tar")[1] == {"oversized member": 1}
+        assert reasons(data, tmp_path / "a.tar") == (["a"], {"oversized member": 1})
     long_name = tarfile.TarInfo("././@LongLink")
     long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 1 << 29
-    assert reasons(long_name.tobuf() + bytes(1024), tmp_path / "a.tar")[1] == {"oversized member": 1}
+    data = members(("a.txt", b"1"), ("b.txt", b"2"))[:2048] + long_name.tobuf() + bytes(1024)
+    assert reasons(data, tmp_path / "a.tar") == (["a"], {"truncated": 1})
 
 
 def test_a_link_or_folder_that_claims_contents_does_not_hide_what_follows(tmp_path: Path) -> None:
@@ -333,10 +350,39 @@ def test_a_link_or_folder_that_claims_contents_does_not_hide_what_follows(tmp_pa
     assert read_all(path, max_fraction=0)[0] == by_webdataset(path) == [{"__key__": b"a", "txt": b"1"}]
 
 
-@pytest.mark.parametrize("data", [b"", b"not a tar", b"\x1f\x8b" + bytes(2000), b"{}" * 5000])
-def test_what_is_no_tar_is_one_counted_error(tmp_path: Path, data: bytes) -> None:
-    assert reasons(data, tmp_path / "a.tar")[0] == []
-    assert reasons(data, tmp_path / "a.tar")[1] in ({"truncated": 1}, {"broken header": 1})
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"", "it is an empty file"),
+        (bytes(10240), "it is nothing but zeros"),
+        (b"not a tar", "in 9 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><title>404</title>" + b" " * 5000, "an HTML page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML page"),
+        (gzip.compress(bytes(2000)), "it is gzip"),
+        (zstandard.compress(bytes(2000)), "it is zstd"),
+        (bz2.compress(bytes(2000)), "it is bzip2"),
+        (lzma.compress(bytes(2000)), "it is xz"),
+        (b"PK\3\4" + bytes(3000), "it is a zip archive"),
+        (b'{"text": "a"}\n' * 5000, "it is JSON"),
+        (b"PAR1" + bytes(600), "it is a Parquet file"),
+        (members(("README", b"1")), "in 10240 bytes"),
+    ],
+)
+def test_what_holds_no_record_is_a_failed_file_named_as_what_it_looks_like(
+    tmp_path: Path, data: bytes, what: str
+) -> None:
+    """It has a budget of its own, and counts for nothing in that of records."""
+    good = save(tmp_path / "good.tar", members(("a.txt", b"1")))
+    for allowed in (0, 1):
+        bad = BadRecords(0.0, max_failed_files=allowed)
+        assert not list(read_shard(save(tmp_path / "a.tar", data), bad)) and len(list(read_shard(good, bad))) == 1
+        assert len(bad.failed) == 1 and "a.tar: no record" in bad.failed[0] and what in bad.failed[0]
+        if allowed:
+            bad.check(final=True)
+        else:
+            with pytest.raises(ValueError, match=r"nothing .* from 1 of 2 input files, more than max_failed_files=0"):
+                bad.check(final=True)
 
 
 def test_damaged_shards_give_only_typed_errors(tmp_path: Path) -> None:
@@ -382,16 +428,16 @@ def test_pickled_arrays_are_refused_unread(tmp_path: Path) -> None:
 
 def test_bad_records_stop_past_their_share(tmp_path: Path) -> None:
     bad = BadRecords(max_fraction=0.1)
-    for i in range(40):
+    for i in range(190):
         bad.seen += 1
-        if i in (3, 7, 30):
+        if i % 10 == 3:
             bad.add(BadRecord("broken", f"record {i}"))
         bad.check()
-    assert bad.summary() == "broken: 3"
+    assert bad.summary() == "broken: 19"
+    bad.check(final=True)
     bad.add(BadRecord("other", "record x"))
-    bad.add(BadRecord("other", "record y"))
     with pytest.raises(
-        ValueError, match=r"5 of 40 records are bad, more than max_bad_fraction=0.1: broken: 3, other: 2"
+        ValueError, match=r"20 of 190 records are bad, more than max_bad_fraction=0.1: broken: 19, other: 1"
     ):
         bad.check()
     few = BadRecords(max_fraction=0.1, seen=2)
@@ -399,6 +445,185 @@ def test_bad_records_stop_past_their_share(tmp_path: Path) -> None:
     few.check()  # too early to judge
     with pytest.raises(ValueError, match="1 of 2"):
         few.check(final=True)
+
+
+def test_what_is_lost_counts_by_its_bytes_and_a_cut_file_whole(tmp_path: Path) -> None:
+    bad = BadRecords(max_fraction=0.1, seen=1000, files=[(1000, 0.0)] * 98 + [(1000, 0.5)])
+    bad.add(BadRecord("broken", "a"))
+    assert bad.lost_share() == pytest.approx(0.5 / 99)
+    bad.check(final=True)
+    bad.files.append((10, 1.0))  # however few bytes are left of it
+    assert bad.lost_share() == pytest.approx(1.49 / 99.99, rel=0.01)
+    bad.files += [(5000, 1.0)] * 2
+    with pytest.raises(ValueError, match=r"1 of 1000 .* 10\.\d+ % of the data, of which 3 files that end too early"):
+        bad.check(final=True)
+
+
+# ---- damaged, joined and otherwise odd archives ----
+
+
+def pairs(count: int, first: int = 0) -> list[tuple[str, bytes]]:
+    """Return members of records, none of which fills whole blocks."""
+    numbers = range(first, first + count)
+    return [(f"{i:04d}.{ext}", f"{ext} {i} ".encode() * 90) for i in numbers for ext in ("png", "txt")]
+
+
+def keys(*numbers: range) -> list[str]:
+    return [f"{i:04d}" for some in numbers for i in some]
+
+
+def test_joined_archives_are_read_on(tmp_path: Path) -> None:
+    """As by tarfile with ignore_zeros; a key on both sides of the end of an archive is two records."""
+    data = members(*pairs(3)) + members(*pairs(3, first=2)) + bytes(1 << 20) + members(*pairs(1, first=9))
+    path = save(tmp_path / "a.tar", data)
+    records, bad = read_all(path, max_fraction=0)
+    with tarfile.open(path, ignore_zeros=True) as archive:
+        contents = [archive.extractfile(info).read() for info in archive]
+    assert [record[ext] for record in records for ext in ("png", "txt")] == contents
+    assert [record["__key__"].decode() for record in records] == keys(range(3), range(2, 5), range(9, 10))
+    assert bad.files == [(len(data), 0.0)] and not bad.noted
+
+
+def test_behind_the_end_of_an_archive_nothing_is_silent(tmp_path: Path) -> None:
+    data = members(*pairs(3)) + b"x" * 1000
+    records, bad = read_all(save(tmp_path / "a.tar", data))
+    assert len(records) == 3 and dict(bad.reasons) == {"broken header": 1}
+    assert bad.lost_share() == pytest.approx(1000 / len(data), rel=0.05)
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 100, 101, 198, 199])
+def test_a_damaged_header_costs_the_records_beside_it(tmp_path: Path, damaged: int) -> None:
+    """Its own one, and the one beside it, of which members may be among the bytes lost; tarfile finds the rest."""
+    data = bytearray(members(*pairs(100)))
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        info = archive.getmembers()[damaged]
+    data[info.offset + 148 : info.offset + 156] = b"99999\0 \0"
+    records, bad = read_all(save(tmp_path / "a.tar", data))
+    with tarfile.open(tmp_path / "a.tar", ignore_zeros=True) as archive:
+        contents = {info.name: archive.extractfile(info).read() for info in archive}
+    read = {f"{r['__key__'].decode()}.{ext}": r[ext] for r in records for ext in ("png", "txt")}
+    assert len(contents) == 199 and read.items() <= contents.items()
+    number = damaged // 2
+    lost = {number, number + damaged % 2} if damaged % 2 else {number - 1, number}
+    assert [record["__key__"].decode() for record in records] == keys([i for i in range(100) if i not in lost])
+    assert bad.seen == len(records) + bad.reasons["broken header"] and bad.reasons.total() <= 2
+    assert bad.lost_share() == pytest.approx(1536 / len(data), rel=0.5)
+    assert f"a.tar@{info.offset}" in bad.names[0]
+
+
+def test_a_header_inside_a_members_contents_is_none(tmp_path: Path) -> None:
+    """Neither where all is well nor in a member that is cut; behind damage it cannot be told from one."""
+    inner = members(("inner.txt", b"1"), ("other.txt", b"2"))
+    data = bytearray(members(("a.txt", b"1"), ("b.tar", inner), ("b.txt", b"2"), ("c.txt", b"3"), ("d.txt", b"4")))
+    assert reasons(bytes(data), tmp_path / "a.tar") == (["a", "b", "c", "d"], {})
+    assert reasons(bytes(data[: 2048 + len(inner) // 2]), tmp_path / "a.tar") == (["a"], {"truncated": 1})
+    data[1024] ^= 1
+    assert reasons(bytes(data), tmp_path / "a.tar") == (["other", "b", "c", "d"], {"broken header": 2})
+
+
+@pytest.mark.parametrize("form", ["posix", "gnu", "oldgnu"])
+def test_a_sparse_member_costs_its_own_record(tmp_path: Path, form: str) -> None:
+    """As GNU tar writes them, with more holes than an old header holds."""
+    for name, contents in pairs(4):
+        (tmp_path / name).write_bytes(contents)
+    with (tmp_path / "0002.txt").open("wb") as file:
+        for hole in range(40):
+            file.seek(hole * 65536)
+            file.write(b"words")
+    command = ["tar", "--sparse", "--sort=name", f"--format={form}", "-cf", tmp_path / "a.tar", "-C", tmp_path]
+    subprocess.run([*command, *(name for name, _ in pairs(4))], check=True)
+    assert (tmp_path / "a.tar").stat().st_size < 1 << 19  # it is sparse
+    records, bad = read_all(tmp_path / "a.tar")
+    assert [record["__key__"] for record in records] == [b"0000", b"0001", b"0003"]
+    assert dict(bad.reasons) == {"sparse member": 1} and bad.lost_share() == 0
+
+
+def test_what_file_managers_write_is_left_out_by_name_and_counted(tmp_path: Path) -> None:
+    """So are members that are part of no record, none of them silently; folders hold nothing."""
+    members_of = [[("photos/._" + name, b"\0\5\26\7"), (f"photos/{name}", contents)] for name, contents in pairs(3)]
+    odd = ["photos/.DS_Store", "Thumbs.db", "a/desktop.ini", "__MACOSX/photos/._0000.png", "x/__MACOSX/0.txt"]
+    data = members(
+        ("photos", special(tarfile.DIRTYPE)),
+        *(member for some in members_of for member in some),
+        *((name, b"1") for name in odd),
+        ("README", b"1"),
+        ("__meta__/x.txt", b"1"),
+    )
+    data = pax_global(b"comment=0123456789") + data
+    records, bad = read_all(save(tmp_path / "a.tar", data), max_fraction=0)
+    assert [record["__key__"].decode() for record in records] == [f"photos/{key}" for key in keys(range(3))]
+    assert bad.noted == {
+        "file of macOS or Windows": 6 + len(odd),
+        "global header": 1,
+        "name without extension": 1,
+        "webdataset's meta data": 1,
+    }
+    assert f"file of macOS or Windows: 11, such as {tmp_path}/a.tar/photos/._0000.png" in bad.remarks()
+    for key in ("__MACOSX/a", "x/__MACOSX/a"):
+        with pytest.raises(ValueError, match="rename the record"):
+            write_shard(tmp_path / "b.tar", [{"__key__": key.encode(), "txt": b""}])
+
+
+def pax_global(record: bytes) -> bytes:
+    info = tarfile.TarInfo("pax_global_header")
+    line = b"%d %s\n" % (len(record) + 4, record)
+    info.type, info.size = tarfile.XGLTYPE, len(line)
+    return info.tobuf() + line.ljust(512, b"\0")
+
+
+def test_sizes_in_pax_headers_and_in_base_256_are_followed(tmp_path: Path) -> None:
+    """As tarfile does; a size of more than the file costs what follows, one of more than a record itself alone."""
+    after = members(("b.txt", b"2"), ("c.txt", b"3"))
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        info = tarfile.TarInfo("a.txt")
+        info.size = 1 << 33  # octal digits hold no more than 8 GiB
+        data = info.tobuf(form)
+        assert reasons(data + after, tmp_path / "a.tar") == ([], {"oversized member": 1})
+        with open(save(tmp_path / "a.tar", data), "r+b") as file:
+            file.truncate(len(data) + info.size)
+            file.seek(0, os.SEEK_END)
+            file.write(after)
+        records, bad = read_all(tmp_path / "a.tar")
+        assert [record["__key__"] for record in records] == [b"b", b"c"]
+        assert dict(bad.reasons) == {"oversized record": 1} and bad.lost_share() == 0
+
+
+def test_no_kind_of_member_is_silent_or_ends_a_shard(tmp_path: Path) -> None:
+    """Links, devices, long names, names of any bytes: counted by reason, and the neighbours are read."""
+    kinds = [
+        tarfile.SYMTYPE,
+        tarfile.LNKTYPE,
+        tarfile.FIFOTYPE,
+        tarfile.CHRTYPE,
+        tarfile.BLKTYPE,
+        b"V",
+        b"D",
+        b"M",
+        b"Z",
+    ]
+    for number, kind in enumerate(kinds):
+        data = members(("a.txt", b"1"), ("b.txt", special(kind, "a.txt")), ("link", special(kind)), ("c.txt", b"3"))
+        records, bad = read_all(save(tmp_path / f"{number}.tar", data))
+        assert [record["__key__"] for record in records] == [b"a", b"c"], kind
+        assert dict(bad.reasons) == {"member is not a file": 1} and bad.noted == {"name without extension": 1}
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        endless = members(("a.txt", b"1"), ("b" * 66_000 + ".txt", b"2"), ("c.txt", b"3"), ("d.txt", b"4"), form=form)
+        assert reasons(endless, tmp_path / "a.tar") == (["d"], {"oversized member": 2})
+
+
+@pytest.mark.parametrize("block", ["magic", "broken", "zeros", "x"])
+def test_finding_the_next_header_takes_time_in_proportion_to_the_bytes(tmp_path: Path, block: str) -> None:
+    """Of blocks that almost are headers, of damage before each member, of ends before each."""
+    good, most = members(("a.txt", b""))[:512], 1 << 21
+    almost = good[:148] + b"0000000\0" + good[156:]
+    blocks = {"magic": almost, "broken": almost + good, "zeros": bytes(512) + good, "x": b"x" * 512}[block]
+    seconds = []
+    for size in (most // 8, most):
+        path = save(tmp_path / "a.tar", good + blocks * (size // len(blocks)))
+        begun = time.process_time()
+        read_all(path)
+        seconds.append(time.process_time() - begun)
+    assert seconds[1] < max(1.0, 16 * seconds[0])
 
 
 @pytest.mark.parametrize("key", ["a.b", "../a", "/a", "", "a/.b", "__x__/a"])

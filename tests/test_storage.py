@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data.remote import FileVersion, Retries, file_version, is_remote, retried, shown
+from data.remote import FileVersion, Retries, file_version, is_remote, retried, shown, warn_once
 from data.shard_cache import CacheConfig
 from data.storage import COPY_PREFIX, OPEN_FILES, READERS, Store, expand, local_copy
 from tests.disks import small_disk
@@ -239,6 +240,51 @@ def test_files_folders_globs_and_braces_are_found_in_order(tmp_path: Path) -> No
     assert expand([f"file://{tmp_path}/a.tar"], TAR) == [f"{tmp_path}/a.tar"]
 
 
+def test_what_else_lies_in_a_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, memory) -> None:
+    """By kind, count and example; a suffix may be of any case, and what file managers write is none of the files."""
+    for name in ("b.tar", "C.TAR", "a.tar.gz", "d.parquet", "e.parquet", "._b.tar", "README", "new\nline.md"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "gone.tar").symlink_to("nowhere")
+    found = [f"{tmp_path}/C.TAR", f"{tmp_path}/b.tar"]
+    others = (
+        "2 .parquet (such as 'd.parquet'), 2 that are no files (such as 'folder.tar/'), 1 file of macOS or "
+        "Windows (such as '._b.tar'), 1 without suffix (such as 'README'), 1 .tar.gz (such as 'a.tar.gz') and 1 of "
+        "other kinds"
+    )
+    for name in (str(tmp_path), f"{tmp_path}/*"):
+        warn_once.cache_clear()
+        caplog.clear()
+        assert expand([name], TAR, quiet=True) == found and not caplog.messages
+        assert expand([name], TAR) == found
+        (message,) = caplog.messages
+        if name == str(tmp_path):  # a glob leaves out hidden files itself
+            assert message == f"input {name}: 2 files are read; left out, as none of .tar: {others}"
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "new\nline.md").touch()
+    with pytest.raises(ValueError, match=r"no .tar files in .*sub'\], but 1 .md \(such as 'new\\nline.md'\)$"):
+        expand([f"{tmp_path}/sub"], TAR)
+    memory.pipe("/x/a.Tar", b"1")
+    memory.pipe("/x/sub/b.tar", b"1")
+    caplog.clear()
+    assert expand(["memory:///x"], TAR) == ["memory:///x/a.Tar"]
+    assert "left out, as none of .tar: 1 that are no files (such as 'sub/')" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's rights")
+def test_files_that_may_not_be_read_are_refused_before_work() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        os.chmod(name, 0o755)
+        for file, mode in (("a.tar", 0o644), ("b.tar", 0o600)):
+            Path(name, file).touch(mode)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(PermissionError, match=r"1 files may not be read, such as '.*b.tar'; allow it"):
+                expand([name], TAR)
+        finally:
+            os.seteuid(0)
+
+
 def test_a_name_that_exists_is_no_pattern(tmp_path: Path) -> None:
     for name in ("a[1].tar", "{x,y}.tar", "*.tar", "b.tar", "open{.tar", "[z]/1.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -278,7 +324,10 @@ def test_inputs_that_are_no_files_are_refused(tmp_path: Path, memory, server: Se
         with pytest.raises(FileNotFoundError, match=message) as caught:
             expand([name], TAR, SOON)
         assert "secret" not in str(caught.value)
+    (tmp_path / "gone.tar").symlink_to("nowhere")
     refused = {
+        os.devnull: "null: expected a file or folder, found a device, a pipe or a broken link",
+        f"{tmp_path}/gone.tar": "gone.tar: expected a file or folder, found a device, a pipe or a broken link",
         f"{tmp_path}/a.parquet": "a.parquet: expected one of .tar, .txt, or a folder of them",
         f"{server.url}/a.md": "a.md: expected one of .tar, .txt, or a folder of them",
         "memory://x/a.md": "a.md: expected one of .tar, .txt, or a folder of them",

@@ -142,7 +142,7 @@ def test_the_program_trains_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([f"inputs=[{tmp_path}]", f"output={tmp_path / 'b'}", "vocab_size=264"], "expected more than 264"),
         (
             [f"inputs=[{tmp_path / 'a.jsonl'}]", f"output={tmp_path / 'b'}", "text_key=words"],
-            r"no text in .*skipped no text: 100\. First: .*text_key=KEY chooses one of \['text'\]",
+            r"100 of 100 records are bad.*no text: 100\. First: .*text_key=KEY chooses one of \['text'\]",
         ),
         ([f"output={tmp_path / 'b'}"], r"inputs=\[\] \(none given\)"),
     ):
@@ -152,6 +152,25 @@ def test_the_program_trains_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     main([f"inputs=[{tmp_path / 'a.jsonl'}]", f"output={tmp_path / 'c'}", "vocab_size=300", "text_key=words"])
     said = capsys.readouterr().out
     assert f"skipped {tmp_path / 'a.jsonl'}:101: no text" in said and (tmp_path / "c").read_bytes() == made
+
+
+def test_what_the_program_cannot_read_is_named_and_has_a_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f'{{"text": "some words for number {i}"}}\n' for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join([*lines, "no JSON\n", "none either\n"]))
+    (tmp_path / "b.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
+    output = tmp_path / "t.model"
+    arguments = [f"inputs=[{tmp_path}]", f"output={output}", "vocab_size=300"]
+    for more, message in (
+        ([], "^nothing could be read from 1 of 2 input files, .*b.jsonl: no text; it is a Git LFS pointer"),
+        (["max_failed_files=1"], "^2 of 102 records are bad, more than max_bad_fraction=0.01: undecodable text: 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([*arguments, *more])
+        assert not output.exists()
+    main([*arguments, "max_failed_files=1", "max_bad_fraction=0.02"])
+    assert output.exists() and f"tokenizer: skipped {tmp_path / 'a.jsonl'}:101" in capsys.readouterr().out
 
 
 def test_the_program_refuses_without_a_traceback(tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +29,8 @@ from model.vae import (
     vae_hash,
     vae_loss,
 )
+from tests.ranks import ProgramRanks
+from tests.runs import wait_for
 from tests.test_perceptual import random_weights
 from train.codec_loss import CodecLoss
 from train.config import load_config
@@ -430,13 +429,11 @@ def test_training_lowers_the_loss_and_writes_what_diffusers_loads(shards, tmp_pa
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(shards, vgg16, whole, tmp_path, capsys):
     """With every part of the loss; the metrics say so, because they are bits of all networks and optimizers."""
     argv = arguments(shards, tmp_path / "cut", **every_part(vgg16))
-    process = subprocess.Popen([sys.executable, "-m", "train.vae", *argv])
     state = tmp_path / "cut.partial" / "state.pt"
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with ProgramRanks(main, argv, None, tmp_path / "log") as run:
+        wait_for(state.exists, run, 120)
+        run.signal(signal.SIGKILL)
+        run.wait()
     assert state.exists() and not (tmp_path / "cut").exists()
     assert torch.load(state, weights_only=True)["loss"]["adamw"]["state"]  # the discriminator was under way
     main(argv)
@@ -518,22 +515,20 @@ def test_another_vgg16_in_the_same_file_trains_anew(shards, vgg16, tmp_path, cap
 
 def test_a_stop_signal_saves_at_once(shards, tmp_path):
     argv = arguments(shards, tmp_path / "vae", **{"optim.steps": 100_000, "state_interval_steps": 100_000})
-    process = subprocess.Popen([sys.executable, "-m", "train.vae", *argv])
     metrics = tmp_path / "vae.partial" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
+    with ProgramRanks(main, argv, None, tmp_path / "log") as run:
+        wait_for(metrics.exists, run, 120)
+        run.signal(signal.SIGTERM)
+        assert run.wait() == [75], run.output
     state = torch.load(tmp_path / "vae.partial" / "state.pt", weights_only=True)
     assert state["step"] >= 3
 
 
 def test_two_ranks_train_as_one(shards, vgg16, whole, tmp_path):
     """With every part of the loss, and one picture on one rank, two on the other."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     argv = arguments(shards, tmp_path / "two", **every_part(vgg16))
-    subprocess.run([*launcher, "train.vae", *argv], check=True)
+    with ProgramRanks(main, argv, 2, tmp_path / "log") as run:
+        assert run.wait() == [0, 0], run.output
     for one, two in zip(rows(whole), rows(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
         for name in one.keys() - {"seconds"}:
@@ -560,6 +555,11 @@ def test_bad_pictures_are_skipped_by_name_and_too_many_stop(shards, tmp_path, ca
     printed = capsys.readouterr().out
     assert "bad.tar/0007: undecodable picture" in printed and "bad.tar/0009: no picture" in printed
     assert json.loads((tmp_path / "vae/vae.json").read_text())["pictures"] == 22
+    (tmp_path / "page.tar").write_bytes(b"<!DOCTYPE html><title>404 Not Found</title>")
+    argv[0] = f"inputs=[{tmp_path / 'bad.tar'},{tmp_path / 'page.tar'}]"
+    assert "page.tar: no record; it is an HTML page" in refusal([*argv, "max_bad_fraction=0.1"])
+    main([*argv, "max_bad_fraction=0.1", "max_failed_files=1"])
+    assert "failed file" in capsys.readouterr().out
 
 
 def test_bad_input_is_refused_with_a_message(shards, tmp_path):

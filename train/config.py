@@ -201,7 +201,7 @@ def _merge(merged: Any, key: str, value: Any, schema: type, origin: str) -> Any:
 def _expected(schema: type, key: str) -> str | None:
     """Return what a key takes, None for an unknown key."""
     parts = key.split(".")
-    for name, type_name, *_ in options(schema):
+    for name, type_name in _types(schema):
         names = name.split(".")
         if all(mine in (theirs, "NAME") for mine, theirs in zip(names, parts, strict=False)):
             if len(names) > len(parts):
@@ -209,6 +209,12 @@ def _expected(schema: type, key: str) -> str | None:
             if len(names) == len(parts) or type_name.startswith("dict"):
                 return type_name
     return None
+
+
+@cache
+def _types(schema: type) -> list[tuple[str, str]]:
+    """Return (dotted key, type) of each option; asked for each argument of a command line."""
+    return [(name, type_name) for name, type_name, *_ in options(schema)]
 
 
 def _unknown_key(schema: type, key: str) -> str:

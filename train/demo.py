@@ -6,6 +6,7 @@ while their commands and configs stay the same.
 
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -34,7 +35,7 @@ CONFIG = DemoConfig
 @dataclass(frozen=True)
 class Stage:
     name: str
-    minutes: float  # on two idle cores, for the time left
+    work: float  # its share of the demo, in seconds of some machine: how they compare is all that counts
     output: str  # what it makes, removed before a finished stage is made anew
     command: tuple[str, ...]
 
@@ -42,17 +43,18 @@ class Stage:
 def stages(config: DemoConfig) -> list[Stage]:
     """Return the stages in order; `smoke` only shortens them."""
 
-    def run(name: str, minutes: float, program: str, output: str, *more: str, distributed: bool = False) -> Stage:
+    def run(name: str, work: float, program: str, output: str, *more: str, distributed: bool = False) -> Stage:
         launcher = ("torchrun", "--nproc-per-node", str(config.ranks)) if distributed else ("python",)
         short = SMOKE.get(program, ()) if config.smoke else ()
         settings = f"config=configs/demo/{program}.yaml"
-        return Stage(name, minutes, f"{DEMO}/{output}", (*launcher, "-m", f"train.{program}", settings, *more, *short))
+        work = 1.0 if config.smoke else work  # at toy length most of a stage is its start
+        return Stage(name, work, f"{DEMO}/{output}", (*launcher, "-m", f"train.{program}", settings, *more, *short))
 
     def encode(what: str, *more: str, distributed: bool = False) -> Stage:
         output = f"latents/{what}"
         folders = (f"inputs=[{DEMO}/scenes/{what}]", f"output={DEMO}/{output}")
-        minutes = 0.4 if distributed else 0.15
-        return run(f"encode {what}", minutes, "encode", output, *folders, *more, distributed=distributed)
+        work = 20 if distributed else 7
+        return run(f"encode {what}", work, "encode", output, *folders, *more, distributed=distributed)
 
     return [
         run("scenes", 0.3, "scenes", "scenes"),
@@ -98,7 +100,6 @@ def main(argv: list[str]) -> int:
         mark = folder / "stages" / f"{stage.name.replace(' ', '-')}.json"
         before = json.loads(mark.read_text()) if mark.is_file() else {}
         fingerprint = _fingerprint(stage, fingerprint)
-        left = sum(s.minutes for s in todo[number - 1 :])
         head = f"[{number}/{len(todo)}] {stage.name}"
         if before.get("fingerprint") == fingerprint and "seconds" in before:
             print(f"{head}: done before in {before['seconds']:.0f} s", flush=True)
@@ -107,7 +108,8 @@ def main(argv: list[str]) -> int:
         if before.get("fingerprint", fingerprint) != fingerprint:  # of another config, or from other inputs
             _remove(root / stage.output)
         _write(mark, {"fingerprint": fingerprint})
-        print(f"\n{head}, about {left:.0f} min to the end\n$ {shlex.join(stage.command)}", flush=True)
+        print(f"\n{head}{_time_left(todo[: number - 1], todo[number - 1 :], seconds)}", flush=True)
+        print(f"$ {shlex.join(stage.command)}", flush=True)
         start = time.monotonic()
         status = _run(_executable(stage.command), root)
         if status:
@@ -122,6 +124,14 @@ def main(argv: list[str]) -> int:
     print(json.dumps(summary, indent=1))
     print(f"report: {folder / 'report.html'}")
     return 0
+
+
+def _time_left(done: list[Stage], todo: list[Stage], seconds: dict[str, float]) -> str:
+    """Say how long `todo` takes at the pace at which this machine ran `done`; nothing before there is a pace."""
+    if not done:
+        return ""
+    pace = sum(seconds[stage.name] for stage in done) / sum(stage.work for stage in done)
+    return f", about {math.ceil(pace * sum(stage.work for stage in todo) / 60)} min to the end at this machine's pace"
 
 
 def _run(command: list[str], root: Path) -> int:

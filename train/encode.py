@@ -15,14 +15,14 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.documents import document_sizes
 from data.manifest import FILE_NAME, MAX_NAME_BYTES
 from data.raw import SUFFIXES, TAR, RawDocument, input_name, read_raw, suffix_of
 from data.remote import file_version, is_remote, shown
-from data.shards import NAMES_KEPT, TEMPORARY_NAME, BadRecords, Record, index_shard, write_shard
+from data.shards import TEMPORARY_NAME, BadRecords, Record, index_shard, write_shard
 from data.storage import expand, local_copy
 from train.config import load_config, run_program
 from train.encoder import EXAMPLES_KEPT, Encoder, EncoderConfig
@@ -34,7 +34,6 @@ from train.verification import index_folder, verify_folder
 
 LEASES = ".leases"  # folder in the output
 WAIT_S = 2.0  # between looks at what others work on
-ENOUGH_BAD = 20  # records, after which one file too bad ends a worker; fewer are judged with all files at the end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,9 @@ class EncodeConfig(EncoderConfig):
     # Files of pictures (.tar) or text: paths, folders, globs, {000..099}, http(s)://, s3:// and what fsspec reads.
     inputs: list[str] = field(default_factory=list)
     output: str = "runs/latents"  # folder for the shards and manifest.json
-    max_bad_fraction: float = 0.01  # share of records that may be skipped, in [0, 1]
+    # Share of the data that may be skipped, in [0, 1]: of the records, and of the input's bytes where tars are damaged.
+    max_bad_fraction: float = 0.01
+    max_failed_files: int = 0  # input files that may hold nothing readable, such as pointers or error pages, >= 0
     lease_timeout_s: float = 60  # seconds without a heartbeat after which another worker takes a file over, >= 1
     verify: str | None = None  # encoded folder to check instead: checksums, counts, decodable, finite
     index: str | None = None  # folder of encoded shards to index instead: writes .idx files, sidecars and manifest.json
@@ -51,11 +52,16 @@ class EncodeConfig(EncoderConfig):
         super().__post_init__()
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected a share in [0, 1]")
+        if self.max_failed_files < 0:
+            raise ValueError(f"max_failed_files={self.max_failed_files}: expected 0 or more")
         if self.lease_timeout_s < 1:
             raise ValueError(f"lease_timeout_s={self.lease_timeout_s}: expected at least 1")
         modes = {name: getattr(self, name) for name in ("verify", "index") if getattr(self, name)}
         if len(modes) + bool(self.inputs) > 1:
             raise ValueError(f"{' and '.join([*modes, *(['inputs'] if self.inputs else [])])}: expected one of them")
+
+    def bad_records(self) -> BadRecords:
+        return BadRecords(self.max_bad_fraction, max_failed_files=self.max_failed_files)
 
 
 CONFIG = EncodeConfig
@@ -83,21 +89,20 @@ def main(argv: list[str]) -> int | None:
     if config.verify:
         return verify_folder(config.verify)
     if config.index:
-        index_folder(Path(config.index), config, config.max_bad_fraction)
+        index_folder(Path(config.index), config, config.bad_records())
         return None
     output = Path(config.output)
     sources, has_pictures = check(config)
     encoder = Encoder(config, has_pictures=has_pictures)
     tasks = list_tasks(encoder, sources, output)
     say_what_changed(encoder, tasks)
-    bad = BadRecords(config.max_bad_fraction)
+    bad = config.bad_records()
     try:
         with Leases(output / LEASES, config.lease_timeout_s) as leases, Progress(tasks, bad) as progress:
             refuse_other_settings(encoder, output, leases)
             for task in claimed(tasks, leases, progress):
                 encode_file(encoder, task, bad, progress)
-                if bad.reasons.total() >= ENOUGH_BAD:
-                    bad.check()
+                bad.check()
             for name in bad.names:
                 print(f"encode: skipped {name}")
             finish(encoder, tasks, output, leases, bad)
@@ -225,7 +230,7 @@ def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progres
 
     try:
         inode = write_shard(shard, records())
-        check = BadRecords(max_fraction=0)
+        check = BadRecords(max_fraction=0, max_failed_files=1)  # a shard of no record
         index = index_shard(shard, document_sizes, check)
         if shard.stat().st_ino != inode:
             raise FileExistsError(f"{shard}: another worker wrote it meanwhile; start again")
@@ -236,9 +241,7 @@ def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progres
     except (FileExistsError, FileNotFoundError):  # another worker was faster, and maybe cleaned up already
         if (sidecar := task.sidecar()) is None:
             raise
-    bad.names += of_file.names[: NAMES_KEPT - len(bad.names)]
-    bad.seen += sidecar.seen
-    bad.reasons.update(sidecar.skipped)
+    bad.update(replace(sidecar.counted(), names=of_file.names, examples=of_file.examples))
     progress.is_done()
 
 
@@ -252,8 +255,13 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
     sidecars = [task.sidecar() for task in tasks]
     if None in sidecars:
         raise ValueError(f"{tasks[sidecars.index(None)].source} or its shard changed meanwhile; start again")
-    skipped = sum((Counter(sidecar.skipped) for sidecar in sidecars), Counter())
-    bad = BadRecords(mine.max_fraction, sum(sidecar.seen for sidecar in sidecars), skipped, mine.names)
+    bad = BadRecords(
+        mine.max_fraction, names=mine.names, max_failed_files=mine.max_failed_files, examples=mine.examples
+    )
+    for sidecar in sidecars:
+        bad.update(sidecar.counted())
+    for remark in bad.remarks():
+        print(f"encode: {remark}")
     bad.check(final=True)
     manifest = build_manifest(encoder, sidecars, output)
     made = {name for task in tasks for name in (task.shard.name, f"{task.shard.name}.idx", f"{task.shard.name}.json")}

@@ -36,8 +36,9 @@ class SceneItem:
 def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem]:
     """Read at most `per_split` scenes of each split from raw held-out shards, spread evenly over them."""
     splits: dict[str, list[SceneItem]] = {}
+    bad = BadRecords(max_fraction=0.0)
     for path in expand([str(folder)], (TAR,)):
-        for record in read_shard(Path(path), BadRecords(max_fraction=0.0)):
+        for record in read_shard(Path(path), bad):
             where = f"{path}/{record['__key__'].decode()}"
             try:
                 info = json.loads(record["json"])
@@ -53,6 +54,7 @@ def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem
                 shapes,
             )
             splits.setdefault(item.split, []).append(item)
+    bad.check(final=True)
     counts = {split: min(per_split, len(items)) for split, items in splits.items()}
     return [items[i * len(items) // counts[split]] for split, items in splits.items() for i in range(counts[split])]
 

@@ -80,7 +80,8 @@ class Progress:
         seconds = self._shown - self._start
         count, unit = (self._pictures, "images") if self._pictures else (self._texts, "texts")
         speed = f"{count / seconds:,.1f} {unit}/s"
-        skipped = BadRecords(1, reasons=self._bad.reasons + self._of_file.reasons).summary()
+        reasons, failed = self._bad.reasons + self._of_file.reasons, self._bad.failed + self._of_file.failed
+        skipped = BadRecords(1, reasons=reasons, failed=failed).summary()
         self._bar.set_postfix_str(f"{files}/{len(self._bytes)} files, here {speed}, skipped {skipped}{more}")
 
     def _done(self) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from data.shards import Record, write_shard
 from train.config import load_config, run_program
 from train.output_folder import OutputFolder
 
-FORMAT = 1  # of the folder and of the drawing: a change of either remakes finished folders
+FORMAT = 2  # of the folder and of the drawing: a change of either remakes finished folders
 DOCUMENTS_PER_FILE = 2000
 
 

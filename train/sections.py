@@ -24,7 +24,7 @@ from train.page import card, cards, fact_list, image, mark, note, read_picture, 
 
 SPLITS = {
     "seen": ("Trained combinations", "each in wordings that training never used for it"),
-    "unseen": ("Unseen combinations", "of colour, shape, size and position"),
+    "unseen": ("Unseen combinations", "of colour, shape and position, in neither size"),
     "two_shapes": ("Two shapes", "in pairs that training never showed together"),
 }
 TASKS = (("text_to_image", "Text → image", "drawn_verdict"), ("image_to_text", "Image → text", "caption_verdict"))

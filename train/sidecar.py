@@ -6,6 +6,7 @@ job that is started again knows what is done, and keeps the sums from which the 
 
 import json
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,9 @@ class Sidecar:
     seen: int  # records of the input, good and bad
     skipped: dict[str, int]  # by reason
     words: WordCounts = field(default_factory=WordCounts)
+    lost: float = 0.0  # share of the input's bytes, 1 where it was cut
+    failed: str = ""  # what an input is of which nothing can be read
+    noted: dict[str, int] = field(default_factory=dict)  # what cost no record
 
     @classmethod
     def write(
@@ -47,10 +51,25 @@ class Sidecar:
             seen=bad.seen,
             skipped=dict(sorted(bad.reasons.items())),
             words=words or WordCounts(),
+            lost=sum(share for _, share in bad.files),
+            failed="".join(bad.failed),
+            noted=dict(sorted(bad.noted.items())),
         )
         with atomic_write(sidecar_path(shard)) as file:
             file.write(json.dumps(asdict(sidecar)).encode())
         return sidecar
+
+    def counted(self) -> BadRecords:
+        """Return what was skipped of the input; of names, only what is kept: that of a failed file."""
+        size = self.origin.get("input_bytes", self.entry.bytes)
+        return BadRecords(
+            max_fraction=1,
+            seen=self.seen,
+            reasons=Counter(self.skipped),
+            failed=[self.failed] if self.failed else [],
+            files=[] if self.failed else [(size, self.lost)],
+            noted=Counter(self.noted),
+        )
 
     @staticmethod
     def origin_of(shard: Path) -> dict | None:

@@ -19,10 +19,16 @@ class TokenizerConfig(KeysConfig):
     output: str = "runs/tokenizer.model"  # the model file to write
     vocab_size: int = 32000  # pieces, the special ones and 256 byte pieces included, > 264
     max_texts: int = 1_000_000  # texts read for training, from the first file on
+    max_bad_fraction: float = 0.01  # share of records, and of the files' bytes, that may be skipped, in [0, 1]
+    max_failed_files: int = 0  # files that may hold nothing readable, >= 0
 
     def __post_init__(self) -> None:
         if self.vocab_size <= 264:
             raise ValueError(f"vocab_size={self.vocab_size}: expected more than 264 (256 bytes and special pieces)")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected a share in [0, 1]")
+        if self.max_failed_files < 0:
+            raise ValueError(f"max_failed_files={self.max_failed_files}: expected 0 or more")
 
 
 CONFIG = TokenizerConfig
@@ -34,24 +40,24 @@ def main(argv: list[str]) -> int | None:
     if output.is_file():
         print(f"tokenizer: {output} is there (vocabulary {Tokenizer(output).vocab_size}); delete it to train again")
         return
-    bad = BadRecords(max_fraction=1)
-    train_tokenizer(_texts(config, bad), output, config.vocab_size)
-    for name in bad.names:
-        print(f"tokenizer: skipped {name}")
+    bad = BadRecords(config.max_bad_fraction, max_failed_files=config.max_failed_files)
+    try:
+        train_tokenizer(_texts(config, bad), output, config.vocab_size)
+    except ValueError:  # as SentencePiece wraps what its texts raise
+        bad.check(final=True)
+        raise
     made = Tokenizer(output)
     print(f"tokenizer: wrote {output}, vocabulary {made.vocab_size}, hash {made.hash}; skipped {bad.summary()}")
 
 
 def _texts(config: TokenizerConfig, bad: BadRecords) -> Iterator[str]:
-    """Yield the first `max_texts`; raise ValueError where there are none."""
-    count = 0
     with tqdm(desc="tokenizer: texts", unit="text", mininterval=1) as progress:
         for text in islice(read_texts(config.inputs, bad, config), config.max_texts):
-            count += 1
             progress.update()
             yield text
-    if not count:
-        raise ValueError(f"no text in {config.inputs}: skipped {bad.summary()}. First: {'; '.join(bad.names[:3])}")
+    for remark in [*(f"skipped {name}" for name in bad.names), *bad.remarks()]:
+        print(f"tokenizer: {remark}")
+    bad.check(final=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ class VaeTrainConfig:
     output: str = "runs/vae"  # folder to write; must be absent, empty or made by this program
     resolution: int = 256  # pixels a side of the square pictures; a multiple of the model's stride
     max_pictures: int = 50_000  # pictures kept in memory, the first ones of `inputs`; at 256 pixels 0.2 MB each
-    max_bad_fraction: float = 0.01  # share of records that may be skipped, in [0, 1]
+    max_bad_fraction: float = 0.01  # share of records, and of the shards' bytes, that may be skipped, in [0, 1]
+    max_failed_files: int = 0  # shards that may hold nothing readable, >= 0
     model: VaeConfig = field(default_factory=VaeConfig)
     loss: VaeLossConfig = field(default_factory=VaeLossConfig)
     optim: OptimConfig = field(default_factory=lambda: DEFAULT_OPTIM)
@@ -76,6 +77,8 @@ class VaeTrainConfig:
             )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected a share in [0, 1]")
+        if self.max_failed_files < 0:
+            raise ValueError(f"max_failed_files={self.max_failed_files}: expected 0 or more")
         if self.seed < 0 or self.timeout_minutes <= 0:
             raise ValueError(f"seed={self.seed}, timeout_minutes={self.timeout_minutes}: expected >= 0 and > 0")
         if self.optim.ema_half_lives or self.optim.optimizer != "adamw":
@@ -285,7 +288,7 @@ def _say(ranks: Ranks, message: str) -> None:
 
 def load_pictures(files: list[Path], config: VaeTrainConfig, ranks: Ranks) -> np.ndarray:
     """Decode the first `max_pictures` pictures of the shards, uint8 [N, H, W, 3]; skip and name what is bad."""
-    bad, pictures = BadRecords(config.max_bad_fraction), []
+    bad, pictures = BadRecords(config.max_bad_fraction, max_failed_files=config.max_failed_files), []
     full = False
     for path in files:
         for record in read_shard(path, bad):
@@ -299,9 +302,9 @@ def load_pictures(files: list[Path], config: VaeTrainConfig, ranks: Ranks) -> np
                 bad.check()
         if full:
             break
+    for remark in [*(f"skipped {name}" for name in bad.names), *bad.remarks()]:
+        _say(ranks, remark)
     bad.check(final=True)
-    for name in bad.names:
-        _say(ranks, f"skipped {name}")
     if not pictures:
         raise ValueError(f"no pictures in {', '.join(map(str, files))}: expected records with .jpg, .png or .webp")
     limit = f" (max_pictures={config.max_pictures}: the rest is not read)" if full else ""

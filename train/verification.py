@@ -5,6 +5,7 @@ latents and known tokens, and whether the counts add up.
 """
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from data.documents import ImageSegment, check_document, decode_document, sizes_
 from data.manifest import LatentSums, Manifest, count_grids
 from data.raw import TAR
 from data.remote import file_version
-from data.shards import NAMES_KEPT, BadRecord, BadRecords, Record, index_shard, read_at
+from data.shards import BadRecord, BadRecords, Record, index_shard, read_at
 from data.storage import expand
 from train.encoder import Encoder, EncoderConfig
 from train.sidecar import Sidecar, build_manifest
@@ -83,15 +84,15 @@ def verify_shard(manifest: Manifest, shard: int, bad: BadRecords) -> None:
         bad.add(BadRecord("wrong counts", where, "index and manifest differ"))
 
 
-def index_folder(folder: Path, config: EncoderConfig, max_bad_fraction: float) -> Manifest:
+def index_folder(folder: Path, config: EncoderConfig, bad: BadRecords) -> Manifest:
     """Write index and sidecar of every .tar in a folder that has none that fit, and its manifest.
 
-    For shards in our record layout that were written elsewhere or lost their indices. Bad records are counted and
-    left out of the index.
+    For shards in our record layout that were written elsewhere or lost their indices. Bad records are counted in `bad`
+    and left out of the index.
     """
-    shards = [Path(path) for path in expand([str(folder)], (TAR,))]
+    shards = [Path(path) for path in expand([str(folder)], (TAR,), quiet=True)]
     encoder = Encoder(config, has_pictures=config.vae is not None)
-    sidecars, bad = [], BadRecords(max_bad_fraction)
+    sidecars = []
     for shard in tqdm(shards, desc="index", unit="shard", mininterval=1):
         origin = Sidecar.origin_of(shard) or {"indexed": True, **encoder.origin(file_version(str(shard)))}
         for name in ("tokenizer", "vae", "resolution"):
@@ -103,14 +104,16 @@ def index_folder(folder: Path, config: EncoderConfig, max_bad_fraction: float) -
             of_shard, latents = BadRecords(max_fraction=1), LatentSums.none(encoder.channels)
             index = index_shard(shard, partial(_checked_sizes, encoder, latents, shard), of_shard)
             if not len(index):  # a raw tar, perhaps
-                bad.add(BadRecord("no record of an encoded shard", str(shard), of_shard.summary()))
-                bad.seen += 1
+                found = "; ".join(of_shard.failed) or f"{shard}: no record of an encoded shard: {of_shard.summary()}"
+                bad.failed.append(found)
                 continue
             sidecar = Sidecar.write(shard, index, origin, latents, of_shard)
-            bad.names += of_shard.names[: NAMES_KEPT - len(bad.names)]
+            bad.update(replace(sidecar.counted(), names=of_shard.names, examples=of_shard.examples))
+        else:
+            bad.update(sidecar.counted())
         sidecars.append(sidecar)
-        bad.seen += sidecar.seen
-        bad.reasons.update(sidecar.skipped)
+    for remark in bad.remarks():
+        print(f"index: {remark}")
     bad.check(final=True)
     manifest = build_manifest(encoder, sidecars, folder)
     for name in bad.names:

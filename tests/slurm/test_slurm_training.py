@@ -122,7 +122,7 @@ def test_a_rank_that_dies_is_started_again_from_the_last_checkpoint(
     assert "lost rank 0" in (run_dir / "slurm" / job_id / "rank-1.log").read_text()
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(
     sent: Callable, cluster: Cluster, straight: Path, which: int
 ) -> None:

@@ -1,0 +1,105 @@
+"""What was skipped of the data, why, and whether it is more than a budget allows."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+NAMES_KEPT = 20  # of bad records
+ENOUGH_BAD = 20  # records, from which on their share is judged before all of them were seen
+MAX_SHOWN = 500  # characters of a bad record's place and details: names in hostile shards have no end
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; `reason` is a short stable name to count by."""
+
+    def __init__(self, reason: str, where: str, detail: str = ""):
+        message = f"{where[:MAX_SHOWN]}: {reason}" + (f" ({detail[:MAX_SHOWN]})" if detail else "")
+        super().__init__(_printable(message))
+        self.reason, self.where = reason, where
+
+
+@dataclass
+class BadRecords:
+    """Counts what was skipped by reason, remembers the first names, and stops past a share of all data.
+
+    A file of which nothing can be read is a failed one: it is no record, and has a budget of its own.
+    """
+
+    max_fraction: float  # of all records seen, and of all bytes of files, in [0, 1]
+    seen: int = 0
+    reasons: Counter = field(default_factory=Counter)
+    names: list[str] = field(default_factory=list)
+    max_failed_files: int = 0
+    failed: list[str] = field(default_factory=list)  # files, each with what it is
+    files: list[tuple[int, float]] = field(default_factory=list)  # bytes, and the share lost, of each that was read
+    noted: Counter = field(default_factory=Counter)  # what costs no record, by what it is
+    examples: dict[str, str] = field(default_factory=dict)  # of each kind of it
+
+    def add(self, error: BadRecord) -> None:
+        self.reasons[error.reason] += 1
+        if len(self.names) < NAMES_KEPT:
+            self.names.append(str(error))
+
+    def note(self, what: str, where: str) -> None:
+        """Count what costs no record."""
+        self.noted[what] += 1
+        self.examples.setdefault(what, _printable(where[:MAX_SHOWN])[:MAX_SHOWN])
+
+    def update(self, other: "BadRecords") -> None:
+        """Add what another has counted."""
+        self.seen += other.seen
+        self.reasons.update(other.reasons)
+        self.names += other.names[: NAMES_KEPT - len(self.names)]
+        self.failed += other.failed
+        self.files += other.files
+        self.noted.update(other.noted)
+        self.examples = {**other.examples, **self.examples}
+
+    def check(self, final: bool = False) -> None:
+        """Raise ValueError when more than `max_fraction` of the records seen were bad, and they are not just a few.
+
+        When `final`, few or many, of records or bytes; and when more than `max_failed_files` files gave nothing.
+        """
+        if final and len(self.failed) > self.max_failed_files:
+            raise ValueError(
+                f"nothing could be read from {len(self.failed)} of {len(self.failed) + len(self.files)} input files, "
+                f"more than max_failed_files={self.max_failed_files}: {'; '.join(self.failed[:NAMES_KEPT])}. Restore "
+                "them, leave them out of the inputs, or allow more"
+            )
+        bad, lost = self.reasons.total(), self.lost_share() if final else 0.0
+        share = lost + (1 - lost) * bad / max(self.seen, 1)
+        cut = sum(lost == 1 for _, lost in self.files)
+        if bad and (final or bad >= ENOUGH_BAD) and share > self.max_fraction:
+            raise ValueError(
+                f"{bad} of {self.seen} records are bad"
+                + (f"; with the bytes lost {100 * share:.3g} % of the data" if lost else "")
+                + (f", of which {cut} files that end too early count whole" if lost and cut else "")
+                + f", more than max_bad_fraction={self.max_fraction}: {self.summary()}"
+                + (f". First: {'; '.join(self.names[:3])}" if self.names else "")
+            )
+
+    def lost_share(self) -> float:
+        """Return the share of all files' bytes that was lost.
+
+        How much a file lacks that was cut cannot be known: it counts as lost, and as no shorter than the mean.
+        """
+        if not self.files:
+            return 0.0
+        mean = sum(size for size, _ in self.files) / len(self.files)
+        weights = [max(size, mean) if lost == 1 else size for size, lost in self.files]
+        return sum(w * lost for w, (_, lost) in zip(weights, self.files, strict=True)) / sum(weights)
+
+    def summary(self) -> str:
+        counts = [f"{reason}: {count}" for reason, count in sorted(self.reasons.items())]
+        return ", ".join([*counts, *([f"failed files: {len(self.failed)}"] if self.failed else [])]) or "none"
+
+    def remarks(self) -> list[str]:
+        """Return a line for each failed file, and for each kind of what cost no record."""
+        lines = [f"failed file {name}" for name in self.failed[:NAMES_KEPT]]
+        for what, count in sorted(self.noted.items()):
+            lines.append(f"{what}: {count}" + (f", such as {self.examples[what]}" if what in self.examples else ""))
+        return lines
+
+
+def _printable(text: str) -> str:
+    """Return a text that cannot move a terminal's cursor or begin a line of a log."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
