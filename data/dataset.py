@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from omegaconf import MISSING
 
 from data.documents import OrderConfig
-from data.lanes import LaneSettings, Position, Source, SourceConfig
+from data.lanes import LaneSettings, Position, Source, SourceConfig, sum_in_order
 from data.manifest import LatentSpec, Manifest
 from data.packing import patch_grid
 from data.shard_cache import CacheConfig
@@ -179,8 +179,8 @@ def source_weights(config: DataConfig, manifests: dict[str, Manifest], patch_siz
     kept = 1 - config.order.caption_dropout
     image_shares = {name: manifest.image_token_share(patch_size, kept) for name, manifest in manifests.items()}
     with_images = {name: weight for name, weight in weights.items() if image_shares[name] > 0}
-    total = sum(with_images.values())
-    most = sum(weight * image_shares[name] for name, weight in with_images.items()) / total if total else 0.0
+    total = sum_in_order(with_images.values())
+    most = sum_in_order(weight * image_shares[name] for name, weight in with_images.items()) / total if total else 0.0
     if most <= config.image_share or len(with_images) == len(weights):
         raise ValueError(
             f"data.image_share={config.image_share}: the sources with images hold {most:.3f} image tokens a token, and "
@@ -188,7 +188,7 @@ def source_weights(config: DataConfig, manifests: dict[str, Manifest], patch_siz
             "one of the latter; add such a source, or set data.image_share=null"
         )
     share = config.image_share / most  # of all tokens, in documents with images
-    text_total = sum(weight for name, weight in weights.items() if name not in with_images)
+    text_total = sum_in_order(weight for name, weight in weights.items() if name not in with_images)
     return {
         name: share * weight / total if name in with_images else (1 - share) * weight / text_total
         for name, weight in weights.items()

@@ -11,11 +11,12 @@ import bisect
 import errno
 import logging
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 
 import numpy as np
 from omegaconf import MISSING
@@ -301,13 +302,14 @@ class Lane:
 
     def _weights_at(self, step: int) -> list[float]:
         weights = [source.config.weight_at(step) for source in self.sources]
-        return [weight / sum(weights) for weight in weights]
+        total = sum_in_order(weights)
+        return [weight / total for weight in weights]
 
     def _settle_accounts(self) -> None:
         """Begin the accounts anew where weights change, each source keeping what it is ahead or behind."""
         accounts = [cursor.tokens + phase for cursor, phase in zip(self._cursors, self._phases, strict=True)]
         going = [n for n, weight in enumerate(self._weights) if weight and not self._has_ended(n)]
-        total, weights = sum(accounts[n] for n in going), sum(self._weights[n] for n in going)
+        total, weights = (sum_in_order(values[n] for n in going) for values in (accounts, self._weights))
         for number, (cursor, phase) in enumerate(zip(self._cursors, self._phases, strict=True)):
             owed = total * self._weights[number] / weights - accounts[number] if number in going else 0.0
             cursor.tokens = round(-owed - phase)
@@ -384,6 +386,11 @@ def lanes_of_rank(rank: int, world_size: int, lanes: int) -> range:
     if world_size > lanes:
         raise ValueError(f"{world_size} ranks, but data.lanes={lanes}: use at most one rank a lane, or more lanes")
     return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
+
+
+def sum_in_order(values: Iterable[float]) -> float:
+    """Add from left to right. `sum` corrects for rounding from Python 3.12 on, and a resume must find the same bits."""
+    return reduce(operator.add, values, 0.0)
 
 
 def _ints(record: Cursor | Pending) -> list[int]:

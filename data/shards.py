@@ -23,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from data.bad_records import BadRecord, BadRecords
+from data.npz import write_npz
 from data.signatures import HEAD_BYTES, looks_like
 from data.tar import MAX_RECORD_BYTES, Member, Read, key_of, left_out, members, name_problem
 
@@ -62,7 +63,7 @@ class ShardIndex:
 
     def save(self, path: Path) -> None:
         with atomic_write(path) as file:
-            np.savez(file, **vars(self))
+            write_npz(file, vars(self))
 
     @classmethod
     def parse(cls, data: bytes, where: str, crc32: int | None = None) -> "ShardIndex":

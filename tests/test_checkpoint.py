@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -16,7 +15,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, zeros
-from xxhash import xxh3_64_hexdigest
 
 from tests.disks import small_disk
 from tests.ranks import RankProcesses, run_ranks
@@ -171,7 +169,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "index.json", "meta.json"])
 def test_every_damage_is_found_and_latest_falls_back(tmp_path: Path, name: str, caplog: Any) -> None:
     """P5: any file, any damage; the damaged checkpoint is named, not deleted."""
     older, newer = _saved_run(tmp_path, 10, 20)
@@ -230,25 +228,6 @@ def test_load_names_what_does_not_fit_and_touches_nothing(tmp_path: Path) -> Non
         checkpoint.load(folder, halves, alone())
 
 
-def test_an_index_that_would_execute_is_refused(tmp_path: Path) -> None:
-    """P11: even with a right checksum, `.metadata` may only hold DCP's records."""
-
-    class Evil:
-        def __reduce__(self) -> tuple:
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    (folder,) = _saved_run(tmp_path, 10)
-    content = pickle.dumps(Evil())
-    (folder / ".metadata").write_bytes(content)
-    listing = json.loads((folder / "checksums.json").read_text())
-    listing["files"][".metadata"] = {"bytes": len(content), "xxh3": xxh3_64_hexdigest(content)}
-    (folder / "checksums.json").write_text(json.dumps(listing))
-    assert checkpoint.verify(folder, alone()) == []
-    with pytest.raises(ValueError, match="mkdir has no place"):
-        checkpoint.load(folder, _plain(0), alone())
-    assert not (tmp_path / "executed").exists()
-
-
 def test_a_taken_over_attempt_cannot_commit(tmp_path: Path) -> None:
     """P5: a late predecessor writes all its bytes and then finds that the run is no longer its own."""
     early = RunFolder(tmp_path, alone())
@@ -281,7 +260,7 @@ def test_retention_keeps_the_last_that_verifies(tmp_path: Path) -> None:
     assert checkpoint.retain(root, config, alone()) == [folders[0], folders[2]]
     assert checkpoint.latest(root, alone()) == folders[1]
     for folder in folders[1:2]:
-        _flip(folder / ".metadata", 0.5)
+        _flip(folder / "index.json", 0.5)
     assert checkpoint.retain(root, CheckpointConfig(keep_last=1), alone()) == [], "with nothing whole, nothing goes"
     _saved_run(tmp_path, 60)
     checkpoint.retain(root, CheckpointConfig(keep_last=1), alone())

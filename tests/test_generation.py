@@ -94,7 +94,7 @@ def test_any_of_three_paths_names_a_checkpoint_and_the_newest_whole_one_is_taken
     assert find_checkpoint(run_dir, alone()) == older
     with pytest.raises(ValueError, match=r"is damaged: meta\.json"):
         find_checkpoint(newer, alone())
-    (older / ".metadata").unlink()
+    (older / "index.json").unlink()
     with pytest.raises(ValueError, match="all 2 checkpoints in it are damaged"):
         find_checkpoint(run_dir, alone())
     for nothing in (tmp_path, tmp_path / "nowhere"):

@@ -12,7 +12,7 @@ import pytest
 import data.lanes
 from data.dataset import DataConfig, DataSet, open_data
 from data.documents import OrderConfig, seed_from
-from data.lanes import Lane, Source, SourceConfig, lanes_of_rank
+from data.lanes import Lane, Source, SourceConfig, lanes_of_rank, sum_in_order
 from data.manifest import Manifest
 from data.packing import IGNORE, PackedSequence
 from data.tokenizer import Tokenizer
@@ -269,6 +269,12 @@ def test_a_lane_continues_from_its_state_around_a_change_of_weights(mixed: DataC
     _, readers = open_lanes(mixed)
     stream(readers, 3)
     assert stream(open_lanes(config, states=[lane.state() for lane in readers])[1], 7) == expected[3:]
+
+
+def test_weights_add_up_to_the_same_bits_under_every_python() -> None:
+    """P2, P4: the mix depends on them and a resume compares them; `sum` gives 1.0 from Python 3.12 on."""
+    assert sum_in_order([0.1] * 10) == sum_in_order(iter([0.1] * 10)) == 0.9999999999999999
+    assert sum_in_order([]) == 0
 
 
 def test_weights_that_leave_nothing_to_read_are_refused(mixed: DataConfig) -> None:

@@ -100,6 +100,21 @@ def test_an_ema_may_be_added_or_dropped_on_resume_and_a_new_one_begins_at_the_we
         assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
+def test_what_a_resume_compares_is_spelled_as_it_always_was(config: PretrainConfig) -> None:
+    """P4: as text, with what another version of the trainer or of Python wrote; some of it is a dataclass's repr."""
+    expected = {
+        "seed": "0",
+        "order": "OrderConfig(caption_first=0.8, caption_dropout=0.1)",
+        "special": "SpecialIds(bos=1, eos=2, boi=4, eoi=5, pad=3)",
+        "model.transformer.kv_heads": "None",
+        "model.transformer.norm_eps": "1e-05",
+        "model.transformer.qk_norm": "False",
+        "model.transformer.rope_theta": "10000.0",
+    }
+    found = fingerprint(config, open_data(config.data, config.seed, config.model.patch_size), 9)
+    assert {name: found.get(name) for name in expected} == expected
+
+
 def _refusals(ranks: Ranks, config: PretrainConfig, changed: list[PretrainConfig]) -> list[str]:
     _save(ranks, config)
     messages = []

@@ -93,7 +93,7 @@ def test_damage_is_named_and_the_next_whole_checkpoint_is_the_one_a_resume_takes
         "__0_0.distcp: 1000 bytes": lambda: os.truncate(last / "__0_0.distcp", 1000),
         "lanes.json: No such file": (last / "lanes.json").unlink,
         "checksums.json is damaged": lambda: (last / "checksums.json").write_text("{"),
-        ".metadata: xxh3": lambda: flip_a_bit(last / ".metadata"),
+        "index.json: xxh3": lambda: flip_a_bit(last / "index.json"),
         "__1_0.distcp: xxh3": lambda: flip_a_bit(last / "__1_0.distcp"),
     }
     for words, harm in accidents.items():
@@ -232,17 +232,15 @@ def test_nothing_executes_from_a_checkpoint(
     folder = newest(run)
     config = (folder / "config.yaml").read_text().replace("device: cpu", "device: ${oc.env:SECRET}")
     rewrite(folder, "config.yaml", config.encode())
-    rewrite(folder, ".metadata", pickle.dumps(_Evil()))
+    rewrite(folder, "index.json", pickle.dumps(_Evil()))
     meta = json.loads((folder / "meta.json").read_text())
     meta["fingerprint"]["<script>alert(1)</script>"] = "<img src=x onerror=alert(1)>"
     rewrite(folder, "meta.json", json.dumps(meta).encode())
     text, page = look(folder, tmp_path / "out", capsys)
-    assert "has no place in the index of a checkpoint" in text and not (tmp_path / "executed").exists()
+    assert "index.json was not written by this trainer" in text and not (tmp_path / "executed").exists()
     assert "${oc.env:SECRET}" in page.section("config").text and "hunter2" not in text + page.html
     assert "<script>alert(1)</script>" in page.text and "script" not in {tag for tag, _ in page.elements}
     assert "img" not in {tag for tag, _ in page.elements}
-    rewrite(folder, ".metadata", b"not a pickle")
-    assert any(".metadata" in problem for problem in Contents.read(folder, set(), int).problems)
 
 
 TENSORS, TENSOR_MIB = 24, 8

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written beside, committed by rename, verified before use, agreed on by all ranks (P5).
 
-    <root>/step-00000123/          whole or absent: __<rank>_0.distcp (tensors), .metadata (DCP's index), the extra
-                                   files, and checksums.json with size and XXH3 of each
+    <root>/step-00000123/          whole or absent: __<rank>_0.distcp (tensors), index.json (what lies where), the
+                                   extra files, and checksums.json with size and XXH3 of each
     <root>/.tmp-step-00000123-2/   attempt 2 is writing
     <root>/.replaced-step-…, .removing-step-…   see `_commit` and `_remove`; `clean` settles what a kill left of them
 
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from train.checkpoint_storage import (
@@ -129,7 +129,7 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
     `model`, say), each complete. Raises ValueError naming the tensors that do not fit, before any is written.
     """
     _assert_only_tensors(state)
-    index = read_index(folder)
+    index = ranks.on_first(lambda: read_index(folder))
     if misfits := _misfits(index, state):
         more = f"; and {len(misfits) - NAMED_MISFITS} more" if len(misfits) > NAMED_MISFITS else ""
         raise ValueError(
@@ -182,13 +182,17 @@ def latest(root: Path, ranks: Ranks) -> Path | None:
     """Return the newest checkpoint that verifies, the same on every rank, or None.
 
     Those passed over are named in a warning and stay in their place: the run that goes on from an older step
-    replaces them when it comes to save that step again.
+    replaces them when it comes to save that step again. One that its run removes meanwhile counts as never seen.
     """
-    for folder in reversed(ranks.on_first(lambda: saved(root))):
+    folders = ranks.on_first(lambda: saved(root))
+    while folders:
+        folder = folders.pop()
         problems = verify(folder, ranks)
         if not problems:
             return folder
-        if ranks.is_first:
+        if not ranks.on_first(folder.exists):
+            folders = ranks.on_first(lambda: saved(root))
+        elif ranks.is_first:
             log.warning("passing over %s, which is damaged: %s", folder, "; ".join(problems))
     return None
 
@@ -310,9 +314,7 @@ def _misfits(index: Metadata, state: State) -> list[str]:
             problems.append(f"{name} is only in the checkpoint")
     for name in sorted(here.keys() & there.keys()):
         tensor, record = here[name], there[name]
-        if not isinstance(record, TensorStorageMetadata):  # DCP would unpickle such an entry
-            problems.append(f"{name} is no tensor in the checkpoint")
-        elif (tensor.shape, tensor.dtype) != (record.size, record.properties.dtype):
+        if (tensor.shape, tensor.dtype) != (record.size, record.properties.dtype):
             found = f"{list(record.size)} {record.properties.dtype}"
             problems.append(f"{name} is {found} in the checkpoint, {list(tensor.shape)} {tensor.dtype} here")
     return problems

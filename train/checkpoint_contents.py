@@ -265,9 +265,6 @@ def _measured(
         files.setdefault(place.fqn, set()).add(stored.relative_path)
     reader, unread = CheckedReader(folder, index), Counter()
     for name, record in index.state_dict_metadata.items():
-        if not isinstance(record, TensorStorageMetadata):  # DCP would unpickle it
-            problems.append(f"{name} is no tensor; no run writes such an entry, and it is not read")
-            continue
         dtype, elements = record.properties.dtype, record.size.numel()
         sums = Sums(1, elements, elements * dtype.itemsize, dtypes={str(dtype).removeprefix("torch.")})
         if bad := sorted(files.get(name, set()) & damaged):

@@ -6,6 +6,7 @@ Reads alone and changes nothing, so a run that is training may be looked at.
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,10 @@ class CheckpointListing:
         for root in (path / "checkpoints", path):
             leftovers = _leftovers(root)
             if (folders := checkpoint.saved(root)) or leftovers:
-                listed = [ListedCheckpoint.of(folder) for folder in folders]
+                listed = []
+                for folder in folders:
+                    with suppress(FileNotFoundError):  # removed in this moment
+                        listed.append(ListedCheckpoint.of(folder))
                 run = root.parent if root.name == "checkpoints" else None
                 remarks: list[str] = []
                 surplus = _surplus(root, run, remarks)
@@ -121,8 +125,15 @@ class CheckpointListing:
         return next((one for one in reversed(self.checkpoints) if not one.problems), None)
 
     def verified(self, on_read: Callable[[int], object]) -> "CheckpointListing":
-        """Return the listing with every byte of every checkpoint read; `on_read` is told of them."""
-        return replace(self, checkpoints=[one.verified(on_read) for one in self.checkpoints])
+        """Return the listing with every byte of every checkpoint read; `on_read` is told of them.
+
+        Without those that the run removed meanwhile: they are not damaged.
+        """
+        verified = [one.verified(on_read) for one in self.checkpoints]
+        there = [one for one in verified if one.folder.exists()]
+        gone = [one.folder.name for one in verified if one not in there]
+        removed = [f"{', '.join(gone)}: removed by the run while this was read."] if gone else []
+        return replace(self, checkpoints=there, remarks=self.remarks + removed)
 
     def keeps(self, one: ListedCheckpoint) -> bool | None:
         """Return whether the next save's retention leaves a checkpoint; None: unknown."""
@@ -134,7 +145,12 @@ def _is_step(folder: Path) -> bool:
 
 
 def _size_on_disk(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    """Return the bytes of the files that are there: the run may remove them meanwhile."""
+    size = 0
+    with suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            size += file.stat().st_size
+    return size
 
 
 def _leftovers(root: Path) -> list[Leftover]:

@@ -14,8 +14,10 @@ from tqdm import tqdm
 from train.charts import ACCENT, SOFT, figure, label
 from train.checkpoint_contents import BLOCK, MODEL, Contents, SavedTensor, Sums, magnitude_edges
 from train.checkpoint_listing import CheckpointListing
+from train.distributed import alone
 from train.ema import is_label
 from train.page import Table, View, note
+from train.stored import read_while_there
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,13 +28,32 @@ LARGEST_TENSORS, NAMED_PROBLEMS = 12, 20
 def view_checkpoints(path: Path, verify: bool) -> View:
     """List the checkpoints at `path` and describe the one that a resume takes, or the newest where none is whole.
 
-    Raises FileNotFoundError where there is none.
+    A run that is training may remove what is read: then all is listed again. Raises FileNotFoundError where there is
+    no checkpoint.
     """
-    listing = CheckpointListing.open(path)
-    if verify:
-        with _bar("verify", listing.num_bytes) as on_read:
-            listing = listing.verified(on_read)
-    chosen = listing.resumes or (listing.checkpoints[-1] if listing.checkpoints else None)
+    listing, contents = CheckpointListing.open(path), None
+
+    def choose() -> Path:
+        nonlocal listing
+        listing = listed = CheckpointListing.open(path)
+        if not listed.checkpoints:
+            raise FileNotFoundError(f"checkpoint={path}: all that were in it were removed meanwhile")
+        if verify:
+            with _bar("verify", listing.num_bytes) as on_read:
+                listing = listing.verified(on_read)
+        return (listing.resumes or [*listed.checkpoints, *listing.checkpoints][-1]).folder
+
+    def read(folder: Path) -> Contents:
+        chosen = next((one for one in listing.checkpoints if one.folder == folder), None)
+        if chosen is not None:
+            with _bar("read", chosen.num_bytes) as on_read:
+                contents = Contents.read(folder, chosen.damaged_files, on_read)
+            if not contents.problems or folder.exists():
+                return contents
+        raise FileNotFoundError(folder)
+
+    if listing.checkpoints:
+        contents = read_while_there(choose, read, alone())
     tables = [("checkpoints", _list(listing))] if listing.checkpoints else []
     sections = [("checkpoints", "Checkpoints", _list(listing).html())] if listing.checkpoints else []
     if listing.leftovers:
@@ -43,11 +64,9 @@ def view_checkpoints(path: Path, verify: bool) -> View:
         tables.append(("leftovers", Table(["folder", "size", "what it is"], rows, is_text=True)))
         sections.append(("leftovers", "Leftovers", tables[-1][1].html()))
     facts, remarks, record = _facts(listing), _remarks(listing, verify), _record(listing)
-    if chosen is not None:
-        with _bar("read", chosen.num_bytes) as on_read:
-            contents = Contents.read(chosen.folder, chosen.damaged_files, on_read)
+    if contents is not None:
         facts |= _counters(contents)
-        remarks += _cut(contents.problems, f"{chosen.folder.name}: ") + _nonfinite(contents)
+        remarks += _cut(contents.problems, f"{contents.folder.name}: ") + _nonfinite(contents)
         described = _tables(contents)
         tables += described.values()
         sections += _sections(contents, described)

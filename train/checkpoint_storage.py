@@ -1,17 +1,15 @@
 """The files of one checkpoint: written through a hash, listed with their checksums, verified, then read.
 
-DCP plans, splits and reshards, and its own tools can read the folder; the integrity of the bytes is ours, for DCP has
-no checksums and takes a folder with `.metadata` for complete. Rejected: hashing after the write (a second read, and
-of what the disk returned rather than of what was meant), sha256 (no adversary here), and crc32 (a third of the write).
-P11: only tensors go through DCP, since it pickles everything else. `.metadata` is a pickle too: its checksum is
-verified first, and it is read by an unpickler that knows DCP's record types and nothing more.
+DCP plans, splits and reshards; the integrity of the bytes is ours, for DCP has no checksums and takes a folder with its
+index for complete, and so is the index (train/checkpoint_index.py). Rejected: hashing after the write (a second read,
+and of what the disk returned rather than of what was meant), sha256 (no adversary here), and crc32 (a third of the
+write). P11: only tensors go through DCP, since it pickles everything else.
 """
 
-import io
 import json
 import math
 import os
-import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +22,17 @@ import torch.distributed.checkpoint as dcp
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
+from train.checkpoint_index import INDEX, PICKLED_INDEX, parse_index, write_index
 from train.run_folder import sync_folder
 
-LISTING, INDEX = "checksums.json", ".metadata"
+LISTING = "checksums.json"
+FILE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 READ_BYTES = 1 << 22
 HASH_BYTES = 1 << 20  # hashed and written while still in the cache
 BUFFER_BYTES = 1 << 16  # gathers torch.save's forty small writes a tensor; larger ones pass it by
@@ -52,10 +53,12 @@ def read_listing(folder: Path) -> dict[str, WrittenFile]:
     try:
         files = json.loads((folder / LISTING).read_bytes())["files"]
         listing = {name: WrittenFile(name, int(file["bytes"]), file["xxh3"]) for name, file in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{LISTING} is damaged: {type(error).__name__}: {error}") from None
-    if INDEX not in listing:
+    if not {INDEX, PICKLED_INDEX} & listing.keys():
         raise ValueError(f"{LISTING} is damaged: it does not name {INDEX}")
+    if strange := [name for name in listing if not FILE_NAME.fullmatch(name)]:
+        raise ValueError(f"{LISTING} is damaged: it names {strange[0]!r}, expected files of the folder alone")
     return listing
 
 
@@ -89,14 +92,20 @@ def read_checked(folder: Path, name: str) -> bytes:
 
 
 def read_index(folder: Path) -> Metadata:
-    """Return DCP's index of `folder`: names, sizes, dtypes and places of the tensors.
+    """Return DCP's records of `folder`: names, sizes, dtypes and places of the tensors.
 
-    Raises ValueError if it is damaged or holds anything but DCP's records.
+    Raises ValueError if its index is damaged or not as a trainer writes it, OSError if it is gone.
     """
+    listing = read_listing(folder)
+    name = INDEX if INDEX in listing else PICKLED_INDEX
+    content = read_checked(folder, name)
     try:
-        return _IndexUnpickler(io.BytesIO(read_checked(folder, INDEX))).load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"checkpoint {folder}: {INDEX} was not written by this trainer: {error}") from None
+        return parse_index(content, name, {file.name: file.num_bytes for file in listing.values()})
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint {folder}: {name} was not written by this trainer: {error}; restore the file, or take another "
+            "checkpoint"
+        ) from None
 
 
 class HashingWriter(dcp.FileSystemWriter):
@@ -111,10 +120,6 @@ class HashingWriter(dcp.FileSystemWriter):
         self.fs = _HashingFiles()
         self._extra, self._commit = extra, commit
 
-    def storage_meta(self) -> StorageMeta:
-        """Return an empty record: DCP's own would put the path of the temporary folder into the checkpoint."""
-        return StorageMeta()
-
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
         """Write this rank's tensors; the result is DCP's write results followed by our WrittenFiles."""
         with config.patch("save.compute_crc32", False):  # torch.save's own, which nobody checks: a fifth of the time
@@ -125,10 +130,11 @@ class HashingWriter(dcp.FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         """Complete the folder and commit it; rank 0 only."""
-        written = [result for of_rank in results for result in of_rank if isinstance(result, WrittenFile)]
-        self.fs.written = {file.name: file for file in written}
-        super().finish(metadata, [[r for r in of_rank if not isinstance(r, WrittenFile)] for of_rank in results])
-        for name, content in self._extra.items():
+        every = [result for of_rank in results for result in of_rank]
+        self.fs.written = {result.name: result for result in every if isinstance(result, WrittenFile)}
+        places = {result.index: result.storage_data for result in every if isinstance(result, WriteResult)}
+        index = write_index(metadata.state_dict_metadata, places)
+        for name, content in [(INDEX, index), *self._extra.items()]:
             assert Path(name).name == name and name not in {*self.fs.written, LISTING}, name
             self._write(name, content)
         files = {f.name: {"bytes": f.num_bytes, "xxh3": f.xxh3} for f in self.fs.written.values()}
@@ -143,7 +149,7 @@ class HashingWriter(dcp.FileSystemWriter):
 
 
 class CheckedReader(dcp.FileSystemReader):
-    """DCP's reader of `folder` over an index that was verified before it was unpickled.
+    """DCP's reader of `folder` over an index that was verified.
 
     DCP's own reads every saved shard whole that a rank needs a row of: all ranks of a machine would hold the largest
     tensor at once, and read as many times too much as there are more ranks now than then. This one reads the rows.
@@ -222,11 +228,6 @@ class _HashingFiles(filesystem.FileSystem):
                 raise
         self.written[Path(path).name] = WrittenFile(Path(path).name, file.num_bytes, file.checksum.hexdigest())
 
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        super().rename(path, new_path)
-        file, name = self.written.pop(Path(path).name), Path(new_path).name
-        self.written[name] = WrittenFile(name, file.num_bytes, file.xxh3)
-
 
 class _HashedFile:
     """A file being written: counts and hashes what passes, and remembers the first error of the disk.
@@ -271,29 +272,3 @@ class _HashedFile:
 
     def close(self) -> None:
         self._stream.close()
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickle DCP's index: its record types, torch's sizes and dtypes; nothing that executes."""
-
-    KNOWN = {
-        "torch": ["Size"],
-        "torch.serialization": ["_get_layout"],
-        "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
-        "torch.distributed.checkpoint.metadata": [
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        ],
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in self.KNOWN.get(module, []):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")

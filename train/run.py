@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -34,7 +34,7 @@ from train.run_folder import RunFolder, write_durably
 from train.saver import Saver
 from train.signals import StopSignal, shield_worker
 from train.state import TrainState, fingerprint
-from train.stored import Stored
+from train.stored import Stored, read_while_there
 
 
 @dataclass
@@ -166,7 +166,13 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
                 f"checkpoint.best_metric={best}: expected one of {heldout.metrics}, which the data can give"
             )
     if origin.checkpoint is not None:
-        state.load(origin.checkpoint, ranks)
+        path = read_while_there(  # another run may be training
+            lambda: find_origin(config.resume, folder, ranks).checkpoint,
+            lambda path: state.load(path, ranks) or path,
+            ranks,
+            origin.checkpoint,
+        )
+        origin, begun = replace(origin, checkpoint=path), begun.replace(str(origin.checkpoint), str(path))
     if origin.back_to is not None:
         state.back_to = origin.back_to
 
@@ -191,7 +197,10 @@ def read_weights(model: nn.Module, config: PretrainConfig, data: DataSet, ranks:
     Data, schedule and counters are the new run's. Raises ValueError for weights of other sizes, or that were trained on
     other token ids or latents than the data's (P10).
     """
-    stored = Stored.find(config.init_from, ranks, "init_from")
+    return Stored.use(config.init_from, ranks, partial(_fill, model, config, data, ranks), "init_from")
+
+
+def _fill(model: nn.Module, config: PretrainConfig, data: DataSet, ranks: Ranks, stored: Stored) -> str:
     made_with = {"tokenizer": (stored.meta["fingerprint"]["tokenizer"], data.tokenizer.hash)}
     if stored.latent_spec is not None and data.latent_spec is not None:
         made_with["VAE"] = (stored.latent_spec.vae_hash, data.latent_spec.vae_hash)

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,7 +79,10 @@ class TrainState:
         An EMA that the checkpoint lacks begins at its weights; one that is no longer asked for is left behind.
         Raises ValueError when the data, tokenizer, VAE, seed, lanes or model are not those it was trained with.
         """
-        meta = json.loads(checkpoint.read_extra(path, checkpoint.META))
+        meta, lanes = (
+            json.loads(ranks.on_first(partial(checkpoint.read_extra, path, name)))
+            for name in (checkpoint.META, "lanes.json")
+        )
         if missing := {"fingerprint", "progress", "guard", "back_to", "metrics", "learning_rate"} - meta.keys():
             raise ValueError(
                 f"{path} was written by another version of the trainer: {checkpoint.META} lacks {sorted(missing)}; "
@@ -95,7 +99,7 @@ class TrainState:
         before, rate = meta["learning_rate"], learning_rate(meta["progress"]["step"] + 1, self.optimizer.config)
         if ranks.is_first and rate > 2 * before:
             log.warning("the learning rate was %.2g when %s was saved and goes on at %.2g", before, path, rate)
-        saved, emas = checkpoint.entries(path), self.optimizer.emas
+        saved, emas = ranks.on_first(lambda: checkpoint.entries(path)), self.optimizer.emas
         added, dropped = emas.keys() - saved, {name for name in saved if is_label(name)} - emas.keys()
         checkpoint.load(path, {name: part for name, part in self._tensors().items() if name not in added}, ranks)
         for name in added:
@@ -104,7 +108,6 @@ class TrainState:
             log.warning("EMAs that begin at the weights of %s: %s; dropped: %s", path, sorted(added), sorted(dropped))
         self.optimizer.guard.counts.copy_(torch.tensor(meta["guard"]))
         self.progress, self.back_to, self.metrics = Progress(**meta["progress"]), meta["back_to"], meta["metrics"]
-        lanes = json.loads(checkpoint.read_extra(path, "lanes.json"))
         self.lane_states = {int(lane): state for lane, state in lanes.items()}
 
     def _tensors(self) -> checkpoint.State:

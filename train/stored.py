@@ -10,12 +10,17 @@ Either is read on any number of ranks, into whole parameters or into shards.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data.manifest import LatentSpec
 from train import checkpoint
@@ -26,6 +31,10 @@ from train.ema import choose, is_label
 from train.local_shards import first_element, local
 from train.recipe import PretrainConfig
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+MOST_CHOICES = 20  # of a checkpoint to read, in a run that removes them meanwhile
 WEIGHTS_FILE, TOKENIZER_FILE, VAE_FOLDER, EXPORT_MARK = "model.safetensors", "tokenizer.model", "vae", "export.json"
 
 
@@ -37,16 +46,27 @@ class Stored:
     exported: bool
     meta: dict  # what train/state.py writes beside the tensors: progress, fingerprint, latent_spec, grids
     recipe: PretrainConfig
+    identity: str  # a hash of the contents: another run under the same path and step has another
 
     @classmethod
-    def find(cls, path: str | Path, ranks: Ranks, key: str = "checkpoint") -> "Stored":
-        """Find an export, a checkpoint, or the newest of a run that verifies; `key` is the option that names it.
+    def use(cls, path: str | Path, ranks: Ranks, use: Callable[["Stored"], T], key: str = "checkpoint") -> T:
+        """Return what `use` makes of an export, a checkpoint, or the newest of a run that verifies and stays.
 
-        Collective. Raises FileNotFoundError or ValueError where there is none.
+        Collective, as `use` is, which is called again with the next where the run removes the one that it reads. `key`
+        is the option that names `path`. Raises FileNotFoundError or ValueError where there is none.
         """
         path = Path(path)
-        exported = (path / EXPORT_MARK).is_file()
-        folder = path if exported else find_checkpoint(path, ranks, key)
+        if (path / EXPORT_MARK).is_file():
+            return use(cls._open(path, True))
+        return read_while_there(
+            lambda: find_checkpoint(path, ranks, key),
+            lambda folder: use(ranks.on_first(lambda: cls._open(folder, False))),
+            ranks,
+        )
+
+    @classmethod
+    def _open(cls, folder: Path, exported: bool) -> "Stored":
+        """Read the small files."""
         if exported:
             meta = _read_mark(folder)
         else:
@@ -56,7 +76,9 @@ class Stored:
         if exported:  # what its config names lies beside it
             data = replace(recipe.data, tokenizer=str(folder / TOKENIZER_FILE))
             recipe = replace(recipe, data=data, vae=recipe.vae and str(folder / VAE_FOLDER))
-        return cls(folder, exported, meta, recipe)
+        if (identity := _identity(folder)) is None:
+            raise FileNotFoundError(folder)
+        return cls(folder, exported, meta, recipe, identity)
 
     @property
     def step(self) -> int:
@@ -66,12 +88,6 @@ class Stored:
     def latent_spec(self) -> LatentSpec | None:
         """Return what the model's latents are; None: it was trained on text alone."""
         return LatentSpec(**self.meta["latent_spec"]) if self.meta["latent_spec"] else None
-
-    @property
-    def identity(self) -> str:
-        """Return a hash of the contents: another run under the same path and step has another."""
-        content = (self.folder / (EXPORT_MARK if self.exported else LISTING)).read_bytes()
-        return hashlib.sha256(content).hexdigest()[:16]
 
     def read(self, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks) -> str:
         """Read `weights` (see `choose`) into parameters or shards of them, and return which they are. Collective.
@@ -94,6 +110,42 @@ def read_recipe(path: Path) -> PretrainConfig:
     return load_config(PretrainConfig, [f"config={path}"])
 
 
+def read_while_there(
+    choose: Callable[[], Path], read: Callable[[Path], T], ranks: Ranks, chosen: Path | None = None
+) -> T:
+    """Return what `read` makes of the checkpoint that `choose` returns; choose again if its run removed it meanwhile.
+
+    `chosen` is the first, where it is known. Collective; `read` must fail on every rank where the checkpoint is gone.
+    Raises FileNotFoundError where a run removes each before it is read.
+    """
+    for _ in range(MOST_CHOICES):
+        folder, chosen = chosen or choose(), None
+        identity = partial(_identity, folder)
+        before = ranks.on_first(identity)
+        try:
+            result = read(folder)
+        except (OSError, ValueError, CheckpointException):
+            if identity() == before is not None:  # asked of no other rank: the error may be this one's alone
+                raise
+        else:
+            if ranks.on_first(identity) in (before, None):
+                return result
+        if ranks.is_first:
+            log.warning("%s was removed by its run while it was read: taking the newest that is there", folder)
+    raise FileNotFoundError(
+        f"{folder} and {MOST_CHOICES - 1} others were removed by their run while they were read: raise its "
+        "checkpoint.interval_steps or keep_last, or wait until it has ended"
+    )
+
+
+def _identity(folder: Path) -> str | None:
+    """Return a hash of what a checkpoint or an export holds; None where it is gone."""
+    for name in (EXPORT_MARK, LISTING):
+        with suppress(OSError):
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16]
+    return None
+
+
 def find_checkpoint(path: Path, ranks: Ranks, key: str = "checkpoint") -> Path:
     """Return a checkpoint folder from its own path, a run's, or a checkpoints folder's; verified.
 
@@ -108,6 +160,8 @@ def find_checkpoint(path: Path, ranks: Ranks, key: str = "checkpoint") -> Path:
     if not (path / LISTING).is_file():
         raise FileNotFoundError(f"{key}={path}: neither a checkpoint, a run folder that holds one, nor an export")
     if problems := checkpoint.verify(path, ranks):
+        if not ranks.on_first(path.exists):
+            raise FileNotFoundError(f"{key}={path}: removed by its run meanwhile; give {key}=RUN, and take its newest")
         raise ValueError(f"{key}={path} is damaged: {'; '.join(problems)}")
     return path
 

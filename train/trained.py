@@ -29,11 +29,14 @@ class Trained:
 
     @classmethod
     def load(cls, path: str | Path, ranks: Ranks, weights: str = "auto") -> "Trained":
-        """Load an export, a checkpoint, or the newest of a run that verifies. Collective.
+        """Load an export, a checkpoint, or the newest of a run that verifies and stays. Collective.
 
         Raises FileNotFoundError or ValueError when there is none, or its tokenizer is not at hand.
         """
-        stored = Stored.find(path, ranks)
+        return Stored.use(path, ranks, lambda stored: cls._of(stored, ranks, weights))
+
+    @classmethod
+    def _of(cls, stored: Stored, ranks: Ranks, weights: str) -> "Trained":
         tokenizer = Tokenizer(stored.recipe.data.tokenizer)
         if tokenizer.hash != stored.meta["fingerprint"]["tokenizer"]:
             raise ValueError(
