@@ -15,6 +15,7 @@ from data.packing import patch_grid
 from data.shard_cache import CacheConfig
 from data.storage import Location
 from data.tokenizer import Tokenizer
+from data.too_long import find_too_long
 from data.watch import ReadWatch
 
 READ_AHEAD = 16  # documents, of remote data
@@ -40,7 +41,7 @@ class DataConfig:
     read_warning_s: float = 30.0  # seconds after which a read that has not come back is named in the log, > 0
     num_workers: int = 0  # loader processes a rank; 0 reads in the rank's own prefetch thread
     prefetch_steps: int = 2  # steps a rank keeps ready, >= 1
-    max_bad_documents: int = 100  # skipped documents over all lanes after which the run stops
+    max_bad_documents: int = 100  # skipped documents after which the run stops, each counted once
 
     def __post_init__(self) -> None:
         for name in ("lanes", "sequence_length", "shuffle_block", "look_ahead", "prefetch_steps"):
@@ -77,6 +78,12 @@ class DataSet:
         """Return the name of a document in messages: its shard and its number there."""
         source, shard, record = position
         return f"{self.sources[source].manifest.shard_path(shard)}#{record}"
+
+    @property
+    def too_long(self) -> list[str]:
+        """Name the documents that are known before the first step to be left out."""
+        places = [(source.number, *place) for source in self.sources for place in sorted(source.too_long)]
+        return [f"{self.name_of(place)}: longer than a sequence" for place in places]
 
     def fingerprint(self, step: int) -> dict[str, str]:
         """Return what a resume after `step` must find unchanged."""
@@ -149,7 +156,9 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
             )
         spec = spec or manifest.latent_spec
         grids |= manifest.grids()
-        sources.append(Source(number, replace(source, weight=weights[name]), manifest, settings, watch, ahead))
+        too_long = find_too_long(manifest, settings.special, patch_size, config.sequence_length)
+        weighted = replace(source, weight=weights[name])
+        sources.append(Source(number, weighted, manifest, settings, watch, ahead, too_long))
     for grid in grids:
         rows, columns = patch_grid(grid, patch_size)
         if rows * columns + 4 > config.sequence_length:

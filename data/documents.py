@@ -1,10 +1,12 @@
 """One record -> a Document: ordered text and image segments; and the encoded record's layout, both ways.
 
 An encoded record holds `tokens.npy` (int32 [len], the caption or all its texts end to end), `moments.npy` (f16
-[2C, h, w], the VAE posterior's mean and log variance) if it has an image, and `json` for people. Any other document
+[2C, h, w], the VAE posterior's mean and log variance) if it has an image, and `json` for people. An image with several
+captions has them end to end in `tokens.npy`, and `captions.npy` (int32 [n]) with the length of each. Any other document
 (interleaved) holds its images as `0.moments.npy`, `1.moments.npy` ... and `segments.npy` (int32 [n]): the length of
-each text, IMAGE for the next image. Which of caption and image comes first, and whether the caption is dropped, is
-drawn here from (seed, epoch, source, shard, record), so it belongs to the document and not to whoever reads it.
+each text, IMAGE for the next image. Which of several captions, which of caption and image comes first, and whether the
+caption is dropped, is drawn here from (seed, epoch, source, shard, record), so it belongs to the document and not to
+whoever reads it.
 """
 
 import hashlib
@@ -47,6 +49,7 @@ class ImageSegment:
 @dataclass(frozen=True)
 class Document:
     segments: tuple[TextSegment | ImageSegment, ...]
+    captions: tuple[TextSegment, ...] = ()  # of an image that has several: all of them, `segments` holds the first
 
     @property
     def has_image(self) -> bool:
@@ -84,15 +87,29 @@ def decode_document(record: Record, where: str) -> Document:
     if "tokens.npy" not in record and "moments.npy" not in record:
         raise BadRecord("no tokens and no moments", where, f"members {sorted(record)}")
     segments: list[TextSegment | ImageSegment] = []
+    captions: tuple[TextSegment, ...] = ()
     if "tokens.npy" in record:
-        token_ids = _load_array(record["tokens.npy"], where, "<i4", 1)
-        if len(token_ids):
-            segments.append(TextSegment(token_ids.astype(np.int64)))
+        token_ids = _load_array(record["tokens.npy"], where, "<i4", 1).astype(np.int64)
+        if "captions.npy" in record:
+            captions = tuple(_captions(record, token_ids, where))
+            segments.append(captions[0])
+        elif len(token_ids):
+            segments.append(TextSegment(token_ids))
     if "moments.npy" in record:
         segments.append(_image(record, "moments.npy", where))
     if not segments:
         raise BadRecord("empty document", where)
-    return Document(tuple(segments))
+    return Document(tuple(segments), captions)
+
+
+def _captions(record: Record, token_ids: np.ndarray, where: str) -> Iterator[TextSegment]:
+    lengths = _load_array(record["captions.npy"], where, "<i4", 1).tolist()
+    if not lengths or min(lengths) < 1 or sum(lengths) != len(token_ids) or "moments.npy" not in record:
+        raise BadRecord("wrong captions", where, f"{lengths[:20]} of {len(token_ids)} tokens")
+    start = 0
+    for length in lengths:
+        yield TextSegment(token_ids[start : start + length])
+        start += length
 
 
 def _interleaved(record: Record, where: str) -> Iterator[TextSegment | ImageSegment]:
@@ -127,7 +144,7 @@ def _image(record: Record, member: str, where: str) -> ImageSegment:
 
 def check_document(document: Document, vocab_size: int, channels: int, where: str) -> None:
     """Raise BadRecord for token ids or latents that are none of the tokenizer's and VAE's of the manifest."""
-    for segment in document.segments:
+    for segment in document.segments + document.captions:
         if isinstance(segment, TextSegment):
             if segment.token_ids.view(np.uint64).max() >= vocab_size:  # a negative id is a large one here
                 raise BadRecord("token id out of range", where, f"expected 0...{vocab_size - 1}")
@@ -135,10 +152,11 @@ def check_document(document: Document, vocab_size: int, channels: int, where: st
             raise BadRecord("wrong array", where, f"moments {segment.moments.shape}, expected {2 * channels} channels")
 
 
-def encode_record(key: str, segments: Sequence[np.ndarray], info: bytes) -> Record:
+def encode_record(key: str, segments: Sequence[np.ndarray], info: bytes, captions: Sequence[np.ndarray] = ()) -> Record:
     """Return the encoded record of a document: its texts as token ids [len], its images as moments [2C, h, w].
 
     An image and its caption are given caption first; a text alone or an image alone are fine. Empty texts vanish.
+    `captions` are all of an image that has several, in place of a text among `segments`.
     """
     segments = [segment for segment in segments if segment.size]
     texts, images = ([s for s in segments if s.ndim == ndim] for ndim in (1, 3))
@@ -151,6 +169,10 @@ def encode_record(key: str, segments: Sequence[np.ndarray], info: bytes) -> Reco
         lengths = [len(s) if s.ndim == 1 else IMAGE for s in segments]
         record["segments.npy"] = _save_array(np.array(lengths, dtype=np.int32))
     record |= {name: _save_array(image.astype(np.float16)) for name, image in zip(names, images, strict=False)}
+    if captions := [caption for caption in captions if caption.size]:
+        assert names == ["moments.npy"] and not texts, (names, len(texts))
+        record["tokens.npy"] = _save_array(np.concatenate(captions).astype(np.int32))
+        record["captions.npy"] = _save_array(np.array([len(caption) for caption in captions], dtype=np.int32))
     return record
 
 
@@ -160,13 +182,14 @@ def document_sizes(record: Record) -> tuple[int, list[tuple[int, int]]]:
 
 
 def sizes_of(document: Document) -> tuple[int, list[tuple[int, int]]]:
-    """Return (text tokens, latent grid of each image) of a document."""
-    tokens = sum(len(s.token_ids) for s in document.segments if isinstance(s, TextSegment))
+    """Return (text tokens, latent grid of each image) of a document; of several captions the longest counts."""
+    texts = [len(s.token_ids) for s in document.segments if isinstance(s, TextSegment)]
+    tokens = max((len(s.token_ids) for s in document.captions), default=sum(texts))
     return tokens, [s.moments.shape[1:] for s in document.segments if isinstance(s, ImageSegment)]
 
 
 def arrange(document: Document, config: OrderConfig, *origin: int) -> Document:
-    """Draw caption order and caption dropout of an image-caption document from `origin`; leave others as they are.
+    """Draw an image's caption, their order and caption dropout from `origin`; leave other documents as they are.
 
     `origin` is (seed, epoch, source, shard, record). An image that comes before its caption is marked: its noise may be
     capped (the paper, section 4.3.4: captions are learnt from pictures one can see). So is that of a document which is
@@ -177,12 +200,14 @@ def arrange(document: Document, config: OrderConfig, *origin: int) -> Document:
         return Document((replace(document.segments[0], before_caption=True), document.segments[1]))
     if kinds != [TextSegment, ImageSegment]:
         return document
-    order_draw, dropout_draw = uniforms("caption", *origin, count=2)
+    order_draw, dropout_draw, caption_draw = uniforms("caption", *origin, count=3)
     caption, image = document.segments
+    if document.captions:
+        caption = document.captions[int(caption_draw * len(document.captions))]
     if dropout_draw < config.caption_dropout:
         return Document((image,))
     if order_draw < config.caption_first:
-        return document
+        return Document((caption, image))
     return Document((replace(image, before_caption=True), caption))
 
 

@@ -85,9 +85,11 @@ class Source:
         settings: LaneSettings,
         watch: ReadWatch,
         read_ahead: int = 0,
+        too_long: Iterable[tuple[int, int]] = (),
     ):
         self.number, self.config, self.manifest, self.settings, self.watch = number, config, manifest, settings, watch
         self.read_ahead = read_ahead  # documents that each lane asks for before it reads them
+        self.too_long = frozenset(too_long)  # (shard, record) of those that are known to be, and named already
         self._shard_tokens = np.array([shard.tokens(settings.patch_size) for shard in manifest.shards], dtype=np.int64)
         open_shards = 2 * settings.lanes + 16  # each lane's block lies in one or two
         self._index = lru_cache(open_shards)(manifest.load_index)
@@ -227,6 +229,7 @@ class Lane:
         self.documents: list[Position] = []  # in the last row
         self._skipped: Counter = Counter()
         self._skipped_names: list[str] = []
+        self._skipped_documents: dict[Position, None] = {}  # in the order in which they were met
         self._cursors = [Cursor() for _ in sources]
         self._pending: list[tuple[Pending, Piece]] = []
         if state is not None:
@@ -279,6 +282,7 @@ class Lane:
             "pending": [_ints(pending) for pending, _ in self._pending],
             "skipped": dict(self._skipped),
             "skipped_names": list(self._skipped_names),
+            "skipped_documents": [list(position) for position in self._skipped_documents],
         }
 
     def _restore(self, state: dict) -> None:
@@ -287,6 +291,8 @@ class Lane:
         self._cursors[: len(before)] = before  # the rest are of sources that were appended since
         self._skipped.update(state["skipped"])
         self._skipped_names = list(state["skipped_names"])
+        # Earlier versions kept none: their documents count when they are met again.
+        self._skipped_documents = dict.fromkeys(map(tuple, state.get("skipped_documents", [])))
         pendings = [Pending(*ints) for ints in state["pending"]]
         for pending in pendings:
             if self.sources[pending.source].read_ahead:
@@ -363,13 +369,16 @@ class Lane:
             source.prefetch(self.number, *position)
 
     def _read(self, pending: Pending) -> Piece | None:
+        source = self.sources[pending.source]
         try:
-            source = self.sources[pending.source]
             return source.read(self.number, pending.epoch, pending.shard, pending.record)
         except BadRecord as error:
-            log.warning("lane %d skipped %s", self.number, error)
             self._skipped[error.reason] += 1
             self._skipped_names = [*self._skipped_names, str(error)][-NAMES_KEPT:]
+            position = pending.source, pending.shard, pending.record
+            if position not in self._skipped_documents and position[1:] not in source.too_long:
+                log.warning("lane %d skipped %s", self.number, error)
+                self._skipped_documents[position] = None
             return None
 
 

@@ -35,7 +35,7 @@ class StepBatch:
     micro_batches: list[PackedBatch]
     lane_states: dict[int, dict]
     documents: dict[int, list[Position]]  # of each lane's row, in the order of rows
-    num_skipped: int  # documents skipped so far by this rank's lanes
+    num_skipped: int  # documents skipped so far by this rank's lanes, each counted once a lane
     ended: bool  # no lane of this rank had anything left
 
     @property
@@ -203,7 +203,7 @@ class Loader:
             micro_batches=[batch.pin_memory() for batch in batches] if self.pin_memory else batches,
             lane_states={row.lane: row.state for row in rows},
             documents={row.lane: row.documents for row in rows},
-            num_skipped=sum(sum(row.state["skipped"].values()) for row in rows),
+            num_skipped=sum(len(row.state["skipped_documents"]) for row in rows),
             ended=all(row.row is None for row in rows),
         )
 

@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -69,11 +70,23 @@ class LatentSums:
     def none(cls, channels: int) -> "LatentSums":
         return cls(np.zeros((2, channels)))
 
+    @classmethod
+    def total(cls, channels: int, parts: Iterable["LatentSums"]) -> "LatentSums":
+        total = cls.none(channels)
+        for part in parts:
+            total.sums += part.sums
+            total.cells += part.cells
+        return total
+
     def add(self, moments: np.ndarray) -> None:
         """Add one image's moments f16 [2C, h, w]."""
         mean, logvar = np.split(moments.astype(np.float64), 2)
         self.sums += np.stack([mean.sum((1, 2)), (mean**2 + np.exp(logvar)).sum((1, 2))])
         self.cells += mean[0].size
+
+    def whitened_by(self, spec: LatentSpec) -> float:
+        """Return the deviation, over all channels, of these latents once whitened by `spec`; 1 is right."""
+        return float(np.sqrt(np.mean((self.std / np.array(spec.std)) ** 2)))
 
     @property
     def mean(self) -> np.ndarray:

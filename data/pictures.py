@@ -2,11 +2,14 @@
 
 import io
 import re
+import struct
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from data.shards import BadRecord
 
@@ -15,6 +18,16 @@ MAX_SCANS = 100  # of a JPEG: each takes a pass over all pixels, were it a hundr
 _TILE = 2048  # pixels a side that are made opaque at once
 _JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of a segment, or the end; others stand in compressed data
 Size = tuple[int, int]  # pixels, (height, width)
+# What makes a picture of each EXIF orientation upright; 1 is.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def bucket_sizes(resolution: int, multiple: int, max_aspect: float = 2.0) -> tuple[Size, ...]:
@@ -37,14 +50,14 @@ def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray
     """
     if not data:
         raise BadRecord("empty picture", where)
+    _silence_pillow()
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise BadRecord("oversized picture", where, f"{picture.width}x{picture.height}")
             if data.startswith(b"\xff\xd8") and (scans := _num_scans(data)) > MAX_SCANS:
                 raise BadRecord("oversized picture", where, f"{scans} scans")
-            ImageOps.exif_transpose(picture, in_place=True)
-            picture = _to_rgb(picture)
+            picture = _to_rgb(_upright(picture))
     except (BadRecord, MemoryError):  # the latter need not be the picture's fault
         raise
     except Image.DecompressionBombError as error:
@@ -60,6 +73,28 @@ def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray
         box = (left, top, left + kept_width, top + kept_height)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(picture)
+
+
+@cache
+def _silence_pillow() -> None:
+    """Keep what Pillow tolerates (odd EXIF, large pictures) off the terminal: it is nobody's to act on.
+
+    Once and for all: `catch_warnings` would change the filters under other threads.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF asks, where that can be read.
+
+    Not by ImageOps.exif_transpose: it writes the EXIF again, and cannot write all that it reads.
+    """
+    picture.load()  # a PNG's EXIF may follow its pixels: their damage must not pass for the EXIF's
+    try:
+        turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, OSError, struct.error):
+        return picture  # as viewers show it
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

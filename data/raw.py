@@ -1,9 +1,9 @@
 """Raw data -> RawDocument: texts and still compressed pictures in order, as the encoder takes them.
 
 Three kinds of input file. A .tar holds a record a document (img2dataset's layout): a picture with its caption in .txt
-or in .json under "caption"; or, interleaved, a .json with "segments": texts and {"image": MEMBER} in order, MEMBER
-being what follows the key in the member's name (`0.jpg` of `000012.0.jpg`). A .jsonl (.gz, .zst) holds a text a line
-under "text". A .txt is one text. What cannot be used is counted by reason.
+or in .json under "caption", there also a list of several; or, interleaved, a .json with "segments": texts and {"image":
+MEMBER} in order, MEMBER being what follows the key in the member's name (`0.jpg` of `000012.0.jpg`). A .jsonl (.gz,
+.zst) holds a text a line under "text". A .txt is one text. What cannot be used is counted by reason.
 """
 
 import gzip
@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import reprlib
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,15 @@ MAX_TEXT_BYTES = 1 << 26  # of one text; more is no document
 MAX_PICTURES = 1000  # of a document
 MAX_MEMBER_BYTES = 1 << 24  # of a record's .txt or .json; lists in JSON take 25 times their bytes
 _ZST_BYTES = 1024  # fed at once: they may stand for 30,000 times as many
-# What decoding and looking up raise for bytes that hold no text.
-_NO_TEXT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_BOM = "\ufeff"  # a byte order mark, which editors put before a text
+_NOTHING = ("nan", "none", "null")  # how tables without a caption spell it
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysConfig:
+    # Key of a picture's caption in its .json; null: the .txt counts or, where there is none, "caption" in the .json.
+    caption_key: str | None = None
+    text_key: str = "text"  # key of the text in a line of .jsonl
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,11 @@ class RawDocument:
     segments: tuple[str | bytes, ...]  # text, or the bytes of a picture's file
     info: dict[str, Any]  # what is kept for people
     input_bytes: int  # of its input file, about
+    captions: tuple[str, ...] = ()  # of a picture that has several: all of them, of which `segments` holds the first
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.captions or tuple(segment for segment in self.segments if isinstance(segment, str))
 
 
 def suffix_of(path: str) -> str:
@@ -59,10 +72,11 @@ def _without_query(path: str) -> str:
     return path.split("?")[0] if is_http(path) else path
 
 
-def read_raw(file: Path, source: str, bad: BadRecords) -> Iterator[RawDocument]:
+def read_raw(file: Path, source: str, bad: BadRecords, names: KeysConfig | None = None) -> Iterator[RawDocument]:
     """Yield the good documents of an input file in order; `file` is `source` itself or a local copy of it."""
+    names = names or KeysConfig()
     if suffix_of(source) != TAR:
-        yield from _read_texts(file, source, bad)
+        yield from _read_texts(file, source, bad, names.text_key)
         return
     keys: set[str] = set()
     for record in read_shard(file, bad, shown(source)):
@@ -72,36 +86,32 @@ def read_raw(file: Path, source: str, bad: BadRecords) -> Iterator[RawDocument]:
             if key in keys:
                 raise BadRecord("duplicate key", where, "or its members do not follow each other")
             keys.add(key)
-            yield _document(record, key, where)
+            yield _document(record, key, where, names.caption_key)
         except BadRecord as error:
             bad.add(error)
 
 
-def read_texts(inputs: Sequence[str], bad: BadRecords) -> Iterator[tuple[str, str]]:
-    """Yield (text, where) of every caption and text in `inputs`; what cannot be read is counted in `bad`."""
+def read_texts(inputs: Sequence[str], bad: BadRecords, names: KeysConfig) -> Iterator[str]:
+    """Yield every caption and text in `inputs`; what cannot be read is counted in `bad`."""
     for source in expand(inputs, SUFFIXES):
         with local_copy(source) as file:
-            for document in read_raw(file, source, bad):
-                for segment in document.segments:
-                    if isinstance(segment, str):
-                        yield segment, document.where
+            for document in read_raw(file, source, bad, names):
+                yield from document.texts
 
 
-def caption_of(record: Record, where: str) -> str:
-    """Return the caption in a record's `.txt`, or in its `.json` under "caption"; raise BadRecord for none."""
-    try:
-        if "txt" in record:
-            text = _member(record, "txt", where).decode()
-        else:
-            text = json.loads(_member(record, "json", where)).get("caption") or ""
-        text.encode()
-    except BadRecord:
-        raise
-    except _NO_TEXT as error:
-        raise BadRecord("undecodable caption", where, str(error)) from None
-    if not text.strip():
-        raise BadRecord("empty caption", where)
-    return text.strip()
+def captions_of(record: Record, where: str, key: str | None = None) -> list[str]:
+    """Return the captions in a record's .txt or, with a `key` or without a .txt, in its .json, one or more.
+
+    Raises BadRecord for none.
+    """
+    if key is None and "txt" in record:
+        texts = _texts_of(_decoded(_member(record, "txt", where), "caption", where), "caption", where, "its .txt")
+    elif "json" in record:
+        info = _parsed(_member(record, "json", where), "caption", where)
+        texts = _texts_of(*_value(info, key or "caption", "caption", where))
+    else:
+        raise BadRecord("no caption", where, f"no .{'json' if key else 'txt and no .json'} among {sorted(record)}")
+    return [text.strip() for text in texts]
 
 
 def picture_of(record: Record, where: str) -> bytes:
@@ -120,13 +130,15 @@ def _member(record: Record, name: str, where: str) -> bytes:
     return data
 
 
-def _document(record: Record, key: str, where: str) -> RawDocument:
+def _document(record: Record, key: str, where: str, caption_key: str | None) -> RawDocument:
     info = _json_object(_member(record, "json", where))
     size = sum(map(len, record.values()))
     if "segments" in info:
         return RawDocument(key, where, tuple(_segments(info["segments"], record, where)), info, size)
-    picture, caption = picture_of(record, where), caption_of(record, where)
-    return RawDocument(key, where, (caption, picture), {**info, "caption": caption}, size)
+    picture, captions = picture_of(record, where), captions_of(record, where, caption_key)
+    if len(captions) == 1:
+        return RawDocument(key, where, (captions[0], picture), {**info, "caption": captions[0]}, size)
+    return RawDocument(key, where, (captions[0], picture), {**info, "caption": captions}, size, tuple(captions))
 
 
 def _segments(listed: Any, record: Record, where: str) -> Iterator[str | bytes]:
@@ -145,12 +157,12 @@ def _segments(listed: Any, record: Record, where: str) -> Iterator[str | bytes]:
             yield record[member.lower()]
         elif isinstance(segment, str) and _is_text(segment):
             if segment.strip():
-                yield segment
+                yield segment.lstrip(_BOM)
         else:
             raise BadRecord("undecodable segments", where, repr(segment)[:80])
 
 
-def _read_texts(file: Path, source: str, bad: BadRecords) -> Iterator[RawDocument]:
+def _read_texts(file: Path, source: str, bad: BadRecords, text_key: str) -> Iterator[RawDocument]:
     key, suffix, name = input_name(source).replace(".", "_"), suffix_of(source), shown(source)  # a key ends at a dot
     is_whole, is_cut, number, read = suffix == TEXT, False, 0, 0
     with _open_text(file, suffix) as (raw, text):
@@ -160,7 +172,7 @@ def _read_texts(file: Path, source: str, bad: BadRecords) -> Iterator[RawDocumen
             where = f"{name}:{number + 1}"
             try:
                 line = next(lines)
-                content = _text(line, where, is_json=not is_whole)
+                content = _text(line, where, None if is_whole else text_key)
                 info = {"source": input_name(source) + suffix, "line": number + 1}
                 yield RawDocument(f"{key}-{number:08d}", where, (content,), info, raw.tell() - read)
             except StopIteration:
@@ -199,17 +211,56 @@ def _lines(text: BinaryIO, is_whole: bool) -> Iterator[bytes | None]:
         yield None if is_too_long else line
 
 
-def _text(data: bytes | None, where: str, is_json: bool) -> str:
+def _text(data: bytes | None, where: str, key: str | None) -> str:
+    """Return the text in a line of JSON under `key`; without a key, `data` itself."""
     if data is None:
         raise BadRecord("oversized text", where, f"more than {MAX_TEXT_BYTES} bytes")
-    try:
-        text = json.loads(data)["text"] if is_json else data.decode()
-        text.encode()  # JSON can spell half a surrogate pair, which is no text
-    except _NO_TEXT as error:
-        raise BadRecord("undecodable text", where, str(error)) from None
-    if not text.strip():
-        raise BadRecord("empty text", where)
+    if key is None:
+        (text,) = _texts_of(_decoded(data, "text", where), "text", where, "the file")
+        return text
+    value, *said = _value(_parsed(data, "text", where), key, "text", where)
+    (text,) = _texts_of(None if isinstance(value, list) else value, *said)
     return text
+
+
+def _decoded(data: bytes, kind: str, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"undecodable {kind}", where, str(error)) from None
+
+
+def _parsed(data: bytes, kind: str, where: str) -> Any:
+    try:
+        return json.loads(data)  # with or without a byte order mark
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"undecodable {kind}", where, f"no JSON: {error}") from None
+
+
+def _value(info: Any, key: str, kind: str, where: str) -> tuple[Any, str, str, str]:
+    """Return what a JSON object holds under `key`, and the rest of what `_texts_of` wants to know."""
+    if not isinstance(info, dict):
+        raise BadRecord(f"no {kind}", where, f"its JSON is {reprlib.repr(info)}, expected an object")
+    if key not in info:
+        found = f"{kind}_key=KEY chooses one of {sorted(info)[:20]}" if info else "the object is empty"
+        raise BadRecord(f"no {kind}", where, f"no {key!r} in its JSON: {found}")
+    return info[key], kind, where, f"{key!r}"
+
+
+def _texts_of(value: Any, kind: str, where: str, what: str) -> list[str]:
+    """Return the texts that a value stands for, one or more; raise BadRecord for none. `what` names where it stood.
+
+    A list stands for the texts in it. Numbers, null and how a table spells them are no text.
+    """
+    texts = [text.lstrip(_BOM) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    if texts and not any(map(str.strip, texts)):
+        raise BadRecord(f"empty {kind}", where)
+    texts = [text for text in texts if text.strip() and text.strip().lower() not in _NOTHING]
+    if not texts:
+        raise BadRecord(f"no {kind}", where, f"{what} holds {reprlib.repr(value)}, expected words")
+    if not all(map(_is_text, texts)):
+        raise BadRecord(f"undecodable {kind}", where, f"{what} holds half a surrogate pair")
+    return texts
 
 
 def _is_text(value: str) -> bool:

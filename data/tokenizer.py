@@ -1,7 +1,8 @@
 """SentencePiece: train, load, encode, decode; the special ids; the hash that ties shards to a tokenizer.
 
-`<boi>` and `<eoi>` are control pieces, so that no text can spell them. A foreign model without them (Llama's) gets
-them appended after its own vocabulary.
+`<boi>` and `<eoi>` are control pieces, so that no text can spell them; where a foreign model has them as symbols of
+its text they are made so on loading, under the same ids. One without them (Llama's) gets them appended after its own
+vocabulary.
 """
 
 import hashlib
@@ -41,9 +42,13 @@ class Tokenizer:
             raise ValueError(f"tokenizer {path} is not a SentencePiece model: {error}") from None
         self.hash = hashlib.sha256(model).hexdigest()[:16]
         size = self._processor.get_piece_size()
-        unknown = self._processor.unk_id()
+        self.unknown = self._processor.unk_id()
         boi, eoi = (self._processor.piece_to_id(piece) for piece in (BOI_PIECE, EOI_PIECE))
-        if boi == unknown or eoi == unknown:
+        if self.unknown not in (boi, eoi) and not all(map(self._processor.is_control, (boi, eoi))):
+            model = _with_control(model, (boi, eoi))
+            self._processor.LoadFromSerializedProto(model)
+        self.model = model  # as it is used
+        if self.unknown in (boi, eoi):
             boi, eoi, size = size, size + 1, size + 2
         self.vocab_size = size
         if self._processor.bos_id() < 0 or self._processor.eos_id() < 0:
@@ -57,11 +62,30 @@ class Tokenizer:
         """Return token ids int64 [len], without special ids."""
         return np.array(self._processor.encode(text), dtype=np.int64)
 
+    def piece(self, token_id: int) -> str:
+        """Return how the model's vocabulary spells an id."""
+        return self._processor.id_to_piece(token_id)
+
+    def unknown_in(self, text: str) -> list[str]:
+        """Return the parts of a text that no piece stands for, in order: the model cannot tell one from another."""
+        pieces = zip(self._processor.encode(text), self._processor.encode(text, out_type=str), strict=True)
+        return [piece for token_id, piece in pieces if token_id == self.unknown]
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of ids; special and appended ids are left out."""
         pieces = self._processor.get_piece_size()
         ids = [int(i) for i in token_ids if int(i) < pieces and not self._processor.is_control(int(i))]
         return self._processor.decode(ids)
+
+
+def _with_control(model: bytes, ids: Iterable[int]) -> bytes:
+    """Return a SentencePiece model with these pieces out of any text's reach."""
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which hardly any model does
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for i in ids:
+        proto.pieces[i].type = proto.SentencePiece.CONTROL
+    return proto.SerializeToString()
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:

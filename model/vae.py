@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model import discriminator, perceptual
+from model.vae_folder import VaeSource, find_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -156,26 +157,52 @@ def build_vae(config: VaeConfig) -> "AutoencoderKL":
 
 
 def load_vae(folder_or_hub_id: str | Path) -> "AutoencoderKL":
-    """Load a VAE in diffusers' layout from a folder or the hub, safetensors only (P11).
+    """Load a VAE in diffusers' layout from a folder or the hub, safetensors only (P11), by `find_vae`'s rules.
 
-    Raises FileNotFoundError for a missing folder, ValueError for one that holds no VAE.
+    Raises FileNotFoundError for a missing folder, ValueError for one that holds no VAE, and where weights and config do
+    not fit each other: diffusers would draw what is missing at random.
     """
+    source, reasons = find_vae(str(folder_or_hub_id)), []
+    for subfolder in (None, "vae") if source.is_hub_id else (None,):  # a pipeline's repository has it there
+        try:
+            vae, loading = _from_pretrained(source, subfolder)
+            break
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            reasons.append(" ".join(str(error).split())[:400])
+    else:
+        raise ValueError(f"vae={folder_or_hub_id}: not an AutoencoderKL in safetensors: {reasons[0]}")
+    problems = [f"{name} is missing" for name in sorted(loading["missing_keys"])]
+    problems += [f"{name} is not the model's" for name in sorted(loading["unexpected_keys"])]
+    if problems:
+        raise ValueError(
+            f"vae={folder_or_hub_id}: its weights do not fit its config.json: {'; '.join(problems[:4])}"
+            + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
+            + "; restore the folder"
+        )
+    return vae
+
+
+def _from_pretrained(source: VaeSource, subfolder: str | None) -> tuple["AutoencoderKL", dict[str, list]]:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    folder = Path(folder_or_hub_id)
-    looks_local = folder.is_absolute() or str(folder_or_hub_id).count("/") != 1
-    if looks_local and not folder.is_dir():
-        raise FileNotFoundError(f"vae={folder_or_hub_id}: no such folder; make one with `python -m train.vae`")
-    try:
-        return AutoencoderKL.from_pretrained(str(folder_or_hub_id), use_safetensors=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"vae={folder_or_hub_id}: not an AutoencoderKL in safetensors: {reason}") from None
+    return AutoencoderKL.from_pretrained(
+        source.name,
+        subfolder=subfolder,
+        variant=source.variant,
+        use_safetensors=True,
+        low_cpu_mem_usage=False,
+        output_loading_info=True,
+    )
 
 
 def stride_of(vae: "AutoencoderKL") -> int:
     """Return the pixels a latent cell, along each side: every block but the last halves."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def states_scaling(vae: "AutoencoderKL") -> bool:
+    """Return whether the VAE's config.json states a scaling; where it does not, diffusers fills in 0.18215."""
+    return "scaling_factor" not in vae.config.get("_use_default_values", ())
 
 
 def stated_stats(vae: "AutoencoderKL") -> LatentStats:

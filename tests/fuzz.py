@@ -50,11 +50,19 @@ REASONS = {
     *("member is not a file", "member name is not UTF-8", "sparse member"),
     # of encoded shards
     *("checksum", "unreadable shard", "unreadable index", "no tokens and no moments", "empty document", "wrong array"),
-    *("wrong segments", "too many segments", "missing image", "undecodable array", "non-finite latents"),
+    *(
+        "wrong segments",
+        "wrong captions",
+        "too many segments",
+        "missing image",
+        "undecodable array",
+        "non-finite latents",
+    ),
     *("latent variance out of range", "token id out of range", "latent grid not tiled by patches"),
     *("longer than a sequence",),
     # of raw files
     *("duplicate key", "no picture", "empty picture", "undecodable picture", "oversized picture", "empty caption"),
+    *("no caption", "no text"),
     *("undecodable caption", "undecodable segments", "undecodable text", "empty text", "oversized text"),
 }
 # What no reader may do: Python's audit events of writing (besides opening to write), running and unpickling.

@@ -140,6 +140,24 @@ def test_an_interleaved_record_that_contradicts_itself_is_refused() -> None:
     assert reason({**good, "0.moments.npy": npy(np.full_like(MOMENTS, np.nan))}) == "non-finite latents"
 
 
+def test_one_of_several_captions_is_drawn_each_time_and_the_longest_counts() -> None:
+    captions = [TOKENS, TOKENS[:1], TOKENS[:2] + 1]
+    record = encode_record("key", [MOMENTS], b"{}", captions)
+    document = decode_document(record, "here")
+    assert layout(document) == "text image" and document_sizes(record) == (3, [(2, 6)])
+    drawn = [arrange(document, OrderConfig(), 0, epoch) for epoch in range(2000)]
+    alone = decode_document(encode_record("key", [TOKENS, MOMENTS], b"{}"), "here")
+    assert [layout(d) for d in drawn] == [layout(arrange(alone, OrderConfig(), 0, epoch)) for epoch in range(2000)]
+    texts = [tuple(s.token_ids.tolist()) for d in drawn for s in d.segments if isinstance(s, TextSegment)]
+    for caption in captions:
+        assert abs(texts.count(tuple(caption.tolist())) - len(texts) / 3) < 4 * math.sqrt(len(texts) * 2 / 9)
+    for lengths in ([], [3], [3, 1, 3], [3, 0, 3], [7, -1]):
+        assert reason({**record, "captions.npy": npy(np.array(lengths, np.int32))}) == "wrong captions"
+    assert reason({name: member for name, member in record.items() if name != "moments.npy"}) == "wrong captions"
+    with pytest.raises(BadRecord, match="token id out of range"):
+        check_document(document, 7, 2, "here")
+
+
 def test_numbers_of_another_tokenizer_or_vae_are_refused() -> None:
     """The manifest's hashes say what a record should hold; this is what holds it to that."""
     document = decode_document(encode_record("key", [np.array([0, 279]), MOMENTS], b"{}"), "here")

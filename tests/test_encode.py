@@ -35,6 +35,7 @@ from data.shards import Record, read_at, write_shard
 from data.tokenizer import Tokenizer
 from model.vae import LatentStats, load_vae, moments, vae_hash
 from tests.sources import data_config, encoded_records
+from tests.test_tokenizer import foreign_model
 from train.encode import main
 
 Contents = dict[str, bytes]
@@ -213,6 +214,44 @@ def test_interleaved_documents_keep_their_order(
     assert others == contents_of(tmp_path / "out")
 
 
+def test_a_list_of_captions_becomes_several_and_what_is_none_is_counted(
+    tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From JSON under a key of its own to what training draws; a job in which the key is missing names it."""
+    values: list[object] = [["a red circle", "a round thing"], float("nan"), 7, "null", "a square"]
+    records = [picture_record(i, txt=None, json=json.dumps({"TEXT": v}).encode()) for i, v in enumerate(values)]
+    raw, out = raw_folder(tmp_path / "raw", {"a": records}), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"no caption: 5.*caption_key=KEY chooses one of \['TEXT'\]"):
+        encode(raw, out)
+    encode(raw, out, caption_key="TEXT", max_bad_fraction=0.6)
+    assert "2 records in 1 shards" in (said := capsys.readouterr().out) and "skipped no caption: 3" in said
+    several, one = (decode_document(r, "here") for r in encoded_records(out))
+    assert [tokenizer.decode(s.token_ids) for s in several.captions] == values[0] and not one.captions
+    data = open_data(data_config(tokenizer, {"a": out}, lanes=1), 0, patch_size=2)
+    lane = Lane(0, data.sources, data.settings)
+    drawn = " ".join(tokenizer.decode(lane.next_row().input_ids) for _ in range(40))
+    assert all(caption in drawn for caption in ("a red circle", "a round thing", "a square"))
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_counted_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.jsonl").write_text('{"text": "some 中 words"}\n{"text": "for number é 1"}\n')
+    foreign, out = Tokenizer(foreign_model(tmp_path / "foreign.model")), tmp_path / "out"
+    tokens = sum(len(foreign.encode(text)) for text in ("some 中 words", "for number é 1"))
+    said = f"encode: warning: {2 / tokens:.2%} of the tokens are unknown to {foreign.path}, such as ['中', 'é']"
+    for _ in range(2):  # the second time nothing is left to do
+        main(arguments(tmp_path / "raw", out, foreign))
+        assert said in capsys.readouterr().out
+    sidecar = json.loads((out / "a.tar.json").read_text())
+    del sidecar["words"]  # as earlier versions wrote it
+    (out / "a.tar.json").write_text(json.dumps(sidecar))
+    written = (out / "a.tar").stat().st_mtime_ns
+    main(arguments(tmp_path / "raw", out, foreign))
+    assert (out / "a.tar").stat().st_mtime_ns == written and "unknown" not in capsys.readouterr().out
+
+
 def test_pictures_go_into_the_nearest_aspect_bucket(
     tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer
 ) -> None:
@@ -370,7 +409,10 @@ def test_bad_pictures_and_captions_are_counted_by_reason_and_named(
     encode(raw, tmp_path / "out", max_bad_fraction=0.8)
     assert [r["__key__"].decode() for r in encoded_records(tmp_path / "out")] == ["00000", "00008", "00009"]
     printed = capsys.readouterr().out
-    counts = "duplicate key: 1, empty caption: 2, no picture: 1, undecodable caption: 1, undecodable picture: 2"
+    counts = (
+        "duplicate key: 1, empty caption: 1, no caption: 1, no picture: 1, undecodable caption: 1, "
+        "undecodable picture: 2"
+    )
     assert f"3 records in 1 shards in {tmp_path / 'out'}; skipped {counts}" in printed
     assert f"encode: skipped {raw / 'a.tar'}/00001: undecodable picture" in printed
     # A second run has nothing to do, and still says what is missing.
@@ -435,7 +477,7 @@ def test_everything_that_the_web_holds_is_counted_and_nothing_leaves_the_folder(
     assert captions[b"between"] == "of between" and captions[b"fine"] == "a"
     printed = capsys.readouterr().out
     counts = (
-        "duplicate key: 2, duplicate member: 1, empty caption: 1, empty picture: 1, member is not a file: 1, "
+        "duplicate key: 2, duplicate member: 1, empty picture: 1, member is not a file: 1, no caption: 1, "
         "no picture: 1, oversized picture: 1, undecodable caption: 1, undecodable picture: 1, unsafe member name: 2"
     )
     assert f"8 records in 1 shards in {tmp_path / 'out'}; skipped {counts}" in printed
@@ -743,6 +785,30 @@ def test_a_vae_that_states_no_scaling_is_measured_unless_asked_otherwise(
     encode(raw, tmp_path / "out", latent_stats="vae")
     spec = Manifest.load(tmp_path / "out").latent_spec
     assert (spec.mean, spec.std) == ((0.0, 0.0), (1.0, 1.0))
+
+
+def test_diffusers_default_is_not_taken_for_a_vaes_own_scaling(
+    raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae, out = foreign_vae(tmp_path / "vae"), tmp_path / "out"
+    encode(raw, out, vae=vae)  # it states 0.18215, and that is far from right
+    deviation = 0.18215 * np.sqrt(np.mean(np.square(measured_std(encode, raw, tmp_path, vae))))
+    warning = f"warning: whitened latents have deviation {deviation:.3g}, expected about 1"
+    assert not 0.5 < deviation < 2 and warning in capsys.readouterr().out
+    config = json.loads((vae / "config.json").read_text())
+    del config["scaling_factor"]
+    (vae / "config.json").write_text(json.dumps(config))
+    encode(raw, out, vae=vae)
+    said = capsys.readouterr().out
+    assert "statistics: measured (the VAE's config states no scaling_factor)" in said and "warning" not in said
+    encode(raw, out, vae=vae, latent_stats="vae")
+    said = capsys.readouterr().out
+    assert "statistics: diffusers' default, as the VAE's config states no scaling" in said and warning in said
+
+
+def measured_std(encode: Callable[..., Contents], raw: Path, tmp_path: Path, vae: Path) -> tuple[float, ...]:
+    encode(raw, tmp_path / "measured", vae=vae, latent_stats="measured")
+    return Manifest.load(tmp_path / "measured").latent_spec.std
 
 
 def test_statistics_from_two_places_are_refused_and_another_data_sets_win(

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+from data.tokenizer import Tokenizer
 from model.attention import dense_mask
 from model.sampler import SamplerConfig
 from model.vae import VaeConfig, build_vae
 from tests.runs import PROMPTS, DrawingRun
+from tests.test_tokenizer import foreign_model
 from train import checkpoint
 from train.distributed import alone
-from train.export import main
+from train.export import main, tokenizer_config
 from train.generation import Generation, GenerationConfig
 from train.trained import Trained
 
@@ -79,6 +81,8 @@ def test_weights_and_dtype_are_those_asked_for(drawn: DrawingRun, tmp_path: Path
 def test_the_text_side_opens_in_transformers(drawn: DrawingRun, tmp_path: Path) -> None:
     folder = export(drawn, tmp_path / "llama", "format=llama")
     llama = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    bos, *_ = AutoTokenizer.from_pretrained(folder)("a red").input_ids
+    assert bos == llama.config.bos_token_id
     trained = Trained.load(drawn.run_dir, alone())
     ids = torch.randint(4, trained.tokenizer.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     text = torch.full_like(ids, -1)
@@ -86,6 +90,23 @@ def test_the_text_side_opens_in_transformers(drawn: DrawingRun, tmp_path: Path) 
     no_grid = text[..., None].expand(-1, -1, 2)
     hidden = trained.model.trunk(trained.model.embed_text(ids), torch.arange(40).expand(2, -1), no_grid, mask)
     assert (llama(ids).logits - trained.model.text_logits(hidden)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("symbols", [None, [], ["<boi>", "<eoi>"]])
+def test_autotokenizer_begins_and_spells_a_text_as_training_does(
+    tokenizer: Tokenizer, tmp_path: Path, symbols: list[str] | None
+) -> None:
+    """With our own tokenizer, with a foreign one, and with one whose text holds our special pieces."""
+    if symbols is not None:
+        options = {"user_defined_symbols": symbols, "byte_fallback": True, "vocab_size": 330}
+        tokenizer = Tokenizer(foreign_model(tmp_path / "foreign.model", **options))
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ["a red", "  two  spaces", "two\nlines\n\n  more", "ümlaut 中 🎉", "</s> <boi>", "a <eoi> <s>", ""]:
+        assert theirs(text).input_ids == [tokenizer.special.bos, *tokenizer.encode(text)], text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.special.bos, tokenizer.special.eos)
 
 
 def test_the_readmes_snippet_runs_on_an_export(drawn: DrawingRun, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from data.documents import MAX_SEGMENTS, decode_document, encode_record
 from data.lanes import Lane, SourceConfig
 from data.manifest import Manifest
 from data.pictures import MAX_SCANS, decode_picture
-from data.raw import MAX_MEMBER_BYTES, caption_of, read_raw
+from data.raw import MAX_MEMBER_BYTES, captions_of, read_raw
 from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record, ShardIndex, read_at, read_shard, write_shard
 from data.tar import key_of
 from data.tokenizer import Tokenizer
@@ -289,7 +289,7 @@ def test_a_json_or_caption_without_end_is_refused_unparsed(tmp_path: Path) -> No
     bad, begun = BadRecords(1.0), time.process_time()
     assert not list(read_raw(tmp_path / "a.tar", "a.tar", bad)) and dict(bad.reasons) == {"oversized text": 3}
     assert time.process_time() - begun < 1
-    assert all(reason(lambda record=record: caption_of(record, "here")) == "oversized text" for record in records[1:])
+    assert all(reason(lambda record=record: captions_of(record, "here")) == "oversized text" for record in records[1:])
 
 
 def test_a_zstd_bomb_is_read_past_in_no_more_time_than_it_unpacks(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from data.pictures import to_unit
-from data.tokenizer import train_tokenizer
+from data.tokenizer import Tokenizer, train_tokenizer
 from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
 from model.sampler import SamplerConfig, first_step_error
 from model.vae import VaeConfig, build_vae, moments, sample_latents
 from tests.runs import PROMPTS, DrawingRun, saved_state
+from tests.test_tokenizer import foreign_model
 from train import checkpoint
 from train.distributed import alone
 from train.figures import contact_sheet
@@ -61,6 +62,18 @@ def test_a_picture_depends_on_its_prompt_number_and_seed_and_not_on_its_neighbou
     reported = []
     small.draw(PROMPTS * 2, SAMPLER, 1, reported.append)
     assert sum(reported) == pytest.approx(4) and len(reported) > 6, "each denoising step is reported"
+
+
+def test_what_a_prompt_holds_that_the_tokenizer_does_not_know_is_said_once(
+    generation: Generation, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    foreign = Tokenizer(foreign_model(tmp_path / "foreign.model"))
+    other = replace(generation, tokenizer=foreign, batch_size=2)
+    for _ in range(2):
+        other.draw(["some 中 words", "some words"], SAMPLER, 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "prompt 'some 中 words': ['中'] unknown to the tokenizer: the model cannot tell them apart"
+    ]
 
 
 def test_captions_depend_on_the_picture_and_on_its_number(generation: Generation) -> None:

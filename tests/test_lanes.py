@@ -493,6 +493,42 @@ def test_documents_that_do_not_fit_a_sequence_are_skipped_by_name(tmp_path: Path
     assert set(skipped(readers)[0]) == {"longer than a sequence"}
 
 
+def test_a_document_that_no_sequence_can_hold_is_known_from_the_start(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By what may not be cut, so no text; a lane that meets it neither counts it nor names it again."""
+    (_, image), long_text = pairs(1)[0], np.full(70, 9, np.int32)
+    documents = [*pairs(8), (long_text, image), (long_text, None), (image, long_text), (long_text[:54], image)]
+    make_source(tmp_path / "a", tokenizer, documents, shard_sizes=[5, 7])
+    config = data_config(tokenizer, {"a": tmp_path / "a"}, lanes=2, order=KEEP_CAPTIONS)
+    data, readers = open_lanes(config)
+    assert data.sources[0].too_long == {(1, 3), (1, 5)}  # the last is 54 + 4 patches + BOS, EOS, BOI, EOI: 62 of 64
+    names = [f"{tmp_path / 'a'}/00001.tar#{record}: longer than a sequence" for record in (3, 5)]
+    assert data.too_long == names
+    stream(readers, 30)
+    assert skipped(readers)[0]["longer than a sequence"] > 4 and not caplog.text
+    assert all(lane.state()["skipped_documents"] == [] for lane in readers)
+
+
+def test_a_bad_document_counts_once_however_often_its_lane_meets_it(
+    damaged: tuple[DataConfig, list[Content]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through resumes too; a state of an earlier version, which names none, is read and counts anew."""
+    config, _ = damaged
+    config = replace(config, lanes=1, sources={"a": replace(config.sources["a"], repeat=True)})
+    _, (lane,) = open_lanes(config)
+    stream([lane], 20)
+    _, (lane,) = open_lanes(config, states=[lane.state()])
+    stream([lane], 60)
+    state = lane.state()
+    assert state["skipped"]["checksum"] > 2 and sorted(state["skipped_documents"]) == [[0, 0, 3], [0, 1, 24]]
+    assert len(caplog.records) == 2
+    del state["skipped_documents"]
+    _, (lane,) = open_lanes(config, states=[state])
+    stream([lane], 40)
+    assert len(lane.state()["skipped_documents"]) == 2
+
+
 def test_a_lane_with_nothing_left_to_read_stops_instead_of_searching(tmp_path: Path, tokenizer: Tokenizer) -> None:
     make_source(tmp_path / "a", tokenizer, texts(10))
     _, readers = open_lanes(data_config(tokenizer, {"a": tmp_path / "a"}))

@@ -3,11 +3,13 @@
 import io
 import random
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.pictures import MAX_PIXELS, bucket_sizes, decode_picture, encode_png, from_unit, to_unit
 from data.shards import BadRecord
@@ -136,6 +138,52 @@ def test_a_picture_is_turned_upright() -> None:
     exif[0x0112] = 6
     pixels = decode(encoded(halves(RED, GREEN), exif=exif))
     assert (pixels[:4] == RED).all() and (pixels[4:] == GREEN).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    with Image.open(io.BytesIO(encoded(stored, exif=exif))) as picture:
+        assert np.array_equal(decode(encoded(stored, exif=exif)), np.asarray(ImageOps.exif_transpose(picture)))
+
+
+def odd_exif(entries: int, *fields: tuple[int, int, int, bytes]) -> bytes:
+    """An EXIF block that claims `entries` fields of (tag, type, count, value)."""
+    body = b"".join(struct.pack("<HHI4s", *field) for field in fields)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, entries) + body + struct.pack("<III", 0, 5, 0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_odd_exif_costs_neither_the_picture_nor_its_turn(form: str) -> None:
+    """A text for a resolution, n / 0, a field without end: Pillow shows these, though it cannot write them again."""
+    turned = (0x0112, 3, 1, b"\6\0\0\0")
+    fields = [(0x011A, 2, 4, b"abc\0"), (0x011A, 5, 1, struct.pack("<I", 38)), (0x9000, 7, 1 << 30, b"\xff" * 4)]
+    picture = halves(RED, GREEN)
+    as_it_lies = decode(encoded(picture, form))
+    for exif in [odd_exif(2, turned, field) for field in fields] + [odd_exif(9, turned)]:
+        assert np.array_equal(decode(encoded(picture, form, exif=exif)), np.rot90(as_it_lies, -1))
+    for exif in (b"Exif\0\0nothing", odd_exif(1, (0x0112, 2, 4, b"six\0")), odd_exif(1, (0x0112, 12, 9, b"\xff" * 4))):
+        assert np.array_equal(decode(encoded(picture, form, exif=exif)), as_it_lies)
+
+
+def test_what_pillow_warns_of_stays_off_the_terminal() -> None:
+    """In a process of its own, because pytest sets its own filters."""
+    code = """
+import sys
+from data.pictures import decode_picture
+for data in map(bytes.fromhex, sys.argv[1:]):
+    try:
+        print(decode_picture(data, [(8, 8)], "a").shape)
+    except ValueError as error:
+        print(error)
+"""
+    data = [one_chunk_png(10_000, 10_000), encoded(halves(RED, GREEN), "JPEG", exif=odd_exif(9))]
+    command = [sys.executable, "-W", "always", "-c", code, *(picture.hex() for picture in data)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "a: oversized picture (10000x10000)\n(8, 8, 3)\n" and done.stderr == ""
 
 
 def test_an_animation_gives_its_first_picture() -> None:

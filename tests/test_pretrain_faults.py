@@ -132,17 +132,19 @@ def test_corrupt_records_are_skipped_counted_and_named_when_the_budget_is_spent(
     batches = [loader.next(30) for _ in range(12)]
     loader.close()
     skipped = [batch.num_skipped for batch in batches]
-    assert 6 <= skipped[-1] < 100, "each at least once in the first epochs"
+    states = [batch.lane_states.values() for batch in batches]
+    documents = [len({tuple(place) for state in of for place in state["skipped_documents"]}) for of in states]
+    assert documents[-1] == 6 < skipped[-1], "each is met by several lanes"
 
-    budget = skipped[-1] // 2
+    budget = 3
     with launch([*argv, f"data.max_bad_documents={budget}"], 2) as run:
         assert run.wait() == [1, 1]
     end = next(line for line in run.output.splitlines() if "more than data.max_bad_documents" in line)
-    stopped = max(i + 1 for i, count in enumerate(skipped) if count <= budget)
-    assert f"stopped after step {stopped}: {skipped[stopped]} documents were skipped" in end
+    stopped = max(i + 1 for i, count in enumerate(documents) if count <= budget)
+    assert f"stopped after step {stopped}: {documents[stopped]} documents were skipped" in end
     assert any(name in end for name in names) and "checksum" in end
     assert "Traceback" not in run.output and saved_steps(run_dir)[-1] == stopped
-    finish(argv, 2)
+    finish([*argv, "data.max_bad_documents=6"], 2)  # as many as there are: lanes' countings add up to more
     assert [row["skipped_documents"] for row in rows(run_dir)] == skipped
     assert saved_state(run_dir)[1] == {str(lane): state for lane, state in batches[-1].lane_states.items()}
 
@@ -155,7 +157,7 @@ def test_a_shard_that_vanishes_is_bad_data_and_one_that_cannot_be_indexed_stops_
     folder = _copy(texts_folder, tmp_path / "texts")
     run_dir = tmp_path / "run"
     argv = settings(run_dir, tokenizer, {"texts": folder}, optim__steps=10**6, checkpoint__interval_steps=10**6)
-    with launch(argv, 2) as run:
+    with launch([*argv, "data.max_bad_documents=10"], 2) as run:
         wait_for(reached(run_dir, 3), run)
         os.truncate(folder / "00000.tar", 0)
         (folder / "00001.tar").unlink()

@@ -2,33 +2,24 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
 import zstandard
 
 import data.raw
-from data.raw import RawDocument, caption_of, input_name, picture_of, read_raw, read_texts, suffix_of
+from data.raw import KeysConfig, RawDocument, captions_of, input_name, picture_of, read_raw, read_texts, suffix_of
 from data.shards import BadRecord, BadRecords, write_shard
 
-NOT_TEXT = [
-    b"\xff\xfe",
-    b"{",
-    b"[]",
-    b"7",
-    b'"text"',
-    b"{}",
-    b'{"text": null}',
-    b'{"text": ["a"]}',
-    b'{"text": "\\ud800"}',
-    b"[" * 100_000,
-    b"",
-]
+NOT_JSON = [b"\xff\xfe", b"{", b'{"text": "\\ud800"}', b"[" * 100_000, b""]
+NO_TEXT = [b"[]", b"7", b'"text"', b"{}", b'{"words": "a"}']
+NO_TEXT += [b'{"text": %s}' % value for value in (b"null", b"NaN", b"7", b'["a"]', b'{"en": "a"}', b"true", b'"None"')]
 
 
-def read(path: Path) -> tuple[list[RawDocument], BadRecords]:
+def read(path: Path, **names: str) -> tuple[list[RawDocument], BadRecords]:
     bad = BadRecords(max_fraction=1)
-    return list(read_raw(path, str(path), bad)), bad
+    return list(read_raw(path, str(path), bad, KeysConfig(**names))), bad
 
 
 def texts_of(documents: list[RawDocument]) -> list[str]:
@@ -42,11 +33,12 @@ def lines_of(texts: list[str]) -> bytes:
 def test_each_line_of_a_jsonl_file_is_a_text_or_a_named_error(tmp_path: Path) -> None:
     path = tmp_path / "a.b.jsonl"
     good = ["one", "two\nlines", " ümlaut 🎉 ", "x" * 100_000]
-    bad_lines = b"\n".join([*NOT_TEXT, b'{"text": " \\n"}'])
+    bad_lines = b"\n".join([*NOT_JSON, *NO_TEXT, b'{"text": " \\n"}'])
     path.write_bytes(lines_of(good[:2]) + bad_lines + b"\n" + lines_of(good[2:])[:-1])  # no line end at the end
     documents, bad = read(path)
     assert texts_of(documents) == good
-    assert dict(bad.reasons) == {"undecodable text": len(NOT_TEXT), "empty text": 1} and bad.seen == len(NOT_TEXT) + 5
+    reasons = {"undecodable text": len(NOT_JSON), "no text": len(NO_TEXT), "empty text": 1}
+    assert dict(bad.reasons) == reasons and bad.seen == len(good) + sum(reasons.values())
     assert documents[1].where == f"{path}:2" and bad.names[0].startswith(f"{path}:3: undecodable text")
     assert [d.key for d in documents[:2]] == ["a_b-00000000", "a_b-00000001"]  # a key ends at the first dot
     assert documents[1].info == {"source": "a.b.jsonl", "line": 2}
@@ -127,19 +119,64 @@ def test_names_and_suffixes() -> None:
 
 
 def test_a_caption_is_the_txt_member_or_the_jsons_caption() -> None:
-    assert caption_of({"txt": b" a cat\n", "json": b'{"caption": "other"}'}, "here") == "a cat"
-    assert caption_of({"json": b'{"caption": "a dog"}'}, "here") == "a dog"
-    empty = [{"txt": b""}, {"txt": b" \n"}, {}, {"json": b"{}"}, {"json": b'{"caption": null}'}]
-    for record in empty:
-        with pytest.raises(BadRecord, match="here: empty caption"):
-            caption_of(record, "here")
-    undecodable = [{"txt": b"\xff"}, {"json": b"{"}, {"json": b"[]"}, {"json": b'{"caption": 7}'}]
-    undecodable += [{"json": b'{"caption": "\\udfff"}'}, {"json": b"[" * 100_000}]
+    both = {"txt": b" a cat\n", "json": b'{"caption": "other", "TEXT": "third"}'}
+    assert captions_of(both, "here") == ["a cat"] and captions_of(both, "here", "TEXT") == ["third"]
+    assert captions_of({"json": b'{"caption": "a dog"}'}, "here") == ["a dog"]
+    several = b'{"caption": ["a dog ", null, "", "NaN", "an animal"]}'
+    assert captions_of({"json": several}, "here") == ["a dog", "an animal"]
+    for record in [{"txt": b""}, {"txt": b" \n"}, {"json": b'{"caption": ["", " "]}'}]:
+        with pytest.raises(BadRecord, match=r"^here: empty caption$"):
+            captions_of(record, "here")
+    undecodable = [{"txt": b"\xff"}, {"json": b"{"}, {"json": b'{"caption": "\\udfff"}'}, {"json": b"[" * 100_000}]
     for record in undecodable:
         with pytest.raises(BadRecord, match="here: undecodable caption"):
-            caption_of(record, "here")
+            captions_of(record, "here")
     with pytest.raises(BadRecord, match="no picture"):
         picture_of({"txt": b"a", "gif": b"GIF"}, "here")
+
+
+@pytest.mark.parametrize("value", ["null", "NaN", "7", "true", "{}", "[]", "[null]", '"nan"', '"None "', '["null"]'])
+def test_what_stands_for_no_caption_is_none_and_said_for_people(value: str) -> None:
+    with pytest.raises(BadRecord) as caught:
+        captions_of({"json": b'{"caption": %s}' % value.encode()}, "here")
+    assert re.fullmatch(r"here: no caption \('caption' holds .+, expected words\)", str(caught.value))
+
+
+def test_a_caption_or_text_under_another_key_is_found_by_the_option_that_the_message_names(tmp_path: Path) -> None:
+    record = {"__key__": b"a", "jpg": b"x", "json": b'{"TEXT": "a cat", "url": "u"}'}
+    write_shard(tmp_path / "a.tar", [record])
+    (tmp_path / "b.jsonl").write_bytes(b'{"content": "a line", "id": 1}\n')
+    _, bad = read(tmp_path / "a.tar")
+    assert bad.names == [
+        f"{tmp_path / 'a.tar'}/a: no caption (no 'caption' in its JSON: caption_key=KEY chooses one of ['TEXT', 'url'])"
+    ]
+    assert texts_of(read(tmp_path / "a.tar", caption_key="TEXT")[0])[0] == "a cat"
+    _, bad = read(tmp_path / "b.jsonl")
+    assert "no text (no 'text' in its JSON: text_key=KEY chooses one of ['content', 'id'])" in bad.names[0]
+    assert texts_of(read(tmp_path / "b.jsonl", text_key="content")[0]) == ["a line"]
+    with pytest.raises(BadRecord, match=r"no caption \(no \.txt and no \.json among \['jpg'\]\)"):
+        captions_of({"jpg": b""}, "here")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    """Before a file, before a line, and within JSON where a table took it over."""
+    mark = b"\xef\xbb\xbf"
+    segments = json.dumps({"segments": ["\ufeffbefore", {"image": "jpg"}]}).encode()
+    records = [
+        {"__key__": b"a", "jpg": b"x", "txt": mark + b"a cat"},
+        {"__key__": b"b", "jpg": b"x", "json": mark + b'{"caption": "\\ufeffa dog"}'},
+        {"__key__": b"c", "jpg": b"x", "json": mark + segments},
+        {"__key__": b"d", "jpg": b"x", "txt": mark},
+    ]
+    write_shard(tmp_path / "a.tar", records)
+    documents, bad = read(tmp_path / "a.tar")
+    assert [d.texts for d in documents] == [("a cat",), ("a dog",), ("before",)]
+    assert dict(bad.reasons) == {"empty caption": 1}
+    line = b'{"text": "a\\ufeffb"}\n'
+    (tmp_path / "b.jsonl").write_bytes(mark + line + mark + line)
+    (tmp_path / "c.txt").write_bytes(mark + b"whole")
+    assert texts_of(read(tmp_path / "b.jsonl")[0]) == ["a\ufeffb"] * 2
+    assert texts_of(read(tmp_path / "c.txt")[0]) == ["whole"]
 
 
 def test_interleaved_records_keep_their_order(tmp_path: Path) -> None:
@@ -167,10 +204,12 @@ def test_all_texts_are_read_and_what_is_bad_is_counted(tmp_path: Path) -> None:
         {"__key__": b"a", "jpg": b"x", "txt": b"caption"},
         {"__key__": b"b", "jpg": b"x", "txt": b"\xff"},
         {"__key__": b"c", "jpg": b"x", "json": segments},
+        {"__key__": b"d", "jpg": b"x", "json": b'{"caption": ["one", "other"]}'},
     ]
     write_shard(tmp_path / "a.tar", records)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "line"}\n{"text": 7}\n')
     (tmp_path / "c.txt").write_bytes(b"whole")
-    bad = BadRecords(1)
-    assert [text for text, _ in read_texts([str(tmp_path)], bad)] == ["caption", "before", "after", "line", "whole"]
-    assert dict(bad.reasons) == {"undecodable caption": 1, "undecodable text": 1} and bad.seen == 6
+    bad = BadRecords(max_fraction=1)
+    texts = ["caption", "before", "after", "one", "other", "line", "whole"]
+    assert list(read_texts([str(tmp_path)], bad, KeysConfig())) == texts
+    assert dict(bad.reasons) == {"undecodable caption": 1, "no text": 1} and bad.seen == 7

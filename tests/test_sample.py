@@ -38,7 +38,7 @@ def given(tmp_path: Path) -> Path:
 
 def test_prompts_become_pictures_and_pictures_captions(drawn: DrawingRun, given: Path, tmp_path: Path) -> None:
     """`n` of each prompt, from the line, the list and the file; every result has a line that names how it was made."""
-    (tmp_path / "prompts.txt").write_text("a circle\n\n  a square \n")
+    (tmp_path / "prompts.txt").write_text("a circle\n\n  a square \n", "utf-8-sig")  # begins with a byte order mark
     output = tmp_path / "output"
     argv = [*_argv(drawn, output), "n=2", "seed=4", f"images=[{given}]", f"prompts_file={tmp_path / 'prompts.txt'}"]
     argv += [f"prompt={PROMPTS[0]}", f"prompts={json.dumps(PROMPTS[1:])}"]

@@ -23,13 +23,12 @@ TEXTS = [
 ]
 
 
-def foreign_model(path: Path, **options: int) -> Path:
+def foreign_model(path: Path, **options: int | list[str]) -> Path:
     """A SentencePiece model that was not made for images, as Llama's."""
     model = io.BytesIO()
     texts = (f"some words for number {i}" for i in range(200))
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=texts, model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2, **options
-    )
+    options = {"vocab_size": 60, "model_type": "bpe", **options}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, minloglevel=2, **options)
     path.write_bytes(model.getvalue())
     return path
 
@@ -63,6 +62,28 @@ def test_a_foreign_model_gets_image_ids_after_its_own(tmp_path: Path) -> None:
     assert tokenizer.special.pad == 0  # it has none; the unknown piece stands in
     ids = tokenizer.encode("some words").tolist()
     assert tokenizer.decode([*ids, 60, 61]) == "some words"
+
+
+@pytest.mark.parametrize("symbols", [["<boi>", "<eoi>"], ["<eoi>", "<boi>", "</s", "ord"]])
+def test_a_foreign_models_symbols_are_no_text(tmp_path: Path, symbols: list[str]) -> None:
+    """SentencePiece finds user-defined symbols in any text; ids and vocabulary stay, for what was made with them."""
+    path = foreign_model(tmp_path / "foreign.model", user_defined_symbols=symbols, byte_fallback=True, vocab_size=330)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokenizer = Tokenizer(path)
+    special = tokenizer.special
+    assert tokenizer.vocab_size == 330
+    assert [special.boi, special.eoi] == [theirs.piece_to_id(piece) for piece in ("<boi>", "<eoi>")]
+    text = "some words <boi>for<eoi> </s> <s> <pad> <boi>"
+    assert special.boi in theirs.encode(text)
+    assert not {special.bos, special.eos, special.boi, special.eoi} & set(tokenizer.encode(text).tolist())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("some words").tolist() == theirs.encode("some words")
+
+
+def test_what_no_piece_stands_for_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    foreign = Tokenizer(foreign_model(tmp_path / "foreign.model"))
+    assert foreign.unknown_in("some 中 words é") == ["中", "é"] and foreign.unknown_in("some words") == []
+    assert tokenizer.unknown_in("some 中 words é") == []  # spelled in bytes
 
 
 def test_a_model_without_bos_or_eos_is_refused(tmp_path: Path) -> None:
@@ -119,10 +140,18 @@ def test_the_program_trains_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert output.read_bytes() == made and "delete it to train again" in capsys.readouterr().out
     for arguments, message in (
         ([f"inputs=[{tmp_path}]", f"output={tmp_path / 'b'}", "vocab_size=264"], "expected more than 264"),
+        (
+            [f"inputs=[{tmp_path / 'a.jsonl'}]", f"output={tmp_path / 'b'}", "text_key=words"],
+            r"100 of 100 records are bad.*no text: 100\. First: .*text_key=KEY chooses one of \['text'\]",
+        ),
         ([f"output={tmp_path / 'b'}"], r"inputs=\[\] \(none given\)"),
     ):
         with pytest.raises(ValueError, match=message):
             main(arguments)
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"words": "some words for number {i}"}}\n' for i in range(100)) + "{}")
+    main([f"inputs=[{tmp_path / 'a.jsonl'}]", f"output={tmp_path / 'c'}", "vocab_size=300", "text_key=words"])
+    said = capsys.readouterr().out
+    assert f"skipped {tmp_path / 'a.jsonl'}:101: no text" in said and (tmp_path / "c").read_bytes() == made
 
 
 def test_what_the_program_cannot_read_is_named_and_has_a_budget(

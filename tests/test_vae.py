@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data.pictures import encode_png, to_unit
 from data.scenes import make_splits, training_example
@@ -321,8 +321,85 @@ def test_the_hash_names_weights_and_structure_not_the_folder(vae, tmp_path):
 def test_a_folder_without_a_vae_is_refused_clearly(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such folder.*train\.vae"):
         load_vae(tmp_path / "missing")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not an AutoencoderKL"):
+    file = tmp_path / "vae.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is a file, expected a folder.*from_single_file"):
+        load_vae(file)
+    with pytest.raises(ValueError, match=r"holds \['vae.safetensors'\], expected an AutoencoderKL"):
+        load_vae(tmp_path)
+    for config, words in [("{}", r"holds \['config.json', 'vae.saf"), ("[]", "of class list"), ("{", "is no JSON")]:
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=words):
+            load_vae(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["runs/vae", "here/vae", "vae", "./owner/name", "owner/name/vae", "/owner", "~/vae"])
+def test_what_looks_like_a_path_is_no_question_to_the_hub(name, tmp_path, monkeypatch):
+    """Nor is the default output of train.vae: somebody else may have a repository of that name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"^vae={name}: no such folder; make one with `python -m train.vae`"):
+        load_vae(name)
+
+
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_a_hub_id_is_loaded_from_the_hub(vae, subfolder, tmp_path, monkeypatch):
+    """By the hub's own cache, without a network: a VAE's repository, and a pipeline's."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--owner--name"
+    vae.save_pretrained(repository / "snapshots" / ("0" * 40) / subfolder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert vae_hash(load_vae("owner/name")) == vae_hash(vae)
+    with pytest.raises(ValueError, match=r"vae=owner/other: not an AutoencoderKL in safetensors: .*owner/other"):
+        load_vae("owner/other")
+
+
+def test_a_pipelines_vae_and_weights_of_one_variant_are_taken(vae, tmp_path):
+    vae.save_pretrained(tmp_path / "pipeline" / "vae", variant="fp16")
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    assert vae_hash(load_vae(tmp_path / "pipeline")) == vae_hash(vae)
+    vae.save_pretrained(tmp_path / "shards", variant="fp16", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").iterdir())) > 3
+    assert vae_hash(load_vae(tmp_path / "shards")) == vae_hash(vae)
+    vae.save_pretrained(tmp_path / "pipeline" / "vae", variant="ema")
+    with pytest.raises(ValueError, match=r"holds weights of \['ema', 'fp16'\]; copy those you mean to diffusion_py"):
+        load_vae(tmp_path / "pipeline")
+    vae.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin.*pickled.*use_safetensors=False\)\.save_pre"):
+        load_vae(tmp_path / "pickled")
+
+
+def test_a_model_of_another_class_is_named(tmp_path):
+    from diffusers import AutoencoderKLTemporalDecoder, VQModel
+
+    blocks = {"block_out_channels": (32,), "down_block_types": ("DownEncoderBlock2D",)}
+    for other in (VQModel(block_out_channels=(32,)), AutoencoderKLTemporalDecoder(**blocks)):
+        other.save_pretrained(tmp_path / type(other).__name__)
+        with pytest.raises(ValueError, match=f"a model of class {type(other).__name__}, expected AutoencoderKL"):
+            load_vae(tmp_path / type(other).__name__)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused_by_name_and_never_drawn(vae, tmp_path):
+    vae.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    bias = "decoder.conv_out.bias"
+    lacking = {name: tensor for name, tensor in whole.items() if name != bias}
+    cases = [
+        (lacking, f"do not fit its config.json: {bias} is missing; restore"),
+        ({**whole, "more": whole[bias].clone()}, "more is not the model's"),
+        ({**whole, bias: torch.zeros(5)}, rf"size mismatch for {bias}"),
+        ({name: tensor for name, tensor in whole.items() if "encoder" in name}, r"and \d+ more"),
+    ]
+    for weights, words in cases:
+        save_file(weights, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=words):
+            load_vae(tmp_path)
+    save_file(whole, path, metadata={"format": "pt"})
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not an AutoencoderKL in safetensors"):
         load_vae(tmp_path)
 
 

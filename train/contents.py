@@ -292,6 +292,7 @@ def _caption_in_json(record: Record) -> str | None:
     """Return the caption that the encoder left for people, None where there is none."""
     try:
         caption = json.loads(record.get("json", b"")).get("caption")
+        caption = caption[0] if isinstance(caption, list) and caption else caption  # of several
     except (ValueError, AttributeError, RecursionError):
         return None
     # JSON can spell half a surrogate pair, which no page can hold.

@@ -25,7 +25,7 @@ from data.remote import file_version, is_remote, shown
 from data.shards import TEMPORARY_NAME, BadRecords, Record, index_shard, write_shard
 from data.storage import Location, expand, local_copy
 from train.config import load_config, run_program
-from train.encoder import Encoder, EncoderConfig
+from train.encoder import EXAMPLES_KEPT, Encoder, EncoderConfig
 from train.launcher import place
 from train.leases import Leases
 from train.output_folder import make_writable
@@ -220,7 +220,7 @@ def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progres
 
     def documents() -> Iterator[RawDocument]:
         with local_copy(task.source) as file:
-            for document in read_raw(file, task.source, of_file):
+            for document in read_raw(file, task.source, of_file, encoder.config):
                 yield document
                 progress.add(document)
 
@@ -238,7 +238,7 @@ def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progres
         check.check(final=True)
         if encoder.origin(file_version(task.source)) != task.origin:
             raise ValueError(f"{shown(task.source)} changed while it was encoded; start again")
-        sidecar = Sidecar.write(shard, index, task.origin, encoder.latent_sums, of_file)
+        sidecar = Sidecar.write(shard, index, task.origin, encoder.latent_sums, of_file, encoder.words)
     except (FileExistsError, FileNotFoundError):  # another worker was faster, and maybe cleaned up already
         if (sidecar := task.sidecar()) is None:
             raise
@@ -278,7 +278,19 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
         )
     if encoder.vae is not None:
         print(f"encode: latent statistics: {encoder.stats_source}")
+    warn_of_unknown(sidecars, encoder.config.tokenizer)
     print(f"encode: {manifest.records} records in {len(manifest.shards)} shards in {output}; skipped {bad.summary()}")
+
+
+def warn_of_unknown(sidecars: Sequence[Sidecar], tokenizer: str) -> None:
+    """Print how much of the texts the tokenizer does not know, if it is anything."""
+    if unknown := sum(sidecar.words.unknown for sidecar in sidecars):
+        share = unknown / sum(sidecar.words.tokens for sidecar in sidecars)
+        words = list(dict.fromkeys(word for sidecar in sidecars for word in sidecar.words.examples))
+        print(
+            f"encode: warning: {share:.2%} of the tokens are unknown to {tokenizer}, such as {words[:EXAMPLES_KEPT]}: "
+            "the model cannot tell them apart. Use a tokenizer with byte fallback, as train.tokenizer makes them"
+        )
 
 
 def _place() -> float:

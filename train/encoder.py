@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,20 +21,21 @@ import torch
 from data.documents import decode_document, encode_record
 from data.manifest import FORMAT_VERSION, LatentSpec, LatentSums, Manifest
 from data.pictures import bucket_sizes, decode_picture
-from data.raw import RawDocument
+from data.raw import KeysConfig, RawDocument
 from data.remote import FileVersion
 from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record
 from data.storage import Location
 from data.tokenizer import Tokenizer
-from model.vae import load_vae, moments, stated_stats, stride_of, vae_hash
+from model.vae import load_vae, moments, stated_stats, states_scaling, stride_of, vae_hash
 from train.launcher import place
 
 MAX_KEY_BYTES = 4096  # of a document, as long as a path may be
+EXAMPLES_KEPT = 8  # of what the tokenizer does not know, of an input file
 AHEAD = 8  # batches of pictures decoded before the VAE wants them, and documents that may wait for a rare size
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(KeysConfig):
     tokenizer: Location = "runs/tokenizer.model"  # SentencePiece model
     vae: Location | None = None  # diffusers AutoencoderKL: a folder or a hub id; not needed for text
     resolution: int = 256  # pixels of a square picture's side, a multiple of the VAE's stride
@@ -46,7 +47,8 @@ class EncoderConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the VAE; auto: bfloat16 on CUDA, else float32
     decode_threads: int = 0  # threads that decode and resize pictures; 0: one a core of this process's share
     # Where the mean and deviation come from by which training whitens latents. vae: the scaling that the VAE's config
-    # states; measured: these pictures' latents; auto: vae where the config states other than 1, else measured.
+    # states, else diffusers' default; measured: these pictures' latents; auto: vae where the config states other than
+    # 1, else measured.
     latent_stats: Literal["auto", "measured", "vae"] = "auto"
     # Encoded folder, run, checkpoint or export whose latent statistics to take over instead: for held-out data, and for
     # data that a model is to be trained on further.
@@ -90,6 +92,15 @@ class _Draft:
         return all(picture.moments is not None for picture in self.pictures)
 
 
+@dataclass
+class WordCounts:
+    """How many tokens texts became, how many of them are the unknown piece, and a few words for which it stands."""
+
+    tokens: int = 0
+    unknown: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
 class Encoder:
     """Encodes one input file after another."""
 
@@ -105,8 +116,8 @@ class Encoder:
         else:
             self.sizes = ((config.resolution, config.resolution),)
         self.given_spec, self.stats_source = self._given_spec()
-        # Of the present file's latents.
-        self.latent_sums = LatentSums.none(self.channels)
+        # Of the present file.
+        self.latent_sums, self.words = LatentSums.none(self.channels), WordCounts()
         cores = len(os.sched_getaffinity(0)) // place().local_world_size
         self.num_threads = config.decode_threads or max(1, cores)
         self._threads = ThreadPoolExecutor(self.num_threads, "decode")
@@ -142,11 +153,15 @@ class Encoder:
             return self._spec_of(self.config.stats_from), f"from {self.config.stats_from}"
         if self.vae is None or self.config.latent_stats == "measured":
             return None, "measured"
+        is_stated = states_scaling(self.vae)
+        if self.config.latent_stats == "auto" and not is_stated:
+            return None, "measured (the VAE's config states no scaling_factor)"
         stats = stated_stats(self.vae)
         mean, std = tuple(stats.mean.tolist()), tuple(stats.std.tolist())
         if self.config.latent_stats == "auto" and set(mean) == {0.0} and set(std) == {1.0}:
             return None, "measured (the VAE states no scaling)"
-        return LatentSpec(**self._spec_fields, mean=mean, std=std), "the VAE's own scaling"
+        source = "the VAE's own scaling" if is_stated else "diffusers' default, as the VAE's config states no scaling"
+        return LatentSpec(**self._spec_fields, mean=mean, std=std), source
 
     def _spec_of(self, folder: str) -> LatentSpec:
         """Return our latent spec with the statistics of another; raise ValueError for one of other latents."""
@@ -169,17 +184,13 @@ class Encoder:
         names = ("vae_hash", "channels", "stride")
         return {**{name: getattr(self, name) for name in names}, "resolution": self.config.resolution}
 
-    def latent_spec(self, sums: Iterable[LatentSums]) -> LatentSpec | None:
+    def latent_spec(self, sums: LatentSums) -> LatentSpec | None:
         """Return the spec of a data set from the sums of all its shards; None for text."""
         if self.vae is None or self.given_spec is not None:
             return self.given_spec
-        together = LatentSums.none(self.channels)
-        for part in sums:
-            together.sums += part.sums
-            together.cells += part.cells
-        if not together.cells:
+        if not sums.cells:
             return None
-        return LatentSpec(**self._spec_fields, mean=tuple(together.mean.tolist()), std=tuple(together.std.tolist()))
+        return LatentSpec(**self._spec_fields, mean=tuple(sums.mean.tolist()), std=tuple(sums.std.tolist()))
 
     @property
     def made_with(self) -> dict:
@@ -191,6 +202,8 @@ class Encoder:
             "resolution": self.config.resolution,
             "bucket_multiple": self.config.bucket_multiple if self.config.crop == "buckets" else None,
             "dtype": str(self.dtype).removeprefix("torch."),
+            # Those that were chosen: shards that were made before there was a choice stay as they are.
+            **{f.name: value for f in fields(KeysConfig) if (value := getattr(self.config, f.name)) != f.default},
         }
 
     def origin(self, version: FileVersion) -> dict:
@@ -201,7 +214,7 @@ class Encoder:
     @torch.no_grad()
     def records(self, documents: Iterable[RawDocument], bad: BadRecords) -> Iterator[Record]:
         """Yield the encoded records of one input file's documents, in order; what is bad is counted and named."""
-        self.latent_sums = LatentSums.none(self.channels)
+        self.latent_sums, self.words = LatentSums.none(self.channels), WordCounts()
         waiting: deque[_Draft] = deque()  # for the VAE, in the order of the input
         batches: dict[tuple[int, int], list[_Picture]] = {}  # by size, not full yet
         running: deque[tuple[list[_Picture], torch.Tensor]] = deque()  # on the device
@@ -276,19 +289,26 @@ class Encoder:
                 yield draft
 
     def _record(self, draft: _Draft) -> Record:
-        segments, where = [], draft.document.where
-        for segment in draft.segments:
-            if isinstance(segment, str):
-                segments.append(self.tokenizer.encode(segment))
-            else:
-                segments.append(segment.moments)
-        record = encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode())
+        where = draft.document.where
+        captions = [self._tokens(caption) for caption in draft.document.captions]
+        left = draft.pictures if captions else draft.segments
+        segments = [self._tokens(s) if isinstance(s, str) else s.moments for s in left]
+        record = encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode(), captions)
         if len(record["__key__"]) > MAX_KEY_BYTES or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:
             raise BadRecord("oversized record", where)
         decode_document(record, where)  # what its index would refuse is counted here
         for picture in draft.pictures:
             self.latent_sums.add(picture.moments)
         return record
+
+    def _tokens(self, text: str) -> np.ndarray:
+        token_ids = self.tokenizer.encode(text)
+        self.words.tokens += len(token_ids)
+        if unknown := int((token_ids == self.tokenizer.unknown).sum()):
+            self.words.unknown += unknown
+            new = dict.fromkeys(word for word in self.tokenizer.unknown_in(text) if word not in self.words.examples)
+            self.words.examples += list(new)[: EXAMPLES_KEPT - len(self.words.examples)]
+        return token_ids
 
 
 def _device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data.pictures import decode_picture
-from data.raw import TAR, caption_of, picture_of
+from data.raw import TAR, captions_of, picture_of
 from data.scenes import Shape, Verdict, compare, parse_caption, score
 from data.shards import BadRecords, read_shard
 from data.storage import expand
@@ -51,7 +51,7 @@ def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem
                 ) from None
             item = SceneItem(
                 info["split"],
-                caption_of(record, where),
+                captions_of(record, where)[0],
                 decode_picture(picture_of(record, where), [(resolution, resolution)], where),
                 shapes,
             )

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from data.storage import Location
+from data.tokenizer import Tokenizer
 from model.llama import llama_config, llama_weights
 from train.config import load_config, run_program, to_yaml
 from train.distributed import alone
@@ -89,8 +90,26 @@ def write_llama(trained: Trained, output: OutputFolder, dtype: torch.dtype, vae:
     weights = {key: tensor.to(dtype) for key, tensor in llama_weights(trained.model).items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
-    shutil.copyfile(trained.tokenizer.path, folder / TOKENIZER_FILE)
+    (folder / TOKENIZER_FILE).write_bytes(trained.tokenizer.model)
+    of_tokenizer = json.dumps(tokenizer_config(trained.tokenizer), indent=1)
+    (folder / "tokenizer_config.json").write_text(of_tokenizer, encoding="utf-8")
     return {"weights": trained.weights, "progress": {"step": trained.step}}
+
+
+def tokenizer_config(tokenizer: Tokenizer) -> dict:
+    """Return what makes transformers' AutoTokenizer begin and spell a text as training did."""
+    ids = {"bos": tokenizer.special.bos, "eos": tokenizer.special.eos, "unk": tokenizer.unknown}
+    if tokenizer.special.pad != tokenizer.unknown:
+        ids["pad"] = tokenizer.special.pad
+    return {
+        # Not LlamaTokenizer, which takes spaces before a text and line breaks in its own way.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "split_special_tokens": True,  # no text spells them
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": tokenizer.piece(token_id) for name, token_id in ids.items()},
+    }
 
 
 if __name__ == "__main__":

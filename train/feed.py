@@ -26,6 +26,30 @@ class Fed:
     peers_wait_s: float  # from then until all had theirs: the rank that waits least is the one they wait for
 
 
+class SkipBudget:
+    """Ends a run that has skipped more than `most` documents, each counted once whatever lanes and epochs meet it."""
+
+    def __init__(self, most: int, known: int) -> None:
+        """`known`: documents of which it was known at the start that they cannot be used; lanes do not count them."""
+        self._most, self._known = most, known
+        self._passed = 0  # of the lanes' sum, which counts a document once a lane
+
+    def check(self, vote: Vote, batch: StepBatch, ranks: Ranks) -> None:
+        """Raise CannotGoOn when the budget is spent, naming the last of them (P7). Collective."""
+        if vote.documents_skipped <= max(self._passed, self._most - self._known):
+            return
+        states = [state for of_rank in ranks.gather(batch.lane_states) for state in of_rank.values()]
+        skipped = self._known + len({tuple(place) for state in states for place in state["skipped_documents"]})
+        if skipped <= self._most:
+            self._passed = vote.documents_skipped
+            return
+        names = [name for state in states for name in state["skipped_names"]]
+        raise CannotGoOn(
+            f"{skipped} documents were skipped, more than data.max_bad_documents={self._most}; among the last: "
+            f"{'; '.join(names[:8])}. Repair the data set, or allow more"
+        )
+
+
 def next_batch(loader: Loader, ranks: Ranks, stop: StopSignal, write_failed: bool = False) -> Fed:
     """Return this rank's batch and what all ranks agreed on, once all have one or any must stop. Collective.
 

@@ -6,7 +6,7 @@ and that shape, not on what the other rows hold. Smaller batches for fewer rows 
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -33,6 +33,8 @@ MOST_ERROR = 50.0  # times that a sampler's first step may multiply the error of
 BATCH = 50  # rows a sampling batch: small enough for a laptop, large enough to fill two cores
 # Progress in rows, of which a denoising step is a fraction.
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
+
+log = logging.getLogger(__name__)
 
 Part = str | np.ndarray  # text, or a picture uint8 [H, W, 3]
 Progress = Callable[[float], object]  # is told how many rows, or what fraction of one, were added
@@ -72,6 +74,7 @@ class Generation:
     batch_size: int = BATCH
     weights: str = "model"  # which of a run's: model, or the label of an EMA
     stored: Stored | None = None  # where it was loaded from
+    _seen: set[str] = field(default_factory=set)  # prompts
 
     @classmethod
     def load(cls, config: GenerationConfig, ranks: Ranks) -> tuple["Generation", PretrainConfig, int]:
@@ -149,6 +152,7 @@ class Generation:
         `draw`: begin with a picture; else the model begins with text and decides. Pictures of a prompt are
         [resolution, resolution, 3]. `numbers` name the samples; None counts them from 0.
         """
+        self._warn_of_unknown({part for prompt in prompts for part in prompt if isinstance(part, str)})
         numbers = numbers or range(len(prompts))
         given = [[part for part in prompt if not isinstance(part, str)] for prompt in prompts]
         places = [(number, i) for number, parts in zip(numbers, given, strict=True) for i in range(len(parts))]
@@ -188,6 +192,13 @@ class Generation:
         """Return a caption for each picture; see `complete` for the rest."""
         results = self.complete([[picture] for picture in pictures], text_alone(config), seed, progress, numbers)
         return [parts[0] if parts else "" for parts in results]
+
+    def _warn_of_unknown(self, texts: set[str]) -> None:
+        """Log what of new prompts the tokenizer has no piece for."""
+        for text in sorted(texts - self._seen):
+            if unknown := self.tokenizer.unknown_in(text):
+                log.warning("prompt %r: %s unknown to the tokenizer: the model cannot tell them apart", text, unknown)
+        self._seen |= texts
 
     def _encode(
         self, pictures: Sequence[np.ndarray], places: Sequence[tuple[int, int]], draws: Draws

@@ -7,6 +7,7 @@ ranks agree on each batch as in training, so a stop signal ends an evaluation wi
 collectives always match.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -28,6 +29,8 @@ from train.feed import next_batch
 from train.parallelize import reshard
 from train.signals import StopKind, StopSignal
 from train.step import micro_step
+
+log = logging.getLogger(__name__)
 
 # Captions first: nats a text target, of texts and of captions before their picture; mean squared error of an image's
 # prediction (drawing). Captions last: nats a target of the captions (describing).
@@ -95,6 +98,8 @@ class Heldout:
             if data.grids:
                 last = replace(source, order=OrderConfig(caption_first=0.0, caption_dropout=0.0))
                 self._sources[name]["image_first"] = last, open_data(last, seed, patch_size)
+            if data.too_long and ranks.is_first:
+                log.warning("held-out source %s leaves out %s", name, "; ".join(data.too_long[:8]))
 
     @property
     def metrics(self) -> list[str]:

@@ -21,9 +21,9 @@ from model.vae import LatentStats
 from train.agreement import facts_of
 from train.checkpoint import CheckpointError
 from train.config import load_config, run_program
-from train.distributed import DIED, Ranks, Vote, init_ranks, last_words, own_device
+from train.distributed import DIED, Vote, init_ranks, last_words, own_device
 from train.estimate import check_memory, fullest_of
-from train.feed import CannotGoOn, next_batch
+from train.feed import CannotGoOn, SkipBudget, next_batch
 from train.flops import Flops
 from train.guard import BadUpdate
 from train.heldout import KINDS, metric_name
@@ -79,6 +79,10 @@ def main(argv: list[str]) -> int | None:
         run = start_or_resume(config, data, folder, ranks, stop)
         if ranks.is_first:
             say("\n".join(f"pretrain: {line}" for line in run.describe()))
+            if data.too_long:
+                say(
+                    f"pretrain: warning: left out for good, {len(data.too_long)} in all: {'; '.join(data.too_long[:8])}"
+                )
             if too_large:
                 say(f"pretrain: warning: {too_large}")
         with last_words(ranks, lambda: f"step {run.state.progress.step + 1}"):
@@ -114,6 +118,13 @@ def check(config: PretrainConfig) -> DataSet:
         raise ValueError(
             f"model.latent_channels={config.model.latent_channels}, but the data's latents have "
             f"{data.latent_spec.channels} channels; set model.latent_channels={data.latent_spec.channels}"
+        )
+    too_long, most = data.too_long, config.data.max_bad_documents
+    if len(too_long) > most:
+        raise ValueError(
+            f"{len(too_long)} documents are longer than data.sequence_length={config.data.sequence_length}, more than "
+            f"data.max_bad_documents={most} (and only texts may be cut): {'; '.join(too_long[:4])}; use longer "
+            "sequences, shorten their captions, or allow more"
         )
     return data
 
@@ -178,6 +189,7 @@ def run_steps(run: Run) -> tuple[str, int]:
     flops = Flops.of(config.model, run.data.tokenizer.vocab_size, config.parallel.activation_checkpointing)
     interval = Interval(flops, ranks, list(config.data.sources))
     console = Console(last, progress.step, ranks)
+    budget = SkipBudget(config.data.max_bad_documents, len(run.data.too_long))
     why, status = "done", 0
     with run.loader() as loader:
         stopped = evaluate(run, stats, interval)  # if a stop kept the last step's from being made
@@ -193,7 +205,7 @@ def run_steps(run: Run) -> tuple[str, int]:
             if fed.vote.ranks_ended == ranks.world_size:
                 why = "the data ended"
                 break
-            check_skipped(config, fed.vote, fed.batch, ranks)
+            budget.check(fed.vote, fed.batch, ranks)
             if progress.excludes(fed.batch.step):
                 pass_over(run.state, fed.batch)
             else:
@@ -214,17 +226,6 @@ def run_steps(run: Run) -> tuple[str, int]:
         run.profiler.close()
         write_row(run, interval, console)
     return why, status
-
-
-def check_skipped(config: PretrainConfig, vote: Vote, batch: StepBatch, ranks: Ranks) -> None:
-    """Raise CannotGoOn when the budget of bad documents is spent, naming the last of them (P7)."""
-    if vote.documents_skipped <= config.data.max_bad_documents:
-        return
-    names = [name for states in ranks.gather(batch.lane_states) for s in states.values() for name in s["skipped_names"]]
-    raise CannotGoOn(
-        f"{vote.documents_skipped} documents were skipped, more than data.max_bad_documents="
-        f"{config.data.max_bad_documents}; among the last: {'; '.join(names[:8])}. Repair the data set, or allow more"
-    )
 
 
 def run_step(

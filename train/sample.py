@@ -118,7 +118,7 @@ def _requests(config: SampleConfig) -> list[Request]:
     prompts = ([config.prompt] if config.prompt is not None else []) + list(config.prompts)
     if config.prompts_file is not None:
         try:
-            text = Path(config.prompts_file).read_text(encoding="utf-8")
+            text = Path(config.prompts_file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"prompts_file={config.prompts_file}: not a readable UTF-8 text file ({error})") from None
         prompts += [line.strip() for line in text.splitlines() if line.strip()]

@@ -15,7 +15,7 @@ import numpy as np
 from data.manifest import LatentSums, Manifest, ShardEntry, shard_entry
 from data.shards import BadRecords, ShardIndex, atomic_write, index_path
 from data.storage import Store
-from train.encoder import Encoder
+from train.encoder import Encoder, WordCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,21 @@ class Sidecar:
     sums: list[list[float]]  # of latents by channel: means, and second moments
     seen: int  # records of the input, good and bad
     skipped: dict[str, int]  # by reason
+    words: WordCounts = field(default_factory=WordCounts)
     lost: float = 0.0  # share of the input's bytes, 1 where it was cut
     failed: str = ""  # what an input is of which nothing can be read
     noted: dict[str, int] = field(default_factory=dict)  # what cost no record
 
     @classmethod
-    def write(cls, shard: Path, index: ShardIndex, origin: dict, latents: LatentSums, bad: BadRecords) -> "Sidecar":
+    def write(
+        cls,
+        shard: Path,
+        index: ShardIndex,
+        origin: dict,
+        latents: LatentSums,
+        bad: BadRecords,
+        words: WordCounts | None = None,
+    ) -> "Sidecar":
         """Save a written shard's index and then its sidecar."""
         index.save(index_path(shard))
         sidecar = cls(
@@ -41,6 +50,7 @@ class Sidecar:
             sums=latents.sums.tolist(),
             seen=bad.seen,
             skipped=dict(sorted(bad.reasons.items())),
+            words=words or WordCounts(),
             lost=sum(share for _, share in bad.files),
             failed="".join(bad.failed),
             noted=dict(sorted(bad.noted.items())),
@@ -75,7 +85,9 @@ class Sidecar:
         """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin."""
         try:
             fields = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))
-            sidecar = cls(**{**fields, "entry": ShardEntry(**fields["entry"])})
+            fields.setdefault("words", {})  # older ones have none
+            parts = {"entry": ShardEntry(**fields["entry"]), "words": WordCounts(**fields["words"])}
+            sidecar = cls(**{**fields, **parts})
             if sidecar.origin != origin:
                 return None
             is_whole = zlib.crc32(index_path(shard).read_bytes()) == sidecar.entry.index_crc32
@@ -92,12 +104,20 @@ def build_manifest(encoder: Encoder, sidecars: list[Sidecar], folder: Path) -> M
     """Write manifest.json from the sidecars of all shards; raise ValueError if they hold nothing."""
     if not any(sidecar.entry.records for sidecar in sidecars):
         raise ValueError(f"nothing could be encoded from {len(sidecars)} input files")
+    sums = LatentSums.total(encoder.channels, (LatentSums(np.array(s.sums), s.cells) for s in sidecars))
     manifest = Manifest(
         store=Store(str(folder)),
         tokenizer_hash=encoder.tokenizer.hash,
         vocab_size=encoder.tokenizer.vocab_size,
-        latent_spec=encoder.latent_spec(LatentSums(np.array(s.sums), s.cells) for s in sidecars),
+        latent_spec=encoder.latent_spec(sums),
         shards=tuple(sidecar.entry for sidecar in sidecars if sidecar.entry.records),
     )
     manifest.save()
+    spec = manifest.latent_spec
+    if spec is not None and sums.cells and not 0.5 <= (deviation := sums.whitened_by(spec)) <= 2:
+        print(
+            f"warning: whitened latents have deviation {deviation:.3g}, expected about 1, for which the noise schedule "
+            f"is made (statistics: {encoder.stats_source}); the same command with latent_stats=measured takes these "
+            "pictures' own and rewrites manifest.json alone"
+        )
     return manifest

@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer from captions (.txt members of .tar shards) and text (.jsonl, .txt files)."""
+"""Train a SentencePiece tokenizer from the captions of .tar shards and from text (.jsonl, .txt files)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.raw import read_texts
+from data.raw import KeysConfig, read_texts
 from data.shards import BadRecords
 from data.storage import Location
 from data.tokenizer import Tokenizer, train_tokenizer
@@ -15,7 +15,7 @@ from train.config import load_config, run_program
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(KeysConfig):
     inputs: list[Location] = field(default_factory=list)  # files or folders of .tar, .jsonl and .txt
     output: Location = "runs/tokenizer.model"  # the model file to write
     vocab_size: int = 32000  # pieces, the special ones and 256 byte pieces included, > 264
@@ -47,13 +47,13 @@ def main(argv: list[str]) -> int | None:
     except ValueError:  # as SentencePiece wraps what its texts raise
         bad.check(final=True)
         raise
-    tokenizer = Tokenizer(output)
-    print(f"tokenizer: wrote {output}, vocabulary {tokenizer.vocab_size}, hash {tokenizer.hash}")
+    made = Tokenizer(output)
+    print(f"tokenizer: wrote {output}, vocabulary {made.vocab_size}, hash {made.hash}; skipped {bad.summary()}")
 
 
 def _texts(config: TokenizerConfig, bad: BadRecords) -> Iterator[str]:
     with tqdm(desc="tokenizer: texts", unit="text", mininterval=1) as progress:
-        for text, _ in islice(read_texts(config.inputs, bad), config.max_texts):
+        for text in islice(read_texts(config.inputs, bad, config), config.max_texts):
             progress.update()
             yield text
     for remark in [*(f"skipped {name}" for name in bad.names), *bad.remarks()]:

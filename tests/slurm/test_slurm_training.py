@@ -200,7 +200,7 @@ def test_a_job_that_gains_nothing_is_not_requeued_for_ever(
         shard.write_bytes(content)
     run_dir = tmp_path / "run"
     argv = training(run_dir, tokenizer, {**sources, "pairs": damaged})
-    (job_id,), _ = launch(*argv, "plan=false", "max_requeues=1", "data.max_bad_documents=100")
+    (job_id,), _ = launch(*argv, "plan=false", "max_requeues=1", "data.max_bad_documents=26")
     assert cluster.wait(job_id) == "FAILED"
     found = attempts(run_dir / "slurm", job_id)
     assert len(found) == 2 and found[0]["gained"] > 0 == found[1]["gained"]

@@ -1,0 +1,75 @@
+"""Where a VAE lies: diffusers' layout in a folder, as found there, or a repository of the Hugging Face hub.
+
+A folder is looked into before diffusers is asked, whose errors do not say what it found. A name is a hub id only if it
+is `owner/name` and no path: `owner` is no folder here, nor `runs`, where this trainer's programs write.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+WEIGHTS = "diffusion_pytorch_model"  # .safetensors, .VARIANT.safetensors; diffusers' name
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_VARIANT = re.compile(
+    rf"{WEIGHTS}\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors|{WEIGHTS}\.safetensors\.index\.([\w-]+)\.json"
+)
+_OURS = "runs"
+
+
+@dataclass(frozen=True)
+class VaeSource:
+    name: str  # a local folder, or a hub id
+    is_hub_id: bool = False
+    variant: str | None = None  # of the weights' file name, such as fp16
+
+
+def find_vae(name: str) -> VaeSource:
+    """Return where an AutoencoderKL lies; raise FileNotFoundError or ValueError that says what was found instead."""
+    path = Path(name)
+    if path.is_dir():
+        return _in_folder(path)
+    if path.is_file():
+        raise ValueError(
+            f"vae={name} is a file, expected a folder in diffusers' layout; from the weights of another layout, "
+            f"diffusers' AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER) makes one"
+        )
+    owner = name.partition("/")[0]
+    if not _HUB_ID.fullmatch(name) or owner == _OURS or Path(owner).is_dir():
+        raise FileNotFoundError(
+            f"vae={name}: no such folder; make one with `python -m train.vae`, or name one, or OWNER/NAME on the hub"
+        )
+    return VaeSource(name, is_hub_id=True)
+
+
+def _in_folder(folder: Path) -> VaeSource:
+    config, found = folder / "config.json", sorted(path.name for path in folder.iterdir())
+    if not config.is_file() and (folder / "vae" / "config.json").is_file():  # a whole pipeline
+        return _in_folder(folder / "vae")
+    expected = f"expected an AutoencoderKL in diffusers' layout: config.json and {WEIGHTS}.safetensors"
+    if not config.is_file():
+        raise ValueError(f"vae={folder} holds {found[:10] or 'nothing'}, {expected}")
+    try:
+        stated = json.loads(config.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"vae={folder}: its config.json is no JSON ({error}), {expected}") from None
+    kind = stated.get("_class_name", "AutoencoderKL") if isinstance(stated, dict) else type(stated).__name__
+    if kind != "AutoencoderKL":
+        raise ValueError(
+            f"vae={folder} holds a model of class {kind}, expected AutoencoderKL, whose latents have a mean and a "
+            "variance; name the folder of one, or train one with `python -m train.vae`"
+        )
+    if f"{WEIGHTS}.safetensors" in found or f"{WEIGHTS}.safetensors.index.json" in found:
+        return VaeSource(str(folder))
+    variants = sorted({match[1] or match[2] for match in map(_VARIANT.fullmatch, found) if match})
+    if len(variants) == 1:
+        return VaeSource(str(folder), variant=variants[0])
+    if variants:
+        raise ValueError(f"vae={folder} holds weights of {variants}; copy those you mean to {WEIGHTS}.safetensors")
+    if any(name.endswith((".bin", ".pt", ".ckpt")) for name in found):
+        raise ValueError(
+            f"vae={folder} holds {found[:10]}: pickled weights, which are not read, for they can execute code. Convert "
+            f"them: diffusers' AutoencoderKL.from_pretrained({str(folder)!r}, use_safetensors=False)"
+            ".save_pretrained(FOLDER)"
+        )
+    raise ValueError(f"vae={folder} holds {found[:10]}, {expected}")
