@@ -35,7 +35,10 @@ ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"bidirectional": FINE, "causal": (*FINE, "model.image_attention=causal")},
     "patch_size": {str(size): (f"model.patch_size={size}",) for size in (1, 2, 4)},
     "patches": {"linear": (), "unet": (*UNET, "model.unet.channels=[24,48]")},
-    "noise_cap": {"500": (), "none": ("diffusion.before_caption_max_timestep=null",)},
+    "noise_cap": {
+        "500": ("diffusion.before_caption_max_timestep=500",),
+        "none": ("diffusion.before_caption_max_timestep=null",),
+    },
 }
 
 

@@ -529,10 +529,11 @@ def test_two_ranks_train_as_one(shards, vgg16, whole, tmp_path):
     argv = arguments(shards, tmp_path / "two", **every_part(vgg16))
     with ProgramRanks(main, argv, 2, tmp_path / "log") as run:
         assert run.wait() == [0, 0], run.output
-    for one, two in zip(rows(whole), rows(tmp_path / "two"), strict=True):
+    for row, (one, two) in enumerate(zip(rows(whole), rows(tmp_path / "two"), strict=True)):
         assert one.keys() == two.keys()
+        growth = 20 if row else 1  # of what rounding made different, by Adam's first steps of equal size
         for name in one.keys() - {"seconds"}:
-            within = {"abs": 1e-4} if name == "gan" else {"rel": 1e-3}  # a mean of scores of about 1 and both signs
+            within = {"abs": 1e-4 * growth} if name == "gan" else {"rel": 1e-3 * growth}  # gan: scores of both signs
             assert one[name] == pytest.approx(two[name], **within), name
 
 

@@ -84,8 +84,8 @@ class Sidecar:
     def read(cls, shard: Path, origin: dict) -> "Sidecar | None":
         """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin."""
         try:
-            fields = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))
-            fields.setdefault("words", {})  # older ones have none
+            written = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))
+            fields = {"words": {}, **written}  # older ones have none
             parts = {"entry": ShardEntry(**fields["entry"]), "words": WordCounts(**fields["words"])}
             sidecar = cls(**{**fields, **parts})
             if sidecar.origin != origin:
