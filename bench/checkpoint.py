@@ -1,6 +1,6 @@
 """Measure what a save costs: seconds for which training stands still, and how fast the background writes.
 
-usage: python -m bench.checkpoint [--width 768] [--layers 3] [--ranks 2] [--rounds 5] [--folder DIR]
+usage: python -m bench.checkpoint [--width 768] [--layers 3] [--ranks 2] [--rounds 3] [--folder DIR]
 
 Ranks over gloo train a real model (weights, moments and EMA in float32) and save while they go on. `stall_s` is how
 long the loop is blocked in a save: staging, and waiting for an earlier one. `slowdown_s` is what the steps beside the
@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=3, help="of the model (3)")
     parser.add_argument("--length", type=int, default=256, help="tokens a step and rank (256)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (2)")
-    parser.add_argument("--rounds", type=int, default=5, help="saves of each kind (5)")
+    parser.add_argument("--rounds", type=int, default=3, help="saves of each kind (3)")
     parser.add_argument("--steps", type=int, default=5, help="steps without a save before each (5)")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary folder")
     options = parser.parse_args()

@@ -1,11 +1,11 @@
 """Measure sampling: pictures over a cached prefix against the same model without a cache, and pictures a second.
 
-usage: python -m bench.sampling [--size 0.16b] [--layers 2] [--prefix 512] [--steps 10] [--device auto]
+usage: python -m bench.sampling [--size 0.16b] [--layers 2] [--prefix 512] [--steps 6] [--device auto]
 
 Both ways draw the same pictures (they are compared) with the same sampler, guidance and precision: with the cache a
 step runs the picture's tokens alone, without it the whole prefix again, both guidance branches side by side in one
 forward either way. They take turns; the speedup is that of the medians, `cached_speedup` that of the largest batch.
-The last line is one JSON object. The defaults are for three minutes on two AVX2 cores; `--steps 50` takes five times
+The last line is one JSON object. The defaults are for three minutes on two AVX2 cores; `--steps 50` takes eight times
 as long.
 """
 
@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=2, help="blocks of the measured stack (2)")
     parser.add_argument("--patches", choices=("linear", "unet"), default="linear", help="patcher (linear)")
     parser.add_argument("--prefix", type=int, default=512, help="tokens before the picture (512)")
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps (10)")
+    parser.add_argument("--steps", type=int, default=6, help="denoising steps (6)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="rows side by side (1 4)")
     parser.add_argument("--repeats", type=int, default=3, help="timed draws each way, in turn; the median counts (3)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is any")

@@ -54,21 +54,21 @@ def stages(config: DemoConfig) -> list[Stage]:
     def encode(what: str, *more: str, distributed: bool = False) -> Stage:
         output = f"latents/{what}"
         folders = (f"inputs=[{DEMO}/scenes/{what}]", f"output={DEMO}/{output}")
-        work = 20 if distributed else 7
+        work = 15 if distributed else 3
         return run(f"encode {what}", work, "encode", output, *folders, *more, distributed=distributed)
 
     return [
-        run("scenes", 0.3, "scenes", "scenes"),
-        run("tokenizer", 0.1, "tokenizer", "tokenizer.model"),
-        run("vae", 1.2, "vae", "vae", distributed=True),
+        run("scenes", 7, "scenes", "scenes"),
+        run("tokenizer", 1, "tokenizer", "tokenizer.model"),
+        run("vae", 40, "vae", "vae", distributed=True),
         encode("train", distributed=True),
         encode("heldout", f"stats_from={DEMO}/latents/train"),
         encode("text"),
         encode("text_heldout"),
-        run("pretrain", 6.5, "pretrain", "pretrain", distributed=True),
-        run("sample", 0.2, "sample", "samples"),
-        run("evaluate", 0.6, "evaluate", "evaluation", distributed=True),
-        run("report", 0.1, "report", "report.html"),
+        run("pretrain", 155, "pretrain", "pretrain", distributed=True),
+        run("sample", 6, "sample", "samples"),
+        run("evaluate", 19, "evaluate", "evaluation", distributed=True),
+        run("report", 7, "report", "report.html"),
     ]
 
 
