@@ -128,6 +128,7 @@ class Server(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST
 
 
+@pytest.mark.slow
 def test_online_too_what_did_not_reach_the_server_is_sent_again_and_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
