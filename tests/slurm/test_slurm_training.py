@@ -81,6 +81,7 @@ def test_requeued_by_hand_and_by_its_own_signal_it_ends_with_the_same_bits(
     assert "stopped by SIGTERM" in log.read_text() and "stopped by SIGUSR2" in log.read_text()
 
 
+@pytest.mark.slow  # to the ranks a signal like that of a requeue
 def test_preempted_by_a_higher_partition_it_ends_with_the_same_bits(
     sent: Callable, cluster: Cluster, straight: Path
 ) -> None:
