@@ -1,6 +1,6 @@
 """Repeat an ablation of the paper at the demo's size: train once a variant, score each on held-out scenes.
 
-usage: python -m bench.ablation attention [--steps 60] [--prompts 20] [--ranks 2]
+usage: python -m bench.ablation attention [--steps 50] [--prompts 20] [--ranks 2]
 
   attention   bidirectional against causal inside images (the paper's table 5)
   patch_size  latent pixels a side of a token (table 6)
@@ -79,7 +79,7 @@ def run_variant(name: str, switches: tuple[str, ...], options: argparse.Namespac
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ablation", choices=ABLATIONS)
-    parser.add_argument("--steps", type=int, default=60, help="updates a variant (60)")
+    parser.add_argument("--steps", type=int, default=50, help="updates a variant (50)")
     parser.add_argument("--prompts", type=int, default=20, help="scenes of each split to judge (20)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (2)")
     options = parser.parse_args()
