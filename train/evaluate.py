@@ -46,12 +46,14 @@ class EvaluateConfig(GenerationConfig):
 
 CONFIG = EvaluateConfig
 GROUP = True  # its ranks work together
-OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae")  # of each rank: what they hold is compared
+# Of each rank: what they hold is compared.
+OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer")
 
 
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
-    contents = {f"heldout.{name} (contents)": Manifest.load(path).content_hash for name, path in config.heldout.items()}
+    fingerprints = {name: Manifest.load(path).content_hash for name, path in config.heldout.items()}
+    contents = {f"heldout.{name} (contents)": value for name, value in fingerprints.items()}
     ranks = init_ranks(timeout_s=1800, device=config.device, facts={**facts_of(config, OWN), **contents})
     start = time.monotonic()
     generation, recipe, step = Generation.load(config, ranks)
@@ -67,8 +69,7 @@ def main(argv: list[str]) -> int | None:
         of_model = recipe.data, recipe.seed, recipe.model.patch_size, recipe.diffusion, generation.vae_hash
         heldout = Heldout(sources, *of_model, ranks)
         results["data"]["heldout"] = {
-            name: {"path": path, "fingerprint": Manifest.load(path).content_hash}
-            for name, path in config.heldout.items()
+            name: {"path": path, "fingerprint": fingerprints[name]} for name, path in config.heldout.items()
         }
         results["heldout"] = heldout.losses(generation.model, generation.stats, StopSignal())  # Ctrl-C ends it as ever
     if config.scenes is not None:

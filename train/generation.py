@@ -34,8 +34,6 @@ BATCH = 50  # rows a sampling batch: small enough for a laptop, large enough to 
 # Progress in rows, of which a denoising step is a fraction.
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
 
-log = logging.getLogger(__name__)
-
 Part = str | np.ndarray  # text, or a picture uint8 [H, W, 3]
 Progress = Callable[[float], object]  # is told how many rows, or what fraction of one, were added
 

@@ -52,7 +52,8 @@ class SampleConfig(GenerationConfig):
 
 CONFIG = SampleConfig
 GROUP = True  # its ranks work together
-OWN = ("checkpoint", "prompts_file", "images", "output", "device", "vae")  # of each rank: what they hold is compared
+# Of each rank: what they hold is compared.
+OWN = ("checkpoint", "prompts_file", "images", "output", "device", "vae", "tokenizer")
 
 
 @dataclass(frozen=True)
