@@ -36,13 +36,13 @@ from data.tokenizer import SpecialIds
 from model.diffusion import DiffusionConfig
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
-from train.checkpoint import CheckpointConfig
-from train.distributed import Ranks, init_ranks
-from train.guard import GuardConfig
-from train.optim import OptimConfig, Optimizer
-from train.parallelize import ParallelConfig, initialize, parallelize
-from train.run_folder import RunFolder
-from train.saver import Saver
+from train.checkpoints.checkpoint import CheckpointConfig
+from train.checkpoints.run_folder import RunFolder
+from train.checkpoints.saver import Saver
+from train.distributed.parallelize import ParallelConfig, initialize, parallelize
+from train.distributed.ranks import Ranks, init_ranks
+from train.optim.guard import GuardConfig
+from train.optim.optimizer import OptimConfig, Optimizer
 from train.state import TrainState
 from train.step import latent_stats, micro_step
 from train.streams import open_streams

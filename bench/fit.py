@@ -3,8 +3,9 @@
     python -m bench.fit [--device cuda]
 
 The step is the trainer's own: sharded by FSDP2 over one rank, the fullest batch, bf16, blocks of the 1.4B model, with
-each kind of activation checkpointing. `peak_ratio` is planned by measured (train/rehearsal.py; aim: within 10 % with
-full checkpointing, 20 % otherwise). `stall_s` is how long the loop stands still for a save: the copy to pinned memory,
+each kind of activation checkpointing. `peak_ratio` is planned by measured (train/planning/rehearsal.py;
+aim: within 10 % with full checkpointing, 20 % otherwise). `stall_s` is how long the loop stands still for a save: the
+copy to pinned memory,
 whose first save also allocates it. Part of bench/gpu.sh; `--device cpu` runs the same code at a tiny size, where
 memory is not measured. The last line is one JSON object.
 """
@@ -22,15 +23,15 @@ import torch
 from data.dataset import DataConfig
 from model.transformer import SIZES, TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
-from train.checkpoint import META
-from train.distributed import Ranks, init_ranks
-from train.estimate import GIB, fullest_of
-from train.optim import OptimConfig, Optimizer
-from train.parallelize import ParallelConfig, initialize, parallelize, set_micro_step
-from train.recipe import PretrainConfig
-from train.rehearsal import rehearse
-from train.run_folder import RunFolder
-from train.saver import Saver, Snapshot
+from train.checkpoints.checkpoint import META
+from train.checkpoints.run_folder import RunFolder
+from train.checkpoints.saver import Saver, Snapshot
+from train.distributed.parallelize import ParallelConfig, initialize, parallelize, set_micro_step
+from train.distributed.ranks import Ranks, init_ranks
+from train.optim.optimizer import OptimConfig, Optimizer
+from train.planning.estimate import GIB, fullest_of
+from train.planning.rehearsal import rehearse
+from train.pretrain_config import PretrainConfig
 from train.step import latent_stats, micro_step
 from train.streams import open_streams
 

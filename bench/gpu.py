@@ -32,7 +32,7 @@ from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
 from model.vae import VaeConfig, build_vae, moments
 from train import hardware
-from train.encoder import Encoder, EncoderConfig
+from train.encoding.encoder import Encoder, EncoderConfig
 from train.flops import Flops
 from train.streams import open_streams
 

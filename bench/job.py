@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train import checkpoint
-from train.distributed import alone
+from train.checkpoints import checkpoint
+from train.distributed.ranks import alone
 
 PRELOADED = [
     "torch.distributed.fsdp",

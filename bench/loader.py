@@ -37,7 +37,7 @@ from data.shards import BadRecords, index_path, index_shard, write_shard
 from data.storage import Store
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.vae import VaeConfig, build_vae
-from train.encoder import Encoder, EncoderConfig
+from train.encoding.encoder import Encoder, EncoderConfig
 from train.streams import open_streams
 
 CHANNELS, GRID, PATCH, LENGTH = 8, (32, 32), 2, 4096  # the paper's: 256 patches an image, 4,096 tokens a sequence

@@ -23,11 +23,11 @@ from bench.job import Attempt, Job
 from data.dataset import DataSet, open_data
 from data.lanes import Lane, Source
 from data.packing import PADDING_DOCUMENT
-from train import checkpoint
-from train.checkpoint_storage import read_index
+from train.checkpoints import checkpoint
+from train.checkpoints.storage import read_index
 from train.config import load_config
-from train.distributed import alone
-from train.recipe import PretrainConfig
+from train.distributed.ranks import alone
+from train.pretrain_config import PretrainConfig
 
 WORLD_SIZE = 2  # of the undisturbed run
 NUMBERS = ("text_loss", "image_loss", "grad_norm", "tokens_seen", "images_seen", "skipped_documents", "learning_rate")

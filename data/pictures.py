@@ -1,20 +1,22 @@
-"""Picture bytes -> pixels at the encoder's resolution, and back. Everything Pillow stays here."""
+"""Picture bytes -> pixels at the encoder's resolution, and back; contact sheets. Everything Pillow stays here."""
 
 import io
 import re
 import struct
+import textwrap
 import warnings
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from data.shards import BadRecord
 
 MAX_PIXELS = 64 * 1024 * 1024  # a header that claims more is a decompression bomb
 MAX_SCANS = 100  # of a JPEG: each takes a pass over all pixels, were it a hundred bytes; usual are 1 to 12
+MARGIN, LINE, LINES = 6, 12, 3  # of a contact sheet: pixels, pixels, lines of text under a picture
 _TILE = 2048  # pixels a side that are made opaque at once
 _JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of a segment, or the end; others stand in compressed data
 Size = tuple[int, int]  # pixels, (height, width)
@@ -139,3 +141,23 @@ def to_unit(pixels: np.ndarray) -> np.ndarray:
 def from_unit(pixels: np.ndarray) -> np.ndarray:
     """f32 [N, 3, H, W] in [-1, 1] (clipped) -> uint8 [N, H, W, 3]."""
     return ((np.clip(pixels, -1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int = 4) -> Image.Image:
+    """Return a sheet of uint8 [H, W, 3] pictures, all at one scale, each with its title below."""
+    assert len(pictures) == len(titles) > 0, (len(pictures), len(titles))
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    scale = max(1, round(128 / width))
+    cell_w, cell_h = width * scale + MARGIN, height * scale + LINES * LINE + MARGIN
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * cell_w + MARGIN, rows * cell_h + MARGIN), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
+    for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        left, top = MARGIN + i % columns * cell_w, MARGIN + i // columns * cell_h
+        size = picture.shape[1] * scale, picture.shape[0] * scale
+        large = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+        sheet.paste(large, (left, top))
+        lines = textwrap.wrap(title, max(8, width * scale // 6))[:LINES]
+        pen.multiline_text((left, top + height * scale + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+    return sheet

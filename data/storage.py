@@ -45,7 +45,7 @@ from data.remote import (
 from data.shard_cache import CacheConfig, ShardCache, disk_errors, touch, unlink_if_free, write_at
 from data.tar import left_out
 
-Location = Annotated[str, "path"]  # of a file or folder, or its URL; train/layers.py expands ~ and $NAME in it
+Location = Annotated[str, "path"]  # of a file or folder, or its URL; train/config_layers.py expands ~ and $NAME in it
 OPEN_FILES = 64  # descriptors a store keeps
 READERS = 16  # threads that read ahead, for all stores of a process
 CACHE_PAUSE_S = 600  # without the cache, once its disk has failed

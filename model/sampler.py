@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.decoder import Decoder
+from model.cached_model import CachedModel
 from model.diffusion import (
     DiffusionConfig,
     Spacing,
@@ -194,7 +194,7 @@ class _Decoding:
         images = [self._num_patches(part.shape) for row in self.rows for part in row.pending if part.ndim == 3]
         largest = max(config.prefill_chunk, self.patches, *images)
         unconditional = None if config.guidance == 1 else [special.bos, special.boi]
-        self.decoder = Decoder(model, len(self.rows), self.max_length, largest, self.patches, unconditional)
+        self.decoder = CachedModel(model, len(self.rows), self.max_length, largest, self.patches, unconditional)
 
     def prefill(self) -> None:
         """Append all prompts: text by chunks, images whole, rows side by side."""

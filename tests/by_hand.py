@@ -10,8 +10,8 @@ from pathlib import Path
 
 from slurm.steps import free_port
 from tests.ranks import ProgramRanks
-from train import rendezvous
 from train.config import run_program
+from train.distributed import rendezvous
 
 
 @dataclass

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from bench.job import PRELOADED, rank_environment
 from train.config import run_program
-from train.distributed import Ranks, init_ranks
+from train.distributed.ranks import Ranks, init_ranks
 
 _context = multiprocessing.get_context("forkserver")
 # One server serves both: whoever is first to start a process starts it, and only then this list counts.

@@ -14,9 +14,10 @@ from data.tokenizer import Tokenizer
 from model.vae import load_vae, vae_hash
 from tests.ranks import ProgramRanks
 from tests.sources import make_source, pairs
-from train import checkpoint, pretrain
-from train.checkpoint_storage import read_index
-from train.distributed import alone
+from train import pretrain
+from train.checkpoints import checkpoint
+from train.checkpoints.storage import read_index
+from train.distributed.ranks import alone
 
 STEPS = 24
 SAVE_EVERY = 5

@@ -17,7 +17,7 @@ from bench.job import Job
 from bench.trajectory import End, check_rows, compare, read_again, saved_lanes
 from data.dataset import open_data
 from train.config import load_config
-from train.recipe import PretrainConfig
+from train.pretrain_config import PretrainConfig
 
 THREE, STEPS = ["kill_rank", "sigterm", "bit_flipped"], 28
 SEED = 292  # draws two ranks for all three; in a commit, an evaluation and a save

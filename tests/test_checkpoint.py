@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor, Shard, zeros
 
 from tests.disks import small_disk
 from tests.ranks import RankProcesses, run_ranks
-from train import checkpoint
-from train.checkpoint import CheckpointConfig, CheckpointError
-from train.distributed import LOST_PEER, Ranks, alone
-from train.run_folder import RunFolder, RunTakenOver
+from train.checkpoints import checkpoint
+from train.checkpoints.checkpoint import CheckpointConfig, CheckpointError
+from train.checkpoints.run_folder import RunFolder, RunTakenOver
+from train.distributed.ranks import LOST_PEER, Ranks, alone
 
 
 class Tiny(nn.Module):

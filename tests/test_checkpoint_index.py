@@ -15,11 +15,11 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from xxhash import xxh3_64_hexdigest
 
-from train import checkpoint
-from train.checkpoint_index import parse_index
-from train.checkpoint_storage import read_index
-from train.distributed import alone
-from train.run_folder import RunFolder
+from train.checkpoints import checkpoint
+from train.checkpoints.index import parse_index
+from train.checkpoints.run_folder import RunFolder
+from train.checkpoints.storage import read_index
+from train.distributed.ranks import alone
 
 STATE = {
     "model": {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)},

@@ -9,8 +9,8 @@ from torch.nn import functional
 from data.pictures import to_unit
 from data.scenes import make_splits, training_example
 from model.discriminator import SMALLEST_PICTURE, PatchDiscriminator, generator_loss, hinge_loss
-from train.guard import GuardConfig
-from train.optim import OptimConfig, Optimizer
+from train.optim.guard import GuardConfig
+from train.optim.optimizer import OptimConfig, Optimizer
 
 
 def discriminator(channels: int = 8) -> PatchDiscriminator:

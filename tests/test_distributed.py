@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.ranks import RankProcesses, run_ranks
-from train.distributed import Ballot, PendingVote, Ranks, Vote, alone, init_ranks, last_words
-from train.signals import StopKind
+from train.distributed.ranks import Ranks, alone, init_ranks, last_words
+from train.distributed.signals import StopKind
+from train.distributed.vote import Ballot, PendingVote, Vote
 
 
 def _vote_several_times(ranks: Ranks) -> list[Vote]:

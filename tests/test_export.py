@@ -19,11 +19,11 @@ from model.sampler import SamplerConfig
 from model.vae import VaeConfig, build_vae
 from tests.runs import PROMPTS, DrawingRun
 from tests.test_tokenizer import foreign_model
-from train import checkpoint
-from train.distributed import alone
+from train.checkpoints import checkpoint
+from train.distributed.ranks import alone
 from train.export import main, tokenizer_config
-from train.generation import Generation, GenerationConfig
-from train.trained import Trained
+from train.inference.pipeline import Pipeline, PipelineConfig
+from train.inference.saved_model import LoadedModel
 
 SAMPLER = SamplerConfig(sampler="ddim", steps=2, max_new_tokens=4)
 
@@ -33,8 +33,8 @@ def export(drawn: DrawingRun, output: Path, *more: str) -> Path:
     return output
 
 
-def load(path: Path, **settings: str) -> Generation:
-    return Generation.load(GenerationConfig(checkpoint=str(path), device="cpu", **settings), alone())[0]
+def load(path: Path, **settings: str) -> Pipeline:
+    return Pipeline.load(PipelineConfig(checkpoint=str(path), device="cpu", **settings), alone())[0]
 
 
 def test_an_export_draws_the_same_bits_and_needs_nothing_else(drawn: DrawingRun, tmp_path: Path, capsys) -> None:
@@ -47,7 +47,7 @@ def test_an_export_draws_the_same_bits_and_needs_nothing_else(drawn: DrawingRun,
     assert str(generation.tokenizer.path).startswith(str(moved))
     for ours, theirs in zip(generation.draw(PROMPTS, SAMPLER, 3), original.draw(PROMPTS, SAMPLER, 3), strict=True):
         assert np.array_equal(ours, theirs)
-    assert Trained.load(moved, alone()).step == 6 and Trained.load(moved, alone()).weights == "ema-7"
+    assert LoadedModel.load(moved, alone()).step == 6 and LoadedModel.load(moved, alone()).weights == "ema-7"
     export(drawn, tmp_path / "elsewhere")
     assert "reusing it" in capsys.readouterr().out
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()}
@@ -62,17 +62,17 @@ def test_another_run_under_the_same_path_is_exported_anew(drawn: DrawingRun, tmp
     shutil.copytree(checkpoint.saved(run_dir / "checkpoints")[-1], newest)  # of the same name, with other contents
     main([f"checkpoint={run_dir}", f"output={tmp_path / 'export'}"])
     assert "was made with another identity; making it anew" in capsys.readouterr().out
-    assert Trained.load(tmp_path / "export", alone()).step == 3
+    assert LoadedModel.load(tmp_path / "export", alone()).step == 3
 
 
 def test_weights_and_dtype_are_those_asked_for(drawn: DrawingRun, tmp_path: Path) -> None:
     folder = export(drawn, tmp_path / "export", "weights=model", "dtype=bfloat16")
-    live = Trained.load(drawn.run_dir, alone(), "model").model.state_dict()
+    live = LoadedModel.load(drawn.run_dir, alone(), "model").model.state_dict()
     written = load_file(folder / "model.safetensors")
     assert written.keys() == live.keys()
     assert all(torch.equal(written[name], live[name].bfloat16()) for name in live)
     with pytest.raises(ValueError, match=r"weights=ema: .* holds model; use weights=model"):
-        Trained.load(folder, alone(), "ema")
+        LoadedModel.load(folder, alone(), "ema")
     picture = load(folder, dtype="bfloat16").draw(PROMPTS[:1], SAMPLER, 0)[0]
     assert picture.shape == (32, 32, 3) and picture.std() > 0
 
@@ -83,7 +83,7 @@ def test_the_text_side_opens_in_transformers(drawn: DrawingRun, tmp_path: Path) 
     llama = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     bos, *_ = AutoTokenizer.from_pretrained(folder)("a red").input_ids
     assert bos == llama.config.bos_token_id
-    trained = Trained.load(drawn.run_dir, alone())
+    trained = LoadedModel.load(drawn.run_dir, alone())
     ids = torch.randint(4, trained.tokenizer.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     text = torch.full_like(ids, -1)
     mask = dense_mask(torch.ones_like(ids), text, torch.full_like(ids, 40))
@@ -133,23 +133,23 @@ def test_damage_and_what_does_not_fit_are_refused_by_name(drawn: DrawingRun, tmp
     weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}  # not mapped
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="is damaged"):
-        Trained.load(folder, alone())
+        LoadedModel.load(folder, alone())
     first = next(iter(weights))
     save_file({name: tensor for name, tensor in weights.items() if name != first}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=re.escape(f"{first} is missing")):
-        Trained.load(folder, alone())
+        LoadedModel.load(folder, alone())
     mark = json.loads((folder / "export.json").read_text())
     for change in ({"latent_spec": {"foo": 1}}, {"progress": 3}, {"grids": [["a", 3]]}, {"weights": "x"}):
         (folder / "export.json").write_text(json.dumps(mark | change))
         with pytest.raises(ValueError, match=r"export\.json: not readable"):
-            Trained.load(folder, alone())
+            LoadedModel.load(folder, alone())
     (folder / "export.json").write_text(json.dumps(mark))
     recipe = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(recipe.replace("device: cpu", "device: ${oc.env:HOME}"))
     with pytest.raises(ValueError, match="holds an interpolation"):
-        Trained.load(folder, alone())
+        LoadedModel.load(folder, alone())
     with pytest.raises(ValueError, match="it is a Llama export"):
-        Trained.load(export(drawn, tmp_path / "llama", "format=llama"), alone())
+        LoadedModel.load(export(drawn, tmp_path / "llama", "format=llama"), alone())
     other = VaeConfig(latent_channels=2, block_channels=(8, 8, 8), layers_per_block=1, norm_groups=2)
     build_vae(other).save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match="has hash"):

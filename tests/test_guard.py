@@ -15,9 +15,9 @@ from tests.ranks import run_ranks
 from tests.runs import assert_same_end, finish, launch, numbers, rows, saved_state, saved_steps, settings, wait_for
 from tests.sources import make_source, pairs
 from train.config import load_config
-from train.distributed import Ranks
-from train.guard import Guard, GuardConfig
-from train.recipe import PretrainConfig
+from train.distributed.ranks import Ranks
+from train.optim.guard import Guard, GuardConfig
+from train.pretrain_config import PretrainConfig
 from train.step import StepLoss
 
 NORMS = [1.0, 2.0, math.nan, 3.0, 100.0, math.inf, 2.0, 5.9, 6.1, 2.0]

@@ -24,6 +24,17 @@ FOREIGN = {
     "data": ("torch.distributed",),
     "model": ("torch.distributed", "logging", "time", "omegaconf", "wandb"),
 }
+# The rooms of train/: what each may import of the others, and of the files that lie beside them.
+EVERYWHERE = {"config", "console", "flops", "hardware", "step"}
+ROOMS = {
+    "distributed": set(),
+    "encoding": {"distributed", "inference"},  # stats_from= names a run or an export
+    "optim": {"distributed"},
+    "checkpoints": {"distributed"},
+    "inference": {"distributed", "optim", "checkpoints", "pretrain_config"},
+    "planning": {"distributed", "optim", "checkpoints", "pretrain_config"},
+    "pages": {"distributed", "optim", "checkpoints", "pretrain_config", "inference", "planning"},
+}
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 
 
@@ -57,6 +68,20 @@ def test_imports_go_one_way(path: Path) -> None:
         assert not any(f"{imported}.".startswith(f"{foreign}.") for foreign in FOREIGN.get(package, ())), imported
         if package == "slurm" and top == "train":
             assert imported.startswith("train.config"), imported
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_lies_below_them(room: str) -> None:
+    """So each can be read, tested and replaced alone."""
+    for path in sorted((ROOT / "train" / room).glob("*.py")):
+        for imported in imports_of(path):
+            package, _, rest = imported.partition(".")
+            below = rest.split(".")[0]
+            assert package != "train" or below in {room} | ROOMS[room] | EVERYWHERE, f"{name_of(path)} <- {imported}"
+
+
+def test_every_folder_of_train_is_a_room() -> None:
+    assert {path.parent.name for path in (ROOT / "train").glob("*/*.py")} == ROOMS.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -19,9 +19,9 @@ from data.tokenizer import Tokenizer
 from model.vae import load_vae, vae_hash
 from tests.runs import finish, saved_state, settings
 from tests.sources import make_source, pairs, texts
-from train import checkpoint
-from train.distributed import alone
-from train.trained import Trained
+from train.checkpoints import checkpoint
+from train.distributed.ranks import alone
+from train.inference.saved_model import LoadedModel
 
 ROOT = Path(__file__).parent.parent
 PYTHONS = ("/usr/bin/python3", "python3.12", "python3.13")
@@ -90,6 +90,6 @@ def test_a_run_goes_on_under_another_python_and_back(
     again = _from_step(4, theirs, tmp_path / "again")
     assert f"from {again}/checkpoints/step-00000004" in finish(arguments(again), None)
     _assert_same_end(again, tmp_path / "ours")
-    exported, trained = (Trained.load(path, alone(), "model").model for path in (tmp_path / "export", theirs))
+    exported, trained = (LoadedModel.load(path, alone(), "model").model for path in (tmp_path / "export", theirs))
     for one, other in zip(exported.parameters(), trained.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from train import launcher
-from train.launcher import ERROR_FILE, OUTLIVE, Place
-from train.signals import StopKind, StopSignal
+from train.distributed import launcher
+from train.distributed.launcher import ERROR_FILE, OUTLIVE, Place
+from train.distributed.signals import StopKind, StopSignal
 
 VARIABLES = (
     "RANK",
@@ -72,7 +72,7 @@ ORPHAN = """
 import os, subprocess, sys, time
 CHILD = '''
 import os, time
-from train.signals import StopKind, StopSignal
+from train.distributed.signals import StopKind, StopSignal
 with StopSignal() as stop:
     print(os.getpid(), flush=True)
     deadline = time.monotonic() + 8

@@ -17,8 +17,8 @@ from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
 from model.vae import LatentStats
-from train.guard import GuardConfig
-from train.optim import OptimConfig, Optimizer
+from train.optim.guard import GuardConfig
+from train.optim.optimizer import OptimConfig, Optimizer
 from train.step import micro_step
 
 STEPS, SCENES, SIDE = 40, 6, 16

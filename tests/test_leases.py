@@ -7,7 +7,7 @@ import time
 from multiprocessing.queues import Queue
 from pathlib import Path
 
-from train.leases import Leases
+from train.encoding.leases import Leases
 
 FORK = multiprocessing.get_context("fork")
 

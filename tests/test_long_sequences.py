@@ -20,8 +20,8 @@ from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from tests.ranks import run_ranks
 from tests.sources import data_config, make_source, pairs, texts
-from train.distributed import Ranks
-from train.parallelize import ParallelConfig, initialize, parallelize
+from train.distributed.parallelize import ParallelConfig, initialize, parallelize
+from train.distributed.ranks import Ranks
 from train.step import latent_stats, micro_step
 
 S = 32_768

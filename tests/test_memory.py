@@ -10,10 +10,10 @@ import torch
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from tests.ranks import run_ranks
-from train import checkpoint
-from train.distributed import Ranks
-from train.parallelize import ParallelConfig, initialize, parallelize
-from train.run_folder import RunFolder
+from train.checkpoints import checkpoint
+from train.checkpoints.run_folder import RunFolder
+from train.distributed.parallelize import ParallelConfig, initialize, parallelize
+from train.distributed.ranks import Ranks
 
 # 193 MB: two tables of 31 MB, ten blocks of four matrices of 1 to 6 MB, and as many vectors.
 MODEL = TransfusionConfig(transformer=TransformerConfig(width=512, layers=10, heads=8), latent_channels=2)

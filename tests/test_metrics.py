@@ -9,11 +9,13 @@ import torch
 
 from tests.ranks import run_ranks
 from train import metrics
-from train.distributed import Ranks, Vote, alone
-from train.feed import Fed
+from train.console import Console
+from train.distributed.ranks import Ranks, alone
+from train.distributed.signals import StopKind
+from train.distributed.vote import Vote
 from train.flops import Flops
-from train.metrics import Console, Interval
-from train.signals import StopKind
+from train.metrics import Interval
+from train.next_batch import AgreedBatch
 from train.step import StepLoss
 
 
@@ -54,7 +56,7 @@ def _two_rows(ranks: Ranks) -> list[dict]:
         for _ in range(steps):
             vote = _vote(text_targets=30, images=6, tokens=120, documents_skipped=4)
             losses = [_loss(10.0 * mine, 1.0 * mine), _loss(5.0, 0.0)]
-            fed = Fed(_batch(slots=50, pairs=7 * mine), vote, data_wait_s=0.0, peers_wait_s=abs(ranks.rank - 1))
+            fed = AgreedBatch(_batch(slots=50, pairs=7 * mine), vote, data_wait_s=0.0, peers_wait_s=abs(ranks.rank - 1))
             interval.add(fed, losses, grad_norm=torch.tensor(2.5))
         interval.checkpoint_s = interval.evaluation_s = 0.0
         rows.append(interval.row(states))

@@ -16,11 +16,11 @@ from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from tests.ranks import run_ranks
 from tests.runs import assert_same_end, finish, saved_state, settings
-from train.distributed import Ranks
-from train.guard import GuardConfig
-from train.muon import COEFFICIENTS, matrices, newton_schulz
-from train.optim import OptimConfig, Optimizer, learning_rate
-from train.parallelize import gather_weights
+from train.distributed.parallelize import gather_weights
+from train.distributed.ranks import Ranks
+from train.optim.guard import GuardConfig
+from train.optim.muon import COEFFICIENTS, matrices, newton_schulz
+from train.optim.optimizer import OptimConfig, Optimizer, learning_rate
 
 CONFIG = OptimConfig(
     optimizer="muon", learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=1, steps=5, weight_decay=0.3

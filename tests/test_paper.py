@@ -7,9 +7,9 @@ import pytest
 from model.diffusion import DiffusionConfig
 from model.sampler import SamplerConfig
 from train.config import load_config
-from train.estimate import parameters
-from train.optim import OptimConfig, learning_rate
-from train.recipe import PretrainConfig
+from train.optim.optimizer import OptimConfig, learning_rate
+from train.planning.estimate import parameters
+from train.pretrain_config import PretrainConfig
 from train.sample import SampleConfig
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper"

@@ -22,10 +22,7 @@ from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
 from tests.ranks import run_ranks
 from tests.sources import data_config
-from train.distributed import Ranks
-from train.guard import GuardConfig
-from train.optim import OptimConfig, Optimizer
-from train.parallelize import (
+from train.distributed.parallelize import (
     ParallelConfig,
     compute_dtype,
     gather_weights,
@@ -34,6 +31,9 @@ from train.parallelize import (
     parallelize,
     set_micro_step,
 )
+from train.distributed.ranks import Ranks
+from train.optim.guard import GuardConfig
+from train.optim.optimizer import OptimConfig, Optimizer
 from train.step import latent_stats, micro_step
 
 MODEL = TransfusionConfig(

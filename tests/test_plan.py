@@ -11,7 +11,10 @@ from data.dataset import open_data
 from data.loader import Loader
 from data.tokenizer import Tokenizer
 from tests.sources import data_config, make_source, pairs
-from train.estimate import (
+from train.flops import Flops
+from train.hardware import GPUS, find
+from train.plan import main as plan
+from train.planning.estimate import (
     GIB,
     communication_seconds,
     documents_of,
@@ -20,12 +23,9 @@ from train.estimate import (
     rows_per_rank,
     warning_unless_peak_fits,
 )
-from train.flops import Flops
-from train.hardware import GPUS, find
-from train.plan import main as plan
-from train.recipe import PretrainConfig
-from train.rehearsal import Collective, state_bytes
-from train.remedies import cheapest_fit
+from train.planning.rehearsal import Collective, state_bytes
+from train.planning.suggestions import cheapest_fit
+from train.pretrain_config import PretrainConfig
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper"
 SMALL = [

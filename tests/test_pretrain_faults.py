@@ -35,7 +35,7 @@ from tests.runs import (
 from tests.sources import make_source, pairs
 from train import pretrain
 from train.config import load_config
-from train.recipe import PretrainConfig
+from train.pretrain_config import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ import torch
 
 from data.tokenizer import Tokenizer
 from tests.runs import assert_same_end, finish, numbers, settings
-from train.distributed import alone
+from train.distributed.ranks import alone
 from train.profile import ProfileConfig, Profiler
 
 

@@ -13,15 +13,16 @@ from model.attention import attend
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from tests.ranks import run_ranks
-from train import checkpoint, rehearsal
-from train.distributed import Ranks
-from train.estimate import fullest_of
-from train.local_shards import local
-from train.optim import OptimConfig, Optimizer
-from train.parallelize import ParallelConfig, initialize, parallelize, set_micro_step
-from train.recipe import PretrainConfig
-from train.rehearsal import Rehearsal, rehearse, state_bytes
-from train.run_folder import RunFolder
+from train.checkpoints import checkpoint
+from train.checkpoints.run_folder import RunFolder
+from train.distributed.local_shards import local
+from train.distributed.parallelize import ParallelConfig, initialize, parallelize, set_micro_step
+from train.distributed.ranks import Ranks
+from train.optim.optimizer import OptimConfig, Optimizer
+from train.planning import rehearsal
+from train.planning.estimate import fullest_of
+from train.planning.rehearsal import Rehearsal, rehearse, state_bytes
+from train.pretrain_config import PretrainConfig
 from train.step import latent_stats, micro_step
 
 VOCAB, GRIDS = 301, [(8, 8), (8, 12)]

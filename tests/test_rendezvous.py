@@ -11,9 +11,10 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from tests.by_hand import assert_refused, by_hand
 from tests.runs import settings
 from tests.sources import make_source, pairs
-from train import evaluate, pretrain, rendezvous, sample, vae
-from train.agreement import difference
-from train.launcher import Place
+from train import evaluate, pretrain, sample, vae
+from train.distributed import rendezvous
+from train.distributed.agreement import difference
+from train.distributed.launcher import Place
 
 
 @pytest.fixture(scope="module")

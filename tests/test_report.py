@@ -9,22 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.pictures import encode_png
+from data.pictures import contact_sheet, encode_png
 from data.scenes import Shape, Verdict, caption, draw, score
 from model.vae import VaeConfig, build_vae
 from tests.pages import Page
+from train.checkpoints.run_folder import RunFolder
 from train.config import load_config, to_yaml
-from train.curves import CHARTS, POINTS, _thinned, draw_charts
-from train.distributed import alone
+from train.distributed.ranks import alone
 from train.evaluate import _write_examples
-from train.evaluation import SceneItem, shares
-from train.figures import contact_sheet
-from train.findings import ReportConfig
-from train.page import read_picture, spread
-from train.recipe import PretrainConfig
+from train.inference.scene_scores import SceneItem, shares
+from train.pages.metric_curves import CHARTS, POINTS, _thinned, draw_charts
+from train.pages.page import read_picture, spread
+from train.pages.report_inputs import ReportConfig
+from train.pages.report_sections import _interval
+from train.pretrain_config import PretrainConfig
 from train.report import main
-from train.run_folder import RunFolder
-from train.sections import _interval
 
 HOSTILE = '<script>alert("1")</script><img src=http://evil.example/x onerror=alert(1)>&amp;\'"'
 SECTIONS = ["scores", "prompts", "curves", "previews", "drawings", "captions", "codec", "heldout", "seconds"]

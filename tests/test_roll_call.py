@@ -8,8 +8,8 @@ import sys
 import pytest
 from torch.distributed import TCPStore
 
-from train import roll_call
-from train.roll_call import RollCall
+from train.distributed import roll_call
+from train.distributed.roll_call import RollCall
 
 KEEPER = """
 from torch.distributed import TCPStore

@@ -12,15 +12,16 @@ import torch
 
 from tests.disks import can_mount, own_mounts, small_disk
 from tests.ranks import run_ranks
-from train import checkpoint, shared_folder
-from train.distributed import Ranks, alone
-from train.run_folder import RunFolder, RunTakenOver
-from train.shared_folder import require_shared
+from train.checkpoints import checkpoint
+from train.checkpoints.run_folder import RunFolder, RunTakenOver
+from train.distributed import shared_folder
+from train.distributed.ranks import Ranks, alone
+from train.distributed.shared_folder import require_shared
 
 HOLD = """
 import sys, time
-from train.distributed import alone
-from train.run_folder import RunFolder
+from train.distributed.ranks import alone
+from train.checkpoints.run_folder import RunFolder
 import os
 run = RunFolder(sys.argv[1], alone())
 if os.fork() == 0:  # like a forked loader worker, which outlives a kill -9 of the rank for a while

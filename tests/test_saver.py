@@ -16,11 +16,11 @@ from data.tokenizer import Tokenizer
 from tests.disks import small_disk
 from tests.ranks import run_ranks
 from tests.runs import SAVE_EVERY, assert_same_end, launch, numbers, saved_steps, settings, wait_for
-from train import checkpoint
-from train.checkpoint import CheckpointConfig, CheckpointError
-from train.distributed import Ranks, alone
-from train.run_folder import RunFolder, RunTakenOver
-from train.saver import Saver, Snapshot
+from train.checkpoints import checkpoint
+from train.checkpoints.checkpoint import CheckpointConfig, CheckpointError
+from train.checkpoints.run_folder import RunFolder, RunTakenOver
+from train.checkpoints.saver import Saver, Snapshot
+from train.distributed.ranks import Ranks, alone
 
 
 def _snapshot(ranks: Ranks, step: int, filler: int = 0) -> Snapshot:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from data.prose import text_documents
+from data.scene_texts import text_documents
 from data.scenes import (
     COLOURS,
     PAIR_WORDINGS,

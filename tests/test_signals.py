@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from train.signals import StopKind, StopSignal, shield_worker
+from train.distributed.signals import StopKind, StopSignal, shield_worker
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
@@ -40,7 +40,7 @@ def test_the_handlers_of_before_come_back() -> None:
 def test_a_second_ctrl_c_kills_at_once_and_a_shielded_worker_outlives_signals_but_not_its_parent() -> None:
     program = """
 import os, signal, time
-from train.signals import StopSignal, shield_worker
+from train.distributed.signals import StopSignal, shield_worker
 with StopSignal() as stop:
     worker = os.fork()
     if worker == 0:

@@ -15,14 +15,14 @@ from data.tokenizer import Tokenizer
 from model.transfusion import Transfusion
 from tests.ranks import run_ranks
 from tests.runs import settings
-from train import checkpoint
+from train.checkpoints import checkpoint
+from train.checkpoints.run_folder import RunFolder
+from train.checkpoints.saver import Saver
 from train.config import load_config, to_yaml
-from train.distributed import Ranks
-from train.optim import Optimizer
-from train.parallelize import gather_weights, initialize, parallelize
-from train.recipe import PretrainConfig
-from train.run_folder import RunFolder
-from train.saver import Saver
+from train.distributed.parallelize import gather_weights, initialize, parallelize
+from train.distributed.ranks import Ranks
+from train.optim.optimizer import Optimizer
+from train.pretrain_config import PretrainConfig
 from train.state import Progress, TrainState, fingerprint
 
 

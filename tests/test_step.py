@@ -22,8 +22,9 @@ from model.unet import UNetConfig
 from model.vae import LatentStats
 from tests.ranks import run_ranks
 from tests.sources import data_config
-from train.distributed import Ballot, PendingVote, Ranks
-from train.parallelize import ParallelConfig, gather_weights, initialize, parallelize
+from train.distributed.parallelize import ParallelConfig, gather_weights, initialize, parallelize
+from train.distributed.ranks import Ranks
+from train.distributed.vote import Ballot, PendingVote
 from train.step import micro_step
 
 SPECIAL = SpecialIds(bos=1, eos=2, boi=3, eoi=4, pad=0)

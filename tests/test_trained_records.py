@@ -16,9 +16,10 @@ from data.tokenizer import Tokenizer
 from tests.ranks import run_ranks
 from tests.runs import assert_refused, settings
 from tests.sources import Content, make_source, pairs, texts
-from train import encode, trained_records
-from train.distributed import Ranks, alone
-from train.trained_records import TrainedRecords
+from train import encode
+from train.checkpoints import trained_records
+from train.checkpoints.trained_records import TrainedRecords
+from train.distributed.ranks import Ranks, alone
 
 
 def _encoded(folder: Path, tokenizer: Tokenizer, lines: Sequence[str], files: int) -> Path:

@@ -32,10 +32,10 @@ from model.vae import (
 from tests.ranks import ProgramRanks
 from tests.runs import wait_for
 from tests.test_perceptual import random_weights
-from train.codec_loss import CodecLoss
 from train.config import load_config
-from train.optim import OptimConfig, learning_rate
+from train.optim.optimizer import OptimConfig, learning_rate
 from train.vae import Training, VaeTrainConfig, main
+from train.vae_loss import VaeLoss
 
 PAPER = Path(__file__).parents[1] / "configs/paper/vae.yaml"
 TINY = VaeConfig(latent_channels=3, block_channels=(8, 8, 8), layers_per_block=1, norm_groups=4, mid_attention=False)
@@ -488,7 +488,7 @@ def test_the_discriminator_starts_at_its_step_and_not_before(shards, tmp_path, m
 def test_the_discriminator_follows_its_own_peak_rate():
     optim = OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=2, steps=10)
     config = VaeLossConfig(gan_weight=0.5, gan_channels=8, gan_learning_rate=2e-4)
-    own = CodecLoss(config, optim, None, torch.device("cpu")).optimizer.config
+    own = VaeLoss(config, optim, None, torch.device("cpu")).optimizer.config
     for step in (1, 2, 5, 10):
         assert learning_rate(step, own) == pytest.approx(0.2 * learning_rate(step, optim))
 

@@ -14,16 +14,24 @@ from PIL import Image
 from data.documents import ImageSegment, TextSegment, decode_document
 from data.manifest import Manifest
 from data.packing import lay_out
-from data.pictures import encode_png, from_unit
+from data.pictures import contact_sheet, encode_png, from_unit
 from data.shards import BadRecords, Record, write_shard
 from data.tokenizer import Tokenizer
 from model.vae import decode, load_vae
 from tests.pages import Page
 from tests.sources import encoded_records, interleaved, latent_spec, make_source
 from train.config import options, run_program
-from train.contents import CHARACTERS, PICTURES, EncodedData, Picture, ShownDocument, bins, false_colours, quantiles
 from train.encode import main as encode
-from train.figures import contact_sheet
+from train.pages.dataset_summary import (
+    CHARACTERS,
+    PICTURES,
+    EncodedData,
+    Picture,
+    ShownDocument,
+    bins,
+    false_colours,
+    quantiles,
+)
 from train.view import CONFIG, histogram, main
 
 HOSTILE = '<script>alert("1")</script><img src=http://evil.example/x onerror=alert(1)>&amp;\'"'

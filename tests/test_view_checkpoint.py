@@ -16,15 +16,15 @@ from xxhash import xxh3_64_hexdigest
 from tests.pages import Page
 from tests.ranks import run_ranks
 from tests.runs import rows, saved_state
-from train import checkpoint
-from train.checkpoint_contents import Contents, magnitude_edges, summarize
-from train.checkpoint_listing import CheckpointListing
-from train.checkpoint_page import view_checkpoints
+from train.checkpoints import checkpoint
+from train.checkpoints.run_folder import RunFolder
 from train.config import load_config
-from train.distributed import Ranks, alone
-from train.estimate import parameters
-from train.recipe import PretrainConfig
-from train.run_folder import RunFolder
+from train.distributed.ranks import Ranks, alone
+from train.pages.checkpoint_listing import CheckpointListing
+from train.pages.checkpoint_page import view_checkpoints
+from train.pages.checkpoint_summary import CheckpointSummary, magnitude_edges, summarize
+from train.planning.estimate import parameters
+from train.pretrain_config import PretrainConfig
 from train.view import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -194,7 +194,7 @@ def test_bad_weights_are_counted_and_named_and_left_out_of_the_sums(
     model = seen.record["contents"]["entries"]["model"]
     assert model["dtypes"] == ["bfloat16", "float32"] and model["num_bytes"] == 8 * 4 + 6 * 2
     assert model["norm"] == pytest.approx(math.sqrt(2 * 0.25 + 9e8 + 6)) and model["largest"] == 3e4
-    contents = Contents.read(folder, set(), int)
+    contents = CheckpointSummary.read(folder, set(), int)
     sums = contents.sums(lambda tensor: tensor.part)["embeddings"]
     filled = {f"{magnitude_edges()[i]:.2g}": n for i, n in enumerate(sums.histogram.tolist()) if n}
     assert filled == {"1e-08": 1, "0.42": 2, "75": 1} and sums.zeros == 2
@@ -256,9 +256,9 @@ def _save(_: Ranks, run_dir: Path) -> list[Path]:
 
 
 def _peak_growth_mib(_: Ranks, small: Path, large: Path) -> tuple[float, float]:
-    Contents.read(small, set(), int)  # imports, and what reading takes in any case
+    CheckpointSummary.read(small, set(), int)  # imports, and what reading takes in any case
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    contents = Contents.read(large, set(), int)
+    contents = CheckpointSummary.read(large, set(), int)
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return growth / 1024, contents.sums(lambda tensor: tensor.entry)["model"].norm
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from train.distributed import alone
+from train.checkpoints.run_folder import RunFolder
+from train.distributed.ranks import alone
 from train.metrics import LogConfig, MetricsLog
-from train.run_folder import RunFolder
 from train.wandb_page import ID_FILE
 
 BLOCK = 32768  # bytes of a block of LevelDB's log format, in which a .wandb file is written after 7 bytes of its own

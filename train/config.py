@@ -21,8 +21,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from train.launcher import leave_word
-from train.layers import as_expanded, as_list, each, expanded, lay, parse, read_yaml
+from train.config_layers import as_expanded, as_list, each, expanded, lay, parse, read_yaml
+from train.distributed.launcher import leave_word
 from train.streams import open_streams
 
 Config = TypeVar("Config")
@@ -145,13 +145,15 @@ def _say_refusal(words: str) -> None:
 
 
 def _tell_peers(error: Exception) -> None:
-    from train.rendezvous import tell_peers  # imports torch, as a program whose ranks work together has done
+    from train.distributed.rendezvous import (
+        tell_peers,  # imports torch, as a program whose ranks work together has done
+    )
 
     tell_peers(error)
 
 
 def _refusal_of_peer(error: Exception) -> str | None:
-    from train.rendezvous import refusal_of_peer  # as above
+    from train.distributed.rendezvous import refusal_of_peer  # as above
 
     return refusal_of_peer(error)
 

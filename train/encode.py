@@ -25,13 +25,13 @@ from data.remote import file_version, is_remote, shown
 from data.shards import TEMPORARY_NAME, BadRecords, Record, index_shard, write_shard
 from data.storage import Location, expand, local_copy
 from train.config import load_config, run_program
-from train.encoder import EXAMPLES_KEPT, Encoder, EncoderConfig
-from train.launcher import place
-from train.leases import Leases
+from train.distributed.launcher import place
+from train.encoding.encoder import EXAMPLES_KEPT, Encoder, EncoderConfig
+from train.encoding.leases import Leases
+from train.encoding.progress import Progress
+from train.encoding.sidecar import Sidecar, build_manifest, sidecar_path
+from train.encoding.verification import index_folder, verify_folder
 from train.output_folder import make_writable
-from train.progress import Progress
-from train.sidecar import Sidecar, build_manifest, sidecar_path
-from train.verification import index_folder, verify_folder
 
 LEASES = ".leases"  # folder in the output
 WAIT_S = 2.0  # between looks at what others work on

@@ -17,20 +17,20 @@ from data.pictures import encode_png
 from data.shards import atomic_write
 from data.storage import Location
 from model.sampler import SamplerConfig
-from train.agreement import facts_of
+from train.checkpoints.trained_records import TrainedRecords
 from train.config import load_config, run_program
-from train.distributed import Ranks, init_ranks
-from train.evaluation import describe_scenes, judge_captions, judge_drawings, read_scenes, shares
-from train.generation import BAR_FORMAT, Generation, GenerationConfig
+from train.distributed.agreement import facts_of
+from train.distributed.ranks import Ranks, init_ranks
+from train.distributed.signals import StopSignal
 from train.heldout import Heldout, HeldoutConfig
+from train.inference.pipeline import BAR_FORMAT, Pipeline, PipelineConfig
+from train.inference.saved_model import SavedModel
+from train.inference.scene_scores import describe_scenes, judge_captions, judge_drawings, read_scenes, shares
 from train.output_folder import make_writable
-from train.signals import StopSignal
-from train.stored import Stored
-from train.trained_records import TrainedRecords
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(GenerationConfig):
+class EvaluateConfig(PipelineConfig):
     output: Location = "runs/evaluation"  # folder to write
     scenes: Location | None = None  # raw held-out scenes (train.scenes) to draw and to describe; null: no judge
     max_prompts: int = 200  # scenes of each split
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int | None:
     contents = {f"heldout.{name} (contents)": value for name, value in fingerprints.items()}
     ranks = init_ranks(timeout_s=1800, device=config.device, facts={**facts_of(config, OWN), **contents})
     start = time.monotonic()
-    generation, recipe, step = Generation.load(config, ranks)
+    generation, recipe, step = Pipeline.load(config, ranks)
     output = Path(config.output)
     ranks.on_first(lambda: make_writable(output))  # which alone writes there
     settings = {field.name: getattr(config, field.name) for field in fields(SamplerConfig)}
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int | None:
     return 0
 
 
-def _training_data(stored: Stored) -> dict[str, dict[str, str]]:
+def _training_data(stored: SavedModel) -> dict[str, dict[str, str]]:
     """Return path and fingerprint of each source that the model was trained on."""
     fingerprints = stored.meta["fingerprint"]  # of an export of an earlier version, the tokenizer's alone
     return {
@@ -104,7 +104,7 @@ def _training_data(stored: Stored) -> dict[str, dict[str, str]]:
     }
 
 
-def _refuse_trained(stored: Stored, heldout: dict[str, str], ranks: Ranks) -> None:
+def _refuse_trained(stored: SavedModel, heldout: dict[str, str], ranks: Ranks) -> None:
     """Raise ValueError for held-out data that the model was trained on (P10). Collective."""
     if stored.trained is not None:
         stored.trained.check(heldout, ranks)

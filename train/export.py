@@ -15,13 +15,12 @@ from safetensors.torch import save_file
 from data.storage import Location
 from data.tokenizer import Tokenizer
 from model.llama import llama_config, llama_weights
+from train.checkpoints.run_folder import TOKENIZER_FILE
+from train.checkpoints.trained_records import TRAINED_FILE
 from train.config import load_config, run_program, to_yaml
-from train.distributed import alone
+from train.distributed.ranks import alone
+from train.inference.saved_model import EXPORT_MARK, VAE_FOLDER, WEIGHTS_FILE, LoadedModel, load_matching_vae
 from train.output_folder import OutputFolder
-from train.run_folder import TOKENIZER_FILE
-from train.stored import EXPORT_MARK, VAE_FOLDER, WEIGHTS_FILE
-from train.trained import Trained, load_codec
-from train.trained_records import TRAINED_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ CONFIG = ExportConfig
 
 def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
-    trained = Trained.load(config.checkpoint, alone(), config.weights, config.tokenizer)
+    trained = LoadedModel.load(config.checkpoint, alone(), config.weights, config.tokenizer)
     settings = {"checkpoint": config.checkpoint, "identity": trained.stored.identity, "weights": trained.weights}
     settings |= {"format": config.format, "dtype": config.dtype, "vae": config.vae or trained.recipe.vae}
     output = OutputFolder(config.output, "train.export", EXPORT_MARK, settings)
@@ -54,11 +53,11 @@ def main(argv: list[str]) -> None:
     print(f"train.export: step {trained.step}, {trained.weights} weights, {size / 2**20:,.1f} MiB in {output.path}")
 
 
-def write_transfusion(trained: Trained, output: OutputFolder, dtype: torch.dtype, vae: str | None) -> dict:
+def write_transfusion(trained: LoadedModel, output: OutputFolder, dtype: torch.dtype, vae: str | None) -> dict:
     """Fill the folder and return what its mark says."""
     spec, codec = trained.latent_spec, None
     if spec is not None:
-        codec = load_codec(vae, spec)
+        codec = load_matching_vae(vae, spec)
     folder = output.open_partial()
     weights = {name: parameter.detach().to(dtype) for name, parameter in trained.model.named_parameters()}
     save_file(weights, folder / WEIGHTS_FILE)
@@ -79,7 +78,7 @@ def write_transfusion(trained: Trained, output: OutputFolder, dtype: torch.dtype
     }
 
 
-def write_llama(trained: Trained, output: OutputFolder, dtype: torch.dtype, vae: str | None) -> dict:
+def write_llama(trained: LoadedModel, output: OutputFolder, dtype: torch.dtype, vae: str | None) -> dict:
     """Fill the folder with the text side; refuse, by name, what Llama does not have. `vae` is not needed."""
     name = str(dtype).removeprefix("torch.")
     ids = trained.tokenizer.special

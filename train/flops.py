@@ -25,7 +25,7 @@ class Flops:
 
     @classmethod
     def of(cls, config: TransfusionConfig, vocab_size: int, activation_checkpointing: str = "none") -> "Flops":
-        """Count those of a model; `activation_checkpointing` as in train/parallelize.py."""
+        """Count those of a model; `activation_checkpointing` as in train/distributed/parallelize.py."""
         trunk = config.transformer
         kv_share = trunk.num_kv_heads / trunk.heads
         matrices = trunk.layers * (trunk.width**2 * (2 + 2 * kv_share) + 3 * trunk.width * trunk.hidden)

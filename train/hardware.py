@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from train.launcher import place
+from train.distributed.launcher import place
 
 REACHED = 0.8  # of a nominal bandwidth, by large NCCL messages
 

@@ -24,10 +24,10 @@ from data.packing import IGNORE, PackedBatch
 from data.storage import Location
 from model.diffusion import DiffusionConfig
 from model.vae import LatentStats
-from train.distributed import Ranks
-from train.feed import next_batch
-from train.parallelize import reshard
-from train.signals import StopKind, StopSignal
+from train.distributed.parallelize import reshard
+from train.distributed.ranks import Ranks
+from train.distributed.signals import StopKind, StopSignal
+from train.next_batch import next_batch
 from train.step import micro_step
 
 log = logging.getLogger(__name__)

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 
 from data.dataset import DataConfig, DataSet, open_data
-from data.footprint import loader_bytes
+from data.loader_memory import loader_bytes
 from data.storage import Location
 from data.tokenizer import Tokenizer
 from train.config import load_config, run_program
-from train.estimate import (
+from train.flops import Flops
+from train.hardware import GPUS, REACHED, Gpu, find, memory_of
+from train.planning.estimate import (
     GIB,
     PAPER_GRID,
     communication_seconds,
@@ -28,11 +30,9 @@ from train.estimate import (
     rows_per_rank,
     usable_bytes,
 )
-from train.flops import Flops
-from train.hardware import GPUS, REACHED, Gpu, find, memory_of
-from train.recipe import PretrainConfig
-from train.rehearsal import Rehearsal
-from train.remedies import cheapest_fit
+from train.planning.rehearsal import Rehearsal
+from train.planning.suggestions import cheapest_fit
+from train.pretrain_config import PretrainConfig
 
 LLAMA_2 = 32_000 + 2  # its pieces, BOI and EOI
 BAR = 40  # characters of all that is taken at the peak

@@ -18,24 +18,26 @@ from data.loader import StepBatch
 from data.manifest import Manifest
 from data.packing import PackedBatch
 from model.vae import LatentStats
-from train.agreement import facts_of
-from train.checkpoint import CheckpointError
+from train.checkpoints.checkpoint import CheckpointError
+from train.checkpoints.run_folder import RunFolder, RunTakenOver
 from train.config import load_config, run_program
-from train.distributed import DIED, Vote, init_ranks, last_words, own_device
-from train.estimate import check_memory, fullest_of
-from train.feed import CannotGoOn, SkipBudget, next_batch
+from train.console import Console, say
+from train.distributed.agreement import facts_of
+from train.distributed.launcher import leave_word, place
+from train.distributed.local_shards import local
+from train.distributed.parallelize import set_micro_step
+from train.distributed.ranks import DIED, init_ranks, last_words, own_device
+from train.distributed.signals import StopKind, StopSignal
+from train.distributed.vote import Vote
 from train.flops import Flops
-from train.guard import BadUpdate
 from train.heldout import KINDS, metric_name
-from train.launcher import leave_word, place
-from train.local_shards import local
-from train.metrics import Console, Interval, say
-from train.optim import learning_rate
-from train.parallelize import set_micro_step
-from train.recipe import PretrainConfig
+from train.metrics import Interval
+from train.next_batch import CannotGoOn, SkipBudget, next_batch
+from train.optim.guard import BadUpdate
+from train.optim.optimizer import learning_rate
+from train.planning.estimate import check_memory, fullest_of
+from train.pretrain_config import PretrainConfig
 from train.run import Run, start_or_resume
-from train.run_folder import RunFolder, RunTakenOver
-from train.signals import StopKind, StopSignal
 from train.state import TrainState
 from train.step import StepLoss, latent_stats, micro_step
 

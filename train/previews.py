@@ -5,17 +5,17 @@ import logging
 import torch
 
 from data.dataset import DataSet
+from data.pictures import contact_sheet
 from data.shards import atomic_write
 from model.transfusion import Transfusion
-from train.distributed import Ranks
-from train.figures import contact_sheet
-from train.generation import Generation
+from train.checkpoints.run_folder import RunFolder
+from train.distributed.parallelize import gather_weights
+from train.distributed.ranks import Ranks
+from train.distributed.signals import StopSignal
+from train.inference.pipeline import Pipeline
 from train.metrics import MetricsLog
-from train.optim import Optimizer
-from train.parallelize import gather_weights
-from train.recipe import PretrainConfig
-from train.run_folder import RunFolder
-from train.signals import StopSignal
+from train.optim.optimizer import Optimizer
+from train.pretrain_config import PretrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,12 @@ class Previews:
     def __init__(self, recipe: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder, log: MetricsLog):
         """Raise ValueError, on every rank, when previews are asked for and cannot be decoded. Collective."""
         self.recipe, self.ranks, self.folder, self.log = recipe, ranks, folder, log
-        self._generation: Generation | None = None
+        self._generation: Pipeline | None = None
 
         def prepare() -> None:
             model = Transfusion(recipe.model, data.tokenizer.vocab_size).to(ranks.device).eval()
             spec, grids = data.latent_spec, data.grids
-            self._generation = Generation.of(model, data.tokenizer, recipe, spec, grids, recipe.vae)
+            self._generation = Pipeline.of(model, data.tokenizer, recipe, spec, grids, recipe.vae)
             (folder.path / "previews").mkdir(exist_ok=True)
 
         if recipe.preview.interval_steps is not None:

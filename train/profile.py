@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from train.distributed import Ranks
+from train.distributed.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from data.shards import atomic_write
 from train.config import load_config, run_program
-from train.findings import Findings, ReportConfig, gather
-from train.page import document
-from train.sections import SECTIONS, LeftOut
+from train.pages.page import document
+from train.pages.report_inputs import ReportConfig, ReportInputs, gather
+from train.pages.report_sections import SECTIONS, LeftOut
 
 CONFIG = ReportConfig
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int | None:
         print(f"report: {line}")
 
 
-def render(findings: Findings) -> tuple[str, list[str]]:
+def render(findings: ReportInputs) -> tuple[str, list[str]]:
     """Return the page, and what it leaves out with the reason of each."""
     sections, left_out = [], []
     for name, title, write in SECTIONS:
@@ -43,7 +43,7 @@ def render(findings: Findings) -> tuple[str, list[str]]:
     return document(findings.config.title, _progress(findings), sections), left_out
 
 
-def _progress(findings: Findings) -> dict[str, str]:
+def _progress(findings: ReportInputs) -> dict[str, str]:
     """Return what the header says: how far the run is and when it was looked at."""
     facts = {"run": findings.config.run}
     if findings.rows:

@@ -15,28 +15,30 @@ import torch
 from torch import nn
 
 from data.dataset import DataSet
-from data.footprint import loader_bytes
 from data.loader import Loader
+from data.loader_memory import loader_bytes
 from model.transfusion import Transfusion
-from train.checkpoint import step_of, verify
+from train.checkpoints.checkpoint import step_of, verify
+from train.checkpoints.lookup import read_while_there
+from train.checkpoints.resume import ResumePoint, find_resume_point, go_back_before
+from train.checkpoints.run_folder import TOKENIZER_FILE, RunFolder, write_durably
+from train.checkpoints.saver import Saver
+from train.checkpoints.trained_records import TrainedRecords
 from train.config import to_yaml
-from train.distributed import Ranks
-from train.feed import CannotGoOn
-from train.guard import BadUpdate
+from train.console import say
+from train.distributed.parallelize import initialize, parallelize, plain_name
+from train.distributed.ranks import Ranks
+from train.distributed.signals import StopSignal, shield_worker
 from train.heldout import Heldout
-from train.metrics import MetricsLog, say
-from train.optim import Optimizer
-from train.origin import Origin, find_origin, go_back_before
-from train.parallelize import initialize, parallelize, plain_name
+from train.inference.saved_model import SavedModel, stored_records
+from train.metrics import MetricsLog
+from train.next_batch import CannotGoOn
+from train.optim.guard import BadUpdate
+from train.optim.optimizer import Optimizer
+from train.pretrain_config import PretrainConfig
 from train.previews import Previews
 from train.profile import Profiler
-from train.recipe import PretrainConfig
-from train.run_folder import TOKENIZER_FILE, RunFolder, write_durably
-from train.saver import Saver
-from train.signals import StopSignal, shield_worker
 from train.state import TrainState, differences, fingerprint, meaning
-from train.stored import Stored, read_while_there, stored_records
-from train.trained_records import TrainedRecords
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class Run:
     previews: Previews
     profiler: Profiler
     heldout: Heldout | None
-    origin: Origin
+    origin: ResumePoint
     begun: str  # where it started, in words
 
     def save(self, final: bool = False) -> float:
@@ -141,7 +143,7 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
     with torch.device("meta"):
         model = Transfusion(config.model, data.tokenizer.vocab_size)
     parallelize(model, config.parallel, ranks)
-    origin = find_origin(config.resume, folder, ranks)
+    origin = find_resume_point(config.resume, folder, ranks)
     begun, before = str(origin), None  # records that the weights were trained on before
     if origin.checkpoint is not None:
         if config.init_from is not None:
@@ -164,7 +166,7 @@ def start_or_resume(config: PretrainConfig, data: DataSet, folder: RunFolder, ra
     heldout = open_heldout(config, data, ranks) if held else None
     if origin.checkpoint is not None:
         path, before = read_while_there(  # another run may be training
-            lambda: find_origin(config.resume, folder, ranks).checkpoint,
+            lambda: find_resume_point(config.resume, folder, ranks).checkpoint,
             lambda path: (state.load(path, ranks) or path, stored_records(path)),
             ranks,
             origin.checkpoint,
@@ -211,11 +213,11 @@ def read_weights(
     Data, schedule and counters are the new run's; pictures may be of another size. Raises ValueError for weights of
     other sizes, or that were trained on other token ids, other latents or latents whitened otherwise (P10).
     """
-    return Stored.use(config.init_from, ranks, partial(_fill, model, config, data, ranks), "init_from")
+    return SavedModel.use(config.init_from, ranks, partial(_fill, model, config, data, ranks), "init_from")
 
 
 def _fill(
-    model: nn.Module, config: PretrainConfig, data: DataSet, ranks: Ranks, stored: Stored
+    model: nn.Module, config: PretrainConfig, data: DataSet, ranks: Ranks, stored: SavedModel
 ) -> tuple[str, TrainedRecords | None]:
     ranks.require_alike({"init_from (contents)": stored.identity})
     made_with = {"tokenizer": (stored.meta["fingerprint"]["tokenizer"], data.tokenizer.hash)}

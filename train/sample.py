@@ -16,15 +16,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.pictures import decode_picture, encode_png
+from data.pictures import contact_sheet, decode_picture, encode_png
 from data.shards import BadRecord, atomic_write
 from data.storage import Location
-from train.agreement import facts_of
 from train.config import load_config, run_program
-from train.distributed import Ranks, init_ranks
-from train.figures import contact_sheet
-from train.generation import BAR_FORMAT, Generation, GenerationConfig, Part, one_picture, text_alone
-from train.shared_folder import require_shared
+from train.distributed.agreement import facts_of
+from train.distributed.ranks import Ranks, init_ranks
+from train.distributed.shared_folder import require_shared
+from train.inference.pipeline import BAR_FORMAT, Part, Pipeline, PipelineConfig, one_picture, text_alone
 
 IMAGE = "<image>"
 ASKED = ("prompt", "prompts", "prompts_file", "images", "n", "output", "seed")  # not how a sample was made
@@ -32,7 +31,7 @@ SHEET_PICTURES = 200  # at most, so that the sheet can be opened
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(GenerationConfig):
+class SampleConfig(PipelineConfig):
     output: Location = "runs/samples"  # folder to write
     prompt: str | None = None  # one caption to draw; <image> in it stands for the next of `images`
     prompts: list[str] = field(default_factory=list)  # more of them
@@ -77,7 +76,7 @@ def main(argv: list[str]) -> int | None:
     requests = [request for request in _requests(config) for _ in range(config.n)]
     facts = {**facts_of(config, OWN), "prompts": str([(request.prompt, len(request.images)) for request in requests])}
     ranks = init_ranks(timeout_s=1800, device=config.device, facts=facts)
-    generation, _, step = Generation.load(config, ranks)
+    generation, _, step = Pipeline.load(config, ranks)
     generation = generation.sized(config.size)
     pictures = {name: _read_picture(Path(name), generation) for name in dict.fromkeys(config.images)}
     output = Path(config.output)
@@ -139,7 +138,7 @@ def _requests(config: SampleConfig) -> list[Request]:
 
 
 def _sample(
-    generation: Generation,
+    generation: Pipeline,
     config: SampleConfig,
     requests: list[Request],
     pictures: dict[str, np.ndarray],
@@ -196,7 +195,7 @@ def _finish(output: Path, lines: list[dict], shown: list[tuple[int, np.ndarray, 
     print(f"sample: {len(lines)} results of step {step} in {output}{where}")
 
 
-def _read_picture(path: Path, generation: Generation) -> np.ndarray:
+def _read_picture(path: Path, generation: Pipeline) -> np.ndarray:
     try:
         return decode_picture(path.read_bytes(), [(generation.resolution,) * 2], str(path))
     except BadRecord as error:

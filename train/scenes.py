@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.pictures import encode_png
-from data.prose import text_documents
+from data.scene_texts import text_documents
 from data.scenes import Example, Splits, held_out_examples, make_splits, training_example
 from data.shards import Record, write_shard
 from data.storage import Location

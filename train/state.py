@@ -1,6 +1,6 @@
 """Everything a training run carries from step to step, and its way into a checkpoint and back.
 
-Tensors go through `train.checkpoint`; lanes, counters, the resolved config and the hashes of what the run was trained
+Tensors go through train/checkpoints/; lanes, counters, the resolved config and the hashes of what the run was trained
 on are extra files beside them, readable by people.
 """
 
@@ -16,14 +16,14 @@ from torch import nn
 
 from data.dataset import DataSet
 from data.manifest import LatentSpec
-from train import checkpoint
-from train.distributed import Ranks
-from train.ema import is_label
-from train.optim import Optimizer, learning_rate
-from train.parallelize import plain_name
-from train.recipe import PretrainConfig
-from train.saver import Snapshot
-from train.trained_records import TRAINED_FILE, TrainedRecords
+from train.checkpoints import checkpoint
+from train.checkpoints.saver import Snapshot
+from train.checkpoints.trained_records import TRAINED_FILE, TrainedRecords
+from train.distributed.parallelize import plain_name
+from train.distributed.ranks import Ranks
+from train.optim.ema import is_label
+from train.optim.optimizer import Optimizer, learning_rate
+from train.pretrain_config import PretrainConfig
 
 log = logging.getLogger(__name__)
 

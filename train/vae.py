@@ -28,16 +28,16 @@ from data.shards import BadRecord, BadRecords, read_shard
 from data.storage import Location, expand
 from model.perceptual import Lpips, load_lpips
 from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, kl_nats, moments, sample_latents, vae_hash
-from train.agreement import facts_of
-from train.codec_loss import CodecLoss
 from train.config import load_config, run_program
-from train.distributed import DIED, Device, Ranks, init_ranks, last_words
-from train.guard import GuardConfig
-from train.launcher import leave_word
-from train.optim import OptimConfig, Optimizer, learning_rate
+from train.distributed.agreement import facts_of
+from train.distributed.launcher import leave_word
+from train.distributed.ranks import DIED, Device, Ranks, init_ranks, last_words
+from train.distributed.shared_folder import require_shared
+from train.distributed.signals import StopKind, StopSignal
+from train.optim.guard import GuardConfig
+from train.optim.optimizer import OptimConfig, Optimizer, learning_rate
 from train.output_folder import OutputFolder
-from train.shared_folder import require_shared
-from train.signals import StopKind, StopSignal
+from train.vae_loss import VaeLoss
 
 DEFAULT_OPTIM = OptimConfig(
     learning_rate=1e-4, min_learning_rate=1e-6, warmup_steps=1000, steps=100_000, weight_decay=0.01
@@ -181,7 +181,7 @@ class Training:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             self.vae = build_vae(config.model).to(ranks.device)
-            self.loss = CodecLoss(config.loss, config.optim, lpips, ranks.device)
+            self.loss = VaeLoss(config.loss, config.optim, lpips, ranks.device)
         self.optimizer = Optimizer(self.vae, config.optim, GuardConfig())
         self.step, self.seconds = 0, 0.0
         self.rows: list[dict[str, float]] = []  # of metrics.jsonl

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.manifest import LatentSums
+from data.pictures import contact_sheet
 from data.remote import shown
 from data.shards import BadRecords, atomic_write
 from data.storage import Location
-from train.charts import ACCENT, LINE, SOFT, figure, label
-from train.checkpoint_page import view_checkpoints
 from train.config import load_config, run_program
-from train.contents import LATENT_RANGE, Counts, EncodedData, ShownDocument, bins, quantiles
-from train.figures import contact_sheet
 from train.output_folder import make_writable
-from train.page import Table, View, card, cards, document, image, note
+from train.pages.charts import ACCENT, LINE, SOFT, figure, label
+from train.pages.checkpoint_page import view_checkpoints
+from train.pages.dataset_summary import LATENT_RANGE, Counts, EncodedData, ShownDocument, bins, quantiles
+from train.pages.page import Table, View, card, cards, document, image, note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

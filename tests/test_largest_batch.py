@@ -1,0 +1,57 @@
+"""The fullest batch is full, and no batch of the data needs more slots for its images."""
+
+import numpy as np
+import pytest
+import torch
+
+from data.documents import Document, ImageSegment, TextSegment
+from data.largest_batch import fullest_batches
+from data.packing import PADDING_DOCUMENT, ImageDraws, PackedBatch, PackedSequence, collate, lay_out, pack
+from data.tokenizer import SpecialIds
+
+SPECIAL = SpecialIds(bos=1, eos=2, boi=3, eoi=4, pad=0)
+GRIDS = [(4, 4), (4, 8), (8, 6)]
+
+
+def cells_of_slots(batch: PackedBatch) -> int:
+    return sum(len(images.u) * grid[0] * grid[1] for grid, images in batch.images.items())
+
+
+def random_row(rng: np.random.Generator, length: int, grids: list[tuple[int, int]]) -> PackedSequence:
+    """Pack image-caption documents until one does not fit."""
+    pieces, left = [], length
+    while True:
+        grid = grids[rng.integers(len(grids))]
+        words = np.full(rng.integers(1, 4), 9, dtype=np.int64)
+        moments = np.zeros((4, *grid), dtype=np.float16)
+        piece = lay_out(Document((TextSegment(words), ImageSegment(moments))), SPECIAL, 2)
+        if len(piece) > left:
+            return pack(pieces, length, SPECIAL.pad)
+        pieces.append(piece)
+        left -= len(piece)
+
+
+@pytest.mark.parametrize("grids", [GRIDS[:1], GRIDS])
+@pytest.mark.parametrize(("rows", "length"), [(1, 64), (3, 96), (5, 257)])
+def test_no_batch_of_the_data_needs_more_latent_cells(rows: int, length: int, grids: list[tuple[int, int]]) -> None:
+    pictures, text = fullest_batches(rows, length, grids, 2, 2, SPECIAL)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        filled = [random_row(rng, length, grids) for _ in range(rows)]
+        draws = []
+        for row in filled:
+            zeros = [torch.zeros(2, *image.moments.shape[1:]) for image in row.images]
+            draws.append(ImageDraws(torch.zeros(len(zeros)), zeros, zeros))
+        batch = collate(filled, draws, 2)
+        assert cells_of_slots(batch) <= cells_of_slots(pictures)
+        assert len(batch.text_targets) <= len(text.text_targets)
+    for fullest in (pictures, text):
+        assert fullest.input_ids.shape == (rows, length)
+        assert not (fullest.document_ids == PADDING_DOCUMENT).any() and fullest.num_padding == 0
+    assert text.num_text_targets == rows * (length - 1)  # all but the row's last token have a label
+    assert not text.images
+
+
+def test_a_text_data_set_has_one_candidate_and_so_has_one_whose_images_do_not_fit() -> None:
+    assert len(fullest_batches(2, 32, [], 2, 2, SPECIAL)) == 1
+    assert len(fullest_batches(2, 32, [(16, 16)], 2, 2, SPECIAL)) == 1

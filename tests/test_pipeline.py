@@ -1,0 +1,210 @@
+"""A checkpoint becomes a model that draws and describes, or a clear refusal."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.pictures import contact_sheet, to_unit
+from data.tokenizer import Tokenizer, train_tokenizer
+from model.diffusion import DiffusionConfig
+from model.draws import SeededDraws
+from model.sampler import SamplerConfig, first_step_error
+from model.vae import VaeConfig, build_vae, moments, sample_latents
+from tests.runs import PROMPTS, DrawingRun, saved_state
+from tests.test_tokenizer import foreign_model
+from train.checkpoints import checkpoint
+from train.checkpoints.lookup import find_checkpoint
+from train.distributed.ranks import alone
+from train.inference.pipeline import Pipeline, PipelineConfig
+from train.inference.saved_model import LoadedModel
+
+SAMPLER = SamplerConfig(sampler="ddim", steps=3, guidance=2.0, max_new_tokens=6)
+
+
+def load(path: Path, **settings: str | int | float) -> tuple:
+    return Pipeline.load(PipelineConfig(checkpoint=str(path), device="cpu", **settings), alone())
+
+
+@pytest.fixture(scope="module")
+def generation(drawn: DrawingRun) -> Pipeline:
+    return load(drawn.run_dir)[0]
+
+
+def test_a_checkpoint_gives_the_averaged_or_the_live_weights_of_training(drawn: DrawingRun) -> None:
+    """Trained on two ranks with activation checkpointing, loaded plain on one; with recipe, step and grid."""
+    tensors, _, meta = saved_state(drawn.run_dir)
+    assert meta["progress"]["step"] == 6
+    for weights, entry in [("auto", "ema-7"), ("ema", "ema-7"), ("ema-7", "ema-7"), ("model", "model")]:
+        generation, recipe, step = load(drawn.run_dir, weights=weights)
+        assert (step, recipe.optim.steps, generation.grid, generation.resolution) == (6, 6, (8, 8), 32)
+        parameters = dict(generation.model.named_parameters())
+        assert parameters.keys() == {n.removeprefix("ema-7.") for n in tensors if n.startswith("ema-7.")}
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter, tensors[f"{entry}.{name}"]), (weights, name)
+
+
+def test_a_picture_depends_on_its_prompt_number_and_seed_and_not_on_its_neighbours(generation: Pipeline) -> None:
+    """P12: at one batch shape bit for bit, across batches and whatever else is asked for."""
+    small = replace(generation, batch_size=3)
+    first = small.draw([*PROMPTS, "a", "b", PROMPTS[0]], SAMPLER, seed=1)
+    assert [picture.shape for picture in first] == [(32, 32, 3)] * 5 and first[0].dtype == np.uint8
+    again = small.draw(["c", "d", "b", PROMPTS[1]], SAMPLER, seed=1, numbers=[7, 8, 3, 1])
+    assert np.array_equal(again[2], first[3]) and np.array_equal(again[3], first[1])
+    assert not np.array_equal(first[4], first[0]), "the same prompt under another number"
+    assert not np.array_equal(small.draw([PROMPTS[0]] * 3, SAMPLER, seed=2)[0], first[0])
+    reported = []
+    small.draw(PROMPTS * 2, SAMPLER, 1, reported.append)
+    assert sum(reported) == pytest.approx(4) and len(reported) > 6, "each denoising step is reported"
+
+
+def test_what_a_prompt_holds_that_the_tokenizer_does_not_know_is_said_once(
+    generation: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    foreign = Tokenizer(foreign_model(tmp_path / "foreign.model"))
+    other = replace(generation, tokenizer=foreign, batch_size=2)
+    for _ in range(2):
+        other.draw(["some 中 words", "some words"], SAMPLER, 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "prompt 'some 中 words': ['中'] unknown to the tokenizer: the model cannot tell them apart"
+    ]
+
+
+def test_captions_depend_on_the_picture_and_on_its_number(generation: Pipeline) -> None:
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]
+    small = replace(generation, batch_size=2)
+    captions = small.describe(pictures, SAMPLER, seed=1)
+    assert len(captions) == 4 and all(isinstance(caption, str) for caption in captions) and any(captions)
+    assert small.describe(pictures[2:], SAMPLER, 1, numbers=[2, 3]) == captions[2:]
+    assert small.describe([], SAMPLER, 1) == [] and small.draw([], SAMPLER, 1) == []
+
+
+def test_a_given_picture_is_drawn_from_its_posterior_as_in_training(generation: Pipeline) -> None:
+    """P12: the same function of moments and noise, which (seed, number, place) decides; not the posterior's mean."""
+    picture = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    draws, places = SeededDraws(3), [(5, 0), (6, 0), (5, 1)]
+    given = torch.stack(list(generation._encode([picture] * 3, places, draws)))
+    encoded = moments(generation.vae, torch.from_numpy(to_unit(picture[None])))
+    for latents, place in zip(given, places, strict=True):
+        trained = sample_latents(encoded, draws.posterior(*place, tuple(latents.shape))[None])
+        assert torch.allclose(latents, generation.stats.whiten(trained)[0], atol=1e-4)
+    mean = generation.stats.whiten(encoded.chunk(2, dim=1)[0])
+    deviation = (encoded.chunk(2, dim=1)[1] / 2).exp()
+    assert ((given - mean) / deviation).std().item() == pytest.approx(1, abs=0.2)
+    alone_again = next(iter(generation._encode([picture], places[1:2], draws)))
+    assert torch.allclose(alone_again, given[1], atol=1e-4) and not torch.equal(given[0], given[2])
+
+
+def test_new_pictures_are_square_where_training_had_aspects(generation: Pipeline, drawn: DrawingRun) -> None:
+    for grids, expected in [
+        ([(4, 16), (8, 8), (16, 4)], (8, 8)),
+        ([(8, 8), (12, 12), (16, 4)], (12, 12)),
+        ([(4, 16), (6, 10), (10, 6), (16, 4)], (6, 10)),
+    ]:
+        recipe, spec = load(drawn.run_dir)[1], LoadedModel.load(drawn.run_dir, alone()).latent_spec
+        of_data = Pipeline.of(generation.model, generation.tokenizer, recipe, spec, grids, str(drawn.vae))
+        assert of_data.grid == expected
+
+
+def test_a_spacing_that_multiplies_the_error_of_predicted_noise_is_warned_of(
+    drawn: DrawingRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The factor is what a small error of the first prediction becomes, relative to the same step without it."""
+    for spacing, steps, factor in (("trailing", 250, 125), ("linspace", 50, 631), ("leading", 250, 1.3)):
+        assert first_step_error(SamplerConfig(spacing=spacing, steps=steps), DiffusionConfig()) == pytest.approx(
+            factor, rel=0.03
+        )
+        caplog.clear()
+        load(drawn.run_dir, spacing=spacing, steps=steps)
+        warned = [record.getMessage() for record in caplog.records if "spacing=" in record.getMessage()]
+        assert len(warned) == (factor > 100) and all(f"{factor} times" in words for words in warned), warned
+    caplog.clear()
+    load(drawn.run_dir, spacing="trailing", steps=50, clip_x0=4.0)
+    assert not [record for record in caplog.records if "spacing=" in record.getMessage()]
+
+
+def test_any_of_three_paths_names_a_checkpoint_and_the_newest_whole_one_is_taken(
+    drawn: DrawingRun, tmp_path: Path
+) -> None:
+    older, newer = checkpoint.saved(drawn.run_dir / "checkpoints")
+    for path, expected in [(drawn.run_dir, newer), (older.parent, newer), (older, older)]:
+        assert find_checkpoint(path, alone()) == expected
+    run_dir = Path(shutil.copytree(drawn.run_dir, tmp_path / "run"))
+    older, newer = checkpoint.saved(run_dir / "checkpoints")
+    (newer / "meta.json").write_text("{}")
+    assert find_checkpoint(run_dir, alone()) == older
+    with pytest.raises(ValueError, match=r"is damaged: meta\.json"):
+        find_checkpoint(newer, alone())
+    (older / "index.json").unlink()
+    with pytest.raises(ValueError, match="all 2 checkpoints in it are damaged"):
+        find_checkpoint(run_dir, alone())
+    for nothing in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="neither a checkpoint, a run folder"):
+            find_checkpoint(nothing, alone())
+
+
+def test_what_is_not_the_trainings_own_is_refused(drawn: DrawingRun, tmp_path: Path) -> None:
+    """P10: another VAE, another tokenizer under the old name, averages that were never kept."""
+    other = VaeConfig(latent_channels=2, block_channels=(8, 8, 8), layers_per_block=1, norm_groups=2)
+    build_vae(other).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="has hash"):
+        load(drawn.run_dir, vae=str(tmp_path / "vae"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(drawn.run_dir, vae=str(tmp_path / "nowhere"))
+    other = tmp_path / "other.model"
+    train_tokenizer((f"green triangles, {i} of them" for i in range(200)), other, 290)
+    with pytest.raises(ValueError, match=rf"was trained with the tokenizer of hash .* none of {other} "):
+        load(drawn.run_dir, tokenizer=str(other))
+    with pytest.raises(ValueError, match="trained on text alone"):
+        Pipeline.of(torch.nn.Linear(1, 1), drawn.tokenizer, None, None, [], None)
+
+
+def test_a_run_that_was_moved_is_read_where_it_lies(drawn: DrawingRun, tmp_path: Path) -> None:
+    """With the tokenizer that it keeps, or one that is named; its config still says the places of then."""
+    moved = shutil.copytree(drawn.run_dir, tmp_path / "moved")
+    for config in moved.glob("checkpoints/*/config.yaml"):
+        assert str(drawn.tokenizer.path) in config.read_text()
+    expected = drawn.tokenizer.path.read_bytes()
+    assert (moved / "tokenizer.model").read_bytes() == expected
+    recipe = load(moved, vae=str(drawn.vae))[1]
+    assert recipe.data.tokenizer == str(moved / "tokenizer.model")
+    (tmp_path / "named.model").write_bytes(expected)
+    recipe = load(moved, tokenizer=str(tmp_path / "named.model"))[1]
+    assert recipe.data.tokenizer == str(tmp_path / "named.model")
+    (moved / "tokenizer.model").unlink()  # of an older version, which kept none
+    assert load(moved)[1].data.tokenizer == str(drawn.tokenizer.path)
+
+
+def test_previews_show_the_prompts_by_the_averaged_weights(drawn: DrawingRun, generation: Pipeline) -> None:
+    """P13 too: sheets at every interval, a page kept offline in the run folder, and the run unharmed by either."""
+    sheets = sorted(path.name for path in (drawn.run_dir / "previews").iterdir())
+    assert sheets == ["step-00000003.png", "step-00000006.png"]
+    assert "wandb is off" not in drawn.output and list((drawn.run_dir / "wandb").glob("offline-run-*"))
+    pictures = generation.draw(PROMPTS, replace(SAMPLER, guidance=3.0), seed=0)
+    expected = np.asarray(contact_sheet(pictures, PROMPTS), dtype=int)
+    found = np.asarray(Image.open(drawn.run_dir / "previews" / sheets[-1]), dtype=int)
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_the_recipe_in_a_checkpoint_holds_no_more_than_the_config(drawn: DrawingRun) -> None:
+    """P11: what is stored is the resolved config, readable, the same in the run folder and in every checkpoint."""
+    folders = checkpoint.saved(drawn.run_dir / "checkpoints")
+    stored = {checkpoint.read_extra(folder, "config.yaml") for folder in folders}
+    assert stored == {(drawn.run_dir / "config.yaml").read_bytes()}
+    meta = json.loads(checkpoint.read_extra(folders[0], "meta.json"))
+    assert meta.keys() == {
+        "progress",
+        "guard",
+        "back_to",
+        "metrics",
+        "learning_rate",
+        "fingerprint",
+        "latent_spec",
+        "grids",
+    }

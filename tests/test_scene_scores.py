@@ -1,0 +1,241 @@
+"""Scores and held-out losses that mean what they say, and do not depend on the number of ranks."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.documents import Document, ImageSegment, TextSegment
+from data.loader import draw_images
+from data.manifest import Manifest
+from data.packing import IGNORE, collate, lay_out, pack
+from data.scenes import Shape, Verdict, held_out_examples, make_splits
+from data.shards import write_shard
+from data.tokenizer import SpecialIds, Tokenizer
+from model.sampler import SamplerConfig
+from tests.ranks import ProgramRanks, run_ranks
+from tests.runs import DrawingRun
+from tests.sources import make_source, pairs, texts
+from train import evaluate, export
+from train.checkpoints import checkpoint
+from train.distributed.ranks import Ranks
+from train.distributed.signals import StopSignal
+from train.heldout import KINDS, Heldout, HeldoutConfig, captions_alone
+from train.inference.pipeline import Pipeline, PipelineConfig
+from train.inference.scene_scores import SceneItem, judge_captions, judge_drawings, read_scenes, shares
+from train.scenes import _held_out_records
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw held-out scenes in two shards: 12 seen, 12 unseen, 3 of two shapes."""
+    folder, splits = tmp_path_factory.mktemp("scenes"), make_splits(0)
+    examples = list(held_out_examples(splits, 32, 3))
+    chosen = [e for split in ("seen", "unseen", "two_shapes") for e in [e for e in examples if e[0] == split][:12]]
+    for number, part in enumerate((chosen[:10], chosen[10:])):
+        write_shard(folder / f"{number}.tar", _held_out_records(splits, part))
+    return folder
+
+
+def test_scenes_are_read_with_what_they_show_and_spread_over_each_split(scenes: Path) -> None:
+    every = read_scenes(scenes, 32, 100)
+    counts = {split: sum(item.split == split for item in every) for split in ("seen", "unseen", "two_shapes")}
+    assert counts == {"seen": 12, "unseen": 12, "two_shapes": 3}
+    assert all(item.picture.shape == (32, 32, 3) and item.caption for item in every)
+    assert {len(item.shapes) for item in every if item.split == "two_shapes"} == {2}
+    captions = [item.caption for item in every if item.split == "seen"]
+    assert [item.caption for item in read_scenes(scenes, 32, 4) if item.split == "seen"] == captions[::3]
+
+
+@dataclass
+class Knowing:
+    """What a perfect model would answer, and a model that answers with another scene's."""
+
+    items: list[SceneItem]
+    shift: int = 0
+
+    def draw(self, prompts: list[str], sampler: object, seed: int, done: object, numbers: range) -> list[np.ndarray]:
+        assert prompts == [self.items[number].caption for number in numbers]
+        return [self.items[(number + self.shift) % len(self.items)].picture for number in numbers]
+
+    def describe(self, pictures: list, sampler: object, seed: int, done: object, numbers: range) -> list[str]:
+        assert all(np.array_equal(p, self.items[n].picture) for p, n in zip(pictures, numbers, strict=True))
+        return [self.items[(number + self.shift) % len(self.items)].caption for number in numbers]
+
+
+def _judge(ranks: Ranks, scenes: Path) -> list[list[dict]]:
+    items, sampler = read_scenes(scenes, 32, 100), SamplerConfig()
+    found = []
+    for shift in (0, 7):
+        drawn = judge_drawings(Knowing(items, shift), items, sampler, 0, ranks, print)
+        told = judge_captions(Knowing(items, shift), items, sampler, 0, ranks, print)
+        assert all(np.array_equal(p, items[(i + shift) % len(items)].picture) for i, (p, _) in enumerate(drawn))
+        found.append([shares(items, [verdict for _, verdict in answers]) for answers in (drawn, told)])
+    return found
+
+
+def test_truth_scores_one_and_the_answers_come_back_in_order_on_any_number_of_ranks(scenes: Path) -> None:
+    """What a perfect model gives is all right; those to another scene are not."""
+    by_world_size = [run_ranks(_judge, world_size, scenes) for world_size in (1, 3)]
+    right, wrong = by_world_size[0][0]
+    assert all(found == [right, wrong] for of_ranks in by_world_size for found in of_ranks)
+    for scores, wrong_scores in zip(right, wrong, strict=True):
+        assert set(scores) == {"all", "colour", "shape", "position", "all_unseen", "all_two_shapes"}
+        assert set(scores.values()) == {1.0}
+        assert wrong_scores["all"] < 0.5
+
+
+def test_shares_are_of_their_own_split_and_none_where_there_is_nothing_to_judge() -> None:
+    blank, shape = np.zeros((8, 8, 3), np.uint8), Shape(shape="circle", colour="red", position="centre", size="small")
+    items = [SceneItem(split, "", blank, (shape,)) for split in ("seen", "seen", "seen", "unseen")]
+    verdicts = [
+        Verdict(True, True, True),
+        Verdict(True, False, True),
+        Verdict(False, False, True),
+        Verdict(True, True, True),
+    ]
+    expected = {
+        "all": 1 / 3,
+        "colour": 2 / 3,
+        "shape": 1 / 3,
+        "position": 1.0,
+        "all_unseen": 1.0,
+        "all_two_shapes": None,
+    }
+    assert shares(items, verdicts) == expected
+
+
+def _heldout_pairs(folder: Path, drawn: DrawingRun) -> Path:
+    codec = Manifest.load(drawn.data).latent_spec.vae_hash
+    return make_source(folder, drawn.tokenizer, pairs(30, grids=[(8, 8)], seed=9), vae_hash=codec)
+
+
+def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str]) -> list[dict]:
+    generation, recipe, _ = Pipeline.load(PipelineConfig(checkpoint=str(run_dir)), ranks)
+    of_model = recipe.data, recipe.seed, recipe.model.patch_size, recipe.diffusion, generation.vae_hash
+    heldout = Heldout(HeldoutConfig(heldout=sources), *of_model, ranks)
+    trained = heldout.losses(generation.model, generation.stats, StopSignal())
+    with torch.no_grad():
+        generation.model.text_head.weight.zero_()
+        generation.model.patches.to_patch.weight.zero_()
+        generation.model.patches.to_patch.bias.zero_()
+    silent = heldout.losses(generation.model, generation.stats, StopSignal())
+    return [*trained.values(), *silent.values()]
+
+
+def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_nothing_and_equal_on_any_ranks(
+    drawn: DrawingRun, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """A silent head's text loss is log V, its noise error the noise's own variance; None where nothing is measured."""
+    sources = {
+        "pairs": str(_heldout_pairs(tmp_path / "pairs", drawn)),
+        "texts": str(make_source(tmp_path / "texts", tokenizer, texts(20, seed=9))),
+        "few": str(make_source(tmp_path / "few", tokenizer, texts(2, seed=9))),
+    }
+    by_world_size = [run_ranks(_heldout, world_size, drawn.run_dir, sources) for world_size in (1, 3)]
+    first = by_world_size[0][0]
+    for of_ranks in by_world_size:
+        for found in of_ranks:
+            for losses, expected in zip(found, first, strict=True):
+                assert _with_nan(losses) == pytest.approx(_with_nan(expected), rel=1e-5, nan_ok=True)
+    trained_pairs, trained_texts, _, pairs_loss, texts_loss, few_loss = first
+    for losses in (pairs_loss, texts_loss, few_loss):
+        assert losses["text_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
+    assert pairs_loss["captioning_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
+    assert pairs_loss["image_loss"] == pytest.approx(1.0, abs=5 * math.sqrt(2 / (30 * 2 * 64)))
+    assert [trained_texts[kind] is None for kind in KINDS] == [False, True, True]
+    assert trained_pairs["captioning_loss"] != trained_pairs["text_loss"] != pairs_loss["text_loss"]
+    words = np.concatenate([tokens for tokens, _ in pairs(30, seed=9)])  # at random, so that some are BOI
+    counts = {"documents": 30, "images": 30, "text_targets": len(words) + 30 * len(("BOI", "EOS"))}
+    counts["caption_targets"] = (words != tokenizer.special.boi).sum() + 30 * len(("EOS",))
+    assert counts.items() <= pairs_loss.items() and few_loss["documents"] == 2
+
+
+def test_captioning_is_measured_on_captions_of_pictures_that_come_first_and_on_nothing_else() -> None:
+    """Not on texts, on what follows a picture within a longer document, or on the BOI that announces a picture."""
+    special = SpecialIds(bos=2, eos=3, boi=4, eoi=5, pad=0)
+    text, image = TextSegment(np.arange(6, 9)), ImageSegment(np.zeros((4, 4, 4), np.float16))
+    documents = [(text,), (image, text), (text, image, text), (image,), (image, text, image)]
+    pieces = [lay_out(Document(segments), special, 2) for segments in documents]
+    rows = [pack(pieces[:3], 64, special.pad), pack(pieces[3:], 64, special.pad)]
+    draws = [draw_images(0, 1, lane, row) for lane, row in enumerate(rows)]
+    batch = collate(rows, draws, 2)
+    kept = captions_alone(batch, special.boi)
+    targets = kept.text_targets[kept.text_targets != IGNORE].tolist()
+    assert targets == [6, 7, 8, 3, 3, 6, 7, 8, 3] and kept.num_text_targets == 9
+    assert batch.num_text_targets > 9 and torch.equal(kept.input_ids, batch.input_ids)
+
+
+def _with_nan(losses: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if loss is None else loss for name, loss in losses.items()}
+
+
+def _evaluate(argv: list[str], log: Path, world_size: int | None = None) -> tuple[set[int | None], str]:
+    with ProgramRanks(evaluate.main, argv, world_size, log) as run:
+        return set(run.wait()), run.output
+
+
+def test_an_export_is_evaluated_where_its_training_data_is_not_and_still_knows_it(
+    drawn: DrawingRun, tmp_path: Path
+) -> None:
+    """P10: the export names its data by fingerprint; its records in other shards are refused."""
+    folder, output = tmp_path / "export", tmp_path / "output"
+    export.main([f"checkpoint={drawn.run_dir}", f"output={folder}"])
+    recipe = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(recipe.replace(str(drawn.data), "/nowhere/data"))
+    held, codec = _heldout_pairs(tmp_path / "held", drawn), Manifest.load(drawn.data).latent_spec.vae_hash
+    twin = make_source(
+        tmp_path / "twin", drawn.tokenizer, pairs(40, grids=[(8, 8)]), shard_sizes=[13, 27], vae_hash=codec
+    )
+    argv = [f"checkpoint={folder}", f"output={output}", "device=cpu"]
+    statuses, said = _evaluate([*argv, f"heldout.fresh={held}"], tmp_path / "fresh.log")
+    assert statuses == {0}, said
+    data = json.loads((output / "evaluation.json").read_text())["data"]
+    assert data["training"]["pairs"] == {
+        "path": "/nowhere/data",
+        "fingerprint": Manifest.load(drawn.data).content_hash,
+    }
+    assert data["heldout"]["fresh"] == {"path": str(held), "fingerprint": Manifest.load(held).content_hash}
+    statuses, said = _evaluate([*argv, f"heldout.twin={twin}"], tmp_path / "twin.log")
+    assert statuses == {2} and "held-out source twin: 100 % of the documents" in said
+    (folder / "trained.keys").unlink()  # as an earlier version exported it
+    statuses, said = _evaluate([*argv, f"heldout.fresh={held}"], tmp_path / "old.log")
+    assert statuses == {2} and "does not say which records it was trained on" in said and "/nowhere/data" in said
+
+
+def test_the_program_writes_scores_settings_and_every_example_alike_on_one_and_two_ranks(
+    drawn: DrawingRun, scenes: Path, tmp_path: Path
+) -> None:
+    held = _heldout_pairs(tmp_path / "held", drawn)
+    results, examples = [], []
+    for world_size in (1, 2):
+        output = tmp_path / f"output{world_size}"
+        argv = [f"checkpoint={drawn.run_dir}", f"output={output}", f"scenes={scenes}", f"heldout.pairs={held}"]
+        argv += ["max_prompts=3", "sampler=ddim", "steps=2", "max_new_tokens=4", "device=cpu", "seed=3"]
+        statuses, said = _evaluate(argv, tmp_path / f"log{world_size}", world_size)
+        assert statuses == {0}, said
+        results.append(json.loads((output / "evaluation.json").read_text()))
+        examples.append([json.loads(line) for line in (output / "examples.jsonl").read_text().splitlines()])
+        pictures = {path.name for path in (output / "pictures").iterdir()}
+        assert pictures == {f"{i:04d}-{kind}.png" for i in range(9) for kind in ("drawn", "true")}
+    one, two = results
+    newest = checkpoint.saved(drawn.run_dir / "checkpoints")[-1]
+    expected = {"checkpoint": str(newest), "step": 6, "seed": 3, "weights": "ema-7", "dtype": "float32"}
+    assert {key: one[key] for key in expected} == expected
+    assert (one["world_size"], two["world_size"]) == (1, 2) and one["data"] == two["data"]
+    judged = {"items": 9, "items_of_split": {"seen": 3, "two_shapes": 3, "unseen": 3}}
+    assert judged.items() <= one["data"]["scenes"].items() and one["heldout"]["pairs"]["documents"] == 30
+    assert {"sampler", "steps", "guidance", "spacing", "temperature"} <= one["settings"].keys()
+    assert two["heldout"]["pairs"] == pytest.approx(one["heldout"]["pairs"], rel=1e-5)
+    assert [e["caption"] for e in examples[0]] == [e["caption"] for e in examples[1]]
+    for example, twin in zip(*examples, strict=True):
+        drawings = [
+            np.asarray(Image.open(tmp_path / f"output{n}" / e["drawn"]), int) for n, e in ((1, example), (2, twin))
+        ]
+        assert np.abs(drawings[0] - drawings[1]).max() <= 1, "the same up to rounding"
+    assert [e["prompt"] for e in examples[0]] == [item.caption for item in read_scenes(scenes, 32, 3)]

@@ -1,0 +1,77 @@
+"""Which checkpoint a path names, and how it is read while the run that owns it may remove it."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from train.checkpoints import checkpoint
+from train.checkpoints.storage import LISTING
+from train.distributed.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+EXPORT_MARK = "export.json"  # in the folder that train.export makes
+MOST_CHOICES = 20  # of a checkpoint to read, in a run that removes them meanwhile
+
+
+def find_checkpoint(path: Path, ranks: Ranks, key: str = "checkpoint") -> Path:
+    """Return a checkpoint folder from its own path, a run's, or a checkpoints folder's; verified.
+
+    Raises FileNotFoundError where there is none, ValueError where none is whole; `key` is the option that named it.
+    """
+    for root in (path / "checkpoints", path):
+        if not (folders := checkpoint.saved(root)):
+            continue
+        if (newest := checkpoint.latest(root, ranks)) is None:
+            raise ValueError(f"{key}={path}: all {len(folders)} checkpoints in it are damaged")
+        return newest
+    if not (path / LISTING).is_file():
+        raise FileNotFoundError(f"{key}={path}: neither a checkpoint, a run folder that holds one, nor an export")
+    if problems := checkpoint.verify(path, ranks):
+        if not ranks.on_first(path.exists):
+            raise FileNotFoundError(f"{key}={path}: removed by its run meanwhile; give {key}=RUN, and take its newest")
+        raise ValueError(f"{key}={path} is damaged: {'; '.join(problems)}")
+    return path
+
+
+def read_while_there(
+    choose: Callable[[], Path], read: Callable[[Path], T], ranks: Ranks, chosen: Path | None = None
+) -> T:
+    """Return what `read` makes of the checkpoint that `choose` returns; choose again if its run removed it meanwhile.
+
+    `chosen` is the first, where it is known. Collective; `read` must fail on every rank where the checkpoint is gone.
+    Raises FileNotFoundError where a run removes each before it is read.
+    """
+    for _ in range(MOST_CHOICES):
+        folder, chosen = chosen or choose(), None
+        of_folder = partial(identity, folder)
+        before = ranks.on_first(of_folder)
+        try:
+            result = read(folder)
+        except (OSError, ValueError, CheckpointException):
+            if of_folder() == before is not None:  # asked of no other rank: the error may be this one's alone
+                raise
+        else:
+            if ranks.on_first(of_folder) in (before, None):
+                return result
+        if ranks.is_first:
+            log.warning("%s was removed by its run while it was read: taking the newest that is there", folder)
+    raise FileNotFoundError(
+        f"{folder} and {MOST_CHOICES - 1} others were removed by their run while they were read: raise its "
+        "checkpoint.interval_steps or keep_last, or wait until it has ended"
+    )
+
+
+def identity(folder: Path) -> str | None:
+    """Return a hash of what a checkpoint or an export holds; None where it is gone."""
+    for name in (EXPORT_MARK, LISTING):
+        with suppress(OSError):
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16]
+    return None

@@ -1,0 +1,228 @@
+"""Ranks: who this process is among its peers, the groups they talk on, the one vote a step, and how a rank dies.
+
+Three gloo groups besides the default one, because two threads that use one group mis-order its collectives: the main
+thread votes on `vote_group` and gathers, loads and saves on `checkpoint_group`; a background save has a group of its
+own. A plain `python -m` run is one rank with the same groups, so nothing else asks whether it is distributed.
+Rejected: one all-reduce per agreed quantity; a vote is one message however many questions it answers.
+"""
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from train.distributed.agreement import difference, program_facts
+from train.distributed.launcher import has_agent, leave_word, place, refuse_lone_task
+from train.distributed.rendezvous import LOST_PEER, meet
+from train.distributed.roll_call import RollCall
+
+T = TypeVar("T")
+
+DIED = 1  # exit status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among its peers. Groups are None for `alone()`: a tool that reads without a process group."""
+
+    rank: int  # 0 ... world_size - 1
+    world_size: int
+    local_rank: int  # on this machine
+    device: torch.device
+    vote_group: dist.ProcessGroup | None  # gloo, the main thread's
+    checkpoint_group: dist.ProcessGroup | None  # gloo, the main thread's, with a timeout that slow disks decide
+    background_group: dist.ProcessGroup | None = None  # gloo, a background save's
+    roll_call: RollCall | None = None
+    flight_recorder: Path | None = None  # folder for NCCL's last collectives, written when a peer is lost; CUDA only
+
+    @property
+    def is_first(self) -> bool:
+        """Return whether this is rank 0, which owns files that exist once."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's small, picklable `value`, in rank order. Collective on `checkpoint_group`."""
+        if self.checkpoint_group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.checkpoint_group)
+        return values
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and return its result on all. Collective on `checkpoint_group`.
+
+        An OSError, ValueError or RuntimeError of `work` is raised on every rank, so none waits for one that left.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = work()
+            except (OSError, ValueError, RuntimeError) as error:
+                outcome[1] = error
+        if self.checkpoint_group is not None:
+            dist.broadcast_object_list(outcome, src=0, group=self.checkpoint_group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def require_alike(self, facts: Mapping[str, str]) -> None:
+        """Raise ValueError, on every rank, naming what differs between them. Collective on `checkpoint_group`."""
+        if found := difference(dict(enumerate(self.gather(dict(facts))))):
+            raise ValueError(found)
+
+    def in_background(self) -> "Ranks":
+        """Return the same ranks for a background thread, whose collectives meet no other thread's."""
+        return replace(self, vote_group=None, checkpoint_group=self.background_group, background_group=None)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Change how long a collective of the training loop may wait: long for the first step, short from then on.
+
+        The groups of meshes are among them, made since. All but the vote get a little more, so that the vote, whose
+        message people can read, is the first to notice.
+        """
+        for group in c10d._world.pg_map:
+            if group not in (self.checkpoint_group, self.background_group):
+                c10d._set_pg_timeout(timedelta(seconds=seconds * (1 if group is self.vote_group else 1.25)), group)
+
+    def close(self) -> None:
+        """Wait for the peers and take the process groups down. Collective; the end of a run that went well."""
+        if self.roll_call is not None:
+            self.roll_call.close()
+        if dist.is_initialized():
+            dist.barrier(group=self.vote_group)
+            dist.destroy_process_group()
+
+
+Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is any
+
+
+def own_device(device: Device) -> torch.device:
+    """Return where this rank computes: a CUDA device each, by the local rank. Raises ValueError where there is none."""
+    local_rank = place().local_rank
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK={local_rank}, but {torch.cuda.device_count()} CUDA devices: start one rank a device at most, "
+            "or use device=cpu"
+        )
+    if "LOCAL_RANK" not in os.environ and place().world_size > 1 and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"LOCAL_RANK is not set, and this rank sees {torch.cuda.device_count()} CUDA devices: set it to the number "
+            "of the rank on its machine, or give each rank one device (CUDA_VISIBLE_DEVICES)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def init_ranks(
+    *,
+    timeout_s: float,
+    checkpoint_timeout_s: float = 1800.0,
+    device: Device = "auto",
+    flight_recorder: Path | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> Ranks:
+    """Join the process groups that torchrun's environment describes, or make a group of one without it.
+
+    `facts` must be the same on all ranks, as the program's version is and the kind of device (agreement.py).
+    A collective that waits longer than `timeout_s` raises; on `checkpoint_group` and in the background longer than
+    `checkpoint_timeout_s`, since the slowest disk decides there. Also sets the number of CPU threads. Raises ValueError
+    for a device that is not there, an environment that is not a rank's, and ranks that do not agree.
+    """
+    refuse_lone_task()
+    mine, own = place(), own_device(device)
+    on_cuda = own.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(own)
+    _set_cpu_threads(mine.local_world_size)
+    store = meet(mine, {**(facts or {}), "kind of device": own.type, **program_facts()}, timeout_s)
+    timeout, checkpoint_timeout = timedelta(seconds=timeout_s), timedelta(seconds=checkpoint_timeout_s)
+    if on_cuda:
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives that the flight recorder remembers
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=mine.rank, world_size=mine.world_size)
+    ranks = Ranks(
+        rank=mine.rank,
+        world_size=mine.world_size,
+        local_rank=mine.local_rank,
+        device=own,
+        vote_group=dist.new_group(backend="gloo", timeout=timeout),
+        checkpoint_group=dist.new_group(backend="gloo", timeout=checkpoint_timeout),
+        background_group=dist.new_group(backend="gloo", timeout=checkpoint_timeout),
+        roll_call=RollCall(c10d._get_default_store(), mine.rank, mine.world_size, kept_by_first=not has_agent()),
+        flight_recorder=flight_recorder if on_cuda else None,
+    )
+    ranks.gather(None)  # a rank that failed already would break the connecting of the others, with a worse message
+    return ranks
+
+
+def alone(device: str | torch.device = "cpu") -> Ranks:
+    """Return the one rank of a program that needs no process group: a viewer, a sampler."""
+    device = torch.device(device)
+    return Ranks(rank=0, world_size=1, local_rank=0, device=device, vote_group=None, checkpoint_group=None)
+
+
+@contextmanager
+def last_words(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
+    """Around the training loop: an exception ends this process at once, after saying which rank died, where, of what.
+
+    Exiting closes the connections, so the peers' collectives fail within milliseconds instead of at the timeout. A
+    rank whose error is only the loss of a peer names the peer in one line, so that the culprit's traceback stands
+    alone.
+    `where` names the place, for example `lambda: f"step {step}"`. Refusals belong before this context.
+    """
+    try:
+        yield
+    except Exception as error:  # nothing is swallowed: the process ends here
+        name = f"rank {ranks.rank} of {ranks.world_size} ({socket.gethostname()}, pid {os.getpid()})"
+        reason = f"{type(error).__name__}: {str(error).strip()}"
+        if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
+            _dump_flight_recorder(ranks)
+            lost = ", ".join(f"rank {peer}" for peer in _missing(ranks)) or "a peer"
+            words = f"{name} lost {lost} at {where()}; its own message says why ({reason.splitlines()[0]})\n"
+        else:
+            words = f"{''.join(traceback.format_exception(error))}{name} died at {where()}: {reason}\n"
+        leave_word(words)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(sys.stderr.fileno(), words.encode())  # one write: lines of several ranks do not mix
+        os._exit(DIED)
+
+
+def _missing(ranks: Ranks) -> list[int]:
+    return ranks.roll_call.missing() if ranks.roll_call is not None else []
+
+
+def _dump_flight_recorder(ranks: Ranks) -> None:
+    """Leave what NCCL's flight recorder holds, a pickle that `torchfrtrace` reads, before the process ends."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if ranks.flight_recorder is None or dump is None:
+        return
+    try:
+        ranks.flight_recorder.mkdir(parents=True, exist_ok=True)
+        (ranks.flight_recorder / f"rank-{ranks.rank}.pickle").write_bytes(dump())
+    except OSError as error:  # a full disk must not hide why the run ended
+        print(f"flight recorder: {error}", file=sys.stderr)
+
+
+def _set_cpu_threads(local_world_size: int) -> None:
+    """Share the machine's cores among its ranks, unless OMP_NUM_THREADS says otherwise.
+
+    torchrun sets OMP_NUM_THREADS=1 where the user set nothing, so under it 1 counts as unset: otherwise two ranks on
+    32 cores would compute on two of them.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS")
+    if asked is None or (asked == "1" and local_world_size > 1):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))

@@ -1,0 +1,326 @@
+"""The tokenizer and VAE at work: raw documents in, encoded records out, in the order of the input.
+
+Pictures are decoded and resized by threads (Pillow frees the interpreter) ahead of the VAE, and the VAE runs ahead of
+what is written. Batches hold pictures of one size, never cross an input file and depend on nothing but that file and
+the settings, so the same bytes come out whoever does it, with any number of threads.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data.documents import decode_document, encode_record
+from data.manifest import FORMAT_VERSION, LatentSpec, LatentSums, Manifest
+from data.pictures import bucket_sizes, decode_picture
+from data.raw import KeysConfig, RawDocument
+from data.remote import FileVersion
+from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record
+from data.storage import Location
+from data.tokenizer import Tokenizer
+from model.vae import load_vae, moments, stated_stats, states_scaling, stride_of, vae_hash
+from train.distributed.launcher import place
+
+MAX_KEY_BYTES = 4096  # of a document, as long as a path may be
+EXAMPLES_KEPT = 8  # of what the tokenizer does not know, of an input file
+AHEAD = 8  # batches of pictures decoded before the VAE wants them, and documents that may wait for a rare size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(KeysConfig):
+    tokenizer: Location = "runs/tokenizer.model"  # SentencePiece model
+    vae: Location | None = None  # diffusers AutoencoderKL: a folder or a hub id; not needed for text
+    resolution: int = 256  # pixels of a square picture's side, a multiple of the VAE's stride
+    # centre: the square in the middle (the paper's). buckets: the nearest of several aspects from 1:2 to 2:1 with at
+    # most as many pixels as the square.
+    crop: Literal["centre", "buckets"] = "centre"
+    bucket_multiple: int = 32  # pixels: divides both sides of every bucket; a multiple of VAE stride x patch size
+    batch_size: int = 32  # pictures a VAE batch; a part of what decides the latents' last bits
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the VAE; auto: bfloat16 on CUDA, else float32
+    decode_threads: int = 0  # threads that decode and resize pictures; 0: one a core of this process's share
+    # Where the mean and deviation come from by which training whitens latents. vae: the scaling that the VAE's config
+    # states, else diffusers' default; measured: these pictures' latents; auto: vae where the config states other than
+    # 1, else measured.
+    latent_stats: Literal["auto", "measured", "vae"] = "auto"
+    # Encoded folder, run, checkpoint or export whose latent statistics to take over instead: for held-out data, and for
+    # data that a model is to be trained on further.
+    stats_from: Location | None = None
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+
+    def __post_init__(self) -> None:
+        if self.resolution < 1 or self.batch_size < 1 or self.bucket_multiple < 1:
+            raise ValueError(
+                f"resolution={self.resolution}, batch_size={self.batch_size}, bucket_multiple={self.bucket_multiple}: "
+                "expected at least 1"
+            )
+        if self.decode_threads < 0:
+            raise ValueError(f"decode_threads={self.decode_threads}: expected 0 or more")
+        if self.stats_from is not None and self.latent_stats != "auto":
+            raise ValueError(
+                f"latent_stats={self.latent_stats} and stats_from={self.stats_from} both say where the statistics come "
+                "from: leave one of them out"
+            )
+
+
+@dataclass
+class _Picture:
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    moments: np.ndarray | None = None  # f16 [2C, h, w], once encoded
+
+
+@dataclass
+class _Draft:
+    """A document on its way through: its texts as they are, its pictures as far as they got."""
+
+    document: RawDocument
+    segments: list[str | _Picture] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> list[_Picture]:
+        return [segment for segment in self.segments if isinstance(segment, _Picture)]
+
+    @property
+    def is_encoded(self) -> bool:
+        return all(picture.moments is not None for picture in self.pictures)
+
+
+@dataclass
+class WordCounts:
+    """How many tokens texts became, how many of them are the unknown piece, and a few words for which it stands."""
+
+    tokens: int = 0
+    unknown: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+class Encoder:
+    """Encodes one input file after another."""
+
+    def __init__(self, config: EncoderConfig, has_pictures: bool):
+        self.config = config
+        self.tokenizer = Tokenizer(config.tokenizer)
+        self.vae, self.vae_hash, self.stride, self.channels = None, None, 1, 0
+        self.dtype = torch.float32
+        if has_pictures:
+            self._load_vae()
+        if config.crop == "buckets":
+            self.sizes = bucket_sizes(config.resolution, config.bucket_multiple)
+        else:
+            self.sizes = ((config.resolution, config.resolution),)
+        self.given_spec, self.stats_source = self._given_spec()
+        # Of the present file.
+        self.latent_sums, self.words = LatentSums.none(self.channels), WordCounts()
+        cores = len(os.sched_getaffinity(0)) // place().local_world_size
+        self.num_threads = config.decode_threads or max(1, cores)
+        self._threads = ThreadPoolExecutor(self.num_threads, "decode")
+
+    def close(self) -> None:
+        """Give up pictures that wait to be decoded, so that the process can end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _load_vae(self) -> None:
+        config = self.config
+        if config.vae is None:
+            raise ValueError("inputs hold .tar shards of pictures: give vae=FOLDER or a hub id")
+        device = _device(config.device)
+        if config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda"):
+            self.dtype = torch.bfloat16
+        vae = load_vae(config.vae)
+        self.vae_hash, self.channels, self.stride = vae_hash(vae), vae.config.latent_channels, stride_of(vae)
+        self.vae = vae.to(device).eval()
+        if self.dtype != torch.float32:
+            self.vae.to(self.dtype)
+        multiple = config.bucket_multiple if config.crop == "buckets" else self.stride
+        if config.resolution % self.stride or config.resolution % multiple:
+            raise ValueError(
+                f"resolution={config.resolution}: expected a multiple of the VAE's stride {self.stride}"
+                + (f" and of bucket_multiple={multiple}" if multiple != self.stride else "")
+            )
+        if multiple % self.stride:
+            raise ValueError(f"bucket_multiple={multiple}: expected a multiple of the VAE's stride {self.stride}")
+
+    def _given_spec(self) -> tuple[LatentSpec | None, str]:
+        """Return the latent spec if its statistics are not to be measured, and in words where they come from."""
+        if self.config.stats_from is not None:
+            return self._spec_of(self.config.stats_from), f"from {self.config.stats_from}"
+        if self.vae is None or self.config.latent_stats == "measured":
+            return None, "measured"
+        is_stated = states_scaling(self.vae)
+        if self.config.latent_stats == "auto" and not is_stated:
+            return None, "measured (the VAE's config states no scaling_factor)"
+        stats = stated_stats(self.vae)
+        mean, std = tuple(stats.mean.tolist()), tuple(stats.std.tolist())
+        if self.config.latent_stats == "auto" and set(mean) == {0.0} and set(std) == {1.0}:
+            return None, "measured (the VAE states no scaling)"
+        source = "the VAE's own scaling" if is_stated else "diffusers' default, as the VAE's config states no scaling"
+        return LatentSpec(**self._spec_fields, mean=mean, std=std), source
+
+    def _spec_of(self, folder: str) -> LatentSpec:
+        """Return our latent spec with the statistics of another; raise ValueError for one of other latents."""
+        if any((Path(folder) / name).exists() for name in ("export.json", "checkpoints", "meta.json")):
+            from train.inference.saved_model import (
+                stored_spec,  # only now: it takes a second that most encoding jobs do not owe
+            )
+
+            theirs = stored_spec(Path(folder))
+        else:
+            theirs = Manifest.load(folder).latent_spec
+        if theirs is None or self.vae is None:
+            raise ValueError(f"stats_from={folder}: both it and the inputs must hold pictures; leave it out for text")
+        if theirs.vae_hash != self.vae_hash:
+            found = f"vae_hash {theirs.vae_hash} (here {self.vae_hash})"
+            raise ValueError(f"stats_from={folder} has other latents: {found}; encode both alike")
+        return LatentSpec(**self._spec_fields, mean=theirs.mean, std=theirs.std)
+
+    @property
+    def _spec_fields(self) -> dict:
+        """The latent spec but for the statistics."""
+        names = ("vae_hash", "channels", "stride")
+        return {**{name: getattr(self, name) for name in names}, "resolution": self.config.resolution}
+
+    def latent_spec(self, sums: LatentSums) -> LatentSpec | None:
+        """Return the spec of a data set from the sums of all its shards; None for text."""
+        if self.vae is None or self.given_spec is not None:
+            return self.given_spec
+        if not sums.cells:
+            return None
+        return LatentSpec(**self._spec_fields, mean=tuple(sums.mean.tolist()), std=tuple(sums.std.tolist()))
+
+    @property
+    def made_with(self) -> dict:
+        """The settings that decide a shard's bytes. Statistics decide the manifest alone."""
+        return {
+            "format": FORMAT_VERSION,
+            "tokenizer": self.tokenizer.hash,
+            "vae": self.vae_hash,
+            "resolution": self.config.resolution,
+            "bucket_multiple": self.config.bucket_multiple if self.config.crop == "buckets" else None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            # Those that were chosen: shards that were made before there was a choice stay as they are.
+            **{f.name: value for f in fields(KeysConfig) if (value := getattr(self.config, f.name)) != f.default},
+        }
+
+    def origin(self, version: FileVersion) -> dict:
+        """Return what decides a shard's bytes: the settings, and its input file."""
+        # Tars are padded: size alone would miss an input that was replaced.
+        return {**self.made_with, "input_bytes": version.bytes, "input_changed": version.changed}
+
+    @torch.no_grad()
+    def records(self, documents: Iterable[RawDocument], bad: BadRecords) -> Iterator[Record]:
+        """Yield the encoded records of one input file's documents, in order; what is bad is counted and named."""
+        self.latent_sums, self.words = LatentSums.none(self.channels), WordCounts()
+        waiting: deque[_Draft] = deque()  # for the VAE, in the order of the input
+        batches: dict[tuple[int, int], list[_Picture]] = {}  # by size, not full yet
+        running: deque[tuple[list[_Picture], torch.Tensor]] = deque()  # on the device
+
+        def launch(batch: list[_Picture]) -> None:
+            pixels = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
+            if self.vae.device.type == "cuda":
+                pixels = pixels.pin_memory().to(self.vae.device, non_blocking=True)
+            pixels = pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)  # the VAE's range
+            running.append((batch[:], moments(self.vae, pixels.to(self.dtype)).half()))
+            batch.clear()
+            while len(running) > 1:  # one batch is computed while the one before it is written
+                collect()
+
+        def collect() -> None:
+            batch, encoded = running.popleft()
+            for picture, image_moments in zip(batch, encoded.cpu().numpy(), strict=True):
+                picture.moments = image_moments
+
+        def finished(most_waiting: int) -> Iterator[Record]:
+            while waiting and (waiting[0].is_encoded or len(waiting) > most_waiting):
+                for batch in batches.values():
+                    if batch and not waiting[0].is_encoded and not running:
+                        launch(batch)
+                while running and not waiting[0].is_encoded:
+                    collect()
+                if not waiting[0].is_encoded:
+                    continue
+                try:
+                    yield self._record(waiting.popleft())
+                except BadRecord as error:
+                    bad.add(error)
+
+        for draft in self._decoded(documents, bad):
+            waiting.append(draft)
+            for picture in draft.pictures:
+                batch = batches.setdefault(picture.pixels.shape[:2], [])
+                batch.append(picture)
+                if len(batch) == self.config.batch_size:
+                    launch(batch)
+            yield from finished(AHEAD * self.config.batch_size)  # a rare size does not hold up the file for ever
+        yield from finished(0)
+
+    def _decoded(self, documents: Iterable[RawDocument], bad: BadRecords) -> Iterator[_Draft]:
+        """Yield the documents with their pictures decoded, in order, threads being some batches ahead."""
+        ahead: deque[tuple[RawDocument, list[str | Future]]] = deque()
+        futures = 0
+
+        def next_draft() -> _Draft | None:
+            nonlocal futures
+            document, segments = ahead.popleft()
+            futures -= sum(isinstance(segment, Future) for segment in segments)
+            try:
+                return _Draft(document, [s if isinstance(s, str) else _Picture(s.result()) for s in segments])
+            except BadRecord as error:
+                bad.add(error)
+                return None
+
+        for document in documents:
+            decode = partial(decode_picture, sizes=self.sizes, where=document.where)
+            pictures = {id(s): s for s in document.segments if isinstance(s, bytes)}  # each once
+            decoding = {key: self._threads.submit(decode, s) for key, s in pictures.items()}
+            segments = [s if isinstance(s, str) else decoding[id(s)] for s in document.segments]
+            ahead.append((document, segments))
+            futures += sum(isinstance(segment, Future) for segment in segments)
+            most = AHEAD * self.config.batch_size
+            while futures > most or len(ahead) > 2 * most or (not futures and ahead):
+                if (draft := next_draft()) is not None:
+                    yield draft
+        while ahead:
+            if (draft := next_draft()) is not None:
+                yield draft
+
+    def _record(self, draft: _Draft) -> Record:
+        where = draft.document.where
+        captions = [self._tokens(caption) for caption in draft.document.captions]
+        left = draft.pictures if captions else draft.segments
+        segments = [self._tokens(s) if isinstance(s, str) else s.moments for s in left]
+        record = encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode(), captions)
+        if len(record["__key__"]) > MAX_KEY_BYTES or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:
+            raise BadRecord("oversized record", where)
+        decode_document(record, where)  # what its index would refuse is counted here
+        for picture in draft.pictures:
+            self.latent_sums.add(picture.moments)
+        return record
+
+    def _tokens(self, text: str) -> np.ndarray:
+        token_ids = self.tokenizer.encode(text)
+        self.words.tokens += len(token_ids)
+        if unknown := int((token_ids == self.tokenizer.unknown).sum()):
+            self.words.unknown += unknown
+            new = dict.fromkeys(word for word in self.tokenizer.unknown_in(text) if word not in self.words.examples)
+            self.words.examples += list(new)[: EXAMPLES_KEPT - len(self.words.examples)]
+        return token_ids
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of this process; raise ValueError for one that is not there."""
+    if name == "auto":
+        name = f"cuda:{place().local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name}, but torch finds no CUDA device; use device=auto or device=cpu")
+    return device

@@ -1,0 +1,123 @@
+"""What each encoded shard leaves beside it, and the manifest that is made of all of them.
+
+The sidecar is written last, so it vouches for its shard and index. It says what the shard was made of and how, so a
+job that is started again knows what is done, and keeps the sums from which the latents' statistics come.
+"""
+
+import json
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data.manifest import LatentSums, Manifest, ShardEntry, shard_entry
+from data.shards import BadRecords, ShardIndex, atomic_write, index_path
+from data.storage import Store
+from train.encoding.encoder import Encoder, WordCounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    origin: dict  # what decides the shard's bytes
+    entry: ShardEntry
+    cells: int  # latent cells
+    sums: list[list[float]]  # of latents by channel: means, and second moments
+    seen: int  # records of the input, good and bad
+    skipped: dict[str, int]  # by reason
+    words: WordCounts = field(default_factory=WordCounts)
+    lost: float = 0.0  # share of the input's bytes, 1 where it was cut
+    failed: str = ""  # what an input is of which nothing can be read
+    noted: dict[str, int] = field(default_factory=dict)  # what cost no record
+
+    @classmethod
+    def write(
+        cls,
+        shard: Path,
+        index: ShardIndex,
+        origin: dict,
+        latents: LatentSums,
+        bad: BadRecords,
+        words: WordCounts | None = None,
+    ) -> "Sidecar":
+        """Save a written shard's index and then its sidecar."""
+        index.save(index_path(shard))
+        sidecar = cls(
+            origin=origin,
+            entry=shard_entry(shard, index),
+            cells=latents.cells,
+            sums=latents.sums.tolist(),
+            seen=bad.seen,
+            skipped=dict(sorted(bad.reasons.items())),
+            words=words or WordCounts(),
+            lost=sum(share for _, share in bad.files),
+            failed="".join(bad.failed),
+            noted=dict(sorted(bad.noted.items())),
+        )
+        with atomic_write(sidecar_path(shard)) as file:
+            file.write(json.dumps(asdict(sidecar)).encode())
+        return sidecar
+
+    def counted(self) -> BadRecords:
+        """Return what was skipped of the input; of names, only what is kept: that of a failed file."""
+        size = self.origin.get("input_bytes", self.entry.bytes)
+        return BadRecords(
+            max_fraction=1,
+            seen=self.seen,
+            reasons=Counter(self.skipped),
+            failed=[self.failed] if self.failed else [],
+            files=[] if self.failed else [(size, self.lost)],
+            noted=Counter(self.noted),
+        )
+
+    @staticmethod
+    def origin_of(shard: Path) -> dict | None:
+        """Return what a shard's sidecar says it was made of, None where there is none."""
+        try:
+            origin = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))["origin"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return origin if isinstance(origin, dict) else None
+
+    @classmethod
+    def read(cls, shard: Path, origin: dict) -> "Sidecar | None":
+        """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin."""
+        try:
+            written = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))
+            fields = {"words": {}, **written}  # older ones have none
+            parts = {"entry": ShardEntry(**fields["entry"]), "words": WordCounts(**fields["words"])}
+            sidecar = cls(**{**fields, **parts})
+            if sidecar.origin != origin:
+                return None
+            is_whole = zlib.crc32(index_path(shard).read_bytes()) == sidecar.entry.index_crc32
+            return sidecar if is_whole and shard.stat().st_size == sidecar.entry.bytes else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def sidecar_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".json")
+
+
+def build_manifest(encoder: Encoder, sidecars: list[Sidecar], folder: Path) -> Manifest:
+    """Write manifest.json from the sidecars of all shards; raise ValueError if they hold nothing."""
+    if not any(sidecar.entry.records for sidecar in sidecars):
+        raise ValueError(f"nothing could be encoded from {len(sidecars)} input files")
+    sums = LatentSums.total(encoder.channels, (LatentSums(np.array(s.sums), s.cells) for s in sidecars))
+    manifest = Manifest(
+        store=Store(str(folder)),
+        tokenizer_hash=encoder.tokenizer.hash,
+        vocab_size=encoder.tokenizer.vocab_size,
+        latent_spec=encoder.latent_spec(sums),
+        shards=tuple(sidecar.entry for sidecar in sidecars if sidecar.entry.records),
+    )
+    manifest.save()
+    spec = manifest.latent_spec
+    if spec is not None and sums.cells and not 0.5 <= (deviation := sums.whitened_by(spec)) <= 2:
+        print(
+            f"warning: whitened latents have deviation {deviation:.3g}, expected about 1, for which the noise schedule "
+            f"is made (statistics: {encoder.stats_source}); the same command with latent_stats=measured takes these "
+            "pictures' own and rewrites manifest.json alone"
+        )
+    return manifest

@@ -1,0 +1,147 @@
+"""Bad updates: which are skipped, and what the batches held that made them (P8).
+
+An update is bad when its gradient norm is not finite or, if asked for, far above its running mean. The norm is global,
+so every rank skips alike, on the device and without waiting for it; what was skipped is looked at when a row is logged.
+Blame goes to the micro-batches whose loss is not finite, or to the one whose loss is the highest: their lanes and
+documents are named.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from data.loader import StepBatch
+from train.distributed.ranks import Ranks
+from train.step import StepLoss
+
+HORIZON = 100  # good updates that the running mean of the gradient norm looks back on
+NAMED_DOCUMENTS = 8  # in one message
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    # Also skip an update whose gradient norm is more than this many times its mean over the last 100 good ones, > 1;
+    # null: skip only what is not finite.
+    spike_factor: float | None = None
+    spike_after: int = 100  # good updates before `spike_factor` counts, >= 1
+    max_bad_in_a_row: int = 5  # skipped updates in a row after which the next log row acts, >= 1
+    # Times that the run then goes back to a checkpoint and on without the batches that led there, >= 0; after that, or
+    # with 0, it stops.
+    max_rollbacks: int = 0
+    # Batches left out then besides those of the skipped updates, the ones right before them, >= 0: what was skipped did
+    # no harm to the weights, what came before may have (PaLM went back about 100 steps; Chowdhery et al. 2022, 5.1).
+    exclude_before: int = 100
+
+    def __post_init__(self) -> None:
+        if self.spike_factor is not None and not 1 < self.spike_factor < math.inf:
+            raise ValueError(f"guard.spike_factor={self.spike_factor}: expected more than 1, or null")
+        if min(self.spike_after, self.max_bad_in_a_row) < 1 or min(self.max_rollbacks, self.exclude_before) < 0:
+            raise ValueError(
+                f"guard.spike_after={self.spike_after}, max_bad_in_a_row={self.max_bad_in_a_row}, max_rollbacks="
+                f"{self.max_rollbacks}, exclude_before={self.exclude_before}: expected at least 1, 1, 0 and 0"
+            )
+
+
+@dataclass(frozen=True)
+class BadUpdate:
+    """An update that was skipped, and what is to blame."""
+
+    step: int
+    in_a_row: int  # skipped updates up to this one
+    grad_norm: float
+    lanes: list[int]
+    documents: list[str]
+
+    def __str__(self) -> str:
+        more = f" and {len(self.documents) - NAMED_DOCUMENTS} more" if len(self.documents) > NAMED_DOCUMENTS else ""
+        documents = ", ".join(self.documents[:NAMED_DOCUMENTS]) or "none"
+        return f"step {self.step} (gradient norm {self.grad_norm:.3g}; lanes {self.lanes}; documents {documents}{more})"
+
+
+class Guard:
+    """Judges each update of a run. `counts` is all its state: updates skipped, skipped in a row, good, mean norm."""
+
+    def __init__(self, config: GuardConfig, device: torch.device) -> None:
+        self.config = config
+        self.counts = torch.zeros(4, device=device)
+        self._steps: list[tuple] = []  # since the last review
+        self._in_a_row: list[BadUpdate] = []  # the last ones, up to the last review
+
+    def judge(self, norm: torch.Tensor) -> torch.Tensor:
+        """Return f32 [] 1.0 where the update with this gradient norm is to be skipped, else 0.0; and count it."""
+        skipped, in_a_row, good, mean = self.counts.unbind()
+        bad = ~torch.isfinite(norm)
+        if self.config.spike_factor is not None:
+            bad |= (good >= self.config.spike_after) & (norm > self.config.spike_factor * mean)
+        skip = bad.to(torch.float32)
+        mean.copy_(torch.where(bad, mean, mean + (norm - mean) / (good + 1).clamp(max=HORIZON)))
+        good.add_(1 - skip)
+        skipped.add_(skip)
+        in_a_row.add_(1).mul_(skip)
+        return skip
+
+    @property
+    def in_a_row(self) -> int:
+        """Return how many updates have been skipped since the last good one; waits for the device."""
+        return int(self.counts[1])
+
+    @property
+    def good_updates(self) -> torch.Tensor:
+        """Return f32 [] on the device: updates made since the run began."""
+        return self.counts[2]
+
+    def note(self, batch: StepBatch, losses: list[StepLoss], norm: torch.Tensor) -> None:
+        """Remember a step until the next review: device scalars, and where its documents lie."""
+        self._steps.append((batch.step, norm, self.counts[1].clone(), losses, _shares(batch)))
+
+    def review(self, name_of: Callable[[tuple], str], ranks: Ranks) -> tuple[list[BadUpdate], list[BadUpdate]]:
+        """Return the bad updates since the last review, and the last `max_bad_in_a_row` or more of them in a row.
+
+        `name_of` a document's position is its name. Collective; waits for the device.
+        """
+        in_a_row = torch.stack([count for _, _, count, *_ in self._steps]).int().tolist() if self._steps else []
+        bad = [step for step, count in zip(self._steps, in_a_row, strict=True) if count]
+        self._steps.clear()
+        found = self._blame(bad, name_of, ranks) if bad else []
+        too_many, updates = [], iter(found)
+        for count in in_a_row:
+            self._in_a_row = [*self._in_a_row, next(updates)] if count > 1 else [next(updates)] if count else []
+            if count >= self.config.max_bad_in_a_row:
+                too_many = self._in_a_row
+        return found, too_many
+
+    @staticmethod
+    def _blame(bad: list[tuple], name_of: Callable[[tuple], str], ranks: Ranks) -> list[BadUpdate]:
+        mine = [_suspects(losses, shares, name_of) for *_, losses, shares in bad]
+        found = []
+        for (step, norm, count, *_), of_ranks in zip(bad, zip(*ranks.gather(mine), strict=True), strict=True):
+            suspects = [suspect for part in of_ranks for suspect in part]
+            infinite = [suspect for suspect in suspects if not math.isfinite(suspect[0])]
+            blamed = infinite or [max(suspects, key=lambda suspect: suspect[0])]
+            lanes = [lane for _, lanes, _ in blamed for lane in lanes]
+            names = [name for *_, names in blamed for name in names]
+            found.append(BadUpdate(step, int(count), norm.item(), lanes, names))
+        return found
+
+
+def _shares(batch: StepBatch) -> list[tuple]:
+    """Return (text targets, images, documents by lane) of each micro-batch."""
+    lanes, rows = list(batch.documents.items()), len(batch.micro_batches[0].input_ids)
+    return [
+        (micro_batch.num_text_targets, micro_batch.num_images, dict(lanes[i * rows : (i + 1) * rows]))
+        for i, micro_batch in enumerate(batch.micro_batches)
+    ]
+
+
+def _suspects(losses: list[StepLoss], shares: list[tuple], name_of: Callable) -> list[tuple]:
+    """Return (mean loss, lanes, names of documents) of each micro-batch."""
+    return [
+        (
+            loss.text_nll.item() / max(targets, 1) + loss.image_error.item() / max(images, 1),
+            list(documents),
+            [name_of(position) for positions in documents.values() for position in positions],
+        )
+        for loss, (targets, images, documents) in zip(losses, shares, strict=True)
+    ]

@@ -1,0 +1,146 @@
+"""The update: clip, learning rate, AdamW or Muon, EMAs on local shards. No host waits for the device here.
+
+A bad gradient norm skips the update and the EMAs on every rank alike (P8): guard.py judges, and the optimizers
+read its flag on the device. `step` names the batch either way.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from train.optim import muon
+from train.optim.bfloat16_adamw import BFloat16AdamW
+from train.optim.ema import Ema, label
+from train.optim.guard import Guard, GuardConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    # adamw: for all; muon: for the blocks' matrices, AdamW for the rest, both at the same rate.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    # Format of the moments at rest; bfloat16 halves them, with unbiased rounding, and makes the update slower.
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    learning_rate: float = 3e-4  # peak, > 0
+    min_learning_rate: float = 1.5e-5  # at the end of the cosine, in [0, learning_rate]
+    warmup_steps: int = 4000  # linear from 0
+    steps: int = 250_000  # updates of the whole run; the schedule ends there
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up: half a cosine, or stable and then decay
+    decay_share: float = 0.1  # wsd: the last part of `steps`, in which the rate falls, in [0, 1]
+    decay_shape: Literal["linear", "sqrt"] = "linear"  # wsd: 1 - x or 1 - sqrt(x) of the way down
+    beta1: float = 0.9  # in [0, 1)
+    beta2: float = 0.95  # in [0, 1)
+    eps: float = 1e-8  # AdamW's epsilon, > 0
+    muon_momentum: float = 0.95  # in [0, 1)
+    # Muon: root mean square of an update's elements over the rate, > 0. AdamW's is about 0.2 in a large model's batch
+    # noise, so that both take one rate, and up to 1 in a small model's clear gradients, where more may be better.
+    muon_update_rms: float = 0.2
+    weight_decay: float = 0.1  # on matrices; none on norms, biases and embeddings' vectors of one axis
+    clip_norm: float = 1.0  # global gradient norm, > 0
+    # Half-lives of averages of the weights, in updates, >= 1; the first is what previews and weights=auto take.
+    ema_half_lives: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"optim.min_learning_rate={self.min_learning_rate}: expected between 0 and "
+                f"learning_rate={self.learning_rate}"
+            )
+        if self.steps < 1 or self.warmup_steps < 0 or self.clip_norm <= 0:
+            raise ValueError(
+                f"optim.steps={self.steps}, warmup_steps={self.warmup_steps}, clip_norm={self.clip_norm}: expected "
+                "steps >= 1, warmup_steps >= 0, clip_norm > 0"
+            )
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(f"optim.decay_share={self.decay_share}: expected a share of the steps, in [0, 1]")
+        betas_fit = all(0 <= beta < 1 for beta in (self.beta1, self.beta2, self.muon_momentum))
+        if not (betas_fit and self.eps > 0 and self.muon_update_rms > 0 and self.weight_decay >= 0):
+            raise ValueError(
+                f"optim.beta1={self.beta1}, beta2={self.beta2}, muon_momentum={self.muon_momentum}, eps={self.eps}, "
+                f"muon_update_rms={self.muon_update_rms}, weight_decay={self.weight_decay}: expected betas and "
+                "momentum in [0, 1), eps and muon_update_rms > 0, weight_decay >= 0"
+            )
+        if min(self.ema_half_lives, default=1) < 1 or len(set(self.ema_half_lives)) < len(self.ema_half_lives):
+            raise ValueError(f"optim.ema_half_lives={self.ema_half_lives}: expected different numbers of 1 or more")
+
+    @property
+    def weights(self) -> list[str]:
+        """The names of all weights that a run keeps, the preferred ones first."""
+        return [*(label(half_life) for half_life in self.ema_half_lives), "model"]
+
+
+def learning_rate(step: int, config: OptimConfig) -> float:
+    """Return the rate of the step-th update (from 1). A pure function, so a resume may change all it depends on.
+
+    A linear warm-up, then either half a cosine to the minimum, or WSD (warm-up, stable, decay; Hu et al. 2024,
+    MiniCPM, arXiv:2404.06395, section 4): the peak, until the last `decay_share` of the steps leads to the minimum in a
+    line or as 1 - sqrt (Hägele et al. 2024, arXiv:2405.18392, section 3). A WSD run whose `steps` are raised before
+    its decay began is the longer run; one raised within the decay returns to the peak.
+    """
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        start = max(start, config.steps * (1 - config.decay_share))
+    done = min(1.0, max(0.0, step - start) / max(1, config.steps - start))
+    if config.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        left = 1 - (math.sqrt(done) if config.decay_shape == "sqrt" else done)
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * left
+
+
+class Optimizer:
+    """AdamW, perhaps Muon, and the averages of one model's (sharded) parameters."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig, guard: GuardConfig):
+        self.config = config
+        self.parameters = dict(model.named_parameters())
+        blocks = muon.matrices(model) if config.optimizer == "muon" else {}
+        rest = [p for p in self.parameters.values() if p not in blocks]
+        groups = [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        low = config.state_dtype == "bfloat16"
+        adamw = BFloat16AdamW if low else partial(torch.optim.AdamW, fused=True)
+        # Set before each update. A number: with a tensor, DTensor would try fused AdamW's other variant, which has no
+        # fake kernel, on tensors of the whole model's size: four copies of it on each rank, at the first update.
+        rate = 0.0
+        groups = [group for group in groups if group["params"]]
+        self.adamw = adamw(groups, lr=rate, betas=(config.beta1, config.beta2), eps=config.eps)
+        self.parts: list[torch.optim.Optimizer] = [self.adamw]
+        if blocks:
+            settings = {"momentum": config.muon_momentum, "update_rms": config.muon_update_rms}
+            settings |= {"lr": rate, "weight_decay": config.weight_decay}
+            self.parts.append(muon.Muon(blocks, torch.bfloat16 if low else torch.float32, **settings))
+        self.emas = {label(half_life): Ema(self.parameters, half_life) for half_life in config.ema_half_lives}
+        device = next(iter(self.parameters.values())).device
+        self.guard = Guard(guard, device)
+
+    @torch.no_grad()
+    def update(self, step: int) -> torch.Tensor:
+        """Clip, update, average; clear the gradients. Returns the gradient norm before clipping, f32 []."""
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, norm_type=2.0, foreach=True)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # sums over the mesh; every rank takes part
+        torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm, foreach=True)
+        skip = self.guard.judge(norm)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate(step, self.config)
+            part.found_inf, part.batch = skip, step
+            part.step()
+            part.zero_grad(set_to_none=True)
+        for ema in self.emas.values():
+            ema.update(self.parameters, self.guard.good_updates, keep=1.0 - skip)
+        return norm
+
+    def preferred_weights(self) -> dict[str, torch.Tensor]:
+        """Return what weights=auto stands for: the first average, without any the weights in training."""
+        return next((ema.weights for ema in self.emas.values()), self.parameters)

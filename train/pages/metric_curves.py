@@ -1,0 +1,87 @@
+"""Curves of a run as inline SVG: rows of metrics.jsonl in, small multiples out.
+
+A long run is averaged down to at most POINTS points a curve, and the chart says so.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from train.pages.charts import ACCENT, SOFT, figure, label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+POINTS = 600  # of a curve; more would not be seen
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What one small multiple shows; `scale` log needs positive values, zero starts the axis at 0."""
+
+    key: str  # of the rows
+    title: str
+    unit: str
+    scale: str  # log or zero
+
+
+CHARTS = (
+    Chart("text_loss", "Text loss", "nats a text target, training data, log scale", "log"),
+    Chart("image_loss", "Image loss", "mean squared error of the prediction, training data, log scale", "log"),
+    Chart("grad_norm", "Gradient norm", "before clipping, at the step of each row, log scale", "log"),
+    Chart("learning_rate", "Learning rate", "of AdamW", "zero"),
+    Chart("tokens_per_s", "Tokens", "tokens a second, all ranks", "zero"),
+    Chart("images_per_s", "Images", "images a second, all ranks", "zero"),
+)
+
+
+def draw_charts(rows: list[dict[str, Any]], marks: dict[str, tuple[float, str]] | None = None) -> list[str]:
+    """Return a `<figure>` for each chart that has at least two finite values in `rows` (each with its `step`).
+
+    `marks` draws a dashed level with its label into the chart of that key.
+    """
+    figures = []
+    for chart in CHARTS:
+        points = [(row["step"], row[chart.key]) for row in rows if row.get(chart.key) is not None]
+        points = [(step, value) for step, value in points if np.isfinite(value) and (chart.scale != "log" or value > 0)]
+        if len(points) < 2:
+            continue
+        steps, values, rows_a_point = _thinned(np.array(points, dtype=np.float64))
+        draw = partial(_draw, chart, steps, values, (marks or {}).get(chart.key))
+        note = f"; each point is the mean of {rows_a_point} rows" if rows_a_point > 1 else ""
+        last = f"{chart.title}, {points[-1][1]:.4g} at step {points[-1][0]}"
+        figures.append(figure(chart.key, chart.title, chart.unit + note, last, draw))
+    return figures
+
+
+def _thinned(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Average neighbours of [R, 2] so that at most POINTS remain; the last mean may be of fewer rows."""
+    size = -(-len(points) // POINTS)
+    starts = np.arange(0, len(points), size)
+    means = np.add.reduceat(points, starts) / np.diff([*starts, len(points)])[:, None]
+    return means[:, 0], means[:, 1], size
+
+
+def _draw(chart: Chart, steps: np.ndarray, values: np.ndarray, mark: tuple[float, str] | None, axes: "Axes") -> None:
+    """Draw one curve."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axes.plot(steps, values, color=ACCENT, linewidth=1.6, solid_joinstyle="round")
+    if mark is not None:
+        axes.axhline(mark[0], color=SOFT, linewidth=1, linestyle="--")
+        axes.annotate(mark[1], (1, mark[0]), (0, 3), xycoords=("axes fraction", "data"), ha="right", color=SOFT,
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    if chart.scale == "log":
+        axes.set_yscale("log")
+        close = max(values.max(), mark[0] if mark else 0) < 20 * min(values.min(), mark[0] if mark else np.inf)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if close else (1,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(0, values.max() * 1.08 or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(label))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(label))
+    axes.set_xlabel("step", color=SOFT)

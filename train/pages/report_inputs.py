@@ -1,0 +1,98 @@
+"""What a run and the programs after it left behind, read once for the report.
+
+A missing output is no error here, since a run in progress is reported too; a damaged one is, and a missing run.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.storage import Location
+from train.pretrain_config import PretrainConfig, read_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    run: Location = "runs/pretrain"  # run folder of train.pretrain: config.yaml, metrics.jsonl, previews
+    evaluation: Location | None = None  # folder of train.evaluate; null: none
+    samples: Location | None = None  # folder of train.sample; null: none
+    vae: Location | None = None  # AutoencoderKL of the reconstructions; null: the one the run names
+    stages: Location | None = None  # folder in which train.demo marks its finished stages; null: none
+    num_right: int = 12  # right answers shown of each split, 0 or more; failures are all shown
+    num_previews: int = 6  # preview sheets shown, from the first to the last, >= 2
+    num_reconstructions: int = 8  # pictures passed through the VAE, 0 or more
+    title: str = "Transfusion: training report"  # of the page
+    output: Location = "runs/demo/report.html"  # file to write
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_right", 0), ("num_previews", 2), ("num_reconstructions", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """What there is to report, read once."""
+
+    config: ReportConfig
+    command: str
+    recipe: PretrainConfig | None
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    evaluation: dict[str, Any] | None
+    examples: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    seconds: dict[str, float]  # by finished stage, in the order in which they finished
+    unreadable: list[str]  # what had to be skipped, in words
+
+
+def gather(config: ReportConfig, command: str) -> ReportInputs:
+    """Read all inputs. Raises FileNotFoundError or ValueError if `run` is not a run folder or a file is damaged."""
+    run = Path(config.run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"run={run}: no such folder; give the run_dir of a `python -m train.pretrain`")
+    if not any((run / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        raise ValueError(f"run={run}: not a run folder of train.pretrain, it has neither config.yaml nor metrics.jsonl")
+    unreadable: list[str] = []
+    recipe = read_config(run / "config.yaml") if (run / "config.yaml").is_file() else None
+    scores = Path(config.evaluation) / "evaluation.json" if config.evaluation else None
+    evaluation = None
+    if scores is not None and scores.is_file():
+        try:
+            evaluation = json.loads(scores.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{scores}: damaged ({error}); run train.evaluate again") from None
+    return ReportInputs(
+        config=config,
+        command=command,
+        recipe=recipe,
+        rows=[row for row in read_json_lines(run / "metrics.jsonl", unreadable) if "step" in row],
+        evaluation=evaluation,
+        examples=read_json_lines(Path(config.evaluation) / "examples.jsonl", unreadable) if config.evaluation else [],
+        samples=read_json_lines(Path(config.samples) / "results.jsonl", unreadable) if config.samples else [],
+        seconds=_seconds(Path(config.stages)) if config.stages else {},
+        unreadable=unreadable,
+    )
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    marks = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    found = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in marks
+    }  # renamed into place: whole or absent
+    return {name: mark["seconds"] for name, mark in found.items() if "seconds" in mark}  # others only began
+
+
+def read_json_lines(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
+    """Read one JSON object a line, none if there is no file; count what is cut short in `unreadable`, in words."""
+    if not path.is_file():
+        return []
+    found, bad = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            bad += 1
+    if bad:
+        unreadable.append(f"{path}: {bad} unreadable line(s) left out, as a write in progress or a kill leaves them.")
+    return found

@@ -1,0 +1,294 @@
+"""The sections of the report: findings in, HTML out, in the order of the page.
+
+A section that has nothing to show raises LeftOut with the sentence that stands in its place.
+"""
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.pictures import from_unit, to_unit
+from data.scenes import Verdict, judge, parse_caption, score
+from model.vae import decode, load_vae, moments
+from train.config import to_yaml
+from train.pages.metric_curves import draw_charts
+from train.pages.page import card, cards, fact_list, image, mark, note, read_picture, spread
+from train.pages.report_inputs import ReportConfig, ReportInputs
+
+SPLITS = {
+    "seen": ("Trained combinations", "each in wordings that training never used for it"),
+    "unseen": ("Unseen combinations", "of colour, shape and position, in neither size"),
+    "two_shapes": ("Two shapes", "in pairs that training never showed together"),
+}
+TASKS = (("text_to_image", "Text → image", "drawn_verdict"), ("image_to_text", "Image → text", "caption_verdict"))
+# What scores depend on; without it they mean nothing.
+SETTINGS = ("training_step", "sampler", "steps", "spacing", "eta", "guidance", "clip_x0")
+SETTINGS += ("temperature", "top_p", "seed", "weights")
+PACKAGES = ("torch", "diffusers", "numpy", "sentencepiece", "webdataset", "torchdata")
+
+
+class LeftOut(Exception):
+    """A section has nothing to show; the message is the sentence that stands in its place."""
+
+
+def _scores(findings: ReportInputs) -> str:
+    scores = findings.evaluation
+    if scores is None:
+        raise LeftOut(_absent(findings.config, "evaluation", "evaluation.json"))
+    html = []
+    for task, title, verdict in TASKS:
+        if task in scores:
+            tiles = "".join(_tile(findings, scores[task], split, verdict) for split in SPLITS)
+            html.append(f'<h3>{title}: all right</h3><div class="tiles">{tiles}</div>')
+    if not html:
+        raise LeftOut("The evaluation had no scenes to judge (train.evaluate scenes=FOLDER).")
+    facts = {"training_step": scores["step"], "seed": scores["seed"], "weights": scores["weights"]}
+    settings = {**scores["settings"], **facts}
+    shown = {key.replace("_", " "): settings[key] for key in SETTINGS if settings.get(key) is not None}
+    explained = (
+        "A picture is all right when a judge that never sees the prompt reads the asked colour, shape and position "
+        "from it; a caption, when it says them. None was trained in these words. Ranges: 95\u00a0% (Wilson)."
+    )
+    return note(explained) + "".join(html) + fact_list(shown)
+
+
+def _tile(findings: ReportInputs, shares: dict[str, float | None], split: str, verdict: str) -> str:
+    """Return the share of all-right answers in a big figure, its attributes below."""
+    share = shares.get("all" if split == "seen" else f"all_{split}")
+    if share is None:
+        return ""
+    name, what = SPLITS[split]
+    verdicts = [example[verdict] for example in findings.examples if example["split"] == split]
+    number, goals = "number not recorded", ""
+    if count := len(verdicts):
+        number = f"{round(share * count)} of {count}, {_interval(share, count)}"
+        by_goal = {goal: sum(v[goal] for v in verdicts) / count for goal in verdicts[0]}
+        goals = "".join(f"<li>{escape(goal)}<span>{_percent(part)}</span></li>" for goal, part in by_goal.items())
+    return (
+        f'<div class="tile{" main" if split == "seen" else ""}"><span>{name}</span><b>{_percent(share)}</b>'
+        f"{note(number)}{note(what)}<ul>{goals}</ul></div>"
+    )
+
+
+def _prompts(findings: ReportInputs) -> str:
+    if not findings.samples:
+        raise LeftOut(_absent(findings.config, "samples", "results.jsonl"))
+    drawn: dict[str, list[tuple[str, Verdict | None]]] = {}
+    described = []
+    for result in findings.samples:
+        texts = " ".join(part["text"] for part in result["output"] if "text" in part)
+        prompt = result["prompt"]
+        if prompt is None:
+            path = Path(result["images"][0])
+            described.append(card(image(read_picture(path.parent, path.name), texts), texts, None))
+            continue
+        for name in [part["image"] for part in result["output"] if "image" in part]:
+            pixels = read_picture(Path(findings.config.samples), name)
+            verdict = _judged(pixels, prompt)
+            sign = "" if verdict is None else f"<figcaption>{mark(verdict.all_right)}</figcaption>"
+            drawn.setdefault(prompt, []).append((f"<figure>{image(pixels, prompt)}{sign}</figure>", verdict))
+    first = findings.samples[0]
+    html = note(
+        f"Step {first.get('step', '?')}, seed {first.get('seed', '?')}; every picture drawn is shown, none chosen. "
+        "✓ and ✗ are the judge's, given where it understands the prompt."
+    )
+    for prompt, pictures in drawn.items():
+        verdicts = [verdict for _, verdict in pictures if verdict is not None]
+        tally = note(f"{sum(v.all_right for v in verdicts)} of {len(verdicts)} right") if verdicts else ""
+        figures = "".join(figure for figure, _ in pictures)
+        html += f'<div class="prompt"><div><p>{escape(prompt)}</p>{tally}</div><div class="row">{figures}</div></div>'
+    return html + (f"<h3>Described pictures</h3>{cards(described)}" if described else "")
+
+
+def _curves(findings: ReportInputs) -> str:
+    clip = findings.recipe.optim.clip_norm if findings.recipe else None
+    figures = draw_charts(findings.rows, {"grad_norm": (clip, "clipped above")} if clip else {})
+    if not figures:
+        raise LeftOut(f"Fewer than two rows in {findings.config.run}/metrics.jsonl yet: nothing to draw.")
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def _previews(findings: ReportInputs) -> str:
+    sheets = sorted((Path(findings.config.run) / "previews").glob("step-*.png"))
+    if not sheets:
+        raise LeftOut("The run has saved no preview sheets (preview.interval_steps of train.pretrain).")
+    html = ""
+    for path in spread(sheets, findings.config.num_previews):
+        step = path.stem.removeprefix("step-").lstrip("0") or "0"
+        sheet = image(read_picture(path.parent, path.name), f"pictures at step {step}", width=360)
+        html += f"<figure>{sheet}<figcaption>step {escape(step)}</figcaption></figure>"
+    shown = f"{min(len(sheets), findings.config.num_previews)} of {len(sheets)} sheets."
+    return note(f"The same prompts and the same noise each time. {shown}") + f'<div class="sheets">{html}</div>'
+
+
+def _drawings(findings: ReportInputs) -> str:
+    def show(example: dict[str, Any], failed: bool) -> str:
+        pixels = read_picture(Path(findings.config.evaluation), example["drawn"])
+        saw = note(f"judge sees {_seen(pixels)}") if failed and pixels is not None else ""
+        return card(image(pixels, example["prompt"]), example["prompt"], example["drawn_verdict"], saw)
+
+    return _by_split(findings, "drawn_verdict", show)
+
+
+def _captions(findings: ReportInputs) -> str:
+    def show(example: dict[str, Any], failed: bool) -> str:
+        pixels = read_picture(Path(findings.config.evaluation), example["true"])
+        truth = note(f"true: {example['prompt']}") if failed else ""
+        return card(image(pixels, example["prompt"]), example["caption"], example["caption_verdict"], truth)
+
+    return _by_split(findings, "caption_verdict", show)
+
+
+def _by_split(findings: ReportInputs, verdict: str, show: Callable[[dict[str, Any], bool], str]) -> str:
+    """Return, for each split, all failures and then some right ones."""
+    if not findings.examples:
+        raise LeftOut(_absent(findings.config, "evaluation", "examples.jsonl"))
+    html = ""
+    for split in dict.fromkeys(example["split"] for example in findings.examples):
+        name, what = SPLITS.get(split, (split, ""))
+        of_split = [example for example in findings.examples if example["split"] == split]
+        failed = [example for example in of_split if not all(example[verdict].values())]
+        right = [example for example in of_split if all(example[verdict].values())]
+        some = spread(right, findings.config.num_right)
+        html += f"<h3>{escape(name)}: {len(right)} of {len(of_split)} right</h3>{note(what)}"
+        if failed:
+            html += f"<h4>Every failure: {len(failed)}</h4>{cards([show(example, True) for example in failed])}"
+        if some:
+            html += f"<h4>Right: {len(some)} of {len(right)} shown</h4>{cards([show(e, False) for e in some])}"
+    return html
+
+
+def _codec(findings: ReportInputs) -> str:
+    config = findings.config
+    name = config.vae or (findings.recipe.vae if findings.recipe else None)
+    if name is None:
+        raise LeftOut("No VAE is named (vae=FOLDER, or vae in the run's config).")
+    if not findings.examples:
+        raise LeftOut("The pictures for it come from the evaluation's examples, and there are none yet.")
+    originals = [
+        (example["prompt"], read_picture(Path(config.evaluation), example["true"]))
+        for example in spread(findings.examples, config.num_reconstructions)
+    ]
+    try:
+        vae = load_vae(name).eval()
+    except (FileNotFoundError, ValueError) as error:
+        raise LeftOut(f"The VAE could not be loaded: {error}") from None
+    items, verdicts = [], []
+    for prompt, original in originals:
+        if original is None:
+            continue
+        with torch.no_grad():
+            mean = moments(vae, torch.from_numpy(to_unit(original[None]))).chunk(2, dim=1)[0]
+            copy = from_unit(decode(vae, mean).numpy())[0]
+        pair = f'<div class="pair">{image(original, "original")}{image(copy, "reconstruction")}</div>'
+        verdict = _judged(copy, prompt)
+        verdicts += [] if verdict is None else [verdict.all_right]
+        error = np.abs(copy.astype(np.float64) - original).mean()
+        below = note(f"mean absolute error {error:.1f} of 255")
+        items.append(card(pair, prompt, None if verdict is None else vars(verdict), below))
+    about = "Original above, its reconstruction from the latent mean below; drawings cannot be better than these."
+    about += f" The judge finds {sum(verdicts)} of {len(verdicts)} reconstructions right." if verdicts else ""
+    return note(about) + cards(items)
+
+
+def _heldout(findings: ReportInputs) -> str:
+    losses = (findings.evaluation or {}).get("heldout")
+    if not losses:
+        raise LeftOut("No held-out losses were measured (train.evaluate heldout={NAME: FOLDER}).")
+    lines = ""
+    for name, loss in losses.items():
+        # null where the data has none of that kind; an evaluation by an earlier version has no captioning loss
+        text, picture, caption = (loss.get(kind) for kind in ("text_loss", "image_loss", "captioning_loss"))
+        cells = (f"{text:.4f}" if text else "—", f"{math.exp(min(text, 100)):.3g}" if text else "—")
+        cells += tuple(f"{value:.4f}" if value else "—" for value in (picture, caption))
+        lines += f"<tr><td>{escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    head = "<tr><th>data</th><th>text loss</th><th>perplexity</th><th>image loss</th><th>captioning loss</th></tr>"
+    about = (
+        "Each held-out document once, caption first; the captioning loss is that of captions after their picture. Text "
+        "in nats a target; images as mean squared error of the prediction over all timesteps, so they do not compare "
+        "with the curve above where its timesteps are capped."
+    )
+    return note(about) + f"<table>{head}{lines}</table>"
+
+
+def _seconds(findings: ReportInputs) -> str:
+    if not findings.seconds:
+        raise LeftOut("No finished stages are recorded (train.demo records them; stages=FOLDER).")
+    seconds = findings.seconds
+    longest = max(*seconds.values(), 1e-9)
+    lines = ""
+    for name, taken in seconds.items():
+        bar = f'<i style="width:{100 * taken / longest:.1f}%"></i>'
+        lines += f"<tr><td>{escape(name)}</td><td>{taken:.1f}</td><td>{bar}</td></tr>"
+    total = f"<tr><td>total</td><td>{sum(seconds.values()):.1f}</td><td></td></tr>"
+    return f'<table class="bars"><tr><th>stage</th><th>seconds</th><th></th></tr>{lines}{total}</table>'
+
+
+def _settings(findings: ReportInputs) -> str:
+    if findings.recipe is None:
+        raise LeftOut(f"{findings.config.run} has no config.yaml.")
+    return f"<details><summary>All settings of the run</summary><pre>{escape(to_yaml(findings.recipe))}</pre></details>"
+
+
+def _making(findings: ReportInputs) -> str:
+    versions = {"python": platform.python_version()}
+    versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
+    versions["platform"] = f"{platform.system()} {platform.machine()}"
+    skipped = "".join(note(line) for line in findings.unreadable)
+    return f"<pre>{escape(findings.command)}</pre>{fact_list(versions)}{skipped}"
+
+
+def _absent(config: ReportConfig, what: str, file: str) -> str:
+    """Say why an input is not there and what would make it."""
+    folder, program = getattr(config, what), {"evaluation": "train.evaluate", "samples": "train.sample"}[what]
+    if folder is None:
+        return f"No folder is named ({what}=FOLDER, written by {program})."
+    return f"{Path(folder) / file} is not there yet, or empty; {program} writes it."
+
+
+def _judged(pixels: np.ndarray | None, prompt: str) -> Verdict | None:
+    """Judge a picture by its prompt; None where there is no picture or the prompt is not a scene's caption."""
+    scene = parse_caption(prompt)
+    if pixels is None or scene is None or pixels.shape[0] != pixels.shape[1]:
+        return None
+    return score(pixels, scene)
+
+
+def _seen(pixels: np.ndarray) -> str:
+    """Say in words what the judge finds in a picture."""
+    found = [f"{shape.colour} {shape.shape}, {shape.position}" for shape in judge(pixels)]
+    return "; ".join(found) if 0 < len(found) <= 2 else f"{len(found)} shapes"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\u00a0%"
+
+
+def _interval(share: float, count: int) -> str:
+    """Return the Wilson score interval (Wilson 1927) of a share, at 95 %."""
+    z = 1.96
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return f"{100 * max(centre - half, 0):.0f}–{100 * min(centre + half, 1):.0f}\u00a0%"
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[ReportInputs], str]], ...] = (
+    ("scores", "Scores", _scores),
+    ("prompts", "Drawn from prompts", _prompts),
+    ("curves", "Training", _curves),
+    ("previews", "Pictures during training", _previews),
+    ("drawings", "Held-out prompts", _drawings),
+    ("captions", "Captions of held-out pictures", _captions),
+    ("codec", "What the VAE keeps", _codec),
+    ("heldout", "Held-out losses", _heldout),
+    ("seconds", "Seconds by stage", _seconds),
+    ("settings", "Config", _settings),
+    ("making", "How this page was made", _making),
+)

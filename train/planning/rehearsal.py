@@ -1,0 +1,343 @@
+"""One training step on fake tensors: what a rank holds and sends, counted on the real objects without their memory.
+
+The real model, sharded by the real FSDP2 over a process group that connects nobody, trains the real step and updates
+the real optimizer; only the tensors have no storage. A dispatch mode sees each allocation, its end and every
+collective. So what parallelism, recomputation, the loss or the optimizer come to do is counted as they do it.
+Rejected: formulas for activations, which drift from the code; counting saved tensors alone, which sees neither what
+selective recomputation keeps, nor FSDP's buffers, nor a peak between two saves.
+
+The tensors claim to be on the CPU, because fake CUDA ones need a build with CUDA. Where a GPU is meant, attention
+runs unmasked: torch's CPU kernel then keeps what FlexAttention keeps (queries, keys, values, the result and f32
+log-sums), and never S x S scores.
+"""
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data.packing import PackedBatch
+from model.transfusion import Transfusion
+from train.distributed.parallelize import parallelize, set_micro_step
+from train.distributed.ranks import Ranks, alone
+from train.optim.optimizer import Optimizer
+from train.pretrain_config import PretrainConfig
+from train.step import latent_stats, micro_step, schedule
+
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+STATES = ("parameters", "gradients", "optimizer", "ema")  # kinds that outlive a step
+DEPTH = 4  # layers rehearsed in place of more: FSDP's order is settled from the fourth on, or when prefetching is
+
+
+class Collective(NamedTuple):
+    """One kind of collective of a step."""
+
+    phase: str  # forward, backward or update
+    name: str  # one of COLLECTIVES
+    ranks: tuple[int, ...]  # who takes part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """Bytes of rank 0, whose shards are the largest."""
+
+    states: dict[str, float]  # by kind, see STATES
+    checkpoint: float  # of all ranks together: what a checkpoint holds
+    staged: float  # of it, this rank's
+    largest_parameter: float  # whole, in float32: what loading holds of the model at most
+    peaks: dict[str, dict[str, float]]  # by phase (forward, backward, update), by kind: the moment of most bytes
+    # Of a step: bytes of the whole tensors. Each of n ranks sends (n - 1) / n of them, twice that for an all_reduce.
+    collectives: dict[Collective, float]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.peaks, key=lambda phase: sum(self.peaks[phase].values()))
+
+    @property
+    def peak(self) -> dict[str, float]:
+        """Bytes by kind at the moment when they are most."""
+        return self.peaks[self.peak_phase]
+
+    def extended(self, other: "Rehearsal", times: float) -> "Rehearsal":
+        """Return this and `times` the way from it to `other`: bytes are linear in the number of layers."""
+
+        def line(a: dict[Any, float], b: dict[Any, float]) -> dict[Any, float]:
+            return {name: a.get(name, 0) + times * (b.get(name, 0) - a.get(name, 0)) for name in {**a, **b}}
+
+        names = ("checkpoint", "staged", "largest_parameter")
+        numbers = line({name: getattr(self, name) for name in names}, {name: getattr(other, name) for name in names})
+        return Rehearsal(
+            states=line(self.states, other.states),
+            peaks={phase: line(self.peaks[phase], other.peaks[phase]) for phase in self.peaks},
+            collectives=line(self.collectives, other.collectives),
+            **numbers,
+        )
+
+
+def rehearse(
+    config: PretrainConfig, vocab_size: int, world_size: int, batches: Sequence[PackedBatch], *, cuda: bool
+) -> Rehearsal:
+    """Return what a step of `config` takes on `world_size` ranks, with the dearest of `batches` as its micro-batches.
+
+    Deep models are rehearsed at two depths, and the line through them followed. Raises ValueError for a mesh that
+    the number of ranks does not allow. Not inside a process group of another size.
+    """
+    layers, (least, more) = config.model.transformer.layers, depths(config)
+    with _ranks_of(world_size) as ranks:
+        if layers <= more:
+            return _Stage(config, layers, vocab_size, ranks, cuda).rehearse(batches)
+        low, high = (_Stage(config, depth, vocab_size, ranks, cuda).rehearse(batches) for depth in (least, more))
+    return low.extended(high, layers - least)
+
+
+def depths(config: PretrainConfig) -> tuple[int, int]:
+    """Return the two numbers of layers at which a deeper model is rehearsed."""
+    least = max(DEPTH, config.parallel.prefetch + 3)
+    return least, least + 1
+
+
+def state_bytes(config: PretrainConfig, vocab_size: int, world_size: int) -> dict[str, float]:
+    """Return the bytes by kind (see STATES) that rank 0 holds between steps, gradients included; no step is needed."""
+    layers, (least, more) = config.model.transformer.layers, depths(config)
+    with _ranks_of(world_size) as ranks:
+        if layers <= more:
+            return dict(_Stage(config, layers, vocab_size, ranks, cuda=False).states)
+        low, high = (_Stage(config, depth, vocab_size, ranks, cuda=False).states for depth in (least, more))
+    return {kind: low[kind] + (layers - least) * (high[kind] - low[kind]) for kind in STATES}
+
+
+class _Stage:
+    """Model and optimizer of `depth` layers on rank 0, after an update, so that every state is there."""
+
+    def __init__(self, config: PretrainConfig, depth: int, vocab_size: int, ranks: Ranks, cuda: bool) -> None:
+        trunk = replace(config.model.transformer, layers=depth)
+        # What compiled blocks keep, only compiling them says; and `auto` asks the machine it runs on.
+        dtype = "bfloat16" if cuda and config.parallel.dtype == "auto" else config.parallel.dtype
+        self.config = replace(
+            config,
+            model=replace(config.model, transformer=trunk),
+            parallel=replace(config.parallel, compile=False, dtype=dtype),
+        )
+        self.cuda, self.ranks, self.live, self.fake = cuda, ranks, _LiveBytes(), FakeTensorMode()
+        with torch.device("meta"):
+            self.model = Transfusion(self.config.model, vocab_size)
+        parallelize(self.model, self.config.parallel, ranks)
+        self.parameters = list(self.model.parameters())
+        self.stats = latent_stats(None, self.config.model.latent_channels, ranks.device)
+        self.fake.allow_non_fake_inputs = True  # the meta tensors, and those of the latents' statistics
+        with self.fake, self.live:
+            self.model.to_empty(device=ranks.device)
+            self.optimizer = Optimizer(self.model, self.config.optim, self.config.guard)
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.update(1)
+            self.live.taken()
+        known = {id(parameter) for parameter in self.parameters}
+        self.held: dict[str, list[torch.Tensor]] = {kind: [] for kind in STATES}
+        self.held["parameters"] = self.held["gradients"] = self.parameters
+        for name, value in vars(self.optimizer).items():
+            self.held["ema" if name.startswith("ema") else "optimizer"] += _tensors_in(value, known)
+        for kind in STATES:
+            if kind != "gradients":
+                self.live.name(kind, self.held[kind])
+        self.states = {kind: _bytes(map(_local, self.held[kind])) for kind in STATES}
+
+    def rehearse(self, batches: Sequence[PackedBatch]) -> Rehearsal:
+        schedule.cache_clear()  # no tensor of a real step, and none left for one
+        for batch in batches:
+            with self.fake, self.live:
+                collectives = self._step(batch)
+        schedule.cache_clear()
+        saved = [tensor for kind in STATES if kind != "gradients" for tensor in self.held[kind]]
+        return Rehearsal(
+            states=self.states,
+            checkpoint=_bytes(saved),
+            staged=_bytes(map(_local, saved)),
+            largest_parameter=max(_bytes([parameter]) for parameter in self.parameters),
+            peaks={phase: self.live.peak(phase) for phase in ("forward", "backward", "update")},
+            collectives=collectives,
+        )
+
+    def _step(self, batch: PackedBatch) -> dict[Collective, float]:
+        """Take the first and the last micro-step, and the update; return the traffic of all micro-steps."""
+        config, live = self.config, self.live
+        lanes = -(-config.data.lanes // self.ranks.world_size)
+        micro_steps = -(-lanes // min(lanes, config.micro_batch_size))
+        live.phase = "batch"
+        batch = batch.map(torch.empty_like)
+        first = self._micro_step(batch, is_last=False) if micro_steps > 1 else Counter()
+        last = self._micro_step(batch, is_last=True)
+        live.name("gradients", [parameter.grad for parameter in self.parameters])
+        live.phase = "update"
+        self.optimizer.update(2)
+        total = Counter(live.taken())
+        for what in first | last:
+            # One in between finds gathered what the last finds, and reduces what the first does.
+            between = last if what.name == "all_gather" else first
+            total[what] += first[what] + last[what] + max(micro_steps - 2, 0) * between[what]
+        return dict(total)
+
+    def _micro_step(self, batch: PackedBatch, *, is_last: bool) -> Counter[Collective]:
+        set_micro_step(self.model, self.config.parallel, is_last=is_last)
+        self.live.phase = "forward"
+        loss = micro_step(
+            self.model,
+            batch,
+            stats=self.stats,
+            diffusion=self.config.diffusion,
+            image_weight=self.config.loss.image_weight,
+            global_text_targets=1,
+            global_images=1,
+            mask_of=_no_mask if self.cuda else None,
+        ).total
+        self.live.phase = "backward"
+        loss.backward()
+        return self.live.taken()
+
+
+def _no_mask(*_: torch.Tensor) -> None:
+    return None
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _tensors_in(value: Any, known: set[int]) -> list[torch.Tensor]:
+    """Return the tensors that an optimizer's attribute holds, those of `known` ids left out; add theirs."""
+    if isinstance(value, torch.Tensor):
+        new = [] if id(value) in known else [value]
+        known.add(id(value))
+        return new
+    if isinstance(value, torch.optim.Optimizer):
+        value = value.state
+    elif type(value).__module__.startswith("train.") and hasattr(value, "__dict__"):
+        value = vars(value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors_in(part, known)]
+
+
+@dataclass(eq=False)
+class _Allocation:
+    kind: str
+    storage: weakref.ref  # kept, so that its callback runs
+    num_bytes: int = 0
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Sees every tensor that operators make and when its storage goes; keeps the fullest moment of each phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "states"
+        self._collectives: Counter[Collective] = Counter()
+        self._allocations: dict[int, _Allocation] = {}  # by the address of the storage
+        self._total = 0
+        self._fullest: dict[str, tuple[int, list[tuple[_Allocation, int]]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # let it come back with local tensors
+        result = func(*args, **(kwargs or {}))
+        if func in collective_ops and func not in sync_ops:
+            self._count(func, result, args, kwargs)
+        by_fsdp = _inside_fsdp()
+        storages = [tensor.untyped_storage() for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        new = [storage for storage in storages if storage._cdata not in self._allocations]
+        for storage in new:
+            self._add(storage, "gathered" if by_fsdp else self.phase)
+        if new or by_fsdp:
+            self._look(resized=by_fsdp)  # FSDP empties and fills storages in place
+        return result
+
+    def name(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Say what the storages of `tensors` are, also at the moments already kept."""
+        for tensor in tensors:
+            self._allocations[_local(tensor).untyped_storage()._cdata].kind = kind
+
+    def taken(self) -> Counter[Collective]:
+        """Return the traffic since the last call."""
+        taken, self._collectives = self._collectives, Counter()
+        return taken
+
+    def peak(self, phase: str) -> dict[str, int]:
+        """Return the bytes by kind at the fullest moment of a phase."""
+        kinds: Counter[str] = Counter()
+        for allocation, num_bytes in self._fullest[phase][1]:
+            kinds[allocation.kind] += num_bytes
+        return dict(kinds)
+
+    def _add(self, storage: torch.UntypedStorage, kind: str) -> None:
+        address, num_bytes = storage._cdata, storage.nbytes()
+
+        def gone(_: weakref.ref) -> None:
+            self._total -= self._allocations.pop(address).num_bytes
+
+        self._allocations[address] = _Allocation(kind, weakref.ref(storage, gone), num_bytes)
+        self._total += num_bytes
+
+    def _look(self, resized: bool) -> None:
+        if resized:
+            for allocation in list(self._allocations.values()):
+                storage = allocation.storage()
+                if storage is not None:
+                    storage._fix_weakref()  # torch may have been its only owner
+                    allocation.num_bytes = storage.nbytes()
+            self._total = sum(allocation.num_bytes for allocation in self._allocations.values())
+        if self._total > self._fullest.get(self.phase, (-1,))[0]:
+            sizes = [(allocation, allocation.num_bytes) for allocation in self._allocations.values()]
+            self._fullest[self.phase] = self._total, sizes
+
+    def _count(self, func: Any, result: Any, args: tuple, kwargs: dict | None) -> None:
+        name = next(name for name in COLLECTIVES if name in _plain(func))
+        group = CollectiveOp.get_process_group(func, args)
+        what = Collective(self.phase, name, tuple(dist.get_process_group_ranks(group)))
+        self._collectives[what] += CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
+
+
+def _plain(func: Any) -> str:
+    return (
+        func.name()
+        .replace("allgather", "all_gather")
+        .replace("allreduce", "all_reduce")
+        .replace("alltoall", "all_to_all")
+    )
+
+
+def _inside_fsdp() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if "_fully_shard" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def _ranks_of(world_size: int) -> Iterator[Ranks]:
+    """Yield rank 0 of `world_size`: in the process group there is, or in one that connects nobody."""
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        assert dist.get_world_size() == world_size, (dist.get_world_size(), world_size)
+        yield replace(alone(), world_size=world_size)
+    finally:
+        if ours:
+            dist.destroy_process_group()

@@ -1,0 +1,110 @@
+"""The recipe of a training run: every component's config, composed. Saved in the run folder and in each checkpoint.
+
+It lives apart from the program that runs it, so that `sample`, `evaluate` and `report` can read a checkpoint back.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from data.dataset import DataConfig
+from data.storage import Location
+from model.diffusion import DiffusionConfig
+from model.sampler import SamplerConfig
+from model.transfusion import TransfusionConfig
+from train.checkpoints.checkpoint import MOST_MINUTES, CheckpointConfig
+from train.config import load_config
+from train.distributed.parallelize import ParallelConfig
+from train.distributed.ranks import Device
+from train.heldout import KINDS, HeldoutConfig, metric_name
+from train.metrics import LogConfig
+from train.optim.guard import GuardConfig
+from train.optim.optimizer import OptimConfig
+from train.profile import ProfileConfig
+from train.step import LossConfig
+
+LEAST_MINUTES = 0.01  # of a timeout
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    interval_steps: int | None = None  # steps between sheets of sample pictures, >= 1; null: none
+    prompts: list[str] = field(default_factory=list)  # captions to draw
+    steps: int = 50  # sampler steps a picture
+    guidance: float = 3.0  # classifier-free guidance scale, 1 is none
+
+    def __post_init__(self) -> None:
+        if self.interval_steps is not None and (self.interval_steps < 1 or not self.prompts):
+            raise ValueError("preview.interval_steps: expected at least 1, and preview.prompts to draw")
+        self.sampler  # noqa: B018 refuses what it cannot be
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        return SamplerConfig(sampler="ddim", steps=self.steps, guidance=self.guidance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    run_dir: Location = MISSING  # folder of this run: checkpoints, metrics.jsonl, previews
+    # Where to start. auto: this run's newest checkpoint that verifies, or from scratch; none: from scratch, refused
+    # where there are checkpoints; a step: back to this run's checkpoint of it, later ones are put aside; a path: from
+    # a checkpoint of another run, until this one has its own.
+    resume: Location = "auto"
+    init_from: Location | None = None  # weights to start from in place of random ones: a checkpoint, a run or an export
+    init_weights: str = "auto"  # which of them: model, ema, ema-N; auto: the first average, without any the model
+    seed: int = 0  # of weights, order, noise and everything else that is drawn
+    vae: Location | None = None  # AutoencoderKL, a folder or hub id, to decode previews; must be the data's
+    device: Device = "auto"  # auto: CUDA if there is any
+    micro_batch_size: int = 8  # sequences a rank runs at once; the global batch stays data.lanes sequences
+    deterministic: bool = False  # bit-exact kernels on CUDA too, slower
+    timeout_minutes: float = 10.0  # a collective that waits longer ends the run, > 0
+    startup_timeout_minutes: float = 30.0  # the same until the first step is done: compilation takes its time
+    model: TransfusionConfig = field(default_factory=TransfusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: HeldoutConfig = field(default_factory=HeldoutConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size}: expected at least 1")
+        for name in ("timeout_minutes", "startup_timeout_minutes"):
+            if not LEAST_MINUTES <= getattr(self, name) <= MOST_MINUTES:
+                raise ValueError(f"{name}={getattr(self, name)}: expected in [{LEAST_MINUTES}, {MOST_MINUTES}]")
+        if self.preview.interval_steps is not None and self.preview.steps > self.diffusion.num_timesteps:
+            raise ValueError(
+                f"preview.steps={self.preview.steps}: expected at most diffusion.num_timesteps="
+                f"{self.diffusion.num_timesteps}"
+            )
+        if self.init_from is not None and self.resume not in ("auto", "none"):
+            raise ValueError(f"init_from={self.init_from} and resume={self.resume}: expected one of the two")
+        best = self.checkpoint.best_metric
+        names = [metric_name(name, kind) for name in self.evaluation.heldout for kind in KINDS]
+        if best is not None and (self.evaluation.interval_steps is None or best not in names):
+            raise ValueError(
+                f"checkpoint.best_metric={best}: expected one of {names or 'evaluation.heldout.NAME=FOLDER'}, measured "
+                "every evaluation.interval_steps"
+            )
+        intervals = sorted((self.checkpoint.interval_steps, self.evaluation.interval_steps or 1))
+        if best is not None and intervals[1] % intervals[0]:
+            raise ValueError(
+                f"checkpoint.interval_steps={self.checkpoint.interval_steps} and evaluation.interval_steps="
+                f"{self.evaluation.interval_steps} with checkpoint.best_metric: expected one to be a multiple of the "
+                "other, so that checkpoints are of steps that were measured"
+            )
+
+
+def read_config(path: Path) -> PretrainConfig:
+    """Return the config that a run wrote at `path`; raises ValueError for what no run writes."""
+    # Written resolved: an interpolation would read this machine's environment (P11).
+    if "${" in path.read_text(encoding="utf-8"):
+        raise ValueError(f"{path} holds an interpolation (${{...}}), which no run writes")
+    return load_config(PretrainConfig, [f"config={path}"], expand=False)
