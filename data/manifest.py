@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data.durable import atomic_write
 from data.remote import shown
 from data.shard_cache import CacheConfig
-from data.shards import BadRecord, ShardIndex, atomic_write, index_name, index_path
+from data.shards import BadRecord, ShardIndex, index_name, index_path
 from data.storage import Store
 
 FORMAT_VERSION = 2

@@ -7,11 +7,8 @@ record or an end-of-archive block follows; at the end of a file without one, if 
 Keys are valid UTF-8 and stay inside the archive: no `..`, no leading slash.
 """
 
-import contextlib
 import io
 import os
-import re
-import secrets
 import struct
 import zipfile
 import zlib
@@ -24,13 +21,13 @@ import numpy as np
 from xxhash import xxh3_64
 
 from data.bad_records import BadRecord, BadRecords
+from data.durable import atomic_write
 from data.npz import write_npz
 from data.signatures import HEAD_BYTES, looks_like
 from data.tar import MAX_RECORD_BYTES, Member, Read, key_of, left_out, members, name_problem
 
 Record = dict[str, bytes]  # extension -> contents, and "__key__" -> the key in UTF-8
 
-TEMPORARY_NAME = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")  # of atomic_write's files: NAME.tmp-PID-RANDOM
 NPY_HEADER_BYTES = 128  # that np.save writes before an array of a few dimensions
 _PROBE_BYTES = 1 << 24  # a read of more asks for its last byte first
 # What zipfile and numpy raise for bytes that are no archive of arrays.
@@ -132,31 +129,6 @@ def _saved_array(archive: zipfile.ZipFile, name: str, dtype: str, *row: int) -> 
     if header.getvalue() != data[:NPY_HEADER_BYTES]:
         raise ValueError(f"{name} is no array of {dtype}")
     return array
-
-
-class atomic_write:
-    """Open `<path>.tmp-...` for writing; on success fsync and rename to `path`, else leave nothing."""
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-
-    def __enter__(self) -> BinaryIO:
-        self.file = open(self.temporary, "wb")
-        return self.file
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                os.replace(self.temporary, self.path)
-        finally:
-            if isinstance(error, OSError) and error.filename is None:
-                error.filename = str(self.path)
-            with contextlib.suppress(OSError):  # of a full disk; whoever got this far has flushed already
-                self.file.close()
-            self.temporary.unlink(missing_ok=True)  # there only if something failed
 
 
 def index_path(shard: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data.shards import atomic_write
+from data.durable import atomic_write
 
 BOI_PIECE, EOI_PIECE = "<boi>", "<eoi>"
 

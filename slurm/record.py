@@ -6,10 +6,11 @@ An attempt whose supervisor was killed with it has no end of its own; the next a
 """
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from data.durable import atomic_write
 
 BY_SLURM = "ended by Slurm: "
 # Reasons that say little against the job: who is preempted three times while it starts may be lucky the fourth time.
@@ -80,11 +81,10 @@ class Record:
 
     def write(self) -> bool:
         """Replace the file and return True; a disk that is full costs the record, not the job."""
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         entries = {name: value for name, value in asdict(self).items() if name != "path"}
         try:
-            beside.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-            beside.rename(self.path)
+            with atomic_write(self.path) as file:
+                file.write((json.dumps(entries, indent=1) + "\n").encode())
         except OSError as error:
             say(f"{self.path} was not written: {error}")
             return False

@@ -10,6 +10,8 @@ import os
 import shutil
 from pathlib import Path
 
+from data.durable import atomic_write
+
 PACKAGES = ("data", "model", "train", "slurm")
 SUFFIXES = (".py", ".css")  # of code: whatever else lies in these folders, such as data in data/, is not ours to copy
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,9 +46,8 @@ def write_config(jobs: Path, resolved: str) -> Path:
     path = jobs / f"config-{hashlib.sha256(resolved.encode()).hexdigest()[:HASH_DIGITS]}.yaml"
     if not path.exists():
         jobs.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(resolved, encoding="utf-8")
-        beside.rename(path)
+        with atomic_write(path) as file:
+            file.write(resolved.encode())
     return path
 
 

@@ -22,6 +22,7 @@ from train.checkpoints import checkpoint
 from train.checkpoints.checkpoint import CheckpointConfig, CheckpointError
 from train.checkpoints.run_folder import RunFolder, RunTakenOver
 from train.distributed.ranks import LOST_PEER, Ranks, alone
+from train.nested import leaves
 
 
 class Tiny(nn.Module):
@@ -63,8 +64,8 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> checkpoint.Sta
 
 def _full(state: checkpoint.State) -> dict[str, torch.Tensor]:
     """Every tensor, gathered, by name."""
-    leaves = dict(checkpoint._leaves(state))
-    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in leaves.items()}
+    tensors = dict(leaves(state))
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
 
 
 def _same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

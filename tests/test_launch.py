@@ -229,7 +229,7 @@ def test_a_snapshot_is_kept_once_and_runs_without_the_working_tree(tmp_path: Pat
         check=True,
     ).stdout.split()
     assert shown == [f"{code}/train/config.py", f"{code}/slurm/job.py"]
-    assert (code / "train" / "page.css").is_file() and not list(code.rglob("__pycache__"))
+    assert (code / "train" / "pages" / "page.css").is_file() and not list(code.rglob("__pycache__"))
 
 
 def test_a_record_counts_attempts_that_gained_nothing(tmp_path: Path) -> None:

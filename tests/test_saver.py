@@ -21,6 +21,7 @@ from train.checkpoints.checkpoint import CheckpointConfig, CheckpointError
 from train.checkpoints.run_folder import RunFolder, RunTakenOver
 from train.checkpoints.saver import Saver, Snapshot
 from train.distributed.ranks import Ranks, alone
+from train.nested import leaves
 
 
 def _snapshot(ranks: Ranks, step: int, filler: int = 0) -> Snapshot:
@@ -41,7 +42,7 @@ def _train_on_while_it_is_written(ranks: Ranks, root: Path) -> list[list[float]]
         for step in (1, 2):
             snapshot = _snapshot(ranks, step)
             saver.start(snapshot)
-            for _, tensor in checkpoint._leaves(snapshot.tensors):
+            for _, tensor in leaves(snapshot.tensors):
                 (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(99)
         saver.settle()
         assert saver.saved_step == 2

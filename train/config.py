@@ -23,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from train.config_layers import as_expanded, as_list, each, expanded, lay, parse, read_yaml
 from train.distributed.launcher import leave_word
+from train.nested import leaves
 from train.streams import open_streams
 
 Config = TypeVar("Config")
@@ -58,7 +59,7 @@ def load_config(schema: type[Config], argv: list[str], *, expand: bool = True) -
         merged = OmegaConf.merge(merged, given)
     except (OmegaConfBaseException, TypeError):
         for origin, layer in layers:
-            for key, value in _leaves(layer):  # one by one, slowly, so that the error can name its key
+            for key, value in leaves(layer):  # one by one, slowly, so that the error can name its key
                 merged = _merge(merged, key, value, schema, origin)
     _refuse_extreme_numbers(merged)
     try:
@@ -73,7 +74,7 @@ def load_config(schema: type[Config], argv: list[str], *, expand: bool = True) -
 
 def _refuse_extreme_numbers(merged: Any) -> None:
     """Raise ValueError for a number that is not finite, or that neither float32 nor int64 can hold."""
-    for key, value in _leaves(OmegaConf.to_container(merged)):
+    for key, value in leaves(OmegaConf.to_container(merged)):
         for number in value if isinstance(value, (list, tuple)) else [value]:
             too_large = isinstance(number, float) and not abs(number) < 3.4e38  # nan compares false
             too_large |= isinstance(number, int) and not -(1 << 63) <= number < 1 << 63
@@ -166,7 +167,7 @@ def _resolved(module: Any, argv: list[str], check: bool) -> str:
     written = load_config(module.CONFIG, argv, expand=False)
     expansions = [
         f"# {key}: {value} stood for {now}\n"
-        for (key, value), (_, now) in zip(*(_leaves(dataclasses.asdict(c)) for c in (written, config)), strict=True)
+        for (key, value), (_, now) in zip(*(leaves(dataclasses.asdict(c)) for c in (written, config)), strict=True)
         if value != now
     ]
     return "".join(expansions) + to_yaml(config)
@@ -219,15 +220,6 @@ def _nested(key: str, value: Any) -> dict:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
-
-
-def _leaves(layer: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of a nested mapping."""
-    for key, value in layer.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _merge(merged: Any, key: str, value: Any, schema: type, origin: str) -> Any:

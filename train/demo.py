@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.shards import atomic_write
+from data.durable import atomic_write
 from data.storage import Location
 from train.config import load_config, run_program
 

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.documents import document_sizes
+from data.durable import TEMPORARY_NAME
 from data.manifest import FILE_NAME, MAX_NAME_BYTES
 from data.raw import SUFFIXES, TAR, RawDocument, input_name, read_raw, suffix_of
 from data.remote import file_version, is_remote, shown
-from data.shards import TEMPORARY_NAME, BadRecords, Record, index_shard, write_shard
+from data.shards import BadRecords, Record, index_shard, write_shard
 from data.storage import Location, expand, local_copy
 from train.config import load_config, run_program
 from train.distributed.launcher import place

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data.durable import atomic_write
 from data.manifest import Manifest
 from data.pictures import encode_png
-from data.shards import atomic_write
 from data.storage import Location
 from model.sampler import SamplerConfig
 from train.checkpoints.trained_records import TrainedRecords

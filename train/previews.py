@@ -5,8 +5,8 @@ import logging
 import torch
 
 from data.dataset import DataSet
+from data.durable import atomic_write
 from data.pictures import contact_sheet
-from data.shards import atomic_write
 from model.transfusion import Transfusion
 from train.checkpoints.run_folder import RunFolder
 from train.distributed.parallelize import gather_weights

@@ -8,7 +8,7 @@ import time
 from html import escape
 from pathlib import Path
 
-from data.shards import atomic_write
+from data.durable import atomic_write
 from train.config import load_config, run_program
 from train.pages.page import document
 from train.pages.report_inputs import ReportConfig, ReportInputs, gather

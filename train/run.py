@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from data.dataset import DataSet
+from data.durable import write_durably
 from data.loader import Loader
 from data.loader_memory import loader_bytes
 from model.transfusion import Transfusion
 from train.checkpoints.checkpoint import step_of, verify
 from train.checkpoints.lookup import read_while_there
 from train.checkpoints.resume import ResumePoint, find_resume_point, go_back_before
-from train.checkpoints.run_folder import TOKENIZER_FILE, RunFolder, write_durably
+from train.checkpoints.run_folder import TOKENIZER_FILE, RunFolder
 from train.checkpoints.saver import Saver
 from train.checkpoints.trained_records import TrainedRecords
 from train.config import to_yaml

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.durable import atomic_write
 from data.pictures import contact_sheet, decode_picture, encode_png
-from data.shards import BadRecord, atomic_write
+from data.shards import BadRecord
 from data.storage import Location
 from train.config import load_config, run_program
 from train.distributed.agreement import facts_of

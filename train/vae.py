@@ -8,7 +8,6 @@ the same weights; a finished output is reused.
 
 import json
 import math
-import os
 import sys
 import time
 import zlib
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from data.durable import atomic_write
 from data.pictures import decode_picture, to_unit
 from data.raw import TAR, picture_of
 from data.shards import BadRecord, BadRecords, read_shard
@@ -280,8 +280,8 @@ class Training:
         state = {"settings": json.dumps(self.output.settings), "step": self.step, "seconds": self.seconds}
         state |= {"rows": self.rows, "vae": self.vae.state_dict(), "adamw": self.optimizer.adamw.state_dict()}
         state["loss"] = self.loss.state_dict()
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        with atomic_write(path, exclusive=True) as file:
+            torch.save(state, file)
 
     def _read_state(self) -> dict[str, Any] | None:
         path = self.output.partial / "state.pt"

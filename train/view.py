@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data.durable import atomic_write
 from data.manifest import LatentSums
 from data.pictures import contact_sheet
 from data.remote import shown
-from data.shards import BadRecords, atomic_write
+from data.shards import BadRecords
 from data.storage import Location
 from train.config import load_config, run_program
 from train.output_folder import make_writable

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints.run_folder import write_durably
+from data.durable import write_durably
 
 ID_FILE = "wandb-page.json"
 RESTARTS = 3  # of its process, in one attempt of the run

@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-from train.checkpoints.run_folder import RunFolder, RunTakenOver, sync_folder
+from data.durable import sync_folder
+from train.checkpoints.run_folder import RunFolder, RunTakenOver
 from train.checkpoints.storage import (
     CheckedReader,
     HashingWriter,
@@ -40,6 +41,7 @@ from train.checkpoints.storage import (
     read_listing,
 )
 from train.distributed.ranks import Ranks
+from train.nested import leaves
 
 log = logging.getLogger(__name__)
 
@@ -307,7 +309,7 @@ def _same_error_everywhere(error: BaseException, final: Path) -> RuntimeError:
 
 def _misfits(index: Metadata, state: State) -> list[str]:
     """Name the tensors in which `state` and a checkpoint differ: missing, left over, of another size or dtype."""
-    here, there, problems = dict(_leaves(state)), index.state_dict_metadata, []
+    here, there, problems = dict(leaves(state)), index.state_dict_metadata, []
     for name in sorted(here.keys() - there.keys()):
         problems.append(f"{name} is not in the checkpoint")
     for name in sorted(there.keys() - here.keys()):
@@ -322,14 +324,5 @@ def _misfits(index: Metadata, state: State) -> list[str]:
 
 
 def _assert_only_tensors(state: State) -> None:
-    for name, leaf in _leaves(state):
+    for name, leaf in leaves(state):
         assert isinstance(leaf, torch.Tensor) and not leaf.is_meta, f"{name}: {type(leaf)}; other things go to `extra`"
-
-
-def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, leaf), with DCP's names; an empty dict counts as a leaf, as it does to DCP."""
-    for key, value in state.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

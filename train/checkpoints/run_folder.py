@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data.durable import write_durably
 from train.distributed.ranks import Ranks
 from train.distributed.shared_folder import require_shared
 
@@ -158,26 +159,6 @@ class RunFolder:
                 "give a folder on a writable disk with space, or correct its permissions"
             ) from None
         return attempt, token
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: after a crash at any instant it holds the old bytes or the new ones, all of them."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names inside `folder` durable, as fsync does the bytes of a file."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _lock(folder: Path) -> int:

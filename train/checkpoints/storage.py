@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
+from data.durable import sync_folder
 from train.checkpoints.index import INDEX, PICKLED_INDEX, parse_index, write_index
-from train.checkpoints.run_folder import sync_folder
 
 LISTING = "checksums.json"
 FILE_NAME = re.compile(r"[\w.-]+", re.ASCII)

@@ -7,13 +7,15 @@ what it holds: a program lists those. Rejected: a digest alone, which says that 
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from train.nested import leaves
 
 Facts = Mapping[str, str]
 ABSENT = "nothing"
@@ -24,13 +26,13 @@ def facts_of(config: Any, own: Collection[str] = ()) -> dict[str, str]:
     """Return a config dataclass as names and values, without the keys (or patterns of them) that a rank may have of its
     own.
     """
-    leaves = _leaves(dataclasses.asdict(config))
-    return {key: value for key, value in leaves if not any(fnmatchcase(key, pattern) for pattern in own)}
+    settings = leaves(dataclasses.asdict(config))
+    return {key: str(value) for key, value in settings if not any(fnmatchcase(key, pattern) for pattern in own)}
 
 
 def program_facts() -> dict[str, str]:
     """Return what tells this program's version from another: a digest of the sources, and what it computes with."""
-    root, digest = Path(__file__).parent.parent, hashlib.sha256()
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
     for path in sorted(path for package in ("data", "model", "train") for path in (root / package).rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     versions = {"torch": torch.__version__.partition("+")[0], "numpy": np.__version__}
@@ -55,14 +57,6 @@ def difference(of_ranks: Mapping[int, Facts]) -> str | None:
         f"the ranks were not started alike: {'; '.join(found[:MOST_NAMED])}{more}. Start all of them with the same "
         "command, code and data"
     )
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)
 
 
 def _shown(value: str) -> str:

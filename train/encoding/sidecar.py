@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.durable import atomic_write
 from data.manifest import LatentSums, Manifest, ShardEntry, shard_entry
-from data.shards import BadRecords, ShardIndex, atomic_write, index_path
+from data.shards import BadRecords, ShardIndex, index_path
 from data.storage import Store
 from train.encoding.encoder import Encoder, WordCounts
 

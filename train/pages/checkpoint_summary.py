@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from train.checkpoints import checkpoint
 from train.checkpoints.storage import CheckedReader, read_index
+from train.nested import leaves
 from train.planning.estimate import PARTS
 from train.pretrain_config import PretrainConfig
 
@@ -232,10 +233,10 @@ def summarize(states: list[dict], names: list[str]) -> Lanes:
 
 def differences(stored: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, stored value, default) where they differ; "unknown" for a key that is no option today."""
-    defaults = dict(_flat(OmegaConf.to_container(OmegaConf.structured(PretrainConfig), resolve=False)))
+    defaults = dict(leaves(OmegaConf.to_container(OmegaConf.structured(PretrainConfig), resolve=False)))
     defaults.pop("data.sources")
     found = []
-    for key, value in _flat(stored):
+    for key, value in leaves(stored):
         default = defaults.get(key, "" if key.startswith("data.sources.") else "unknown")
         if value != default:
             found.append((key, value, "required" if default == "???" else default))
@@ -246,14 +247,6 @@ def magnitude_edges() -> np.ndarray:
     """Return the borders of the histograms' bins."""
     low, high = DECADES
     return 10 ** np.linspace(low, high, (high - low) * BINS_A_DECADE + 1)
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _measured(
