@@ -14,7 +14,7 @@ from tests.sources import data_config, make_source, pairs, texts
 
 READ = """
 import ctypes, gc, resource, sys, torch
-from data.footprint import loader_bytes
+from data.loader_memory import loader_bytes
 from data.dataset import open_data
 from data.loader import Loader
 from data.tokenizer import Tokenizer

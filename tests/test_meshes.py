@@ -22,6 +22,7 @@ from train.checkpoints.saver import Saver
 from train.config import load_config, to_yaml
 from train.distributed.parallelize import gather_weights, initialize, parallelize, set_micro_step
 from train.distributed.ranks import Ranks, alone
+from train.nested import leaves
 from train.optim.optimizer import Optimizer
 from train.pretrain_config import PretrainConfig
 from train.state import Progress, TrainState, fingerprint
@@ -83,7 +84,7 @@ class Trainee:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return weights, moments and averages, gathered."""
-        return gather_weights(dict(checkpoint._leaves(self.state._tensors())))
+        return gather_weights(dict(leaves(self.state._tensors())))
 
 
 def _save(ranks: Ranks, config: PretrainConfig, dp_replicate: int, root: Path) -> tuple[dict, list[float]]:

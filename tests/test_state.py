@@ -15,12 +15,12 @@ from data.tokenizer import Tokenizer
 from model.transfusion import Transfusion
 from tests.ranks import run_ranks
 from tests.runs import settings
-from train.checkpoints import checkpoint
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver
 from train.config import load_config, to_yaml
 from train.distributed.parallelize import gather_weights, initialize, parallelize
 from train.distributed.ranks import Ranks
+from train.nested import leaves
 from train.optim.optimizer import Optimizer
 from train.pretrain_config import PretrainConfig
 from train.state import Progress, TrainState, fingerprint
@@ -38,8 +38,8 @@ def _state(ranks: Ranks, config: PretrainConfig, seed: int) -> tuple[TrainState,
 
 
 def _everything(state: TrainState) -> dict[str, torch.Tensor]:
-    leaves = dict(checkpoint._leaves(state._tensors()))
-    return gather_weights(leaves)
+    tensors = dict(leaves(state._tensors()))
+    return gather_weights(tensors)
 
 
 def _save(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], dict[int, dict]]:
