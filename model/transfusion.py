@@ -1,8 +1,8 @@
-"""The model: one trunk over text embeddings and image patches, a text head and a noise head.
+"""The model: one transformer over text embeddings and image patches, with a text head and a noise head.
 
-`forward` takes fixed-capacity index arrays instead of lists of spans: slots that hold nothing point at index 0 and add
-zero. So shapes never change, nothing waits for the device, and the patchers always run: every rank takes part in the
-same all-gathers, and every parameter has a gradient, in a batch without images too.
+`forward` takes index arrays of fixed capacity instead of lists of spans; unused slots point at index 0 and add zero.
+So shapes never change, the host never waits for the device, and the patchers always run: even in a batch without
+images every rank takes part in the same all-gathers and every parameter has a gradient.
 """
 
 import hashlib
@@ -22,28 +22,28 @@ from model.transformer import Transformer, TransformerConfig
 from model.unet import UNetConfig, UNetPatches
 
 Grid = tuple[int, int]  # (h, w) of an image's latents
-PIECE = 1 << 20  # elements of a parameter drawn at once; another number would be another draw
+PIECE = 1 << 20  # elements of a parameter drawn at once; changing it changes the initial weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransfusionConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     patches: Literal["linear", "unet"] = "linear"  # latents <-> tokens: one linear layer, or the paper's U-Net blocks
-    unet: UNetConfig = field(default_factory=UNetConfig)  # read with patches=unet only
-    patch_size: int = 2  # latent pixels a side of one image token, >= 1; the paper: 1, 2, 4 or 8
+    unet: UNetConfig = field(default_factory=UNetConfig)  # used with patches=unet only
+    patch_size: int = 2  # side of an image token in latent pixels, >= 1; the paper: 1, 2, 4 or 8
     latent_channels: int = 8  # channels of the VAE's latents, >= 1
-    # ours: add the timestep embedding after the patches' linear layer instead of before it; off in the paper
+    # ours: add the timestep embedding after the patches' linear layer instead of before it as in the paper
     timestep_after_patches: bool = False
-    # what a patch sees of its image: all of it, or the patches before it (the paper's ablation, table 5)
+    # what a patch attends to in its image: all patches, or those before it (the paper's ablation, table 5)
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"
-    text_loss_chunk: int = 4096  # text targets whose logits exist at once, >= 1; bounds memory, not the result
+    text_loss_chunk: int = 4096  # text targets whose logits exist at once, >= 1; affects memory, not the result
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "latent_channels", "text_loss_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
         if self.patches == "unet":
-            self.unet.levels(self.patch_size)  # refuses a patch size that its levels do not make
+            self.unet.levels(self.patch_size)  # refuses a patch size that does not match its levels
             if self.timestep_after_patches:
                 raise ValueError(
                     "model.timestep_after_patches=true with model.patches=unet: expected false; U-Net blocks add it"
@@ -51,24 +51,24 @@ class TransfusionConfig:
 
 
 class TransfusionOutput(NamedTuple):
-    """A NamedTuple, not a dataclass: FSDP2 hooks its backward on the tensors that pytree finds in the output."""
+    """A NamedTuple, not a dataclass: FSDP2 hooks its backward to the tensors that pytree finds in the output."""
 
     text_nll_sum: Tensor  # f32 scalar
     text_count: Tensor  # int64 scalar
-    noise_pred: dict[Grid, Tensor]  # [N_cap, C, h, w] each; what it predicts is diffusion's `prediction`
+    noise_pred: dict[Grid, Tensor]  # [N_cap, C, h, w] each; noise, or what `diffusion.prediction` says
 
 
 class Transfusion(nn.Module):
     def __init__(self, config: TransfusionConfig, vocab_size: int) -> None:
         super().__init__()
-        width = config.transformer.width
+        width, channels = config.transformer.width, config.latent_channels
         self.config = config
         self.text_embedding = nn.Embedding(vocab_size, width)
-        borders = (width, config.latent_channels, config.patch_size)
+        self.patches: UNetPatches | LinearPatches
         if config.patches == "unet":
-            self.patches = UNetPatches(*borders, config.unet)
+            self.patches = UNetPatches(width, channels, config.patch_size, config.unet)
         else:
-            self.patches = LinearPatches(*borders, config.timestep_after_patches)
+            self.patches = LinearPatches(width, channels, config.patch_size, config.timestep_after_patches)
         self.transformer = Transformer(config.transformer)
         self.text_head = nn.Linear(width, vocab_size, bias=False)
 
@@ -90,7 +90,7 @@ class Transfusion(nn.Module):
 
         `input_ids` int64, `position_ids` int32, `is_image` bool [B, S]; `grid_positions` int32 [B, S, 2];
         `text_target_index` int64 [T_cap] into the flattened B*S positions, `text_targets` int64 [T_cap], -100 in unused
-        slots. By grid: `noisy` f32 [N_cap, C, h, w], `timesteps` [N_cap], `image_valid` bool [N_cap], N_cap >= 1;
+        slots. By image grid: `noisy` f32 [N_cap, C, h, w], `timesteps` [N_cap], `image_valid` bool [N_cap], N_cap >= 1;
         `image_token_index` int64 [sum of N_cap * P] into B*S, in the order of `noisy`, 0 in unused slots.
         """
         encoded = {grid: self.embed_images(noisy[grid], timesteps[grid]) for grid in noisy}
@@ -142,9 +142,9 @@ class Transfusion(nn.Module):
 def initial_value(
     name: str, shape: tuple[int, ...], config: TransfusionConfig, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return the full initial parameter `name` (as in `named_parameters`), f32 on CPU: a pure function of its inputs.
+    """Return the full initial parameter `name` (as in `named_parameters`), f32 on CPU, drawn from `generator`.
 
-    ours (the paper is silent): normal with std fan_in^-1/2; projections into the residual stream divided by
+    ours (the paper does not say): normal with std fan_in^-1/2; projections into the residual stream divided by
     sqrt(2 layers), so that its variance does not grow with depth; a small noise head, so that the first predictions are
     near zero, the mean of the noise; ones for norms, zeros for biases and for what a U-Net block adds to its input.
     """
@@ -154,7 +154,7 @@ def initial_value(
 def initial_pieces(
     name: str, shape: tuple[int, ...], config: TransfusionConfig, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
-    """Yield `initial_value` flattened, PIECE elements at a time: a rank that keeps a slice never holds the whole."""
+    """Yield `initial_value`, flattened, PIECE elements at a time: a rank that keeps a slice never holds it all."""
     mean = 1.0 if name.endswith("norm.weight") else 0.0
     std = math.prod(shape[1:]) ** -0.5
     if name.endswith(("norm.weight", ".bias", ".conv_out.weight")):
@@ -170,7 +170,7 @@ def initial_pieces(
 
 
 def parameter_generator(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator that depends on (seed, name) alone, so every rank and world size draws the same."""
+    """Return a CPU generator that depends on (seed, name) alone: every rank and world size draws the same weights."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 

@@ -139,7 +139,7 @@ def test_a_run_goes_back_and_on_without_the_bad_batches_and_so_does_whoever_resu
     back = {"guard__max_rollbacks": 2, "guard__exclude_before": 1}
     argv = _argv(tmp_path / "back", tokenizer, poisoned, **back)
     said = finish(argv, 2)
-    assert [f"and on without the batches of steps {step - 1} to {step}" in said for step in BAD_STEPS] == [True, True]
+    assert [f"the batches of steps {step - 1} to {step} are left out" in said for step in BAD_STEPS] == [True, True]
     left_out = {step - before for step in BAD_STEPS for before in (0, 1)}
     assert [row["step"] for row in rows(tmp_path / "back")] == [
         step for step in range(1, END + 1) if step not in left_out
@@ -164,7 +164,7 @@ def test_without_a_checkpoint_to_go_back_to_the_run_stops(
     argv = _argv(tmp_path / "run", tokenizer, poisoned, guard__max_rollbacks=1, checkpoint__interval_steps=1000)
     with launch(argv, None) as run:
         assert run.wait() == [1], run.output
-    assert "no checkpoint lies before them" in run.output and "Traceback" not in run.output
+    assert "there is no checkpoint before them" in run.output and "Traceback" not in run.output
     assert saved_steps(tmp_path / "run") == [BAD_STEPS[0]], "what was trained is kept"
 
 
@@ -176,11 +176,11 @@ def test_going_back_by_hand_and_by_itself_is_done_once_and_every_abandoned_cours
     finish(_argv(run_dir, tokenizer, poisoned, guard__max_bad_in_a_row=5, checkpoint__interval_steps=2), 1)
     changes = {"guard__max_rollbacks": 2, "guard__exclude_before": 3, "checkpoint__interval_steps": 2, "resume": 4}
     argv = _argv(run_dir, tokenizer, poisoned, **changes)
-    assert "told to go back" in finish(argv, 1)
+    assert "going back as resume= says" in finish(argv, 1)
     kept = {aside.name: saved_rows(aside) for aside in run_dir.glob("abandoned-*")}
     assert kept["abandoned-1"] == END and len(kept) == 3, kept
     again = finish(argv, 1)
-    assert "told to go back" not in again and f"done after step {END}" in again
+    assert "going back as resume= says" not in again and f"done after step {END}" in again
     assert len(list(run_dir.glob("abandoned-*"))) == 3
 
 

@@ -1,7 +1,6 @@
 """A checkpoint does not know the mesh that wrote it: HSDP and FSDP load each other's (P4)."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,13 @@ from tests.runs import settings
 from train.checkpoints import checkpoint
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver
-from train.config import load_config, to_yaml
+from train.config import load_config
 from train.distributed.parallelize import gather_weights, initialize, parallelize, set_micro_step
 from train.distributed.ranks import Ranks, alone
 from train.nested import leaves
 from train.optim.optimizer import Optimizer
 from train.pretrain_config import PretrainConfig
-from train.state import Progress, TrainState, fingerprint
+from train.state import Progress, TrainState
 from train.step import latent_stats, micro_step
 
 MESHES = {"1": (1, 1), "1x2": (2, 1), "2x1": (2, 2), "1x3": (3, 1), "1x4": (4, 1), "2x2": (4, 2)}  # ranks, dp_replicate
@@ -43,9 +42,7 @@ class Trainee:
             model = Transfusion(config.model, self.data.tokenizer.vocab_size)
         parallelize(model, self.config.parallel, ranks)
         initialize(model, seed, ranks.device)
-        known = {"latent_spec": None, "grids": self.data.grids}
-        optimizer = Optimizer(model, config.optim, config.guard)
-        self.state = TrainState(model, optimizer, partial(fingerprint, config, self.data), to_yaml(config), known)
+        self.state = TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, self.data)
 
     def train(self, num_steps: int) -> list[float]:
         """Return the loss of each step, over all ranks."""

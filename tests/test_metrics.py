@@ -56,8 +56,10 @@ def _two_rows(ranks: Ranks) -> list[dict]:
         for _ in range(steps):
             vote = _vote(text_targets=30, images=6, tokens=120, documents_skipped=4)
             losses = [_loss(10.0 * mine, 1.0 * mine), _loss(5.0, 0.0)]
-            fed = AgreedBatch(_batch(slots=50, pairs=7 * mine), vote, data_wait_s=0.0, peers_wait_s=abs(ranks.rank - 1))
-            interval.add(fed, losses, grad_norm=torch.tensor(2.5))
+            batch, lag = _batch(slots=50, pairs=7 * mine), abs(ranks.rank - 1)
+            interval.add(
+                AgreedBatch(batch, vote, data_wait_s=0.0, peers_wait_s=lag), losses, grad_norm=torch.tensor(2.5)
+            )
         interval.checkpoint_s = interval.evaluation_s = 0.0
         rows.append(interval.row(states))
     return rows

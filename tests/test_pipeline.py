@@ -145,7 +145,7 @@ def test_any_of_three_paths_names_a_checkpoint_and_the_newest_whole_one_is_taken
     with pytest.raises(ValueError, match="all 2 checkpoints in it are damaged"):
         find_checkpoint(run_dir, alone())
     for nothing in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match="neither a checkpoint, a run folder"):
+        with pytest.raises(FileNotFoundError, match="expected a checkpoint, a run folder"):
             find_checkpoint(nothing, alone())
 
 

@@ -51,14 +51,14 @@ def test_a_run_goes_back_to_a_step_once_and_what_it_leaves_is_put_aside(
     path = twin / "checkpoints" / f"step-{first:08d}"
     argv = [*settings(twin, tokenizer, sources), f"resume={path}", "checkpoint.keep_last=5"]
     said = finish(argv, 2)
-    assert f"from {path}, where it was told to go back to" in said
+    assert f"from {path}, going back as resume= says" in said
     assert numbers(twin) == numbers(undisturbed)
     assert saved_steps(twin) == [first, STEPS]
     (aside,) = twin.glob("abandoned-*")
     assert {path.name for path in aside.iterdir()} == {f"step-{STEPS:08d}", "metrics.jsonl"}
     assert len(rows(aside)) == STEPS
     again = finish([*argv, f"resume={first}", f"optim.steps={STEPS + 2}"], 2)
-    assert "going on from there" in again and "told to go back" not in again
+    assert "the run continues from there" in again and "going back as resume= says" not in again
     assert saved_steps(twin) == [first, STEPS, STEPS + 1, STEPS + 2] and len(list(twin.glob("abandoned-*"))) == 1
 
 
@@ -70,7 +70,7 @@ def test_what_resume_asks_for_and_is_not_there_is_refused(
     (twin / "checkpoints" / f"step-{steps[0]:08d}" / "meta.json").write_text("{}")
     argv = settings(twin, tokenizer, sources)
     assert_refused(
-        [([*argv, "resume=7"], ["resume=7", "it has 20, 24"])],
+        [([*argv, "resume=7"], ["resume=7", "expected one of 20, 24"])],
     )
     assert_refused([([*argv, f"resume={steps[0]}"], [f"resume={steps[0]}", "is damaged", "meta.json"])])
     assert_refused([([*argv, "resume=none"], ["resume=none", "holds 2 checkpoints", "give another run_dir"])])
@@ -152,7 +152,7 @@ def test_weights_meet_no_latents_whitened_otherwise_and_the_remedy_works(
     encode_main(arguments(raw, latents, tokenizer, vae=vae_folder))
     new = settings(tmp_path / "new", tokenizer, {"pairs": latents}, optim__steps=1)
     export.main([f"checkpoint={drawn.run_dir}", f"output={tmp_path / 'export'}"])
-    words = ["whitened otherwise: latent mean was [0.0, 0.0], is [", "stats_from="]
+    words = ["whitened differently: latent mean was [0.0, 0.0], is [", "stats_from="]
     starts = [([*new, f"init_from={drawn.run_dir}"], words)]
     starts.append(([*new, f"init_from={tmp_path / 'export'}", f"run_dir={tmp_path / 'other'}"], words))
     scaled = _whitened_otherwise(drawn.data, tmp_path / "scaled")
@@ -166,7 +166,7 @@ def test_weights_meet_no_latents_whitened_otherwise_and_the_remedy_works(
         encode_main(arguments(raw, latents, tokenizer, vae=vae_folder, stats_from=stored))
         assert Manifest.load(latents).latent_spec.std == (1.0, 1.0)
     warned = finish([*new, f"init_from={tmp_path / 'export'}", "diffusion.prediction=v"], None)
-    assert "trained otherwise: diffusion.prediction was eps, is v" in warned
+    assert "trained with different settings: diffusion.prediction was eps, is v" in warned
     carried = stored_records(checkpoint.saved(tmp_path / "new" / "checkpoints")[-1])
     for name, folder in (("now", latents), ("before", drawn.data)):
         with pytest.raises(ValueError, match=f"held-out source {name}: 100 %"):

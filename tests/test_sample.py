@@ -106,7 +106,7 @@ def test_two_ranks_share_the_samples_and_make_the_same(drawn: DrawingRun, given:
     [
         ([], "nothing to do"),
         (["prompt=x", "n=0"], "n=0"),
-        (["prompt=x", "checkpoint=/nowhere"], "neither a checkpoint, a run folder"),
+        (["prompt=x", "checkpoint=/nowhere"], "expected a checkpoint, a run folder"),
         (["prompt=x", "vae=/nowhere"], "no such folder"),
         (["images=[/nowhere.png]"], "nowhere.png"),
         (["images=[BROKEN]"], "broken.png"),

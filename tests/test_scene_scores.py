@@ -117,8 +117,7 @@ def _heldout_pairs(folder: Path, drawn: DrawingRun) -> Path:
 
 def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str]) -> list[dict]:
     generation, recipe, _ = Pipeline.load(PipelineConfig(checkpoint=str(run_dir)), ranks)
-    of_model = recipe.data, recipe.seed, recipe.model.patch_size, recipe.diffusion, generation.vae_hash
-    heldout = Heldout(HeldoutConfig(heldout=sources), *of_model, ranks)
+    heldout = Heldout(HeldoutConfig(heldout=sources), recipe, generation.vae_hash, ranks)
     trained = heldout.losses(generation.model, generation.stats, StopSignal())
     with torch.no_grad():
         generation.model.text_head.weight.zero_()

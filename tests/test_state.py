@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tests.ranks import run_ranks
 from tests.runs import settings
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver
-from train.config import load_config, to_yaml
+from train.config import load_config
 from train.distributed.parallelize import gather_weights, initialize, parallelize
 from train.distributed.ranks import Ranks
 from train.nested import leaves
@@ -32,9 +31,7 @@ def _state(ranks: Ranks, config: PretrainConfig, seed: int) -> tuple[TrainState,
         model = Transfusion(config.model, data.tokenizer.vocab_size)
     parallelize(model, config.parallel, ranks)
     initialize(model, seed, ranks.device)
-    known = {"latent_spec": None, "grids": data.grids}
-    meaning = partial(fingerprint, config, data)
-    return TrainState(model, Optimizer(model, config.optim, config.guard), meaning, to_yaml(config), known), data
+    return TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, data), data
 
 
 def _everything(state: TrainState) -> dict[str, torch.Tensor]:
@@ -130,7 +127,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_name_on_every_rank(config:
     model = config.model
     wide = replace(model, transformer=replace(model.transformer, width=64, qk_norm=True), latent_channels=4)
     changed = {
-        ("seed was 0, is 9", "or begin another run with these weights: init_from="): replace(config, seed=9),
+        ("seed was 0, is 9", "or start another run with these weights: init_from="): replace(config, seed=9),
         (
             "Restore what it was. (Learning rate",
             "width was 32, is 64",

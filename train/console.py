@@ -1,4 +1,4 @@
-"""What a person reads in the terminal while a program runs: plain lines, and one line a log interval."""
+"""What a person reads in the terminal while a program runs: plain lines, and one line per log interval."""
 
 import os
 import time
@@ -9,17 +9,17 @@ from typing import Any
 from train.config import NOTICE
 from train.distributed.ranks import Ranks
 
-SHOWN_LAG = 0.1  # of the time: how long ranks wait for the slowest before the console names it
+SHOWN_LAG = 0.1  # share of time that ranks wait for the slowest, from which the console names it
 
 
 def say(words: str) -> None:
-    """Print a line for people; where standard output cannot take it (a full disk), training goes on without (P13)."""
+    """Print a line for people; a standard output that cannot take it (a full disk) does not stop training (P13)."""
     with suppress(OSError):
         print(words, flush=True)
 
 
 class Console:
-    """One line a log interval on rank 0: step, losses, speed and the time left; and, once, if a stop comes too late."""
+    """One line per log interval on rank 0: step, losses, speed, time left. Warns once if a stop may take too long."""
 
     def __init__(self, steps: int, first_step: int, ranks: Ranks):
         self.steps, self.first_step, self.ranks = steps, first_step, ranks
@@ -43,7 +43,8 @@ class Console:
         )
         if row["stop_s"] is not None and row["stop_s"] > self._notice_s:
             say(
-                f"pretrain: warning: to stop takes a step and up to two saves, {row['stop_s']:.0f} s, and the signal "
-                f"comes {self._notice_s:.0f} s before the end: give more (slurm.launch signal_delay=, sbatch --signal)"
+                f"pretrain: warning: a stop takes a step and up to two saves, {row['stop_s']:.0f} s, and the signal "
+                f"comes {self._notice_s:.0f} s before the end: send it earlier (slurm.launch signal_delay=, sbatch "
+                "--signal)"
             )
             self._notice_s = float("inf")

@@ -66,8 +66,7 @@ def main(argv: list[str]) -> int | None:
     if config.heldout:
         _refuse_trained(generation.stored, config.heldout, ranks)
         sources = HeldoutConfig(heldout=config.heldout)
-        of_model = recipe.data, recipe.seed, recipe.model.patch_size, recipe.diffusion, generation.vae_hash
-        heldout = Heldout(sources, *of_model, ranks)
+        heldout = Heldout(sources, recipe, generation.vae_hash, ranks)
         results["data"]["heldout"] = {
             name: {"path": path, "fingerprint": fingerprints[name]} for name, path in config.heldout.items()
         }

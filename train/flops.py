@@ -1,6 +1,6 @@
-"""Model FLOPs of a batch, forward and backward, from what the mask allows (P9); recomputation counts by itself.
+"""Model FLOPs of a batch, forward and backward, from what the mask allows (P9); recomputation is counted separately.
 
-Six for every weight and position that meet in a product, twelve a layer, width and (query, key) pair. Norms, rotary
+Six per weight and position in a matrix product, twelve per layer, channel and (query, key) pair. Norms, rotary
 positions and timestep embeddings (under a thousandth) are left out.
 """
 
@@ -13,25 +13,25 @@ from model.transfusion import TransfusionConfig
 @dataclass(frozen=True)
 class Flops:
     per_token: float  # in the blocks' matrices
-    per_pair: float  # (query, key) pair that the mask allows, over all layers
+    per_pair: float  # per (query, key) pair that the mask allows, over all layers
     per_text_target: float  # in the text head
     per_latent_cell: float  # in the patchers, both halves
-    patch_cells: int = 4  # latent cells a patch
-    causal_images: bool = False  # a patch sees the patches before it only
-    # What activation checkpointing computes a second time: no model FLOPs, but the hardware's.
+    patch_cells: int = 4  # latent cells per patch
+    causal_images: bool = False  # a patch sees only the patches before it
+    # What activation checkpointing computes a second time: hardware FLOPs, not model FLOPs.
     again_per_token: float = 0.0
     again_per_pair: float = 0.0
     again_per_latent_cell: float = 0.0
 
     @classmethod
     def of(cls, config: TransfusionConfig, vocab_size: int, activation_checkpointing: str = "none") -> "Flops":
-        """Count those of a model; `activation_checkpointing` as in train/distributed/parallelize.py."""
+        """Return a model's FLOPs; `activation_checkpointing` as in train/distributed/parallelize.py."""
         trunk = config.transformer
         kv_share = trunk.num_kv_heads / trunk.heads
         matrices = trunk.layers * (trunk.width**2 * (2 + 2 * kv_share) + 3 * trunk.width * trunk.hidden)
         cell = _patcher_weights_per_cell(config)
         again = {}
-        if activation_checkpointing == "full":  # a forward, a third of forward and backward
+        if activation_checkpointing == "full":  # one more forward, half as much as a backward
             again = {"again_per_token": 2 * matrices, "again_per_pair": 4 * trunk.layers * trunk.width}
             again["again_per_latent_cell"] = 2 * cell if config.patches == "unet" else 0.0
         elif activation_checkpointing == "selective":  # SwiGLU's last product, whose output is not kept
@@ -47,10 +47,10 @@ class Flops:
         )
 
     def of_batch(self, batch: PackedBatch) -> tuple[float, float]:
-        """Return a micro-batch's model FLOPs and those computed again; padding and unused slots count nothing."""
+        """Return a micro-batch's model FLOPs and recomputed FLOPs; padding and unused slots count nothing."""
         cells = {grid: grid[0] * grid[1] for grid in batch.images}
         pairs = batch.num_attention_pairs
-        if self.causal_images:  # the batch counts whole images
+        if self.causal_images:  # the batch counts bidirectional images
             patches = {grid: count // self.patch_cells for grid, count in cells.items()}
             pairs -= sum(batch.images[g].num_valid * p * (p - 1) // 2 for g, p in patches.items())
         tokens = batch.input_ids.numel() - batch.num_padding
@@ -61,7 +61,7 @@ class Flops:
 
 
 def _patcher_weights_per_cell(config: TransfusionConfig) -> float:
-    """Return how many weights a latent cell meets; one of a level has 4^level cells."""
+    """Return by how many weights a latent cell is multiplied; a cell of level n covers 4^n latent cells."""
     width, latent = config.transformer.width, config.latent_channels
     if config.patches == "linear":
         return 2 * latent * width
@@ -69,6 +69,6 @@ def _patcher_weights_per_cell(config: TransfusionConfig) -> float:
     weights = 2 * 9 * latent * channels[0] + 2 * width * channels[-1] / 4 ** (len(channels) - 1)
     for level, c in enumerate(channels):
         weights += blocks * (18 + 27 + 2) * c**2 / 4**level  # down; up, whose input is twice as wide
-        if level:  # shrink, at its own cells; grow, at the finer ones
+        if level:  # downsampling at this level's cells, upsampling at the finer level's
             weights += 9 * channels[level - 1] * c * (1 / 4**level + 1 / 4 ** (level - 1))
     return weights

@@ -1,5 +1,5 @@
-"""GPUs by name: memory, speed, and how fast they talk. From the makers' data sheets; a rate there is a limit, not a
-promise, so `REACHED` says what share of a bandwidth large messages see.
+"""GPUs by name: memory, speed and bandwidths, from the vendors' data sheets. Those are upper limits; `REACHED` is the
+share of a bandwidth that large messages get.
 """
 
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ import torch
 
 from train.distributed.launcher import place
 
-REACHED = 0.8  # of a nominal bandwidth, by large NCCL messages
+REACHED = 0.8  # share of a nominal bandwidth that large NCCL messages get
 
 
 @dataclass(frozen=True)
 class Gpu:
-    name: str  # lower case; each of its words is in the device's name
-    memory_gib: float  # as the driver reports it, a little below the name's number
+    name: str  # lower case; all its words occur in the device's name
+    memory_gib: float  # as the driver reports it, a little below the nominal size
     peak_tflops: float  # dense bf16 with f32 sums, TFLOP/s
-    link_gb_per_s: float  # to GPUs of the same machine, one direction, GB/s: NVLink, or PCIe where there is none
-    network_gb_per_s: float  # to other machines, its share of a usual machine's network, one direction, GB/s
+    link_gb_per_s: float  # to GPUs of the same machine, one direction, GB/s: NVLink, or PCIe without it
+    network_gb_per_s: float  # to other machines, its share of a typical machine's network, one direction, GB/s
 
 
-# The first whose words are all in a name counts, so the longer names come first.
+# The first match counts, so longer names come first.
 GPUS = (
     Gpu("gb200", 184.0, 2450, 900, 50),
     Gpu("b200", 178.0, 2250, 900, 50),
@@ -38,7 +38,7 @@ GPUS = (
 
 
 def memory_of(device: torch.device) -> int:
-    """Return the bytes of memory of this rank's device: a GPU's whole, or its share of what the machine has free."""
+    """Return this rank's memory in bytes: its whole GPU's, or its share of the machine's available memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()

@@ -1,19 +1,19 @@
-"""Losses on data that is never trained on: text loss and noise error of each source, during a run or after it.
+"""Losses on held-out data, which is never trained on: text and image loss of each source, during a run or after it.
 
-Every document once, captions first, no dropout: how well texts are known and pictures drawn from their captions. Then
-once more, captions last, if there are pictures: how well they are described. Noise and timesteps depend on the seed
-alone, so two evaluations of one model agree whatever the number of ranks, up to the order of float additions. The
-ranks agree on each batch as in training, so a stop signal ends an evaluation within a batch and a sharded model's
-collectives always match.
+Each document is read once with its caption first and no caption dropout, which measures texts and drawing from
+captions; documents with images once more with the caption last, which measures describing. Noise and timesteps depend
+on the seed alone, so two evaluations of one model agree on any number of ranks, up to the order of float additions.
+Ranks vote before each batch as in training, so a stop signal ends an evaluation within a batch and the collectives of a
+sharded model always match.
 """
 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from data.dataset import DataConfig, DataSet, open_data
 from data.documents import OrderConfig
@@ -22,7 +22,7 @@ from data.loader import Loader
 from data.manifest import Manifest
 from data.packing import IGNORE, PackedBatch
 from data.storage import Location
-from model.diffusion import DiffusionConfig
+from model.transfusion import Transfusion
 from model.vae import LatentStats
 from train.distributed.parallelize import reshard
 from train.distributed.ranks import Ranks
@@ -30,10 +30,13 @@ from train.distributed.signals import StopKind, StopSignal
 from train.next_batch import next_batch
 from train.step import micro_step
 
+if TYPE_CHECKING:
+    from train.pretrain_config import PretrainConfig
+
 log = logging.getLogger(__name__)
 
-# Captions first: nats a text target, of texts and of captions before their picture; mean squared error of an image's
-# prediction (drawing). Captions last: nats a target of the captions (describing).
+# Captions first: nats per text target, of texts and of captions before their image; mean squared error of an image's
+# prediction (drawing). Captions last: nats per text target of the captions (describing).
 KINDS = ("text_loss", "image_loss", "captioning_loss")
 
 
@@ -41,8 +44,8 @@ KINDS = ("text_loss", "image_loss", "captioning_loss")
 class HeldoutConfig:
     interval_steps: int | None = None  # steps between evaluations, >= 1; null: none during the run
     heldout: dict[str, Location] = field(default_factory=dict)  # encoded folders by name, never trained on
-    lanes: int = 8  # sequences of a batch over all ranks; of a source with fewer documents fewer; ranks beyond it idle
-    max_batches: int | None = None  # of each source and order, >= 1; null: all of it, each document once
+    lanes: int = 8  # sequences per batch over all ranks, at most the source's documents; more ranks than that idle
+    max_batches: int | None = None  # per source and caption order, >= 1; null: each document once
 
     def __post_init__(self) -> None:
         if self.interval_steps is not None and (self.interval_steps < 1 or not self.heldout):
@@ -56,6 +59,11 @@ class HeldoutConfig:
                 "latter"
             )
 
+    @property
+    def measured(self) -> dict[str, Location]:
+        """Return the folders that a run measures itself on."""
+        return self.heldout if self.interval_steps is not None else {}
+
     def due(self, step: int) -> bool:
         return self.interval_steps is not None and step % self.interval_steps == 0
 
@@ -66,29 +74,26 @@ class Heldout:
     def __init__(
         self,
         config: HeldoutConfig,
-        training: DataConfig,
-        seed: int,
-        patch_size: int,
-        diffusion: DiffusionConfig,
+        trained: "PretrainConfig",  # what the model was trained with
         vae_hash: str | None,  # of the training data's latents; None: text alone
         ranks: Ranks,
     ) -> None:
-        """Raise ValueError for a source of another tokenizer or VAE; `TrainedRecords` for one that is trained on."""
+        """Raise ValueError for a source of another tokenizer or VAE; TrainedRecords refuses one that is trained on."""
         self._config, self._ranks = config, ranks
         self._diffusion = replace(
-            diffusion, before_caption_max_timestep=None, timestep_sampling="uniform", min_snr_gamma=None
+            trained.diffusion, before_caption_max_timestep=None, timestep_sampling="uniform", min_snr_gamma=None
         )
         self._sources: dict[str, dict[str, tuple[DataConfig, DataSet]]] = {}  # by name and order
         for name, path in config.heldout.items():
             source = DataConfig(
                 sources={name: SourceConfig(path=path, repeat=False)},
-                tokenizer=training.tokenizer,
-                lanes=min(config.lanes, Manifest.load(path).records),  # not the ranks': they do not change a result
-                sequence_length=training.sequence_length,
-                look_ahead=training.look_ahead,
+                tokenizer=trained.data.tokenizer,
+                lanes=min(config.lanes, Manifest.load(path).records),  # not by rank: ranks must not change a result
+                sequence_length=trained.data.sequence_length,
+                look_ahead=trained.data.look_ahead,
                 order=OrderConfig(caption_first=1.0, caption_dropout=0.0),
             )
-            data = open_data(source, seed, patch_size)
+            data = open_data(source, trained.seed, trained.model.patch_size)
             if data.latent_spec is not None and data.latent_spec.vae_hash != vae_hash:
                 raise ValueError(
                     f"held-out source {name}: {path} holds latents of VAE {data.latent_spec.vae_hash}, the model was "
@@ -97,9 +102,22 @@ class Heldout:
             self._sources[name] = {"caption_first": (source, data)}
             if data.grids:
                 last = replace(source, order=OrderConfig(caption_first=0.0, caption_dropout=0.0))
-                self._sources[name]["image_first"] = last, open_data(last, seed, patch_size)
+                self._sources[name]["image_first"] = last, open_data(last, trained.seed, trained.model.patch_size)
             if data.too_long and ranks.is_first:
-                log.warning("held-out source %s leaves out %s", name, "; ".join(data.too_long[:8]))
+                log.warning("documents of held-out source %s are left out: %s", name, "; ".join(data.too_long[:8]))
+
+    @classmethod
+    def of_run(cls, config: "PretrainConfig", data: DataSet, ranks: Ranks) -> "Heldout | None":
+        """Open what a run on `data` measures itself on, None for nothing; also refuse a best_metric it cannot give."""
+        if not config.evaluation.measured:
+            return None
+        heldout = cls(config.evaluation, config, data.latent_spec.vae_hash if data.latent_spec else None, ranks)
+        best = config.checkpoint.best_metric
+        if best is not None and best not in heldout.metrics:
+            raise ValueError(
+                f"checkpoint.best_metric={best}: expected one of {heldout.metrics}, which the data can give"
+            )
+        return heldout
 
     @property
     def metrics(self) -> list[str]:
@@ -108,12 +126,11 @@ class Heldout:
         return [metric_name(name, kind) for name, of_source in kinds.items() for kind in of_source]
 
     def losses(
-        self, model: nn.Module, stats: LatentStats, stop: StopSignal
+        self, model: Transfusion, stats: LatentStats, stop: StopSignal
     ) -> dict[str, dict[str, float | int | None]] | StopKind:
-        """Return what was measured of each source (see KINDS), and on how much.
+        """Return the losses of each source (see KINDS), None where there is nothing to measure, and their counts.
 
-        None in place of a loss where there is nothing to measure. If any rank was told to stop meanwhile, returns what
-        that asks for. Collective.
+        If any rank receives a stop signal, returns which instead. Collective.
         """
         measured = {}
         for name, orders in self._sources.items():
@@ -136,7 +153,7 @@ class Heldout:
         return measured
 
     def _sums(
-        self, name: str, order: str, model: nn.Module, stats: LatentStats, stop: StopSignal
+        self, name: str, order: str, model: Transfusion, stats: LatentStats, stop: StopSignal
     ) -> list[float] | StopKind:
         """Return text nll, image error, text targets, images, documents of all ranks; or why to stop. Collective."""
         documents: set[Position] = set()
@@ -154,7 +171,7 @@ class Heldout:
         self,
         name: str,
         order: str,
-        model: nn.Module,
+        model: Transfusion,
         stats: LatentStats,
         stop: StopSignal,
         documents: set[Position],
@@ -164,19 +181,27 @@ class Heldout:
         The positions of its documents are added to `documents`.
         """
         ranks, (config, data) = self._ranks, self._sources[name][order]
-        of_ranks = {"rank": ranks.rank, "world_size": ranks.world_size, "may_idle": True}
-        loader = Loader(data, config, micro_batch_size=config.lanes, **of_ranks)
+        loader = Loader(
+            data,
+            config,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            micro_batch_size=config.lanes,
+            may_idle=True,
+        )
         try:
             while True:
-                fed = next_batch(loader, ranks, stop)
-                if fed.vote.stop != StopKind.NONE:
-                    yield fed.vote.stop
+                agreed = next_batch(loader, ranks, stop)
+                if agreed.vote.stop != StopKind.NONE:
+                    yield agreed.vote.stop
                     return
-                done = self._config.max_batches is not None and fed.batch.step > self._config.max_batches
-                if done or fed.vote.ranks_ended == ranks.world_size:
+                batch = agreed.batch
+                assert batch is not None  # only a stop leaves a rank without one
+                done = self._config.max_batches is not None and batch.step > self._config.max_batches
+                if done or agreed.vote.ranks_ended == ranks.world_size:
                     return
-                documents.update(position for of_lane in fed.batch.documents.values() for position in of_lane)
-                for micro_batch in fed.batch.micro_batches:
+                documents.update(position for of_lane in batch.documents.values() for position in of_lane)
+                for micro_batch in batch.micro_batches:
                     if order == "image_first":
                         micro_batch = captions_alone(micro_batch, data.settings.special.boi)
                     loss = micro_step(
@@ -196,7 +221,7 @@ class Heldout:
 
 
 def captions_alone(batch: PackedBatch, boi: int) -> PackedBatch:
-    """Keep the text targets of documents that begin with a picture, but for its BOI: what describes the picture."""
+    """Keep only the text targets that describe an image: those of documents that begin with one, without its BOI."""
     begins = (batch.position_ids == 2) & (batch.grid_positions == 0).all(-1)  # the first patch, right after BOS BOI
     documents = batch.document_ids + torch.arange(len(begins))[:, None] * begins.shape[1]  # distinct in the batch
     described = torch.isin(documents, documents[begins]).flatten()[batch.text_target_index]

@@ -1,4 +1,4 @@
-"""Honest numbers: what is summed between log lines, reduced once an interval, and where it is written (P9, P13).
+"""Metrics: sums over the steps of a log interval, reduced over ranks once, and where the rows are written (P9, P13).
 
 A row goes to metrics.jsonl first; wandb gets a copy (train/wandb_page.py).
 """
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     interval_steps: int = 10  # steps between rows of metrics.jsonl, >= 1
-    # null: what the environment's WANDB_MODE says, else disabled. offline: only written down, in the run folder or in
-    # WANDB_DIR; online without a key or a network is offline.
+    # null: the environment's WANDB_MODE, by default disabled. offline: written to the run folder or WANDB_DIR only;
+    # online without a key or a network is offline.
     wandb: Literal["disabled", "offline", "online"] | None = None
     project: str | None = None  # wandb project; null: WANDB_PROJECT, else transfusion
 
@@ -44,7 +44,7 @@ class LogConfig:
 
 
 class Interval:
-    """Sums over the steps since the last log line; `row()` reduces them over ranks and starts anew."""
+    """Sums over the steps since the last row; `row()` reduces them over ranks and resets them."""
 
     def __init__(self, flops: Flops, ranks: Ranks, sources: Sequence[str]):
         self.flops, self.ranks, self.sources = flops, ranks, sources
@@ -58,19 +58,20 @@ class Interval:
         self._sums = dict.fromkeys(("slots", "rows", "idle_rows", "flops", "flops_again", "data_wait_s"), 0.0)
         self._global = dict.fromkeys(("text_targets", "images", "tokens"), 0)
         self._last: dict[str, Any] = {}  # of the last step only
-        self._attention_pairs = 0  # of this rank: what its lanes' documents cost
-        self._documents = [0] * len(self.sources)  # of this rank, or the parts of them in its rows
-        self._peers_wait_s = 0.0  # of this rank: how long it waited for the others
+        self._attention_pairs = 0  # of this rank's sequences
+        self._documents = [0] * len(self.sources)  # of this rank by source; each part of a cut one counts
+        self._peers_wait_s = 0.0  # this rank waited for the others
         self.num_steps = 0
-        self.checkpoint_s = 0.0  # that the loop was held up by saves
-        self.evaluation_s = 0.0  # by evaluations and previews
+        self.checkpoint_s = 0.0  # the loop waited for saves
+        self.evaluation_s = 0.0  # it spent on evaluations and previews
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._start = time.monotonic()
 
-    def add(self, fed: AgreedBatch, losses: list[StepLoss], grad_norm: torch.Tensor) -> None:
-        """Add one step of this rank; the vote has the global counts."""
-        batch, vote = fed.batch, fed.vote
+    def add(self, agreed: AgreedBatch, losses: list[StepLoss], grad_norm: torch.Tensor) -> None:
+        """Add one step of this rank; the global counts are the vote's."""
+        batch, vote = agreed.batch, agreed.vote
+        assert batch is not None
         for loss in losses:
             self._device_sums += torch.stack([loss.text_nll, loss.image_error]).to(torch.float64)
         for micro_batch in batch.micro_batches:
@@ -85,8 +86,8 @@ class Interval:
         for positions in batch.documents.values():
             for source, *_ in positions:
                 self._documents[source] += 1
-        self._sums["data_wait_s"] += fed.data_wait_s
-        self._peers_wait_s += fed.peers_wait_s
+        self._sums["data_wait_s"] += agreed.data_wait_s
+        self._peers_wait_s += agreed.peers_wait_s
         self._global["text_targets"] += vote.text_targets
         self._global["images"] += vote.images
         self._global["tokens"] += vote.tokens
@@ -104,36 +105,36 @@ class Interval:
         mine = (epochs(lane_states), self._documents, self._attention_pairs, self._peers_wait_s, socket.gethostname())
         gathered = zip(*self.ranks.gather((*mine, *_memory_gib())), strict=True)
         of_ranks, documents, pairs, peers_wait_s, hosts, host_gib, device_gib = gathered
-        epoch, slowest = np.concatenate(of_ranks), int(np.argmin(peers_wait_s))  # [L, sources]; who waits least
+        epoch, slowest = np.concatenate(of_ranks), int(np.argmin(peers_wait_s))  # epoch [L, sources]
         counts, world_size = self._global, self.ranks.world_size
         row = {
-            "interval_steps": self.num_steps,  # what the sums and means below are over
-            "text_loss": text_nll / counts["text_targets"] if counts["text_targets"] else None,  # nats a text target
+            "interval_steps": self.num_steps,  # that the sums and means below are over
+            "text_loss": text_nll / counts["text_targets"] if counts["text_targets"] else None,  # nats per text target
             "image_loss": image_error / counts["images"] if counts["images"] else None,  # mean squared error
             "tokens_per_s": counts["tokens"] / seconds,
             "images_per_s": counts["images"] / seconds,
             "step_s": seconds / max(self.num_steps, 1),
             "padding_share": 1 - counts["tokens"] / max(slots, 1),  # of all token slots, idle rows included
-            "idle_row_share": idle_rows / max(rows, 1),  # of all rows: lanes not divisible by ranks, or at their end
+            "idle_row_share": idle_rows / max(rows, 1),  # of all rows: lanes not divisible by ranks, or ended
             "data_stall_share": data_wait_s / world_size / seconds,
             "checkpoint_stall_share": self.checkpoint_s / seconds,
             "evaluation_share": self.evaluation_s / seconds,  # previews included
             "model_tflops_per_s_per_rank": flops_per_s / 1e12,
-            # Shares of the device's dense bf16 peak: model FLOPs, and those with what is recomputed; null: not known.
+            # Shares of the device's dense bf16 peak: model FLOPs without and with recomputation; null: peak unknown.
             "mfu": self.peak_flops and flops_per_s / self.peak_flops,
             "hfu": self.peak_flops and flops_per_s * hardware_share / self.peak_flops,
-            "attention_imbalance": max(pairs) / max(np.mean(pairs), 1),  # the most pairs of a rank by the mean
-            "slowest_rank": slowest,  # the one that the others waited for before their steps
+            "attention_imbalance": max(pairs) / max(np.mean(pairs), 1),  # the largest rank's pairs over the mean
+            "slowest_rank": slowest,  # which waited least for the others
             "slowest_host": hosts[slowest],
-            "slowest_lag_share": (max(peers_wait_s) - min(peers_wait_s)) / seconds,  # of the time, that they waited
-            "host_memory_gib": max(host_gib),  # resident now, of the largest rank, its loader workers not included
-            "device_memory_gib": max(device_gib),  # peak, of the largest rank; 0 without CUDA
+            "slowest_lag_share": (max(peers_wait_s) - min(peers_wait_s)) / seconds,  # of the time that others waited
+            "host_memory_gib": max(host_gib),  # resident now, of the largest rank without its loader workers
+            "device_memory_gib": max(device_gib),  # peak of the largest rank; 0 without CUDA
             "grad_norm": float(self._last["grad_norm"]),  # before clipping, of the last step
             "skipped_documents": self._last["skipped_documents"],  # since the run began
             "epoch_min": int(epoch.min()),  # over lanes and sources
             "epoch_mean": float(epoch.mean()),
             "epoch_max": int(epoch.max()),
-            # By source: its mean epoch over lanes, and documents (or parts of cut ones) in the interval's sequences.
+            # By source: mean epoch over lanes, and documents (each part of a cut one) in the interval's sequences.
             **{f"epoch/{name}": float(of_source.mean()) for name, of_source in zip(self.sources, epoch.T, strict=True)},
             **{f"documents/{n}": int(c) for n, c in zip(self.sources, np.sum(documents, axis=0), strict=True)},
             "time": time.time(),  # seconds since 1970
@@ -143,11 +144,11 @@ class Interval:
 
 
 class MetricsLog:
-    """Write rows to the run folder and, if asked and able, to its wandb page; rank 0 only."""
+    """Writes rows to the run folder and, if configured and reachable, to its wandb page; rank 0 only."""
 
-    def __init__(self, config: LogConfig, folder: RunFolder, ranks: Ranks, recipe: dict[str, Any]):
+    def __init__(self, config: LogConfig, folder: RunFolder, ranks: Ranks, run_config: dict[str, Any]):
         self.folder = folder
-        self._page = WandbPage(config.wandb, config.project, folder.path, recipe) if ranks.is_first else None
+        self._page = WandbPage(config.wandb, config.project, folder.path, run_config) if ranks.is_first else None
         if self._page is not None and self._page.place is not None:
             say(f"wandb: {self._page.place}")
 
@@ -157,7 +158,7 @@ class MetricsLog:
             self._page.log(row)
 
     def picture(self, path: os.PathLike, step: int) -> None:
-        """Show a saved picture on the run's page."""
+        """Show a saved picture on the wandb page."""
         if self._page is not None:
             self._page.picture(path, step)
 
@@ -167,7 +168,7 @@ class MetricsLog:
 
 
 def _memory_gib() -> tuple[float, float]:
-    """Return this process's resident memory now, and its device's peak since the last row."""
+    """Return this process's resident memory, and its device's peak since the last row."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30, device / 2**30

@@ -1,97 +1,96 @@
 """Train a Transfusion model: `python -m train.pretrain config=FILE`, or under torchrun for several ranks.
 
-The same command again goes on: from the newest checkpoint that verifies, on the same or another number of ranks.
+The same command again resumes from the newest intact checkpoint, on the same or another number of ranks.
 Exit status: 0 done, 75 saved after a stop signal (requeue me), 130 saved after Ctrl-C, 2 refused, 1 failed.
+
+- Lanes: a global batch has a sequence of each of `data.lanes` lanes. A lane is an endless stream of packed sequences
+  that depends on seed and data alone; ranks only share the lanes out, so their number changes no batch (data/lanes.py).
+- Vote: before each step the ranks sum the counts that both losses are divided by, and learn of any rank's stop signal,
+  failed reader or failed save, so that all stop at the same step (train/next_batch.py). What else stops a run: its last
+  step, the end of its data, too many bad documents (next_batch.py) or bad updates (rollback.py).
+- Checkpoint: weights, optimizer, averages, lanes, counters, config and hashes of the data (train/state.py), written in
+  the background (train/checkpoints/saver.py). Losses are in train/step.py, and so is the place of a new one.
 """
 
 import os
 import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from data.dataset import DataSet, open_data
+from data.dataset import DataSet
+from data.durable import write_durably
 from data.lanes import lanes_of_rank
 from data.loader import StepBatch
-from data.manifest import Manifest
-from data.packing import PackedBatch
-from model.vae import LatentStats
+from model.transfusion import Transfusion
 from train.checkpoints.checkpoint import CheckpointError
-from train.checkpoints.run_folder import RunFolder, RunTakenOver
+from train.checkpoints.resume import find_resume_point, load_resume_point
+from train.checkpoints.run_folder import TOKENIZER_FILE, RunFolder, RunTakenOver
+from train.checkpoints.saver import Saver
+from train.checkpoints.trained_records import TrainedRecords
 from train.config import load_config, run_program
 from train.console import Console, say
-from train.distributed.agreement import facts_of
 from train.distributed.launcher import leave_word, place
-from train.distributed.local_shards import local
-from train.distributed.parallelize import set_micro_step
-from train.distributed.ranks import DIED, init_ranks, last_words, own_device
-from train.distributed.signals import StopKind, StopSignal
+from train.distributed.parallelize import initialize, parallelize
+from train.distributed.ranks import DIED, Ranks, init_ranks, last_words, own_device
+from train.distributed.signals import StopSignal
 from train.distributed.vote import Vote
 from train.flops import Flops
-from train.heldout import KINDS, metric_name
-from train.metrics import Interval
-from train.next_batch import CannotGoOn, SkipBudget, next_batch
-from train.optim.guard import BadUpdate
-from train.optim.optimizer import learning_rate
-from train.planning.estimate import check_memory, fullest_of
+from train.heldout import Heldout
+from train.initial_weights import read_initial_weights
+from train.metrics import Interval, MetricsLog
+from train.next_batch import CannotContinue, SkipBudget, next_batch
+from train.optim.optimizer import Optimizer
+from train.planning.dry_run import dry_run
+from train.planning.estimate import check_memory
 from train.pretrain_config import PretrainConfig
-from train.run import Run, start_or_resume
+from train.previews import Previews
+from train.profile import Profiler
+from train.rollback import GoBack, go_back, review_updates
+from train.run import Run
 from train.state import TrainState
-from train.step import StepLoss, latent_stats, micro_step
+from train.step import StepLoss, forward_backward, latent_stats
+from train.training_data import facts_in_common, open_training_data
 
 CONFIG = PretrainConfig
 GROUP = True  # its ranks work together
-# What each rank may have of its own: its device, the paths of its host, how it reads data. What they hold is compared.
-OWN = (
-    *("run_dir", "device", "vae", "data.tokenizer", "data.sources.*.path", "evaluation.heldout.*"),
-    *("data.cache_*", "data.num_workers", "data.prefetch_steps", "data.read_*"),
-)
+check = open_training_data  # what `--check` looks at, see train/config.py
 
 
-class GoBack(Exception):
-    """Too many updates in a row were bad: go on from an earlier checkpoint, without their batches (P8)."""
-
-    def __init__(self, bad_updates: list[BadUpdate]) -> None:
-        super().__init__(bad_updates)
-        self.bad_updates = bad_updates
-
-
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> int:
     config = load_config(CONFIG, argv)
-    data = check(config)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    of_run = config, data.tokenizer.vocab_size, place().world_size, data.grids
-    too_large = check_memory(*of_run, own_device(config.device), warn=place().rank == 0)
-    startup_s = 60 * max(config.startup_timeout_minutes, config.timeout_minutes)
-    recorder = Path(config.run_dir) / "flight-recorder"
-    save_s = 60 * config.checkpoint.timeout_minutes
+
+    # Data and memory are checked before the ranks meet: most mistakes show on one rank, and are refused in seconds.
+    data = check(config)
+    vocab_size, device = data.tokenizer.vocab_size, own_device(config.device)
+    too_large = check_memory(config, vocab_size, place().world_size, data.grids, device, warn=place().rank == 0)
+
+    # The ranks meet with what each of them has read, so that a difference in settings or data is refused by name.
     ranks = init_ranks(
-        timeout_s=startup_s,
-        checkpoint_timeout_s=save_s,
+        timeout_s=60 * max(config.startup_timeout_minutes, config.timeout_minutes),
+        checkpoint_timeout_s=60 * config.checkpoint.timeout_minutes,
         device=config.device,
-        flight_recorder=recorder,
-        facts=common_facts(config, data),
+        flight_recorder=Path(config.run_dir) / "flight-recorder",
+        facts=facts_in_common(config, data),
     )
-    lanes_of_rank(ranks.rank, ranks.world_size, config.data.lanes)  # refuses more ranks than lanes
+    lanes_of_rank(ranks.rank, ranks.world_size, config.data.lanes)  # raises ValueError for more ranks than lanes
     torch.use_deterministic_algorithms(config.deterministic)
+
+    # The lock comes before looking for checkpoints: two starts would find the same one, and both write the next.
+    # Stop signals are collected from here on and obeyed at the first vote.
     with StopSignal() as stop, RunFolder(config.run_dir, ranks) as folder:
-        run = start_or_resume(config, data, folder, ranks, stop)
+        run = start(config, data, ranks, folder, stop)
         if ranks.is_first:
-            say("\n".join(f"pretrain: {line}" for line in run.describe()))
-            if data.too_long:
-                say(
-                    f"pretrain: warning: left out for good, {len(data.too_long)} in all: {'; '.join(data.too_long[:8])}"
-                )
-            if too_large:
-                say(f"pretrain: warning: {too_large}")
+            warnings = [f"warning: {too_large}"] if too_large else []
+            say("\n".join(f"pretrain: {line}" for line in [*run.describe(), *warnings]))
+        # Refusals are over: from here on an exception on one rank ends its process, so that its peers notice at once.
         with last_words(ranks, lambda: f"step {run.state.progress.step + 1}"):
             try:
-                dry_run(run)
                 status = train(run)
-            except (CannotGoOn, CheckpointError, RunTakenOver) as error:  # raised on every rank alike
+            except (CannotContinue, CheckpointError, RunTakenOver) as error:  # raised on every rank alike
                 status = DIED
                 words = f"train.pretrain: stopped after step {run.state.progress.step}: {error}"
                 leave_word(words)
@@ -103,237 +102,175 @@ def main(argv: list[str]) -> int | None:
     return status
 
 
-def common_facts(config: PretrainConfig, data: DataSet) -> dict[str, str]:
-    """Return what all ranks must have in common: settings, and the contents of what the paths name."""
-    contents = {"data.tokenizer": data.tokenizer.hash}
-    for name, source in zip(config.data.sources, data.sources, strict=True):
-        contents[f"data.sources.{name}.path (number, contents)"] = f"{source.number}, {source.manifest.content_hash}"
-    for name, path in config.evaluation.heldout.items() if config.evaluation.interval_steps is not None else ():
-        contents[f"evaluation.heldout.{name} (contents)"] = Manifest.load(path).content_hash
-    return {**facts_of(config, OWN), **contents}
+def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder, stop: StopSignal) -> Run:
+    """Put the run together, at the step where it starts. Collective; raises ValueError for what does not fit (P10)."""
+    # The model gets memory only after it is sharded, so that no rank ever holds all of it.
+    with torch.device("meta"):
+        model = Transfusion(config.model, data.tokenizer.vocab_size)
+    parallelize(model, config.parallel, ranks)
 
+    # Where to start: a checkpoint; without one, the weights that init_from names; without those, random weights.
+    origin = find_resume_point(config.resume, folder, ranks)
+    started_from, trained_before = None, None
+    if origin.checkpoint is not None:
+        model.to_empty(device=ranks.device)  # loaded below, with the optimizer
+    elif config.init_from is not None:
+        model.to_empty(device=ranks.device)
+        started_from, trained_before = read_initial_weights(model, config, data, ranks)
+    else:
+        initialize(model, config.seed, ranks.device)
 
-def check(config: PretrainConfig) -> DataSet:
-    """Open the data; raises ValueError or OSError for what this run cannot train on."""
-    data = open_data(config.data, config.seed, config.model.patch_size)
-    if data.latent_spec is not None and data.latent_spec.channels != config.model.latent_channels:
-        raise ValueError(
-            f"model.latent_channels={config.model.latent_channels}, but the data's latents have "
-            f"{data.latent_spec.channels} channels; set model.latent_channels={data.latent_spec.channels}"
-        )
-    too_long, most = data.too_long, config.data.max_bad_documents
-    if len(too_long) > most:
-        raise ValueError(
-            f"{len(too_long)} documents are longer than data.sequence_length={config.data.sequence_length}, more than "
-            f"data.max_bad_documents={most} (and only texts may be cut): {'; '.join(too_long[:4])}; use longer "
-            "sequences, shorten their captions, or allow more"
-        )
-    return data
+    # The optimizer comes after the weights, which its averages copy, and before the load, which fills its tensors.
+    state = TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, data)
 
+    # Held-out data comes before the load, which can take minutes, so that held-out data that is trained on is refused
+    # first. What an earlier run trained on is known only after the load.
+    state.trained = TrainedRecords.read([source.manifest for source in data.sources], config.evaluation.measured, ranks)
+    heldout = Heldout.of_run(config, data, ranks)
+    if origin.checkpoint is not None:
+        origin, trained_before = load_resume_point(origin, state.load, config.resume, folder, ranks)
+        if origin.back_to is not None:
+            state.back_to = origin.back_to
+    if trained_before is not None:
+        trained_before.check(config.evaluation.measured, ranks)
+        state.trained |= trained_before
 
-def dry_run(run: Run) -> None:
-    """Take the fullest batches that the data can make through forward and backward, and keep nothing of it. Collective.
+    # Files come after the load, which may refuse. A killed attempt logged steps after its last checkpoint: those rows
+    # are cut, since their steps will be run and logged again.
+    ranks.on_first(lambda: folder.cut_metrics(state.progress.step, evaluated=bool(state.metrics)))
+    ranks.on_first(lambda: write_durably(folder.path / "config.yaml", state.config_yaml.encode()))
+    ranks.on_first(lambda: write_durably(folder.path / TOKENIZER_FILE, data.tokenizer.path.read_bytes()))
 
-    What does not fit fails here, not at the first such batch after days; and what is compiled, is compiled.
-    """
-    config, state, device = run.config, run.state, run.ranks.device
-    if state.progress.step >= config.optim.steps:
-        return
-    start = time.monotonic()
-    stats = latent_stats(run.data.latent_spec, config.model.latent_channels, device)
-    moments = 8 * sum(local(p).numel() for p in state.optimizer.parameters.values())  # not there before an update
-    reserved = moments if device.type == "cuda" and not state.progress.step else 0
-    try:
-        reserve = torch.empty(reserved, dtype=torch.uint8, device=device)
-        for batch in fullest_of(config, run.ranks.world_size, run.data.grids):
-            forward_backward(config, state, batch.to(device), stats, text_targets=1, images=1, is_last=True)
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(
-            f"the fullest batch does not fit: {config.micro_batch_size} x {config.data.sequence_length} "
-            "tokens (micro_batch_size x data.sequence_length); python -m train.plan says what would fit"
-        ) from error
-    del reserve
-    state.model.zero_grad(set_to_none=True)
-    if run.ranks.is_first:
-        peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if device.type == "cuda" else ""
-        say(f"pretrain: dry run of the fullest batch: {time.monotonic() - start:.1f} s{peak}")
+    saver = Saver(folder, config.checkpoint, ranks)
+    if origin.checkpoint is not None and origin.checkpoint.parent == folder.checkpoints:
+        saver.saved_step = state.progress.step
+    log = MetricsLog(config.log, folder, ranks, asdict(config))
+    return Run(
+        config=config,
+        data=data,
+        stats=latent_stats(data.latent_spec, config.model.latent_channels, ranks.device),
+        ranks=ranks,
+        folder=folder,
+        stop=stop,
+        state=state,
+        heldout=heldout,
+        saver=saver,
+        log=log,
+        previews=Previews(config, data, ranks, folder, log),
+        profiler=Profiler(config.profile, folder.path, ranks),
+        origin=origin,
+        started_from=started_from or str(origin),
+    )
 
 
 def train(run: Run) -> int:
-    """Run steps to the end, going back where updates went bad; save; return the exit status."""
-    while True:
+    """Run steps to the end, going back after bad updates; save; return the exit status."""
+    config, state = run.config, run.state
+    # The dry run comes before the loader: neither an out-of-memory error nor minutes of compiling should meet processes
+    # that already read data.
+    if state.progress.step < config.optim.steps:
+        is_resumed = state.progress.step > 0
+        dry_run(state.model, state.optimizer, config, run.data.grids, run.stats, run.ranks, is_resumed=is_resumed)
+    try:
+        ended: tuple[str, int] | None = None
+        while ended is None:
+            try:
+                ended = run_steps(run)
+            except GoBack as reason:  # the loader is closed by now, and starts again from the state that is loaded
+                go_back(run, reason.bad_updates)
+        run.save(final=True)
+    except CannotContinue as error:  # what was trained before is saved all the same
         try:
-            try:
-                why, status = run_steps(run)
-            except GoBack as reason:
-                run.go_back(reason.bad_updates)
-                continue
             run.save(final=True)
-        except CannotGoOn as error:
-            try:
-                run.save(final=True)
-            except CheckpointError as failure:
-                raise CannotGoOn(f"{error}; and {failure}") from None
-            raise
-        step = run.state.progress.step
-        words = f"pretrain: {why} after step {step}" + ("; saved" if step else "")
-        if run.ranks.is_first:
-            say(words)
-        if status:
-            leave_word(words)
-        return status
+        except CheckpointError as failure:
+            raise CannotContinue(f"{error}; and {failure}") from None
+        raise
+    why, status = ended
+    words = f"pretrain: {why} after step {state.progress.step}" + ("; saved" if state.progress.step else "")
+    if run.ranks.is_first:
+        say(words)
+    if status:
+        leave_word(words)
+    return status
 
 
 def run_steps(run: Run) -> tuple[str, int]:
     """Run steps until the last, a stop signal or the end of the data; return why it ended, and the exit status."""
-    config, ranks, progress, last = run.config, run.ranks, run.state.progress, run.config.optim.steps
-    stats = latent_stats(run.data.latent_spec, config.model.latent_channels, ranks.device)
+    config, ranks, progress = run.config, run.ranks, run.state.progress
     flops = Flops.of(config.model, run.data.tokenizer.vocab_size, config.parallel.activation_checkpointing)
     interval = Interval(flops, ranks, list(config.data.sources))
-    console = Console(last, progress.step, ranks)
+    console = Console(config.optim.steps, progress.step, ranks)
     budget = SkipBudget(config.data.max_bad_documents, len(run.data.too_long))
     why, status = "done", 0
     with run.loader() as loader:
-        stopped = evaluate(run, stats, interval)  # if a stop kept the last step's from being made
+        # A stop may have kept the last step's evaluation from being made: it is made now.
+        stopped = run.evaluate(interval)
         if run.state.metrics and not run.saver.saved_step:
             interval.checkpoint_s += run.save()
-        while progress.step < last and not stopped:
+        while progress.step < config.optim.steps and not stopped:
             run.profiler.before(progress.step + 1)
-            fed = next_batch(loader, ranks, run.stop, run.saver.failed)
-            if fed.vote.ranks_write_failed:
+
+            # The vote comes before the step: a rank must not enter the step's collectives while another one leaves, and
+            # the losses are divided by counts over all ranks.
+            agreed = next_batch(loader, ranks, run.stop, run.saver.failed)
+            if agreed.vote.ranks_write_failed:
                 run.saver.settle()
-            if stopped := fed.vote.stop:
+            if stopped := agreed.vote.stop:
                 break
-            if fed.vote.ranks_ended == ranks.world_size:
+            if agreed.vote.ranks_ended == ranks.world_size:
                 why = "the data ended"
                 break
-            budget.check(fed.vote, fed.batch, ranks)
-            if progress.excludes(fed.batch.step):
-                pass_over(run.state, fed.batch)
+            batch = agreed.batch
+            assert batch is not None  # only a stop leaves a rank without one
+            budget.check(agreed.vote, batch, ranks)
+
+            if progress.excludes(batch.step):  # by going back: it counts as a step and trains nothing
+                run.state.mark_done(batch)
             else:
-                losses, grad_norm = run_step(config, run.state, fed.batch, fed.vote, stats, ranks.device)
-                interval.add(fed, losses, grad_norm)
+                losses, grad_norm = run_step(run, batch, agreed.vote)
+                interval.add(agreed, losses, grad_norm)
             run.profiler.after(progress.step)
             if progress.step == console.first_step + 1:
-                ranks.set_timeout(60 * config.timeout_minutes)
+                ranks.set_timeout(60 * config.timeout_minutes)  # compiled and warm: collectives are fast from here on
+
+            # The row comes first: it waits for the device, and bad updates are known before anything is saved.
             if progress.step % config.log.interval_steps == 0:
-                write_row(run, interval, console)
-            stopped = evaluate(run, stats, interval)
-            if not stopped and run.previews.due(progress.step):
-                draw_previews(run, interval)
+                run.log_row(interval, console)
+                review_updates(run)
+            # Evaluation comes before the save, so that the checkpoint has the metrics that it is kept for.
+            stopped = run.evaluate(interval)
+            if not stopped:
+                run.draw_previews(interval)
             if progress.step % config.checkpoint.interval_steps == 0:
                 interval.checkpoint_s += run.save()
         if stopped:
             why, status = f"stopped by {run.stop.name or 'a peer'}", stopped.exit_code
         run.profiler.close()
-        write_row(run, interval, console)
+        run.log_row(interval, console)
+        review_updates(run)
     return why, status
 
 
-def run_step(
-    config: PretrainConfig, state: TrainState, batch: StepBatch, vote: Vote, stats: LatentStats, device: torch.device
-) -> tuple[list[StepLoss], torch.Tensor]:
+def run_step(run: Run, batch: StepBatch, vote: Vote) -> tuple[list[StepLoss], torch.Tensor]:
     """Make the update of one step and count it; return the micro-batches' losses and the gradient norm. Collective."""
-    losses = []
+    state, losses = run.state, []
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
-        is_last = number == len(batch.micro_batches)
-        counts = {"text_targets": vote.text_targets, "images": vote.images}
-        losses.append(forward_backward(config, state, micro_batch.to(device), stats, **counts, is_last=is_last))
+        loss = forward_backward(
+            state.model,
+            micro_batch.to(run.ranks.device),
+            run.config,
+            run.stats,
+            global_text_targets=vote.text_targets,
+            global_images=vote.images,
+            is_last=number == len(batch.micro_batches),
+        )
+        losses.append(loss)
     grad_norm = state.optimizer.update(batch.step)
     state.optimizer.guard.note(batch, losses, grad_norm)
-    pass_over(state, batch)
+    state.mark_done(batch)
     state.progress.images_seen += vote.images
     state.progress.tokens_seen += vote.tokens
     return losses, grad_norm
-
-
-def forward_backward(
-    config: PretrainConfig,
-    state: TrainState,
-    micro_batch: PackedBatch,
-    stats: LatentStats,
-    *,
-    text_targets: int,
-    images: int,
-    is_last: bool,
-) -> StepLoss:
-    """Add a micro-batch's gradients; counts are global, and after the step's last the gradients are too. Collective."""
-    set_micro_step(state.model, config.parallel, is_last=is_last)
-    loss = micro_step(
-        state.model,
-        micro_batch,
-        stats=stats,
-        diffusion=config.diffusion,
-        image_weight=config.loss.image_weight,
-        global_text_targets=text_targets,
-        global_images=images,
-    )
-    loss.total.backward()
-    return replace(loss, total=loss.total.detach())  # what is kept until the next log row must not keep the graph
-
-
-def pass_over(state: TrainState, batch: StepBatch) -> None:
-    """Count a batch as done, whether or not it made an update."""
-    state.lane_states, state.metrics = batch.lane_states, {}
-    state.progress.step = batch.step
-
-
-def evaluate(run: Run, stats: LatentStats, interval: Interval) -> StopKind:
-    """Measure held-out losses if this step is one for it; return what stopped that, if anything did. Collective."""
-    start, step = time.monotonic(), run.state.progress.step
-    if not step or run.heldout is None or not run.config.evaluation.due(step) or run.state.metrics:
-        return StopKind.NONE
-    measured = run.heldout.losses(run.state.model, stats, run.stop)
-    interval.evaluation_s += time.monotonic() - start
-    if isinstance(measured, StopKind):
-        return measured
-    losses = {metric_name(name, kind): found[kind] for name, found in measured.items() for kind in KINDS}
-    run.state.metrics = {name: loss for name, loss in losses.items() if loss is not None}
-    if run.saver.saved_step == step:
-        run.saver.saved_step = 0  # saved, but without these
-    run.log.write({"step": step, **run.state.metrics})
-    if run.ranks.is_first:
-        say("  ".join([f"step {step}", *(f"{name} {loss:.4f}" for name, loss in run.state.metrics.items())]))
-    return StopKind.NONE
-
-
-def draw_previews(run: Run, interval: Interval) -> None:
-    """Draw previews of the weights as they are. Collective."""
-    start = time.monotonic()
-    run.previews.make(run.state.optimizer, run.state.progress.step, run.stop)
-    interval.evaluation_s += time.monotonic() - start
-
-
-def write_row(run: Run, interval: Interval, console: Console) -> None:
-    """Log the steps since the last row, if any, and act on bad updates among them. Collective."""
-    if not interval.num_steps:
-        return
-    progress, optimizer = run.state.progress, run.state.optimizer
-    row = {name: getattr(progress, name) for name in ("step", "tokens_seen", "images_seen", "rollbacks")}
-    row |= interval.row(run.state.lane_states)
-    row["loss"] = (row["text_loss"] or 0) + run.config.loss.image_weight * (row["image_loss"] or 0)
-    row["learning_rate"] = learning_rate(progress.step, run.config.optim)
-    row["skipped_updates"] = int(optimizer.guard.counts[0])
-    # How long a stop takes at most: the step it falls into, the save under way, the last one; null: not known yet.
-    row["stop_s"] = None if run.saver.seconds is None else row["step_s"] + 2 * run.saver.seconds
-    run.log.write(row)
-    console.show(row)
-    bad_updates, too_many = optimizer.guard.review(run.data.name_of, run.ranks)
-    run.folder.append("bad_updates.jsonl", map(asdict, bad_updates))
-    if run.ranks.is_first:
-        for update in bad_updates:
-            say(f"pretrain: skipped the update of {update}")
-    if not too_many:
-        return
-    guard = run.config.guard
-    if progress.rollbacks < guard.max_rollbacks:
-        raise GoBack(too_many)
-    raise CannotGoOn(
-        f"the updates of steps {too_many[0].step} to {too_many[-1].step} were skipped for their gradients "
-        f"(guard.max_bad_in_a_row={guard.max_bad_in_a_row}): {'; '.join(map(str, too_many[-3:]))}; all of them in "
-        f"{run.folder.path / 'bad_updates.jsonl'}. Look at these documents, lower optim.learning_rate, or set "
-        "guard.max_rollbacks to go on without these batches"
-    )
 
 
 if __name__ == "__main__":

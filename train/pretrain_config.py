@@ -1,6 +1,6 @@
-"""The recipe of a training run: every component's config, composed. Saved in the run folder and in each checkpoint.
+"""The config of a training run, composed of every component's. Saved in the run folder and in each checkpoint.
 
-It lives apart from the program that runs it, so that `sample`, `evaluate` and `report` can read a checkpoint back.
+It is apart from train/pretrain.py so that `sample`, `evaluate` and `report` can read a checkpoint's config.
 """
 
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         if self.interval_steps is not None and (self.interval_steps < 1 or not self.prompts):
             raise ValueError("preview.interval_steps: expected at least 1, and preview.prompts to draw")
-        self.sampler  # noqa: B018 refuses what it cannot be
+        self.sampler  # noqa: B018 raises for invalid settings
 
     @property
     def sampler(self) -> SamplerConfig:
@@ -48,18 +48,18 @@ class PreviewConfig:
 class PretrainConfig:
     run_dir: Location = MISSING  # folder of this run: checkpoints, metrics.jsonl, previews
     # Where to start. auto: this run's newest checkpoint that verifies, or from scratch; none: from scratch, refused
-    # where there are checkpoints; a step: back to this run's checkpoint of it, later ones are put aside; a path: from
-    # a checkpoint of another run, until this one has its own.
+    # if there are checkpoints; a step: this run's checkpoint of that step, later ones are put aside; a path: a
+    # checkpoint of another run, until this run has its own.
     resume: Location = "auto"
-    init_from: Location | None = None  # weights to start from in place of random ones: a checkpoint, a run or an export
-    init_weights: str = "auto"  # which of them: model, ema, ema-N; auto: the first average, without any the model
-    seed: int = 0  # of weights, order, noise and everything else that is drawn
+    init_from: Location | None = None  # weights to start from instead of random ones: a checkpoint, a run or an export
+    init_weights: str = "auto"  # which of its weights: model, ema, ema-N; auto: the first EMA, or the model without one
+    seed: int = 0  # of weights, data order, noise and all other random draws
     vae: Location | None = None  # AutoencoderKL, a folder or hub id, to decode previews; must be the data's
-    device: Device = "auto"  # auto: CUDA if there is any
+    device: Device = "auto"  # auto: CUDA if available
     micro_batch_size: int = 8  # sequences a rank runs at once; the global batch stays data.lanes sequences
     deterministic: bool = False  # bit-exact kernels on CUDA too, slower
     timeout_minutes: float = 10.0  # a collective that waits longer ends the run, > 0
-    startup_timeout_minutes: float = 30.0  # the same until the first step is done: compilation takes its time
+    startup_timeout_minutes: float = 30.0  # the same until the first step is done, which may compile
     model: TransfusionConfig = field(default_factory=TransfusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -85,7 +85,7 @@ class PretrainConfig:
                 f"{self.diffusion.num_timesteps}"
             )
         if self.init_from is not None and self.resume not in ("auto", "none"):
-            raise ValueError(f"init_from={self.init_from} and resume={self.resume}: expected one of the two")
+            raise ValueError(f"init_from={self.init_from} and resume={self.resume}: expected only one of the two")
         best = self.checkpoint.best_metric
         names = [metric_name(name, kind) for name in self.evaluation.heldout for kind in KINDS]
         if best is not None and (self.evaluation.interval_steps is None or best not in names):
@@ -98,13 +98,13 @@ class PretrainConfig:
             raise ValueError(
                 f"checkpoint.interval_steps={self.checkpoint.interval_steps} and evaluation.interval_steps="
                 f"{self.evaluation.interval_steps} with checkpoint.best_metric: expected one to be a multiple of the "
-                "other, so that checkpoints are of steps that were measured"
+                "other, so that checkpoints are of evaluated steps"
             )
 
 
 def read_config(path: Path) -> PretrainConfig:
-    """Return the config that a run wrote at `path`; raises ValueError for what no run writes."""
-    # Written resolved: an interpolation would read this machine's environment (P11).
+    """Return the config that a run wrote to `path`; raises ValueError if no run can have written it."""
+    # A run writes resolved values; an interpolation would read this machine's environment (P11).
     if "${" in path.read_text(encoding="utf-8"):
         raise ValueError(f"{path} holds an interpolation (${{...}}), which no run writes")
     return load_config(PretrainConfig, [f"config={path}"], expand=False)

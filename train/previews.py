@@ -1,4 +1,4 @@
-"""Sample pictures every so often, from the weights in training (their first EMA if there is one)."""
+"""Sample pictures at an interval, from the first EMA of the weights, or the weights themselves without one."""
 
 import logging
 
@@ -21,34 +21,34 @@ log = logging.getLogger(__name__)
 
 
 class _Stopped(Exception):
-    """A stop signal came while a picture was drawn."""
+    """A stop signal came while pictures were drawn."""
 
 
 class Previews:
-    """Draws on rank 0 from gathered weights; the other ranks wait at their next vote."""
+    """Draws on rank 0 from gathered weights, while the other ranks wait."""
 
-    def __init__(self, recipe: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder, log: MetricsLog):
-        """Raise ValueError, on every rank, when previews are asked for and cannot be decoded. Collective."""
-        self.recipe, self.ranks, self.folder, self.log = recipe, ranks, folder, log
-        self._generation: Pipeline | None = None
+    def __init__(self, config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder, log: MetricsLog):
+        """Raise ValueError, on every rank, if previews are configured and cannot be decoded. Collective."""
+        self.config, self.ranks, self.folder, self.log = config, ranks, folder, log
+        self._pipeline: Pipeline | None = None  # rank 0's
 
         def prepare() -> None:
-            model = Transfusion(recipe.model, data.tokenizer.vocab_size).to(ranks.device).eval()
+            model = Transfusion(config.model, data.tokenizer.vocab_size).to(ranks.device).eval()
             spec, grids = data.latent_spec, data.grids
-            self._generation = Pipeline.of(model, data.tokenizer, recipe, spec, grids, recipe.vae)
+            self._pipeline = Pipeline.of(model, data.tokenizer, config, spec, grids, config.vae)
             (folder.path / "previews").mkdir(exist_ok=True)
 
-        if recipe.preview.interval_steps is not None:
+        if config.preview.interval_steps is not None:
             ranks.on_first(prepare)
 
     def due(self, step: int) -> bool:
-        interval = self.recipe.preview.interval_steps
+        interval = self.config.preview.interval_steps
         return interval is not None and step % interval == 0
 
     def make(self, optimizer: Optimizer, step: int, stop: StopSignal) -> None:
-        """Save a sheet of the prompts' pictures, unless told to stop meanwhile. Collective; touches no random state."""
+        """Save a sheet of the prompts' pictures, unless a stop signal comes. Collective; no global random state."""
         weights = gather_weights(optimizer.preferred_weights(), keep=self.ranks.is_first)
-        # The peers wait here rather than in the next vote, whose timeout is short.
+        # The other ranks wait here rather than in the next vote, whose timeout is shorter.
         self.ranks.on_first(lambda: self._draw(weights, step, stop))
 
     def _draw(self, weights: dict[str, torch.Tensor], step: int, stop: StopSignal) -> None:
@@ -56,17 +56,18 @@ class Previews:
             if stop.kind:
                 raise _Stopped
 
-        self._generation.model.load_state_dict(weights)
-        config = self.recipe.preview
+        assert self._pipeline is not None
+        self._pipeline.model.load_state_dict(weights)
+        config = self.config.preview
         try:
-            pictures = self._generation.draw(config.prompts, config.sampler, self.recipe.seed, poll)
+            pictures = self._pipeline.draw(config.prompts, config.sampler, self.config.seed, poll)
         except _Stopped:
             return
         path = self.folder.path / "previews" / f"step-{step:08d}.png"
         try:
             with atomic_write(path) as file:
                 contact_sheet(pictures, config.prompts).save(file, "PNG")
-        except OSError as error:  # a full disk costs the picture
+        except OSError as error:  # a full disk costs the preview, not the run
             log.warning("no preview of step %d: %s", step, error)
             return
         self.log.picture(path, step)

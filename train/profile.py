@@ -1,10 +1,10 @@
-"""The profiler by step range: a trace of what the processor and the device did, and CUDA's memory history.
+"""The profiler over a range of steps: a trace of what CPU and GPU did, and CUDA's memory history.
 
     <run>/profile/step-100-104-rank-0.trace.json.gz   for perfetto.dev or chrome://tracing
     <run>/profile/step-100-104-rank-0.memory.pickle   for pytorch.org/memory_viz (CUDA only)
 
-A step is from asking for its batch to its update; logs, previews and checkpoints in between are not recorded. A trace
-that cannot be written is a warning: a run is worth more than a look at it.
+A step lasts from the request for its batch to its update; logs, previews and checkpoints are not recorded. A trace
+that cannot be written is a warning and does not stop the run.
 """
 
 import logging
@@ -18,13 +18,13 @@ from train.distributed.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-MEMORY_EVENTS = 200_000  # newest allocations and frees kept with their stacks: about 1 KB each on the host
+MEMORY_EVENTS = 200_000  # newest allocations and frees kept with their stacks, about 1 KB each on the host
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    steps: list[int] | None = None  # [first, last] to record, both included, 1 <= first <= last; null: none
-    ranks: list[int] = field(default_factory=lambda: [0])  # who records, each 0 ... number of ranks - 1
+    steps: list[int] | None = None  # [first, last] to record, inclusive, 1 <= first <= last; null: none
+    ranks: list[int] = field(default_factory=lambda: [0])  # that record, each 0 ... number of ranks - 1
     shapes: bool = False  # also the shapes of operators' inputs
     memory: bool = False  # also allocations; on CUDA also their history with call stacks, a snapshot
 
@@ -34,10 +34,10 @@ class ProfileConfig:
 
 
 class Profiler:
-    """Records the steps of `config` that a run comes by, if this rank is one of its ranks."""
+    """Records the configured steps that a run passes, on the configured ranks."""
 
     def __init__(self, config: ProfileConfig, run_dir: Path, ranks: Ranks) -> None:
-        """Raises ValueError, on every rank, for a rank that is not there."""
+        """Raise ValueError, on every rank, for a rank that does not exist."""
         if config.steps is not None and not set(config.ranks) <= set(range(ranks.world_size)):
             raise ValueError(
                 f"profile.ranks={config.ranks} on {ranks.world_size} ranks: expected some of 0 ... "
@@ -49,11 +49,11 @@ class Profiler:
             self._steps = range(0)
         self._on_cuda = ranks.device.type == "cuda"
         self._profile: profile | None = None
-        self._span: record_function | None = None  # the step under way, by name in the trace
+        self._span: record_function | None = None  # of the current step, which names it in the trace
         self._first = self._last = 0  # steps recorded
 
     def before(self, step: int) -> None:
-        """Record from here, if `step` is to be."""
+        """Start recording `step`, if it is in the range."""
         if step not in self._steps:
             return
         if self._profile is None:
@@ -64,7 +64,7 @@ class Profiler:
         self._span.__enter__()
 
     def after(self, step: int) -> None:
-        """End the recording of `step`; write the files after the last."""
+        """Stop recording `step`; write the files after the last one."""
         if self._span is not None:
             self._span.__exit__(None, None, None)
             self._span = None
@@ -72,10 +72,10 @@ class Profiler:
                 self.close()
 
     def close(self) -> None:
-        """Write what was recorded, if the run ends within the range."""
+        """Write what was recorded so far, if the run ends within the range."""
         if self._profile is None:
             return
-        if self._span is not None:  # its batch did not come
+        if self._span is not None:  # the run ended before its batch came
             self._span.__exit__(None, None, None)
         finished, self._profile = self._profile, None
         finished.stop()
@@ -103,12 +103,12 @@ class Profiler:
     def _write(self, finished: profile) -> None:
         self._folder.mkdir(exist_ok=True)
         name = f"step-{self._first}-{self._last}-rank-{self._rank}"
-        beside = self._folder / f".{name}.json.gz"  # torch compresses what ends so
+        hidden = self._folder / f".{name}.json.gz"  # until complete; torch compresses by this suffix
         try:
-            finished.export_chrome_trace(str(beside))
-            beside.rename(self._folder / f"{name}.trace.json.gz")
+            finished.export_chrome_trace(str(hidden))
+            hidden.rename(self._folder / f"{name}.trace.json.gz")
             if self._records_cuda_memory:
-                torch.cuda.memory._dump_snapshot(str(beside))
-                beside.rename(self._folder / f"{name}.memory.pickle")
+                torch.cuda.memory._dump_snapshot(str(hidden))
+                hidden.rename(self._folder / f"{name}.memory.pickle")
         finally:
-            beside.unlink(missing_ok=True)
+            hidden.unlink(missing_ok=True)

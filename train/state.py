@@ -1,7 +1,10 @@
-"""Everything a training run carries from step to step, and its way into a checkpoint and back.
+"""Everything a training run carries from step to step, and how it is stored in a checkpoint and loaded again.
 
-Tensors go through train/checkpoints/; lanes, counters, the resolved config and the hashes of what the run was trained
-on are extra files beside them, readable by people.
+tensors        weights, optimizer state, averages (EMAs), by parameter name: any number of ranks can load them
+lanes.json     the position of every lane
+meta.json      counters, fingerprint, held-out metrics, learning rate, latent spec
+config.yaml    the resolved config
+trained.keys   which records the run trains on
 """
 
 import json
@@ -12,15 +15,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from data.dataset import DataSet
+from data.loader import StepBatch
 from data.manifest import LatentSpec
+from model.transfusion import Transfusion
 from train.checkpoints import checkpoint
 from train.checkpoints.saver import Snapshot
 from train.checkpoints.trained_records import TRAINED_FILE, TrainedRecords
+from train.config import to_yaml
 from train.distributed.parallelize import plain_name
 from train.distributed.ranks import Ranks
+from train.inference.saved_model import stored_records
 from train.optim.ema import is_label
 from train.optim.optimizer import Optimizer, learning_rate
 from train.pretrain_config import PretrainConfig
@@ -30,13 +36,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Counters of a run. `step` names the last batch whose update was made (or skipped: P8)."""
+    """Counters of a run. `step` is that of the last batch that is done, whether it made an update or not."""
 
     step: int = 0
-    tokens_seen: int = 0  # text, special and image tokens, padding left out, on all ranks
+    tokens_seen: int = 0  # text, special and image tokens of all ranks, without padding
     images_seen: int = 0
     rollbacks: int = 0
-    excluded: list[tuple[int, int]] = field(default_factory=list)  # first and last step of batches that made no update
+    excluded: list[tuple[int, int]] = field(default_factory=list)  # (first, last) steps whose batches train nothing
 
     def excludes(self, step: int) -> bool:
         return any(first <= step <= last for first, last in self.excluded)
@@ -44,21 +50,32 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """`lane_states` holds this rank's lanes while training and all lanes right after a load."""
+    """`lane_states` holds this rank's lanes while training, and all lanes right after a load."""
 
-    model: nn.Module
+    model: Transfusion
     optimizer: Optimizer
-    fingerprint: Callable[[int], dict[str, str]]  # what a resume after a step must find unchanged, by name
-    recipe: str  # the resolved config as YAML
-    data: dict  # what a sampler must know of it: `latent_spec`, `grids`
+    fingerprint: Callable[[int], dict[str, str]]  # by step: what a resume after it must find unchanged
+    config_yaml: str  # the resolved config
+    data_facts: dict  # what a sampler must know of the data: `latent_spec`, `grids`
     progress: Progress = field(default_factory=Progress)
     lane_states: dict[int, dict] = field(default_factory=dict)
-    back_to: int | None = None  # the step that this continuation began at, where it was told to go back to one
-    metrics: dict[str, float] = field(default_factory=dict)  # on held-out data, at the present step
+    back_to: int | None = None  # the step that `resume=STEP` went back to
+    metrics: dict[str, float] = field(default_factory=dict)  # held-out losses at the current step
     trained: TrainedRecords | None = None  # what the run trains on
 
+    @classmethod
+    def begin(cls, model: Transfusion, optimizer: Optimizer, config: PretrainConfig, data: DataSet) -> "TrainState":
+        """Return the state before the first step."""
+        facts = {"latent_spec": data.latent_spec and asdict(data.latent_spec), "grids": data.grids}
+        return cls(model, optimizer, partial(fingerprint, config, data), to_yaml(config), facts)
+
+    def mark_done(self, batch: StepBatch) -> None:
+        """Count a batch as done, whether or not it made an update."""
+        self.lane_states, self.metrics = batch.lane_states, {}
+        self.progress.step = batch.step
+
     def snapshot(self, ranks: Ranks) -> Snapshot:
-        """Return what a checkpoint of the present step holds; its tensors are the live ones. Collective."""
+        """Return what a checkpoint of the current step holds; its tensors are the live ones. Collective."""
         lanes = {lane: state for part in ranks.gather(self.lane_states) for lane, state in part.items()}
         meta = {
             "progress": vars(self.progress),
@@ -67,21 +84,21 @@ class TrainState:
             "fingerprint": self.fingerprint(self.progress.step),
             "metrics": self.metrics,
             "learning_rate": learning_rate(self.progress.step, self.optimizer.config),
-            **self.data,
+            **self.data_facts,
         }
         extra = {
             "lanes.json": json.dumps(lanes).encode(),
             checkpoint.META: json.dumps(meta).encode(),
-            "config.yaml": self.recipe.encode(),
+            "config.yaml": self.config_yaml.encode(),
             **({TRAINED_FILE: self.trained.to_bytes()} if self.trained is not None else {}),
         }
         return Snapshot(self.progress.step, self._tensors(), extra)
 
-    def load(self, path: Path, ranks: Ranks) -> None:
-        """Continue from a checkpoint that verified, on any world size. Collective.
+    def load(self, path: Path, ranks: Ranks) -> TrainedRecords | None:
+        """Continue from a verified checkpoint, on any world size; return which records it was trained on. Collective.
 
-        An EMA that the checkpoint lacks begins at its weights; one that is no longer asked for is left behind.
-        Raises ValueError when the data, tokenizer, VAE, seed, lanes or model are not those it was trained with.
+        An EMA that the checkpoint lacks starts from its weights; one that is no longer configured is dropped.
+        Raises ValueError unless data, tokenizer, VAE, seed, lanes and model are those it was trained with.
         """
         meta, lanes = (
             json.loads(ranks.on_first(partial(checkpoint.read_extra, path, name)))
@@ -90,29 +107,30 @@ class TrainState:
         if missing := {"fingerprint", "progress", "guard", "back_to", "metrics", "learning_rate"} - meta.keys():
             raise ValueError(
                 f"{path} was written by another version of the trainer: {checkpoint.META} lacks {sorted(missing)}; "
-                f"resume with that version, or begin another run with its weights: init_from={path}"
+                f"resume with that version, or start another run with its weights: init_from={path}"
             )
         step = meta["progress"]["step"]
         then = meta["fingerprint"] | _statistics(meta["latent_spec"])
-        if changed := differences(then, self.fingerprint(step) | _statistics(self.data["latent_spec"])):
+        if changed := differences(then, self.fingerprint(step) | _statistics(self.data_facts["latent_spec"])):
             raise ValueError(
-                f"{path} was trained otherwise: {'; '.join(changed.values())}. {_remedy(set(changed), path)} (Learning "
-                f"rate, steps, ranks, workers and intervals may change; a source may be appended with weight=0 and "
-                f"weight_from={{{step + 1}: …}})"
+                f"{path} was trained with different settings: {'; '.join(changed.values())}. "
+                f"{_remedy(set(changed), path)} (Learning rate, steps, ranks, workers and intervals may change; a "
+                f"source may be appended with weight=0 and weight_from={{{step + 1}: …}})"
             )
         before, rate = meta["learning_rate"], learning_rate(step + 1, self.optimizer.config)
         if ranks.is_first and rate > 2 * before:
-            log.warning("the learning rate was %.2g when %s was saved and goes on at %.2g", before, path, rate)
+            log.warning("the learning rate was %.2g when %s was saved and resumes at %.2g", before, path, rate)
         saved, emas = ranks.on_first(lambda: checkpoint.entries(path)), self.optimizer.emas
         added, dropped = emas.keys() - saved, {name for name in saved if is_label(name)} - emas.keys()
         checkpoint.load(path, {name: part for name, part in self._tensors().items() if name not in added}, ranks)
         for name in added:
             emas[name].restart(self.optimizer.parameters)
         if ranks.is_first and (added or dropped):
-            log.warning("EMAs that begin at the weights of %s: %s; dropped: %s", path, sorted(added), sorted(dropped))
+            log.warning("EMAs that start from the weights of %s: %s; dropped: %s", path, sorted(added), sorted(dropped))
         self.optimizer.guard.counts.copy_(torch.tensor(meta["guard"]))
         self.progress, self.back_to, self.metrics = Progress(**meta["progress"]), meta["back_to"], meta["metrics"]
         self.lane_states = {int(lane): state for lane, state in lanes.items()}
+        return stored_records(path)
 
     def _tensors(self) -> checkpoint.State:
         state = checkpoint.training_state(self.model, self.optimizer.parts)
@@ -122,7 +140,7 @@ class TrainState:
 
 
 def fingerprint(config: PretrainConfig, data: DataSet, step: int) -> dict[str, str]:
-    """Return what a resume after `step` must find unchanged: what decided the batches, and what the weights mean."""
+    """Return what a resume after `step` must find unchanged: what decides the batches, and what the weights mean."""
     spec = data.latent_spec
     return {
         **data.fingerprint(step),
@@ -133,7 +151,7 @@ def fingerprint(config: PretrainConfig, data: DataSet, step: int) -> dict[str, s
 
 
 def meaning(config: PretrainConfig) -> dict[str, str]:
-    """Return what decides, besides data, what a run's weights compute."""
+    """Return the settings that decide what a run's weights compute."""
     model = asdict(config.model)
     del model["text_loss_chunk"]  # bounds memory, not the result
     return {
@@ -145,7 +163,7 @@ def meaning(config: PretrainConfig) -> dict[str, str]:
 
 
 def differences(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
-    """Return what differs, by name, in words."""
+    """Return a phrase for each name whose values differ."""
     pairs = {name: (then.get(name, "absent"), now.get(name, "absent")) for name in {**then, **now}}
     return {name: f"{name} was {was}, is {found}" for name, (was, found) in pairs.items() if was != found}
 
@@ -155,12 +173,12 @@ def _statistics(spec: dict | None) -> dict[str, str]:
 
 
 def _remedy(changed: set[str], path: Path) -> str:
-    """Return what to do where a resume found these changed: never to begin with weights that mean something else."""
+    """Return what to do about these changes; never to start from weights that mean something else."""
     if {"latent mean", "latent std"} & changed and "vae" not in changed:
         return (
-            "Give the data the statistics that these weights know: run its train.encode command again with "
+            "Give the data the statistics of these weights: run its train.encode command again with "
             f"stats_from={path}, which rewrites the manifest alone."
         )
     if any(name in ("tokenizer", "vae", "special") or name.startswith(("model.", "diffusion.")) for name in changed):
         return "Restore what it was."
-    return f"Restore what it was, or begin another run with these weights: init_from={path}."
+    return f"Restore what it was, or start another run with these weights: init_from={path}."

@@ -1,15 +1,19 @@
 """PackedBatch -> loss: the one adapter between data and model.
 
-Latents are whitened here, timesteps come from u, noise is added before patchification. Both losses are sums divided
-by *global* counts, so neither ranks nor micro-batches change them: LM + image_weight * DDPM (the paper, equation 4).
+Latents are whitened, timesteps derived from u, and noise added, all before patchification. Both losses are sums divided
+by *global* counts, so ranks and micro-batches do not change them: LM + image_weight * DDPM (the paper, equation 4).
+
+A new loss is a sum added in `micro_step`; its global count joins the vote (train/distributed/vote.py). What a token may
+attend to is decided in model/attention.py, from the ids of documents and images in the batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask
 
 from data.manifest import LatentSpec
@@ -24,8 +28,12 @@ from model.diffusion import (
     training_target,
 )
 from model.losses import noise_error
-from model.transfusion import TransfusionConfig
+from model.transfusion import Transfusion, TransfusionConfig
 from model.vae import LatentStats, sample_latents
+from train.distributed.parallelize import set_micro_step
+
+if TYPE_CHECKING:
+    from train.pretrain_config import PretrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +55,40 @@ class StepLoss:
 
 
 def latent_stats(spec: LatentSpec | None, channels: int, device: torch.device) -> LatentStats:
-    """Return what whitens the latents of `spec`; the identity where there are none."""
+    """Return the mean and std that whiten latents of `spec`; the identity without a spec."""
     mean = spec.mean if spec is not None else (0.0,) * channels
     std = spec.std if spec is not None else (1.0,) * channels
     return LatentStats(torch.tensor(mean, device=device), torch.tensor(std, device=device))
 
 
+def forward_backward(
+    model: Transfusion,
+    batch: PackedBatch,
+    config: "PretrainConfig",
+    stats: LatentStats,
+    *,
+    global_text_targets: int,
+    global_images: int,
+    is_last: bool,
+) -> StepLoss:
+    """Add a micro-batch's gradients to the sharded model's; `is_last` of the step sums them over ranks. Collective."""
+    assert isinstance(model, FSDPModule)
+    set_micro_step(model, config.parallel, is_last=is_last)
+    loss = micro_step(
+        model,
+        batch,
+        stats=stats,
+        diffusion=config.diffusion,
+        image_weight=config.loss.image_weight,
+        global_text_targets=global_text_targets,
+        global_images=global_images,
+    )
+    loss.total.backward()
+    return replace(loss, total=loss.total.detach())  # losses are kept until the next log row, the graph must not be
+
+
 def micro_step(
-    model: nn.Module,
+    model: Transfusion,
     batch: PackedBatch,
     *,
     stats: LatentStats,
@@ -64,22 +98,22 @@ def micro_step(
     global_images: int,
     mask_of: Callable[..., BlockMask | torch.Tensor | None] | None = None,
 ) -> StepLoss:
-    """Run the model on one micro-batch. Noise and timesteps are in the batch, so this is a pure function.
+    """Run the model on one micro-batch. A pure function: all random numbers are in the batch.
 
-    `mask_of` makes the mask of (document_ids, image_ids, visible_until); None: in the form that the device wants.
+    `mask_of` builds the mask from (document_ids, image_ids, visible_until); None: the form that suits the device.
     """
     noisy, timesteps, targets, valid, token_index = noised_images(batch, stats, diffusion, model.config)
     table = schedule(diffusion.num_timesteps, batch.input_ids.device)
     mask_of = mask_of or (block_mask if batch.input_ids.is_cuda else dense_mask)
-    seen_as_images = batch.image_ids
+    mask_image_ids = batch.image_ids
     if model.config.image_attention == "causal":
-        seen_as_images = torch.full_like(batch.image_ids, NO_IMAGE)  # as if all were text
+        mask_image_ids = torch.full_like(batch.image_ids, NO_IMAGE)  # as if all tokens were text
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         grid_positions=batch.grid_positions,
         is_image=batch.image_ids != NO_IMAGE,
-        mask=mask_of(batch.document_ids, seen_as_images, batch.visible_until),
+        mask=mask_of(batch.document_ids, mask_image_ids, batch.visible_until),
         text_target_index=batch.text_target_index,
         text_targets=batch.text_targets,
         noisy=noisy,
@@ -101,8 +135,8 @@ def noised_images(
 ) -> tuple:
     """Return (noisy, timesteps, targets, valid) by latent grid, and the image token index.
 
-    A batch without images gets one invalid picture of a single patch, so that every rank runs the patchers and
-    every parameter has a gradient.
+    A batch without images gets one invalid image of a single patch, so that every rank runs the patchers and every
+    parameter has a gradient.
     """
     device = batch.input_ids.device
     if not batch.images:

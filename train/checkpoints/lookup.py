@@ -1,4 +1,4 @@
-"""Which checkpoint a path names, and how it is read while the run that owns it may remove it."""
+"""Which checkpoint a path names, and how to read it although the run that owns it may remove it."""
 
 import hashlib
 import logging
@@ -17,14 +17,14 @@ from train.distributed.ranks import Ranks
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-EXPORT_MARK = "export.json"  # in the folder that train.export makes
-MOST_CHOICES = 20  # of a checkpoint to read, in a run that removes them meanwhile
+EXPORT_MARK = "export.json"  # in the folder that train.export writes
+MOST_CHOICES = 20  # checkpoints tried, each removed by its run while it was read
 
 
 def find_checkpoint(path: Path, ranks: Ranks, key: str = "checkpoint") -> Path:
-    """Return a checkpoint folder from its own path, a run's, or a checkpoints folder's; verified.
+    """Return a verified checkpoint, given its own path, a run's, or that of a folder of checkpoints.
 
-    Raises FileNotFoundError where there is none, ValueError where none is whole; `key` is the option that named it.
+    Raises FileNotFoundError if there is none, ValueError if none is intact; `key` is the option that named it.
     """
     for root in (path / "checkpoints", path):
         if not (folders := checkpoint.saved(root)):
@@ -33,36 +33,36 @@ def find_checkpoint(path: Path, ranks: Ranks, key: str = "checkpoint") -> Path:
             raise ValueError(f"{key}={path}: all {len(folders)} checkpoints in it are damaged")
         return newest
     if not (path / LISTING).is_file():
-        raise FileNotFoundError(f"{key}={path}: neither a checkpoint, a run folder that holds one, nor an export")
+        raise FileNotFoundError(f"{key}={path}: expected a checkpoint, a run folder that holds one, or an export")
     if problems := checkpoint.verify(path, ranks):
         if not ranks.on_first(path.exists):
-            raise FileNotFoundError(f"{key}={path}: removed by its run meanwhile; give {key}=RUN, and take its newest")
+            raise FileNotFoundError(f"{key}={path} was removed by its run; give {key}=RUN for its newest checkpoint")
         raise ValueError(f"{key}={path} is damaged: {'; '.join(problems)}")
     return path
 
 
 def read_while_there(
-    choose: Callable[[], Path], read: Callable[[Path], T], ranks: Ranks, chosen: Path | None = None
+    choose: Callable[[], Path], read: Callable[[Path], T], ranks: Ranks, first: Path | None = None
 ) -> T:
-    """Return what `read` makes of the checkpoint that `choose` returns; choose again if its run removed it meanwhile.
+    """Return `read(choose())`; choose again whenever the checkpoint's run removed it while it was read.
 
-    `chosen` is the first, where it is known. Collective; `read` must fail on every rank where the checkpoint is gone.
-    Raises FileNotFoundError where a run removes each before it is read.
+    `first` is the first choice, if already known. Collective; `read` must fail on every rank if the checkpoint is gone.
+    Raises FileNotFoundError when that happens MOST_CHOICES times.
     """
     for _ in range(MOST_CHOICES):
-        folder, chosen = chosen or choose(), None
+        folder, first = first or choose(), None
         of_folder = partial(identity, folder)
         before = ranks.on_first(of_folder)
         try:
             result = read(folder)
         except (OSError, ValueError, CheckpointException):
-            if of_folder() == before is not None:  # asked of no other rank: the error may be this one's alone
+            if of_folder() == before is not None:  # not a collective: the error may be this rank's alone
                 raise
         else:
             if ranks.on_first(of_folder) in (before, None):
                 return result
         if ranks.is_first:
-            log.warning("%s was removed by its run while it was read: taking the newest that is there", folder)
+            log.warning("%s was removed by its run while it was read: reading the newest instead", folder)
     raise FileNotFoundError(
         f"{folder} and {MOST_CHOICES - 1} others were removed by their run while they were read: raise its "
         "checkpoint.interval_steps or keep_last, or wait until it has ended"
@@ -70,7 +70,7 @@ def read_while_there(
 
 
 def identity(folder: Path) -> str | None:
-    """Return a hash of what a checkpoint or an export holds; None where it is gone."""
+    """Return a hash of what a checkpoint or an export holds; None if it is gone."""
     for name in (EXPORT_MARK, LISTING):
         with suppress(OSError):
             return hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16]

@@ -1,10 +1,10 @@
-"""Which records a model was trained on, known by their keys, so that no held-out data is among them (P10).
+"""Which records a model was trained on, by their keys, so that held-out data is refused if it is among them (P10).
 
-A key is a hash of what a record holds, whatever file it was encoded from; of data indexed before there were such, its
-crc32 and length, which know a record under its old name alone. A run looks for the held-out keys among all of its
-own; a checkpoint carries the keys, of more than SAMPLE records those below a bound, so that a model is evaluated
-where its training data is not. That costs 0.3 CPU-seconds and 60 MB of indices to read a million records, at the
-start of a run, split over its ranks.
+A key is a hash of a record's contents, independent of the file it was encoded from; data indexed before such keys has
+crc32 and length instead, which recognise only records of the same name. A run looks for the held-out keys among all of
+its own. A checkpoint stores the keys, of more than SAMPLE records only those below a bound, so that the model can be
+evaluated where its training data is missing. A million records cost 0.3 CPU-seconds and 60 MB of indices at the start
+of a run, split over its ranks.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,24 +23,24 @@ from train.distributed.ranks import Ranks
 T = TypeVar("T")
 
 TRAINED_FILE = "trained.keys"  # in checkpoints and exports
-SAMPLE = 1 << 20  # keys that a checkpoint carries, about: 8 MiB
-SHARED = 0.01  # share of held-out documents that may be trained on: texts repeat, and sums of 32 bits collide
+SAMPLE = 1 << 20  # keys that a checkpoint stores, about: 8 MiB
+SHARED = 0.01  # share of held-out documents that may be training data: texts repeat, and 32-bit sums collide
 EVERY_KEY = (1 << 64) - 1
-THREADS = 16  # that wait for indices
+THREADS = 16  # that read indices
 
 
 @dataclass(frozen=True)
 class TrainedRecords:
-    """`keys` uint64, sorted: of all records trained on, those up to `bound`."""
+    """`keys` uint64, sorted: those of all records trained on that are at most `bound`."""
 
     keys: np.ndarray
     bound: int = EVERY_KEY
 
     @classmethod
     def read(cls, sources: Iterable[Manifest], heldout: dict[str, str], ranks: Ranks) -> "TrainedRecords":
-        """Return what is to be carried of a run's records. Collective.
+        """Return what a run's checkpoints store of its records. Collective.
 
-        Raises ValueError for a folder of `heldout`, by name, that holds training records.
+        Raises ValueError naming a folder of `heldout` that holds training records.
         """
         sources, held = list(sources), _read_heldout(heldout, ranks)
         records = sum(manifest.records for manifest in sources)
@@ -49,27 +49,27 @@ class TrainedRecords:
 
         def read(manifest: Manifest, shard: int) -> tuple[np.ndarray, np.ndarray]:
             keys = manifest.load_index(shard).keys
-            place = np.searchsorted(asked, keys)  # in a third of the time of isin, which sorts both anew
+            place = np.searchsorted(asked, keys)  # three times as fast as isin, which sorts both again
             return keys[keys <= np.uint64(bound)], keys[np.append(asked, np.uint64(0))[place] == keys]
 
         parts = _over_shards(read, sources, ranks)
-        carried, found = (_sorted(part[i] for part in parts) for i in (0, 1))
+        stored, found = (_sorted(part[i] for part in parts) for i in (0, 1))
         cls(found)._refuse_shared(held, heldout, ranks)
-        return cls(carried, bound)
+        return cls(stored, bound)
 
     def __or__(self, other: "TrainedRecords") -> "TrainedRecords":
         bound = min(self.bound, other.bound)
         return TrainedRecords(_sorted(keys[keys <= np.uint64(bound)] for keys in (self.keys, other.keys)), bound)
 
     def check(self, heldout: dict[str, str], ranks: Ranks) -> None:
-        """Raise ValueError for a folder of `heldout`, by name, that holds records trained on. Collective."""
+        """Raise ValueError naming a folder of `heldout` that holds records trained on. Collective."""
         self._refuse_shared(_read_heldout(heldout, ranks), heldout, ranks)
 
     def _refuse_shared(self, held: dict[str, np.ndarray], folders: dict[str, str], ranks: Ranks) -> None:
         for name, keys in held.items():
             covered = keys <= np.uint64(self.bound)
             shared = covered & np.isin(keys, self.keys)
-            # A trained record has one key of a held-out record's two.
+            # A training record has one of a held-out record's two keys: hash or sum.
             share = (shared.sum(0) / np.maximum(covered.sum(0), 1)).sum()
             if share > SHARED:
                 raise ValueError(
@@ -85,26 +85,26 @@ class TrainedRecords:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "TrainedRecords":
-        """Return what `to_bytes` wrote; raise ValueError for what is none of it."""
+        """Parse what `to_bytes` wrote; raise ValueError for anything else."""
         numbers = np.frombuffer(content, dtype="<u8")
         if not len(numbers) or (numbers[2:] < numbers[1:-1]).any():
-            raise ValueError(f"{TRAINED_FILE}: expected a bound and sorted keys; write it anew from the run")
+            raise ValueError(f"{TRAINED_FILE}: expected a bound and sorted keys; write it again from the run")
         return cls(numbers[1:], int(numbers[0]))
 
 
 def _sorted(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """Return all keys, each once: in a tenth of np.unique's time."""
+    """Return the distinct keys, sorted; ten times as fast as np.unique."""
     keys = np.sort(np.concatenate([np.zeros(0, np.uint64), *parts]))
     return keys[np.append(True, keys[1:] != keys[:-1])[: len(keys)]]
 
 
 def _read_heldout(folders: dict[str, str], ranks: Ranks) -> dict[str, np.ndarray]:
-    """Return uint64 [R, 2] of each folder: every record's key by its contents and by its sum. Collective."""
+    """Return uint64 [R, 2] of each folder: every record's key by contents and by crc32 and length. Collective."""
 
     def read(manifest: Manifest, shard: int) -> np.ndarray:
         index, name = manifest.load_index(shard), manifest.shards[shard].name
         contents = index.contents
-        if contents is None:  # indexed before there were such: held-out data is small enough to be read
+        if contents is None:  # an older index: held-out data is small enough to read
             read_bytes = partial(manifest.store.read, name)
             keys = [content_key(read_at(read_bytes, span, f"{name}#{i}")) for i, span in enumerate(index.spans)]
             contents = np.array(keys, dtype=np.uint64)
@@ -117,9 +117,9 @@ def _read_heldout(folders: dict[str, str], ranks: Ranks) -> dict[str, np.ndarray
 
 
 def _over_shards(read: Callable[[Manifest, int], T], sources: Iterable[Manifest], ranks: Ranks) -> list[T]:
-    """Return `read(manifest, shard)` of every shard, in order, each rank doing its share. Collective.
+    """Return `read(manifest, shard)` of every shard, in order; each rank reads its share. Collective.
 
-    A shard that cannot be read is left out and named: training, which may skip it, goes on.
+    A shard that cannot be read is named and left out: training may skip it too.
     """
     shards = [(manifest, shard) for manifest in sources for shard in range(len(manifest.shards))]
 

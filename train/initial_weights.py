@@ -1,0 +1,62 @@
+"""The weights that `init_from` names, read into a new run's model after checking that they mean the same there."""
+
+import logging
+from functools import partial
+
+import torch
+
+from data.dataset import DataSet
+from model.transfusion import Transfusion
+from train.checkpoints.trained_records import TrainedRecords
+from train.distributed.parallelize import plain_name
+from train.distributed.ranks import Ranks
+from train.inference.saved_model import SavedModel
+from train.pretrain_config import PretrainConfig
+from train.state import differences, meaning
+
+log = logging.getLogger(__name__)
+
+
+def read_initial_weights(
+    model: Transfusion, config: PretrainConfig, data: DataSet, ranks: Ranks
+) -> tuple[str, TrainedRecords | None]:
+    """Fill the model from `init_from`; return in words from where, and what those were trained on. Collective.
+
+    Data, schedule and counters are the new run's, and image sizes may differ. Raises ValueError for weights of other
+    shapes, or trained with another tokenizer, VAE or latent statistics (P10).
+    """
+    assert config.init_from is not None
+    return SavedModel.use(config.init_from, ranks, partial(_read, model, config, data, ranks), "init_from")
+
+
+def _read(
+    model: Transfusion, config: PretrainConfig, data: DataSet, ranks: Ranks, stored: SavedModel
+) -> tuple[str, TrainedRecords | None]:
+    ranks.require_alike({"init_from (contents)": stored.identity})
+    _refuse_other_meaning(stored, config, data)
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        chosen = stored.read(config.init_weights, parameters, ranks)
+    if ranks.is_first and (changed := differences(meaning(stored.recipe), meaning(config))):
+        log.warning("%s was trained with different settings: %s", stored.folder, "; ".join(changed.values()))
+    return f"from the weights ({chosen}) of {stored.folder}, step {stored.step}", stored.trained
+
+
+def _refuse_other_meaning(stored: SavedModel, config: PretrainConfig, data: DataSet) -> None:
+    """Raise ValueError where token ids or latents mean something else to the weights than in the data."""
+    trained_with = {"tokenizer": (stored.meta["fingerprint"]["tokenizer"], data.tokenizer.hash)}
+    then, now = stored.latent_spec, data.latent_spec
+    if then is not None and now is not None:
+        trained_with["VAE"] = (then.vae_hash, now.vae_hash)
+    for what, (old, new) in trained_with.items():
+        if old != new:
+            raise ValueError(
+                f"init_from={config.init_from} was trained with {what} {old}, the data was encoded with {new}; encode "
+                f"the data with the {what} of {stored.folder}"
+            )
+    if then is not None and now is not None and (changed := differences(then.statistics, now.statistics)):
+        raise ValueError(
+            f"init_from={config.init_from} was trained with latents whitened differently: "
+            f"{'; '.join(changed.values())}; run the data's train.encode command again with "
+            f"stats_from={stored.folder}, which rewrites the manifest alone"
+        )
