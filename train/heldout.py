@@ -8,7 +8,7 @@ sharded model always match.
 """
 
 import logging
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -152,72 +152,53 @@ class Heldout:
             }
         return measured
 
+    @torch.no_grad()
     def _sums(
         self, name: str, order: str, model: Transfusion, stats: LatentStats, stop: StopSignal
     ) -> list[float] | StopKind:
         """Return text nll, image error, text targets, images, documents of all ranks; or why to stop. Collective."""
-        documents: set[Position] = set()
-        sums = torch.zeros(4, dtype=torch.float64, device=self._ranks.device)
-        for part in self._batches(name, order, model, stats, stop, documents):
-            if isinstance(part, StopKind):
-                return part
-            sums += part
-        sums = torch.cat([sums.cpu(), torch.tensor([len(documents)])])
-        dist.all_reduce(sums, group=self._ranks.vote_group)
-        return sums.tolist()
-
-    @torch.no_grad()
-    def _batches(
-        self,
-        name: str,
-        order: str,
-        model: Transfusion,
-        stats: LatentStats,
-        stop: StopSignal,
-        documents: set[Position],
-    ) -> Iterator[torch.Tensor | StopKind]:
-        """Yield (text nll, image error, text targets, images) of each micro-batch of this rank, or why to stop.
-
-        The positions of its documents are added to `documents`.
-        """
         ranks, (config, data) = self._ranks, self._sources[name][order]
+        most = self._config.max_batches or math.inf
+        documents: set[Position] = set()
+        sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+        rows = config.lanes  # a rank's are one micro-batch
         loader = Loader(
-            data,
-            config,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            micro_batch_size=config.lanes,
-            may_idle=True,
+            data, config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=rows, may_idle=True
         )
         try:
             while True:
                 agreed = next_batch(loader, ranks, stop)
                 if agreed.vote.stop != StopKind.NONE:
-                    yield agreed.vote.stop
-                    return
+                    return agreed.vote.stop
                 batch = agreed.batch
                 assert batch is not None  # only a stop leaves a rank without one
-                done = self._config.max_batches is not None and batch.step > self._config.max_batches
-                if done or agreed.vote.ranks_ended == ranks.world_size:
-                    return
-                documents.update(position for of_lane in batch.documents.values() for position in of_lane)
+                if batch.step > most or agreed.vote.ranks_ended == ranks.world_size:
+                    break
+                documents.update(position for positions in batch.documents.values() for position in positions)
                 for micro_batch in batch.micro_batches:
                     if order == "image_first":
                         micro_batch = captions_alone(micro_batch, data.settings.special.boi)
-                    loss = micro_step(
-                        model,
-                        micro_batch.to(ranks.device),
-                        stats=stats,
-                        diffusion=self._diffusion,
-                        image_weight=1.0,
-                        global_text_targets=1,
-                        global_images=1,
-                    )
-                    counts = loss.text_nll.new_tensor([micro_batch.num_text_targets, micro_batch.num_images])
-                    yield torch.cat([torch.stack([loss.text_nll, loss.image_error]), counts]).double()
+                    sums += self._measure(model, micro_batch, stats)
         finally:
             loader.close()
             reshard(model)
+        sums = torch.cat([sums.cpu(), torch.tensor([len(documents)])])
+        dist.all_reduce(sums, group=ranks.vote_group)
+        return sums.tolist()
+
+    def _measure(self, model: Transfusion, batch: PackedBatch, stats: LatentStats) -> torch.Tensor:
+        """Return f64 [4]: text nll, image error, text targets and images of a micro-batch."""
+        loss = micro_step(
+            model,
+            batch.to(self._ranks.device),
+            stats=stats,
+            diffusion=self._diffusion,
+            image_weight=1.0,
+            global_text_targets=1,
+            global_images=1,
+        )
+        counts = loss.text_nll.new_tensor([batch.num_text_targets, batch.num_images])
+        return torch.cat([torch.stack([loss.text_nll, loss.image_error]), counts]).double()
 
 
 def captions_alone(batch: PackedBatch, boi: int) -> PackedBatch:

@@ -1,7 +1,6 @@
 """The weights that `init_from` names, read into a new run's model after checking that they mean the same there."""
 
 import logging
-from functools import partial
 
 import torch
 
@@ -25,21 +24,19 @@ def read_initial_weights(
     Data, schedule and counters are the new run's, and image sizes may differ. Raises ValueError for weights of other
     shapes, or trained with another tokenizer, VAE or latent statistics (P10).
     """
+
+    def read(stored: SavedModel) -> tuple[str, TrainedRecords | None]:
+        ranks.require_alike({"init_from (contents)": stored.identity})
+        _refuse_other_meaning(stored, config, data)
+        parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        with torch.no_grad():
+            chosen = stored.read(config.init_weights, parameters, ranks)
+        if ranks.is_first and (changed := differences(meaning(stored.recipe), meaning(config))):
+            log.warning("%s was trained with different settings: %s", stored.folder, "; ".join(changed.values()))
+        return f"from the weights ({chosen}) of {stored.folder}, step {stored.step}", stored.trained
+
     assert config.init_from is not None
-    return SavedModel.use(config.init_from, ranks, partial(_read, model, config, data, ranks), "init_from")
-
-
-def _read(
-    model: Transfusion, config: PretrainConfig, data: DataSet, ranks: Ranks, stored: SavedModel
-) -> tuple[str, TrainedRecords | None]:
-    ranks.require_alike({"init_from (contents)": stored.identity})
-    _refuse_other_meaning(stored, config, data)
-    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        chosen = stored.read(config.init_weights, parameters, ranks)
-    if ranks.is_first and (changed := differences(meaning(stored.recipe), meaning(config))):
-        log.warning("%s was trained with different settings: %s", stored.folder, "; ".join(changed.values()))
-    return f"from the weights ({chosen}) of {stored.folder}, step {stored.step}", stored.trained
+    return SavedModel.use(config.init_from, ranks, read, "init_from")
 
 
 def _refuse_other_meaning(stored: SavedModel, config: PretrainConfig, data: DataSet) -> None:

@@ -3,13 +3,13 @@
 The same command again resumes from the newest intact checkpoint, on the same or another number of ranks.
 Exit status: 0 done, 75 saved after a stop signal (requeue me), 130 saved after Ctrl-C, 2 refused, 1 failed.
 
-- Lanes: a global batch has a sequence of each of `data.lanes` lanes. A lane is an endless stream of packed sequences
-  that depends on seed and data alone; ranks only share the lanes out, so their number changes no batch (data/lanes.py).
-- Vote: before each step the ranks sum the counts that both losses are divided by, and learn of any rank's stop signal,
-  failed reader or failed save, so that all stop at the same step (train/next_batch.py). What else stops a run: its last
-  step, the end of its data, too many bad documents (next_batch.py) or bad updates (rollback.py).
-- Checkpoint: weights, optimizer, averages, lanes, counters, config and hashes of the data (train/state.py), written in
-  the background (train/checkpoints/saver.py). Losses are in train/step.py, and so is the place of a new one.
+Lanes: a global batch has one sequence from each of `data.lanes` lanes. A lane is an endless stream of packed sequences
+that depends on seed and data alone. Ranks divide the lanes among them; their number changes no batch (data/lanes.py).
+Vote: before each step the ranks add up the counts that the losses are divided by, and learn of any rank's stop signal,
+failed reader or failed save, so that all stop at the same step (train/next_batch.py). A run also stops after its last
+step, at the end of its data, and after too many bad documents (next_batch.py) or bad updates (train/rollback.py).
+Checkpoint: weights, optimizer, averages, lane positions, counters, config, hashes of the data (train/state.py); written
+in the background (train/checkpoints/saver.py). Losses: train/step.py, where a new one would go too.
 """
 
 import os
@@ -123,8 +123,8 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     # The optimizer comes after the weights, which its averages copy, and before the load, which fills its tensors.
     state = TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, data)
 
-    # Held-out data comes before the load, which can take minutes, so that held-out data that is trained on is refused
-    # first. What an earlier run trained on is known only after the load.
+    # Held-out data comes before the load, which can take minutes: a refusal should not. Only what earlier runs trained
+    # on is known after it.
     state.trained = TrainedRecords.read([source.manifest for source in data.sources], config.evaluation.measured, ranks)
     heldout = Heldout.of_run(config, data, ranks)
     if origin.checkpoint is not None:
@@ -135,8 +135,8 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
         trained_before.check(config.evaluation.measured, ranks)
         state.trained |= trained_before
 
-    # Files come after the load, which may refuse. A killed attempt logged steps after its last checkpoint: those rows
-    # are cut, since their steps will be run and logged again.
+    # Files are written after the load, which may refuse. Rows that a killed attempt logged after its last checkpoint
+    # are cut: their steps will be run and logged again.
     ranks.on_first(lambda: folder.cut_metrics(state.progress.step, evaluated=bool(state.metrics)))
     ranks.on_first(lambda: write_durably(folder.path / "config.yaml", state.config_yaml.encode()))
     ranks.on_first(lambda: write_durably(folder.path / TOKENIZER_FILE, data.tokenizer.path.read_bytes()))
@@ -166,8 +166,7 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
 def train(run: Run) -> int:
     """Run steps to the end, going back after bad updates; save; return the exit status."""
     config, state = run.config, run.state
-    # The dry run comes before the loader: neither an out-of-memory error nor minutes of compiling should meet processes
-    # that already read data.
+    # The dry run comes before the loader, so that no process reads data yet while blocks compile or memory runs out.
     if state.progress.step < config.optim.steps:
         is_resumed = state.progress.step > 0
         dry_run(state.model, state.optimizer, config, run.data.grids, run.stats, run.ranks, is_resumed=is_resumed)
@@ -210,8 +209,8 @@ def run_steps(run: Run) -> tuple[str, int]:
         while progress.step < config.optim.steps and not stopped:
             run.profiler.before(progress.step + 1)
 
-            # The vote comes before the step: a rank must not enter the step's collectives while another one leaves, and
-            # the losses are divided by counts over all ranks.
+            # The vote comes before the step: the losses are divided by its counts, and no rank may enter the step's
+            # collectives while another stops.
             agreed = next_batch(loader, ranks, run.stop, run.saver.failed)
             if agreed.vote.ranks_write_failed:
                 run.saver.settle()
@@ -233,11 +232,11 @@ def run_steps(run: Run) -> tuple[str, int]:
             if progress.step == console.first_step + 1:
                 ranks.set_timeout(60 * config.timeout_minutes)  # compiled and warm: collectives are fast from here on
 
-            # The row comes first: it waits for the device, and bad updates are known before anything is saved.
+            # The log row comes before evaluation and save, which should not follow updates known to be bad.
             if progress.step % config.log.interval_steps == 0:
                 run.log_row(interval, console)
                 review_updates(run)
-            # Evaluation comes before the save, so that the checkpoint has the metrics that it is kept for.
+            # Evaluation comes before the save: a checkpoint holds its step's metrics, which decide how long it is kept.
             stopped = run.evaluate(interval)
             if not stopped:
                 run.draw_previews(interval)

@@ -117,10 +117,6 @@ class Run:
         self.log.write(row)
         console.show(row)
 
-    def cut_metrics(self) -> None:
-        """Drop the rows of metrics.jsonl that the run will write again; rank 0 only."""
-        self.folder.cut_metrics(self.state.progress.step, evaluated=bool(self.state.metrics))
-
     def describe(self) -> Iterator[str]:
         """Yield the lines that say what is about to be trained, on what, and in how much host memory."""
         config, data, ranks = self.config, self.data, self.ranks

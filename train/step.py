@@ -3,8 +3,8 @@
 Latents are whitened, timesteps derived from u, and noise added, all before patchification. Both losses are sums divided
 by *global* counts, so ranks and micro-batches do not change them: LM + image_weight * DDPM (the paper, equation 4).
 
-A new loss is a sum added in `micro_step`; its global count joins the vote (train/distributed/vote.py). What a token may
-attend to is decided in model/attention.py, from the ids of documents and images in the batch.
+A new loss would be a sum added in `micro_step`, and its global count one more in the vote (train/distributed/vote.py).
+A token attends within its document: a patch to all of its image, any token to those before it (model/attention.py).
 """
 
 from collections.abc import Callable

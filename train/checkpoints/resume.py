@@ -45,7 +45,7 @@ def find_resume_point(resume: str, folder: RunFolder, ranks: Ranks) -> ResumePoi
     saved = ranks.on_first(lambda: checkpoint.saved(folder.checkpoints))
     if resume == "none" and saved:
         raise ValueError(
-            f"resume=none, but {folder.path} holds {len(saved)} checkpoints; choose another run_dir, or move them away"
+            f"resume=none, but {folder.path} holds {len(saved)} checkpoints; give another run_dir, or move them away"
         )
     step = _own_step(resume, folder)
     if step is not None and not ranks.on_first(lambda: _went_back_already(step, saved)):
