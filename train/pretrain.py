@@ -14,6 +14,7 @@ in the background (train/checkpoints/saver.py). Losses: train/step.py, where a n
 
 import os
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -201,8 +202,8 @@ def run_steps(run: Run) -> tuple[str, int]:
     console = Console(config.optim.steps, progress.step, ranks)
     budget = SkipBudget(config.data.max_bad_documents, len(run.data.too_long))
     why, status = "done", 0
-    with run.loader() as loader:
-        # A stop may have kept the last step's evaluation from being made: it is made now.
+    with closing(run.loader()) as loader:
+        # A stop may have prevented the evaluation of the last step: it is caught up on now.
         stopped = run.evaluate(interval)
         if run.state.metrics and not run.saver.saved_step:
             interval.checkpoint_s += run.save()

@@ -6,7 +6,6 @@ train/pretrain.py puts the parts together and runs the loop; train/rollback.py t
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,10 +47,9 @@ class Run:
     origin: ResumePoint
     started_from: str  # in words: a checkpoint, weights, or scratch
 
-    @contextmanager
-    def loader(self) -> Iterator[Loader]:
-        """Read on from the state's step and lanes; the reader's processes end with the context."""
-        loader = Loader(
+    def loader(self) -> Loader:
+        """Return a reader that continues from the state's step and lanes; close it to end its processes."""
+        return Loader(
             self.data,
             self.config.data,
             rank=self.ranks.rank,
@@ -62,10 +60,6 @@ class Run:
             pin_memory=self.ranks.device.type == "cuda",
             worker_init_fn=partial(shield_worker, parent_pid=os.getpid()),
         )
-        try:
-            yield loader
-        finally:
-            loader.close()
 
     def save(self, final: bool = False) -> float:
         """Start saving the current step, and wait for it if `final`; return the seconds spent here. Collective."""
