@@ -37,7 +37,7 @@ def _measured(run_dir: Path) -> dict[int, tuple[float, ...]]:
 def test_a_run_measures_itself_and_trains_the_same(
     tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], heldout: Path, undisturbed: Path
 ) -> None:
-    """Bit for bit; and the best checkpoint by the metric is kept beside the last."""
+    """Bit for bit; and the best checkpoint by the metric is kept in addition to the last."""
     best = {"checkpoint__keep_last": 1, "checkpoint__keep_best": 1, "checkpoint__interval_steps": 6}
     best |= {"checkpoint__best_metric": "heldout/pairs/text_loss", "optim__learning_rate": 0.1}
     argv = settings(
@@ -57,7 +57,7 @@ def test_a_run_measures_itself_and_trains_the_same(
     assert list(_measured(two)) == [10, 20] and list(_measured(one)) == [10]
 
 
-def test_a_stop_during_an_evaluation_ends_it_and_the_resumed_run_makes_it_anew(
+def test_a_stop_during_an_evaluation_ends_it_and_the_resumed_run_repeats_it(
     tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
 ) -> None:
     """P6: within a batch, not after thousands."""
@@ -67,9 +67,9 @@ def test_a_stop_during_an_evaluation_ends_it_and_the_resumed_run_makes_it_anew(
     with launch([*argv, "optim.steps=4"], 2) as run:
         wait_for(lambda: [row for row in rows(run_dir) if row["step"] == 4], run)
         run.signal(signal.SIGTERM, rank=1)
-        asked = time.monotonic()
+        stopped = time.monotonic()
         assert run.wait() == [75, 75], run.output
-        assert time.monotonic() - asked < 20
+        assert time.monotonic() - stopped < 20
     assert saved_steps(run_dir) == [4] and saved_state(run_dir)[2]["metrics"] == {} and not _measured(run_dir)
     finish([*argv, "optim.steps=4", "evaluation.max_batches=2"], 2)
     assert list(_measured(run_dir)) == [4]
@@ -78,7 +78,7 @@ def test_a_stop_during_an_evaluation_ends_it_and_the_resumed_run_makes_it_anew(
 def test_what_cannot_be_measured_is_refused_at_the_start(
     tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], heldout: Path
 ) -> None:
-    """P10: held-out data inside training data, a metric that nobody measures."""
+    """P10: held-out data inside training data, a metric that is not measured."""
     twin = Path(shutil.copytree(sources["pairs"], tmp_path / "twin"))
     argv = settings(tmp_path / "run", tokenizer, sources, evaluation__interval_steps=4)
     best = ["checkpoint.keep_best=1", "checkpoint.best_metric=heldout/pears/text_loss"]

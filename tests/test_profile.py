@@ -1,4 +1,4 @@
-"""A look at a run, by step range, changes nothing of it (P13)."""
+"""Profiling a range of steps does not change a run (P13)."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ def _profiled_loop(config: ProfileConfig, folder: Path, rank: int = 0) -> list[s
     return sorted(path.name for path in folder.glob("profile/*"))
 
 
-def test_only_the_asked_steps_of_the_asked_ranks_are_recorded(tmp_path: Path) -> None:
+def test_only_the_configured_steps_and_ranks_are_recorded(tmp_path: Path) -> None:
     config = ProfileConfig(steps=[2, 3], ranks=[1], shapes=True)
     assert _profiled_loop(ProfileConfig(), tmp_path) == _profiled_loop(config, tmp_path) == []
     (name,) = _profiled_loop(config, tmp_path, rank=1)
@@ -60,7 +60,7 @@ def test_only_the_asked_steps_of_the_asked_ranks_are_recorded(tmp_path: Path) ->
 
 
 def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: Any) -> None:
-    """P13: training goes on, and nothing half-written stays."""
+    """P13: training continues, and nothing half-written stays."""
     (tmp_path / "profile").write_text("in the way")
     assert _profiled_loop(ProfileConfig(steps=[2, 3]), tmp_path) == []
     assert "no profile of steps 2 to 3: " in caplog.text and "File exists" in caplog.text

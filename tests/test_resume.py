@@ -1,4 +1,4 @@
-"""Where a run starts: auto, none, back to a step, from another run; the same command again goes on (P4, P10)."""
+"""Where a run starts: auto, none, back to a step, from another run; the same command again continues (P4, P10)."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def twin(tmp_path: Path, undisturbed: Path) -> Path:
 def test_a_run_goes_back_to_a_step_once_and_what_it_leaves_is_put_aside(
     twin: Path, tokenizer: Tokenizer, sources: dict[str, Path], undisturbed: Path
 ) -> None:
-    """Back from 24 to 20 and again to 24, by path or by number; a second start of the same command goes on instead."""
+    """Back from 24 to 20 and again to 24, by path or by number; a second start of the same command continues instead."""
     first = saved_steps(twin)[0]
     path = twin / "checkpoints" / f"step-{first:08d}"
     argv = [*settings(twin, tokenizer, sources), f"resume={path}", "checkpoint.keep_last=5"]
@@ -81,7 +81,7 @@ def test_what_resume_asks_for_and_is_not_there_is_refused(
 def test_a_run_begun_from_another_runs_checkpoint_ends_with_the_same_bits(
     tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], undisturbed: Path
 ) -> None:
-    """And started again it goes on from its own, wherever the other has gone."""
+    """Started again it continues from its own, even if the other run is gone."""
     run_dir, other = tmp_path / "fork", Path(shutil.copytree(undisturbed, tmp_path / "other"))
     path = other / "checkpoints" / f"step-{STEPS // SAVE_EVERY * SAVE_EVERY:08d}"
     argv = [*settings(run_dir, tokenizer, sources), f"resume={path}"]
@@ -136,7 +136,7 @@ def test_a_run_begins_with_the_weights_of_a_checkpoint_or_of_an_export_and_nothi
     )
 
 
-def _whitened_otherwise(folder: Path, copy: Path) -> Path:
+def _whitened_differently(folder: Path, copy: Path) -> Path:
     """Return a copy of a data set whose latents are divided by three times as much."""
     manifest = Manifest.load(shutil.copytree(folder, copy))
     spec = manifest.latent_spec
@@ -144,7 +144,7 @@ def _whitened_otherwise(folder: Path, copy: Path) -> Path:
     return copy
 
 
-def test_weights_meet_no_latents_whitened_otherwise_and_the_remedy_works(
+def test_weights_meet_no_latents_whitened_differently_and_the_remedy_works(
     tmp_path: Path, tokenizer: Tokenizer, vae_folder: Path, drawn: DrawingRun
 ) -> None:
     """P10: as the start of a run and on a resume, which names the stored statistics and not the way into the trap."""
@@ -155,7 +155,7 @@ def test_weights_meet_no_latents_whitened_otherwise_and_the_remedy_works(
     words = ["whitened differently: latent mean was [0.0, 0.0], is [", "stats_from="]
     starts = [([*new, f"init_from={drawn.run_dir}"], words)]
     starts.append(([*new, f"init_from={tmp_path / 'export'}", f"run_dir={tmp_path / 'other'}"], words))
-    scaled = _whitened_otherwise(drawn.data, tmp_path / "scaled")
+    scaled = _whitened_differently(drawn.data, tmp_path / "scaled")
     resumed = [*drawn.argv, f"run_dir={shutil.copytree(drawn.run_dir, tmp_path / 'again')}", "log.wandb=disabled"]
     resume = [*resumed, f"data.sources.pairs.path={scaled}"]
     starts.append(
