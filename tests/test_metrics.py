@@ -136,7 +136,7 @@ def test_the_time_left_counts_only_the_steps_of_this_start(
 def test_the_console_warns_once_of_a_stop_that_would_come_too_late(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """P6: a step and its saves must fit into the notice that the scheduler gives; without a scheduler there is no warning."""
+    """P6: a step and its saves must fit into the notice that the scheduler gives; no scheduler, no warning."""
     for notice, stops, warned in (("60", (None, 59.0, 61.0, 62.0), 1), ("60", (None, 59.0), 0), (None, (1e6,), 0)):
         monkeypatch.delenv("TRANSFUSION_NOTICE_S", raising=False)
         if notice is not None:

@@ -46,7 +46,7 @@ def twin(tmp_path: Path, undisturbed: Path) -> Path:
 def test_a_run_goes_back_to_a_step_once_and_what_it_leaves_is_put_aside(
     twin: Path, tokenizer: Tokenizer, sources: dict[str, Path], undisturbed: Path
 ) -> None:
-    """Back from 24 to 20 and again to 24, by path or by number; a second start of the same command continues instead."""
+    """Back from 24 to 20 and again to 24, by path or by number; the same command again continues instead."""
     first = saved_steps(twin)[0]
     path = twin / "checkpoints" / f"step-{first:08d}"
     argv = [*settings(twin, tokenizer, sources), f"resume={path}", "checkpoint.keep_last=5"]

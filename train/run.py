@@ -122,11 +122,12 @@ class Run:
         memory = loader_bytes(data, config.data, ranks.world_size)
         parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in memory.items() if size >= 2**16)
         yield f"data takes at most {sum(memory.values()) / 2**20:,.1f} MiB of host memory a rank: {parts or 'tables'}"
+        ignored = " (init_from counts only without checkpoints)" if config.init_from and self.origin.checkpoint else ""
         num_parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
         yield (
             f"{num_parameters / 1e6:.2f}M parameters, {ranks.world_size} ranks on {ranks.device.type}, "
             f"{config.data.lanes} x {config.data.sequence_length} tokens a step, {config.optim.steps} steps, "
-            f"{self.started_from}; config in {self.folder.path / 'config.yaml'}"
+            f"{self.started_from}{ignored}; config in {self.folder.path / 'config.yaml'}"
         )
         if data.too_long:
             yield f"warning: {len(data.too_long)} documents are left out of training: {'; '.join(data.too_long[:8])}"
