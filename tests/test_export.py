@@ -61,7 +61,7 @@ def test_another_run_under_the_same_path_is_exported_anew(drawn: DrawingRun, tmp
     shutil.rmtree(newest)
     shutil.copytree(checkpoint.saved(run_dir / "checkpoints")[-1], newest)  # of the same name, with other contents
     main([f"checkpoint={run_dir}", f"output={tmp_path / 'export'}"])
-    assert "was made with another identity; making it anew" in capsys.readouterr().out
+    assert "was made with another identity; making it again" in capsys.readouterr().out
     assert LoadedModel.load(tmp_path / "export", alone()).step == 3
 
 

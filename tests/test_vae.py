@@ -34,8 +34,9 @@ from tests.runs import wait_for
 from tests.test_perceptual import random_weights
 from train.config import load_config
 from train.optim.optimizer import OptimConfig, learning_rate
-from train.vae import Training, VaeTrainConfig, main
+from train.vae import main
 from train.vae_loss import VaeLoss
+from train.vae_training import VaeTrainConfig, VaeTraining
 
 PAPER = Path(__file__).parents[1] / "configs/paper/vae.yaml"
 TINY = VaeConfig(latent_channels=3, block_channels=(8, 8, 8), layers_per_block=1, norm_groups=4, mid_attention=False)
@@ -437,7 +438,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(shards, vgg16, whole, 
     assert state.exists() and not (tmp_path / "cut").exists()
     assert torch.load(state, weights_only=True)["loss"]["adamw"]["state"]  # the discriminator was under way
     main(argv)
-    assert "going on from step" in capsys.readouterr().out
+    assert "resuming from step" in capsys.readouterr().out
     hashes = [json.loads((folder / "vae.json").read_text())["hash"] for folder in (whole, tmp_path / "cut")]
     assert hashes[0] == hashes[1]
     expected, found = (
@@ -463,13 +464,13 @@ def test_the_discriminator_starts_at_its_step_and_not_before(shards, tmp_path, m
     settings = {"resolution": 24, "batch_size": 2, "optim.steps": 5, "log_interval_steps": 1, "loss.gan_channels": 8}
     seen: list[tuple[int, dict]] = []
 
-    def remember(training, pictures, update=Training._update):
+    def remember(training, pictures, update=VaeTraining._update):
         measured = update(training, pictures)
         state = training.loss.state_dict().get("discriminator", {})
         seen.append((training.step, {name: tensor.clone() for name, tensor in state.items()}))
         return measured
 
-    monkeypatch.setattr(Training, "_update", remember)
+    monkeypatch.setattr(VaeTraining, "_update", remember)
     main(arguments(shards, tmp_path / "gan", **settings, **{"loss.gan_weight": 0.5, "loss.gan_start_step": 4}))
     weights = [state["layers.0.weight"] for _, state in seen]
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
@@ -540,7 +541,7 @@ def test_two_ranks_train_as_one(shards, vgg16, whole, tmp_path):
 def test_other_settings_train_anew(shards, tmp_path, capsys):
     main(arguments(shards, tmp_path / "vae", **{"optim.steps": 1}))
     main(arguments(shards, tmp_path / "vae", **{"optim.steps": 2}))
-    assert "was made with another optim; making it anew" in capsys.readouterr().out
+    assert "was made with another optim; making it again" in capsys.readouterr().out
     assert json.loads((tmp_path / "vae/vae.json").read_text())["steps"] == 2
 
 

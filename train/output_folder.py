@@ -1,8 +1,8 @@
 """The output of a program that makes one thing: a folder that is absent, or complete for the settings its mark states.
 
-The program works in `<output>.partial` beside it and `commit` renames; the mark file is written last and repeats the
-settings, so that a second call can tell "done" from "made otherwise". A folder without our mark is somebody else's
-and is never touched.
+The program works in `<output>.partial`, which it locks, and `commit` renames that; the mark file is written last and
+repeats the settings, so that a second call can tell "done" from "made with other settings". A folder without our mark
+is never touched.
 """
 
 import json
@@ -10,6 +10,8 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+from train.checkpoints.folder_lock import LOCK_FILE, FolderLock
 
 
 def make_writable(folder: Path) -> Path:
@@ -32,9 +34,10 @@ class OutputFolder:
         self.path, self.program, self.mark = Path(path), program, mark
         self.settings = json.loads(json.dumps(settings))  # as the mark will read back
         self.partial = self.path.with_name(self.path.name + ".partial")
+        self._lock: FolderLock | None = None
 
     def is_complete(self) -> bool:
-        """Whether the folder holds this very thing. Raises ValueError where it holds something that is not ours."""
+        """Return whether the folder holds this very thing; raise ValueError where it holds something not ours."""
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return False
         mark = self.path / self.mark
@@ -46,20 +49,30 @@ class OutputFolder:
         try:
             made_with = json.loads(mark.read_text(encoding="utf-8"))["settings"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{mark}: not readable ({error!r}); remove {self.path} to make it anew") from None
+            raise ValueError(f"{mark}: not readable ({error!r}); remove {self.path} to make it again") from None
         if made_with == self.settings:
             return True
         changed = [key for key in self.settings | made_with if self.settings.get(key) != made_with.get(key)]
-        print(f"{self.program}: {self.path} was made with another {', '.join(changed)}; making it anew")
+        print(f"{self.program}: {self.path} was made with another {', '.join(changed)}; making it again")
         return False
 
     def open_partial(self, *folders: str, keep: bool = False) -> Path:
-        """Make the folder to work in, with subfolders; unless `keep`, what an interrupted run left there goes."""
+        """Make and lock the folder to work in, with subfolders; clear what an interrupted run left, unless `keep`.
+
+        Raises BlockingIOError if another process works in it, OSError where it cannot be written.
+        """
         try:
-            if self.partial.exists() and not keep:
-                shutil.rmtree(self.partial)
-            for folder in (".", *folders):
-                (self.partial / folder).mkdir(parents=True, exist_ok=True)
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or FolderLock(self.partial)
+            for path in [] if keep else list(self.partial.iterdir()):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK_FILE:
+                    path.unlink()
+            for folder in folders:
+                (self.partial / folder).mkdir(exist_ok=True)
+        except BlockingIOError:
+            raise
         except OSError as error:
             reason = f"cannot write there ({error.strerror}); choose a writable folder"
             raise OSError(f"output={self.path}: {reason}") from None
@@ -78,5 +91,8 @@ class OutputFolder:
             shutil.rmtree(old)
         if self.path.exists():
             os.replace(self.path, old)
+        (self.partial / LOCK_FILE).unlink(missing_ok=True)
         os.replace(self.partial, self.path)
         shutil.rmtree(old, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
