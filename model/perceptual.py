@@ -1,8 +1,8 @@
 """LPIPS: how differently two pictures look to VGG16 (Zhang et al. 2018, "The Unreasonable Effectiveness of Deep
 Features as a Perceptual Metric").
 
-The weights are a safetensors file that the user makes once (`load_lpips` says how), since neither torchvision, which
-hosts them, nor the lpips package, which reads them from pickles, is installed here. Border: pixels f32 [N, 3, H, W] in
+The weights are a safetensors file that the user makes once (`load_lpips` says how): torchvision, which hosts them, and
+the lpips package, which reads them from pickles, are not installed here. Border: pixels f32 [N, 3, H, W] in
 [-1, 1] in, one distance a picture out. The network is frozen and has no state of its own to save.
 """
 
@@ -24,7 +24,7 @@ SCALE = (0.458, 0.448, 0.450)
 
 
 class Lpips(nn.Module):
-    """VGG16's features and, if given, the linear heads. Buffers, which no state dict holds: frozen, never saved."""
+    """VGG16's features and, if given, the linear heads: non-persistent buffers, so frozen and never saved."""
 
     def __init__(self, convolutions: list[tuple[Tensor, Tensor]], heads: list[Tensor] | None) -> None:
         """Take 13 pairs of weight [out, in, 3, 3] and bias [out], and 5 heads [1, C, 1, 1]; None weighs all channels 1
@@ -40,23 +40,23 @@ class Lpips(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
-        """Return the distances f32 [N] of two batches [N, 3, H, W] in [-1, 1]; gradients reach both that ask for them.
+        """Return the distances f32 [N] of two batches [N, 3, H, W] in [-1, 1]; both may have gradients.
 
-        Per tap: features scaled to length 1 at each place, squared differences weighed by the head, mean over places;
-        then the sum over the taps (equation 1).
+        Per tap: features normalised over channels at each position, squared differences weighted by the head, mean over
+        positions; then the sum over the taps (equation 1).
         """
         total = torch.zeros(len(pixels), device=pixels.device)
         for tap, (first, second) in enumerate(zip(self.features(pixels), self.features(reconstruction), strict=True)):
             # `normalize` rather than x / (|x| + 1e-10): where all channels are 0 its gradient is 0, not nan.
             one, other = (functional.normalize(features, dim=1, eps=1e-10) for features in (first, second))
             difference = (one - other).square()
-            weighed = functional.conv2d(difference, self.get_buffer(f"head{tap}")) if self.has_heads else difference
-            total = total + weighed.sum(dim=1).mean(dim=(1, 2))
+            weighted = functional.conv2d(difference, self.get_buffer(f"head{tap}")) if self.has_heads else difference
+            total = total + weighted.sum(dim=1).mean(dim=(1, 2))
         return total
 
     def features(self, pixels: Tensor) -> list[Tensor]:
         """Return the five taps [N, C, H', W'], finest first."""
-        x, taps, number = (pixels.float() - self.shift) / self.scale, [], 0
+        x, taps, number = (pixels.float() - self.get_buffer("shift")) / self.get_buffer("scale"), [], 0
         for layer in LAYERS:
             if layer == "pool":
                 taps.append(x)
@@ -72,8 +72,8 @@ class Lpips(nn.Module):
 def load_lpips(path: str | Path) -> Lpips:
     """Read VGG16 and, where the file has them, LPIPS's linear heads from a safetensors file, as f32 on CPU.
 
-    Other tensors, such as VGG16's classifier, are passed over. Where torchvision and lpips are installed, this makes
-    the file (leave `heads` out for unweighted channels):
+    Other tensors, such as VGG16's classifier, are ignored. Where torchvision and lpips are installed, this makes the
+    file (leave `heads` out for unweighted channels):
 
         vgg = torchvision.models.vgg16(weights="IMAGENET1K_V1").state_dict()
         heads = {k: v for k, v in lpips.LPIPS(net="vgg").state_dict().items() if re.match(r"lin[0-4].model.1", k)}
@@ -95,7 +95,7 @@ def load_lpips(path: str | Path) -> Lpips:
             expected |= heads if has_heads else {}
             found = {name: file.get_tensor(name) for name in expected if name in names}
     except SafetensorError as error:
-        raise ValueError(f"lpips_weights={path}: not a safetensors file ({error}); make it anew") from None
+        raise ValueError(f"lpips_weights={path}: not a safetensors file ({error}); make it again") from None
     wrong = [f"{name} is missing" for name in expected if name not in found]
     for name, tensor in found.items():
         if tuple(tensor.shape) != expected[name] or not tensor.is_floating_point():
@@ -117,7 +117,7 @@ def _shapes_of_features() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     index, channels = 0, 3
     for layer in LAYERS:
-        if layer == "pool":
+        if isinstance(layer, str):  # "pool"
             index += 1
             continue
         shapes[f"features.{index}.weight"] = (layer, channels, 3, 3)

@@ -1,9 +1,9 @@
 """The paper's U-Net patcher: convolutional down blocks before the trunk, up blocks with skips after it.
 
-Same border as model/patches.py. Each halving of the grid is one level, so patch size p has log2(p) of them and a token
-is one cell of the coarsest. The paper gives the size (0.27B parameters beside every trunk) and the norm (plain layer
-norm in place of an adaptive one); widths and depths are ours, the simplest that come to that size. The layer norm is
-over channels at each cell, so a picture's result depends on neither its grid nor its batch, as group norm's would.
+Same border as model/patches.py. Patch size p takes log2(p) halvings of the grid, and a token is one cell of the
+coarsest level. The paper gives the size (0.27B parameters on top of every trunk) and the norm (plain layer norm, not an
+adaptive one); widths and depths are ours, the simplest that add up to that size. The layer norm is over channels at
+each cell, so an image's result does not depend on its grid or its batch, as it would with group norm.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.patches import Skips, TimestepEmbedding
 
-# Channels of each level, finest first, by patch size: 0.26B to 0.28B parameters beside any of the paper's trunks.
+# Channels of each level, finest first, by patch size: 0.26B to 0.28B parameters on top of any of the paper's trunks.
 CHANNELS = {1: (1152,), 2: (512, 1024), 4: (256, 512, 960), 8: (128, 256, 512, 960)}
 
 
@@ -27,18 +27,15 @@ class UNetConfig:
     timestep_width: int = 1024  # dimensions of the timestep embedding, >= 1
 
     def __post_init__(self) -> None:
-        if (
-            self.blocks < 1
-            or self.timestep_width < 1
-            or (self.channels is not None and min(self.channels, default=0) < 1)
-        ):
+        channels = (1,) if self.channels is None else self.channels
+        if min(self.blocks, self.timestep_width, *channels) < 1 or not channels:
             raise ValueError(
                 f"unet.blocks={self.blocks}, timestep_width={self.timestep_width}, channels={self.channels}: expected "
                 "positive numbers"
             )
 
     def levels(self, patch_size: int) -> tuple[int, ...]:
-        """Return the channels of each level; raise ValueError for a patch size that halvings do not make."""
+        """Return the channels of each level; raise ValueError for a patch size that their halvings do not give."""
         channels = self.channels or CHANNELS.get(patch_size)
         if channels is None or 2 ** (len(channels) - 1) != patch_size:
             raise ValueError(
@@ -64,24 +61,25 @@ class UNetPatches(nn.Module):
         self.to_latents = _conv(channels[0], latent_channels)
 
     def encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skips]:
-        """Return (tokens [N, P, D], what `decode` wants back) of noisy latents [N, C, h, w] at timesteps [N]."""
+        """Return (tokens [N, P, D], the skips for `decode`) of noisy latents [N, C, h, w] at timesteps [N]."""
         time = F.silu(self.timestep(timesteps))
         x = self.from_latents(latents.to(self.from_latents.weight.dtype))
         skips = []
         for level, blocks in enumerate(self.down):
             if level:
                 x = self.shrink[level - 1](x)
-            for block in blocks:
+            for block in blocks:  # type: ignore[attr-defined]  # a ModuleList
                 x = block(x, time)
                 skips.append(x)
         return self.to_width(x.flatten(2).transpose(1, 2)), skips
 
     def decode(self, hidden: Tensor, skips: Skips, timesteps: Tensor, h: int, w: int) -> Tensor:
-        """Return the prediction [N, C, h, w] of hidden states [N, P, D]; the last skip is met first."""
+        """Return the prediction [N, C, h, w] of hidden states [N, P, D]; skips are used last first."""
+        assert skips is not None  # of `encode`
         time, skips = F.silu(self.timestep(timesteps)), list(skips)
         x = self.from_width(hidden).transpose(1, 2).unflatten(2, skips[-1].shape[2:])
         for level, blocks in reversed(list(enumerate(self.up))):
-            for block in blocks:
+            for block in blocks:  # type: ignore[attr-defined]  # a ModuleList
                 x = block(torch.cat((x, skips.pop()), dim=1), time)
             if level:
                 x = self.grow[level - 1](F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,8 +1,8 @@
 """The VAE: diffusers' AutoencoderKL, its loss, and the whitening of its latents.
 
 Border: pixels f32 [N, 3, H, W] in [-1, 1] on one side, *moments* [N, 2C, h, w] (mean, then log-variance) on the other.
-Shards hold moments, training draws latents from them with its own noise and whitens them per channel. diffusers is
-imported inside the functions that build a VAE: it takes three seconds that most programs do not owe.
+Shards hold moments; training draws latents from them with its own noise and whitens them per channel. diffusers is
+imported only in the functions that build a VAE: the import takes three seconds, and most programs never need it.
 """
 
 import hashlib
@@ -18,20 +18,20 @@ from model import discriminator, perceptual
 from model.vae_folder import VaeSource, find_vae
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeConfig:
     latent_channels: int = 4  # channels C of a latent cell; 1 or more
-    # channels of each resolution, finest first; the stride is 2^(blocks - 1); each a multiple of norm_groups
+    # channels at each resolution, finest first, each a multiple of norm_groups; the stride is 2^(resolutions - 1)
     block_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2  # residual blocks a resolution (the decoder has one more); 1 or more
     norm_groups: int = 32  # groups of every group norm; 1 or more
     mid_attention: bool = True  # one attention layer at the coarsest resolution
 
     def __post_init__(self) -> None:
-        """Reject what diffusers would refuse later and less clearly."""
+        """Reject what diffusers would reject later and less clearly."""
         for name in ("latent_channels", "layers_per_block", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
@@ -49,31 +49,31 @@ class VaeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VaeLossConfig:
-    # Squared or absolute error of pixels in [-1, 1]. Squared: absolute error's gradient does not see a small bright
-    # shape until the decoder draws it roughly right; on drawn scenes it needs five times the steps.
+    # Squared or absolute error of pixels in [-1, 1]. Absolute error's gradient ignores a small bright shape until the
+    # decoder draws it roughly right: on drawn scenes it needs five times the steps.
     pixel_loss: Literal["squared", "absolute"] = "squared"
-    # pixel error that one nat of KL per pixel value may buy; for squared error twice the variance of the noise that
-    # the codec need not reproduce; more than 0
+    # Pixel error traded for one nat of KL per pixel value; for squared error, twice the variance of the noise that the
+    # VAE need not reproduce; more than 0.
     kl_weight: float = 1e-3
     kl_warmup_steps: int = 0  # steps over which kl_weight rises linearly from 0, so that no channel dies early; >= 0
     edge_weight: float = 0.0  # weight of the squared error of the differences between neighbouring pixels; 0 or more
-    lpips_weight: float = 0.0  # weight of LPIPS, a distance of VGG16's features; 0 or more, 0 needs no VGG16
+    lpips_weight: float = 0.0  # weight of LPIPS, a distance between VGG16 features; 0 or more; 0 needs no VGG16
     # Safetensors file with VGG16; model.perceptual.load_lpips says how to make it.
     lpips_weights: Annotated[str, "path"] | None = None
-    # Weight of the patch discriminator's verdict; 0 or more. Fixed, since the paper's formula states a number: VQGAN's
-    # adaptive weight scales it by a ratio of gradient norms that changes every step.
+    # Weight of the patch discriminator's loss; 0 or more. Fixed, as in the paper's formula; VQGAN's adaptive weight
+    # scales it by a ratio of gradient norms that changes every step.
     gan_weight: float = 0.0
-    gan_start_step: int = 0  # first step with the GAN; before it the discriminator is neither used nor trained; >= 0
+    gan_start_step: int = 0  # first step that uses and trains the discriminator; >= 0
     gan_channels: int = 64  # width of the discriminator's first layer, a multiple of 8
-    gan_learning_rate: float | None = None  # peak of the discriminator's, same schedule; null: optim's; more than 0
-    id_weight: float = 0.0  # weight of the distance of MoCo v2 features; not implemented, must be 0
+    gan_learning_rate: float | None = None  # the discriminator's peak, same schedule; null: optim's; more than 0
+    id_weight: float = 0.0  # weight of a distance between MoCo v2 features; not implemented, must be 0
 
     def __post_init__(self) -> None:
         """Reject weights that are not a loss."""
         if self.pixel_loss not in ("squared", "absolute"):
             raise ValueError(f"pixel_loss={self.pixel_loss}: expected squared or absolute")
         if self.kl_weight <= 0:
-            raise ValueError(f"kl_weight={self.kl_weight}: expected more than 0 (without it latents are not bounded)")
+            raise ValueError(f"kl_weight={self.kl_weight}: expected more than 0 (without it latents are unbounded)")
         for name in ("kl_warmup_steps", "edge_weight", "lpips_weight", "gan_weight", "gan_start_step"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
@@ -94,7 +94,7 @@ class VaeLossConfig:
 
     @property
     def smallest_picture(self) -> int:
-        """Pixels a side that every part of the loss can look at."""
+        """Pixels a side that every part of the loss can process."""
         needed = [1]
         if self.lpips_weight > 0:
             needed.append(perceptual.SMALLEST_PICTURE)
@@ -107,7 +107,7 @@ class VaeLossConfig:
         return self.kl_weight * min(1.0, step / max(1, self.kl_warmup_steps))
 
     def gan_weight_at(self, step: int) -> float:
-        """Return the weight of the discriminator's verdict for update `step` (from 1); 0: it takes no part."""
+        """Return the weight of the discriminator's loss for update `step` (from 1); 0: not used."""
         return self.gan_weight if step >= self.gan_start_step else 0.0
 
 
@@ -159,11 +159,11 @@ def build_vae(config: VaeConfig) -> "AutoencoderKL":
 def load_vae(folder_or_hub_id: str | Path) -> "AutoencoderKL":
     """Load a VAE in diffusers' layout from a folder or the hub, safetensors only (P11), by `find_vae`'s rules.
 
-    Raises FileNotFoundError for a missing folder, ValueError for one that holds no VAE, and where weights and config do
-    not fit each other: diffusers would draw what is missing at random.
+    Raises FileNotFoundError for a missing folder, ValueError for one without a VAE or whose weights do not match its
+    config: diffusers would initialise missing weights at random.
     """
     source, reasons = find_vae(str(folder_or_hub_id)), []
-    for subfolder in (None, "vae") if source.is_hub_id else (None,):  # a pipeline's repository has it there
+    for subfolder in (None, "vae") if source.is_hub_id else (None,):  # where a pipeline's repository has it
         try:
             vae, loading = _from_pretrained(source, subfolder)
             break
@@ -172,10 +172,10 @@ def load_vae(folder_or_hub_id: str | Path) -> "AutoencoderKL":
     else:
         raise ValueError(f"vae={folder_or_hub_id}: not an AutoencoderKL in safetensors: {reasons[0]}")
     problems = [f"{name} is missing" for name in sorted(loading["missing_keys"])]
-    problems += [f"{name} is not the model's" for name in sorted(loading["unexpected_keys"])]
+    problems += [f"{name} is not in the model" for name in sorted(loading["unexpected_keys"])]
     if problems:
         raise ValueError(
-            f"vae={folder_or_hub_id}: its weights do not fit its config.json: {'; '.join(problems[:4])}"
+            f"vae={folder_or_hub_id}: its weights do not match its config.json: {'; '.join(problems[:4])}"
             + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
             + "; restore the folder"
         )
@@ -197,11 +197,11 @@ def _from_pretrained(source: VaeSource, subfolder: str | None) -> tuple["Autoenc
 
 def stride_of(vae: "AutoencoderKL") -> int:
     """Return the pixels a latent cell, along each side: every block but the last halves."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 def states_scaling(vae: "AutoencoderKL") -> bool:
-    """Return whether the VAE's config.json states a scaling; where it does not, diffusers fills in 0.18215."""
+    """Return whether the VAE's config.json states a scaling; if not, diffusers fills in 0.18215."""
     return "scaling_factor" not in vae.config.get("_use_default_values", ())
 
 
@@ -209,20 +209,20 @@ def stated_stats(vae: "AutoencoderKL") -> LatentStats:
     """Return the scaling that the VAE's config states, as f64 statistics: whitening by them is diffusers' formula.
 
     That is (z - shift_factor) * scaling_factor or, where the config has them, (z - latents_mean) * scaling_factor /
-    latents_std, as in diffusers' Stable Diffusion (XL, 3) pipelines. Mean 0 and deviation 1: it states no scaling.
-    Raises ValueError for numbers that cannot scale.
+    latents_std, as in diffusers' Stable Diffusion (XL, 3) pipelines. Mean 0 and deviation 1 mean no scaling.
+    Raises ValueError for invalid numbers.
     """
     names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     factor, shift, mean, std = (vae.config.get(name) for name in names)
-    channels = vae.config.latent_channels
+    channels = vae.config["latent_channels"]
     try:
         if (mean is None) != (std is None):
             raise ValueError("expected latents_mean and latents_std, or neither")
-        if mean is None:
+        if mean is None or std is None:
             mean, std = [shift or 0.0] * channels, [1.0] * channels
         if not len(mean) == len(std) == channels:
             raise ValueError(f"expected {channels} channels")
-        if not factor > 0:
+        if factor is None or not factor > 0:
             raise ValueError("expected scaling_factor > 0")
         return LatentStats(torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64) / factor)
     except (TypeError, ValueError) as error:
@@ -233,7 +233,7 @@ def stated_stats(vae: "AutoencoderKL") -> LatentStats:
 
 
 def vae_hash(vae: "AutoencoderKL") -> str:
-    """Return 16 hex digits that identify the codec: its structure and the bits of its weights, wherever they lie."""
+    """Return 16 hex digits that identify the VAE by its structure and the bits of its weights, not its location."""
     digest = hashlib.sha256()
     kept = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     digest.update(json.dumps(kept, sort_keys=True).encode())
@@ -244,7 +244,7 @@ def vae_hash(vae: "AutoencoderKL") -> str:
 
 
 def moments(vae: "AutoencoderKL", pixels: Tensor) -> Tensor:
-    """Encode f32 [N, 3, H, W] in [-1, 1] to mean and log-variance [N, 2C, h, w]; the latter lies in [-30, 20]."""
+    """Encode f32 [N, 3, H, W] in [-1, 1] to mean and log-variance [N, 2C, h, w]; the latter is in [-30, 20]."""
     posterior = vae.encode(pixels).latent_dist
     return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
@@ -278,11 +278,10 @@ def vae_loss(
 ) -> dict[str, Tensor]:
     """Return the parts of update `step`'s loss and their weighted sum `loss`, all f32 [] and means over the batch.
 
-    The pixel errors and the KL are means over pixel values, so that they stand to each other as in the sums over a
-    picture that the literature's weights are for. `lpips` [N] and the discriminator's `fake_scores` of the
-    reconstruction add the parts `lpips` and `gan` where they are given.
-    With squared error and nothing but the KL, `loss / kl_weight` is the negative evidence bound of a Gaussian decoder
-    of variance kl_weight / 2.
+    Pixel errors and KL are both means over pixel values, so their ratio is that of the sums over a picture, for which
+    the literature states its weights. `lpips` [N] and the discriminator's `fake_scores` of the reconstruction add the
+    parts `lpips` and `gan`. With squared error and the KL alone, `loss / kl_weight` is the negative evidence lower
+    bound of a Gaussian decoder of variance kl_weight / 2.
     """
     kl = kl_nats(moments) / pixels.numel()
     error = reconstruction.float() - pixels

@@ -1,7 +1,7 @@
-"""Where a VAE lies: diffusers' layout in a folder, as found there, or a repository of the Hugging Face hub.
+"""Where a VAE is: a folder in diffusers' layout, or a repository on the Hugging Face hub.
 
-A folder is looked into before diffusers is asked, whose errors do not say what it found. A name is a hub id only if it
-is `owner/name` and no path: `owner` is no folder here, nor `runs`, where this trainer's programs write.
+Folders are inspected before diffusers opens them, since its errors do not say what it found. A name is a hub id only if
+it is `owner/name` and not a path: `owner` is neither a folder here nor `runs`, where this trainer's programs write.
 """
 
 import json
@@ -25,14 +25,14 @@ class VaeSource:
 
 
 def find_vae(name: str) -> VaeSource:
-    """Return where an AutoencoderKL lies; raise FileNotFoundError or ValueError that says what was found instead."""
+    """Return where an AutoencoderKL is; raise FileNotFoundError or ValueError that says what was found instead."""
     path = Path(name)
     if path.is_dir():
         return _in_folder(path)
     if path.is_file():
         raise ValueError(
-            f"vae={name} is a file, expected a folder in diffusers' layout; from the weights of another layout, "
-            f"diffusers' AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER) makes one"
+            f"vae={name} is a file, expected a folder in diffusers' layout; convert other layouts with "
+            f"diffusers' AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER)"
         )
     owner = name.partition("/")[0]
     if not _HUB_ID.fullmatch(name) or owner == _OURS or Path(owner).is_dir():
@@ -52,12 +52,12 @@ def _in_folder(folder: Path) -> VaeSource:
     try:
         stated = json.loads(config.read_bytes())
     except ValueError as error:
-        raise ValueError(f"vae={folder}: its config.json is no JSON ({error}), {expected}") from None
+        raise ValueError(f"vae={folder}: its config.json is not JSON ({error}), {expected}") from None
     kind = stated.get("_class_name", "AutoencoderKL") if isinstance(stated, dict) else type(stated).__name__
     if kind != "AutoencoderKL":
         raise ValueError(
             f"vae={folder} holds a model of class {kind}, expected AutoencoderKL, whose latents have a mean and a "
-            "variance; name the folder of one, or train one with `python -m train.vae`"
+            "variance; give one's folder, or train one with `python -m train.vae`"
         )
     if f"{WEIGHTS}.safetensors" in found or f"{WEIGHTS}.safetensors.index.json" in found:
         return VaeSource(str(folder))
@@ -65,10 +65,10 @@ def _in_folder(folder: Path) -> VaeSource:
     if len(variants) == 1:
         return VaeSource(str(folder), variant=variants[0])
     if variants:
-        raise ValueError(f"vae={folder} holds weights of {variants}; copy those you mean to {WEIGHTS}.safetensors")
+        raise ValueError(f"vae={folder} holds weights of {variants}; copy the one you want to {WEIGHTS}.safetensors")
     if any(name.endswith((".bin", ".pt", ".ckpt")) for name in found):
         raise ValueError(
-            f"vae={folder} holds {found[:10]}: pickled weights, which are not read, for they can execute code. Convert "
+            f"vae={folder} holds {found[:10]}: pickled weights, which can execute code and are not read. Convert "
             f"them: diffusers' AutoencoderKL.from_pretrained({str(folder)!r}, use_safetensors=False)"
             ".save_pretrained(FOLDER)"
         )

@@ -328,7 +328,7 @@ def test_a_folder_without_a_vae_is_refused_clearly(tmp_path):
         load_vae(file)
     with pytest.raises(ValueError, match=r"holds \['vae.safetensors'\], expected an AutoencoderKL"):
         load_vae(tmp_path)
-    for config, words in [("{}", r"holds \['config.json', 'vae.saf"), ("[]", "of class list"), ("{", "is no JSON")]:
+    for config, words in [("{}", r"holds \['config.json', 'vae.saf"), ("[]", "of class list"), ("{", "is not JSON")]:
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(ValueError, match=words):
             load_vae(tmp_path)
@@ -365,7 +365,7 @@ def test_a_pipelines_vae_and_weights_of_one_variant_are_taken(vae, tmp_path):
     assert len(list((tmp_path / "shards").iterdir())) > 3
     assert vae_hash(load_vae(tmp_path / "shards")) == vae_hash(vae)
     vae.save_pretrained(tmp_path / "pipeline" / "vae", variant="ema")
-    with pytest.raises(ValueError, match=r"holds weights of \['ema', 'fp16'\]; copy those you mean to diffusion_py"):
+    with pytest.raises(ValueError, match=r"holds weights of \['ema', 'fp16'\]; copy the one you want to diffusion_py"):
         load_vae(tmp_path / "pipeline")
     vae.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin.*pickled.*use_safetensors=False\)\.save_pre"):
@@ -389,8 +389,8 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name_and_never_drawn(
     bias = "decoder.conv_out.bias"
     lacking = {name: tensor for name, tensor in whole.items() if name != bias}
     cases = [
-        (lacking, f"do not fit its config.json: {bias} is missing; restore"),
-        ({**whole, "more": whole[bias].clone()}, "more is not the model's"),
+        (lacking, f"do not match its config.json: {bias} is missing; restore"),
+        ({**whole, "more": whole[bias].clone()}, "more is not in the model"),
         ({**whole, bias: torch.zeros(5)}, rf"size mismatch for {bias}"),
         ({name: tensor for name, tensor in whole.items() if "encoder" in name}, r"and \d+ more"),
     ]

@@ -2,7 +2,7 @@
 
 Writes under `output`: train/ and heldout/ (tars of KEY.png, KEY.txt, KEY.json, the img2dataset layout), text/ and
 text_heldout/ (.jsonl of {"text": ...}), and scenes.json last, which marks the folder complete. The same settings give
-the same bytes on any machine. A second call reuses a complete folder; other settings make it anew.
+the same bytes on any machine. A second call reuses a complete folder; other settings replace it.
 """
 
 import json
@@ -24,13 +24,13 @@ from data.storage import Location
 from train.config import load_config, run_program
 from train.output_folder import OutputFolder
 
-FORMAT = 2  # of the folder and of the drawing: a change of either remakes finished folders
+FORMAT = 2  # of the folder and the drawing: changing it remakes finished folders
 DOCUMENTS_PER_FILE = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesConfig:
-    output: Location = "runs/demo/scenes"  # folder to write; must be absent, empty or made by this program
+    output: Location = "runs/demo/scenes"  # folder to write; must be absent, empty or written by this program
     seed: int = 0  # of pictures, captions and splits; 0 or more
     resolution: int = 32  # pixels a side; a multiple of 8, at least 16
     num_train: int = 20000  # training pictures; 1 or more
@@ -39,7 +39,7 @@ class ScenesConfig:
     num_heldout_two_shapes: int = 120  # held-out pictures with two shapes; 0..200
     num_text: int = 4000  # text-only training documents; 1 or more
     num_text_heldout: int = 400  # text-only held-out documents; 1 or more
-    processes: int = 2  # processes that draw; 1 or more; does not change what is drawn
+    processes: int = 2  # processes that draw, without effect on what is drawn; 1 or more
 
     def __post_init__(self) -> None:
         """Reject what cannot be drawn."""
@@ -63,8 +63,8 @@ class ScenesConfig:
 CONFIG = ScenesConfig
 
 
-def main(argv: list[str]) -> int | None:
-    """Draw the data set, or say that it is there."""
+def main(argv: list[str]) -> None:
+    """Draw the data set, or reuse a complete one."""
     config = load_config(CONFIG, argv)
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "processes")}
     output = OutputFolder(config.output, "train.scenes", "scenes.json", {"format": FORMAT, **settings})
@@ -91,13 +91,8 @@ def main(argv: list[str]) -> int | None:
 
 def _draw_training(folder: Path, config: ScenesConfig) -> None:
     shards = range(-(-config.num_train // config.shard_size))
-    bar = tqdm(
-        total=config.num_train,
-        unit="picture",
-        desc="train.scenes",
-        mininterval=1 if sys.stdout.isatty() else 5,
-        file=sys.stdout,
-    )
+    interval = 1 if sys.stdout.isatty() else 5  # seconds
+    bar = tqdm(total=config.num_train, unit="picture", desc="train.scenes", mininterval=interval, file=sys.stdout)
     with bar, ProcessPoolExecutor(config.processes, initializer=_ignore_interrupt) as pool:
         drawn = [pool.submit(_draw_shard, folder, config, shard) for shard in shards]
         try:

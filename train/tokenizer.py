@@ -18,8 +18,8 @@ from train.config import load_config, run_program
 class TokenizerConfig(KeysConfig):
     inputs: list[Location] = field(default_factory=list)  # files or folders of .tar, .jsonl and .txt
     output: Location = "runs/tokenizer.model"  # the model file to write
-    vocab_size: int = 32000  # pieces, the special ones and 256 byte pieces included, > 264
-    max_texts: int = 1_000_000  # texts read for training, from the first file on
+    vocab_size: int = 32000  # pieces, including the special ones and 256 byte pieces, > 264
+    max_texts: int = 1_000_000  # texts used for training, the first ones of `inputs`
     max_bad_fraction: float = 0.01  # share of records, and of the files' bytes, that may be skipped, in [0, 1]
     max_failed_files: int = 0  # files that may hold nothing readable, >= 0
 
@@ -35,20 +35,20 @@ class TokenizerConfig(KeysConfig):
 CONFIG = TokenizerConfig
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
     output = Path(config.output)
     if output.is_file():
-        print(f"tokenizer: {output} is there (vocabulary {Tokenizer(output).vocab_size}); delete it to train again")
+        print(f"tokenizer: {output} exists (vocabulary {Tokenizer(output).vocab_size}); delete it to train again")
         return
     bad = BadRecords(config.max_bad_fraction, max_failed_files=config.max_failed_files)
     try:
         train_tokenizer(_texts(config, bad), output, config.vocab_size)
-    except ValueError:  # as SentencePiece wraps what its texts raise
+    except ValueError:  # SentencePiece wraps what its iterator raises
         bad.check(final=True)
         raise
-    made = Tokenizer(output)
-    print(f"tokenizer: wrote {output}, vocabulary {made.vocab_size}, hash {made.hash}; skipped {bad.summary()}")
+    trained = Tokenizer(output)
+    print(f"tokenizer: wrote {output}, vocabulary {trained.vocab_size}, hash {trained.hash}; skipped {bad.summary()}")
 
 
 def _texts(config: TokenizerConfig, bad: BadRecords) -> Iterator[str]:

@@ -9,11 +9,10 @@ the same weights; a finished output is reused.
 import math
 import zlib
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from data.pictures import decode_picture, to_unit
 from data.raw import TAR, picture_of
@@ -31,6 +30,9 @@ from train.distributed.signals import StopKind, StopSignal
 from train.output_folder import OutputFolder
 from train.vae_training import Diverged, VaeTrainConfig, VaeTraining
 
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
 CONFIG = VaeTrainConfig
 GROUP = True  # its ranks work together
 OWN = ("inputs", "heldout", "output", "device", "loss.lpips_weights")  # of each rank: what they hold is compared
@@ -43,9 +45,10 @@ def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
     files = expand(config.inputs, (TAR,))
     heldout_files = expand(config.heldout, (TAR,)) if config.heldout else []
-    lpips = load_lpips(config.loss.lpips_weights) if config.loss.lpips_weight > 0 else None
-    contents = {"data": f"{_crc32(files):08x}-{_crc32(heldout_files):08x}"}
-    if lpips is not None:
+    lpips, contents = None, {"data": f"{_crc32(files):08x}-{_crc32(heldout_files):08x}"}
+    if config.loss.lpips_weight > 0:
+        assert config.loss.lpips_weights is not None  # VaeLossConfig requires it
+        lpips = load_lpips(config.loss.lpips_weights)
         contents["lpips"] = f"{_crc32([config.loss.lpips_weights]):08x}"
     facts = {**facts_of(config, OWN), **contents}
     ranks = init_ranks(timeout_s=60 * config.timeout_minutes, device=config.device, facts=facts)
@@ -106,7 +109,8 @@ def finish(training: VaeTraining, pictures: np.ndarray, heldout: np.ndarray | No
 
 def load_pictures(files: list[str], config: VaeTrainConfig, ranks: Ranks) -> np.ndarray:
     """Decode the first `max_pictures` pictures of the shards, uint8 [N, H, W, 3]; skip and name what is bad."""
-    bad, pictures = BadRecords(config.max_bad_fraction, max_failed_files=config.max_failed_files), []
+    bad = BadRecords(config.max_bad_fraction, max_failed_files=config.max_failed_files)
+    pictures: list[np.ndarray] = []
     full = False
     for source in files:
         with local_copy(source) as path:
@@ -133,13 +137,14 @@ def load_pictures(files: list[str], config: VaeTrainConfig, ranks: Ranks) -> np.
 
 
 @torch.no_grad()
-def measure(vae: nn.Module, pictures: np.ndarray, config: VaeTrainConfig, device: torch.device) -> dict[str, Any]:
+def measure(vae: "AutoencoderKL", pictures: np.ndarray, config: VaeTrainConfig, device: torch.device) -> dict[str, Any]:
     """Return what the VAE costs: errors of pixels in [-1, 1] through the mean and through a sampled latent, the
     KL in nats a picture, and the latents' deviation with the share of their variance that is posterior noise.
     """
     vae.eval()
     rng = np.random.default_rng(config.seed)
-    errors, kl, first, second, noise_variance = np.zeros(3), 0.0, 0.0, 0.0, 0.0
+    errors, kl = np.zeros(3), 0.0
+    first = second = noise_variance = torch.zeros((), device=device)  # sums over pictures, by channel
     for start in range(0, len(pictures), config.batch_size):
         pixels = torch.from_numpy(to_unit(pictures[start : start + config.batch_size])).to(device)
         encoded = moments(vae, pixels)
@@ -150,9 +155,9 @@ def measure(vae: nn.Module, pictures: np.ndarray, config: VaeTrainConfig, device
         parts = through_mean.abs(), through_mean.square(), through_sample.square()
         errors += np.array([part.mean(dim=(1, 2, 3)).sum().item() for part in parts])
         kl += kl_nats(encoded).item()
-        first += mean.mean(dim=(2, 3)).sum(0)
-        second += (mean.square() + logvar.exp()).mean(dim=(2, 3)).sum(0)
-        noise_variance += logvar.exp().mean(dim=(2, 3)).sum(0)
+        first = first + mean.mean(dim=(2, 3)).sum(0)
+        second = second + (mean.square() + logvar.exp()).mean(dim=(2, 3)).sum(0)
+        noise_variance = noise_variance + logvar.exp().mean(dim=(2, 3)).sum(0)
     count = len(pictures)
     absolute, squared, squared_sampled = errors / count
     variance = second / count - (first / count).square()

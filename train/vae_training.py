@@ -99,7 +99,7 @@ class VaeTraining:
         self.config, self.output, self.ranks = config, output, ranks
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.vae = build_vae(config.model).to(ranks.device)
+            self.vae = build_vae(config.model).to(ranks.device)  # type: ignore[arg-type]  # a decorator hides `self`
             self.loss = VaeLoss(config.loss, config.optim, lpips, ranks.device)
         self.optimizer = Optimizer(self.vae, config.optim, GuardConfig())
         self.metrics = MetricsFile(output.partial)
