@@ -28,7 +28,7 @@ FOREIGN = {
 EVERYWHERE = {"config", "console", "flops", "hardware", "nested", "step"}
 ROOMS = {
     "distributed": set(),
-    "encoding": {"distributed", "inference"},  # stats_from= names a run or an export
+    "encoding": {"distributed"},
     "optim": {"distributed"},
     "checkpoints": {"distributed"},
     "inference": {"distributed", "optim", "checkpoints", "pretrain_config"},

@@ -30,7 +30,7 @@ def verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int | None
 
 def test_a_whole_folder_verifies(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, printed = verify(whole, capsys)
-    assert status == 0 and "verify: 30 records in 3 shards" in printed and "as the manifest says" in printed
+    assert status == 0 and "verify: 30 records in 3 shards" in printed and "match the manifest" in printed
 
 
 def _flip(path: Path, at: int) -> None:

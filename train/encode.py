@@ -1,9 +1,9 @@
 """Encode raw data once, offline: pictures and captions to VAE moments and token ids, text to token ids.
 
 Reads img2dataset-style .tar shards (picture + .txt or .json), interleaved documents, .jsonl (.gz, .zst) or .txt text;
-writes one shard per input file with its index and sidecar, and manifest.json when all are there. Start it as often as
-you like, under torchrun, as a Slurm array, on machines that come and go: workers share the input files through leases
-in the output folder, skip what is done, take over what the dead left, and the same bytes come out.
+writes one shard per input file with its index and sidecar, then manifest.json. Start it as often as you like, under
+torchrun, as a Slurm array, on machines that come and go: workers share the input files through leases in the output
+folder, skip what is done, and take over from dead workers; the bytes written are always the same.
 `verify=FOLDER` checks an encoded folder, `index=FOLDER` indexes encoded shards from elsewhere.
 """
 
@@ -14,28 +14,26 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.documents import document_sizes
 from data.durable import TEMPORARY_NAME
-from data.manifest import FILE_NAME, MAX_NAME_BYTES
+from data.manifest import FILE_NAME, MAX_NAME_BYTES, LatentSpec, Manifest
 from data.raw import SUFFIXES, TAR, RawDocument, input_name, read_raw, suffix_of
 from data.remote import file_version, is_remote, shown
 from data.shards import BadRecords, Record, index_shard, write_shard
 from data.storage import Location, expand, local_copy
 from train.config import load_config, run_program
-from train.distributed.launcher import place
 from train.encoding.encoder import EXAMPLES_KEPT, Encoder, EncoderConfig
 from train.encoding.leases import Leases
 from train.encoding.progress import Progress
 from train.encoding.sidecar import Sidecar, build_manifest, sidecar_path
+from train.encoding.tasks import WAIT_S, Task, claimed, list_tasks
 from train.encoding.verification import index_folder, verify_folder
 from train.output_folder import make_writable
 
 LEASES = ".leases"  # folder in the output
-WAIT_S = 2.0  # between looks at what others work on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class EncodeConfig(EncoderConfig):
     output: Location = "runs/latents"  # folder for the shards and manifest.json
     # Share of the data that may be skipped, in [0, 1]: of the records, and of the input's bytes where tars are damaged.
     max_bad_fraction: float = 0.01
-    max_failed_files: int = 0  # input files that may hold nothing readable, such as pointers or error pages, >= 0
+    max_failed_files: int = 0  # input files that may hold nothing readable, e.g. LFS pointers or error pages, >= 0
     lease_timeout_s: float = 60  # seconds without a heartbeat after which another worker takes a file over, >= 1
     verify: Location | None = None  # encoded folder to check instead: checksums, counts, decodable, finite
     index: Location | None = None  # folder of encoded shards to index instead: .idx files, sidecars, manifest.json
@@ -69,40 +67,23 @@ class EncodeConfig(EncoderConfig):
 CONFIG = EncodeConfig
 
 
-@dataclass(frozen=True)
-class Task:
-    """One input file and the shard it becomes."""
-
-    source: str
-    shard: Path
-    bytes: int  # of the input
-    origin: dict
-
-    @property
-    def name(self) -> str:
-        return self.shard.stem
-
-    def sidecar(self) -> Sidecar | None:
-        return Sidecar.read(self.shard, self.origin)
-
-
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
     if config.verify:
         return verify_folder(config.verify)
     if config.index:
-        index_folder(Path(config.index), config, config.bad_records())
+        index_folder(Path(config.index), config, given_spec(config.stats_from), config.bad_records())
         return None
     output = Path(config.output)
     sources, has_pictures = check(config)
-    encoder = Encoder(config, has_pictures=has_pictures)
+    encoder = Encoder(config, has_pictures, given_spec(config.stats_from))
     tasks = list_tasks(encoder, sources, output)
     say_what_changed(encoder, tasks)
     bad = config.bad_records()
     try:
         with Leases(output / LEASES, config.lease_timeout_s) as leases, Progress(tasks, bad) as progress:
             refuse_other_settings(encoder, output, leases)
-            for task in claimed(tasks, leases, progress):
+            for task in claimed(tasks, leases, progress.waits_for):
                 encode_file(encoder, task, bad, progress)
                 bad.check()
             for name in bad.names:
@@ -114,7 +95,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def check(config: EncodeConfig) -> tuple[list[str], bool]:
-    """Return the input files and whether they are pictures; raises ValueError or OSError for what cannot be encoded."""
+    """Return the input files and whether they hold pictures; raise ValueError or OSError if they cannot be encoded."""
     if config.verify or config.index:
         return [], False
     if is_remote(config.output):
@@ -124,19 +105,19 @@ def check(config: EncodeConfig) -> tuple[list[str], bool]:
 
 
 def check_inputs(sources: Sequence[str], output: Path) -> bool:
-    """Make the output folder; return whether the inputs are pictures. Raises for what cannot be encoded together."""
+    """Make the output folder; return whether the inputs hold pictures. Raises if they cannot be encoded together."""
     has_pictures = any(suffix_of(source) == TAR for source in sources)
     if has_pictures and any(suffix_of(source) != TAR for source in sources):
         raise ValueError("inputs mix .tar shards with text files: encode them into two folders")
     name, count = Counter(map(input_name, sources)).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"two input files are called {name}: their shards would overwrite each other; rename one")
+        raise ValueError(f"two input files are named {name}: their shards would overwrite each other; rename one")
     for source in sources:
         name = f"{input_name(source)}.tar"
         if len(os.fsencode(name)) > MAX_NAME_BYTES or name.startswith(".") or not name.isprintable():
             raise ValueError(
-                f"input {shown(source)!r}: expected a name of at most {MAX_NAME_BYTES} printable bytes that does not "
-                "begin with a dot; rename it"
+                f"input {shown(source)!r}: expected a name of at most {MAX_NAME_BYTES} printable bytes, without a "
+                "leading dot; rename it"
             )
         if Path(source).resolve() == (output / name).resolve():
             raise ValueError(f"output={output}: the shard of {source} would overwrite it; choose another folder")
@@ -145,23 +126,24 @@ def check_inputs(sources: Sequence[str], output: Path) -> bool:
     foreign = [name for name in map(input_name, sources) if not is_ours and (output / f"{name}.tar").exists()]
     if foreign:
         raise ValueError(
-            f"output={output}: {foreign[0]}.tar is there and was not made by train.encode; choose another folder"
+            f"output={output}: {foreign[0]}.tar exists and was not made by train.encode; choose another folder"
         )
     return has_pictures
 
 
-def list_tasks(encoder: Encoder, sources: Sequence[str], output: Path) -> list[Task]:
-    """Return what is to be done, done or not; asks each input for its version, remote ones many at a time."""
-    with ThreadPoolExecutor(32) as pool:
-        versions = list(pool.map(file_version, sources))
-    return [
-        Task(source, output / f"{input_name(source)}.tar", version.bytes, encoder.origin(version))
-        for source, version in zip(sources, versions, strict=True)
-    ]
+def given_spec(folder: str | None) -> LatentSpec | None:
+    """Return the latent spec of an encoded folder, a run, a checkpoint or an export; None for text and for None."""
+    if folder is None:
+        return None
+    if any((Path(folder) / name).exists() for name in ("export.json", "checkpoints", "meta.json")):
+        from train.inference.saved_model import stored_spec  # takes a second, which most encoding jobs need not spend
+
+        return stored_spec(Path(folder))
+    return Manifest.load(folder).latent_spec
 
 
 def say_what_changed(encoder: Encoder, tasks: Sequence[Task]) -> None:
-    """Print why shards that are there will be made anew, if any will."""
+    """Print why existing shards will be encoded again, if any will."""
     present = {path.name for path in tasks[0].shard.parent.glob("*.tar.json")}
     made = (Sidecar.origin_of(task.shard) for task in tasks if sidecar_path(task.shard).name in present)
     before = next((origin for origin in made if origin is not None), {})
@@ -169,16 +151,16 @@ def say_what_changed(encoder: Encoder, tasks: Sequence[Task]) -> None:
         f"{name} {before[name]} (now {now})" for name, now in encoder.made_with.items() if before.get(name, now) != now
     ]
     if changed:
-        print(f"encode: the shards in {tasks[0].shard.parent} are of another {', '.join(changed)}: making them anew")
+        print(f"encode: the shards in {tasks[0].shard.parent} have another {', '.join(changed)}: encoding them again")
 
 
 def refuse_other_settings(encoder: Encoder, output: Path, leases: Leases) -> None:
-    """Raise ValueError if a worker with other settings is at work on the folder: each would undo the other's work."""
+    """Raise ValueError if a worker with other settings is using the folder: each would undo the other's work."""
     settings = f"job-{zlib.crc32(json.dumps(encoder.made_with).encode()):08x}-"
     leases.claim(f"{settings}{socket.gethostname()}-{os.getpid()}")
     deadline = time.monotonic() + leases.timeout_s + WAIT_S
     while others := [name for name in leases.held_by_others("job-") if not name.startswith(settings)]:
-        if time.monotonic() > deadline:  # its heart beats
+        if time.monotonic() > deadline:  # its lease is being renewed
             raise ValueError(
                 f"output={output}: {others[0].split('-', 2)[2]} encodes into it with another tokenizer, VAE or "
                 "resolution; choose another folder, or wait for it"
@@ -186,34 +168,10 @@ def refuse_other_settings(encoder: Encoder, output: Path, leases: Leases) -> Non
         time.sleep(WAIT_S)
 
 
-def claimed(tasks: Sequence[Task], leases: Leases, progress: Progress) -> Iterator[Task]:
-    """Yield the tasks that nobody has done and this worker has claimed, until all are done by somebody.
-
-    Workers begin at different places, so that they rarely look at the same file.
-    """
-    start = int(_place() * len(tasks))
-    left = [*tasks[start:], *tasks[:start]]
-    while left:
-        others = []
-        for task in left:
-            if task.sidecar() is not None:
-                continue
-            if not leases.claim(task.name):
-                others.append(task)
-                continue
-            if task.sidecar() is None:  # nobody finished it between the two looks
-                yield task
-            leases.release(task.name)
-        if others:
-            progress.waits_for(len(others))
-            time.sleep(WAIT_S)
-        left = others
-
-
 def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progress) -> None:
     """Write one input file's shard, index and, last, sidecar; add to `bad` what was skipped."""
     shard = task.shard
-    # What vouches for the old contents goes first.
+    # First remove what vouches for the old contents.
     for stale in (shard.with_name(FILE_NAME), sidecar_path(shard)):
         stale.unlink(missing_ok=True)
     of_file = BadRecords(max_fraction=1)
@@ -228,35 +186,39 @@ def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progres
     def records() -> Iterator[Record]:
         yield from encoder.records(documents(), of_file)
         if task.sidecar() is not None:
-            raise FileExistsError  # and leave it: made on another machine, its last bits may differ
+            raise FileExistsError  # and keep it: written on another machine, its last bits may differ
 
     try:
         inode = write_shard(shard, records())
         check = BadRecords(max_fraction=0, max_failed_files=1)  # a shard of no record
         index = index_shard(shard, document_sizes, check)
         if shard.stat().st_ino != inode:
-            raise FileExistsError(f"{shard}: another worker wrote it meanwhile; start again")
+            raise FileExistsError(f"{shard}: another worker wrote it at the same time; start again")
         check.check(final=True)
         if encoder.origin(file_version(task.source)) != task.origin:
             raise ValueError(f"{shown(task.source)} changed while it was encoded; start again")
         sidecar = Sidecar.write(shard, index, task.origin, encoder.latent_sums, of_file, encoder.words)
-    except (FileExistsError, FileNotFoundError):  # another worker was faster, and maybe cleaned up already
-        if (sidecar := task.sidecar()) is None:
+    except (FileExistsError, FileNotFoundError):  # another worker was faster, and may have cleaned up already
+        theirs = task.sidecar()
+        if theirs is None:
             raise
+        sidecar = theirs
     bad.update(replace(sidecar.counted(), names=of_file.names, examples=of_file.examples))
     progress.is_done()
 
 
 def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases, mine: BadRecords) -> None:
-    """Write the manifest unless another worker does, and say what the whole job came to."""
+    """Write the manifest unless another worker does, and print the totals of the whole job."""
     while not leases.claim("manifest"):
         if (output / FILE_NAME).is_file():
             print(f"encode: done; another worker wrote {output / FILE_NAME}")
             return
         time.sleep(WAIT_S)
-    sidecars = [task.sidecar() for task in tasks]
-    if None in sidecars:
-        raise ValueError(f"{tasks[sidecars.index(None)].source} or its shard changed meanwhile; start again")
+    sidecars = []
+    for task in tasks:
+        if (sidecar := task.sidecar()) is None:
+            raise ValueError(f"{task.source} or its shard changed during this job; start again")
+        sidecars.append(sidecar)
     bad = BadRecords(
         mine.max_fraction, names=mine.names, max_failed_files=mine.max_failed_files, examples=mine.examples
     )
@@ -267,15 +229,15 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
     bad.check(final=True)
     manifest = build_manifest(encoder, sidecars, output)
     made = {name for task in tasks for name in (task.shard.name, f"{task.shard.name}.idx", f"{task.shard.name}.json")}
-    for leftover in output.glob("*.tmp-*"):  # of workers that were killed; whoever still writes finds its shard done
+    for leftover in output.glob("*.tmp-*"):  # of killed workers; one still writing will find its shard done
         match = TEMPORARY_NAME.fullmatch(leftover.name)
         if match and match[1] in {*made, FILE_NAME}:
             leftover.unlink(missing_ok=True)
     others = {path.name for path in output.glob("*.tar.json")} - {sidecar_path(task.shard).name for task in tasks}
     if others:
         print(
-            f"encode: {len(others)} shards of other inputs lie in {output} too ({min(others).removesuffix('.json')} "
-            "...) and are not in the manifest: name all inputs of a data set in each call"
+            f"encode: {output} also holds {len(others)} shards of other inputs ({min(others).removesuffix('.json')} "
+            "...), which are not in the manifest: name all inputs of a data set in each call"
         )
     if encoder.vae is not None:
         print(f"encode: latent statistics: {encoder.stats_source}")
@@ -284,26 +246,14 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
 
 
 def warn_of_unknown(sidecars: Sequence[Sidecar], tokenizer: str) -> None:
-    """Print how much of the texts the tokenizer does not know, if it is anything."""
+    """Print the share of tokens that the tokenizer does not know, if any."""
     if unknown := sum(sidecar.words.unknown for sidecar in sidecars):
         share = unknown / sum(sidecar.words.tokens for sidecar in sidecars)
         words = list(dict.fromkeys(word for sidecar in sidecars for word in sidecar.words.examples))
         print(
             f"encode: warning: {share:.2%} of the tokens are unknown to {tokenizer}, such as {words[:EXAMPLES_KEPT]}: "
-            "the model cannot tell them apart. Use a tokenizer with byte fallback, as train.tokenizer makes them"
+            "the model cannot tell them apart. Use a tokenizer with byte fallback, as train.tokenizer trains"
         )
-
-
-def _place() -> float:
-    """Return where among all workers this one is, in [0, 1): by rank and array task; 0 for one that knows of none."""
-    rank, ranks = place().rank, place().world_size
-    if "SLURM_ARRAY_TASK_ID" in os.environ:
-        first, last = (int(os.environ.get(f"SLURM_ARRAY_TASK_{end}", "0")) for end in ("MIN", "MAX"))
-        rank += ranks * (int(os.environ["SLURM_ARRAY_TASK_ID"]) - first)
-        ranks *= max(1, last - first + 1)
-    elif ranks == 1:
-        return 0.0
-    return rank % ranks / ranks
 
 
 if __name__ == "__main__":

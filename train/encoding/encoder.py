@@ -1,8 +1,8 @@
-"""The tokenizer and VAE at work: raw documents in, encoded records out, in the order of the input.
+"""The encoder: raw documents in, records of token ids and VAE moments out, in the order of the input.
 
-Pictures are decoded and resized by threads (Pillow frees the interpreter) ahead of the VAE, and the VAE runs ahead of
-what is written. Batches hold pictures of one size, never cross an input file and depend on nothing but that file and
-the settings, so the same bytes come out whoever does it, with any number of threads.
+Threads decode and resize pictures (Pillow releases the GIL) ahead of the VAE, which runs ahead of the writer. Batches
+hold pictures of one size, never cross an input file, and depend only on that file and the settings, so every worker
+writes the same bytes, with any number of threads.
 """
 
 import json
@@ -12,14 +12,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from data.documents import decode_document, encode_record
-from data.manifest import FORMAT_VERSION, LatentSpec, LatentSums, Manifest
+from data.manifest import FORMAT_VERSION, LatentSpec, LatentSums
 from data.pictures import bucket_sizes, decode_picture
 from data.raw import KeysConfig, RawDocument
 from data.remote import FileVersion
@@ -29,9 +28,12 @@ from data.tokenizer import Tokenizer
 from model.vae import load_vae, moments, stated_stats, states_scaling, stride_of, vae_hash
 from train.distributed.launcher import place
 
-MAX_KEY_BYTES = 4096  # of a document, as long as a path may be
-EXAMPLES_KEPT = 8  # of what the tokenizer does not know, of an input file
-AHEAD = 8  # batches of pictures decoded before the VAE wants them, and documents that may wait for a rare size
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+MAX_KEY_BYTES = 4096  # of a document's key, like a path's
+EXAMPLES_KEPT = 8  # unknown words kept per input file
+AHEAD = 8  # batches of pictures decoded ahead of the VAE, and batches of documents that may wait for a rare size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +45,15 @@ class EncoderConfig(KeysConfig):
     # most as many pixels as the square.
     crop: Literal["centre", "buckets"] = "centre"
     bucket_multiple: int = 32  # pixels: divides both sides of every bucket; a multiple of VAE stride x patch size
-    batch_size: int = 32  # pictures a VAE batch; a part of what decides the latents' last bits
+    batch_size: int = 32  # pictures a VAE batch; affects the latents' last bits
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the VAE; auto: bfloat16 on CUDA, else float32
     decode_threads: int = 0  # threads that decode and resize pictures; 0: one a core of this process's share
-    # Where the mean and deviation come from by which training whitens latents. vae: the scaling that the VAE's config
-    # states, else diffusers' default; measured: these pictures' latents; auto: vae where the config states other than
-    # 1, else measured.
+    # Source of the mean and deviation by which training whitens latents. vae: the scaling that the VAE's config states,
+    # or diffusers' default; measured: these pictures' latents; auto: vae if the config states a scaling other than 1,
+    # else measured.
     latent_stats: Literal["auto", "measured", "vae"] = "auto"
-    # Encoded folder, run, checkpoint or export whose latent statistics to take over instead: for held-out data, and for
-    # data that a model is to be trained on further.
+    # Encoded folder, run, checkpoint or export whose latent statistics to use instead: for held-out data, and for
+    # further training of a model.
     stats_from: Location | None = None
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
@@ -66,7 +68,7 @@ class EncoderConfig(KeysConfig):
         if self.stats_from is not None and self.latent_stats != "auto":
             raise ValueError(
                 f"latent_stats={self.latent_stats} and stats_from={self.stats_from} both say where the statistics come "
-                "from: leave one of them out"
+                "from: leave one out"
             )
 
 
@@ -75,10 +77,15 @@ class _Picture:
     pixels: np.ndarray  # uint8 [H, W, 3]
     moments: np.ndarray | None = None  # f16 [2C, h, w], once encoded
 
+    @property
+    def encoded(self) -> np.ndarray:
+        assert self.moments is not None
+        return self.moments
+
 
 @dataclass
 class _Draft:
-    """A document on its way through: its texts as they are, its pictures as far as they got."""
+    """A document being encoded: its texts, and its pictures as far as they got."""
 
     document: RawDocument
     segments: list[str | _Picture] = field(default_factory=list)
@@ -94,7 +101,7 @@ class _Draft:
 
 @dataclass
 class WordCounts:
-    """How many tokens texts became, how many of them are the unknown piece, and a few words for which it stands."""
+    """How many tokens were encoded, how many of them as the unknown piece, and a few of its words."""
 
     tokens: int = 0
     unknown: int = 0
@@ -104,10 +111,12 @@ class WordCounts:
 class Encoder:
     """Encodes one input file after another."""
 
-    def __init__(self, config: EncoderConfig, has_pictures: bool):
+    def __init__(self, config: EncoderConfig, has_pictures: bool, stats: LatentSpec | None = None):
+        """Load the tokenizer and, for pictures, the VAE. `stats`: the latent spec of `config.stats_from`."""
         self.config = config
         self.tokenizer = Tokenizer(config.tokenizer)
-        self.vae, self.vae_hash, self.stride, self.channels = None, None, 1, 0
+        self.vae: AutoencoderKL | None = None
+        self.vae_hash, self.stride, self.channels = "", 1, 0
         self.dtype = torch.float32
         if has_pictures:
             self._load_vae()
@@ -115,15 +124,15 @@ class Encoder:
             self.sizes = bucket_sizes(config.resolution, config.bucket_multiple)
         else:
             self.sizes = ((config.resolution, config.resolution),)
-        self.given_spec, self.stats_source = self._given_spec()
-        # Of the present file.
+        self.given_spec, self.stats_source = self._given_spec(stats)
+        # Of the current file.
         self.latent_sums, self.words = LatentSums.none(self.channels), WordCounts()
         cores = len(os.sched_getaffinity(0)) // place().local_world_size
         self.num_threads = config.decode_threads or max(1, cores)
         self._threads = ThreadPoolExecutor(self.num_threads, "decode")
 
     def close(self) -> None:
-        """Give up pictures that wait to be decoded, so that the process can end."""
+        """Drop pictures that wait to be decoded, so that the process can end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _load_vae(self) -> None:
@@ -134,10 +143,10 @@ class Encoder:
         if config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda"):
             self.dtype = torch.bfloat16
         vae = load_vae(config.vae)
-        self.vae_hash, self.channels, self.stride = vae_hash(vae), vae.config.latent_channels, stride_of(vae)
-        self.vae = vae.to(device).eval()
+        self.vae_hash, self.channels, self.stride = vae_hash(vae), vae.config["latent_channels"], stride_of(vae)
+        self.vae = vae.to(device).eval()  # type: ignore[arg-type]  # a decorator hides `self`
         if self.dtype != torch.float32:
-            self.vae.to(self.dtype)
+            self.vae.to(self.dtype)  # type: ignore[arg-type]
         multiple = config.bucket_multiple if config.crop == "buckets" else self.stride
         if config.resolution % self.stride or config.resolution % multiple:
             raise ValueError(
@@ -147,10 +156,17 @@ class Encoder:
         if multiple % self.stride:
             raise ValueError(f"bucket_multiple={multiple}: expected a multiple of the VAE's stride {self.stride}")
 
-    def _given_spec(self) -> tuple[LatentSpec | None, str]:
-        """Return the latent spec if its statistics are not to be measured, and in words where they come from."""
-        if self.config.stats_from is not None:
-            return self._spec_of(self.config.stats_from), f"from {self.config.stats_from}"
+    def _given_spec(self, theirs: LatentSpec | None) -> tuple[LatentSpec | None, str]:
+        """Return the latent spec unless its statistics will be measured, and the source of the statistics in words."""
+        if (folder := self.config.stats_from) is not None:
+            if theirs is None or self.vae is None:
+                raise ValueError(
+                    f"stats_from={folder}: both it and the inputs must hold pictures; leave it out for text"
+                )
+            if theirs.vae_hash != self.vae_hash:
+                found = f"vae_hash {theirs.vae_hash} (here {self.vae_hash})"
+                raise ValueError(f"stats_from={folder} has other latents: {found}; encode both with the same VAE")
+            return self._spec(theirs.mean, theirs.std), f"from {folder}"
         if self.vae is None or self.config.latent_stats == "measured":
             return None, "measured"
         is_stated = states_scaling(self.vae)
@@ -161,30 +177,18 @@ class Encoder:
         if self.config.latent_stats == "auto" and set(mean) == {0.0} and set(std) == {1.0}:
             return None, "measured (the VAE states no scaling)"
         source = "the VAE's own scaling" if is_stated else "diffusers' default, as the VAE's config states no scaling"
-        return LatentSpec(**self._spec_fields, mean=mean, std=std), source
+        return self._spec(mean, std), source
 
-    def _spec_of(self, folder: str) -> LatentSpec:
-        """Return our latent spec with the statistics of another; raise ValueError for one of other latents."""
-        if any((Path(folder) / name).exists() for name in ("export.json", "checkpoints", "meta.json")):
-            from train.inference.saved_model import (
-                stored_spec,  # only now: it takes a second that most encoding jobs do not owe
-            )
-
-            theirs = stored_spec(Path(folder))
-        else:
-            theirs = Manifest.load(folder).latent_spec
-        if theirs is None or self.vae is None:
-            raise ValueError(f"stats_from={folder}: both it and the inputs must hold pictures; leave it out for text")
-        if theirs.vae_hash != self.vae_hash:
-            found = f"vae_hash {theirs.vae_hash} (here {self.vae_hash})"
-            raise ValueError(f"stats_from={folder} has other latents: {found}; encode both alike")
-        return LatentSpec(**self._spec_fields, mean=theirs.mean, std=theirs.std)
-
-    @property
-    def _spec_fields(self) -> dict:
-        """The latent spec but for the statistics."""
-        names = ("vae_hash", "channels", "stride")
-        return {**{name: getattr(self, name) for name in names}, "resolution": self.config.resolution}
+    def _spec(self, mean: tuple[float, ...], std: tuple[float, ...]) -> LatentSpec:
+        """Return the spec of our latents, whitened by these statistics."""
+        return LatentSpec(
+            vae_hash=self.vae_hash,
+            channels=self.channels,
+            stride=self.stride,
+            resolution=self.config.resolution,
+            mean=mean,
+            std=std,
+        )
 
     def latent_spec(self, sums: LatentSums) -> LatentSpec | None:
         """Return the spec of a data set from the sums of all its shards; None for text."""
@@ -192,25 +196,25 @@ class Encoder:
             return self.given_spec
         if not sums.cells:
             return None
-        return LatentSpec(**self._spec_fields, mean=tuple(sums.mean.tolist()), std=tuple(sums.std.tolist()))
+        return self._spec(tuple(sums.mean.tolist()), tuple(sums.std.tolist()))
 
     @property
-    def made_with(self) -> dict:
-        """The settings that decide a shard's bytes. Statistics decide the manifest alone."""
+    def made_with(self) -> dict[str, Any]:
+        """The settings that decide a shard's bytes. Latent statistics affect only the manifest."""
         return {
             "format": FORMAT_VERSION,
             "tokenizer": self.tokenizer.hash,
-            "vae": self.vae_hash,
+            "vae": self.vae_hash or None,
             "resolution": self.config.resolution,
             "bucket_multiple": self.config.bucket_multiple if self.config.crop == "buckets" else None,
             "dtype": str(self.dtype).removeprefix("torch."),
-            # Those that were chosen: shards that were made before there was a choice stay as they are.
+            # Only those that were set, so that shards from before these settings existed stay valid.
             **{f.name: value for f in fields(KeysConfig) if (value := getattr(self.config, f.name)) != f.default},
         }
 
-    def origin(self, version: FileVersion) -> dict:
+    def origin(self, version: FileVersion) -> dict[str, Any]:
         """Return what decides a shard's bytes: the settings, and its input file."""
-        # Tars are padded: size alone would miss an input that was replaced.
+        # Tars are padded: size alone would miss a replaced input.
         return {**self.made_with, "input_bytes": version.bytes, "input_changed": version.changed}
 
     @torch.no_grad()
@@ -222,13 +226,14 @@ class Encoder:
         running: deque[tuple[list[_Picture], torch.Tensor]] = deque()  # on the device
 
         def launch(batch: list[_Picture]) -> None:
+            assert self.vae is not None
             pixels = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
             if self.vae.device.type == "cuda":
                 pixels = pixels.pin_memory().to(self.vae.device, non_blocking=True)
             pixels = pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)  # the VAE's range
             running.append((batch[:], moments(self.vae, pixels.to(self.dtype)).half()))
             batch.clear()
-            while len(running) > 1:  # one batch is computed while the one before it is written
+            while len(running) > 1:  # one batch is computed while the previous one is written
                 collect()
 
         def collect() -> None:
@@ -257,11 +262,11 @@ class Encoder:
                 batch.append(picture)
                 if len(batch) == self.config.batch_size:
                     launch(batch)
-            yield from finished(AHEAD * self.config.batch_size)  # a rare size does not hold up the file for ever
+            yield from finished(AHEAD * self.config.batch_size)  # so that a rare size does not hold up the file
         yield from finished(0)
 
     def _decoded(self, documents: Iterable[RawDocument], bad: BadRecords) -> Iterator[_Draft]:
-        """Yield the documents with their pictures decoded, in order, threads being some batches ahead."""
+        """Yield the documents with their pictures decoded, in order, with threads some batches ahead."""
         ahead: deque[tuple[RawDocument, list[str | Future]]] = deque()
         futures = 0
 
@@ -294,13 +299,13 @@ class Encoder:
         where = draft.document.where
         captions = [self._tokens(caption) for caption in draft.document.captions]
         left = draft.pictures if captions else draft.segments
-        segments = [self._tokens(s) if isinstance(s, str) else s.moments for s in left]
+        segments = [self._tokens(s) if isinstance(s, str) else s.encoded for s in left]
         record = encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode(), captions)
         if len(record["__key__"]) > MAX_KEY_BYTES or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:
             raise BadRecord("oversized record", where)
-        decode_document(record, where)  # what its index would refuse is counted here
+        decode_document(record, where)  # records that indexing would refuse count as bad here
         for picture in draft.pictures:
-            self.latent_sums.add(picture.moments)
+            self.latent_sums.add(picture.encoded)
         return record
 
     def _tokens(self, text: str) -> np.ndarray:
@@ -314,7 +319,7 @@ class Encoder:
 
 
 def _device(name: str) -> torch.device:
-    """Return the device of this process; raise ValueError for one that is not there."""
+    """Return the device of this process; raise ValueError for a missing one."""
     if name == "auto":
         name = f"cuda:{place().local_rank}" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,8 +1,8 @@
-"""Who works on what in a shared folder: a lease is a file with a heartbeat.
+"""Leases: which worker does what in a shared folder. A lease is a file with a heartbeat.
 
-A lease only avoids doing work twice. Whoever holds one may be dead, stopped or cut off, so a claim is a hint, and the
-work itself must be harmless when two do it. Staleness is judged by one's own clock: a lease whose time stamp has not
-moved for `timeout_s` of watching has lost its holder, whatever the clocks of other machines say.
+A lease only avoids duplicate work. Its holder may be dead, stopped or cut off, so a claim is a hint, and doing the work
+twice must be harmless. Staleness is judged by the local clock: a lease whose time stamp has not changed while watched
+for `timeout_s` is stale, whatever the clocks of other machines say.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from pathlib import Path
 
 
 class Leases:
-    """The leases of one process in `folder`; a context that lets all of them go at its end."""
+    """The leases of one process in `folder`; a context that releases them all at its end."""
 
     def __init__(self, folder: Path, timeout_s: float):
         self.folder, self.timeout_s = folder, timeout_s
         self._owner = f"{_machine()} {os.getpid()} {_start_time(os.getpid())}"
         self._held: set[str] = set()
-        self._watched: dict[str, tuple[int, float]] = {}  # name -> its time stamp, since when we see it so
+        self._watched: dict[str, tuple[int, float]] = {}  # name -> its time stamp, when we first saw it
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -33,12 +33,12 @@ class Leases:
         self._thread.join()
         for name in list(self._held):
             self.release(name)
-        with contextlib.suppress(OSError):  # others still hold some
+        with contextlib.suppress(OSError):  # others still have leases
             self.folder.rmdir()
 
     def claim(self, name: str) -> bool:
-        """Take the lease of `name` unless somebody who seems alive has it."""
-        for _ in range(100):  # another may leave as the last meanwhile, and take the folder along
+        """Take the lease of `name` unless a process that seems alive has it."""
+        for _ in range(100):  # the last other process to end removes the folder
             with contextlib.suppress(FileNotFoundError):
                 return self._claim(name)
         return False
@@ -60,12 +60,12 @@ class Leases:
         return True
 
     def held_by_others(self, prefix: str) -> list[str]:
-        """Return the leases whose names begin so that are not ours and, for all that is known, have a living holder."""
+        """Return the leases with this prefix that are not ours and whose holders seem alive."""
         names = [path.name.removesuffix(".lease") for path in self.folder.glob(f"{prefix}*.lease")]
         return [name for name in names if name not in self._held and not self._is_stale(name)]
 
     def release(self, name: str) -> None:
-        """Give the lease of `name` back, unless another took it over."""
+        """Release the lease of `name`, unless another process took it over."""
         self._held.discard(name)
         with contextlib.suppress(OSError):
             if self._path(name).read_text(errors="replace", encoding="utf-8") == self._owner:
@@ -78,12 +78,12 @@ class Leases:
         path = self._path(name)
         try:
             owner, stamp = path.read_text(errors="replace", encoding="utf-8"), path.stat().st_mtime_ns
-        except OSError:  # released in this moment
+        except OSError:  # just released
             return True
         host, _, process = owner.partition(" ")
         pid, _, started = process.partition(" ")
         if owner == self._owner or (host == _machine() and started != _start_time(pid)):
-            return True  # a killed job that is started again on its machine need not wait
+            return True  # so that a killed job that is restarted on its machine need not wait
         last, since = self._watched.get(name, (None, 0.0))
         if stamp != last:
             self._watched[name] = (stamp, time.monotonic())
@@ -98,7 +98,7 @@ class Leases:
 
 
 def _machine() -> str:
-    """Name what process numbers are valid in: this host, and in a container the container."""
+    """Return the scope of process ids: this host and, in a container, the container."""
     return f"{socket.gethostname()}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 

@@ -1,7 +1,7 @@
-"""What each encoded shard leaves beside it, and the manifest that is made of all of them.
+"""The sidecar file of each encoded shard, and the manifest built from all of them.
 
-The sidecar is written last, so it vouches for its shard and index. It says what the shard was made of and how, so a
-job that is started again knows what is done, and keeps the sums from which the latents' statistics come.
+The sidecar is written last, so it vouches for its shard and index. It says what the shard was made from and how, so a
+restarted job knows what is done, and keeps the sums from which the latents' statistics come.
 """
 
 import json
@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from train.encoding.encoder import Encoder, WordCounts
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    origin: dict  # what decides the shard's bytes
+    origin: dict[str, Any]  # what decides the shard's bytes
     entry: ShardEntry
     cells: int  # latent cells
     sums: list[list[float]]  # of latents by channel: means, and second moments
@@ -29,15 +30,15 @@ class Sidecar:
     skipped: dict[str, int]  # by reason
     words: WordCounts = field(default_factory=WordCounts)
     lost: float = 0.0  # share of the input's bytes, 1 where it was cut
-    failed: str = ""  # what an input is of which nothing can be read
-    noted: dict[str, int] = field(default_factory=dict)  # what cost no record
+    failed: str = ""  # what the input is, if nothing in it can be read
+    noted: dict[str, int] = field(default_factory=dict)  # oddities that cost no record
 
     @classmethod
     def write(
         cls,
         shard: Path,
         index: ShardIndex,
-        origin: dict,
+        origin: dict[str, Any],
         latents: LatentSums,
         bad: BadRecords,
         words: WordCounts | None = None,
@@ -61,7 +62,7 @@ class Sidecar:
         return sidecar
 
     def counted(self) -> BadRecords:
-        """Return what was skipped of the input; of names, only what is kept: that of a failed file."""
+        """Return what was skipped of the input, without names other than a failed file's."""
         size = self.origin.get("input_bytes", self.entry.bytes)
         return BadRecords(
             max_fraction=1,
@@ -73,8 +74,8 @@ class Sidecar:
         )
 
     @staticmethod
-    def origin_of(shard: Path) -> dict | None:
-        """Return what a shard's sidecar says it was made of, None where there is none."""
+    def origin_of(shard: Path) -> dict[str, Any] | None:
+        """Return a shard's origin as its sidecar states it, None without a readable one."""
         try:
             origin = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))["origin"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -82,11 +83,11 @@ class Sidecar:
         return origin if isinstance(origin, dict) else None
 
     @classmethod
-    def read(cls, shard: Path, origin: dict) -> "Sidecar | None":
-        """Return a shard's sidecar, None unless shard and index are there, whole, and of that origin."""
+    def read(cls, shard: Path, origin: dict[str, Any]) -> "Sidecar | None":
+        """Return a shard's sidecar, None unless shard and index are whole and have that origin."""
         try:
             written = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))
-            fields = {"words": {}, **written}  # older ones have none
+            fields = {"words": {}, **written}  # older sidecars lack it
             parts = {"entry": ShardEntry(**fields["entry"]), "words": WordCounts(**fields["words"])}
             sidecar = cls(**{**fields, **parts})
             if sidecar.origin != origin:
@@ -117,8 +118,8 @@ def build_manifest(encoder: Encoder, sidecars: list[Sidecar], folder: Path) -> M
     spec = manifest.latent_spec
     if spec is not None and sums.cells and not 0.5 <= (deviation := sums.whitened_by(spec)) <= 2:
         print(
-            f"warning: whitened latents have deviation {deviation:.3g}, expected about 1, for which the noise schedule "
-            f"is made (statistics: {encoder.stats_source}); the same command with latent_stats=measured takes these "
-            "pictures' own and rewrites manifest.json alone"
+            f"warning: whitened latents have deviation {deviation:.3g}, but the noise schedule expects about 1 "
+            f"(statistics: {encoder.stats_source}); the same command with latent_stats=measured uses these pictures' "
+            "own and rewrites only manifest.json"
         )
     return manifest

@@ -1,7 +1,7 @@
-"""Whole encoded folders: is every record what the manifest promises, and an index for shards from elsewhere.
+"""Whole encoded folders: verify that every record is what the manifest says; index shards from elsewhere.
 
-Verifying reads each byte once: sizes, the indices' checksums, each record's checksum, whether it decodes to finite
-latents and known tokens, and whether the counts add up.
+Verifying reads each byte once and checks sizes, the checksums of indices and records, that each record decodes to
+finite latents and known tokens, and that the counts add up.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.documents import ImageSegment, check_document, decode_document, sizes_of
-from data.manifest import LatentSums, Manifest, count_grids
+from data.manifest import LatentSpec, LatentSums, Manifest, count_grids
 from data.raw import TAR
 from data.remote import file_version
 from data.shards import BadRecord, BadRecords, Record, index_shard, read_at
@@ -23,7 +23,7 @@ from train.encoding.sidecar import Sidecar, build_manifest
 
 
 def verify_folder(folder: str) -> int:
-    """Check an encoded folder, local or remote; print what is wrong; return the exit status, 1 if anything is.
+    """Check an encoded folder, local or remote; print what is wrong; return the exit status, 1 for a damaged one.
 
     Under torchrun each rank checks its share of the shards.
     """
@@ -49,7 +49,7 @@ def verify_folder(folder: str) -> int:
             f"{', '.join(damaged[:20])}. Remove these shards' .json sidecars and encode again"
         )
         return 1
-    print(f"verify: {bad.seen} records in {share} are as the manifest says")
+    print(f"verify: {bad.seen} records in {share} match the manifest")
     return 0
 
 
@@ -84,21 +84,21 @@ def verify_shard(manifest: Manifest, shard: int, bad: BadRecords) -> None:
         bad.add(BadRecord("wrong counts", where, "index and manifest differ"))
 
 
-def index_folder(folder: Path, config: EncoderConfig, bad: BadRecords) -> Manifest:
-    """Write index and sidecar of every .tar in a folder that has none that fit, and its manifest.
+def index_folder(folder: Path, config: EncoderConfig, stats: LatentSpec | None, bad: BadRecords) -> Manifest:
+    """Write missing or stale indices and sidecars of a folder's .tar files, and its manifest.
 
     For shards in our record layout that were written elsewhere or lost their indices. Bad records are counted in `bad`
-    and left out of the index.
+    and left out of the index. `stats`: the latent spec of `config.stats_from`.
     """
     shards = [Path(path) for path in expand([str(folder)], (TAR,), quiet=True)]
-    encoder = Encoder(config, has_pictures=config.vae is not None)
+    encoder = Encoder(config, config.vae is not None, stats)
     sidecars = []
     for shard in tqdm(shards, desc="index", unit="shard", mininterval=1):
         origin = Sidecar.origin_of(shard) or {"indexed": True, **encoder.origin(file_version(str(shard)))}
         for name in ("tokenizer", "vae", "resolution"):
             known, given = origin.get(name, encoder.made_with[name]), encoder.made_with[name]
             if known != given:
-                raise ValueError(f"{shard} was made with {name}={known}, given is {given}: name what it was made with")
+                raise ValueError(f"{shard} was made with {name}={known}, not {given}: give the one it was made with")
         sidecar = Sidecar.read(shard, origin)
         if sidecar is None:
             of_shard, latents = BadRecords(max_fraction=1), LatentSums.none(encoder.channels)
