@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model import discriminator, perceptual
-from model.vae_folder import VaeSource, find_vae
+from model.vae_folder import find_vae
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -70,8 +70,6 @@ class VaeLossConfig:
 
     def __post_init__(self) -> None:
         """Reject weights that are not a loss."""
-        if self.pixel_loss not in ("squared", "absolute"):
-            raise ValueError(f"pixel_loss={self.pixel_loss}: expected squared or absolute")
         if self.kl_weight <= 0:
             raise ValueError(f"kl_weight={self.kl_weight}: expected more than 0 (without it latents are unbounded)")
         for name in ("kl_warmup_steps", "edge_weight", "lpips_weight", "gan_weight", "gan_start_step"):
@@ -162,10 +160,15 @@ def load_vae(folder_or_hub_id: str | Path) -> "AutoencoderKL":
     Raises FileNotFoundError for a missing folder, ValueError for one without a VAE or whose weights do not match its
     config: diffusers would initialise missing weights at random.
     """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
     source, reasons = find_vae(str(folder_or_hub_id)), []
+    options = {"variant": source.variant, "use_safetensors": True, "low_cpu_mem_usage": False}
     for subfolder in (None, "vae") if source.is_hub_id else (None,):  # where a pipeline's repository has it
         try:
-            vae, loading = _from_pretrained(source, subfolder)
+            vae, loading = AutoencoderKL.from_pretrained(
+                source.name, subfolder=subfolder, output_loading_info=True, **options
+            )
             break
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             reasons.append(" ".join(str(error).split())[:400])
@@ -180,19 +183,6 @@ def load_vae(folder_or_hub_id: str | Path) -> "AutoencoderKL":
             + "; restore the folder"
         )
     return vae
-
-
-def _from_pretrained(source: VaeSource, subfolder: str | None) -> tuple["AutoencoderKL", dict[str, list]]:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return AutoencoderKL.from_pretrained(
-        source.name,
-        subfolder=subfolder,
-        variant=source.variant,
-        use_safetensors=True,
-        low_cpu_mem_usage=False,
-        output_loading_info=True,
-    )
 
 
 def stride_of(vae: "AutoencoderKL") -> int:

@@ -95,17 +95,15 @@ def main(argv: list[str]) -> int | None:
 
 
 def check(config: EncodeConfig) -> tuple[list[str], bool]:
-    """Return the input files and whether they hold pictures; raise ValueError or OSError if they cannot be encoded."""
+    """Make the output folder; return the input files and whether they hold pictures.
+
+    Raises ValueError or OSError if they cannot be encoded together, or there.
+    """
     if config.verify or config.index:
         return [], False
     if is_remote(config.output):
         raise ValueError(f"output={config.output}: expected a local or shared folder; copy it to the store when done")
-    sources = expand(config.inputs, SUFFIXES)
-    return sources, check_inputs(sources, Path(config.output))
-
-
-def check_inputs(sources: Sequence[str], output: Path) -> bool:
-    """Make the output folder; return whether the inputs hold pictures. Raises if they cannot be encoded together."""
+    sources, output = expand(config.inputs, SUFFIXES), Path(config.output)
     has_pictures = any(suffix_of(source) == TAR for source in sources)
     if has_pictures and any(suffix_of(source) != TAR for source in sources):
         raise ValueError("inputs mix .tar shards with text files: encode them into two folders")
@@ -128,7 +126,7 @@ def check_inputs(sources: Sequence[str], output: Path) -> bool:
         raise ValueError(
             f"output={output}: {foreign[0]}.tar exists and was not made by train.encode; choose another folder"
         )
-    return has_pictures
+    return sources, has_pictures
 
 
 def given_spec(folder: str | None) -> LatentSpec | None:

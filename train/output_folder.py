@@ -61,21 +61,15 @@ class OutputFolder:
 
         Raises BlockingIOError if another process works in it, OSError where it cannot be written.
         """
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock or FolderLock(self.partial)
-            for path in [] if keep else list(self.partial.iterdir()):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != LOCK_FILE:
-                    path.unlink()
-            for folder in folders:
-                (self.partial / folder).mkdir(exist_ok=True)
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            reason = f"cannot write there ({error.strerror}); choose a writable folder"
-            raise OSError(f"output={self.path}: {reason}") from None
+        make_writable(self.partial)
+        self._lock = self._lock or FolderLock(self.partial)
+        for path in [] if keep else list(self.partial.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
+        for folder in folders:
+            (self.partial / folder).mkdir(exist_ok=True)
         return self.partial
 
     def commit(self, summary: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ import json
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from data.pictures import encode_png
 from data.scene_texts import text_documents
-from data.scenes import Example, Splits, held_out_examples, make_splits, training_example
+from data.scenes import Example, held_out_examples, make_splits, training_example
 from data.shards import Record, write_shard
 from data.storage import Location
 from train.config import load_config, run_program
@@ -76,7 +75,11 @@ def main(argv: list[str]) -> None:
     splits = make_splits(config.seed)
     _draw_training(partial / "train", config)
     held_out = list(held_out_examples(splits, config.resolution, config.num_heldout_two_shapes))
-    write_shard(partial / "heldout" / _shard_name(0), _held_out_records(splits, held_out))
+    records = (
+        _record(f"{0:05d}{index:04d}", example, seed=splits.seed, index=index, split=split)
+        for index, (split, example) in enumerate(held_out)
+    )
+    write_shard(partial / "heldout" / "00000.tar", records)
     training_texts, held_out_texts = text_documents(splits, config.num_text, config.num_text_heldout)
     _write_texts(partial / "text", training_texts)
     _write_texts(partial / "text_heldout", held_out_texts)
@@ -113,18 +116,10 @@ def _draw_shard(folder: Path, config: ScenesConfig, shard: int) -> int:
     first = shard * config.shard_size
     indices = range(first, min(first + config.shard_size, config.num_train))
 
-    def records() -> Iterator[Record]:
-        for index in indices:
-            example = training_example(splits, index, config.resolution, config.two_shapes_share)
-            yield _record(f"{shard:05d}{index - first:04d}", example, seed=splits.seed, index=index)
-
-    write_shard(folder / _shard_name(shard), records())
+    examples = ((i, training_example(splits, i, config.resolution, config.two_shapes_share)) for i in indices)
+    records = (_record(f"{shard:05d}{i - first:04d}", example, seed=splits.seed, index=i) for i, example in examples)
+    write_shard(folder / f"{shard:05d}.tar", records)
     return len(indices)
-
-
-def _held_out_records(splits: Splits, examples: list[tuple[str, Example]]) -> Iterator[Record]:
-    for index, (split, example) in enumerate(examples):
-        yield _record(f"{0:05d}{index:04d}", example, seed=splits.seed, index=index, split=split)
 
 
 def _record(key: str, example: Example, **extra: int | str) -> Record:
@@ -145,10 +140,6 @@ def _record(key: str, example: Example, **extra: int | str) -> Record:
         "txt": example.caption.encode(),
         "json": json.dumps(about | extra).encode(),
     }
-
-
-def _shard_name(shard: int) -> str:
-    return f"{shard:05d}.tar"
 
 
 def _write_texts(folder: Path, documents: list[str]) -> None:
