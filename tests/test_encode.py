@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -33,12 +31,14 @@ from data.manifest import Manifest
 from data.pictures import encode_png, to_unit
 from data.shards import Record, read_at, write_shard
 from data.tokenizer import Tokenizer
-from model.vae import LatentStats, load_vae, moments, vae_hash
+from model.vae import load_vae, moments, vae_hash
 from tests.sources import data_config, encoded_records
 from tests.test_tokenizer import foreign_model
 from train.encode import main
 
 Contents = dict[str, bytes]
+Encode = Callable[..., Contents]
+Capsys = pytest.CaptureFixture[str]
 
 
 def picture_record(number: int, size: tuple[int, int] = (32, 32), **changes: bytes | None) -> Record:
@@ -80,7 +80,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def encode(tokenizer: Tokenizer, vae_folder: Path) -> Callable[..., Contents]:
+def encode(tokenizer: Tokenizer, vae_folder: Path) -> Encode:
     """Run the program in this process and return the files of its output folder."""
 
     def run(inputs: Path | str, output: Path, **options: object) -> Contents:
@@ -98,6 +98,26 @@ def expected(raw: Path, tokenizer: Tokenizer, vae_folder: Path, tmp_path_factory
     return contents_of(output)
 
 
+def moments_of(vae: torch.nn.Module, number: int) -> torch.Tensor:
+    """The moments of `picture_record(number)`'s picture, encoded by itself."""
+    pixels = np.random.default_rng(number).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        return moments(vae, torch.from_numpy(to_unit(pixels)))[0]
+
+
+def latents_in(folder: Path) -> np.ndarray:
+    """The moments f16 [N, 2C, h, w] of an encoded folder of pairs."""
+    return np.stack([decode_document(record, "here").segments[1].moments for record in encoded_records(folder)])
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
 def contents_of(folder: Path) -> Contents:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
@@ -106,7 +126,7 @@ def contents_of(folder: Path) -> Contents:
 
 
 def test_pictures_become_the_vaes_moments_and_the_captions_tokens(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer, vae_folder: Path
+    raw: Path, tmp_path: Path, encode: Encode, tokenizer: Tokenizer, vae_folder: Path
 ) -> None:
     """Against the VAE on each picture by itself; same keys, same shards."""
     encode(raw, tmp_path / "out")
@@ -118,15 +138,13 @@ def test_pictures_become_the_vaes_moments_and_the_captions_tokens(
         text, image = document.segments
         assert tokenizer.decode(text.token_ids) == f"a large red circle number {number}"
         assert json.loads(record["json"]) == {"id": number, "caption": f"a large red circle number {number}"}
-        pixels = np.random.default_rng(number).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
-        with torch.no_grad():
-            alone = moments(vae, torch.from_numpy(to_unit(pixels)))[0]
         assert image.moments.shape == (4, 8, 8)
-        torch.testing.assert_close(torch.from_numpy(image.moments.copy()).float(), alone, rtol=2e-3, atol=2e-3)
+        given = torch.from_numpy(image.moments.copy()).float()
+        torch.testing.assert_close(given, moments_of(vae, number), rtol=2e-3, atol=2e-3)
 
 
 def test_the_manifest_says_what_is_there(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer, vae_folder: Path
+    raw: Path, tmp_path: Path, encode: Encode, tokenizer: Tokenizer, vae_folder: Path
 ) -> None:
     """Counts, checksums, hashes and the latents' statistics, these against numpy on all latents at once."""
     encode(raw, tmp_path / "out")
@@ -136,8 +154,7 @@ def test_the_manifest_says_what_is_there(
     assert manifest.tokenizer_hash == tokenizer.hash and manifest.vocab_size == tokenizer.vocab_size
     spec = manifest.latent_spec
     assert (spec.vae_hash, spec.channels, spec.stride, spec.resolution) == (vae_hash(load_vae(vae_folder)), 2, 4, 32)
-    latents = np.stack([decode_document(r, "here").segments[1].moments for r in encoded_records(tmp_path / "out")])
-    mean, logvar = np.split(latents.astype(np.float64), 2, axis=1)
+    mean, logvar = np.split(latents_in(tmp_path / "out").astype(np.float64), 2, axis=1)
     expected_mean = mean.mean((0, 2, 3))
     expected_variance = (mean**2 + np.exp(logvar)).mean((0, 2, 3)) - expected_mean**2
     np.testing.assert_allclose(spec.mean, expected_mean, rtol=1e-9)
@@ -154,7 +171,7 @@ def test_the_manifest_says_what_is_there(
 
 
 def test_training_can_read_it_and_so_can_webdataset(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer
+    raw: Path, tmp_path: Path, encode: Encode, tokenizer: Tokenizer
 ) -> None:
     out = tmp_path / "out"
     encode(raw, out)
@@ -164,7 +181,7 @@ def test_training_can_read_it_and_so_can_webdataset(
     assert len(samples) == 14 and samples[0]["moments.npy"].shape == (4, 8, 8)
 
 
-def test_text_becomes_tokens(tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer) -> None:
+def test_text_becomes_tokens(tmp_path: Path, encode: Encode, tokenizer: Tokenizer) -> None:
     """Lines of .jsonl and whole .txt files, dots in their names; no VAE is needed."""
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -181,7 +198,7 @@ def test_text_becomes_tokens(tmp_path: Path, encode: Callable[..., Contents], to
 
 
 def test_interleaved_documents_keep_their_order(
-    tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer, vae_folder: Path
+    tmp_path: Path, encode: Encode, tokenizer: Tokenizer, vae_folder: Path
 ) -> None:
     """Texts and pictures of one record, among pairs, from the raw tar to the lanes; more of them than a batch."""
     first, second = (picture_record(i)["png"] for i in (1, 2))
@@ -200,11 +217,8 @@ def test_interleaved_documents_keep_their_order(
         texts = [tokenizer.decode(s.token_ids) if isinstance(s, TextSegment) else None for s in segments]
         assert texts == ["one red", None, None, "two blue", None, "three"]
         for place, number in ((1, 1), (2, 2), (4, 1)):
-            pixels = np.random.default_rng(number).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
-            with torch.no_grad():
-                alone = moments(vae, torch.from_numpy(to_unit(pixels)))[0]
             given = torch.from_numpy(segments[place].moments.copy()).float()
-            torch.testing.assert_close(given, alone, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(given, moments_of(vae, number), rtol=2e-3, atol=2e-3)
     assert len(decode_document(found[1], "here").segments) == 2
     manifest = Manifest.load(tmp_path / "out")
     assert manifest.shards[0].grids == {"8x8": 120}
@@ -215,7 +229,7 @@ def test_interleaved_documents_keep_their_order(
 
 
 def test_a_list_of_captions_becomes_several_and_what_is_none_is_counted(
-    tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, encode: Encode, tokenizer: Tokenizer, capsys: Capsys
 ) -> None:
     """From JSON under a key of its own to what training draws; a job in which the key is missing names it."""
     values: list[object] = [["a red circle", "a round thing"], float("nan"), 7, "null", "a square"]
@@ -233,9 +247,7 @@ def test_a_list_of_captions_becomes_several_and_what_is_none_is_counted(
     assert all(caption in drawn for caption in ("a red circle", "a round thing", "a square"))
 
 
-def test_tokens_that_the_tokenizer_does_not_know_are_counted_and_shown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_that_the_tokenizer_does_not_know_are_counted_and_shown(tmp_path: Path, capsys: Capsys) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.jsonl").write_text('{"text": "some 中 words"}\n{"text": "for number é 1"}\n')
     foreign, out = Tokenizer(foreign_model(tmp_path / "foreign.model")), tmp_path / "out"
@@ -252,9 +264,7 @@ def test_tokens_that_the_tokenizer_does_not_know_are_counted_and_shown(
     assert (out / "a.tar").stat().st_mtime_ns == written and "unknown" not in capsys.readouterr().out
 
 
-def test_pictures_go_into_the_nearest_aspect_bucket(
-    tmp_path: Path, encode: Callable[..., Contents], tokenizer: Tokenizer
-) -> None:
+def test_pictures_go_into_the_nearest_aspect_bucket(tmp_path: Path, encode: Encode, tokenizer: Tokenizer) -> None:
     """Each grid by its picture's aspect, input order kept though batches fill at different times, a rare size too."""
     sizes = {(32, 32): (8, 8), (64, 40): (6, 10), (40, 64): (10, 6), (70, 63): (8, 8)}
     chosen = [list(sizes)[0 if i % 90 else 1 + i // 90 % 3] for i in range(270)]
@@ -272,9 +282,7 @@ def test_pictures_go_into_the_nearest_aspect_bucket(
         encode(raw, tmp_path / "out", crop="buckets", bucket_multiple=6, resolution=36)
 
 
-def test_inputs_may_lie_anywhere(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], expected: Contents
-) -> None:
+def test_inputs_may_lie_anywhere(raw: Path, tmp_path: Path, encode: Encode, expected: Contents) -> None:
     """Globs, braces, an object store and a web server: the bytes of the local files, if not the times they changed."""
     store = fsspec.filesystem("memory")
     for path in raw.iterdir():
@@ -294,7 +302,7 @@ def test_inputs_may_lie_anywhere(
             n: c for n, c in expected.items() if not n.endswith(".tar.json")
         }
         assert encode(f'["{given}"]', tmp_path / f"out{number}") == files
-    store.pipe("/bucket/b.tar", (raw / "a.tar").read_bytes())  # replaced: made anew
+    store.pipe("/bucket/b.tar", (raw / "a.tar").read_bytes())  # replaced: encoded again
     assert encode('["memory://bucket/*.tar"]', tmp_path / "out2")["b.tar"] == expected["a.tar"]
     server.shutdown()
 
@@ -303,7 +311,7 @@ def test_inputs_may_lie_anywhere(
 
 
 def test_a_second_run_does_nothing_and_a_fresh_one_gives_the_same_bytes(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], expected: Contents
+    raw: Path, tmp_path: Path, encode: Encode, expected: Contents
 ) -> None:
     out = tmp_path / "out"
     assert encode(raw, out) == expected
@@ -312,9 +320,7 @@ def test_a_second_run_does_nothing_and_a_fresh_one_gives_the_same_bytes(
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "manifest.json"} == before
 
 
-def test_what_a_kill_can_leave_is_made_whole(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], expected: Contents
-) -> None:
+def test_what_a_kill_can_leave_is_made_whole(raw: Path, tmp_path: Path, encode: Encode, expected: Contents) -> None:
     """Every order of the writes, stopped anywhere: the next run makes the same folder, no file more."""
     out = tmp_path / "out"
     encode(raw, out)
@@ -345,7 +351,7 @@ def _encode_with_two_threads(command: list[str]) -> None:
 
 
 def test_a_killed_job_started_again_gives_the_same_bytes(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], expected: Contents, tokenizer: Tokenizer,
+    raw: Path, tmp_path: Path, encode: Encode, expected: Contents, tokenizer: Tokenizer,
     vae_folder: Path,
 ) -> None:  # fmt: skip
     """kill -9 once the first shard is done, for real; it ran with another number of threads, too."""
@@ -362,8 +368,8 @@ def test_a_killed_job_started_again_gives_the_same_bytes(
     assert encode(raw, out) == expected
 
 
-def test_another_tokenizer_vae_or_resolution_makes_it_anew(
-    tmp_path: Path, encode: Callable[..., Contents], raw: Path, expected: Contents
+def test_another_tokenizer_vae_or_resolution_encodes_it_again(
+    tmp_path: Path, encode: Encode, raw: Path, expected: Contents
 ) -> None:
     out = tmp_path / "out"
     encode(raw, out)
@@ -373,9 +379,9 @@ def test_another_tokenizer_vae_or_resolution_makes_it_anew(
 
 
 def test_an_interrupted_change_leaves_nothing_that_vouches_for_the_old_data(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents]
+    raw: Path, tmp_path: Path, encode: Encode
 ) -> None:
-    """One shard was made anew when the job was stopped: no manifest, and no mixture of both."""
+    """One shard was encoded again when the job was stopped: no manifest, and no mixture of both."""
     out, raw = tmp_path / "out", shutil.copytree(raw, tmp_path / "raw")
     encode(raw, out)
     os.truncate(raw / "b.tar", 700)  # where the second job will stop
@@ -390,7 +396,7 @@ def test_an_interrupted_change_leaves_nothing_that_vouches_for_the_old_data(
 
 
 def test_bad_pictures_and_captions_are_counted_by_reason_and_named(
-    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, encode: Encode, capsys: Capsys
 ) -> None:
     good = picture_record(0)["png"]
     records = [
@@ -404,14 +410,17 @@ def test_bad_pictures_and_captions_are_counted_by_reason_and_named(
         {**picture_record(7), "__key__": b"00000"},
         picture_record(8, size=(48, 32)),
         picture_record(9, json=b"not json"),
+        {"__key__": b"blank", "json": b'{"segments": ["  "]}'},
+        {"__key__": b"many", "0.png": good, "json": json.dumps({"segments": [{"image": "0.png"}] * 1001}).encode()},
+        {**picture_record(10), "__key__": b"k" * 5000},
     ]
     raw = raw_folder(tmp_path / "raw", {"a": records})
     encode(raw, tmp_path / "out", max_bad_fraction=0.8)
     assert [r["__key__"].decode() for r in encoded_records(tmp_path / "out")] == ["00000", "00008", "00009"]
     printed = capsys.readouterr().out
     counts = (
-        "duplicate key: 1, empty caption: 1, no caption: 1, no picture: 1, undecodable caption: 1, "
-        "undecodable picture: 2"
+        "duplicate key: 1, empty caption: 1, empty document: 1, no caption: 1, no picture: 1, oversized record: 1, "
+        "too many pictures: 1, undecodable caption: 1, undecodable picture: 2"
     )
     assert f"3 records in 1 shards in {tmp_path / 'out'}; skipped {counts}" in printed
     assert f"encode: skipped {raw / 'a.tar'}/00001: undecodable picture" in printed
@@ -422,7 +431,7 @@ def test_bad_pictures_and_captions_are_counted_by_reason_and_named(
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_everything_that_the_web_holds_is_counted_and_nothing_leaves_the_folder(
-    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, encode: Encode, capsys: Capsys
 ) -> None:
     """One tar of all kinds: what a person would call fine is encoded, the rest is counted, its neighbours live (P7)."""
     good = picture_record(0)["png"]
@@ -461,11 +470,8 @@ def test_everything_that_the_web_holds_is_counted_and_nothing_leaves_the_folder(
     ]  # fmt: skip
     folder = tmp_path / "in" / "raw"
     folder.mkdir(parents=True)
-    with tarfile.open(folder / "a.tar", "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    write_tar(folder / "a.tar", members)
+    with tarfile.open(folder / "a.tar", "a") as tar:
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
@@ -486,21 +492,8 @@ def test_everything_that_the_web_holds_is_counted_and_nothing_leaves_the_folder(
     } - {str(tmp_path / "out") + "/"} | {str(tmp_path / "out")}
 
 
-def test_what_encodes_to_nothing_costs_itself_alone(
-    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Blank segments, a picture named too often, a key without end: counted, and the shard is written."""
-    blank = {"__key__": b"blank", "json": b'{"segments": ["  "]}'}
-    many = {"__key__": b"many", "0.png": picture_record(0)["png"]}
-    many["json"] = json.dumps({"segments": [{"image": "0.png"}] * 1001}).encode()
-    records = [picture_record(0), blank, many, {**picture_record(1), "__key__": b"k" * 5000}, picture_record(2)]
-    encode(raw_folder(tmp_path / "raw", {"a": records}), tmp_path / "out", max_bad_fraction=0.7)
-    assert [r["__key__"] for r in encoded_records(tmp_path / "out")] == [b"00000", b"00002"]
-    assert "skipped empty document: 1, oversized record: 1, too many pictures: 1" in capsys.readouterr().out
-
-
 def test_nothing_is_removed_or_overwritten_that_is_not_the_jobs_own(
-    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, encode: Encode, capsys: Capsys
 ) -> None:
     """Inputs named like temporary files, a folder of raw data as output, shards of other inputs, a store as output."""
     raw = raw_folder(tmp_path / "raw", {"a": [picture_record(0)], "web.tmp-1-0123abcd": [picture_record(1)]})
@@ -520,9 +513,7 @@ def test_nothing_is_removed_or_overwritten_that_is_not_the_jobs_own(
     assert "have another resolution 32 (now 16): encoding them again" in capsys.readouterr().out
 
 
-def test_too_many_bad_records_refuse_also_when_the_work_is_done(
-    tmp_path: Path, encode: Callable[..., Contents]
-) -> None:
+def test_too_many_bad_records_refuse_also_when_the_work_is_done(tmp_path: Path, encode: Encode) -> None:
     """Not a matter of starting again; but of allowing more."""
     raw = raw_folder(tmp_path / "raw", {"a": [picture_record(0), picture_record(1, txt=b"")]})
     for _ in range(2):
@@ -535,7 +526,7 @@ def test_too_many_bad_records_refuse_also_when_the_work_is_done(
     assert Manifest.load(tmp_path / "out").records == 1
 
 
-def test_a_job_that_finds_too_much_bad_stops_early(tmp_path: Path, encode: Callable[..., Contents]) -> None:
+def test_a_job_that_finds_too_much_bad_stops_early(tmp_path: Path, encode: Encode) -> None:
     """After the file in which it turns out, not after a million more."""
     bad = [picture_record(i, txt=b"") for i in range(20)]
     raw = raw_folder(tmp_path / "raw", {"a": bad, "b": [picture_record(99)]})
@@ -544,9 +535,7 @@ def test_a_job_that_finds_too_much_bad_stops_early(tmp_path: Path, encode: Calla
     assert not (tmp_path / "out" / "b.tar").exists()
 
 
-def test_a_truncated_tar_gives_its_whole_records(
-    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_truncated_tar_gives_its_whole_records(tmp_path: Path, encode: Encode, capsys: Capsys) -> None:
     raw = raw_folder(tmp_path / "raw", {"a": [picture_record(i) for i in range(4)], "b": [picture_record(9)]})
     os.truncate(raw / "a.tar", (raw / "a.tar").stat().st_size // 2)
     with pytest.raises(ValueError, match=r"of which 1 files that end too early count whole, more than max_bad_fr"):
@@ -558,7 +547,7 @@ def test_a_truncated_tar_gives_its_whole_records(
 
 
 def test_what_was_lost_of_each_file_is_counted_over_all_workers_and_runs(
-    tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, encode: Encode, capsys: Capsys
 ) -> None:
     """A pointer, two tars joined, a damaged header, a Mac's leftovers: by name, and the second run says the same."""
     numbers = {"joined": range(4), "tail": range(4, 8), "damaged": range(10, 20)}
@@ -571,11 +560,8 @@ def test_what_was_lost_of_each_file_is_counted_over_all_workers_and_runs(
         place = tar.getmember("00014.txt").offset
     damaged[place] ^= 1
     (raw / "damaged.tar").write_bytes(damaged)
-    with tarfile.open(raw / "mac.tar", "w") as tar:
-        for name, content in [("a/._0.png", b"\0\5\26\7"), ("a/0.png", picture_record(30)["png"]), ("a/0.txt", b"a")]:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    mac = [("a/._0.png", b"\0\5\26\7"), ("a/0.png", picture_record(30)["png"]), ("a/0.txt", b"a")]
+    write_tar(raw / "mac.tar", mac)
     out = tmp_path / "out"
     for _ in range(2):
         with pytest.raises(ValueError, match=r"from 1 of 4 input files.*=0: .*tail.tar: no record; it is a Git LFS po"):
@@ -593,9 +579,7 @@ def test_what_was_lost_of_each_file_is_counted_over_all_workers_and_runs(
     assert encode(raw, tmp_path / "out2", max_bad_fraction=0.2, max_failed_files=1) == files
 
 
-def test_a_shard_without_a_good_record_is_left_out_of_the_manifest(
-    tmp_path: Path, encode: Callable[..., Contents]
-) -> None:
+def test_a_shard_without_a_good_record_is_left_out_of_the_manifest(tmp_path: Path, encode: Encode) -> None:
     raw = raw_folder(tmp_path / "raw", {"a": [picture_record(0, txt=b"")], "b": [picture_record(1)]})
     (raw / "c.tar").write_bytes(b"")
     encode(raw, tmp_path / "out", max_bad_fraction=1, max_failed_files=1)
@@ -606,7 +590,7 @@ def test_a_shard_without_a_good_record_is_left_out_of_the_manifest(
 
 
 def test_latents_that_are_not_finite_are_counted(
-    tmp_path: Path, encode: Callable[..., Contents], vae_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, encode: Encode, vae_folder: Path, capsys: Capsys
 ) -> None:
     """A VAE whose latents leave the range of f16 for some pictures: those are skipped, the others written."""
     vae = load_vae(vae_folder)
@@ -627,7 +611,7 @@ def test_latents_that_are_not_finite_are_counted(
 # ---- refusals before work ----
 
 
-def test_inputs_that_make_no_data_set_are_refused(tmp_path: Path, encode: Callable[..., Contents], raw: Path) -> None:
+def test_inputs_that_make_no_data_set_are_refused(tmp_path: Path, encode: Encode, raw: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "a.txt").write_text("a")
@@ -644,7 +628,7 @@ def test_inputs_that_make_no_data_set_are_refused(tmp_path: Path, encode: Callab
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_that_cannot_work_are_refused(tmp_path: Path, encode: Callable[..., Contents], raw: Path) -> None:
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, encode: Encode, raw: Path) -> None:
     cases = [
         ({"vae": None}, ValueError, "give vae=FOLDER or a hub id"),
         ({"vae": tmp_path / "none"}, FileNotFoundError, "no such folder"),
@@ -663,9 +647,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, encode: Callable[
     assert contents_of(tmp_path / "out") == {}
 
 
-def test_an_output_that_cannot_be_written_is_refused(
-    tmp_path: Path, encode: Callable[..., Contents], raw: Path
-) -> None:
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, encode: Encode, raw: Path) -> None:
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(OSError, match=r"output=.*: cannot write there \(.*\); choose a writable folder"):
@@ -677,7 +659,7 @@ def test_an_output_that_cannot_be_written_is_refused(
 
 
 def test_statistics_may_come_from_another_data_set_of_the_same_latents(
-    tmp_path: Path, encode: Callable[..., Contents], raw: Path, vae_folder: Path
+    tmp_path: Path, encode: Encode, raw: Path, vae_folder: Path
 ) -> None:
     """Held-out data is whitened as training data is; other latents are refused before any work."""
     encode(raw, tmp_path / "train")
@@ -700,7 +682,7 @@ def test_statistics_may_come_from_another_data_set_of_the_same_latents(
     assert contents_of(tmp_path / "out") == {}
 
 
-# ---- a VAE of somebody else ----
+# ---- a VAE of another origin ----
 
 
 def foreign_vae(folder: Path, **changes: object) -> Path:
@@ -728,12 +710,11 @@ def foreign_vae(folder: Path, **changes: object) -> Path:
     ],
 )  # fmt: skip
 def test_a_vaes_own_scaling_goes_into_the_latent_spec(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str],
+    raw: Path, tmp_path: Path, encode: Encode, capsys: Capsys,
     stated: dict[str, object], mean: list[float], std: list[float],
 ) -> None:  # fmt: skip
-    """From the shards, whitened by the manifest, to what diffusers' pipelines feed their models."""
-    vae_path = foreign_vae(tmp_path / "vae", **stated)
-    encode(raw, tmp_path / "out", vae=vae_path)
+    """tests/test_vae.py holds whitening by these to diffusers' formula."""
+    encode(raw, tmp_path / "out", vae=foreign_vae(tmp_path / "vae", **stated))
     assert "encode: latent statistics: the VAE's own scaling" in capsys.readouterr().out
     spec = Manifest.load(tmp_path / "out").latent_spec
     assert (spec.channels, spec.stride, spec.resolution) == (3, 2, 32)
@@ -741,27 +722,9 @@ def test_a_vaes_own_scaling_goes_into_the_latent_spec(
     np.testing.assert_allclose(spec.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(spec.std, std, rtol=1e-12)
 
-    vae = load_vae(vae_path)
-    encoded = [decode_document(r, "here").segments[1].moments for r in encoded_records(tmp_path / "out")]
-    z = torch.from_numpy(np.stack(encoded)[:, :3]).float()
-    config = vae.config
-    if config.latents_mean is not None:
-        latents_mean, latents_std = (
-            torch.tensor(v).view(1, 3, 1, 1) for v in (config.latents_mean, config.latents_std)
-        )
-        scaled = (z - latents_mean) * config.scaling_factor / latents_std
-    else:
-        scaled = (z - (config.shift_factor or 0.0)) * config.scaling_factor
-    stats = LatentStats(torch.tensor(spec.mean), torch.tensor(spec.std))
-    torch.testing.assert_close(stats.whiten(z), scaled)
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
-    with torch.no_grad():
-        alone = vae.encode(torch.from_numpy(to_unit(pixels))).latent_dist.mean[0]
-    torch.testing.assert_close(z[0], alone, rtol=2e-3, atol=2e-3)
-
 
 def test_the_source_of_the_statistics_can_be_chosen_and_shards_stay(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+    raw: Path, tmp_path: Path, encode: Encode, capsys: Capsys
 ) -> None:
     out, vae = tmp_path / "out", foreign_vae(tmp_path / "vae")
     own = encode(raw, out, vae=vae)
@@ -771,13 +734,12 @@ def test_the_source_of_the_statistics_can_be_chosen_and_shards_stay(
     assert "encode: latent statistics: measured\n" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "manifest.json"} == before
     spec = Manifest.load(out).latent_spec
-    latents = np.stack([decode_document(r, "here").segments[1].moments for r in encoded_records(out)])
-    np.testing.assert_allclose(spec.mean, latents[:, :3].astype(np.float64).mean((0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(spec.mean, latents_in(out)[:, :3].astype(np.float64).mean((0, 2, 3)), rtol=1e-9)
     assert encode(raw, out, vae=vae, latent_stats="vae") == own != measured
 
 
 def test_a_vae_that_states_no_scaling_is_measured_unless_asked_otherwise(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str], expected: Contents
+    raw: Path, tmp_path: Path, encode: Encode, capsys: Capsys, expected: Contents
 ) -> None:
     assert encode(raw, tmp_path / "out") == expected
     assert "latent statistics: measured (the VAE states no scaling)" in capsys.readouterr().out
@@ -788,7 +750,7 @@ def test_a_vae_that_states_no_scaling_is_measured_unless_asked_otherwise(
 
 
 def test_diffusers_default_is_not_taken_for_a_vaes_own_scaling(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+    raw: Path, tmp_path: Path, encode: Encode, capsys: Capsys
 ) -> None:
     vae, out = foreign_vae(tmp_path / "vae"), tmp_path / "out"
     encode(raw, out, vae=vae)  # it states 0.18215, and that is far from right
@@ -806,13 +768,13 @@ def test_diffusers_default_is_not_taken_for_a_vaes_own_scaling(
     assert "statistics: diffusers' default, as the VAE's config states no scaling" in said and warning in said
 
 
-def measured_std(encode: Callable[..., Contents], raw: Path, tmp_path: Path, vae: Path) -> tuple[float, ...]:
+def measured_std(encode: Encode, raw: Path, tmp_path: Path, vae: Path) -> tuple[float, ...]:
     encode(raw, tmp_path / "measured", vae=vae, latent_stats="measured")
     return Manifest.load(tmp_path / "measured").latent_spec.std
 
 
 def test_statistics_from_two_places_are_refused_and_another_data_sets_win(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents], capsys: pytest.CaptureFixture[str]
+    raw: Path, tmp_path: Path, encode: Encode, capsys: Capsys
 ) -> None:
     vae = foreign_vae(tmp_path / "vae")
     encode(raw, tmp_path / "train", vae=vae, latent_stats="measured")
@@ -828,20 +790,9 @@ def test_statistics_from_two_places_are_refused_and_another_data_sets_win(
         encode(raw, tmp_path / "out", vae=vae, latent_stats="both")
 
 
-def test_a_scaling_that_cannot_be_is_refused_before_work(
-    raw: Path, tmp_path: Path, encode: Callable[..., Contents]
-) -> None:
+def test_a_scaling_that_cannot_be_is_refused_before_work(raw: Path, tmp_path: Path, encode: Encode) -> None:
     vae = foreign_vae(tmp_path / "vae", latents_mean=[0.0], latents_std=[1.0])
     with pytest.raises(ValueError, match=r"expected 3 channels; correct its config.json, or use latent_stats=measured"):
         encode(raw, tmp_path / "out", vae=vae)
     assert contents_of(tmp_path / "out") == {}
     encode(raw, tmp_path / "out", vae=vae, latent_stats="measured")
-
-
-def test_the_program_refuses_without_a_traceback(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "file").write_text("")
-    command = [sys.executable, "-m", "train.encode", *arguments(tmp_path, tmp_path / "file" / "out", tokenizer)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.strip().endswith("choose a writable folder")

@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -103,7 +104,7 @@ def whole(shards, vgg16, tmp_path_factory) -> Path:
     return output
 
 
-def arguments(shards: Path, output: Path, **settings: object) -> list[str]:
+def arguments(shards: Path | str, output: Path, **settings: object) -> list[str]:
     small = {
         "resolution": 32,
         "batch_size": 8,
@@ -297,8 +298,6 @@ def test_the_paper_vae_is_the_papers():
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build_vae(config.model).parameters())
     assert parameters == 83_709_419
-    with pytest.raises(ValueError, match=r"loss\.id_weight=0\.2: the MoCo v2 identity term is not implemented"):
-        load_config(VaeTrainConfig, [f"config={PAPER}", "loss.id_weight=0.2"])
 
 
 def test_the_kl_weight_rises_linearly_and_stays():
@@ -426,7 +425,7 @@ def test_training_lowers_the_loss_and_writes_what_diffusers_loads(shards, tmp_pa
     assert "reusing" in capsys.readouterr().out
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(shards, vgg16, whole, tmp_path, capsys):
+def test_a_killed_run_resumes_and_ends_with_the_same_bits(shards, vgg16, whole, tmp_path, capsys):
     """With every part of the loss; the metrics say so, because they are bits of all networks and optimizers."""
     argv = arguments(shards, tmp_path / "cut", **every_part(vgg16))
     state = tmp_path / "cut.partial" / "state.pt"
@@ -493,14 +492,12 @@ def test_the_discriminator_follows_its_own_peak_rate():
         assert learning_rate(step, own) == pytest.approx(0.2 * learning_rate(step, optim))
 
 
-def test_the_codec_holds_nothing_of_the_networks_beside_it(whole, vae):
+def test_the_saved_vae_holds_nothing_of_its_losss_networks(whole, vae):
     assert load_vae(whole).state_dict().keys() == vae.state_dict().keys()
-    assert sorted(path.name for path in whole.iterdir()) == [
-        "config.json", "diffusion_pytorch_model.safetensors", "metrics.jsonl", "vae.json"
-    ]  # fmt: skip
+    assert len(list(whole.iterdir())) == 4
 
 
-def test_another_vgg16_in_the_same_file_trains_anew(shards, vgg16, tmp_path, capsys):
+def test_another_vgg16_in_the_same_file_trains_again(shards, vgg16, tmp_path, capsys):
     settings = every_part(vgg16) | {"optim.steps": 1, "loss.gan_weight": 0.0, "batch_size": 1}
     copy = tmp_path / "vgg16.safetensors"
     shutil.copy(vgg16, copy)
@@ -513,11 +510,12 @@ def test_another_vgg16_in_the_same_file_trains_anew(shards, vgg16, tmp_path, cap
     assert "without heads: every channel weighs 1" in printed and "was made with another lpips; making" in printed
 
 
-def test_a_stop_signal_saves_at_once(shards, tmp_path):
+def test_a_run_keeps_its_folder_to_itself_and_a_stop_signal_saves_at_once(shards, tmp_path):
     argv = arguments(shards, tmp_path / "vae", **{"optim.steps": 100_000, "state_interval_steps": 100_000})
     metrics = tmp_path / "vae.partial" / "metrics.jsonl"
     with ProgramRanks(main, argv, None, tmp_path / "log") as run:
         wait_for(metrics.exists, run, 120)
+        assert re.search(r"vae\.partial is in use by pid \d+ .*give another folder", refusal(argv))  # a second copy
         run.signal(signal.SIGTERM)
         assert run.wait() == [75], run.output
     state = torch.load(tmp_path / "vae.partial" / "state.pt", weights_only=True)
@@ -537,11 +535,19 @@ def test_two_ranks_train_as_one(shards, vgg16, whole, tmp_path):
             assert one[name] == pytest.approx(two[name], **within), name
 
 
-def test_other_settings_train_anew(shards, tmp_path, capsys):
+def test_other_settings_train_again(shards, tmp_path, capsys):
     main(arguments(shards, tmp_path / "vae", **{"optim.steps": 1}))
     main(arguments(shards, tmp_path / "vae", **{"optim.steps": 2}))
     assert "was made with another optim; making it again" in capsys.readouterr().out
     assert json.loads((tmp_path / "vae/vae.json").read_text())["steps"] == 2
+
+
+def test_shards_may_be_urls(shards, tmp_path):
+    store = fsspec.filesystem("memory")
+    for path in shards.iterdir():
+        store.pipe(f"/vae/{path.name}", path.read_bytes())
+    main(arguments("memory://vae", tmp_path / "vae", **{"optim.steps": 1}))
+    assert json.loads((tmp_path / "vae/vae.json").read_text())["pictures"] == 40
 
 
 def test_bad_pictures_are_skipped_by_name_and_too_many_stop(shards, tmp_path, capsys):

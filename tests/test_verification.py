@@ -13,7 +13,7 @@ from data.manifest import Manifest, shard_entry
 from data.shards import BadRecords, index_path, index_shard, write_shard
 from data.tokenizer import Tokenizer
 from tests.sources import interleaved, make_source, pairs, texts
-from tests.test_encode import arguments, contents_of, picture_record, raw_folder
+from tests.test_encode import Capsys, arguments, contents_of, picture_record, raw_folder
 from train.encode import main
 
 
@@ -23,12 +23,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
     return make_source(tmp_path_factory.mktemp("whole") / "data", tokenizer, documents, shard_sizes=[7, 13, 10])
 
 
-def verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int | None, str]:
+def verify(folder: Path, capsys: Capsys) -> tuple[int | None, str]:
     status = main([f"verify={folder}"])
     return status, capsys.readouterr().out
 
 
-def test_a_whole_folder_verifies(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_folder_verifies(whole: Path, capsys: Capsys) -> None:
     status, printed = verify(whole, capsys)
     assert status == 0 and "verify: 30 records in 3 shards" in printed and "match the manifest" in printed
 
@@ -57,9 +57,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("expected", DAMAGE)
-def test_damage_is_counted_and_its_shard_named(
-    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str], expected: str
-) -> None:
+def test_damage_is_counted_and_its_shard_named(tmp_path: Path, whole: Path, capsys: Capsys, expected: str) -> None:
     folder = shutil.copytree(whole, tmp_path / "data")
     DAMAGE[expected](folder)
     status, printed = verify(folder, capsys)
@@ -69,7 +67,7 @@ def test_damage_is_counted_and_its_shard_named(
 
 
 def test_records_that_decode_to_nonsense_are_found_though_their_checksums_fit(
-    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tokenizer: Tokenizer, capsys: Capsys
 ) -> None:
     """Written so: an index that vouches for what it should not."""
     folder = make_source(tmp_path / "data", tokenizer, pairs(4), shard_sizes=[2, 2])
@@ -86,9 +84,7 @@ def test_records_that_decode_to_nonsense_are_found_though_their_checksums_fit(
     assert "index of another record: 1, non-finite latents: 1" in printed and "00001.tar#0: non-finite" in printed
 
 
-def test_ranks_share_the_shards(
-    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_share_the_shards(whole: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     found = []
     for rank in range(2):
@@ -98,7 +94,7 @@ def test_ranks_share_the_shards(
 
 
 def test_lost_indices_are_made_again_byte_for_byte(
-    tmp_path: Path, tokenizer: Tokenizer, vae_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tokenizer: Tokenizer, vae_folder: Path, capsys: Capsys
 ) -> None:
     """Of a job's own output: the same indices and the same manifest, measured statistics included."""
     raw = raw_folder(tmp_path / "raw", {"a": [picture_record(i) for i in range(5)], "b": [picture_record(9)]})
@@ -119,7 +115,7 @@ def test_lost_indices_are_made_again_byte_for_byte(
 
 
 def test_foreign_shards_are_indexed_but_for_what_is_bad(
-    tmp_path: Path, tokenizer: Tokenizer, vae_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tokenizer: Tokenizer, vae_folder: Path, capsys: Capsys
 ) -> None:
     """Written by somebody else in our record layout; the broken ones cost themselves only."""
     folder = tmp_path / "data"
