@@ -16,6 +16,7 @@ from torch.nn import functional
 SMALLEST_PICTURE = 16  # pixels a side: four poolings must leave one cell
 # Rows of torchvision's VGG16 up to relu5_3: output channels of each 3x3 convolution; "pool" halves the sides.
 LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
+INDICES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of its convolutions in torchvision's list of layers
 # Of relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3: before each pool and at the end.
 TAP_CHANNELS = (64, 128, 256, 512, 512)
 # The package's input scaling: ImageNet's mean and deviation, for pixels in [-1, 1].
@@ -113,14 +114,10 @@ def load_lpips(path: str | Path) -> Lpips:
 
 
 def _shapes_of_features() -> dict[str, tuple[int, ...]]:
-    """Return torchvision's names and shapes: in its list of layers a ReLU follows each convolution."""
+    """Return torchvision's names and shapes of the convolutions' tensors."""
+    widths = [layer for layer in LAYERS if isinstance(layer, int)]
     shapes: dict[str, tuple[int, ...]] = {}
-    index, channels = 0, 3
-    for layer in LAYERS:
-        if isinstance(layer, str):  # "pool"
-            index += 1
-            continue
-        shapes[f"features.{index}.weight"] = (layer, channels, 3, 3)
-        shapes[f"features.{index}.bias"] = (layer,)
-        index, channels = index + 2, layer
+    for index, inputs, outputs in zip(INDICES, (3, *widths), widths, strict=False):
+        shapes[f"features.{index}.weight"] = (outputs, inputs, 3, 3)
+        shapes[f"features.{index}.bias"] = (outputs,)
     return shapes

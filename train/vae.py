@@ -34,8 +34,14 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 CONFIG = VaeTrainConfig
-GROUP = True  # its ranks work together
-OWN = ("inputs", "heldout", "output", "device", "loss.lpips_weights")  # of each rank: what they hold is compared
+GROUP = True  # its ranks form one process group
+OWN = (
+    "inputs",
+    "heldout",
+    "output",
+    "device",
+    "loss.lpips_weights",
+)  # may differ between ranks; their contents are compared
 # Settings that decide how the VAE is trained, not what comes out.
 HOW = ("output", "log_interval_steps", "state_interval_steps", "device", "timeout_minutes")
 
@@ -57,7 +63,7 @@ def main(argv: list[str]) -> int | None:
             f"batch_size={config.batch_size}: expected at least one picture for each of {ranks.world_size} ranks"
         )
     settings = {name: value for name, value in asdict(config).items() if name not in HOW} | contents
-    settings = ranks.on_first(lambda: settings)  # the paths of its inputs are each rank's own
+    settings = ranks.on_first(lambda: settings)  # input paths may differ between ranks
     if lpips is not None:
         heads = "with its linear heads" if lpips.has_heads else "without heads: every channel weighs 1"
         _say(ranks, f"LPIPS from {config.loss.lpips_weights}, {heads}")
