@@ -41,7 +41,7 @@ OWN = (
     "output",
     "device",
     "loss.lpips_weights",
-)  # may differ between ranks; their contents are compared
+)  # may differ between ranks; contents may not
 # Settings that decide how the VAE is trained, not what comes out.
 HOW = ("output", "log_interval_steps", "state_interval_steps", "device", "timeout_minutes")
 
