@@ -37,6 +37,13 @@ def start(command: list[str], **environment: str) -> multiprocessing.Process:
     return process
 
 
+def exit_codes(workers: list[multiprocessing.Process]) -> list[int | None]:
+    """Wait for the workers to end."""
+    for worker in workers:
+        worker.join(timeout=120)
+    return [worker.exitcode for worker in workers]
+
+
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten raw shards, enough to be in the middle of."""
@@ -55,9 +62,7 @@ def command(raw: Path, tokenizer: Tokenizer, vae_folder: Path) -> Callable[..., 
 @pytest.fixture(scope="module")
 def expected(command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Contents:
     output = tmp_path_factory.mktemp("expected") / "out"
-    process = start(command(output))
-    process.join()
-    assert process.exitcode == 0
+    assert exit_codes([start(command(output))]) == [0]
     return contents_of(output)
 
 
@@ -69,9 +74,7 @@ def test_workers_at_once_share_the_work_and_give_the_bytes_of_one(
     workers = [start(command(out), RANK=str(i), WORLD_SIZE="2") for i in range(2)]
     array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_MAX": "8"}
     workers += [start(command(out), **array), start(command(out))]
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert exit_codes(workers) == [0] * 4
     assert contents_of(out) == expected
 
 
@@ -92,10 +95,7 @@ def test_killed_at_any_moment_and_started_with_other_workers_the_same_bytes_come
         if out.is_dir():
             done = {name: content for name, content in contents_of(out).items() if name.endswith((".tar", ".idx"))}
             assert all(expected[name] == content for name, content in done.items())  # whole or absent
-    workers = [start(command(out)) for _ in range(2)]
-    for worker in workers:
-        worker.join()
-    assert kills > 3 and [worker.exitcode for worker in workers] == [0, 0]
+    assert kills > 3 and exit_codes([start(command(out)) for _ in range(2)]) == [0, 0]
     assert contents_of(out) == expected
 
 
@@ -108,13 +108,10 @@ def test_a_worker_that_was_cut_off_and_comes_back_harms_nothing(
     while not list(out.glob("*.tmp-*")) or not list(out.glob(".leases/0*.lease")):
         assert first.is_alive()
     os.kill(first.pid, signal.SIGSTOP)
-    second = start(command(out, lease_timeout_s=1))
-    second.join(timeout=60)
-    assert second.exitcode == 0
+    assert exit_codes([start(command(out, lease_timeout_s=1))]) == [0]
     assert {name: content for name, content in contents_of(out).items() if "tmp-" not in name} == expected
     os.kill(first.pid, signal.SIGCONT)
-    first.join(timeout=60)
-    assert first.exitcode == 0
+    assert exit_codes([first]) == [0]
     assert contents_of(out) == expected and Manifest.load(out).records == 192
 
 
@@ -134,26 +131,19 @@ def test_two_jobs_with_other_settings_do_not_undo_each_other(
         time.sleep(0.05)
     assert second.exitcode == 1
     os.kill(first.pid, signal.SIGCONT)
-    first.join()
-    assert first.exitcode == 0 and contents_of(out) == expected
-    third = start(command(out, resolution=16))
-    third.join()
-    assert third.exitcode == 0 and Manifest.load(out).grids() == {(4, 4)}
+    assert exit_codes([first]) == [0] and contents_of(out) == expected
+    assert exit_codes([start(command(out, resolution=16))]) == [0] and Manifest.load(out).grids() == {(4, 4)}
 
 
 def test_a_full_disk_stops_the_job_and_harms_nothing_done(
     tmp_path: Path, command: Callable[..., list[str]], expected: Contents
 ) -> None:
-    """A real small file system; with room again the same command goes on."""
+    """A real small file system; with room again the same command continues."""
     size = sum(map(len, expected.values()))
     with small_disk(tmp_path / "disk", size // 1024 // 2) as disk:
-        worker = start(command(disk / "out"))
-        worker.join()
-        assert worker.exitcode == 1
+        assert exit_codes([start(command(disk / "out"))]) == [1]
         found = contents_of(disk / "out")
         assert len(found) >= 6 and not any(".tmp-" in name for name in found) and "manifest.json" not in found
         assert all(expected[name] == content for name, content in found.items())
         shutil.copytree(disk / "out", tmp_path / "out")
-    worker = start(command(tmp_path / "out"))
-    worker.join()
-    assert worker.exitcode == 0 and contents_of(tmp_path / "out") == expected
+    assert exit_codes([start(command(tmp_path / "out"))]) == [0] and contents_of(tmp_path / "out") == expected

@@ -173,9 +173,7 @@ SCALINGS = [
     ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, lambda z: (z - 0.0609) * 1.5305),
     (
         {"scaling_factor": 0.5, "shift_factor": 7.0, "latents_mean": [0.1, -2.0, 3.0], "latents_std": [0.5, 1.0, 4.0]},
-        lambda z: (
-            (z - torch.tensor([0.1, -2.0, 3.0])[:, None, None]) * 0.5 / torch.tensor([0.5, 1.0, 4.0])[:, None, None]
-        ),
+        lambda z: (z - torch.tensor([[[0.1]], [[-2.0]], [[3.0]]])) * 0.5 / torch.tensor([[[0.5]], [[1.0]], [[4.0]]]),
     ),
     ({"scaling_factor": 1.0}, lambda z: z),
 ]
@@ -193,10 +191,7 @@ def test_whitening_by_what_the_vae_states_is_diffusers_formula(vae, stated, form
 @pytest.mark.parametrize(
     ("stated", "message"),
     [
-        (
-            {"scaling_factor": 0.0},
-            r"states scaling_factor=0\.0, .*expected scaling_factor > 0; correct its config\.json",
-        ),
+        ({"scaling_factor": 0.0}, r"states scaling_factor=0\.0, .*expected scaling_factor > 0; correct its config"),
         ({"scaling_factor": None}, "states scaling_factor=None"),
         ({"latents_mean": [0.0, 0.0, 0.0]}, "expected latents_mean and latents_std, or neither"),
         ({"latents_mean": [0.0], "latents_std": [1.0]}, r"expected 3 channels.*or use latent_stats=measured"),
@@ -236,12 +231,10 @@ def test_the_loss_is_squared_error_plus_weighted_kl():
 def test_every_part_enters_the_loss_with_its_weight():
     pixels, reconstruction, encoded = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), torch.randn(2, 8, 2, 2)
     lpips, scores = torch.tensor([0.2, 0.4]), torch.randn(2, 1, 3, 3)
-    config = VaeLossConfig(
-        pixel_loss="absolute", kl_weight=0.1, lpips_weight=0.7, lpips_weights="file", gan_weight=0.5, gan_start_step=4
-    )
-    late, early = (
-        vae_loss(config, pixels, reconstruction, encoded, step, lpips=lpips, fake_scores=scores) for step in (4, 3)
-    )
+    perceptual = {"lpips_weight": 0.7, "lpips_weights": "file", "gan_weight": 0.5, "gan_start_step": 4}
+    config = VaeLossConfig(pixel_loss="absolute", kl_weight=0.1, **perceptual)
+    networks = {"lpips": lpips, "fake_scores": scores}
+    late, early = (vae_loss(config, pixels, reconstruction, encoded, step, **networks) for step in (4, 3))
     torch.testing.assert_close(late["pixel_error"], torch.nn.functional.l1_loss(reconstruction, pixels))
     without_gan = late["pixel_error"] + 0.1 * late["kl"] + 0.7 * 0.3
     torch.testing.assert_close(late["loss"], without_gan - 0.5 * scores.mean())
@@ -251,10 +244,7 @@ def test_every_part_enters_the_loss_with_its_weight():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"id_weight": 0.2},
-            r"loss\.id_weight=0\.2: the MoCo v2 identity term is not implemented.*set loss\.id_weight=0",
-        ),
+        ({"id_weight": 0.2}, r"loss\.id_weight=0\.2: the MoCo v2 identity term is not .*set loss\.id_weight=0"),
         ({"lpips_weight": 1.0}, r"lpips_weight=1\.0, but lpips_weights is not given.*set lpips_weight=0"),
         ({"lpips_weight": -1.0}, r"lpips_weight=-1\.0: expected 0 or more"),
         ({"gan_weight": -0.5}, r"gan_weight=-0\.5: expected 0 or more"),
@@ -475,9 +465,8 @@ def test_the_discriminator_starts_at_its_step_and_not_before(shards, tmp_path, m
     assert not torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
     main(arguments(shards, tmp_path / "plain", **settings))
     with_gan, plain = rows(tmp_path / "gan"), rows(tmp_path / "plain")
-    assert [("gan" in row, "discriminator_loss" in row) for row in with_gan] == 3 * [(False, False)] + 2 * [
-        (True, True)
-    ]
+    for name in ("gan", "discriminator_loss"):
+        assert [name in row for row in with_gan] == 3 * [False] + 2 * [True]
     for name in ("loss", "pixel_error", "kl", "grad_norm"):
         assert [row[name] for row in with_gan[:3]] == [row[name] for row in plain[:3]]
     assert with_gan[3]["pixel_error"] == plain[3]["pixel_error"]  # the fourth update is the first with another gradient
@@ -575,10 +564,7 @@ def test_bad_input_is_refused_with_a_message(shards, tmp_path):
         (arguments(tmp_path / "empty", tmp_path / "v"), r"no \.tar files"),
         (arguments(tmp_path / "nowhere", tmp_path / "v"), "does not exist"),
         (arguments(shards, tmp_path / "v", resolution=30), "multiple of the stride 4"),
-        (
-            arguments(shards, tmp_path / "v", **{"optim.ema_half_lives": [9]}),
-            r"ema_half_lives=\(9,\).*keeps no average",
-        ),
+        (arguments(shards, tmp_path / "v", **{"optim.ema_half_lives": [9]}), r"ema_half_lives=\(9,\).*no average"),
         (arguments(shards, tmp_path / "v", **{"optim.optimizer": "muon"}), "optimizer=muon.*no blocks for Muon"),
         (arguments(shards, tmp_path / "v", **{"model.norm_groups": 3}), "multiple of norm_groups"),
         (arguments(shards, tmp_path / "v", **{"loss.id_weight": 0.2}), r"loss\.id_weight=0\.2: .* not implemented"),

@@ -188,11 +188,11 @@ def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progres
 
     try:
         inode = write_shard(shard, records())
-        check = BadRecords(max_fraction=0, max_failed_files=1)  # a shard of no record
-        index = index_shard(shard, document_sizes, check)
+        in_shard = BadRecords(max_fraction=0, max_failed_files=1)  # it may be without records
+        index = index_shard(shard, document_sizes, in_shard)
         if shard.stat().st_ino != inode:
             raise FileExistsError(f"{shard}: another worker wrote it at the same time; start again")
-        check.check(final=True)
+        in_shard.check(final=True)
         if encoder.origin(file_version(task.source)) != task.origin:
             raise ValueError(f"{shown(task.source)} changed while it was encoded; start again")
         sidecar = Sidecar.write(shard, index, task.origin, encoder.latent_sums, of_file, encoder.words)

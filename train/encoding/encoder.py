@@ -88,7 +88,7 @@ class _Draft:
     """A document being encoded: its texts, and its pictures as far as they got."""
 
     document: RawDocument
-    segments: list[str | _Picture] = field(default_factory=list)
+    segments: list[str | _Picture]
 
     @property
     def pictures(self) -> list[_Picture]:
@@ -160,9 +160,7 @@ class Encoder:
         """Return the latent spec unless its statistics will be measured, and the source of the statistics in words."""
         if (folder := self.config.stats_from) is not None:
             if theirs is None or self.vae is None:
-                raise ValueError(
-                    f"stats_from={folder}: both it and the inputs must hold pictures; leave it out for text"
-                )
+                raise ValueError(f"stats_from={folder}: it and the inputs must hold pictures; leave it out for text")
             if theirs.vae_hash != self.vae_hash:
                 found = f"vae_hash {theirs.vae_hash} (here {self.vae_hash})"
                 raise ValueError(f"stats_from={folder} has other latents: {found}; encode both with the same VAE")
@@ -270,15 +268,16 @@ class Encoder:
         ahead: deque[tuple[RawDocument, list[str | Future]]] = deque()
         futures = 0
 
-        def next_draft() -> _Draft | None:
+        def oldest() -> Iterator[_Draft]:
             nonlocal futures
             document, segments = ahead.popleft()
             futures -= sum(isinstance(segment, Future) for segment in segments)
             try:
-                return _Draft(document, [s if isinstance(s, str) else _Picture(s.result()) for s in segments])
+                decoded = [s if isinstance(s, str) else _Picture(s.result()) for s in segments]
             except BadRecord as error:
                 bad.add(error)
-                return None
+            else:
+                yield _Draft(document, decoded)
 
         for document in documents:
             decode = partial(decode_picture, sizes=self.sizes, where=document.where)
@@ -289,11 +288,9 @@ class Encoder:
             futures += sum(isinstance(segment, Future) for segment in segments)
             most = AHEAD * self.config.batch_size
             while futures > most or len(ahead) > 2 * most or (not futures and ahead):
-                if (draft := next_draft()) is not None:
-                    yield draft
+                yield from oldest()
         while ahead:
-            if (draft := next_draft()) is not None:
-                yield draft
+            yield from oldest()
 
     def _record(self, draft: _Draft) -> Record:
         where = draft.document.where
