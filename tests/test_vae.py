@@ -31,7 +31,7 @@ from model.vae import (
     vae_loss,
 )
 from tests.ranks import ProgramRanks
-from tests.runs import wait_for
+from tests.runs import rows, wait_for
 from tests.test_perceptual import random_weights
 from train.config import load_config
 from train.optim.optimizer import OptimConfig, learning_rate
@@ -45,14 +45,11 @@ PICTURES = np.stack([training_example(make_splits(0), index, 32, 0.15).picture f
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Fix the number of threads, on which bits depend; before any run that tests share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_thread_a_process(one_thread):
+    """Fix the number of threads, on which bits depend, before any run that tests share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -130,10 +127,6 @@ def refusal(argv: list[str]) -> str:
     if dist.is_initialized():
         dist.destroy_process_group()
     return str(caught.value)
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_moments_and_pixels_have_the_stated_shapes_and_ranges(vae):
