@@ -28,7 +28,7 @@ from train.distributed.launcher import leave_word
 from train.distributed.ranks import DIED, Ranks, init_ranks, last_words
 from train.distributed.signals import StopKind, StopSignal
 from train.output_folder import OutputFolder
-from train.vae_training import Diverged, VaeTrainConfig, VaeTraining
+from train.vae_training import Diverged, VaeTrainConfig, VaeTraining, say_once
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -66,10 +66,10 @@ def main(argv: list[str]) -> int | None:
     settings = ranks.on_first(lambda: settings)  # input paths may differ between ranks
     if lpips is not None:
         heads = "with its linear heads" if lpips.has_heads else "without heads: every channel weighs 1"
-        _say(ranks, f"LPIPS from {config.loss.lpips_weights}, {heads}")
+        say_once(ranks, f"LPIPS from {config.loss.lpips_weights}, {heads}")
     output = OutputFolder(config.output, "train.vae", "vae.json", settings)
     if ranks.on_first(output.is_complete):
-        _say(ranks, f"{output.path} is complete for these settings; reusing it")
+        say_once(ranks, f"{output.path} is complete for these settings; reusing it")
         ranks.close()
         return None
 
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int | None:
             words, status = str(error), DIED
         if words is not None:
             leave_word(f"train.vae: {words}")
-            _say(ranks, words)
+            say_once(ranks, words)
     ranks.close()
     return status
 
@@ -132,13 +132,13 @@ def load_pictures(files: list[str], config: VaeTrainConfig, ranks: Ranks) -> np.
         if full:
             break
     for remark in [*(f"skipped {name}" for name in bad.names), *bad.remarks()]:
-        _say(ranks, remark)
+        say_once(ranks, remark)
     bad.check(final=True)
     if not pictures:
         names = ", ".join(map(shown, files))
         raise ValueError(f"no pictures in {names}: expected records with .jpg, .png or .webp")
     limit = f" (max_pictures={config.max_pictures}: the rest is not read)" if full else ""
-    _say(ranks, f"{len(pictures)} pictures at {config.resolution} pixels from {len(files)} shards{limit}")
+    say_once(ranks, f"{len(pictures)} pictures at {config.resolution} pixels from {len(files)} shards{limit}")
     return np.stack(pictures)
 
 
@@ -188,11 +188,6 @@ def _crc32(files: list[str]) -> int:
             while block := file.read(1 << 24):
                 value = zlib.crc32(block, value)
     return value
-
-
-def _say(ranks: Ranks, message: str) -> None:
-    if ranks.is_first:
-        say(f"train.vae: {message}")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class VaeTraining:
             self.loss.load_state_dict(state["loss"])
             self.step, self.seconds = state["step"], state["seconds"]
             ranks.on_first(lambda: self.metrics.cut(self.step))
-            self._say(f"resuming from step {self.step} of {config.optim.steps}")
+            say_once(ranks, f"resuming from step {self.step} of {config.optim.steps}")
 
     def run(self, pictures: np.ndarray, stop: StopSignal) -> StopKind:
         """Train up to the last step (NONE), or until some rank is asked to stop: save, and return what was asked.
@@ -205,9 +205,11 @@ class VaeTraining:
         state = torch.load(path, map_location=self.ranks.device, weights_only=True)
         if json.loads(state["settings"]) == self.output.settings:
             return state
-        self._say(f"the state in {path.parent} was saved with other settings; starting from scratch")
+        say_once(self.ranks, f"the state in {path.parent} was saved with other settings; starting from scratch")
         return None
 
-    def _say(self, words: str) -> None:
-        if self.ranks.is_first:
-            say(f"train.vae: {words}")
+
+def say_once(ranks: Ranks, words: str) -> None:
+    """Print a line on rank 0."""
+    if ranks.is_first:
+        say(f"train.vae: {words}")
