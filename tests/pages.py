@@ -42,12 +42,6 @@ class Page(HTMLParser):
     def classes(self) -> Counter:
         return Counter(attrs["class"] for _, attrs in self.elements if "class" in attrs)
 
-    def cards(self) -> list["Page"]:
-        return [Page(part) for part in self.section("documents").html.split('<div class="card">')[1:]]
-
     def pictures(self) -> list[np.ndarray]:
         found = [attrs["src"].split(",", 1)[1] for tag, attrs in self.elements if tag == "img"]
         return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data in found]
-
-    def fact(self, name: str) -> str:
-        return dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", self.html))[name]

@@ -14,7 +14,7 @@ from train.checkpoints.checkpoint import CheckpointConfig
 from train.checkpoints.lookup import MOST_CHOICES, find_checkpoint, read_while_there
 from train.checkpoints.run_folder import RunFolder
 from train.distributed.ranks import alone
-from train.pages.checkpoint_page import view_checkpoints
+from train.pages.checkpoint_tables import view_checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PARTS = 8

@@ -1,6 +1,6 @@
-"""Report a run in one HTML file: scores, curves, pictures, failures, config. Nothing in it needs the network.
+"""Report a run in one HTML file: scores, curves, pictures, failures, config. The file needs no network.
 
-Whatever is not there yet is left out with a sentence that says why, so a run in progress can be reported too.
+Sections without data say why they are empty, so a run in progress can be reported too.
 """
 
 import shlex
@@ -17,38 +17,38 @@ from train.pages.report_sections import SECTIONS, LeftOut
 CONFIG = ReportConfig
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
-    findings = gather(config, shlex.join(["python", "-m", "train.report", *argv]))
+    inputs = gather(config, shlex.join(["python", "-m", "train.report", *argv]))
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    page, left_out = render(findings)
+    page, left_out = render(inputs)
     with atomic_write(output) as file:
         file.write(page.encode())
     print(f"report: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
-    for line in [f"left out {reason}" for reason in left_out] + findings.unreadable:
+    for line in [f"left out {reason}" for reason in left_out] + inputs.unreadable:
         print(f"report: {line}")
 
 
-def render(findings: ReportInputs) -> tuple[str, list[str]]:
-    """Return the page, and what it leaves out with the reason of each."""
+def render(inputs: ReportInputs) -> tuple[str, list[str]]:
+    """Return the page, and a line for each section left out, with the reason."""
     sections, left_out = [], []
     for name, title, write in SECTIONS:
         try:
-            inside = write(findings)
+            inside = write(inputs)
         except LeftOut as reason:
             inside = f'<p class="absent">{escape(str(reason))}</p>'
             left_out.append(f"{title}: {reason}")
         sections.append((name, title, inside))
-    return document(findings.config.title, _progress(findings), sections), left_out
+    return document(inputs.config.title, _progress(inputs), sections), left_out
 
 
-def _progress(findings: ReportInputs) -> dict[str, str]:
-    """Return what the header says: how far the run is and when it was looked at."""
-    facts = {"run": findings.config.run}
-    if findings.rows:
-        row = findings.rows[-1]
-        steps = findings.recipe.optim.steps if findings.recipe else None
+def _progress(inputs: ReportInputs) -> dict[str, str]:
+    """Return the header's facts: how far the run is, and when the report was made."""
+    facts = {"run": inputs.config.run}
+    if inputs.rows:
+        row = inputs.rows[-1]
+        steps = inputs.recipe.optim.steps if inputs.recipe else None
         facts["step"] = f"{row['step']:,}" + (f" of {steps:,}" if steps else "")
         names = {"images_seen": "pictures seen", "tokens_seen": "tokens seen", "epoch_mean": "epoch"}
         names |= {"skipped_updates": "skipped updates", "skipped_documents": "skipped documents"}

@@ -1,6 +1,6 @@
-"""The checkpoints of a run, as they lie on disk: which are whole, which one a resume takes, what is left half-done.
+"""The checkpoints of a run on disk: which are whole, which one a resume takes, what an interrupted save left behind.
 
-Reads alone and changes nothing, so a run that is training may be looked at.
+It only reads, so a run may be looked at while it trains.
 """
 
 import json
@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoints import checkpoint
+from train.checkpoints.checkpoint import CheckpointConfig
 from train.checkpoints.storage import LISTING, WrittenFile, read_listing
 from train.distributed.ranks import alone
 from train.pretrain_config import read_config
 
 LEFTOVERS = {
-    "tmp": "half-written: a save in progress, or one that was killed; the next start removes it",
-    "replaced": "put aside while a save of the same step took its place; the next start settles it",
+    "tmp": "incomplete: a save in progress, or one that was killed; the next start removes it",
+    "replaced": "moved away while another save of its step was committed; the next start restores or removes it",
     "removing": "being removed; the next start removes the rest",
 }
+ABANDONED = "abandoned: damaged, or the run went back before it"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class ListedCheckpoint:
 
     @property
     def num_ranks(self) -> int:
-        """Return how many ranks wrote tensors: each its own files."""
+        """Return how many ranks wrote tensors; each writes its own files."""
         ranks = (re.fullmatch(r"__(\d+)_\d+\.distcp", name) for name in self.files)
         return len({found[1] for found in ranks if found})
 
@@ -74,40 +76,33 @@ class ListedCheckpoint:
 
 
 @dataclass(frozen=True)
-class Leftover:
-    """A folder that is no checkpoint of the run: no longer, or not yet."""
-
-    folder: Path
-    num_bytes: int
-    meaning: str
-
-
-@dataclass(frozen=True)
 class CheckpointListing:
     """What `path` (a run, its checkpoints folder, or one checkpoint) holds, oldest step first."""
 
     path: Path
     checkpoints: list[ListedCheckpoint]
-    leftovers: list[Leftover] = field(default_factory=list)
+    leftovers: list[tuple[str, int, str]] = field(default_factory=list)  # (folder, bytes, what it is)
     run: Path | None = None
     attempt: dict[str, Any] | None = None  # of attempt.json
-    surplus: list[Path] | None = None  # what retention would remove next; None: the run's config cannot be read
+    retention: CheckpointConfig | None = None  # by the run's config; None: it cannot be read
+    surplus: list[Path] = field(default_factory=list)  # what retention would remove next
     remarks: list[str] = field(default_factory=list)
 
     @classmethod
     def open(cls, path: Path) -> "CheckpointListing":
-        """List without verifying. Raises FileNotFoundError where there is neither a checkpoint nor the trace of one."""
+        """List without verifying. Raises FileNotFoundError where there is neither a checkpoint nor a leftover."""
         for root in (path / "checkpoints", path):
             leftovers = _leftovers(root)
             if (folders := checkpoint.saved(root)) or leftovers:
                 listed = []
                 for folder in folders:
-                    with suppress(FileNotFoundError):  # removed in this moment
+                    with suppress(FileNotFoundError):  # the run has just removed it
                         listed.append(ListedCheckpoint.of(folder))
                 run = root.parent if root.name == "checkpoints" else None
                 remarks: list[str] = []
-                surplus = _surplus(root, run, remarks)
-                return cls(path, listed, leftovers, run, _attempt(run, remarks), surplus, remarks)
+                retention = _retention(run, remarks)
+                surplus = checkpoint.surplus(root, retention) if retention is not None else []
+                return cls(path, listed, leftovers, run, _attempt(run, remarks), retention, surplus, remarks)
         if path.is_dir() and (_is_step(path) or (path / LISTING).is_file()):
             return cls(path, [ListedCheckpoint.of(path)])
         raise FileNotFoundError(
@@ -121,13 +116,13 @@ class CheckpointListing:
 
     @property
     def resumes(self) -> ListedCheckpoint | None:
-        """Return the newest that verifies, which a resume takes; the newest of all where none was verified."""
+        """Return the checkpoint a resume takes: the newest that verifies, or the newest where none was verified."""
         return next((one for one in reversed(self.checkpoints) if not one.problems), None)
 
     def verified(self, on_read: Callable[[int], object]) -> "CheckpointListing":
-        """Return the listing with every byte of every checkpoint read; `on_read` is told of them.
+        """Return the listing with every byte of every checkpoint read; `on_read` gets the number of bytes.
 
-        Without those that the run removed meanwhile: they are not damaged.
+        Checkpoints that the run removed in the meantime are left out: they are not damaged.
         """
         verified = [one.verified(on_read) for one in self.checkpoints]
         there = [one for one in verified if one.folder.exists()]
@@ -135,9 +130,17 @@ class CheckpointListing:
         removed = [f"{', '.join(gone)}: removed by the run while this was read."] if gone else []
         return replace(self, checkpoints=there, remarks=self.remarks + removed)
 
-    def keeps(self, one: ListedCheckpoint) -> bool | None:
-        """Return whether the next save's retention leaves a checkpoint; None: unknown."""
-        return None if self.surplus is None else one.folder not in self.surplus or one == self.resumes
+    def kept(self, one: ListedCheckpoint) -> str:
+        """Return why retention keeps a checkpoint at the next save, or that it does not."""
+        if (rules := self.retention) is None:
+            return "unknown"
+        if one.folder in self.surplus:
+            return "newest whole" if one == self.resumes else "to be removed"
+        if one in self.checkpoints[-rules.keep_last :]:
+            return f"last {rules.keep_last}"
+        if rules.keep_every_steps and one.step % rules.keep_every_steps == 0:
+            return f"every {rules.keep_every_steps:,} steps"
+        return f"best {rules.best_metric}"
 
 
 def _is_step(folder: Path) -> bool:
@@ -145,7 +148,7 @@ def _is_step(folder: Path) -> bool:
 
 
 def _size_on_disk(folder: Path) -> int:
-    """Return the bytes of the files that are there: the run may remove them meanwhile."""
+    """Return the bytes of the files that are there; the run may remove some in the meantime."""
     size = 0
     with suppress(FileNotFoundError):
         for file in folder.iterdir():
@@ -153,20 +156,15 @@ def _size_on_disk(folder: Path) -> int:
     return size
 
 
-def _leftovers(root: Path) -> list[Leftover]:
-    found = []
-    for kind, meaning in LEFTOVERS.items():
-        for folder in sorted(root.glob(f".{kind}-step-*")):
-            found.append(Leftover(folder, _size_on_disk(folder), meaning))
-    for folder in sorted(root.parent.glob("abandoned-*/step-*")) if root.name == "checkpoints" else ():
-        found.append(
-            Leftover(folder, _size_on_disk(folder), "put aside: the run went back before it, or it was damaged")
-        )
-    return found
+def _leftovers(root: Path) -> list[tuple[str, int, str]]:
+    found = [(folder, meaning) for kind, meaning in LEFTOVERS.items() for folder in root.glob(f".{kind}-step-*")]
+    if root.name == "checkpoints":
+        found += [(folder, ABANDONED) for folder in root.parent.glob("abandoned-*/step-*")]
+    return [(str(folder), _size_on_disk(folder), meaning) for folder, meaning in sorted(found)]
 
 
 def _attempt(run: Path | None, remarks: list[str]) -> dict[str, Any] | None:
-    """Return who started the run last, without the token that is nobody else's business."""
+    """Return who started the run last, without the run folder's token."""
     if run is None or not (run / "attempt.json").is_file():
         return None
     try:
@@ -177,13 +175,13 @@ def _attempt(run: Path | None, remarks: list[str]) -> dict[str, Any] | None:
         return None
 
 
-def _surplus(root: Path, run: Path | None, remarks: list[str]) -> list[Path] | None:
-    """Return what retention would remove by the run's own config."""
+def _retention(run: Path | None, remarks: list[str]) -> CheckpointConfig | None:
+    """Return what the run's own config says of retention."""
     config = run / "config.yaml" if run is not None else None
     if config is None or not config.is_file():
         return None
     try:
-        return checkpoint.surplus(root, read_config(config).checkpoint)
+        return read_config(config).checkpoint
     except ValueError as error:
-        remarks.append(f"What retention keeps is unknown, since {config} cannot be read: {error}")
+        remarks.append(f"Which checkpoints retention keeps is unknown, as {config} cannot be read: {error}")
         return None

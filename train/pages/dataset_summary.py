@@ -1,35 +1,37 @@
 """What an encoded data set holds: counts from its shards' indices, and a few documents as people see them.
 
-Counting opens no record, so that a large data set takes as long as its indices do; only the documents that are shown
-are read, with training's checks. What cannot be read is counted by reason and named, and the rest is shown.
-Counts are exact, kept as value -> documents: arrays with the lengths of a billion documents fit no login node.
+Counting opens no record, so it takes as long as reading the indices; only the documents that are shown are read, with
+training's checks. What cannot be read is counted by reason and named, and the rest is shown. Counts are exact, kept as
+value -> documents: the lengths of a billion documents would not fit a login node.
 """
 
 import json
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import count
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data.documents import Document, ImageSegment, check_document, decode_document, seed_from
-from data.manifest import FILE_NAME, LatentSpec, LatentSums, Manifest, ShardEntry
+from data.manifest import FILE_NAME, LatentSums, Manifest, ShardEntry
 from data.packing import patch_grid
 from data.pictures import from_unit
 from data.remote import shown
 from data.shards import BadRecord, BadRecords, Record, ShardIndex, read_at
 from data.tokenizer import Tokenizer
-from model.vae import LatentStats, decode
+from model.vae import decode
 from train.inference.saved_model import load_matching_vae
 
-BINS = 40  # of a histogram, about
-CHARACTERS = 600  # of a text that are shown
-PICTURES = 4  # of a document that are shown
-LATENT_RANGE = 3.0  # deviations to either side of the mean that false colours span
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+CHARACTERS = 120  # of a text that are shown
+PICTURES = 4  # of a document that are decoded
 
 
 @dataclass
@@ -37,11 +39,11 @@ class Counts:
     """Exact counts over the documents of those shards whose index can be read."""
 
     shards: list[int] = field(default_factory=list)  # their numbers in the manifest
-    lengths: Counter = field(default_factory=Counter)  # tokens of a document -> documents
-    text_tokens: Counter = field(default_factory=Counter)  # text tokens of a document -> documents
-    images: Counter = field(default_factory=Counter)  # images of a document -> documents
+    lengths: Counter[int] = field(default_factory=Counter)  # tokens of a document -> documents
+    text_tokens: Counter[int] = field(default_factory=Counter)  # text tokens of a document -> documents
+    images: Counter[int] = field(default_factory=Counter)  # images of a document -> documents
     long: int = 0  # documents longer than a sequence
-    long_with_images: int = 0  # those of them that are not text alone
+    long_with_images: int = 0  # those of them with images
 
     @property
     def documents(self) -> int:
@@ -60,50 +62,25 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Picture:
-    grid: tuple[int, int]  # (h, w) of its latents
-    pixels: np.ndarray | None  # uint8 [H, W, 3]; None past the first PICTURES of a document
-
-
-@dataclass(frozen=True)
 class ShownDocument:
-    """One document as people see it: its texts and pictures in order."""
+    """One document as people see it."""
 
     key: str
     shard: str
     num_tokens: int
-    parts: tuple[str | Picture, ...]
-
-    @property
-    def pictures(self) -> list[Picture]:
-        return [part for part in self.parts if isinstance(part, Picture)]
-
-    @property
-    def text(self) -> str:
-        """All of its text; of more than a picture with its caption, marks say where the pictures are."""
-        if len(self.parts) <= 2 and len(self.pictures) <= 1:
-            return " ".join(part for part in self.parts if isinstance(part, str))
-        numbers = iter(range(1, len(self.parts) + 1))
-        return clipped(" ".join(p if isinstance(p, str) else f"[picture {next(numbers)}]" for p in self.parts))
-
-    def captioned(self) -> list[tuple[Picture, str]]:
-        """Return each picture with the text right before it or, where there is none, right after it."""
-        found = []
-        for i, part in enumerate(self.parts):
-            if isinstance(part, Picture):
-                around = [*self.parts[max(i - 1, 0) : i], *self.parts[i + 1 : i + 2]]
-                found.append((part, next((text for text in around if isinstance(text, str)), "")))
-        return found
+    grids: list[tuple[int, int]]  # (h, w) of each image's latents
+    text: str  # its beginning
+    pictures: list[tuple[np.ndarray, str]]  # uint8 [H, W, 3] and caption of the first PICTURES; none without a VAE
 
 
 @dataclass(frozen=True)
 class EncodedData:
-    """An encoded data set, or one shard of it, with what makes text and pictures of it where that is given."""
+    """An encoded data set, or one shard of it, with its tokenizer and VAE where they are given."""
 
     manifest: Manifest
     patch_size: int
     tokenizer: Tokenizer | None
-    vae: torch.nn.Module | None
+    vae: "AutoencoderKL | None"
 
     @classmethod
     def open(cls, shards: str, patch_size: int, tokenizer: str | None, vae: str | None) -> "EncodedData":
@@ -120,9 +97,11 @@ class EncodedData:
                 f"shards={shown(shards)} was encoded with tokenizer {manifest.tokenizer_hash}, but {tokenizer} is "
                 f"{words.hash}; name the tokenizer it was encoded with, or none to see what captions its json holds"
             )
-        if vae is not None and manifest.latent_spec is None:
-            raise ValueError(f"vae={vae}, but shards={shown(shards)} holds text alone; leave vae out")
-        codec = load_matching_vae(vae, manifest.latent_spec).eval() if vae is not None else None
+        codec = None
+        if vae is not None:
+            if manifest.latent_spec is None:
+                raise ValueError(f"vae={vae}, but shards={shown(shards)} holds only text; leave vae out")
+            codec = cast("AutoencoderKL", load_matching_vae(vae, manifest.latent_spec).eval())
         return cls(manifest, patch_size, words, codec)
 
     def count(self, sequence_length: int, bad: BadRecords) -> Counts:
@@ -140,11 +119,12 @@ class EncodedData:
                 bad.add(_unreadable(where, error))
         return counts
 
-    @torch.no_grad()
-    def look(self, shards: list[int], n: int, seed: int, bad: BadRecords) -> tuple[list[ShownDocument], LatentSums]:
-        """Return `n` documents spread over `shards`, without those that cannot be read: they go into `bad`.
+    def read_documents(
+        self, shards: list[int], n: int, seed: int, bad: BadRecords
+    ) -> tuple[list[ShownDocument], LatentSums]:
+        """Return `n` documents spread over `shards` and the sums of their latents; unreadable ones go into `bad`.
 
-        Also returns the sums of their latents. The same seed gives the same documents, in the order of the data.
+        The same seed gives the same documents, in the order of the data.
         """
         documents, sums = [], LatentSums.none(self._channels)
         load_index = lru_cache(1)(self.manifest.load_index)  # places come shard by shard
@@ -159,9 +139,8 @@ class EncodedData:
             for segment in document.segments:
                 if isinstance(segment, ImageSegment):
                     sums.add(segment.moments)
-            name, length = self.manifest.shards[shard].name, index.document_tokens(self.patch_size)[number]
-            parts = tuple(self._parts(record, document))
-            documents.append(ShownDocument(record["__key__"].decode(errors="replace"), name, int(length), parts))
+            num_tokens = int(index.document_tokens(self.patch_size)[number])
+            documents.append(self._shown(shard, num_tokens, record, document))
         return documents, sums
 
     @property
@@ -189,69 +168,62 @@ class EncodedData:
         check_document(document, self.manifest.vocab_size, self._channels, where)
         return record, document
 
-    def _parts(self, record: Record, document: Document) -> list[str | Picture]:
-        parts: list[str | Picture] = []
+    def _shown(self, shard: int, num_tokens: int, record: Record, document: Document) -> ShownDocument:
+        texts = self._texts(record, document)
+        images = [(i, one.moments) for i, one in enumerate(document.segments) if isinstance(one, ImageSegment)]
+        decoded = images[:PICTURES] if self.vae is not None else []
+        return ShownDocument(
+            key=record["__key__"].decode(errors="replace"),
+            shard=self.manifest.shards[shard].name,
+            num_tokens=num_tokens,
+            grids=[moments.shape[1:] for _, moments in images],
+            text=joined(texts),
+            pictures=[(self._pixels(moments), caption_of(texts, i)) for i, moments in decoded],
+        )
+
+    def _texts(self, record: Record, document: Document) -> list[str | None]:
+        """Return the text of each segment, None for an image."""
         num_texts = sum(not isinstance(segment, ImageSegment) for segment in document.segments)
-        num_pictures = 0
+        caption = _caption_in_json(record) if num_texts == 1 else None
+        texts: list[str | None] = []
         for segment in document.segments:
             if isinstance(segment, ImageSegment):
-                num_pictures += 1
-                pixels = self._pixels(segment.moments) if num_pictures <= PICTURES else None
-                parts.append(Picture(segment.moments.shape[1:], pixels))
-            elif self.tokenizer is not None:
-                parts.append(self._beginning(segment.token_ids))
-            else:
-                caption = _caption_in_json(record) if num_texts == 1 else None
-                parts.append(clipped(caption) if caption else f"[{len(segment.token_ids):,} text tokens]")
-        return parts
+                texts.append(None)
+            elif self.tokenizer is None:
+                texts.append(clipped(caption) if caption else f"[{len(segment.token_ids):,} text tokens]")
+            else:  # of a whole book only the beginning is decoded
+                text = self.tokenizer.decode(segment.token_ids[:CHARACTERS])
+                is_cut = len(segment.token_ids) > CHARACTERS
+                texts.append(clipped(text.rstrip("\ufffd") + "…" if is_cut else text))
+        return texts
 
-    def _beginning(self, token_ids: np.ndarray) -> str:
-        """Decode the beginning of a text, that of a whole book without decoding it."""
-        text = self.tokenizer.decode(token_ids[:CHARACTERS])
-        return clipped(text if len(token_ids) <= CHARACTERS else text.rstrip("\ufffd") + "…")
-
+    @torch.no_grad()
     def _pixels(self, moments: np.ndarray) -> np.ndarray:
-        """Decode the posterior's mean; without a VAE show it in false colours."""
+        """Decode the posterior's mean of moments f16 [2C, h, w] to uint8 [H, W, 3]."""
+        assert self.vae is not None
         mean = torch.from_numpy(moments[: len(moments) // 2].astype(np.float32))
-        if self.vae is None:
-            return false_colours(mean, self.manifest.latent_spec)
         return from_unit(decode(self.vae, mean[None]).numpy())[0]
 
 
-def false_colours(mean: torch.Tensor, spec: LatentSpec) -> np.ndarray:
-    """Show the first three channels of raw latents f32 [C, h, w] as red, green and blue, a cell as large as its pixels.
-
-    Whitened by `spec`; mid grey is 0, black and white are LATENT_RANGE deviations off. A missing channel is 0.
-    """
-    whitened = LatentStats(torch.tensor(spec.mean), torch.tensor(spec.std)).whiten(mean[None])[:, :3]
-    channels = torch.zeros((1, 3, *mean.shape[1:]))
-    channels[:, : whitened.shape[1]] = whitened
-    return from_unit(channels.numpy() / LATENT_RANGE)[0].repeat(spec.stride, axis=0).repeat(spec.stride, axis=1)
+def joined(texts: list[str | None]) -> str:
+    """Return the beginning of a document's texts; unless it is one picture with its caption, marks stand for images."""
+    if len(texts) <= 2 and texts.count(None) <= 1:
+        return " ".join(text for text in texts if text is not None)
+    numbers = count(1)
+    return clipped(" ".join(f"[image {next(numbers)}]" if text is None else text for text in texts))
 
 
-def quantiles(tally: Counter, shares: list[float]) -> list[int]:
+def caption_of(texts: list[str | None], image: int) -> str:
+    """Return the text right before the segment `image` or, where there is none, right after it."""
+    around = [*texts[max(image - 1, 0) : image], *texts[image + 1 : image + 2]]
+    return next((text for text in around if text is not None), "")
+
+
+def quantiles(tally: Counter[int], shares: list[float]) -> list[int]:
     """Return, for each share in [0, 1], the smallest value that so large a share of the documents does not exceed."""
     values = sorted(tally)
     upto = np.cumsum([tally[value] for value in values])
     return [values[i] for i in np.searchsorted(upto, np.array(shares) * upto[-1])]
-
-
-def bins(tally: Counter) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Return a histogram's edges int64 [n + 1] and documents int64 [n], and whether it asks for a log axis.
-
-    A bin holds the whole numbers from its edge up to the next edge, left out. Widths are whole and never shrink: on a
-    log axis too, where rounded edges would make a comb of small numbers.
-    """
-    low, high = min(tally), max(tally)
-    is_log = low > 0 and high > 20 * low
-    width, ratio = -(-(high - low + 1) // BINS), ((high + 1) / max(low, 1)) ** (1 / BINS)
-    edges = [low]
-    while edges[-1] <= high:
-        edges.append(math.ceil(edges[-1] * ratio) if is_log else edges[-1] + width)
-    documents = np.zeros(len(edges) - 1, dtype=np.int64)
-    values = np.array(list(tally))
-    np.add.at(documents, np.searchsorted(edges, values, side="right") - 1, list(tally.values()))
-    return np.array(edges), documents, is_log
 
 
 def clipped(text: str) -> str:
@@ -295,5 +267,5 @@ def _caption_in_json(record: Record) -> str | None:
         caption = caption[0] if isinstance(caption, list) and caption else caption  # of several
     except (ValueError, AttributeError, RecursionError):
         return None
-    # JSON can spell half a surrogate pair, which no page can hold.
+    # JSON can spell half a surrogate pair, which no font draws.
     return caption.encode(errors="replace").decode() if isinstance(caption, str) else None

@@ -1,20 +1,27 @@
 """Curves of a run as inline SVG: rows of metrics.jsonl in, small multiples out.
 
-A long run is averaged down to at most POINTS points a curve, and the chart says so.
+A long run is averaged down to at most POINTS points a curve, and the chart says so. The SVG takes its colours from the
+page (`currentColor`, CSS variables), so light, dark and print need one drawing. Rejected: a plotting script in the
+page, which would bring megabytes and something that executes.
 """
 
+import io
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from train.pages.charts import ACCENT, SOFT, figure, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 POINTS = 600  # of a curve; more would not be seen
+# Matplotlib needs colours; each of these is replaced by one of the page.
+INK, LINE, ACCENT, SOFT = "#010203", "#010204", "#010205", "#010206"
+_PAGE = {INK: "currentColor", LINE: "var(--line)", ACCENT: "var(--accent)", SOFT: "var(--soft)"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ def draw_charts(rows: list[dict[str, Any]], marks: dict[str, tuple[float, str]] 
         draw = partial(_draw, chart, steps, values, (marks or {}).get(chart.key))
         note = f"; each point is the mean of {rows_a_point} rows" if rows_a_point > 1 else ""
         last = f"{chart.title}, {points[-1][1]:.4g} at step {points[-1][0]}"
-        figures.append(figure(chart.key, chart.title, chart.unit + note, last, draw))
+        figures.append(_figure(chart.key, chart.title, chart.unit + note, last, draw))
     return figures
 
 
@@ -81,7 +88,51 @@ def _draw(chart: Chart, steps: np.ndarray, values: np.ndarray, mark: tuple[float
     else:
         axes.set_ylim(0, values.max() * 1.08 or 1)
         axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(label))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(label))
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     axes.set_xlabel("step", color=SOFT)
+
+
+def _figure(key: str, title: str, unit: str, label: str, draw: Callable[["Axes"], None]) -> str:
+    """Return a `<figure>` of what `draw` puts on the axes; a screen reader reads `label`.
+
+    Ids begin with the key, so that several figures fit into one page.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": key, "text.color": INK, "font.size": 9}
+    style |= {"axes.edgecolor": LINE, "xtick.color": SOFT, "ytick.color": SOFT, "grid.color": LINE}
+    with rc_context(style):
+        drawing = Figure(figsize=(4.2, 2.3), layout="constrained")
+        axes = drawing.add_subplot(axisbelow=True)
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.6)
+        axes.tick_params(which="both", length=0)
+        buffer = io.StringIO()
+        drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    caption = f"<figcaption><b>{escape(title)}</b>{escape(unit)}</figcaption>"
+    svg = _for_the_page(buffer.getvalue(), key)
+    return f'<figure role="img" aria-label="{escape(label)}">{caption}{svg}</figure>'
+
+
+def _tick(value: float, _: int) -> str:
+    if value != 0 and abs(value) < 1e-4:
+        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
+    return f"{value:,.10g}"
+
+
+def _for_the_page(svg: str, key: str) -> str:
+    """Return only the drawing: no prologue, no metadata, no style rules that would reach the page around it."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'((?: id="|url\(#|href="#))', rf"\1{key}-", svg)
+    svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
+    for colour, meant in _PAGE.items():
+        svg = svg.replace(colour, meant)
+    return svg

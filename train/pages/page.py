@@ -1,13 +1,12 @@
-"""The pieces of a page: pictures as data URIs, cards, marks, facts, and the shell around them.
+"""The parts of the report's HTML page: pictures as data URIs, cards, marks, facts, and the document around them.
 
-All text passes through `escape` here or where it enters a section: captions and file names are data. The shell forbids
-the browser any request and any script, so a mistake shows as a missing picture and not as a leak.
+All text passes through `escape` here or where it enters a section, as captions and file names are data. The page's
+policy forbids any request and any script, so a mistake shows as a missing picture and not as a leak.
 """
 
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,44 +16,6 @@ from PIL import Image
 
 WIDTH = 96  # CSS pixels of a picture
 LOSSLESS = 64  # pixels; wider pictures are stored lossily, at twice their shown width at most
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under a head, for a page or a terminal."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    is_text: bool = False  # align all columns left, not the first alone
-
-    def html(self) -> str:
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.head)
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
-        kind = ' class="texts"' if self.is_text else ""
-        return f"<table{kind}><tr>{head}</tr>{rows}</table>"
-
-    def text(self) -> str:
-        lines = [self.head, *self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.head))]
-        aligned = ["<" if self.is_text or column == 0 else ">" for column in range(len(self.head))]
-        padded = [
-            [f"{cell:{side}{width}}" for cell, side, width in zip(line, aligned, widths, strict=True)] for line in lines
-        ]
-        return "\n".join("  ".join(cells).rstrip() for cells in padded)
-
-
-@dataclass(frozen=True)
-class View:
-    """What there is to show, whatever was looked at."""
-
-    title: str
-    facts: dict[str, str]
-    remarks: list[str]  # what one must know about the pictures and numbers
-    sections: list[tuple[str, str, str]]  # (id, title, HTML)
-    sheet: Image.Image | None = None
-    tables: list[tuple[str, Table]] = field(default_factory=list)  # (title, table) for a terminal
-    record: dict[str, Any] = field(default_factory=dict)  # what json=true prints beside facts and remarks
-    damaged: bool = False  # what was looked at does not verify
 
 
 def document(title: str, facts: dict[str, Any], sections: Sequence[tuple[str, str, str]]) -> str:
@@ -97,7 +58,7 @@ def read_picture(folder: Path, name: str) -> np.ndarray | None:
 
 
 def image(pixels: np.ndarray | None, alt: str, width: int = WIDTH) -> str:
-    """Return an `<img>` shown `width` CSS pixels wide, or a sentence where there is no picture."""
+    """Return an `<img>` of uint8 [H, W, 3], `width` CSS pixels wide; a sentence where there is no picture."""
     if pixels is None:
         return '<p class="absent">picture missing or unreadable</p>'
     picture, buffer = Image.fromarray(pixels), io.BytesIO()
@@ -113,13 +74,13 @@ def image(pixels: np.ndarray | None, alt: str, width: int = WIDTH) -> str:
 
 
 def mark(right: bool, what: str = "") -> str:
-    """Return a tick or a cross: the sign and the word carry the meaning, colour only repeats it."""
+    """Return a tick or a cross; sign and word carry the meaning, colour only repeats it."""
     sign, kind, word = ("✓", "ok", "right") if right else ("✗", "no", "wrong")
     return f'<span class="{kind}" title="{word}">{sign} {escape(what)}</span>'
 
 
 def card(head: str, text: str, verdict: dict[str, bool] | None, below: str = "") -> str:
-    """Return a picture (HTML) with its text and, if it was judged, a mark for each attribute; failures stand out."""
+    """Return a picture (HTML) with its text and, if it was judged, a mark per attribute; failures stand out."""
     verdict = verdict or {}
     failed = not all(verdict.values())
     marks = "".join(mark(bool(right), name) for name, right in verdict.items())

@@ -1,6 +1,6 @@
-"""What a run and the programs after it left behind, read once for the report.
+"""What the report is made of: the outputs of a run and of the programs after it, read once.
 
-A missing output is no error here, since a run in progress is reported too; a damaged one is, and a missing run.
+A missing output is not an error, as a run in progress is reported too; a damaged one is, and so is a missing run.
 """
 
 import json
@@ -17,8 +17,8 @@ class ReportConfig:
     run: Location = "runs/pretrain"  # run folder of train.pretrain: config.yaml, metrics.jsonl, previews
     evaluation: Location | None = None  # folder of train.evaluate; null: none
     samples: Location | None = None  # folder of train.sample; null: none
-    vae: Location | None = None  # AutoencoderKL of the reconstructions; null: the one the run names
-    stages: Location | None = None  # folder in which train.demo marks its finished stages; null: none
+    vae: Location | None = None  # AutoencoderKL for the reconstructions; null: the run's
+    stages: Location | None = None  # folder where train.demo records its finished stages; null: none
     num_right: int = 12  # right answers shown of each split, 0 or more; failures are all shown
     num_previews: int = 6  # preview sheets shown, from the first to the last, >= 2
     num_reconstructions: int = 8  # pictures passed through the VAE, 0 or more
@@ -33,7 +33,7 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """What there is to report, read once."""
+    """The outputs that are there."""
 
     config: ReportConfig
     command: str
@@ -42,8 +42,8 @@ class ReportInputs:
     evaluation: dict[str, Any] | None
     examples: list[dict[str, Any]]
     samples: list[dict[str, Any]]
-    seconds: dict[str, float]  # by finished stage, in the order in which they finished
-    unreadable: list[str]  # what had to be skipped, in words
+    seconds: dict[str, float]  # of each finished stage, in the order they finished
+    unreadable: list[str]  # a sentence for each file with unreadable lines
 
 
 def gather(config: ReportConfig, command: str) -> ReportInputs:
@@ -52,7 +52,7 @@ def gather(config: ReportConfig, command: str) -> ReportInputs:
     if not run.is_dir():
         raise FileNotFoundError(f"run={run}: no such folder; give the run_dir of a `python -m train.pretrain`")
     if not any((run / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
-        raise ValueError(f"run={run}: not a run folder of train.pretrain, it has neither config.yaml nor metrics.jsonl")
+        raise ValueError(f"run={run}: not a run folder of train.pretrain: it has neither config.yaml nor metrics.jsonl")
     unreadable: list[str] = []
     recipe = read_config(run / "config.yaml") if (run / "config.yaml").is_file() else None
     scores = Path(config.evaluation) / "evaluation.json" if config.evaluation else None
@@ -76,15 +76,13 @@ def gather(config: ReportConfig, command: str) -> ReportInputs:
 
 
 def _seconds(folder: Path) -> dict[str, float]:
-    marks = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    found = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in marks
-    }  # renamed into place: whole or absent
-    return {name: mark["seconds"] for name, mark in found.items() if "seconds" in mark}  # others only began
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)  # written by rename: all are whole
+    marks = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    return {name: mark["seconds"] for name, mark in marks.items() if "seconds" in mark}  # unfinished stages have none
 
 
 def read_json_lines(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
-    """Read one JSON object a line, none if there is no file; count what is cut short in `unreadable`, in words."""
+    """Read one JSON object a line, none if there is no file; add a sentence to `unreadable` if lines are skipped."""
     if not path.is_file():
         return []
     found, bad = [], 0
@@ -94,5 +92,5 @@ def read_json_lines(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
         except ValueError:
             bad += 1
     if bad:
-        unreadable.append(f"{path}: {bad} unreadable line(s) left out, as a write in progress or a kill leaves them.")
+        unreadable.append(f"{path}: {bad} unreadable line(s) left out, as left by a write in progress or a kill.")
     return found

@@ -1,6 +1,6 @@
-"""The sections of the report: findings in, HTML out, in the order of the page.
+"""The sections of the report, in the order of the page: each turns ReportInputs into HTML.
 
-A section that has nothing to show raises LeftOut with the sentence that stands in its place.
+A section that has nothing to show raises LeftOut with the sentence to print in its place.
 """
 
 import importlib.metadata
@@ -28,24 +28,26 @@ SPLITS = {
     "two_shapes": ("Two shapes", "in pairs that training never showed together"),
 }
 TASKS = (("text_to_image", "Text → image", "drawn_verdict"), ("image_to_text", "Image → text", "caption_verdict"))
-# What scores depend on; without it they mean nothing.
-SETTINGS = ("training_step", "sampler", "steps", "spacing", "eta", "guidance", "clip_x0")
-SETTINGS += ("temperature", "top_p", "seed", "weights")
+# Scores compare only at equal values of these.
+SETTINGS = (
+    *("training_step", "sampler", "steps", "spacing", "eta", "guidance", "clip_x0"),
+    *("temperature", "top_p", "seed", "weights"),
+)
 PACKAGES = ("torch", "diffusers", "numpy", "sentencepiece", "webdataset", "torchdata")
 
 
 class LeftOut(Exception):
-    """A section has nothing to show; the message is the sentence that stands in its place."""
+    """A section has nothing to show; the message is printed in its place."""
 
 
-def _scores(findings: ReportInputs) -> str:
-    scores = findings.evaluation
+def _scores(inputs: ReportInputs) -> str:
+    scores = inputs.evaluation
     if scores is None:
-        raise LeftOut(_absent(findings.config, "evaluation", "evaluation.json"))
+        raise LeftOut(_absent(inputs.config, "evaluation", "evaluation.json"))
     html = []
     for task, title, verdict in TASKS:
         if task in scores:
-            tiles = "".join(_tile(findings, scores[task], split, verdict) for split in SPLITS)
+            tiles = "".join(_tile(inputs, scores[task], split, verdict) for split in SPLITS)
             html.append(f'<h3>{title}: all right</h3><div class="tiles">{tiles}</div>')
     if not html:
         raise LeftOut("The evaluation had no scenes to judge (train.evaluate scenes=FOLDER).")
@@ -53,19 +55,19 @@ def _scores(findings: ReportInputs) -> str:
     settings = {**scores["settings"], **facts}
     shown = {key.replace("_", " "): settings[key] for key in SETTINGS if settings.get(key) is not None}
     explained = (
-        "A picture is all right when a judge that never sees the prompt reads the asked colour, shape and position "
-        "from it; a caption, when it says them. None was trained in these words. Ranges: 95\u00a0% (Wilson)."
+        "A picture is right when a judge that never sees the prompt finds the requested colour, shape and position "
+        "in it; a caption is right when it names them. Training never used these wordings. Ranges: 95\u00a0% (Wilson)."
     )
     return note(explained) + "".join(html) + fact_list(shown)
 
 
-def _tile(findings: ReportInputs, shares: dict[str, float | None], split: str, verdict: str) -> str:
-    """Return the share of all-right answers in a big figure, its attributes below."""
+def _tile(inputs: ReportInputs, shares: dict[str, float | None], split: str, verdict: str) -> str:
+    """Return the share of right answers in large print, with the share of each attribute below."""
     share = shares.get("all" if split == "seen" else f"all_{split}")
     if share is None:
         return ""
     name, what = SPLITS[split]
-    verdicts = [example[verdict] for example in findings.examples if example["split"] == split]
+    verdicts = [example[verdict] for example in inputs.examples if example["split"] == split]
     number, goals = "number not recorded", ""
     if count := len(verdicts):
         number = f"{round(share * count)} of {count}, {_interval(share, count)}"
@@ -77,12 +79,12 @@ def _tile(findings: ReportInputs, shares: dict[str, float | None], split: str, v
     )
 
 
-def _prompts(findings: ReportInputs) -> str:
-    if not findings.samples:
-        raise LeftOut(_absent(findings.config, "samples", "results.jsonl"))
+def _prompts(inputs: ReportInputs) -> str:
+    if not inputs.samples:
+        raise LeftOut(_absent(inputs.config, "samples", "results.jsonl"))
     drawn: dict[str, list[tuple[str, Verdict | None]]] = {}
     described = []
-    for result in findings.samples:
+    for result in inputs.samples:
         texts = " ".join(part["text"] for part in result["output"] if "text" in part)
         prompt = result["prompt"]
         if prompt is None:
@@ -90,14 +92,14 @@ def _prompts(findings: ReportInputs) -> str:
             described.append(card(image(read_picture(path.parent, path.name), texts), texts, None))
             continue
         for name in [part["image"] for part in result["output"] if "image" in part]:
-            pixels = read_picture(Path(findings.config.samples), name)
+            pixels = _picture(inputs.config.samples, name)
             verdict = _judged(pixels, prompt)
             sign = "" if verdict is None else f"<figcaption>{mark(verdict.all_right)}</figcaption>"
             drawn.setdefault(prompt, []).append((f"<figure>{image(pixels, prompt)}{sign}</figure>", verdict))
-    first = findings.samples[0]
+    first = inputs.samples[0]
     html = note(
         f"Step {first.get('step', '?')}, seed {first.get('seed', '?')}; every picture drawn is shown, none chosen. "
-        "✓ and ✗ are the judge's, given where it understands the prompt."
+        "✓ and ✗ are the judge's verdicts, given where it understands the prompt."
     )
     for prompt, pictures in drawn.items():
         verdicts = [verdict for _, verdict in pictures if verdict is not None]
@@ -107,56 +109,56 @@ def _prompts(findings: ReportInputs) -> str:
     return html + (f"<h3>Described pictures</h3>{cards(described)}" if described else "")
 
 
-def _curves(findings: ReportInputs) -> str:
-    clip = findings.recipe.optim.clip_norm if findings.recipe else None
-    figures = draw_charts(findings.rows, {"grad_norm": (clip, "clipped above")} if clip else {})
+def _curves(inputs: ReportInputs) -> str:
+    clip = inputs.recipe.optim.clip_norm if inputs.recipe else None
+    figures = draw_charts(inputs.rows, {"grad_norm": (clip, "clipped above")} if clip else {})
     if not figures:
-        raise LeftOut(f"Fewer than two rows in {findings.config.run}/metrics.jsonl yet: nothing to draw.")
+        raise LeftOut(f"Fewer than two rows in {inputs.config.run}/metrics.jsonl yet: nothing to draw.")
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
-def _previews(findings: ReportInputs) -> str:
-    sheets = sorted((Path(findings.config.run) / "previews").glob("step-*.png"))
+def _previews(inputs: ReportInputs) -> str:
+    sheets = sorted((Path(inputs.config.run) / "previews").glob("step-*.png"))
     if not sheets:
         raise LeftOut("The run has saved no preview sheets (preview.interval_steps of train.pretrain).")
     html = ""
-    for path in spread(sheets, findings.config.num_previews):
+    for path in spread(sheets, inputs.config.num_previews):
         step = path.stem.removeprefix("step-").lstrip("0") or "0"
         sheet = image(read_picture(path.parent, path.name), f"pictures at step {step}", width=360)
         html += f"<figure>{sheet}<figcaption>step {escape(step)}</figcaption></figure>"
-    shown = f"{min(len(sheets), findings.config.num_previews)} of {len(sheets)} sheets."
+    shown = f"{min(len(sheets), inputs.config.num_previews)} of {len(sheets)} sheets."
     return note(f"The same prompts and the same noise each time. {shown}") + f'<div class="sheets">{html}</div>'
 
 
-def _drawings(findings: ReportInputs) -> str:
+def _drawings(inputs: ReportInputs) -> str:
     def show(example: dict[str, Any], failed: bool) -> str:
-        pixels = read_picture(Path(findings.config.evaluation), example["drawn"])
+        pixels = _picture(inputs.config.evaluation, example["drawn"])
         saw = note(f"judge sees {_seen(pixels)}") if failed and pixels is not None else ""
         return card(image(pixels, example["prompt"]), example["prompt"], example["drawn_verdict"], saw)
 
-    return _by_split(findings, "drawn_verdict", show)
+    return _by_split(inputs, "drawn_verdict", show)
 
 
-def _captions(findings: ReportInputs) -> str:
+def _captions(inputs: ReportInputs) -> str:
     def show(example: dict[str, Any], failed: bool) -> str:
-        pixels = read_picture(Path(findings.config.evaluation), example["true"])
+        pixels = _picture(inputs.config.evaluation, example["true"])
         truth = note(f"true: {example['prompt']}") if failed else ""
         return card(image(pixels, example["prompt"]), example["caption"], example["caption_verdict"], truth)
 
-    return _by_split(findings, "caption_verdict", show)
+    return _by_split(inputs, "caption_verdict", show)
 
 
-def _by_split(findings: ReportInputs, verdict: str, show: Callable[[dict[str, Any], bool], str]) -> str:
-    """Return, for each split, all failures and then some right ones."""
-    if not findings.examples:
-        raise LeftOut(_absent(findings.config, "evaluation", "examples.jsonl"))
+def _by_split(inputs: ReportInputs, verdict: str, show: Callable[[dict[str, Any], bool], str]) -> str:
+    """Return, for each split, every failure and then some right answers."""
+    if not inputs.examples:
+        raise LeftOut(_absent(inputs.config, "evaluation", "examples.jsonl"))
     html = ""
-    for split in dict.fromkeys(example["split"] for example in findings.examples):
+    for split in dict.fromkeys(example["split"] for example in inputs.examples):
         name, what = SPLITS.get(split, (split, ""))
-        of_split = [example for example in findings.examples if example["split"] == split]
+        of_split = [example for example in inputs.examples if example["split"] == split]
         failed = [example for example in of_split if not all(example[verdict].values())]
         right = [example for example in of_split if all(example[verdict].values())]
-        some = spread(right, findings.config.num_right)
+        some = spread(right, inputs.config.num_right)
         html += f"<h3>{escape(name)}: {len(right)} of {len(of_split)} right</h3>{note(what)}"
         if failed:
             html += f"<h4>Every failure: {len(failed)}</h4>{cards([show(example, True) for example in failed])}"
@@ -165,19 +167,19 @@ def _by_split(findings: ReportInputs, verdict: str, show: Callable[[dict[str, An
     return html
 
 
-def _codec(findings: ReportInputs) -> str:
-    config = findings.config
-    name = config.vae or (findings.recipe.vae if findings.recipe else None)
+def _codec(inputs: ReportInputs) -> str:
+    config = inputs.config
+    name = config.vae or (inputs.recipe.vae if inputs.recipe else None)
     if name is None:
         raise LeftOut("No VAE is named (vae=FOLDER, or vae in the run's config).")
-    if not findings.examples:
-        raise LeftOut("The pictures for it come from the evaluation's examples, and there are none yet.")
+    if not inputs.examples:
+        raise LeftOut("Its pictures come from the evaluation's examples, and there are none yet.")
     originals = [
-        (example["prompt"], read_picture(Path(config.evaluation), example["true"]))
-        for example in spread(findings.examples, config.num_reconstructions)
+        (example["prompt"], _picture(config.evaluation, example["true"]))
+        for example in spread(inputs.examples, config.num_reconstructions)
     ]
     try:
-        vae = load_vae(name).eval()
+        vae = load_vae(name)
     except (FileNotFoundError, ValueError) as error:
         raise LeftOut(f"The VAE could not be loaded: {error}") from None
     items, verdicts = [], []
@@ -190,38 +192,39 @@ def _codec(findings: ReportInputs) -> str:
         pair = f'<div class="pair">{image(original, "original")}{image(copy, "reconstruction")}</div>'
         verdict = _judged(copy, prompt)
         verdicts += [] if verdict is None else [verdict.all_right]
-        error = np.abs(copy.astype(np.float64) - original).mean()
-        below = note(f"mean absolute error {error:.1f} of 255")
+        difference = np.abs(copy.astype(np.float64) - original).mean()
+        below = note(f"mean absolute error {difference:.1f} of 255")
         items.append(card(pair, prompt, None if verdict is None else vars(verdict), below))
-    about = "Original above, its reconstruction from the latent mean below; drawings cannot be better than these."
+    about = "Original above, its reconstruction from the latent mean below; no drawing can be better than these."
     about += f" The judge finds {sum(verdicts)} of {len(verdicts)} reconstructions right." if verdicts else ""
     return note(about) + cards(items)
 
 
-def _heldout(findings: ReportInputs) -> str:
-    losses = (findings.evaluation or {}).get("heldout")
+def _heldout(inputs: ReportInputs) -> str:
+    losses = (inputs.evaluation or {}).get("heldout")
     if not losses:
         raise LeftOut("No held-out losses were measured (train.evaluate heldout={NAME: FOLDER}).")
     lines = ""
     for name, loss in losses.items():
-        # null where the data has none of that kind; an evaluation by an earlier version has no captioning loss
+        # null where the data has none of that kind; evaluations of earlier versions have no captioning loss
         text, picture, caption = (loss.get(kind) for kind in ("text_loss", "image_loss", "captioning_loss"))
-        cells = (f"{text:.4f}" if text else "—", f"{math.exp(min(text, 100)):.3g}" if text else "—")
-        cells += tuple(f"{value:.4f}" if value else "—" for value in (picture, caption))
-        lines += f"<tr><td>{escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        perplexity = f"{math.exp(min(text, 100)):.3g}" if text else "—"
+        text, picture, caption = (f"{value:.4f}" if value else "—" for value in (text, picture, caption))
+        cells = "".join(f"<td>{cell}</td>" for cell in (text, perplexity, picture, caption))
+        lines += f"<tr><td>{escape(name)}</td>{cells}</tr>"
     head = "<tr><th>data</th><th>text loss</th><th>perplexity</th><th>image loss</th><th>captioning loss</th></tr>"
     about = (
         "Each held-out document once, caption first; the captioning loss is that of captions after their picture. Text "
-        "in nats a target; images as mean squared error of the prediction over all timesteps, so they do not compare "
-        "with the curve above where its timesteps are capped."
+        "in nats a target; images as mean squared error of the prediction over all timesteps, so they are not "
+        "comparable with the curve above where its timesteps are capped."
     )
     return note(about) + f"<table>{head}{lines}</table>"
 
 
-def _seconds(findings: ReportInputs) -> str:
-    if not findings.seconds:
+def _seconds(inputs: ReportInputs) -> str:
+    if not inputs.seconds:
         raise LeftOut("No finished stages are recorded (train.demo records them; stages=FOLDER).")
-    seconds = findings.seconds
+    seconds = inputs.seconds
     longest = max(*seconds.values(), 1e-9)
     lines = ""
     for name, taken in seconds.items():
@@ -231,30 +234,36 @@ def _seconds(findings: ReportInputs) -> str:
     return f'<table class="bars"><tr><th>stage</th><th>seconds</th><th></th></tr>{lines}{total}</table>'
 
 
-def _settings(findings: ReportInputs) -> str:
-    if findings.recipe is None:
-        raise LeftOut(f"{findings.config.run} has no config.yaml.")
-    return f"<details><summary>All settings of the run</summary><pre>{escape(to_yaml(findings.recipe))}</pre></details>"
+def _settings(inputs: ReportInputs) -> str:
+    if inputs.recipe is None:
+        raise LeftOut(f"{inputs.config.run} has no config.yaml.")
+    return f"<details><summary>All settings of the run</summary><pre>{escape(to_yaml(inputs.recipe))}</pre></details>"
 
 
-def _making(findings: ReportInputs) -> str:
+def _making(inputs: ReportInputs) -> str:
     versions = {"python": platform.python_version()}
     versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
     versions["platform"] = f"{platform.system()} {platform.machine()}"
-    skipped = "".join(note(line) for line in findings.unreadable)
-    return f"<pre>{escape(findings.command)}</pre>{fact_list(versions)}{skipped}"
+    skipped = "".join(note(line) for line in inputs.unreadable)
+    return f"<pre>{escape(inputs.command)}</pre>{fact_list(versions)}{skipped}"
 
 
 def _absent(config: ReportConfig, what: str, file: str) -> str:
-    """Say why an input is not there and what would make it."""
+    """Say why an input is missing and which program writes it."""
     folder, program = getattr(config, what), {"evaluation": "train.evaluate", "samples": "train.sample"}[what]
     if folder is None:
         return f"No folder is named ({what}=FOLDER, written by {program})."
     return f"{Path(folder) / file} is not there yet, or empty; {program} writes it."
 
 
+def _picture(folder: str | None, name: str) -> np.ndarray | None:
+    """Read a picture that a record of the program writing to `folder` names."""
+    assert folder is not None  # else there would be no records
+    return read_picture(Path(folder), name)
+
+
 def _judged(pixels: np.ndarray | None, prompt: str) -> Verdict | None:
-    """Judge a picture by its prompt; None where there is no picture or the prompt is not a scene's caption."""
+    """Judge a picture by its prompt; None without a picture or where the prompt is not a scene's caption."""
     scene = parse_caption(prompt)
     if pixels is None or scene is None or pixels.shape[0] != pixels.shape[1]:
         return None
@@ -262,7 +271,7 @@ def _judged(pixels: np.ndarray | None, prompt: str) -> Verdict | None:
 
 
 def _seen(pixels: np.ndarray) -> str:
-    """Say in words what the judge finds in a picture."""
+    """Say what the judge finds in a picture."""
     found = [f"{shape.colour} {shape.shape}, {shape.position}" for shape in judge(pixels)]
     return "; ".join(found) if 0 < len(found) <= 2 else f"{len(found)} shapes"
 
@@ -272,7 +281,7 @@ def _percent(share: float) -> str:
 
 
 def _interval(share: float, count: int) -> str:
-    """Return the Wilson score interval (Wilson 1927) of a share, at 95 %."""
+    """Return the 95 % score interval of a share (Wilson 1927)."""
     z = 1.96
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
