@@ -331,7 +331,12 @@ def test_another_vae_or_tokenizer_is_refused(
         ),
         (encoded, f"vae={tmp_path / 'none/vae'}", FileNotFoundError, "no such folder"),
         (texts_folder, f"vae={vae_folder}", ValueError, r"vae=.* holds only text; leave vae out"),
-        (encoded, f"tokenizer={other}", ValueError, rf"with tokenizer {tokenizer.hash}, but .*other.model is .*; name"),
+        (
+            encoded,
+            f"tokenizer={other}",
+            ValueError,
+            rf"with tokenizer {tokenizer.hash}, but .*other.model is .*; give the",
+        ),
     ]
     for shards, option, kind, message in cases:
         with pytest.raises(kind, match=message):

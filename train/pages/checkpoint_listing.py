@@ -77,14 +77,12 @@ class ListedCheckpoint:
 
 @dataclass(frozen=True)
 class CheckpointListing:
-    """What `path` (a run, its checkpoints folder, or one checkpoint) holds, oldest step first."""
+    """What a run, its checkpoints folder, or the path of one checkpoint holds, oldest step first."""
 
-    path: Path
     checkpoints: list[ListedCheckpoint]
     leftovers: list[tuple[str, int, str]] = field(default_factory=list)  # (folder, bytes, what it is)
-    run: Path | None = None
     attempt: dict[str, Any] | None = None  # of attempt.json
-    retention: CheckpointConfig | None = None  # by the run's config; None: it cannot be read
+    retention: CheckpointConfig | None = None  # of the run's config; None: it cannot be read
     surplus: list[Path] = field(default_factory=list)  # what retention would remove next
     remarks: list[str] = field(default_factory=list)
 
@@ -102,9 +100,9 @@ class CheckpointListing:
                 remarks: list[str] = []
                 retention = _retention(run, remarks)
                 surplus = checkpoint.surplus(root, retention) if retention is not None else []
-                return cls(path, listed, leftovers, run, _attempt(run, remarks), retention, surplus, remarks)
+                return cls(listed, leftovers, _attempt(run, remarks), retention, surplus, remarks)
         if path.is_dir() and (_is_step(path) or (path / LISTING).is_file()):
-            return cls(path, [ListedCheckpoint.of(path)])
+            return cls([ListedCheckpoint.of(path)])
         raise FileNotFoundError(
             f"checkpoint={path}: {'nothing there' if not path.exists() else 'no checkpoint in it'}; expected a run_dir "
             "of train.pretrain (its checkpoints/step-*), a folder of checkpoints, or one checkpoint"

@@ -5,12 +5,12 @@ training's checks. What cannot be read is counted by reason and named, and the r
 value -> documents: the lengths of a billion documents would not fit a login node.
 """
 
+import itertools
 import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import count
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -86,7 +86,7 @@ class EncodedData:
     def open(cls, shards: str, patch_size: int, tokenizer: str | None, vae: str | None) -> "EncodedData":
         """Open the folder `shards`, or the one shard that it names.
 
-        Raises FileNotFoundError or ValueError for what is no data set, and for a tokenizer or VAE that is not its own.
+        Raises FileNotFoundError or ValueError if it is not a data set, or not encoded with this tokenizer or VAE.
         """
         manifest = _open_manifest(shards)
         for grid in sorted(manifest.grids()):
@@ -95,7 +95,7 @@ class EncodedData:
         if words is not None and words.hash != manifest.tokenizer_hash:
             raise ValueError(
                 f"shards={shown(shards)} was encoded with tokenizer {manifest.tokenizer_hash}, but {tokenizer} is "
-                f"{words.hash}; name the tokenizer it was encoded with, or none to see what captions its json holds"
+                f"{words.hash}; give the tokenizer it was encoded with, or none to see the captions in its json"
             )
         codec = None
         if vae is not None:
@@ -105,13 +105,13 @@ class EncodedData:
         return cls(manifest, patch_size, words, codec)
 
     def count(self, sequence_length: int, bad: BadRecords) -> Counts:
-        """Count by the indices. Into `bad` go those that cannot be read, and shards of another size than recorded."""
+        """Count from the indices. Unreadable ones go into `bad`, and so do shards whose size is not the manifest's."""
         counts, store = Counts(), self.manifest.store
         for shard, entry in enumerate(tqdm(self.manifest.shards, desc="view: indices", unit="shard", delay=1)):
             where = self.manifest.shard_path(shard)
             try:
                 counts.add(shard, self.manifest.load_index(shard), self.patch_size, sequence_length)
-                if not store.is_remote:  # where asking costs a request a shard
+                if not store.is_remote:  # that would cost a request a shard
                     _check_size(entry, store.size(entry.name), where)
             except BadRecord as error:
                 bad.add(error)
@@ -148,7 +148,7 @@ class EncodedData:
         return self.manifest.latent_spec.channels if self.manifest.latent_spec is not None else 0
 
     def _places(self, shards: list[int], n: int, seed: int) -> list[tuple[int, int]]:
-        """Return (shard, record) of a document from each of `n` equal parts of the data, fewer if there are fewer."""
+        """Return (shard, record) of one document from each of `n` equal parts of the data, or all if it has fewer."""
         ends = np.cumsum([self.manifest.shards[shard].records for shard in shards])
         bounds = np.arange(min(n, ends[-1]) + 1) * ends[-1] // min(n, ends[-1])
         chosen = np.random.default_rng(seed_from("view", seed)).integers(bounds[:-1], bounds[1:])
@@ -209,7 +209,7 @@ def joined(texts: list[str | None]) -> str:
     """Return the beginning of a document's texts; unless it is one picture with its caption, marks stand for images."""
     if len(texts) <= 2 and texts.count(None) <= 1:
         return " ".join(text for text in texts if text is not None)
-    numbers = count(1)
+    numbers = itertools.count(1)
     return clipped(" ".join(f"[image {next(numbers)}]" if text is None else text for text in texts))
 
 
@@ -220,7 +220,7 @@ def caption_of(texts: list[str | None], image: int) -> str:
 
 
 def quantiles(tally: Counter[int], shares: list[float]) -> list[int]:
-    """Return, for each share in [0, 1], the smallest value that so large a share of the documents does not exceed."""
+    """Return, for each share in [0, 1], the smallest value that at least this share of the documents does not exceed."""
     values = sorted(tally)
     upto = np.cumsum([tally[value] for value in values])
     return [values[i] for i in np.searchsorted(upto, np.array(shares) * upto[-1])]
@@ -232,7 +232,7 @@ def clipped(text: str) -> str:
 
 
 def _open_manifest(shards: str) -> Manifest:
-    """Return the manifest of a folder; of a shard's path that of its folder, with this shard alone."""
+    """Return the manifest of a folder, or for a shard's path its folder's with this shard only."""
     folder, name = os.path.split(shards)
     if os.path.isdir(shards) or not (name.endswith(".tar") or os.path.isfile(shards)):
         return Manifest.load(shards)
@@ -261,7 +261,7 @@ def _unreadable(where: str, error: OSError) -> BadRecord:
 
 
 def _caption_in_json(record: Record) -> str | None:
-    """Return the caption that the encoder left for people, None where there is none."""
+    """Return the caption in the record's json, None where there is none."""
     try:
         caption = json.loads(record.get("json", b"")).get("caption")
         caption = caption[0] if isinstance(caption, list) and caption else caption  # of several

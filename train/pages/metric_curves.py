@@ -7,9 +7,7 @@ page, which would bring megabytes and something that executes.
 
 import io
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +54,11 @@ def draw_charts(rows: list[dict[str, Any]], marks: dict[str, tuple[float, str]] 
         if len(points) < 2:
             continue
         steps, values, rows_a_point = _thinned(np.array(points, dtype=np.float64))
-        draw = partial(_draw, chart, steps, values, (marks or {}).get(chart.key))
+        svg = _svg(chart, steps, values, (marks or {}).get(chart.key))
         note = f"; each point is the mean of {rows_a_point} rows" if rows_a_point > 1 else ""
+        caption = f"<figcaption><b>{escape(chart.title)}</b>{escape(chart.unit + note)}</figcaption>"
         last = f"{chart.title}, {points[-1][1]:.4g} at step {points[-1][0]}"
-        figures.append(_figure(chart.key, chart.title, chart.unit + note, last, draw))
+        figures.append(f'<figure role="img" aria-label="{escape(last)}">{caption}{svg}</figure>')
     return figures
 
 
@@ -71,8 +70,22 @@ def _thinned(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     return means[:, 0], means[:, 1], size
 
 
+def _svg(chart: Chart, steps: np.ndarray, values: np.ndarray, mark: tuple[float, str] | None) -> str:
+    """Return the curve as an `<svg>` for a page that may hold several: its ids begin with the chart's key."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": chart.key, "text.color": INK, "font.size": 9}
+    style |= {"axes.edgecolor": LINE, "xtick.color": SOFT, "ytick.color": SOFT, "grid.color": LINE}
+    with rc_context(style):
+        drawing = Figure(figsize=(4.2, 2.3), layout="constrained")
+        _draw(chart, steps, values, mark, drawing.add_subplot(axisbelow=True))
+        buffer = io.StringIO()
+        drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _for_the_page(buffer.getvalue(), chart.key)
+
+
 def _draw(chart: Chart, steps: np.ndarray, values: np.ndarray, mark: tuple[float, str] | None, axes: "Axes") -> None:
-    """Draw one curve."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.plot(steps, values, color=ACCENT, linewidth=1.6, solid_joinstyle="round")
@@ -92,30 +105,9 @@ def _draw(chart: Chart, steps: np.ndarray, values: np.ndarray, mark: tuple[float
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     axes.set_xlabel("step", color=SOFT)
-
-
-def _figure(key: str, title: str, unit: str, label: str, draw: Callable[["Axes"], None]) -> str:
-    """Return a `<figure>` of what `draw` puts on the axes; a screen reader reads `label`.
-
-    Ids begin with the key, so that several figures fit into one page.
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": key, "text.color": INK, "font.size": 9}
-    style |= {"axes.edgecolor": LINE, "xtick.color": SOFT, "ytick.color": SOFT, "grid.color": LINE}
-    with rc_context(style):
-        drawing = Figure(figsize=(4.2, 2.3), layout="constrained")
-        axes = drawing.add_subplot(axisbelow=True)
-        draw(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.6)
-        axes.tick_params(which="both", length=0)
-        buffer = io.StringIO()
-        drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    caption = f"<figcaption><b>{escape(title)}</b>{escape(unit)}</figcaption>"
-    svg = _for_the_page(buffer.getvalue(), key)
-    return f'<figure role="img" aria-label="{escape(label)}">{caption}{svg}</figure>'
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.6)
+    axes.tick_params(which="both", length=0)
 
 
 def _tick(value: float, _: int) -> str:
