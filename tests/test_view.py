@@ -335,7 +335,7 @@ def test_another_vae_or_tokenizer_is_refused(
             encoded,
             f"tokenizer={other}",
             ValueError,
-            rf"with tokenizer {tokenizer.hash}, but .*other.model is .*; give the",
+            rf"with tokenizer {tokenizer.hash}, but .*other.model is .*; give",
         ),
     ]
     for shards, option, kind, message in cases:

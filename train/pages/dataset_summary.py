@@ -220,7 +220,7 @@ def caption_of(texts: list[str | None], image: int) -> str:
 
 
 def quantiles(tally: Counter[int], shares: list[float]) -> list[int]:
-    """Return, for each share in [0, 1], the smallest value that at least this share of the documents does not exceed."""
+    """Return, for each share in [0, 1], the smallest value not exceeded by at least this share of the documents."""
     values = sorted(tally)
     upto = np.cumsum([tally[value] for value in values])
     return [values[i] for i in np.searchsorted(upto, np.array(shares) * upto[-1])]
