@@ -1,14 +1,13 @@
-"""The command line of slurm.launch: which word is whose.
+"""The command line of slurm.launch, and which option belongs to whom.
 
-One flat line of `key=value`, as every program has it. A key of `LaunchConfig` is ours; one of sbatch's long options
-is sbatch's; everything else is the program's, which refuses what it does not know. `then=PROGRAM` begins the next job.
+One flat line of `key=value`, as for every program. Keys of `LaunchConfig` are the launcher's, sbatch's long options are
+sbatch's, and the rest is the program's, which refuses unknown keys. `then=PROGRAM` begins the next job.
 """
 
 import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from slurm.job import JobConfig
 from slurm.programs import Program, find_program
@@ -19,25 +18,24 @@ from train.config import load_config
 class LaunchConfig:
     program: str = "train.pretrain"  # what to run; its own options follow as key=value, config=FILE among them
     nodes: int = 1
-    gpus_per_node: str | None = None  # GPUs of a node, one task each: 8 or TYPE:8; null: none, tasks compute on CPUs
-    tasks_per_node: int | None = None  # null: one a GPU, and 1 without
-    cpus_per_task: int | None = None  # cores of a task, its data workers included; null: the cluster's default
+    gpus_per_node: str | None = None  # GPUs of a node, one task each: 8 or TYPE:8; null: none, tasks run on CPUs
+    tasks_per_node: int | None = None  # null: one per GPU, or 1 without GPUs
+    cpus_per_task: int | None = None  # cores of a task, including its data workers; null: the cluster's default
     time: str | None = None  # limit, as sbatch takes it: minutes, HOURS:MINUTES:SECONDS, DAYS-HOURS; null: the default
-    # Seconds before the limit (and before a preemption, where Slurm is set up to) at which the job is told to save:
-    # more than a step and a save take. It is requeued then, and goes on.
+    # Seconds before the time limit (and before a preemption, where Slurm is configured so) at which the ranks are
+    # signalled to save: more than a step and two saves take. The job is then requeued and continues.
     signal_delay: int = 300
     # Elements of a job array, of train.encode: N or N%M, at most M at once; null: no array.
     array: str | None = None
-    max_requeues: int = JobConfig.max_requeues  # attempts in a row that may gain nothing; preempted ones count a tenth
+    # Attempts in a row without progress before it gives up; a preempted one counts a tenth.
+    max_requeues: int = JobConfig.max_requeues
     then: str | None = None  # program of the next job, which starts when this one is done; its options follow
-    wait: bool = False  # follow the jobs to their end; exits with 0 if all went well, else with 1
-    dry_run: bool = False  # print the batch scripts; open no data, submit and write nothing
-    cluster: Literal["slurm", "local"] = "slurm"  # local: the same tasks here and now, without Slurm
-    plan: bool = True  # refuse a training that train.plan says does not fit
-    gpu: str = "h100"  # of the plan, a name that train.plan knows
-    setup: list[str] = field(default_factory=list)  # lines that the batch script runs first: [module load cuda]
+    dry_run: bool = False  # print the batch scripts; read no data, submit and write nothing
+    plan: bool = True  # refuse a training that does not fit according to train.plan
+    gpu: str = "h100"  # for the plan: a name that train.plan knows
+    setup: list[str] = field(default_factory=list)  # commands that the batch script runs first: [module load cuda]
     env: dict[str, str] = field(default_factory=dict)  # variables of every task, such as env.NCCL_SOCKET_IFNAME=ib0
-    # More of sbatch's options. Those it has today need no prefix: partition=, account=, qos=, exclude=, mail_type= ...
+    # Further sbatch options. Known ones need no prefix: partition=, account=, qos=, exclude=, mail_type= ...
     sbatch: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,14 +48,14 @@ class LaunchConfig:
             raise ValueError(f"gpus_per_node={self.gpus_per_node}: expected a count such as 8, or TYPE:8")
         if self.num_gpus and self.tasks_per_node not in (None, self.num_gpus):
             raise ValueError(
-                f"tasks_per_node={self.tasks_per_node} with gpus_per_node={self.gpus_per_node}: one task a GPU; "
-                "leave tasks_per_node out"
+                f"tasks_per_node={self.tasks_per_node} with gpus_per_node={self.gpus_per_node}: expected one task a "
+                "GPU; leave tasks_per_node out"
             )
         limit_s = seconds_of(self.time) if self.time is not None else None
         if limit_s is not None and limit_s <= self.signal_delay:
             raise ValueError(
-                f"time={self.time} is not longer than signal_delay={self.signal_delay} seconds: the job would be told "
-                "to stop as it starts; give more time, or a smaller signal_delay"
+                f"time={self.time} is not longer than signal_delay={self.signal_delay} seconds: the job would be "
+                "signalled to stop as it starts; give more time, or a smaller signal_delay"
             )
         elements, limit = self.elements
         if self.array is not None and (not 2 <= elements <= MOST or limit < 1):
@@ -69,7 +67,7 @@ class LaunchConfig:
                 raise ValueError(f"{given}={value}: {why}")
         for name in self.env:
             if not (name.isascii() and name.isidentifier()):
-                raise ValueError(f"env.{name}: no name of a variable")
+                raise ValueError(f"env.{name}: not a valid name of a variable")
         program = self.found
         if self.array is not None and program.tasks != "workers":
             raise ValueError(f"array={self.array}: {self.program} is one job; arrays are for train.encode")
@@ -82,7 +80,7 @@ class LaunchConfig:
 
     @property
     def num_gpus(self) -> int:
-        """GPUs of a node; 0 for none, and for what is no count."""
+        """GPUs of a node; 0 for none, or where it is not a number."""
         count = (self.gpus_per_node or "0").rpartition(":")[2]
         return int(count) if count.isdecimal() else 0
 
@@ -93,7 +91,7 @@ class LaunchConfig:
 
     @property
     def elements(self) -> tuple[int, int]:
-        """Elements of the array, 1 without one, and how many of them run at once."""
+        """Elements of the array and how many of them run at once; (1, 1) without an array."""
         if self.array is None:
             return 1, 1
         count, _, limit = self.array.partition("%")
@@ -102,7 +100,7 @@ class LaunchConfig:
 
 
 def seconds_of(time: str) -> int | None:
-    """Return the seconds of a time limit as sbatch takes it, None for one without a limit or that only Slurm knows."""
+    """Return the seconds of a time limit in sbatch's notation; None if unlimited or in another notation."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if match is None:
         return None
@@ -115,9 +113,9 @@ def seconds_of(time: str) -> int | None:
     return minutes * 60 + seconds
 
 
-AT_ONCE = 64  # elements of an array, unless it says otherwise
-MOST = 100_000  # each is a file before sbatch sees it, which takes 1,000 unless its MaxArraySize says otherwise
-# sbatch's long options that a job of ours can do with (22.05 to 25.05).
+AT_ONCE = 64  # elements of an array that run at once, by default
+MOST = 100_000  # elements; each is a file first. sbatch itself takes 1,000, or its MaxArraySize
+# sbatch's long options that are compatible with these jobs (22.05 to 25.05).
 SBATCH_NAMES = """
 account acctg_freq begin bell bb bbf clusters comment constraint container contiguous core_spec cores_per_socket
 cpu_freq cpus_per_gpu deadline delay_boot dependency distribution exclude exclusive extra extra_node_info get_user_env
@@ -127,11 +125,11 @@ prefer priority propagate qos reboot reservation segment sockets_per_node spread
 threads_per_core time_min tmp tres_bind tres_per_task use_min_nodes wait_all_nodes wckey
 """
 SBATCH = frozenset(SBATCH_NAMES.split())
-# Those that would take a job apart.
+# Those that would break a job, and the remedy.
 TAKEN = {
     "ntasks": "give tasks_per_node or gpus_per_node",
     "ntasks_per_node": "give tasks_per_node or gpus_per_node",
-    "ntasks_per_gpu": "one task a GPU is what gpus_per_node gives",
+    "ntasks_per_gpu": "give gpus_per_node, one task each",
     "gpus": "give gpus_per_node, one task each",
     "gpus_per_task": "give gpus_per_node, one task each: a GPU that its peers cannot see slows NCCL down",
     "gpus_per_socket": "give gpus_per_node, one task each",
@@ -139,14 +137,14 @@ TAKEN = {
     "error": "logs go into the run's folder",
     "open_mode": "logs are appended to",
     "signal": "give signal_delay=SECONDS",
-    "requeue": "jobs always may be requeued; max_requeues bounds it",
-    "no_requeue": "jobs always may be requeued; max_requeues bounds it",
-    "chdir": "paths are meant from where you are: go there before",
+    "requeue": "jobs may always be requeued; max_requeues bounds it",
+    "no_requeue": "jobs may always be requeued; max_requeues bounds it",
+    "chdir": "paths are relative to the current folder: change to that folder first",
     "wrap": "give program=",
     "kill_on_invalid_dep": "a job whose predecessor failed is always cancelled",
+    "wait": "the command that is printed follows the log",
 }
-OF_ALL = ("wait", "dry_run", "cluster")  # wherever they stand
-# What a job of a chain does not take over from the one before.
+# What a job of a chain does not inherit from the previous one.
 OWN = frozenset(("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "time", "array", "then", "program"))
 OWN_SBATCH = frozenset(
     ("begin", "dependency", "job_name", "mem", "mem_per_cpu", "mem_per_gpu", "nodelist", "gres", "exclusive")
@@ -154,16 +152,16 @@ OWN_SBATCH = frozenset(
 
 
 def read(argv: Sequence[str]) -> list[tuple[LaunchConfig, list[str]]]:
-    """Return the jobs that a command line asks for, each with its program's arguments. Raises ValueError."""
+    """Return the jobs of a command line, each with its program's arguments. Raises ValueError."""
     groups: list[list[str]] = [[]]
-    of_all = []
+    inherited: list[str] = []
     for argument in argv:
         key, _, value = argument.partition("=")
         if key == "then":
             groups.append([f"program={value}"])
         else:
-            (of_all if key in OF_ALL else groups[-1]).append(argument)
-    jobs, inherited = [], of_all
+            (inherited if key == "dry_run" else groups[-1]).append(argument)  # wherever it stands, it is for all
+    jobs = []
     for group in groups:
         ours, theirs = sort(group)
         jobs.append((load_config(LaunchConfig, [*inherited, *ours]), theirs))
@@ -172,14 +170,14 @@ def read(argv: Sequence[str]) -> list[tuple[LaunchConfig, list[str]]]:
 
 
 def sort(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return our arguments, sbatch's as `sbatch.NAME=VALUE`, and the program's."""
+    """Split arguments into the launcher's, with sbatch's as `sbatch.NAME=VALUE`, and the program's."""
     fields = {field.name for field in dataclasses.fields(LaunchConfig)}
     ours, theirs = [], []
     for argument in arguments:
         key = argument.partition("=")[0].split(".")[0]
         if key in fields:
             ours.append(argument)
-        elif key.replace("-", "_") in (SBATCH | TAKEN.keys()) - {"output"}:  # which programs have too
+        elif key.replace("-", "_") in (SBATCH | TAKEN.keys()) - {"output"}:  # an option of programs, too
             name, _, value = argument.partition("=")
             ours.append(f"sbatch.{name.replace('-', '_')}={value}")
         else:

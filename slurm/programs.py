@@ -1,6 +1,6 @@
-"""What Slurm has to know of each program: where it writes, how many tasks help it, and how far it has come.
+"""What the launcher must know of each program: where it writes, how it uses several tasks, how far it has come.
 
-The rest it learns by running `python -m PROGRAM --resolve`: nobody imports a program.
+Everything else comes from `python -m PROGRAM --resolve`: programs are never imported.
 """
 
 import json
@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
 
 from train.config import CHECK, RESOLVE
 
@@ -19,25 +21,25 @@ from train.config import CHECK, RESOLVE
 class Program:
     """A program of train/ that a job can run."""
 
-    writes: tuple[str, ...] = ("output",)  # options of which the first that is set names its folder or file
-    # one: a single task. group: its tasks are ranks of one process group, which end together. workers: its tasks know
-    # nothing of each other, and array elements are more of them.
+    writes: tuple[str, ...] = ("output",)  # options; the first that is set names its folder or file
+    # one: a single task. group: the ranks of one process group, which end together. workers: independent tasks; the
+    # elements of an array are more of them.
     tasks: Literal["one", "group", "workers"] = "one"
     unit: str = "steps"  # of its progress
-    progress: Callable[[Path], int] | None = None  # how far it has come, durably, from what it writes; None: unknown
+    progress: Callable[[Path], int] | None = None  # progress saved in its folder; None: unknown
 
-    def folder(self, config: dict) -> Path:
-        """Return what a resolved config says it writes, absolute."""
+    def folder(self, config: dict[str, Any]) -> Path:
+        """Return the absolute path that a resolved config says it writes."""
         return Path(next(config[name] for name in self.writes if config[name])).absolute()
 
-    def jobs_folder(self, config: dict) -> Path:
-        """Return where its jobs' code, config, logs and records go: in a run's folder, or beside what it writes."""
+    def jobs_folder(self, config: dict[str, Any]) -> Path:
+        """Return where its jobs' code, config, logs and records go: inside a run's folder, or next to the output."""
         folder = self.folder(config)
         return folder / "slurm" if self.writes == ("run_dir",) else folder.with_name(f"{folder.name}.slurm")
 
 
 def newest_checkpoint(run_dir: Path) -> int:
-    """Return the step of the newest checkpoint that was committed, 0 without any."""
+    """Return the step of the newest committed checkpoint, 0 without any."""
     names = (re.fullmatch(r"step-(\d+)", path.name) for path in (run_dir / "checkpoints").glob("step-*"))
     return max((int(name[1]) for name in names if name), default=0)
 
@@ -72,19 +74,26 @@ PROGRAMS = {
 
 
 def find_program(name: str) -> Program:
-    """Return the program of a name; raises ValueError for one that no job can run."""
+    """Return the entry of a program; raises ValueError for one that no job can run."""
     if name not in PROGRAMS:
         raise ValueError(f"program={name}: expected one of {', '.join(PROGRAMS)}")
     return PROGRAMS[name]
 
 
 def resolve(name: str, arguments: Sequence[str], *, check: bool = False) -> str:
-    """Return a program's resolved config, as YAML; with `check` only once it has looked at its input too.
+    """Return a program's resolved config, as YAML; `check` makes it inspect its input too.
 
-    Raises ValueError with the words of its refusal.
+    Raises ValueError with the program's own message.
     """
     command = [sys.executable, "-m", name, *arguments, CHECK if check else RESOLVE]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="surrogateescape", check=False)
     if done.returncode:
         raise ValueError(done.stderr.strip().removeprefix(f"{name}: ") or f"{name} ended with {done.returncode}")
     return done.stdout
+
+
+def read_resolved(resolved: str) -> dict[str, Any]:
+    """Return a resolved config (YAML) as a mapping."""
+    config = OmegaConf.to_container(OmegaConf.create(resolved))
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}

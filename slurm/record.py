@@ -1,8 +1,8 @@
-"""What became of a job: one JSON file, with an entry for each attempt to run it.
+"""The history of a job: one JSON file, with an entry for each attempt to run it.
 
-    <jobs>/<job id>/job.json   written whole by rename, by the job's supervisor alone
+    <jobs>/<job id>/job.json   replaced atomically, by the job's supervisor alone
 
-An attempt whose supervisor was killed with it has no end of its own; the next attempt writes it, from what Slurm says.
+A supervisor killed together with its attempt cannot record the end; the next attempt does, as Slurm reports it.
 """
 
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 from data.durable import atomic_write
 
 BY_SLURM = "ended by Slurm: "
-# Reasons that say little against the job: who is preempted three times while it starts may be lucky the fourth time.
-INNOCENT_SHARE = 10  # so many of those count as one of its own faults
+# Ends that are not the job's fault: one preempted three times during startup may succeed the fourth time.
+INNOCENT_SHARE = 10  # this many of them count as one failure of its own
 INNOCENT = ("stopped by preemption or a request", f"{BY_SLURM}PREEMPTED", f"{BY_SLURM}REQUEUED")
 
 
@@ -26,24 +26,24 @@ class Attempt:
     nodes: list[str]
     tasks: int
     began: str  # local time, ISO 8601
-    at: int | None  # progress when it began: step of the newest checkpoint, finished shards; None: not known
+    at: int | None  # progress when it began: step of the newest checkpoint, finished shards; None: unknown
     ended: str | None = None
-    gained: int | None = None  # how far it came beyond `at`
+    gained: int | None = None  # progress beyond `at`
     status: int | None = None  # the highest exit status of its tasks; None: Slurm ended the supervisor too
     reason: str | None = None  # why it ended, for people
 
     def end(self, at: int | None, status: int | None, reason: str) -> None:
-        """Note how it ended, and how far it came."""
+        """Set when and why it ended, and how far it came."""
         self.ended, self.status, self.reason = now(), status, reason
         self.gained = None if at is None or self.at is None else max(0, at - self.at)
 
 
 @dataclass
 class Record:
-    """A job's file."""
+    """A job and its attempts; the contents of job.json."""
 
     path: Path
-    job: str  # id; of an array's element ARRAY_INDEX
+    job: str  # id; ARRAY_INDEX for an element of an array
     program: str
     config: str  # file of the resolved config
     code: str = str(Path(__file__).parent.parent)  # folder that the program is imported from
@@ -51,10 +51,10 @@ class Record:
 
     @classmethod
     def open(cls, path: Path, job: str, program: str, config: str) -> "Record":
-        """Read the record of an earlier attempt, or begin one."""
+        """Read the record of earlier attempts, or start an empty one."""
         try:
             attempts = [Attempt(**attempt) for attempt in json.loads(path.read_text(encoding="utf-8"))["attempts"]]
-        except (OSError, ValueError, KeyError, TypeError):  # the first attempt, or a disk that was full
+        except (OSError, ValueError, KeyError, TypeError):  # the first attempt, or an earlier one found the disk full
             attempts = []
         path.parent.mkdir(parents=True, exist_ok=True)
         return cls(path, job, program, config, attempts=attempts)
@@ -66,7 +66,7 @@ class Record:
         return attempt
 
     def idle(self) -> int:
-        """Return how many attempts in a row, up to the last, gained nothing; those of Slurm's making count a tenth."""
+        """Return how many of the last consecutive attempts gained nothing; those that Slurm ended count a tenth."""
         own, innocent = 0, 0
         for attempt in reversed(self.attempts):
             if attempt.ended is None or attempt.gained:
@@ -76,11 +76,11 @@ class Record:
         return own + innocent // INNOCENT_SHARE
 
     def is_latest(self, attempt: Attempt) -> bool:
-        """Return whether no later attempt has begun: a node that Slurm gave up may come to itself long after."""
+        """Return whether no later attempt has begun: a node that Slurm gave up may wake long afterwards."""
         return attempt.number >= len(Record.open(self.path, self.job, self.program, self.config).attempts)
 
     def write(self) -> bool:
-        """Replace the file and return True; a disk that is full costs the record, not the job."""
+        """Replace the file and return True; False if it cannot be written, which must not end the job."""
         entries = {name: value for name, value in asdict(self).items() if name != "path"}
         try:
             with atomic_write(self.path) as file:
@@ -92,10 +92,10 @@ class Record:
 
 
 def say(words: str) -> None:
-    """Print a line into the console log."""
+    """Print a line to the console log."""
     try:
         print(f"slurm: {words}", flush=True)
-    except OSError:  # a full disk; training went on all the same, and so must the requeue
+    except OSError:  # a full disk, which must not prevent the requeue
         return
 
 

@@ -1,4 +1,4 @@
-"""What we ask Slurm and tell it: a few of its commands, each bounded in time."""
+"""Slurm's own commands, as functions with a time limit and typed errors."""
 
 import re
 import subprocess
@@ -8,18 +8,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-ANSWER_S = 60  # how long a command may take; a busy controller answers late
-PATIENCE_S, AGAIN_S = 3600, 5  # how long `patiently` goes on asking, and how often
+ANSWER_S = 60  # limit of one command; a busy controller answers late
+PATIENCE_S, AGAIN_S = 3600, 5  # how long `patiently` keeps asking, and how often
 AWAY = re.compile(r"contact slurm controller|timed out|connection refused|Zero Bytes", re.IGNORECASE)
-EARLY_S = 90  # the controller looks at time limits every 30 s, and may warn up to a minute early
-# States of a job that will not run again, as sacct and scontrol name them.
-FINAL = frozenset(
-    ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "NODE_FAIL", "PREEMPTED")
-)
+EARLY_S = 90  # the controller checks time limits every 30 s and may warn up to a minute early
 
 
 class SlurmError(OSError):
-    """Slurm refused, or is not here."""
+    """Slurm refused, or is not installed here."""
 
 
 class SlurmBusy(SlurmError):
@@ -27,11 +23,11 @@ class SlurmBusy(SlurmError):
 
 
 def ask(*command: str) -> str:
-    """Run a command of Slurm's and return what it prints. Raises SlurmError with its words."""
+    """Run a Slurm command and return its output. Raises SlurmError with its message."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
     except FileNotFoundError:
-        raise SlurmError(f"{command[0]} is not here: run this where Slurm is, or with cluster=local") from None
+        raise SlurmError(f"{command[0]} is not here: run this where Slurm is, or use torchrun without it") from None
     except subprocess.TimeoutExpired:
         raise SlurmBusy(f"{' '.join(command)}: no answer within {ANSWER_S} s") from None
     if done.returncode:
@@ -41,7 +37,7 @@ def ask(*command: str) -> str:
 
 
 def patiently(question: Callable[[], T]) -> T:
-    """Ask Slurm until it answers: a controller that restarts must not cost a requeue. Raises SlurmError."""
+    """Ask Slurm until it answers: a restart of the controller must not cost a requeue. Raises SlurmError."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -53,39 +49,39 @@ def patiently(question: Callable[[], T]) -> T:
 
 
 def describe(kind: str, name: str) -> dict[str, str]:
-    """Return the fields that `scontrol show` has of a job or a partition, those of an array's first element."""
+    """Return the fields that `scontrol show` prints of a job or a partition."""
     lines = ask("scontrol", "show", kind, name, "--oneliner").splitlines()
     return dict(re.findall(r"(\S+?)=(\S*)", lines[0])) if lines else {}
 
 
-def queue(job_id: str) -> list[tuple[str, str]]:
-    """Return (state, reason) of a job that waits or runs, of an array of each such element; nothing once it ended."""
+def queue(job_id: str) -> tuple[str, str] | None:
+    """Return (state, reason) of a job that is queued or running; None once it has ended."""
     try:
-        lines = ask("squeue", "--noheader", "--array", "--format=%T %r", f"--jobs={job_id}").splitlines()
+        line = ask("squeue", "--noheader", "--array", "--format=%T %r", f"--jobs={job_id}").strip()
     except SlurmBusy:
         raise
     except SlurmError as error:
         if "Invalid job id" not in str(error):
             raise
-        return []
-    return [tuple(line.split(maxsplit=1)) for line in lines if line.strip()]
+        return None
+    state, _, reason = line.partition("\n")[0].partition(" ")
+    return (state, reason.strip()) if state else None
 
 
 def final_state(job_id: str) -> str:
-    """Return the state that accounting has of a job's newest run; of an array the worst of its elements'."""
+    """Return the state that accounting has of a job's newest run."""
     try:
-        lines = ask("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=State")
-        found = [line.split()[0] for line in lines.splitlines() if line.strip()]
+        words = ask("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=State").split()
+        return words[0] if words else "UNKNOWN"
     except SlurmError:  # no accounting here
         try:
-            found = [describe("job", job_id).get("JobState", "UNKNOWN")]
-        except SlurmError:  # and the controller has forgotten it
-            found = []
-    return next((bad for bad in found if bad != "COMPLETED"), found[0] if found else "UNKNOWN")
+            return describe("job", job_id).get("JobState", "UNKNOWN")
+        except SlurmError:  # the controller has forgotten it
+            return "UNKNOWN"
 
 
 def last_end(job_id: str) -> str:
-    """Return how Slurm says that the run of a job before the present one ended; "" where it does not say."""
+    """Return the state in which the previous run of a requeued job ended; "" if Slurm does not say."""
     try:
         options = ("--allocations", "--duplicates", "--noheader", "--parsable2")
         lines = ask("sacct", *options, f"--jobs={job_id}", "--format=State").split("\n")
@@ -96,12 +92,14 @@ def last_end(job_id: str) -> str:
 
 
 def requeue(job_id: str) -> None:
-    """Put a job that runs, or that its time limit ended, back into the queue. Raises SlurmError where it may not be.
+    """Put a job that is running, or was ended by its time limit, back into the queue. Raises SlurmError if it may not.
 
-    Slurm would revive one that was cancelled a moment ago, or while an earlier try of ours got no answer.
+    Without this check Slurm would revive a job that was cancelled a moment ago, or requeue twice when an earlier
+    request took effect but its answer was lost.
     """
-    if not any(state == "RUNNING" or reason == "TimeLimit" for state, reason in queue(job_id)):
-        raise SlurmError("Slurm has ended it meanwhile")
+    found = queue(job_id)
+    if found is None or (found[0] != "RUNNING" and found[1] != "TimeLimit"):
+        raise SlurmError("Slurm has ended the job already")
     ask("scontrol", "requeue", job_id)
 
 

@@ -1,6 +1,6 @@
-"""What a job runs, kept as it was when it was submitted: the code and the resolved config, by their hashes.
+"""What a job runs, frozen at submission: the code and the resolved config, named by their hashes.
 
-A job may wait for days and be requeued for weeks; what happens in the working tree meanwhile must not reach it.
+A job may wait for days and be requeued for weeks; later changes of the working tree must not reach it.
     <jobs>/code-<hash>/        data, model, train, slurm
     <jobs>/config-<hash>.yaml  every option, no overrides left
 """
@@ -13,13 +13,13 @@ from pathlib import Path
 from data.durable import atomic_write
 
 PACKAGES = ("data", "model", "train", "slurm")
-SUFFIXES = (".py", ".css")  # of code: whatever else lies in these folders, such as data in data/, is not ours to copy
+SUFFIXES = (".py", ".css")  # everything else in these folders, such as data in data/, is not copied
 ROOT = Path(__file__).resolve().parent.parent
 HASH_DIGITS = 10
 
 
 def write_code(jobs: Path) -> Path:
-    """Copy the packages, unless a copy of the same contents is there; return the folder to import them from."""
+    """Copy the packages unless the same copy exists; return the folder to import them from."""
     files = {name: (ROOT / name).read_bytes() for name in _code_files()}
     digest = hashlib.sha256()
     for name, content in files.items():
@@ -27,15 +27,15 @@ def write_code(jobs: Path) -> Path:
     folder = jobs / f"code-{digest.hexdigest()[:HASH_DIGITS]}"
     if folder.exists():
         return folder
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     for name, content in files.items():
-        path = beside / name
+        path = temporary / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     try:
-        beside.rename(folder)
+        temporary.rename(folder)
     except OSError:  # another launch was faster
-        shutil.rmtree(beside)
+        shutil.rmtree(temporary)
         if not folder.exists():
             raise
     return folder

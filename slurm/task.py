@@ -1,8 +1,8 @@
-"""One task of a job: tell the program who it is among its peers, and become it.
+"""One task of a job: set the variables that torchrun would set, and become the program.
 
-`srun python -m slurm.task PROGRAM key=value ...`, from slurm/job.py. The process is replaced, so Slurm's signals and
-the exit status are the program's own, with nobody in between. Rank 0 writes to the job's console log, each other one to
-a file of its own: straight, not through srun, whose end or full pipe would hold the program up.
+slurm/job.py runs `srun python -m slurm.task PROGRAM key=value ...`. The program replaces this process, so that it
+receives Slurm's signals and returns its exit status itself. Rank 0 writes to the job's console log, every other rank
+to a file of its own; not through srun, whose end or full pipe would block the program.
 """
 
 import os
@@ -13,18 +13,18 @@ from pathlib import Path
 
 from slurm.job import CONSOLE, LOGS
 
-# The one place of settings that every rank gets, unless the environment that submits the job has them already.
+# Variables of every rank, unless the submitting environment sets them.
 DEFAULTS = {
-    "NCCL_DEBUG": "WARN",  # says why a collective failed, and little else
+    "NCCL_DEBUG": "WARN",  # why a collective failed, and little else
     "PYTHONUNBUFFERED": "1",  # a log's last line is what happened last
 }
 
 
 def environment(given: Mapping[str, str], node_folder: str) -> dict[str, str]:
-    """Return what a rank's environment has beyond `given`, which Slurm and slurm/job.py have filled.
+    """Return the variables to add to `given`, the environment from Slurm and slurm/job.py.
 
-    Where ranks are and who they are as torchrun says it, threads, and caches of compiled kernels in `node_folder`, on
-    a disk of the node: on a shared file system hundreds of ranks would wait for each other's locks.
+    They are torchrun's RANK and so on, thread counts, and compile caches in `node_folder`, which is on a local disk:
+    on a shared file system hundreds of ranks would wait for each other's locks.
     """
     node, local_rank = int(given["SLURM_NODEID"]), given["SLURM_LOCALID"]
     own = {
@@ -36,7 +36,7 @@ def environment(given: Mapping[str, str], node_folder: str) -> dict[str, str]:
     defaults = dict(DEFAULTS)
     defaults["TORCHINDUCTOR_CACHE_DIR"] = f"{node_folder}/inductor"
     defaults["TRITON_CACHE_DIR"] = f"{node_folder}/triton"
-    if "SLURM_CPUS_PER_TASK" in given:  # Slurm binds a task to its CPUs, all of which are this rank's
+    if "SLURM_CPUS_PER_TASK" in given:  # Slurm binds a task to its CPUs: they are all this rank's
         defaults["OMP_NUM_THREADS"] = given["SLURM_CPUS_PER_TASK"]
     if "NCCL_SOCKET_IFNAME" in given:  # gloo carries votes and checkpoints over the same network
         defaults["GLOO_SOCKET_IFNAME"] = given["NCCL_SOCKET_IFNAME"]
@@ -44,7 +44,7 @@ def environment(given: Mapping[str, str], node_folder: str) -> dict[str, str]:
 
 
 def tasks_by_node(counts: str) -> list[int]:
-    """Return the tasks of each node, from Slurm's short form: "8(x3),4" is [8, 8, 8, 4]."""
+    """Return the number of tasks of each node from Slurm's short form: "8(x3),4" is [8, 8, 8, 4]."""
     tasks: list[int] = []
     for part in counts.split(","):
         count, _, times = part.partition("(x")

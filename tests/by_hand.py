@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.steps import free_port
+from slurm.srun import free_port
 from tests.ranks import ProgramRanks
 from train.config import run_program
 from train.distributed import rendezvous

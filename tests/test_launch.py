@@ -1,4 +1,4 @@
-"""slurm.launch without a cluster: whose options are whose, what is refused before it waits, what a script says."""
+"""slurm.launch without a cluster: whose option is whose, what is refused before it is queued, the batch script."""
 
 import dataclasses
 import importlib
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.tokenizer import Tokenizer
-from slurm import job, notice, options, snapshot, steps
+from slurm import job, options, signal_delay, snapshot, srun
 from slurm.options import LaunchConfig
 from slurm.programs import PROGRAMS, finished_shards, last_row, newest_checkpoint
 from slurm.record import INNOCENT, Attempt, Record
@@ -38,14 +38,14 @@ def test_an_option_is_ours_or_sbatchs_or_the_programs() -> None:
     }  # fmt: skip
 
 
-def test_no_program_has_an_option_that_launch_would_take_from_it() -> None:
-    """The first word of each key: `train.plan` and `train.demo`, which nobody queues, are not among the programs."""
+def test_the_launcher_shadows_no_programs_option() -> None:
+    """Compares the first part of each key. `train.plan` and `train.demo` are never queued."""
     for name in PROGRAMS:
         keys = [field.name for field in dataclasses.fields(importlib.import_module(name).CONFIG)]
         assert options.sort([f"{key}=1" for key in keys])[1] == [f"{key}=1" for key in keys], name
 
 
-def test_a_chain_hands_on_the_cluster_and_not_the_size() -> None:
+def test_a_chain_inherits_the_partition_and_not_the_size() -> None:
     jobs = options.read(
         ["partition=gpu", "account=lab", "program=train.encode", "array=256%32", "time=60", "mem=8G", "inputs=[a]",
          "then=train.pretrain", "config=b.yaml", "nodes=4", "gpus_per_node=8",
@@ -70,7 +70,7 @@ def test_a_chain_hands_on_the_cluster_and_not_the_size() -> None:
         (["program=train.pretrian"], "program=train.pretrian: expected one of train.scenes"),
         (["nodes=0"], "nodes=0: expected at least 1"),
         (["gpus_per_node=many"], "gpus_per_node=many: expected a count such as 8"),
-        (["gpus_per_node=8", "tasks_per_node=4"], "one task a GPU"),
+        (["gpus_per_node=8", "tasks_per_node=4"], "expected one task a GPU"),
         (["gpus_per_task=1"], "gpus_per_task=1: give gpus_per_node"),
         (["array=8"], "train.pretrain is one job; arrays are for train.encode"),
         (["program=train.encode", "array=1"], "array=1: expected N or N%M"),
@@ -78,15 +78,16 @@ def test_a_chain_hands_on_the_cluster_and_not_the_size() -> None:
         (["program=train.encode", "array=8%0"], "array=8%0: expected N or N%M"),
         (["program=train.tokenizer", "nodes=2"], "train.tokenizer is one task"),
         (["time=5"], "time=5 is not longer than signal_delay=300 seconds"),
-        (["requeue=true"], "jobs always may be requeued"),
+        (["requeue=true"], "jobs may always be requeued"),
         (["sbatch.gpus-per-task=1"], "gpus-per-task=1: give gpus_per_node"),
         (["sbatch.nodes=2"], "nodes=2: give nodes= itself"),
-        (["chdir=/tmp"], "chdir=/tmp: paths are meant from where you are"),
-        (["env.A-B=1"], "env.A-B: no name of a variable"),
+        (["chdir=/tmp"], "chdir=/tmp: paths are relative to the current folder"),
+        (["wait=true"], "wait=true: the command that is printed follows the log"),
+        (["env.A-B=1"], "env.A-B: not a valid name"),
         (["nodes"], "'nodes' is not of the form key=value"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_in_words(argv: list[str], words: str) -> None:
+def test_invalid_options_are_refused_with_a_remedy(argv: list[str], words: str) -> None:
     """P10."""
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         options.read(argv)
@@ -101,7 +102,7 @@ def test_time_limits_are_read_as_sbatch_reads_them() -> None:
 def test_a_bad_config_or_missing_data_never_waits_in_a_queue(
     tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
 ) -> None:
-    """P10: nothing is written, nothing submitted; the message is the program's own."""
+    """P10: nothing is written or submitted; the message is the program's own."""
     good = settings(tmp_path / "run", tokenizer, sources)
     done = launch("program=train.pretrain", *good, "data.sources.pairs.path=/nowhere")
     assert done.returncode == 2 and "/nowhere" in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -119,19 +120,19 @@ def test_a_training_that_does_not_fit_is_refused_with_what_would(
     }
     argv = settings(tmp_path / "run", tokenizer, sources, **large)
     done = launch("program=train.pretrain", *argv, "device=cuda", "gpus_per_node=1", "gpu=4090", "dry_run=true")
-    assert done.returncode == 2 and "does not fit: " in done.stderr and "plan=false sends it" in done.stderr, (
+    assert done.returncode == 2 and "does not fit: " in done.stderr and "plan=false submits it" in done.stderr, (
         done.stderr
     )
 
 
-def test_a_folder_that_sbatch_or_python_would_read_differently_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_characters_special_to_sbatch_or_python_is_refused(tmp_path: Path) -> None:
     for name in ("lr%j", "a:b", "a\\b", "a\nb"):
         done = launch("program=train.tokenizer", f"output={tmp_path}/{name}/t", "inputs=[x]", "dry_run=true")
-        assert done.returncode == 2 and "no job can work in a folder with" in done.stderr, done.stderr
+        assert done.returncode == 2 and "jobs cannot use a folder with" in done.stderr, done.stderr
 
 
 def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path) -> None:
-    """Of the whole chain, on a machine without Slurm: the parts of the path that hold it are not on it."""
+    """Of the whole chain, on a machine without Slurm: PATH leaves Slurm out."""
     done = launch(
         "partition=gpu", "program=train.tokenizer", f"output={tmp_path}/t.model", "inputs=[x]", "dry_run=true",
         "then=train.encode", "array=16%4", f"output={tmp_path}/latents", "inputs=[x]", f"tokenizer={tmp_path}/t.model",
@@ -148,73 +149,40 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_notice_too_short_for_a_step_and_its_saves_is_said_before_submission(tmp_path: Path) -> None:
-    """P6: from what the run has measured so far, or else from the plan."""
+def test_a_signal_delay_too_short_for_a_step_and_its_saves_is_warned_of(tmp_path: Path) -> None:
+    """P6: as the run has measured so far, or as planned."""
     config, plan = {"run_dir": str(tmp_path)}, {"step_s": 10.0, "checkpoint_gib": 200.0}
-    assert notice.warnings(config, None, LaunchConfig()) == []
-    (line,) = notice.warnings(config, plan, LaunchConfig())
+    assert signal_delay.warnings(config, None, LaunchConfig()) == []
+    (line,) = signal_delay.warnings(config, plan, LaunchConfig())
     assert "take 410 s (planned, at 1 GiB/s), signal_delay=300 is less: give signal_delay=615" in line
     rows = '{"step": 1, "stop_s": null}\n{"step": 2, "stop_s": 400.0}\n{"step": 3, "stop_s": 90.0}\n{"st'
     (tmp_path / "metrics.jsonl").write_text(rows)
-    (line,) = notice.warnings(config, plan, LaunchConfig())
+    (line,) = signal_delay.warnings(config, plan, LaunchConfig())
     assert "take 400 s (measured), signal_delay=300 is less: give signal_delay=600" in line
-    assert notice.warnings(config, plan, LaunchConfig(signal_delay=600)) == []
+    assert signal_delay.warnings(config, plan, LaunchConfig(signal_delay=600)) == []
 
 
-def test_a_chain_runs_here_without_slurm_up_to_the_first_failure(tmp_path: Path) -> None:
-    """cluster=local: the second program's only input is missing, the third is never begun."""
-    (tmp_path / "texts.txt").write_text("\n".join(f"a large red circle beside {i} squares" for i in range(200)))
-    made, missing, never = (tmp_path / name for name in ("made.model", "missing.model", "never.model"))
-    argv = ["program=train.tokenizer", "cluster=local", f"inputs=[{tmp_path}/texts.txt]", f"output={made}"]
-    argv += ["vocab_size=300", "then=train.tokenizer", f"inputs=[{tmp_path}/none.txt]", f"output={missing}"]
-    argv += ["then=train.tokenizer", f"inputs=[{tmp_path}/texts.txt]", f"output={never}"]
-    done = launch(*argv)
-    assert done.returncode == 2 and "none.txt" in done.stderr, done.stderr
-    assert made.is_file() and not missing.exists() and not never.exists()
-
-
-@pytest.mark.slow
-def test_the_same_tasks_run_here_without_slurm(tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]) -> None:
-    """cluster=local: two ranks, the console on the terminal, the other rank's log in a file."""
-    argv = settings(tmp_path / "run", tokenizer, sources, optim__steps=3)
-    done = launch(
-        "program=train.pretrain", *argv, "cluster=local", "tasks_per_node=2", "plan=false", OMP_NUM_THREADS="1"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks on cpu" in done.stdout and "done after step 3; saved" in done.stdout
-    assert [path.name for path in (tmp_path / "run" / "slurm").glob("local-*/*")] == ["rank-1.log"]
-    assert newest_checkpoint(tmp_path / "run") == 3
-
-
-def test_ranks_are_told_who_they_are_as_torchrun_tells_them() -> None:
+def test_a_task_gets_the_variables_that_torchrun_would_set() -> None:
     given = {"SLURM_PROCID": "13", "SLURM_NTASKS": "20", "SLURM_LOCALID": "5", "SLURM_NODEID": "1"}
     given |= {"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_CPUS_PER_TASK": "6", "NCCL_SOCKET_IFNAME": "ib0"}
-    told = environment({**given, "TRITON_CACHE_DIR": "/mine"}, "/tmp/node")
-    assert {name: told[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
+    variables = environment({**given, "TRITON_CACHE_DIR": "/mine"}, "/tmp/node")
+    assert {name: variables[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
         "RANK": "13", "WORLD_SIZE": "20", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8"
     }  # fmt: skip
-    assert told["OMP_NUM_THREADS"] == "6" and told["GLOO_SOCKET_IFNAME"] == "ib0"
-    assert told["TORCHINDUCTOR_CACHE_DIR"].startswith("/tmp/node") and "TRITON_CACHE_DIR" not in told
+    assert variables["OMP_NUM_THREADS"] == "6" and variables["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert variables["TORCHINDUCTOR_CACHE_DIR"].startswith("/tmp/node") and "TRITON_CACHE_DIR" not in variables
     assert tasks_by_node("3") == [3] and tasks_by_node("2(x3),1,4(x2)") == [2, 2, 2, 1, 4, 4]
-
-
-def test_a_group_here_whose_last_task_ended_is_ended() -> None:
-    program = "from slurm import steps; steps.OTHERS_END_S = 0.2\n"
-    program += 'code = \'import os, time; time.sleep(60 * (os.environ["N"] == "0"))\'\n'
-    program += "print(steps.run_here(['-c', code], [{'N': '0'}, {'N': '1'}], together=True))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert done.stdout == "137\n", done.stderr
 
 
 def test_two_jobs_on_a_node_get_two_ports() -> None:
     import socket
 
-    first = steps.free_port("17 1")
-    assert steps.free_port("17 1") == first != steps.free_port("18 1")
+    first = srun.free_port("17 1")
+    assert srun.free_port("17 1") == first != srun.free_port("18 1")
     with socket.socket() as taken:
         taken.bind(("", first))
         taken.listen()
-        assert steps.free_port("17 1") not in (first, None)
+        assert srun.free_port("17 1") not in (first, None)
 
 
 def test_a_snapshot_is_kept_once_and_runs_without_the_working_tree(tmp_path: Path) -> None:
@@ -232,7 +200,7 @@ def test_a_snapshot_is_kept_once_and_runs_without_the_working_tree(tmp_path: Pat
     assert (code / "train" / "pages" / "page.css").is_file() and not list(code.rglob("__pycache__"))
 
 
-def test_a_record_counts_attempts_that_gained_nothing(tmp_path: Path) -> None:
+def test_a_record_counts_attempts_without_progress(tmp_path: Path) -> None:
     path = tmp_path / "17" / "job.json"
     record = Record.open(path, "17", "train.pretrain", "c.yaml")
     for number, (at, reached) in enumerate([(0, 5), (5, 5), (5, 5)], start=1):
@@ -245,7 +213,7 @@ def test_a_record_counts_attempts_that_gained_nothing(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["attempts"][3]["ended"] is None
     again.attempts[-1].end(5, 75, INNOCENT[0])  # preempted as it started
     assert again.idle() == 2
-    for number in range(5, 14):  # and again and again: that is bounded too
+    for number in range(5, 14):  # however often: that is bounded too
         again.begin(Attempt(number, ["n0"], 2, "now", 5)).end(5, 75, INNOCENT[0])
     assert again.idle() == 3
     path.write_text('{"attempts": [{')  # torn
@@ -253,22 +221,23 @@ def test_a_record_counts_attempts_that_gained_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_the_record_and_the_log_and_not_the_attempt(tmp_path: Path) -> None:
-    """What gained nothing and cannot be counted is not requeued: it would be for ever."""
+    """An attempt without progress that cannot be recorded is not requeued: it would be for ever."""
     (tmp_path / "job.json").mkdir()  # cannot be replaced
     program = (
         "import sys; from pathlib import Path; from slurm.job import Job, requeue; from slurm.record import *\n"
         "record = Record.open(Path(sys.argv[1]), '17', 'train.pretrain', 'c.yaml')\n"
         "record.begin(Attempt(1, ['n0'], 2, 'now', 5)).end(5, 1, 'failed')\n"
-        "print(requeue('17', record, Job(program='', config='', jobs='', notice_s=0, max_requeues=3)), file=sys.stderr)"
+        "job = Job(program='', config='', jobs='', signal_delay_s=0, max_requeues=3)\n"
+        "print(requeue('17', record, job), file=sys.stderr)"
     )
     for log in ("/dev/full", "/dev/null"):
         command = [sys.executable, "-c", program, str(tmp_path / "job.json")]
         with open(log, "w") as stdout:
             done = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
-        assert "cannot be noted" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert "cannot be recorded" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_progress_is_what_a_restart_would_go_on_from(tmp_path: Path) -> None:
+def test_progress_is_where_a_restart_would_resume(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == finished_shards(tmp_path) == last_row(tmp_path / "vae") == 0
     for name in ("step-00000005", "step-00000040", ".tmp-step-50"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -278,10 +247,10 @@ def test_progress_is_what_a_restart_would_go_on_from(tmp_path: Path) -> None:
     assert (newest_checkpoint(tmp_path), finished_shards(tmp_path), last_row(tmp_path / "vae")) == (40, 1, 20)
     with (tmp_path / "vae.partial" / "metrics.jsonl").open("a") as file:
         file.write('{"st')
-    assert last_row(tmp_path / "vae") == 0  # being written; asked again later
+    assert last_row(tmp_path / "vae") == 0  # in the middle of a write
 
 
-def test_a_jobs_program_is_named_first() -> None:
+def test_a_job_without_a_program_is_refused() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "slurm.job", "optim.steps=3"], cwd=ROOT, capture_output=True, text=True
     )

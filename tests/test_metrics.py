@@ -138,9 +138,9 @@ def test_the_console_warns_once_of_a_stop_that_would_come_too_late(
 ) -> None:
     """P6: a step and its saves must fit into the notice that the scheduler gives; no scheduler, no warning."""
     for notice, stops, warned in (("60", (None, 59.0, 61.0, 62.0), 1), ("60", (None, 59.0), 0), (None, (1e6,), 0)):
-        monkeypatch.delenv("TRANSFUSION_NOTICE_S", raising=False)
+        monkeypatch.delenv("TRANSFUSION_SIGNAL_DELAY_S", raising=False)
         if notice is not None:
-            monkeypatch.setenv("TRANSFUSION_NOTICE_S", notice)
+            monkeypatch.setenv("TRANSFUSION_SIGNAL_DELAY_S", notice)
         console = Console(100, 50, alone())
         for stop_s in stops:
             console.show(console_row() | {"stop_s": stop_s})

@@ -29,7 +29,7 @@ from train.streams import open_streams
 Config = TypeVar("Config")
 
 RESOLVE, CHECK = "--resolve", "--check"  # print the resolved config instead; and look at the input before
-NOTICE = "TRANSFUSION_NOTICE_S"  # environment: seconds between a stop signal and the end, where a launcher knows
+SIGNAL_DELAY = "TRANSFUSION_SIGNAL_DELAY_S"  # environment: seconds from the stop signal to the kill, if known
 HELP = {"--help", "-h", "help"}
 REFUSED = 2  # exit status of a program that refused its config or its input before working
 RULES = """A lone value stands for a list of one. NAME=null leaves out what config=FILE calls NAME in a mapping, such as

@@ -6,7 +6,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from train.config import NOTICE
+from train.config import SIGNAL_DELAY
 from train.distributed.ranks import Ranks
 
 SHOWN_LAG = 0.1  # share of time that ranks wait for the slowest, from which the console names it
@@ -24,7 +24,7 @@ class Console:
     def __init__(self, steps: int, first_step: int, ranks: Ranks):
         self.steps, self.first_step, self.ranks = steps, first_step, ranks
         self._start = time.monotonic()
-        self._notice_s = float(os.environ.get(NOTICE, "inf"))
+        self._signal_delay_s = float(os.environ.get(SIGNAL_DELAY, "inf"))
 
     def show(self, row: dict[str, Any]) -> None:
         if not self.ranks.is_first:
@@ -41,10 +41,10 @@ class Console:
             f"norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.1e}  {row['tokens_per_s']:,.0f} tokens/s  "
             f"{row['images_per_s']:,.1f} images/s  {mfu}{timedelta(seconds=round(seconds))} left{lag}",
         )
-        if row["stop_s"] is not None and row["stop_s"] > self._notice_s:
+        if row["stop_s"] is not None and row["stop_s"] > self._signal_delay_s:
             say(
                 f"pretrain: warning: a stop takes a step and up to two saves, {row['stop_s']:.0f} s, and the signal "
-                f"comes {self._notice_s:.0f} s before the end: send it earlier (slurm.launch signal_delay=, sbatch "
+                f"comes {self._signal_delay_s:.0f} s before the end: send it earlier (slurm.launch signal_delay=, sbatch "
                 "--signal)"
             )
-            self._notice_s = float("inf")
+            self._signal_delay_s = float("inf")

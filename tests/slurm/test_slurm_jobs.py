@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from data.tokenizer import Tokenizer
-from slurm.notice import warnings
 from slurm.options import LaunchConfig
+from slurm.signal_delay import warnings
 from tests.runs import DrawingRun, assert_same_end, settings
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.launched import ROOT, attempts, launch, processes, tail, training, wait_for_step

@@ -35,17 +35,17 @@ def sent(
     return send
 
 
-def test_a_training_is_sent_followed_and_done(
+def test_a_training_is_submitted_and_done(
     cluster: Cluster, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
 ) -> None:
-    """Two nodes of two tasks; wait=true shows the console as it is written."""
+    """Two nodes of two tasks."""
     run_dir = tmp_path / "run"
     argv = [*training(run_dir, tokenizer, sources), "optim.steps=20", "nodes=2", "tasks_per_node=2"]
-    argv += ["time=10", "wait=true"]
-    (job_id,), printed = launch(*argv)
-    assert cluster.history(job_id) == ["COMPLETED"]
-    assert f"launch: job {job_id} (pretrain-run) ended: COMPLETED" in printed
-    assert "step 20/20" in printed and "attempt 1 ended: done" in printed
+    (job_id,), printed = launch(*argv, "time=10")
+    log = run_dir / "slurm" / f"{job_id}.log"
+    assert f"tail -F {log}" in printed
+    assert cluster.wait(job_id) == "COMPLETED" and cluster.history(job_id) == ["COMPLETED"]
+    assert "step 20/20" in log.read_text() and "attempt 1 ended: done" in log.read_text()
     assert sorted(path.name for path in (run_dir / "slurm" / job_id).iterdir()) == [
         "job.json", "rank-1.log", "rank-2.log", "rank-3.log"
     ]  # fmt: skip

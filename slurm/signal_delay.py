@@ -1,4 +1,4 @@
-"""Is there time to save? What a stop takes against the notice that Slurm gives."""
+"""Is `signal_delay` long enough? Compare the time a run takes to stop with the warning that Slurm gives it."""
 
 import json
 import os
@@ -9,18 +9,18 @@ from slurm import scheduler
 from slurm.options import LaunchConfig
 from slurm.scheduler import SlurmError
 
-ROWS = 200  # of metrics.jsonl, the last ones, that count
-GIB_PER_S = 1.0  # that a checkpoint is written with, before one has been
+ROWS = 200  # the last rows of metrics.jsonl that count
+GIB_PER_S = 1.0  # assumed checkpoint write speed, until one has been measured
 
 
 def stop_seconds(run_dir: Path, plan: dict[str, Any] | None) -> tuple[float, str] | None:
-    """Return how long a run may take to stop, a step and two saves, and whence that is known; None: it is not."""
+    """Return how many seconds a run may take to stop (a step and two saves) and the source; None if unknown."""
     measured = []
     path = run_dir / "metrics.jsonl"
     for line in path.read_text(errors="replace", encoding="utf-8").splitlines()[-ROWS:] if path.is_file() else []:
         try:
             row = json.loads(line)
-        except ValueError:  # a kill in the middle of a write
+        except ValueError:  # killed in the middle of a write
             continue
         measured += [row["stop_s"]] if row.get("stop_s") else []
     if measured:
@@ -31,29 +31,29 @@ def stop_seconds(run_dir: Path, plan: dict[str, Any] | None) -> tuple[float, str
 
 
 def warnings(config: dict[str, Any], plan: dict[str, Any] | None, launch: LaunchConfig) -> list[str]:
-    """Return what to say where a run would be ended before it has saved."""
+    """Return a warning for each way in which Slurm would end the run before it has saved."""
     found = stop_seconds(Path(config["run_dir"]), plan)
     if found is None:
         return []
-    seconds, whence = found
-    told = f"a step and two saves take {seconds:.0f} s ({whence})"
+    seconds, source = found
+    needed = f"a step and two saves take {seconds:.0f} s ({source})"
     lines = []
     if seconds > launch.signal_delay:
         lines.append(
-            f"warning: {told}, signal_delay={launch.signal_delay} is less: give signal_delay={round(1.5 * seconds)}"
+            f"warning: {needed}, signal_delay={launch.signal_delay} is less: give signal_delay={round(1.5 * seconds)}"
         )
     partition = launch.sbatch.get("partition", os.environ.get("SBATCH_PARTITION"))
     grace_s = _grace_seconds(partition)
     if grace_s is not None and seconds > grace_s:
         lines.append(
-            f"warning: {told}, and partition {partition} gives GraceTime={grace_s} s when it preempts: "
+            f"warning: {needed}, and partition {partition} gives GraceTime={grace_s} s when it preempts: "
             "a small checkpoint.interval_steps bounds what is lost"
         )
     return lines
 
 
 def _grace_seconds(partition: str | None) -> int | None:
-    """Return the notice of preemption that a partition gives; None: it does not preempt, or cannot be asked."""
+    """Return the seconds from a partition's preemption signal to the kill; None if it never preempts or is unknown."""
     if partition is None:
         return None
     try:
