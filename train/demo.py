@@ -90,7 +90,8 @@ def main(argv: list[str]) -> int:
         print(f"\n{head}{_time_left(seconds, config.smoke)}\n$ {shlex.join(command)}", flush=True)
         start = time.monotonic()
         if status := _run(command, Path(config.root)):
-            print(f"demo: {stage.name} ended with status {status}; the same command resumes here", file=sys.stderr)
+            remedy = f"the same command resumes; to start over, remove {folder} first"
+            print(f"demo: {stage.name} ended with status {status}; {remedy}", file=sys.stderr)
             return status
         seconds[stage.name] = time.monotonic() - start
         _write(marks[i], {**made_by, "seconds": seconds[stage.name]})
