@@ -1,32 +1,26 @@
 #!/usr/bin/env bash
 # Stop the cluster that up.sh started, and nothing else.
 #
-#   [SLURM_TEST_DIR=/tmp/transfusion-slurm-tests] bash tests/slurm/down.sh
+#   SLURM_TEST_DIR=DIR bash tests/slurm/down.sh
 #
 # Jobs are cancelled first, then each daemon is ended by the pid in its pid file
-# (after a look that this pid still is that daemon), then whatever a job left
-# behind: a process is only taken for one of ours when its environment carries
+# (after a check that the pid still is that daemon), then whatever a job left
+# behind: a process is only taken for one of ours when its environment has
 # this cluster's SLURM_CONF *and* a SLURM_JOB_ID, or it is a slurmstepd with this
 # cluster's SLURM_CONF.
-# Safe to run twice, or when nothing is up. The logs stay under
-# $SLURM_TEST_DIR/log; the rest of the state goes, unless SLURM_TEST_KEEP=1.
-# SLURM_TEST_PURGE=1 removes the directory whole.
+# Safe to run twice, or when nothing is up. SLURM_TEST_PURGE=1 removes the
+# directory; otherwise its logs stay.
 
 set -uo pipefail
 export LC_ALL=C
 export PATH=$PATH:/usr/sbin:/sbin
 
-D=${SLURM_TEST_DIR:-/tmp/transfusion-slurm-tests}
+D=${SLURM_TEST_DIR:?}
 MARK="# tests/slurm/up.sh $D"
 say() { printf 'slurm down: %s\n' "$*"; }
 
 [ -d "$D" ] || { say "nothing at $D"; exit 0; }
 [[ $D == /* && -e $D/.transfusion-slurm ]] || { say "$D is none of up.sh's: not touching it"; exit 2; }
-if [ "${SLURM_TEST_LOCK_HELD:-0}" != 1 ]; then      # up.sh calls us holding it
-    exec 9> "$D/.lock"
-    flock -w 120 9 || { say "another up.sh or down.sh holds $D/.lock"; exit 2; }
-fi
-t0=${EPOCHREALTIME/[.,]/}
 export SLURM_CONF=$D/slurm.conf
 
 pid_of() {                                  # pid_of NAME PROGRAM -> its pid, if it is alive
@@ -116,13 +110,10 @@ fi
 if [ -w /etc/hosts ] && grep -qF "$MARK" /etc/hosts; then
     hosts=$(grep -vF "$MARK" /etc/hosts) && printf '%s\n' "$hosts" > /etc/hosts
 fi
+rm -rf -- "${D:?}"/{run,state,spool,db,munge,etc,dev}
+rm -f -- "$D"/{slurm.conf,gres.conf,cgroup.conf,slurmdbd.conf,env.sh}
 if [ "${SLURM_TEST_PURGE:-0}" = 1 ]; then
-    rm -rf -- "${D:?}"/{run,state,spool,db,munge,etc,dev,log}
-    rm -f -- "$D"/{slurm.conf,gres.conf,cgroup.conf,slurmdbd.conf,env.sh,.lock,.transfusion-slurm}
-    rmdir -- "$D" 2>/dev/null
-elif [ "${SLURM_TEST_KEEP:-0}" != 1 ]; then
-    rm -rf -- "${D:?}"/{run,state,spool,db,munge,etc,dev}
-    rm -f -- "$D"/{slurm.conf,gres.conf,cgroup.conf,slurmdbd.conf,env.sh}
+    rm -rf -- "$D/log" "$D/.transfusion-slurm"
+    rmdir -- "$D"
 fi
-t1=${EPOCHREALTIME/[.,]/}
-say "down after $(( (t1 - t0) / 1000 )) ms"
+say "down"

@@ -12,7 +12,7 @@ set -euo pipefail
 exec < /dev/null
 export LC_ALL=C
 export PATH=$PATH:/usr/sbin:/sbin
-D=${SLURM_TEST_DIR:-/tmp/transfusion-slurm-tests}
+D=${SLURM_TEST_DIR:?}
 export SLURM_CONF=$D/slurm.conf
 cmd=${1:-} node=${2:-}
 case $cmd:$node in kill:node*|start:node*|boot:node*) ;; *) echo "usage: $0 kill|start|boot nodeN" >&2; exit 2 ;; esac

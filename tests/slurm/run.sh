@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests that need Slurm on a cluster of their own, which comes up before them and goes down after.
+# Run the tests that need Slurm on a cluster of their own, which comes up before them and goes down after them.
 #
 #   make test-slurm            or  bash tests/slurm/run.sh [pytest's options]
 #
@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 SLURM_TEST_DIR=$(mktemp -d /tmp/transfusion-slurm.XXXXXX)
 export SLURM_TEST_DIR
-purge=1                       # not exported: up.sh that fails takes its cluster down itself, and must keep the logs
+purge=1
 # Nothing in here may fail, or the exit status would be its own. (Where there is no Slurm the directory is still empty
 # and not marked, and down.sh would refuse it.)
 # shellcheck disable=SC2317  # the trap calls it

@@ -63,8 +63,13 @@ def test_requeued_by_hand_and_by_its_own_signal_it_ends_with_the_same_bits(
     (master,), node = re.findall(r"MASTER_ADDR=(\w+)", environment), attempts(run_dir / "slurm", job_id)[0]["nodes"][0]
     assert owner["host"] == master == node  # a name of the first node, not of this machine
     assert f"PYTHONPATH={run_dir}/slurm/code-" in environment
+    ranks = processes("train.pretrain")
+    for pid in ranks:  # or a slow launch finds the job done
+        os.kill(pid, signal.SIGSTOP)
     _, printed = launch(*training_of(run_dir), "nodes=1", status=2)
     assert f"job {job_id} of {run_dir} is still there" in printed
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
     cluster.requeue(job_id)
     wait_for(lambda: "attempt 2 of job" in log.read_text(), 60, log.read_text)
     wait_for_step(run_dir, attempts(run_dir / "slurm", job_id)[1]["at"] + 10, log)

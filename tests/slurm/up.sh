@@ -1,29 +1,21 @@
 #!/usr/bin/env bash
 # Bring up a real Slurm cluster for the tests: slurmctld, three slurmd, slurmdbd, MariaDB and munge, all of them
-# Debian's packages, on this one machine.
+# Debian's packages, on this one machine. run.sh calls it, and down.sh after it.
 #
-#   bash tests/slurm/up.sh && . /tmp/transfusion-slurm-tests/env.sh
+#   SLURM_TEST_DIR=DIR bash tests/slurm/up.sh && . DIR/env.sh        DIR is new or empty
 #   sinfo; sbatch ...; srun ...; sacct ...
-#   bash tests/slurm/down.sh
+#   SLURM_TEST_DIR=DIR bash tests/slurm/down.sh
 #
-# It needs root, but neither systemd nor cgroups, and the network only to install what is missing. Whatever it
-# writes at run time lies in its directory; /etc/slurm, /etc/munge and the system's database stay as they are. (Where
+# It needs root, but neither systemd nor cgroups, and the network only to install what is missing. Everything that it
+# writes at run time is in DIR; /etc/slurm, /etc/munge and the system's database stay as they are. (Where
 # namespaces are refused, node names go into /etc/hosts between marks, and down.sh takes them out.) Sockets are Unix
 # ones, or listen on 127.0.0.1. (Where this machine's name resolves to another address, Slurm's daemons need 0.0.0.0.)
-# A healthy cluster that is as asked for is left alone; any other in the directory is taken down first, with its jobs.
 #
 # Each "node" is a slurmd (`slurmd -N nodeX`) in a UTS and mount namespace of its own, so that `hostname` on node1
 # prints node1 and the nodes' names resolve there. They share network, file system and CPUs. The CPUs, memory and GPUs
 # declared are made up: jobs are scheduled against them, and a "GPU" is only an index. Where cgroup v1 can be written,
-# Slurm tracks and ends a job's processes with it, and enforces --mem; elsewhere it goes by parent pids, which orphans
-# escape. Two clusters cannot share cgroups: the second goes without.
-#
-# Environment (all optional):
-#   SLURM_TEST_DIR       the cluster's directory          [/tmp/transfusion-slurm-tests]
-#   SLURM_TEST_NODES     number of nodes                  [3]
-#   SLURM_TEST_CPUS      CPUs declared a node             [64]
-#   SLURM_TEST_GPUS      GPUs declared a node, at least 1 [8]
-#   SLURM_TEST_INSTALL   1: apt-get what is missing; 0: never [1]
+# Slurm tracks and ends a job's processes with it, and enforces --mem; elsewhere it uses parent pids, which orphans
+# escape. Two clusters cannot share cgroups: the second runs without.
 #
 # Exit codes: 0 up; 77 Slurm cannot be had here (not root, no apt-get, packages that do not install); anything else: it
 # should have come up and did not, and the ends of the logs are printed.
@@ -32,84 +24,42 @@ set -euo pipefail
 exec < /dev/null        # a closed stdin (CI) would give descriptor 0 to some socket of a daemon
 export LC_ALL=C
 
-D=${SLURM_TEST_DIR:-/tmp/transfusion-slurm-tests}
-NODES=${SLURM_TEST_NODES:-3}
-CPUS=${SLURM_TEST_CPUS:-64}
-GPUS=${SLURM_TEST_GPUS:-8}
-MEM_MB=256000    # declared a node
+D=${SLURM_TEST_DIR:?}
+NODES=3
+CPUS=64 GPUS=8 MEM_MB=256000    # declared a node
 PORT0=26800      # the first of the TCP ports to try
 WAIT_S=30        # for each daemon
-ASKED="$NODES $CPUS $GPUS"                 # what makes two clusters alike
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 MARK="# tests/slurm/up.sh $D"              # marks lines put into /etc/hosts
 export PATH=$PATH:/usr/sbin:/sbin          # munged, slurmd, ... live there
 
-# ------------------------------------------------------------------ helpers --
+# Helpers.
 say()  { printf 'slurm up: %s\n' "$*"; }
 skip() { say "SKIP: $*"; exit 77; }
 
-now_us() { local t=$EPOCHREALTIME; printf '%s' "${t/[.,]/}"; }
-T_START=$(now_us); T_PHASE=$T_START; LAST=start
-phase() {                                  # phase NAME: time since the last one
-    local t; t=$(now_us)
-    printf 'slurm up: %-9s %6d ms\n' "$1" $(( (t - T_PHASE) / 1000 ))
-    T_PHASE=$t LAST=$1
-}
-
-# A process of ours is alive: its pid file names a process whose executable is
-# the one expected (a recycled pid would not pass; a zombie has no executable).
-alive() {                                  # alive PIDFILE PROGRAM
-    local p exe
-    { read -r p < "$1"; } 2>/dev/null || return 1
-    [[ $p =~ ^[0-9]+$ ]] && exe=$(readlink "/proc/$p/exe") || return 1
-    [[ ${exe##*/} == "$2"* ]]              # Debian: /usr/sbin/slurmd-wlm
-}
-
 # Bounded polling: try CMD every 50 ms, at most $WAIT_S seconds.
 wait_for() {                               # wait_for WHAT CMD...
-    local what=$1 end; shift
-    end=$(( $(now_us) + WAIT_S * 1000000 ))
+    local what=$1 end=$((SECONDS + WAIT_S)); shift
     until "$@" 2>/dev/null; do
-        if (( $(now_us) > end )); then say "gave up after ${WAIT_S}s: $what"; return 1; fi
+        if (( SECONDS > end )); then say "gave up after ${WAIT_S}s: $what"; return 1; fi
         sleep 0.05
     done
 }
 
-show_logs() {
-    local f
+on_exit() {                                # the EXIT trap, once everything is installed
+    local rc=$? f
+    (( rc )) || return 0
+    trap - EXIT; set +e
+    say "FAILED (rc=$rc)"
     for f in "$D"/log/*.log; do
         case $f in */apt*) continue ;; esac
         [ -s "$f" ] || continue
         printf -- '----- last lines of %s\n' "$f"
         tail -n 25 "$f"
     done
-}
-on_exit() {                                # the EXIT trap, from the boot on
-    local rc=$?
-    (( rc )) || return 0
-    trap - EXIT; set +e
-    say "FAILED after phase '$LAST' (rc=$rc)"
-    show_logs
-    # Bring down what did come up, keep the logs. Without the lock's descriptor,
-    # which this process still holds.
-    SLURM_TEST_LOCK_HELD=1 SLURM_TEST_KEEP=1 SLURM_TEST_PURGE=0 bash "$HERE/down.sh" 8>&- 9>&-
     exit 1
 }
 
-healthy() {
-    local i
-    [ "$(cat "$D/etc/asked" 2>/dev/null)" = "$ASKED" ] || return 1
-    alive "$D/run/munged.pid" munged || return 1
-    alive "$D/run/slurmctld.pid" slurmctld || return 1
-    alive "$D/run/mariadbd.pid" mariadbd || return 1
-    alive "$D/run/slurmdbd.pid" slurmdbd || return 1
-    for (( i = 0; i < NODES; i++ )); do
-        alive "$D/run/slurmd-node$i.pid" slurmd || return 1
-    done
-}
-usable_nodes() {                           # nodes that can take or run a job now
-    SLURM_CONF=$D/slurm.conf timeout 10 sinfo -h -N -p main -t idle,alloc,mix,comp -o %N | sort -u | wc -l
-}
 nodes_idle() {
     [ "$(SLURM_CONF=$D/slurm.conf timeout 10 sinfo -h -N -p main -t idle -o %N | sort -u | wc -l)" = "$NODES" ]
 }
@@ -117,29 +67,22 @@ listening() {                              # listening PORT: does anything, on a
     grep -qiE "$(printf '^ *[0-9]+: [0-9A-F]+:%04X [0-9A-F:]+ 0A ' "$1")" /proc/net/tcp
 }
 
-# ------------------------------------------------------------- preliminaries --
+# Preliminaries.
 (( EUID == 0 )) || skip "needs root"
 (( ${#D} <= 70 )) || { say "SLURM_TEST_DIR is too long for Unix sockets: $D"; exit 2; }
 [[ $D == /* ]] || { say "SLURM_TEST_DIR must be absolute: $D"; exit 2; }
-# Files will be removed below it: take only a directory that is new, empty or
-# marked as one of ours.
-if [ ! -e "$D/.transfusion-slurm" ]; then
-    if [ -n "$(ls -A "$D" 2>/dev/null)" ]; then say "$D exists and is none of up.sh's: not touching it"; exit 2; fi
-    mkdir -p "$D"; : > "$D/.transfusion-slurm"
-fi
+mkdir -p "$D"
+[ -z "$(ls -A "$D")" ] || { say "SLURM_TEST_DIR is not empty: $D"; exit 2; }
+: > "$D/.transfusion-slurm"                # down.sh removes only what is marked
 chmod 755 "$D"
 
-exec 9> "$D/.lock"                         # one up or down at a time
-flock -w 120 9 || { say "another up.sh or down.sh holds $D/.lock"; exit 2; }
-
-# ------------------------------------------------------------------- install --
+# Install.
 need=(munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins slurmdbd slurm-wlm-mysql-plugin mariadb-server-core)
 missing=()
 for p in "${need[@]}"; do
     [[ $(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null) == installed ]] || missing+=("$p")
 done
 if (( ${#missing[@]} )); then
-    [ "${SLURM_TEST_INSTALL:-1}" = 1 ] || skip "not installed: ${missing[*]}"
     command -v apt-get >/dev/null || skip "no apt-get, and not installed: ${missing[*]}"
     mkdir -p "$D/log"
     export DEBIAN_FRONTEND=noninteractive
@@ -165,7 +108,6 @@ if (( ${#missing[@]} )); then
     if ! { [ -n "$(find /var/lib/apt/lists -maxdepth 1 -name '*_Packages*' -mtime -1 -print -quit 2>/dev/null)" ] &&
            apt-cache show slurmctld >/dev/null 2>&1; }; then
         apt_do "$D/log/apt-update.log" update || say "apt-get update complained (see $D/log/apt-update.log)"
-        phase apt-lists
     fi
     # The packages' own daemons must not start: where nothing forbids it yet, a
     # policy-rc.d does for the time of the install.
@@ -181,25 +123,11 @@ if (( ${#missing[@]} )); then
           apt_do "$D/log/apt.log" install --no-install-recommends "${missing[@]}"; } ||
         { tail -n 15 "$D/log/apt.log"; skip "apt-get could not install ${missing[*]}"; }
     if [ -n "$policy" ]; then rm -f "$policy"; trap - EXIT; fi
-    phase install
 fi
 
 trap on_exit EXIT
 
-# --------------------------------------------------------- already running? --
-if healthy && [ "$(usable_nodes)" = "$NODES" ]; then
-    say "already up: $NODES nodes, . $D/env.sh"
-    exit 0
-fi
-if compgen -G "$D/run/*.pid" >/dev/null; then
-    say "another cluster, or what is left of one, is at $D: taking it down"
-    SLURM_TEST_LOCK_HELD=1 SLURM_TEST_PURGE=0 bash "$HERE/down.sh" 8>&- 9>&-
-    phase leftovers
-fi
-
-# ------------------------------------------------------------- configuration --
-rm -rf "${D:?}"/{run,state,spool,db,munge,etc,dev}
-rm -f "$D"/log/{slurm,munged,mariadbd,jobcomp}*
+# Configuration.
 mkdir -p "$D"/{run,log,state,munge,etc} "$D"/db/{data,tmp}
 chmod 700 "$D/state" "$D/db"
 
@@ -344,19 +272,15 @@ for (( i = 0; i < GPUS; i++ )); do
     mknod "$D/dev/nvidia$i" c 1 3 2>/dev/null || : > "$D/dev/nvidia$i"
 done
 [ -c "$D/dev/nvidia0" ] || say "no mknod here: CUDA_VISIBLE_DEVICES will not be set"
-span="[0-$((GPUS - 1))]"
-if (( GPUS == 1 )); then span=0; fi
-printf 'Name=gpu Type=fake File=%s/dev/nvidia%s\n' "$D" "$span" > "$D/gres.conf"
-printf '%s\n' "$ASKED" > "$D/etc/asked"
+printf 'Name=gpu Type=fake File=%s/dev/nvidia[0-%d]\n' "$D" $((GPUS - 1)) > "$D/gres.conf"
 cat > "$D/env.sh" <<EOF
 export SLURM_TEST_DIR='$D'
 export SLURM_CONF='$D/slurm.conf'
 EOF
 export SLURM_CONF=$D/slurm.conf
-phase config
 
-# --------------------------------------------------------------- the daemons --
-# Descriptors 8 and 9 are locks: no daemon may inherit them.
+# The daemons.
+# Descriptor 8 is a lock: no daemon may inherit it.
 
 # A private MariaDB on a Unix socket, grants off, no fsync: the data is worth
 # nothing. The system tables come in with the first start (--init-file), which
@@ -380,15 +304,14 @@ setsid "${onram[@]}" mariadbd --no-defaults --user=root --datadir="$D/db/data" -
     --innodb-buffer-pool-size=16M --innodb-log-file-size=4M --innodb-flush-method=nosync \
     --innodb-flush-log-at-trx-commit=0 --skip-innodb-doublewrite --sync-frm=OFF \
     --aria-pagecache-buffer-size=4M --key-buffer-size=1M \
-    > "$D/log/mariadbd.log" 2>&1 < /dev/null 8>&- 9>&- &
+    > "$D/log/mariadbd.log" 2>&1 < /dev/null 8>&- &
 printf '%d\n' $! > "$D/run/mariadbd.pid"     # mariadbd writes the same when ready
 
 (umask 077; head -c 1024 /dev/urandom > "$D/munge/key")
 # --force: some parent directory may be closed to others (a path below /root).
 munged --force --key-file="$D/munge/key" --socket="$D/munge/sock" --pid-file="$D/run/munged.pid" \
-    --log-file="$D/log/munged.log" --seed-file="$D/munge/seed" 2> "$D/log/munged-start.log" 8>&- 9>&-
+    --log-file="$D/log/munged.log" --seed-file="$D/munge/seed" 2> "$D/log/munged-start.log" 8>&-
 wait_for "munged" eval "munge -n -S '$D/munge/sock' | unmunge -S '$D/munge/sock' > /dev/null"
-phase munge
 
 ( umask 077; cat > "$D/slurmdbd.conf" <<EOF
 AuthType=auth/munge
@@ -410,22 +333,19 @@ StorageLoc=slurm_acct
 EOF
 )
 wait_for "mariadbd" grep -q 'ready for connections' "$D/log/mariadbd.log"
-phase mariadb
 # libmariadb looks for the server's socket where MYSQL_UNIX_PORT says.
-MYSQL_UNIX_PORT=$D/run/mariadbd.sock slurmdbd 8>&- 9>&-
+MYSQL_UNIX_PORT=$D/run/mariadbd.sock slurmdbd 8>&-
 wait_for "slurmdbd" listening $((base + 1))
-phase slurmdbd
 
-slurmctld -c 8>&- 9>&-
+slurmctld -c 8>&-
 wait_for "slurmctld" listening "$base"     # a slurmd that finds none waits seconds
 for (( i = 0; i < NODES; i++ )); do
-    bash "$HERE/node.sh" boot "node$i" 8>&- 9>&-
+    bash "$HERE/node.sh" boot "node$i" 8>&-
 done
 wait_for "idle nodes" nodes_idle
 exec 8>&-
-phase slurm
 
-# ------------------------------------------------------- does it really work? --
+# Does it really work?
 # One task on every node through srun, and (with a database) its record in sacct.
 # shellcheck disable=SC2016
 out=$(timeout 30 srun -p main -N "$NODES" --ntasks-per-node=1 -t 1 --job-name=selftest \
@@ -435,9 +355,6 @@ want=$(for (( i = 0; i < NODES; i++ )); do echo "node$i"; done | sort | tr '\n' 
 wait_for "sacct" eval "timeout 10 sacct -X -n -P -j 1 -o State | grep -qx COMPLETED"
 # And back to all idle, so that a test's first job starts at once.
 wait_for "idle nodes after the selftest" nodes_idle
-phase selftest
-
-T_PHASE=$T_START; phase total
 say "$NODES nodes x $CPUS CPUs, $MEM_MB MB, $GPUS GPUs (all made up), Slurm $(sinfo -V | cut -d' ' -f2)," \
     "cgroups $( (( CGROUP )) && echo on || echo off), node namespaces $( (( NS )) && echo on || echo off)"
 say "use: . $D/env.sh"
