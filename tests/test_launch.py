@@ -112,17 +112,11 @@ def test_a_bad_config_or_missing_data_never_waits_in_a_queue(
 def test_a_training_that_does_not_fit_is_refused_with_what_would(
     tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
 ) -> None:
-    large = {
-        "model__transformer__width": 32768,
-        "model__transformer__layers": 1,
-        "micro_batch_size": 1,
-        "data__lanes": 1,
-    }
-    argv = settings(tmp_path / "run", tokenizer, sources, **large)
+    large = {"model__transformer__width": 32768, "model__transformer__layers": 1}
+    argv = settings(tmp_path / "run", tokenizer, sources, micro_batch_size=1, data__lanes=1, **large)
     done = launch("program=train.pretrain", *argv, "device=cuda", "gpus_per_node=1", "gpu=4090", "dry_run=true")
-    assert done.returncode == 2 and "does not fit: " in done.stderr and "plan=false submits it" in done.stderr, (
-        done.stderr
-    )
+    assert done.returncode == 2, done.stderr
+    assert "does not fit: " in done.stderr and "plan=false submits it" in done.stderr
 
 
 def test_a_folder_with_characters_special_to_sbatch_or_python_is_refused(tmp_path: Path) -> None:
@@ -251,8 +245,7 @@ def test_progress_is_where_a_restart_would_resume(tmp_path: Path) -> None:
 
 
 def test_a_job_without_a_program_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "slurm.job", "optim.steps=3"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "slurm.job", "optim.steps=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "program is required" in done.stderr, done.stderr
     assert job.JobConfig(program="train.vae").max_requeues == 3
