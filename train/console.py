@@ -44,7 +44,7 @@ class Console:
         if row["stop_s"] is not None and row["stop_s"] > self._signal_delay_s:
             say(
                 f"pretrain: warning: a stop takes a step and up to two saves, {row['stop_s']:.0f} s, and the signal "
-                f"comes {self._signal_delay_s:.0f} s before the end: send it earlier (slurm.launch signal_delay=, sbatch "
-                "--signal)"
+                f"comes {self._signal_delay_s:.0f} s before the end: send it earlier "
+                "(slurm.launch signal_delay=, sbatch --signal)"
             )
             self._signal_delay_s = float("inf")
