@@ -34,7 +34,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ("variables", "words"),
     [
         ({"WORLD_SIZE": "4"}, "RANK is not set, WORLD_SIZE=4"),
-        ({"RANK": "0"}, "WORLD_SIZE is not set, RANK=0"),
+        ({"RANK": "0"}, "RANK=0, WORLD_SIZE is not set"),
         ({"RANK": "", "WORLD_SIZE": ""}, "RANK is empty, WORLD_SIZE is empty"),
         ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK='first': expected a number from 0"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0': expected a number from 1"),

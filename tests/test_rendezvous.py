@@ -93,7 +93,7 @@ def test_the_store_of_another_run_is_not_joined(monkeypatch: pytest.MonkeyPatch)
     variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(rendezvous.RefusedTogether, match=f"MASTER_PORT={store.port} says nothing of rank 0"):
+    with pytest.raises(rendezvous.RefusedTogether, match=f"MASTER_PORT={store.port} has nothing from rank 0"):
         rendezvous.meet(Place(1, 2), {}, timeout_s=5)
     with pytest.raises(rendezvous.RefusedTogether, match="another process is rank 1 at"):
         rendezvous.meet(Place(1, 2), {}, timeout_s=5)

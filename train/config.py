@@ -22,7 +22,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from train.config_layers import as_expanded, as_list, each, expanded, lay, parse, read_yaml
-from train.distributed.launcher import leave_word
+from train.distributed.launcher import report_to_torchrun
 from train.nested import leaves
 from train.streams import open_streams
 
@@ -127,7 +127,7 @@ def run_program(main: Callable[[list[str]], int | None], *, lasting: bool = Fals
     except Exception as error:  # raised again, unless a peer has said why it left
         reason = _refusal_of_peer(error) if getattr(module, "GROUP", False) else None
         if reason is None:
-            leave_word(traceback.format_exc())
+            report_to_torchrun(traceback.format_exc())
             raise
         _say_refusal(f"{name}: {reason}")
         status = REFUSED
@@ -142,7 +142,7 @@ def _say_refusal(words: str) -> None:
     """Print why this rank ends, and leave it for torchrun's report."""
     rank = os.environ.get("RANK", "0")
     print(f"[rank {rank}] {words}" if rank not in ("", "0") else words, file=sys.stderr, flush=True)
-    leave_word(words)
+    report_to_torchrun(words)
 
 
 def _tell_peers(error: Exception) -> None:

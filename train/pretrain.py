@@ -32,7 +32,7 @@ from train.checkpoints.saver import Saver
 from train.checkpoints.trained_records import TrainedRecords
 from train.config import load_config, run_program
 from train.console import Console, say
-from train.distributed.launcher import leave_word, place
+from train.distributed.launcher import place, report_to_torchrun
 from train.distributed.parallelize import initialize, parallelize
 from train.distributed.ranks import DIED, Ranks, init_ranks, last_words, own_device
 from train.distributed.signals import StopSignal
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
             except (CannotContinue, CheckpointError, RunTakenOver) as error:  # raised on every rank alike
                 status = DIED
                 words = f"train.pretrain: stopped after step {run.state.progress.step}: {error}"
-                leave_word(words)
+                report_to_torchrun(words)
                 if ranks.is_first:
                     print(words, file=sys.stderr)
         run.log.close()
@@ -190,7 +190,7 @@ def train(run: Run) -> int:
     if run.ranks.is_first:
         say(words)
     if status:
-        leave_word(words)
+        report_to_torchrun(words)
     return status
 
 

@@ -24,7 +24,7 @@ from model.vae import decode, kl_nats, moments, sample_latents, vae_hash
 from train.config import load_config, run_program
 from train.console import say
 from train.distributed.agreement import facts_of
-from train.distributed.launcher import leave_word
+from train.distributed.launcher import report_to_torchrun
 from train.distributed.ranks import DIED, Ranks, init_ranks, last_words
 from train.distributed.signals import StopKind, StopSignal
 from train.output_folder import OutputFolder
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int | None:
         except Diverged as error:
             words, status = str(error), DIED
         if words is not None:
-            leave_word(f"train.vae: {words}")
+            report_to_torchrun(f"train.vae: {words}")
             say_once(ranks, words)
     ranks.close()
     return status

@@ -1,8 +1,8 @@
-"""What all ranks of a run must have in common, as names and short values, and the words for where they differ.
+"""What all ranks of a run must have in common, as names and short values, and the message that reports a difference.
 
-Common are every setting, the code, the versions of torch and numpy, and the contents of what is read. Each rank or host
-may have its own device number, paths (of the same contents), and settings that decide how its data is read but not
-what it holds: a program lists those. Rejected: a digest alone, which says that ranks differ and not in what.
+Compared are every setting, the source code, the versions of torch and numpy, and the contents of the data (P10). A rank
+may have its own device number, its own paths to the same contents, and its own settings of how (not what) it reads:
+each program lists those keys. Rejected: comparing one digest, which says that ranks differ but not in what.
 """
 
 import dataclasses
@@ -17,21 +17,17 @@ import torch
 
 from train.nested import leaves
 
-Facts = Mapping[str, str]
-ABSENT = "nothing"
-MOST_NAMED, MOST_SHOWN = 8, 100  # differences in a message; characters of a value
+MAX_DIFFERENCES, MAX_VALUE_LENGTH = 8, 100  # in one message; characters
 
 
 def facts_of(config: Any, own: Collection[str] = ()) -> dict[str, str]:
-    """Return a config dataclass as names and values, without the keys (or patterns of them) that a rank may have of its
-    own.
-    """
+    """Return a config dataclass as names and values, except for the keys (or patterns) in which ranks may differ."""
     settings = leaves(dataclasses.asdict(config))
     return {key: str(value) for key, value in settings if not any(fnmatchcase(key, pattern) for pattern in own)}
 
 
 def program_facts() -> dict[str, str]:
-    """Return what tells this program's version from another: a digest of the sources, and what it computes with."""
+    """Return what identifies this version of the program: a digest of its sources, and its libraries' versions."""
     root, digest = Path(__file__).parents[2], hashlib.sha256()
     for path in sorted(path for package in ("data", "model", "train") for path in (root / package).rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
@@ -39,33 +35,30 @@ def program_facts() -> dict[str, str]:
     return {"code of data/, model/, train/": digest.hexdigest()[:12], **versions}
 
 
-def difference(of_ranks: Mapping[int, Facts]) -> str | None:
-    """Return one sentence that names what differs, the values and the ranks; None where all are alike."""
-    names = list(dict.fromkeys(name for facts in of_ranks.values() for name in facts))
-    found = []
-    for name in names:
+def difference(facts_by_rank: Mapping[int, Mapping[str, str]]) -> str | None:
+    """Return one sentence naming what differs, the values and the ranks; None if all ranks agree."""
+    differences = []
+    for name in dict.fromkeys(name for facts in facts_by_rank.values() for name in facts):
         by_value: dict[str, list[int]] = {}
-        for rank, facts in of_ranks.items():
-            by_value.setdefault(facts.get(name, ABSENT), []).append(rank)
+        for rank, facts in facts_by_rank.items():
+            by_value.setdefault(facts.get(name, "nothing"), []).append(rank)
         if len(by_value) > 1:
-            values = (f"{_shown(value)} on {_ranks(ranks)}" for value, ranks in by_value.items())
-            found.append(f"{name} is {', '.join(values)}")
-    if not found:
+            values = (f"{_shorten(value)} on {_list_ranks(ranks)}" for value, ranks in by_value.items())
+            differences.append(f"{name} is {', '.join(values)}")
+    if not differences:
         return None
-    more = f"; and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    more = f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
     return (
-        f"the ranks were not started alike: {'; '.join(found[:MOST_NAMED])}{more}. Start all of them with the same "
-        "command, code and data"
+        f"the ranks disagree: {'; '.join(differences[:MAX_DIFFERENCES])}{more}. Start all ranks with the same command, "
+        "code and data"
     )
 
 
-def _shown(value: str) -> str:
-    return (
-        value
-        if len(value) <= MOST_SHOWN
-        else f"{value[:MOST_SHOWN]}... ({hashlib.sha256(value.encode()).hexdigest()[:8]})"
-    )
+def _shorten(value: str) -> str:
+    if len(value) <= MAX_VALUE_LENGTH:
+        return value
+    return f"{value[:MAX_VALUE_LENGTH]}... ({hashlib.sha256(value.encode()).hexdigest()[:8]})"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def _list_ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{' ...' * (len(ranks) > 8)}"

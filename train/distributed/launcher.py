@@ -1,7 +1,7 @@
-"""The launcher: what it says of this process's place among its peers, and where it looks for why a rank ended.
+"""What the launcher tells this process (its rank, where ranks meet) and where the process reports why it ends.
 
-torchrun and slurm/task.py set the same variables, people who start ranks by hand or by srun set them too. A variable
-that is empty or missing among the others is a mistake of whoever set them, never a run of one rank.
+torchrun and slurm/task.py set the same environment variables; so do people who start ranks with srun or by hand. If
+only some of the variables are set, or one is empty, that is a mistake and refused: never a silent run of one rank.
 """
 
 import json
@@ -11,9 +11,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-SETTERS = "torchrun and slurm.launch set them all; started otherwise, each rank needs its own"
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # what torchrun repeats in its last lines
-OUTLIVE = "TRANSFUSION_OUTLIVE_LAUNCHER"  # 1: ranks go on when torchrun is gone
+SETTERS = "torchrun and slurm.launch set them all; without these, set them for each rank"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun repeats its content in its last lines
+OUTLIVE = "TRANSFUSION_OUTLIVE_LAUNCHER"  # 1: ranks continue after torchrun has died
 
 
 @dataclass(frozen=True)
@@ -27,34 +27,23 @@ class Place:
 
 
 def place() -> Place:
-    """Return what the environment says; a process without RANK and WORLD_SIZE is alone.
+    """Return this process's place; a process without RANK and WORLD_SIZE is alone.
 
     Raises ValueError naming the variables that are missing, empty or out of range.
     """
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return Place(0, 1, _number("LOCAL_RANK", 0, 0), _number("LOCAL_WORLD_SIZE", 1, 1))
-    wrong = [
-        f"{name} is {'empty' if name in os.environ else 'not set'}"
-        for name in ("RANK", "WORLD_SIZE")
-        if not os.environ.get(name)
-    ]
-    if wrong:
-        there = "".join(f", {name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if os.environ.get(name))
+    given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    is_alone = all(value is None for value in given.values())
+    if not is_alone and not all(given.values()):
+        state = {None: " is not set", "": " is empty"}
+        found = ", ".join(f"{name}{state.get(value, f'={value}')}" for name, value in given.items())
         raise ValueError(
-            f"environment: {', '.join(wrong)}{there}: expected both, or neither for a run of one process (unset RANK "
-            f"WORLD_SIZE). {SETTERS}"
+            f"environment: {found}: expected both, or neither for a run of one process (unset RANK WORLD_SIZE). "
+            f"{SETTERS}"
         )
-    found = Place(
-        _number("RANK", 0, 0),
-        _number("WORLD_SIZE", 1, 1),
-        _number("LOCAL_RANK", 0, 0),
-        _number("LOCAL_WORLD_SIZE", 1, 1),
-    )
-    if found.rank >= found.world_size:
-        raise ValueError(
-            f"environment: RANK={found.rank}, WORLD_SIZE={found.world_size}: expected the former below the latter"
-        )
-    return found
+    rank, world_size = (0, 1) if is_alone else (_number("RANK", 0, 0), _number("WORLD_SIZE", 1, 1))
+    if rank >= world_size:
+        raise ValueError(f"environment: RANK={rank}, WORLD_SIZE={world_size}: expected RANK below WORLD_SIZE")
+    return Place(rank, world_size, _number("LOCAL_RANK", 0, 0), _number("LOCAL_WORLD_SIZE", 1, 1))
 
 
 def address() -> tuple[str, int]:
@@ -72,29 +61,29 @@ def address() -> tuple[str, int]:
 
 
 def has_agent() -> bool:
-    """Return whether torchrun started this process: its agent keeps the store, and ends all ranks when one fails."""
+    """Return whether torchrun started this process: its agent hosts the store and ends all ranks when one fails."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def refuse_lone_task() -> None:
-    """Raise ValueError for one of several tasks of srun that nobody told its rank: each would train by itself."""
+    """Raise ValueError in one of several srun tasks if RANK is not set: each would train a run of its own."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" not in os.environ and tasks.isdecimal() and int(tasks) > 1:
         raise ValueError(
-            f"task {os.environ.get('SLURM_PROCID', '?')} of {tasks} of a Slurm step, but RANK is not set, so each "
-            "would run alone: start it with python -m slurm.launch, or set RANK=$SLURM_PROCID, "
+            f"task {os.environ.get('SLURM_PROCID', '?')} of {tasks} of a Slurm step, but RANK is not set, so each task "
+            "would run alone: start the job with python -m slurm.launch, or set RANK=$SLURM_PROCID, "
             "WORLD_SIZE=$SLURM_NTASKS, LOCAL_RANK=$SLURM_LOCALID, MASTER_ADDR and MASTER_PORT in each task"
         )
 
 
 def watched_parent() -> int | None:
-    """Return the pid of the torchrun that this rank must not outlive; None: there is none, or it may."""
+    """Return the pid of the torchrun that this rank must not outlive; None without torchrun, or if OUTLIVE is set."""
     is_worker = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get(OUTLIVE, "0") in ("", "0")
     return os.getppid() if is_worker else None
 
 
-def leave_word(reason: str) -> None:
-    """Write why this rank ends where torchrun looks, whose report then ends with it instead of burying it."""
+def report_to_torchrun(reason: str) -> None:
+    """Write why this rank ends to the file that torchrun repeats at the end of its report."""
     path = os.environ.get(ERROR_FILE)
     if not path:
         return

@@ -1,27 +1,27 @@
-"""What a rank holds of a parameter: fully_shard cuts the first axis into equal pieces, the last ones short or empty."""
+"""A rank's part of a parameter: fully_shard cuts the first axis into equal pieces, the last ones shorter or empty."""
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part, sharing memory, outside of autograd."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    """Return this rank's part of a tensor, detached, sharing memory."""
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 def shard_dim(tensor: DTensor) -> int | None:
-    """Return the mesh dimension along which the first axis is cut; None for a tensor that every rank holds whole."""
+    """Return the mesh dimension along which the first axis is sharded; None for a replicated tensor."""
     dims = [dim for dim, placement in enumerate(tensor.placements) if placement == Shard(0)]
     others = [p for p in tensor.placements if not (p == Shard(0) or p.is_replicate())]
-    assert len(dims) <= 1 and not others, f"cut otherwise than by fully_shard: {tensor.placements}"
+    assert len(dims) <= 1 and not others, f"not sharded by fully_shard: {tensor.placements}"
     return dims[0] if dims else None
 
 
 def rows(tensor: torch.Tensor) -> list[int]:
-    """Return how many rows of the first axis each rank along `shard_dim` holds; torch.chunk's rule."""
-    dim = shard_dim(tensor) if isinstance(tensor, DTensor) else None
+    """Return how many rows of the first axis each rank along `shard_dim` holds, by the rule of torch.chunk."""
     count = tensor.shape[0]
-    if dim is None:
+    if not isinstance(tensor, DTensor) or (dim := shard_dim(tensor)) is None:
         return [count]
     ranks = tensor.device_mesh.size(dim)
     piece = -(-count // ranks)
@@ -29,7 +29,7 @@ def rows(tensor: torch.Tensor) -> list[int]:
 
 
 def first_element(tensor: torch.Tensor) -> int:
-    """Return the place of this rank's first element in the whole tensor, row by row."""
+    """Return the flat index, in the whole tensor, of this rank's first element."""
     if not isinstance(tensor, DTensor) or (dim := shard_dim(tensor)) is None:
         return 0
     before = sum(rows(tensor)[: tensor.device_mesh.get_local_rank(dim)])

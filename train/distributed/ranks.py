@@ -1,9 +1,9 @@
-"""Ranks: who this process is among its peers, the groups they talk on, the one vote a step, and how a rank dies.
+"""Ranks: which one this process is, the process groups it communicates on, and how a failing rank ends.
 
-Three gloo groups besides the default one, because two threads that use one group mis-order its collectives: the main
-thread votes on `vote_group` and gathers, loads and saves on `checkpoint_group`; a background save has a group of its
-own. A plain `python -m` run is one rank with the same groups, so nothing else asks whether it is distributed.
-Rejected: one all-reduce per agreed quantity; a vote is one message however many questions it answers.
+Besides the default group there are three gloo groups, because two threads that share a group mis-order its collectives.
+The main thread votes on `vote_group` (vote.py) and gathers, loads and saves on `checkpoint_group`; a background save
+has its own. Without a launcher a process is one rank with the same groups, so no other code asks whether it is
+distributed (P14).
 """
 
 import os
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from train.distributed.agreement import difference, program_facts
-from train.distributed.launcher import has_agent, leave_word, place, refuse_lone_task
+from train.distributed.launcher import has_agent, place, refuse_lone_task, report_to_torchrun
 from train.distributed.rendezvous import LOST_PEER, meet
 from train.distributed.roll_call import RollCall
 
@@ -33,21 +33,21 @@ DIED = 1  # exit status
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among its peers. Groups are None for `alone()`: a tool that reads without a process group."""
+    """This process among its peers. The groups are None for `alone()`."""
 
     rank: int  # 0 ... world_size - 1
     world_size: int
     local_rank: int  # on this machine
     device: torch.device
-    vote_group: dist.ProcessGroup | None  # gloo, the main thread's
-    checkpoint_group: dist.ProcessGroup | None  # gloo, the main thread's, with a timeout that slow disks decide
-    background_group: dist.ProcessGroup | None = None  # gloo, a background save's
+    vote_group: dist.ProcessGroup | None  # gloo, for the main thread
+    checkpoint_group: dist.ProcessGroup | None  # gloo, for the main thread, with a timeout that allows for slow disks
+    background_group: dist.ProcessGroup | None = None  # gloo, for a background save
     roll_call: RollCall | None = None
-    flight_recorder: Path | None = None  # folder for NCCL's last collectives, written when a peer is lost; CUDA only
+    flight_recorder: Path | None = None  # folder for NCCL's last collectives, dumped when a peer is lost; CUDA only
 
     @property
     def is_first(self) -> bool:
-        """Return whether this is rank 0, which owns files that exist once."""
+        """Return whether this is rank 0, which writes the files that exist once."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
@@ -61,9 +61,9 @@ class Ranks:
     def on_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 and return its result on all. Collective on `checkpoint_group`.
 
-        An OSError, ValueError or RuntimeError of `work` is raised on every rank, so none waits for one that left.
+        An OSError, ValueError or RuntimeError of `work` is raised on every rank, so none waits for a rank that left.
         """
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # result, error
         if self.is_first:
             try:
                 outcome[0] = work()
@@ -71,31 +71,32 @@ class Ranks:
                 outcome[1] = error
         if self.checkpoint_group is not None:
             dist.broadcast_object_list(outcome, src=0, group=self.checkpoint_group)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        result, failure = outcome
+        if failure is not None:
+            raise failure
+        return result
 
     def require_alike(self, facts: Mapping[str, str]) -> None:
-        """Raise ValueError, on every rank, naming what differs between them. Collective on `checkpoint_group`."""
+        """Raise ValueError on every rank, naming what differs between ranks. Collective on `checkpoint_group`."""
         if found := difference(dict(enumerate(self.gather(dict(facts))))):
             raise ValueError(found)
 
     def in_background(self) -> "Ranks":
-        """Return the same ranks for a background thread, whose collectives meet no other thread's."""
+        """Return the same ranks for a background thread, on a group that no other thread uses."""
         return replace(self, vote_group=None, checkpoint_group=self.background_group, background_group=None)
 
     def set_timeout(self, seconds: float) -> None:
-        """Change how long a collective of the training loop may wait: long for the first step, short from then on.
+        """Set how long a collective of the training loop may wait: long for the first step, shorter afterwards.
 
-        The groups of meshes are among them, made since. All but the vote get a little more, so that the vote, whose
-        message people can read, is the first to notice.
+        Covers the groups of device meshes too. All groups but `vote_group` get a quarter more, so that a lost peer is
+        first noticed by the vote, whose error message is readable.
         """
         for group in c10d._world.pg_map:
             if group not in (self.checkpoint_group, self.background_group):
                 c10d._set_pg_timeout(timedelta(seconds=seconds * (1 if group is self.vote_group else 1.25)), group)
 
     def close(self) -> None:
-        """Wait for the peers and take the process groups down. Collective; the end of a run that went well."""
+        """Wait for the peers and destroy the process groups. Collective; for the end of a successful run."""
         if self.roll_call is not None:
             self.roll_call.close()
         if dist.is_initialized():
@@ -103,11 +104,14 @@ class Ranks:
             dist.destroy_process_group()
 
 
-Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is any
+Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA if available
 
 
 def own_device(device: Device) -> torch.device:
-    """Return where this rank computes: a CUDA device each, by the local rank. Raises ValueError where there is none."""
+    """Return this rank's device: the CUDA device numbered by its local rank, or the CPU.
+
+    Raises ValueError if there are fewer devices than ranks on this machine, or LOCAL_RANK is missing.
+    """
     local_rank = place().local_rank
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
@@ -115,13 +119,13 @@ def own_device(device: Device) -> torch.device:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"LOCAL_RANK={local_rank}, but {torch.cuda.device_count()} CUDA devices: start one rank a device at most, "
-            "or use device=cpu"
+            f"LOCAL_RANK={local_rank}, but {torch.cuda.device_count()} CUDA devices: start at most one rank per "
+            "device, or use device=cpu"
         )
     if "LOCAL_RANK" not in os.environ and place().world_size > 1 and torch.cuda.device_count() > 1:
         raise ValueError(
-            f"LOCAL_RANK is not set, and this rank sees {torch.cuda.device_count()} CUDA devices: set it to the number "
-            "of the rank on its machine, or give each rank one device (CUDA_VISIBLE_DEVICES)"
+            f"LOCAL_RANK is not set, and this rank sees {torch.cuda.device_count()} CUDA devices: set it to the "
+            "rank's number on its machine, or make one device visible to each rank (CUDA_VISIBLE_DEVICES)"
         )
     return torch.device("cuda", local_rank)
 
@@ -134,12 +138,12 @@ def init_ranks(
     flight_recorder: Path | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> Ranks:
-    """Join the process groups that torchrun's environment describes, or make a group of one without it.
+    """Join the process groups that the launcher's environment describes; without one, create groups of one rank.
 
-    `facts` must be the same on all ranks, as the program's version is and the kind of device (agreement.py).
-    A collective that waits longer than `timeout_s` raises; on `checkpoint_group` and in the background longer than
-    `checkpoint_timeout_s`, since the slowest disk decides there. Also sets the number of CPU threads. Raises ValueError
-    for a device that is not there, an environment that is not a rank's, and ranks that do not agree.
+    `facts` must be the same on all ranks, like the program's version and the kind of device (agreement.py). Collectives
+    raise after `timeout_s`; on `checkpoint_group` and `background_group`, where the slowest disk decides, after
+    `checkpoint_timeout_s`. Also sets the number of CPU threads. Raises ValueError for a missing device, an inconsistent
+    environment, and ranks that disagree.
     """
     refuse_lone_task()
     mine, own = place(), own_device(device)
@@ -150,7 +154,7 @@ def init_ranks(
     store = meet(mine, {**(facts or {}), "kind of device": own.type, **program_facts()}, timeout_s)
     timeout, checkpoint_timeout = timedelta(seconds=timeout_s), timedelta(seconds=checkpoint_timeout_s)
     if on_cuda:
-        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives that the flight recorder remembers
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives that the flight recorder keeps
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=mine.rank, world_size=mine.world_size)
     ranks = Ranks(
@@ -164,49 +168,45 @@ def init_ranks(
         roll_call=RollCall(c10d._get_default_store(), mine.rank, mine.world_size, kept_by_first=not has_agent()),
         flight_recorder=flight_recorder if on_cuda else None,
     )
-    ranks.gather(None)  # a rank that failed already would break the connecting of the others, with a worse message
+    ranks.gather(None)  # if a rank has failed already, this fails with a clearer message than the next collective's
     return ranks
 
 
 def alone(device: str | torch.device = "cpu") -> Ranks:
-    """Return the one rank of a program that needs no process group: a viewer, a sampler."""
+    """Return the only rank of a program that needs no process group, such as a viewer."""
     device = torch.device(device)
     return Ranks(rank=0, world_size=1, local_rank=0, device=device, vote_group=None, checkpoint_group=None)
 
 
 @contextmanager
 def last_words(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
-    """Around the training loop: an exception ends this process at once, after saying which rank died, where, of what.
+    """Around the training loop: on an exception, print which rank died, where and why, and end the process at once.
 
     Exiting closes the connections, so the peers' collectives fail within milliseconds instead of at the timeout. A
-    rank whose error is only the loss of a peer names the peer in one line, so that the culprit's traceback stands
-    alone.
-    `where` names the place, for example `lambda: f"step {step}"`. Refusals belong before this context.
+    rank that only lost a peer names it in one line, so that the culprit's traceback stands alone. `where` names the
+    place, for example `lambda: f"step {step}"`. Refusals belong before this context.
     """
     try:
         yield
-    except Exception as error:  # nothing is swallowed: the process ends here
+    except Exception as error:  # not swallowed: the process ends here
         name = f"rank {ranks.rank} of {ranks.world_size} ({socket.gethostname()}, pid {os.getpid()})"
         reason = f"{type(error).__name__}: {str(error).strip()}"
         if isinstance(error, RuntimeError) and LOST_PEER.search(str(error)):
             _dump_flight_recorder(ranks)
-            lost = ", ".join(f"rank {peer}" for peer in _missing(ranks)) or "a peer"
+            missing = ranks.roll_call.missing() if ranks.roll_call is not None else []
+            lost = ", ".join(f"rank {peer}" for peer in missing) or "a peer"
             words = f"{name} lost {lost} at {where()}; its own message says why ({reason.splitlines()[0]})\n"
         else:
             words = f"{''.join(traceback.format_exception(error))}{name} died at {where()}: {reason}\n"
-        leave_word(words)
+        report_to_torchrun(words)
         sys.stdout.flush()
         sys.stderr.flush()
-        os.write(sys.stderr.fileno(), words.encode())  # one write: lines of several ranks do not mix
+        os.write(sys.stderr.fileno(), words.encode())  # one write, so that the ranks' lines do not interleave
         os._exit(DIED)
 
 
-def _missing(ranks: Ranks) -> list[int]:
-    return ranks.roll_call.missing() if ranks.roll_call is not None else []
-
-
 def _dump_flight_recorder(ranks: Ranks) -> None:
-    """Leave what NCCL's flight recorder holds, a pickle that `torchfrtrace` reads, before the process ends."""
+    """Write NCCL's flight recorder, a pickle for `torchfrtrace`, before the process ends."""
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     if ranks.flight_recorder is None or dump is None:
         return
@@ -218,11 +218,11 @@ def _dump_flight_recorder(ranks: Ranks) -> None:
 
 
 def _set_cpu_threads(local_world_size: int) -> None:
-    """Share the machine's cores among its ranks, unless OMP_NUM_THREADS says otherwise.
+    """Divide the machine's cores among its ranks, unless OMP_NUM_THREADS is set.
 
-    torchrun sets OMP_NUM_THREADS=1 where the user set nothing, so under it 1 counts as unset: otherwise two ranks on
-    32 cores would compute on two of them.
+    torchrun sets OMP_NUM_THREADS=1 if the user set nothing, so with several ranks 1 counts as unset: else two ranks on
+    32 cores would use two cores.
     """
-    asked = os.environ.get("OMP_NUM_THREADS")
-    if asked is None or (asked == "1" and local_world_size > 1):
+    value = os.environ.get("OMP_NUM_THREADS")
+    if value is None or (value == "1" and local_world_size > 1):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))

@@ -1,10 +1,9 @@
-"""How ranks meet before they form groups: over the store, which is no collective, so that even those that do not fit
-together can say so.
+"""How ranks meet before any process group exists: through the key-value store, which needs no agreement to work.
 
-Rank 0 leaves what it is about to do under `first`; each other rank compares, leaves its own beside it, and waits for
-the verdict that rank 0 makes of all. A rank that refused before it came here leaves its reason instead. So a refusal of
-one rank is the last line of every rank within seconds, whoever started them. Rejected: gathering through gloo, whose
-groups must be there first, and which other sizes or devices may keep from forming.
+Rank 0 posts its facts (agreement.py); each other rank compares, posts its own, and waits for rank 0's verdict on all. A
+rank that refused before it got here posts its reason instead. So if one rank refuses, every rank ends within seconds
+with the same last line, however the ranks were started (P10). Rejected: gathering the facts through gloo, whose groups
+may fail to form if world sizes or devices differ.
 """
 
 import json
@@ -27,58 +26,68 @@ from train.distributed.launcher import Place
 
 T = TypeVar("T")
 
-# What gloo and NCCL say when the fault is a peer's; matched on RuntimeErrors only.
+# What gloo and NCCL say when a peer has failed; matched on RuntimeErrors only.
 LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|timed? ?out|no route to host", re.IGNORECASE)
-ANSWER_S = 20.0  # in which a store that accepts connections has to answer
-GRACE_S = 5.0  # that rank 0 gives the others once one has objected
-TELL_S = 20.0  # that a rank that refused before the meeting takes to tell the others, who may still be starting
+ANSWER_S = 20.0  # within which a store that accepts connections must answer
+GRACE_S = 5.0  # that rank 0 waits for the other ranks once one has objected
+REFUSAL_S = 20.0  # that a rank which refuses before the meeting waits for peers that may still be starting
 POLL_S = 0.05
 REFUSED = "refused"  # in place of facts: why a rank will not come; as a key: why one left after the meeting
 
 
 class RefusedTogether(ValueError):
-    """A refusal that every rank knows of, or that cannot be told to the others."""
+    """A refusal that every rank already knows of, or that cannot be sent to the others."""
 
 
 def meet(place: Place, facts: Mapping[str, str], timeout_s: float) -> dist.Store:
-    """Return the store of all ranks once all are there and have the same `facts`.
+    """Return the store of all ranks once all are present with the same `facts`.
 
-    Raises RefusedTogether, with the same words on each rank, where they differ, where one refused to start or is
-    absent; and for an address that is not theirs.
+    Raises RefusedTogether, with the same message on each rank, if facts differ or a rank refused to start or is absent;
+    also if the address does not lead to rank 0 of this run.
     """
     if place.world_size == 1:
         return dist.HashStore()
     store = _join(place, timeout_s)
     meeting = _Meeting(store, place)
-    meeting.hold({**facts, "WORLD_SIZE": str(place.world_size)}, timeout_s)
+    facts = {**facts, "WORLD_SIZE": str(place.world_size)}
+    verdict = meeting.judge(facts, timeout_s) if place.rank == 0 else meeting.answer(facts, timeout_s)
+    if verdict:
+        meeting.leave(GRACE_S)
+        raise RefusedTogether(verdict)
     store.set_timeout(timedelta(seconds=timeout_s))
     return store
 
 
 def tell_peers(refusal: Exception) -> None:
-    """Tell the ranks that wait for this one in `meet`, or in a collective since, why it leaves."""
+    """Send the reason this rank leaves to the ranks that wait for it in `meet` or in a later collective."""
     if isinstance(refusal, RefusedTogether):
         return
     try:
         place = launcher.place()
         if place.world_size > 1 and dist.is_initialized():
             c10d._get_default_store().set(REFUSED, f"rank {place.rank} refused: {refusal}")
-            time.sleep(1.0 if place.rank == 0 and not launcher.has_agent() else 0.0)  # the store goes with this process
+            time.sleep(1.0 if _hosts_store(place) else 0.0)  # the store ends with this process
         elif place.world_size > 1:
-            _Meeting(_join(place, TELL_S), place).excuse(str(refusal))
-    except (ValueError, RuntimeError):  # nobody to be told, or the very variables that say where are the refusal
+            meeting = _Meeting(_join(place, REFUSAL_S), place)
+            meeting.post({REFUSED: str(refusal)})
+            meeting.leave(REFUSAL_S)
+    except (ValueError, RuntimeError):  # no peer can be reached, or the environment variables are what was refused
         return
 
 
 def refusal_of_peer(error: Exception) -> str | None:
-    """Return why the peer left that a collective has lost, as it said itself; None where none said anything."""
+    """Return the reason that a lost peer gave before it left; None if it gave none or no peer was lost."""
     if not (isinstance(error, RuntimeError) and LOST_PEER.search(str(error)) and dist.is_initialized()):
         return None
     try:
         store = c10d._get_default_store()
         return store.get(REFUSED).decode() if store.check([REFUSED]) else None
-    except RuntimeError:  # the store went with the one that kept it
+    except RuntimeError:  # the rank that hosted the store is gone
         return None
+
+
+def _hosts_store(place: Place) -> bool:
+    return place.rank == 0 and not launcher.has_agent()
 
 
 class _Meeting:
@@ -86,38 +95,26 @@ class _Meeting:
 
     def __init__(self, store: dist.Store, place: Place) -> None:
         self.store = dist.PrefixStore(f"meeting-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        self.place, self.keeps_store = place, place.rank == 0 and not launcher.has_agent()
+        self.place = place
 
-    def hold(self, facts: dict[str, str], timeout_s: float) -> None:
-        """Compare; see `meet`."""
-        verdict = self._judge(facts, timeout_s) if self.place.rank == 0 else self._answer(facts, timeout_s)
-        if verdict:
-            self._leave()
-            raise RefusedTogether(verdict)
-
-    def excuse(self, reason: str) -> None:
-        """Leave a reason in place of facts."""
-        self._post({REFUSED: reason})
-        self._leave(TELL_S)
-
-    def _answer(self, facts: dict[str, str], timeout_s: float) -> str:
-        """Leave this rank's facts and return rank 0's verdict."""
+    def answer(self, facts: dict[str, str], timeout_s: float) -> str:
+        """Post this rank's facts and return rank 0's verdict."""
         if not launcher.has_agent() and self.store.add(f"here/{self.place.rank}", 1) > 1:
             host, port = launcher.address()
             raise RefusedTogether(
-                f"another process is rank {self.place.rank} at {host}:{port} already: two have the same RANK, or "
-                f"another run uses MASTER_PORT={port}"
+                f"another process is rank {self.place.rank} at {host}:{port} already: either two processes have the "
+                f"same RANK, or another run uses MASTER_PORT={port}"
             )
-        # Who keeps the store sets the key at once; torchrun's agent keeps one before rank 0 is there.
+        # A rank 0 that hosts the store posts at once; torchrun's agent has the store ready before rank 0 starts.
         first = json.loads(self._get("0", timeout_s if launcher.has_agent() else ANSWER_S))
-        self._post(facts, first)
+        self.post(facts, first)
         if REFUSED in first:
             return f"rank 0 refused to start: {first[REFUSED]}"
         return self._get("verdict", timeout_s).decode()
 
-    def _judge(self, facts: dict[str, str], timeout_s: float) -> str:
-        """Return what all have to do, as rank 0: "" to go on, or why not."""
-        self._post(facts)
+    def judge(self, facts: dict[str, str], timeout_s: float) -> str:
+        """As rank 0, collect all facts; post and return the verdict: "" to start, or why not."""
+        self.post(facts)
         others = range(1, self.place.world_size)
         deadline, objected = time.monotonic() + timeout_s, False
         while self.store.add("arrived", 0) < len(others) and time.monotonic() < deadline:
@@ -125,28 +122,27 @@ class _Meeting:
                 deadline, objected = time.monotonic() + GRACE_S, True
             time.sleep(POLL_S)
         present = {rank: json.loads(self.store.get(str(rank))) for rank in others if self.store.check([str(rank)])}
-        refused = [
-            f"rank {rank} refused to start: {said[REFUSED]}" for rank, said in present.items() if REFUSED in said
-        ]
-        verdict = refused[0] if refused else difference({0: facts, **present}) or ""
+        refused = (f"rank {rank} refused to start: {its[REFUSED]}" for rank, its in present.items() if REFUSED in its)
+        verdict = next(refused, None) or difference({0: facts, **present}) or ""
         if not verdict and (absent := [rank for rank in others if rank not in present]):
             verdict = f"ranks {absent[:8]} of {self.place.world_size} did not come within {timeout_s / 60:.3g} minutes"
         self.store.set("verdict", verdict)
         return verdict
 
-    def _post(self, facts: dict[str, str], first: dict[str, str] | None = None) -> None:
+    def post(self, facts: dict[str, str], first: dict[str, str] | None = None) -> None:
+        """Post this rank's facts, and an objection if they are a refusal or unlike those of rank 0, `first`."""
         self.store.set(str(self.place.rank), json.dumps(facts))
         if REFUSED in facts or (first is not None and first != facts):
             self.store.set("objection", "")
         if self.place.rank:
             self.store.add("arrived", 1)
 
-    def _leave(self, seconds: float = GRACE_S) -> None:
-        """Say that this rank has read the verdict; who keeps the store waits for the others to."""
+    def leave(self, seconds: float) -> None:
+        """Mark the verdict as read; the rank that hosts the store waits until all have, `seconds` at most."""
         if self.place.rank:
             self.store.add("left", 1)
         deadline = time.monotonic() + seconds
-        while self.keeps_store and self.store.add("left", 0) < self.place.world_size - 1:
+        while _hosts_store(self.place) and self.store.add("left", 0) < self.place.world_size - 1:
             if time.monotonic() > deadline:
                 return
             time.sleep(POLL_S)
@@ -158,33 +154,32 @@ class _Meeting:
             return self.store.get(key)
         except RuntimeError as error:
             raise RefusedTogether(
-                f"what answers at MASTER_ADDR={host} MASTER_PORT={port} says nothing of rank 0 of this run, or rank 0 "
-                f"is gone ({str(error).splitlines()[0]}): if another run uses the port, choose another one on all ranks"
+                f"the store at MASTER_ADDR={host} MASTER_PORT={port} has nothing from rank 0 of this run "
+                f"({str(error).splitlines()[0]}): rank 0 is gone, or another run uses the port; then choose another "
+                "one on all ranks"
             ) from None
 
 
 def _join(place: Place, timeout_s: float) -> dist.Store:
-    """Return the store at MASTER_ADDR:MASTER_PORT, which rank 0 opens unless torchrun has; see `meet` for refusals."""
+    """Return the store at MASTER_ADDR:MASTER_PORT, which rank 0 opens unless torchrun has; raises as `meet` does."""
     host, port = launcher.address()
-    keeps = place.rank == 0 and not launcher.has_agent()
-    if not keeps:
+    hosts = _hosts_store(place)
+    if not hosts:
         _wait_for_port(host, port, timeout_s)
-
-    def open_store() -> dist.Store:
-        limit = timedelta(seconds=ANSWER_S)
-        return dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=limit)
-
+    limit = timedelta(seconds=ANSWER_S)
     try:
-        return _within(ANSWER_S, open_store)
+        return _within(
+            ANSWER_S, lambda: dist.TCPStore(host, port, is_master=hosts, wait_for_workers=False, timeout=limit)
+        )
     except (RuntimeError, TimeoutError) as error:
         what = str(error).splitlines()[0]
-        if keeps and "EADDRINUSE" in str(error):
+        if hosts and "EADDRINUSE" in str(error):
             user = _listener(port)
             raise RefusedTogether(
                 f"MASTER_PORT={port} on {socket.gethostname()} is in use{f' by {user}' if user else ''}: choose a free "
                 "port, the same on all ranks"
             ) from None
-        who = "rank 0 cannot open the store there" if keeps else "what listens there is not rank 0 of this run"
+        who = "rank 0 cannot open the store there" if hosts else "what listens there is not rank 0 of this run"
         raise RefusedTogether(
             f"MASTER_ADDR={host} MASTER_PORT={port}: {who} ({what}); choose rank 0's host and a free port on it, the "
             "same on all ranks"
@@ -192,13 +187,13 @@ def _join(place: Place, timeout_s: float) -> dist.Store:
 
 
 def _wait_for_port(host: str, port: int, timeout_s: float) -> None:
-    """Wait until somebody listens: rank 0 may be slower to start than this rank."""
+    """Wait until a process listens there: rank 0 may start later than this rank."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             socket.create_connection((host, port), timeout=5.0).close()
             return
-        except OSError as error:  # nobody yet, or a name that is not known yet
+        except OSError as error:  # nothing listens yet, or the host's name does not resolve yet
             if time.monotonic() > deadline:
                 raise RefusedTogether(
                     f"rank 0 did not open MASTER_ADDR={host} MASTER_PORT={port} within {timeout_s / 60:.3g} minutes "
@@ -208,27 +203,28 @@ def _wait_for_port(host: str, port: int, timeout_s: float) -> None:
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Return what `work` returns, or raise TimeoutError: a store's handshake with a stranger may never end."""
-    outcome: list[T | Exception] = []
+    """Return what `work` returns, or raise TimeoutError: a handshake with a foreign server may never end."""
+    results: list[T] = []
+    errors: list[RuntimeError] = []
 
     def run() -> None:
         try:
-            outcome.append(work())
+            results.append(work())
         except RuntimeError as error:
-            outcome.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, name="rendezvous", daemon=True)
     thread.start()
     thread.join(seconds)
-    if not outcome:
+    if errors:
+        raise errors[0]
+    if not results:
         raise TimeoutError(f"no answer in {seconds:.0f} seconds")
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    return results[0]
 
 
 def _listener(port: int) -> str | None:
-    """Return the process that listens on a port of this machine, as far as this user may see it."""
+    """Return the process that listens on a port of this machine; None if this user may not see it."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text(encoding="utf-8").splitlines()[1:] if Path(table).exists() else ():
@@ -240,6 +236,6 @@ def _listener(port: int) -> str | None:
             if any(os.readlink(link) in inodes for link in (folder / "fd").iterdir()):
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                 return f"pid {folder.name} ({command[:80]})"
-        except OSError:  # another user's, or gone meanwhile
+        except OSError:  # another user's process, or one that has just ended
             continue
     return None

@@ -1,9 +1,9 @@
-"""Roll call: who still answers once a collective has failed.
+"""Roll call: which ranks still answer once a collective has failed.
 
-A collective that breaks says neither which rank is gone nor whether it died or froze, and ranks that are merely blocked
-behind it look as dead as the culprit. So each rank has a thread that answers for it, whatever its main thread waits
-in; a killed or stopped process answers nothing. It goes through the rendezvous store, the one channel that is not a
-collective. Rejected: a heartbeat every step, which costs a message a step and still misses those that are blocked.
+A failed collective does not say which rank is gone, and ranks merely blocked behind the culprit look as dead as it is.
+So each rank has a thread that answers for it whatever its main thread waits in; a killed or frozen process does not
+answer. Messages go through the rendezvous store, the only channel that is not a collective. Rejected: a heartbeat per
+step, which costs a message per step and cannot tell a blocked rank from a dead one.
 """
 
 import threading
@@ -11,26 +11,26 @@ import time
 
 from torch.distributed import Store
 
-CALLED = "roll-call"  # the key that asks everybody to answer
-STORE_S = 60.0  # that asking may take; a store whose process is frozen never answers, nor says so
+CALLED = "roll-call"  # the key that asks all ranks to answer
+STORE_S = 60.0  # that a roll call may take: a store in a frozen process never answers
 
 
 class RollCall:
-    """Answer for this rank in a daemon thread until `close()`; `missing()` asks for the others.
+    """Answer for this rank in a daemon thread until `close()`; `missing()` calls the others.
 
-    `kept_by_first`: the store lives in rank 0, as under srun; torchrun's agent keeps it for its ranks.
+    `kept_by_first`: rank 0 hosts the store, as under srun; under torchrun its agent does.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, *, kept_by_first: bool = False) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._kept_by_first = kept_by_first
-        self._period_s = max(0.5, world_size / 2000)  # at most 2,000 questions a second to one store
+        self._period_s = max(0.5, world_size / 2000)  # at most 2,000 queries a second to one store
         self._closed = threading.Event()
         if world_size > 1:
             threading.Thread(target=self._answer, name="roll-call", daemon=True).start()
 
     def missing(self) -> list[int]:
-        """Return the ranks that do not answer in about two seconds; empty where nobody can be asked."""
+        """Return the ranks that do not answer within about two seconds; empty if the store cannot be reached."""
         found = [0] if self._kept_by_first else []
         asking = threading.Thread(target=lambda: found.__setitem__(slice(None), self._ask()), daemon=True)
         asking.start()
@@ -43,10 +43,10 @@ class RollCall:
             self._store.set(f"{CALLED}/{self._rank}", "")
             time.sleep(1.0 + 2 * self._period_s)
             found = [rank for rank in range(self._world_size) if not self._store.check([f"{CALLED}/{rank}"])]
-        except RuntimeError:  # torch's DistError: the store went with the one that kept it
+        except RuntimeError:  # torch's DistError: the rank that hosted the store is gone
             return [0] if self._kept_by_first else []
         if self._kept_by_first and self._rank == 0:
-            time.sleep(1.0)  # the others may have begun to ask a little later
+            time.sleep(1.0)  # other ranks may have started their roll call a little later
         return found
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""The proof that all ranks see one folder, where several of them write or read in it.
+"""Proof that all ranks see the same folder, for folders in which several ranks read or write (P5, P10).
 
-On disks of each node's own every rank would find the folder it was told of, and each only its own files in it.
+If each node has its own disk, every rank finds a folder of the given name, but only its own files in it.
 """
 
 import socket
@@ -10,28 +10,27 @@ from pathlib import Path
 
 from train.distributed.ranks import Ranks
 
-SEE_S = 10.0  # that a network file system may take to show what another host wrote
+SEE_S = 10.0  # that a network file system may take to show a file written by another host
 
 
 def require_shared(folder: Path, key: str, ranks: Ranks) -> None:
-    """Raise OSError, on every rank, unless all see in `folder` what rank 0 writes there; `key` names its option.
+    """Raise OSError on every rank unless all see what rank 0 writes to `folder`; `key` is the option that names it.
 
-    Collective. The folder is there on rank 0.
+    Collective. The folder must exist on rank 0.
     """
     if ranks.world_size == 1:
         return
-    token = ranks.on_first(lambda: _write(folder))  # a name that no host can have looked for before
+    token = ranks.on_first(lambda: _write(folder))  # a new name, so that no host has cached its absence
     deadline = time.monotonic() + SEE_S
     while not (seen := (folder / token).exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     places = ranks.gather((seen, f"{socket.gethostname()}:{folder.absolute()}"))
     ranks.on_first(lambda: (folder / token).unlink(missing_ok=True))
-    blind = [f"rank {rank} ({place})" for rank, (seen, place) in enumerate(places) if not seen]
-    if blind:
+    if blind := [f"rank {rank} ({place})" for rank, (seen, place) in enumerate(places) if not seen]:
         more = f" and {len(blind) - 4} more ranks" if len(blind) > 4 else ""
         raise OSError(
             f"{key}={folder}: {', '.join(blind[:4])}{more} cannot see there what rank 0 ({places[0][1]}) wrote: "
-            "expected one folder that all ranks share, on a network file system where they run on several machines"
+            "expected a folder that all ranks share; across machines, one on a network file system"
         )
 
 

@@ -1,4 +1,7 @@
-"""The one vote a step: what each rank says about the coming step, and what all of them said."""
+"""The one vote per step: what each rank reports about the coming step, and the result for all (P2, P6).
+
+Rejected: one all-reduce per quantity; a vote is a single message however many questions it answers.
+"""
 
 from dataclasses import dataclass, fields
 
@@ -11,22 +14,22 @@ from train.distributed.signals import StopKind
 
 @dataclass(frozen=True, kw_only=True)
 class Ballot:
-    """What one rank says about the coming step."""
+    """What one rank reports about the coming step."""
 
     text_targets: int = 0  # of this rank's rows
     images: int = 0
-    tokens: int = 0  # padding left out
+    tokens: int = 0  # without padding
     documents_skipped: int = 0  # since the run began, by this rank's lanes
-    has_batch: bool = True  # False: this rank still waits for data, and the step cannot be run
-    ended: bool = False  # every lane of this rank is at its end
-    write_failed: bool = False  # the background save failed; said by rank 0 alone, for all ranks fail together
+    has_batch: bool = True  # False: this rank still waits for data, so the step cannot run
+    ended: bool = False  # all lanes of this rank have ended
+    write_failed: bool = False  # the background save failed; reported by rank 0 only, as all ranks fail together
     data_failed: bool = False  # this rank's reader failed
     stop: StopKind = StopKind.NONE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
-    """What all ranks said, the same on every rank."""
+    """The sums over all ranks, the same on every rank."""
 
     text_targets: int  # global: the denominators of the two losses
     images: int
@@ -36,14 +39,14 @@ class Vote:
     ranks_ended: int
     ranks_write_failed: int
     ranks_data_failed: int
-    stop: StopKind  # the gravest any rank asked for
+    stop: StopKind  # the greatest that any rank reported
 
 
 class PendingVote:
-    """A vote under way: launched when the batch arrives, awaited before the step, one per step and rank.
+    """A vote in flight: launched when the batch arrives, awaited before the step.
 
-    Collective on `vote_group`, main thread only. One SUM answers every question: each kind of stop has a slot of
-    its own, so that the greatest kind with a count is the maximum.
+    Collective on `vote_group`, main thread only. A single SUM answers every question: each kind of stop is counted in
+    its own slot, and the greatest kind with a count wins.
     """
 
     def __init__(self, ballot: Ballot, ranks: Ranks) -> None:
@@ -53,7 +56,7 @@ class PendingVote:
         self._work = dist.all_reduce(self._sums, group=ranks.vote_group, async_op=True)
 
     def wait(self) -> Vote:
-        """Return the result; raises RuntimeError when a peer is lost or the group's timeout passes."""
+        """Return the result; raises RuntimeError if a peer is lost or the group's timeout passes."""
         self._work.wait()
         sums = self._sums.tolist()
         counts, kinds = sums[: -len(StopKind)], sums[-len(StopKind) :]
