@@ -98,13 +98,13 @@ def test_nothing_that_a_pickled_index_names_is_called(tmp_path: Path) -> None:
     folder = _saved(tmp_path / "run")
     _replace_index(folder, ".metadata", pickle.dumps(_Call(os.mkdir, str(tmp_path / "executed"))))
     assert checkpoint.verify(folder, alone()) == []
-    with pytest.raises(ValueError, match=r"\.metadata was not written .*mkdir has no place .* take another"):
+    with pytest.raises(ValueError, match=r"\.metadata was not written .*mkdir does not belong .* use another"):
         checkpoint.load(folder, STATE, alone())
     assert not (tmp_path / "executed").exists()
     called = pickle.loads(pickle.dumps(_Call(getattr, Metadata, "__name__")))
     assert called == "Metadata", "Python itself would"
     for content in (pickle.dumps(_Call(getattr, Metadata, "__name__")), pickle.dumps(Metadata({})), OF_3_11_2[:-40]):
-        with pytest.raises(ValueError, match="expected the records of tensors alone"):
+        with pytest.raises(ValueError, match="expected the metadata of tensors only"):
             _parse(content, ".metadata")
     shared = pickle.loads(pickle.dumps(_parse(WRITTEN.encode())))
     shared.state_dict_metadata["model.b"].chunks *= 100_000  # one record, named again and again: a few bytes each

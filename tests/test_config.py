@@ -128,8 +128,8 @@ def test_a_saved_config_loads_back(tmp_path: Path) -> None:
         ("sizes=[1,x]", "command line: sizes=[1, 'x']: expected tuple[int, ...]"),
         ("pair=5", "command line: pair=5: expected tuple[int, int] | None"),
         ("inputs=", "command line: inputs=None: expected list[str]"),
-        ("sources.x=null", "command line: sources.x=null leaves out what is not there; there is nothing"),
-        ("labels.x=null", "command line: labels.x=null leaves out what is not there; there is nothing"),
+        ("sources.x=null", "command line: sources.x=null removes an entry that does not exist; there is nothing"),
+        ("labels.x=null", "command line: labels.x=null removes an entry that does not exist; there is nothing"),
         ("fast=perhaps", "command line: fast='perhaps': expected bool"),
         ("inner=5", "command line: inner=5: expected a group of keys, such as inner.width"),
         ("sources=[1]", "command line: sources=[1]: expected name: settings"),
@@ -175,7 +175,7 @@ def test_null_leaves_out_what_a_layer_below_names(tmp_path: Path) -> None:
     assert load(base, "sources=null", "labels=null") == load()
     above = yaml_file(tmp_path / "2.yaml", "sources: {a: null, d: {path: s}}\nlabels: ~\n")
     assert load(base, above) == Config(run_dir="run", sources={"b": Source(path="q"), "d": Source(path="s")})
-    assert "sources.e=null leaves out what is not there; there is a, b" in refusal(base, "sources.e=null")
+    assert "sources.e=null removes an entry that does not exist; there is a, b" in refusal(base, "sources.e=null")
     assert load("labels.x=").labels == {"x": ""}  # empty is a text
 
 
@@ -213,7 +213,7 @@ def test_home_and_variables_are_expanded_in_paths_alone(tmp_path: Path, monkeypa
     )
     assert load_config(Config, [paths], expand=False).run_dir == "~/run"
     assert "folders.a=$NOWHERE/x: $NOWHERE is not set in the environment" in refusal("folders.a=$NOWHERE/x")
-    assert "nobody has this home here" in refusal("run_dir=~nobody-of-this-name/x")
+    assert "no such user here" in refusal("run_dir=~nobody-of-this-name/x")
     assert "an environment variable is written $NAME" in refusal("run_dir=${SCRATCH}/x")
 
 
@@ -348,7 +348,7 @@ def test_a_program_ends_with_the_status_of_what_happened(tmp_path: Path) -> None
     status, out, _ = run(tmp_path, "--help")
     assert status == 0 and "python -m train.say" in out and "seed: int = 0\n      what to say" in out
     status, _, error = run(tmp_path, "fail=interrupt")
-    assert (status, error) == (130, "train.say: interrupted; the same command goes on from here\n")
+    assert (status, error) == (130, "train.say: interrupted; the same command continues from here\n")
     status, _, error = run(tmp_path, "fail=bug")
     assert status == 1 and "Traceback" in error
 

@@ -1,8 +1,8 @@
-"""Dataclass <- YAML <- `key=value`: the one door between what a person writes and what a program reads.
+"""Dataclass <- YAML <- `key=value`: the one door between what a person writes and what a program reads (P10).
 
-Each component owns a frozen dataclass in its own file; a program composes them. A field's comment is its
-documentation: `--help` prints it, so it cannot drift. Nothing past this file sees a DictConfig.
-Rejected: argparse or pydantic beside the dataclasses, which would spell every field twice.
+Each component has a frozen dataclass in its own file; a program composes them. A field's comment is its documentation:
+`--help` prints it, so it cannot drift. No other file sees a DictConfig.
+Rejected: argparse or pydantic next to the dataclasses, which would spell out every field twice.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -28,19 +28,19 @@ from train.streams import open_streams
 
 Config = TypeVar("Config")
 
-RESOLVE, CHECK = "--resolve", "--check"  # print the resolved config instead; and look at the input before
+RESOLVE, CHECK = "--resolve", "--check"  # print the resolved config and exit; first also check the input
 SIGNAL_DELAY = "TRANSFUSION_SIGNAL_DELAY_S"  # environment: seconds from the stop signal to the kill, if known
 HELP = {"--help", "-h", "help"}
-REFUSED = 2  # exit status of a program that refused its config or its input before working
-RULES = """A lone value stands for a list of one. NAME=null leaves out what config=FILE calls NAME in a mapping, such as
-a data source. In paths ~ and $NAME are expanded."""
+REFUSED = 2  # exit status of a program that refused its config or its input
+RULES = """A single value stands for a list of one. NAME=null removes the entry NAME that config=FILE put into a
+mapping, such as a data source. In paths ~ and $NAME are expanded."""
 
 
 def load_config(schema: type[Config], argv: list[str], *, expand: bool = True) -> Config:
-    """Return `schema` filled from `config=FILE` (any number, later wins) and then `key=value` arguments.
+    """Return `schema` filled from `config=FILE` arguments (any number, later ones win), then `key=value` arguments.
 
-    `expand` replaces `~` and `$NAME` in paths; a config that a run wrote holds none, and is not to read this machine's.
-    Raises ValueError naming the key, the value and what was expected; FileNotFoundError for a missing file.
+    `expand` replaces `~` and `$NAME` in paths; not for a config that a run wrote, whose paths are final. Raises
+    ValueError naming the key, the value and what was expected; FileNotFoundError for a missing file.
     """
     files = [expanded("config", a.removeprefix("config=")) for a in argv if a.startswith("config=")]
     overrides = [argument for argument in argv if not argument.startswith("config=")]
@@ -59,22 +59,22 @@ def load_config(schema: type[Config], argv: list[str], *, expand: bool = True) -
         merged = OmegaConf.merge(merged, given)
     except (OmegaConfBaseException, TypeError):
         for origin, layer in layers:
-            for key, value in leaves(layer):  # one by one, slowly, so that the error can name its key
-                merged = _merge(merged, key, value, schema, origin)
+            for name, value in leaves(layer):  # one by one, so that the error can name its key
+                merged = _merge(merged, name, value, schema, origin)
     _refuse_extreme_numbers(merged)
     try:
-        return OmegaConf.to_object(merged)
+        return cast(Config, OmegaConf.to_object(merged))
     except MissingMandatoryValue as error:
-        key = error.full_key
+        key = str(error.full_key)
         raise ValueError(f"{key} is required: give {key}=VALUE or set it in config=FILE") from None
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+    except OmegaConfBaseException as error:  # an interpolation of something that does not exist
         remedy = "; an environment variable is written $NAME in a path, ${oc.env:NAME} elsewhere"
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}{remedy}") from None
 
 
 def _refuse_extreme_numbers(merged: Any) -> None:
-    """Raise ValueError for a number that is not finite, or that neither float32 nor int64 can hold."""
-    for key, value in leaves(OmegaConf.to_container(merged)):
+    """Raise ValueError for a number that is not finite, or beyond float32 or int64."""
+    for key, value in leaves(cast(dict, OmegaConf.to_container(merged))):
         for number in value if isinstance(value, (list, tuple)) else [value]:
             too_large = isinstance(number, float) and not abs(number) < 3.4e38  # nan compares false
             too_large |= isinstance(number, int) and not -(1 << 63) <= number < 1 << 63
@@ -83,24 +83,25 @@ def _refuse_extreme_numbers(merged: Any) -> None:
 
 
 def to_yaml(config: Any) -> str:
-    """Render a resolved config so that `config=` reads it back; raise ValueError for a name that is not UTF-8."""
+    """Render a resolved config for `config=` to read back; raise ValueError for a name that is not UTF-8."""
     try:
         return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
     except UnicodeEncodeError as error:
-        raise ValueError(f"{error.object!a}: a config is UTF-8, this name is not; rename what it names") from None
+        raise ValueError(f"{error.object!a}: expected a name in UTF-8, as configs are; rename it") from None
 
 
 def run_program(main: Callable[[list[str]], int | None], *, lasting: bool = False) -> None:
-    """Run a program's `main(argv)` and exit; print a user's mistake as one message, without a traceback.
+    """Run a program's `main(argv)` and exit; a user's mistake is printed as one message, without a traceback.
 
-    Exit status: main's own (0 when None), 2 for a refusal, 130 for Ctrl-C. `TRACEBACK=1` shows where a refusal arose.
-    Where the module says `GROUP = True`, its ranks work together: a refusal of one before they met reaches the others.
-    `--resolve` prints the resolved config in place of running; `--check` also lets the module's `check(config)`, where
-    there is one, look at what the program would read: slurm.launch asks before it queues. `lasting` work goes on when
-    nobody reads its output any more (train/streams.py).
+    Exit status: main's own (None is 0), 2 for a refusal, 130 for Ctrl-C. `TRACEBACK=1` shows where a refusal arose. If
+    the module sets `GROUP = True`, its ranks work together: a refusal by one rank is sent to the others. `--resolve`
+    prints the resolved config instead of running; `--check` first calls the module's `check(config)`, if any, which
+    looks at the program's input: slurm.launch asks before it queues. A `lasting` program continues when its output is
+    no longer read (train/streams.py).
     """
-    module = inspect.getmodule(main)
+    module: Any = inspect.getmodule(main)
     name = f"{module.__package__ or 'train'}.{Path(module.__file__).stem}"
+    is_group = getattr(module, "GROUP", False)
     argv = sys.argv[1:]
     asked = {RESOLVE, CHECK} & set(argv)
     open_streams(lasting=lasting and not asked)
@@ -110,56 +111,49 @@ def run_program(main: Callable[[list[str]], int | None], *, lasting: bool = Fals
     try:
         if asked:
             resolved = _resolved(module, [argument for argument in argv if argument not in asked], CHECK in asked)
-            sys.stdout.buffer.write(resolved.encode())  # for programs to read, wherever it is printed
+            sys.stdout.buffer.write(resolved.encode())  # always UTF-8, for programs to read
         status = 0 if asked else main(argv) or 0
         sys.stdout.flush()
         sys.exit(status)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{name}: interrupted; the same command continues from here", file=sys.stderr)
         status = 130
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
-        _say_refusal(f"{name}: {error}")
-        if getattr(module, "GROUP", False):
-            _tell_peers(error)
+        _print_refusal(f"{name}: {error}")
+        if is_group:
+            from train.distributed.rendezvous import tell_peers  # imports torch, as only programs of ranks do
+
+            tell_peers(error)
         status = REFUSED
     except Exception as error:  # raised again, unless a peer has said why it left
-        reason = _refusal_of_peer(error) if getattr(module, "GROUP", False) else None
+        reason = None
+        if is_group:
+            from train.distributed.rendezvous import refusal_of_peer  # as above
+
+            reason = refusal_of_peer(error)
         if reason is None:
             report_to_torchrun(traceback.format_exc())
             raise
-        _say_refusal(f"{name}: {reason}")
+        _print_refusal(f"{name}: {reason}")
         status = REFUSED
     sys.stdout.flush()
     sys.stderr.flush()
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
-        os._exit(status)  # peers may be inside a collective: a tidy shutdown would wait for them
+        os._exit(status)  # an orderly shutdown would wait for peers that may be inside a collective
     sys.exit(status)
 
 
-def _say_refusal(words: str) -> None:
+def _print_refusal(message: str) -> None:
     """Print why this rank ends, and leave it for torchrun's report."""
     rank = os.environ.get("RANK", "0")
-    print(f"[rank {rank}] {words}" if rank not in ("", "0") else words, file=sys.stderr, flush=True)
-    report_to_torchrun(words)
-
-
-def _tell_peers(error: Exception) -> None:
-    from train.distributed.rendezvous import (
-        tell_peers,  # imports torch, as a program whose ranks work together has done
-    )
-
-    tell_peers(error)
-
-
-def _refusal_of_peer(error: Exception) -> str | None:
-    from train.distributed.rendezvous import refusal_of_peer  # as above
-
-    return refusal_of_peer(error)
+    print(f"[rank {rank}] {message}" if rank not in ("", "0") else message, file=sys.stderr, flush=True)
+    report_to_torchrun(message)
 
 
 def _resolved(module: Any, argv: list[str], check: bool) -> str:
+    """Return the resolved config as YAML, preceded by comments on the paths that were expanded."""
     config = load_config(module.CONFIG, argv)
     if check and hasattr(module, "check"):
         with redirect_stdout(sys.stderr):
@@ -174,7 +168,7 @@ def _resolved(module: Any, argv: list[str], check: bool) -> str:
 
 
 def help_text(command: str, purpose: str, schema: type) -> str:
-    """List every option of `schema` with its type, default and comment."""
+    """Return the usage and every option of `schema` with its type, default and comment."""
     usage = f"usage: {command} [config=FILE.yaml] [key=value ...]"
     lines = [usage, "", purpose, "", RULES, "", "options (key: type = default):"]
     for key, type_name, default, comment in options(schema):
@@ -185,14 +179,14 @@ def help_text(command: str, purpose: str, schema: type) -> str:
 
 
 def options(schema: type, prefix: str = "", defaults: Any = None) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (dotted key, type, default, comment) of each leaf field, nested dataclasses included.
+    """Yield (dotted key, type, default, comment) of each leaf field, including those of nested dataclasses.
 
-    `defaults` is the instance that the composing config starts from; None: the schema's own defaults.
+    `defaults` is the composing config's default instance; None: the schema's own defaults.
     """
     hints, comments = get_type_hints(schema), _field_comments(schema)
     for field in dataclasses.fields(schema):
         hint, key = hints[field.name], prefix + field.name
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from options(hint, f"{key}.", _value(field, defaults))
             continue
         if get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
@@ -205,7 +199,7 @@ def options(schema: type, prefix: str = "", defaults: Any = None) -> Iterator[tu
 
 
 def _override(argument: str, schema: type) -> dict:
-    """Return one `key=value` as a mapping: YAML, but for texts, which are taken as they stand."""
+    """Return one `key=value` as a mapping. The value is YAML, except for strings, which are taken literally."""
     key, _, value = argument.partition("=")
     expected, parent = (_expected(schema, name) for name in (key, key.rpartition(".")[0]))
     in_mapping = expected == parent == "dict[str, str]"
@@ -233,7 +227,7 @@ def _merge(merged: Any, key: str, value: Any, schema: type, origin: str) -> Any:
 
 
 def _expected(schema: type, key: str) -> str | None:
-    """Return what a key takes, None for an unknown key."""
+    """Return the type that a key expects; None for an unknown key."""
     parts = key.split(".")
     for name, type_name in _types(schema):
         names = name.split(".")
@@ -247,7 +241,7 @@ def _expected(schema: type, key: str) -> str | None:
 
 @cache
 def _types(schema: type) -> list[tuple[str, str]]:
-    """Return (dotted key, type) of each option; asked for each argument of a command line."""
+    """Return (dotted key, type) of each option; cached, as every argument looks it up."""
     return [(name, type_name) for name, type_name, *_ in options(schema)]
 
 
@@ -260,8 +254,9 @@ def _unknown_key(schema: type, key: str) -> str:
 
 @cache
 def _field_comments(schema: type) -> dict[str, str]:
-    """Return each field's comment: the trailing one, or the comment lines right above it."""
-    comments, above = {}, []
+    """Return each field's comment: the trailing one, or the comment lines directly above it."""
+    comments: dict[str, str] = {}
+    above: list[str] = []
     for base in reversed([c for c in schema.__mro__ if dataclasses.is_dataclass(c)]):
         for line in inspect.getsource(base).splitlines():
             field = re.match(r"    (\w+):[^#]*?(?:#\s*(.*))?$", line)

@@ -1,7 +1,7 @@
-"""What the layers of a config hold, YAML files and `key=value` arguments, before they are merged and typed.
+"""The layers of a config, YAML files and `key=value` arguments, before they are merged and typed.
 
-Here a null leaves out, a lone value becomes a list of one, and paths are expanded: a field that names a file or folder
-is an `Annotated[str, "path"]` (data.storage.Location), which its type says once.
+At this stage null removes an entry, a single value becomes a list of one, and paths are expanded: a field that holds
+a path has the type `Annotated[str, "path"]` (data.storage.Location).
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -22,9 +22,9 @@ STR, MAP, MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "merge
 
 
 def expanded(key: str, value: str) -> str:
-    """Return a path with a leading `~` and each `$NAME` replaced; a URL stays as it is.
+    """Return a path with a leading `~` and each `$NAME` replaced; a URL is returned unchanged.
 
-    Raises ValueError for a home or a variable that is not there.
+    Raises ValueError for an unknown user or a variable that is not set.
     """
     if URL.match(value):
         return value
@@ -33,7 +33,7 @@ def expanded(key: str, value: str) -> str:
             raise ValueError(f"{key}={value}: ${name} is not set in the environment; set it, or write the path out")
     path = re.sub(r"\$(\w+)", lambda match: os.environ[match[1]], value)
     if (path := os.path.expanduser(path)).startswith("~"):
-        raise ValueError(f"{key}={value}: nobody has this home here; write the path out (./~ for a file called so)")
+        raise ValueError(f"{key}={value}: no such user here; write the path out (./~NAME for a file called ~NAME)")
     return path
 
 
@@ -47,20 +47,20 @@ def read_yaml(path: str) -> dict:
 
 
 def parse(origin: str, text: str | bytes) -> Any:
-    """Return what YAML says, by OmegaConf's rules; raise ValueError, led by `origin`, for what is no YAML."""
+    """Parse YAML by OmegaConf's rules; raise ValueError, prefixed by `origin`, for text that is not YAML."""
     try:
         node = yaml.compose(text, yaml.SafeLoader)
         for key in _keys(node, set()):
-            key.tag = STR  # a source called no, on or 1 keeps its name
+            key.tag = STR  # a source named no, on or 1 keeps its name
         names = [] if node is None else [(yaml.ScalarNode(STR, "value"), node)]
         document = yaml.serialize(yaml.MappingNode(MAP, names), allow_unicode=True)
-        return OmegaConf.to_container(OmegaConf.load(io.StringIO(document))).get("value")
-    except Exception as error:  # the YAML library's own errors share no base with ours
+        return cast(dict, OmegaConf.to_container(OmegaConf.load(io.StringIO(document)))).get("value")
+    except Exception as error:  # yaml and OmegaConf have no common base class of errors
         raise ValueError(f"{origin}: not readable as YAML: {' '.join(str(error).split())}") from None
 
 
 def _keys(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.Node]:
-    """Yield the keys of all mappings below a node, but for the merge key `<<`."""
+    """Yield the keys of all mappings below a node, except the merge key `<<`."""
     if node is None or isinstance(node, yaml.ScalarNode) or id(node) in seen:
         return
     seen.add(id(node))  # an alias leads to the same node
@@ -72,7 +72,7 @@ def _keys(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.Node]:
 
 
 def _child(hint: Any, name: str) -> Any:
-    """Return the type of what a dataclass or a mapping calls `name`; None for what it does not know."""
+    """Return the type of the field or entry `name` of a dataclass or mapping; None if it has none."""
     hint = _bare(hint)
     if dataclasses.is_dataclass(hint):
         return get_type_hints(hint, include_extras=True).get(name)
@@ -80,14 +80,14 @@ def _child(hint: Any, name: str) -> Any:
 
 
 def _bare(hint: Any) -> Any:
-    """Return a type without `| None` and the mark of a path."""
+    """Return a type without `| None` and without the mark of a path."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def each(value: Any, hint: Any, change: Callable[[Any, Any, str], Any], key: str = "") -> Any:
-    """Return a value with `change(value, type, dotted key)` made to it and to all that it holds."""
+    """Return a value with `change(value, type, dotted key)` applied to it and to everything it contains."""
     value = change(value, hint, key)
     if isinstance(value, dict):
         parts = {name: (_child(hint, name), f"{key}.{name}".lstrip(".")) for name in value}
@@ -98,11 +98,11 @@ def each(value: Any, hint: Any, change: Callable[[Any, Any, str], Any], key: str
 
 
 def as_list(value: Any, hint: Any, _key: str) -> Any:
-    """Return a lone value as a list of one where any number is taken."""
+    """Return a single value as a list of one if the type allows any number."""
     bare = _bare(hint)
-    takes_any = get_origin(bare) is list or (get_origin(bare) is tuple and get_args(bare)[-1] is ...)
-    is_lone = not isinstance(value, list | tuple | dict | None) and not str(value).startswith("${")
-    return [value] if takes_any and is_lone else value
+    is_list = get_origin(bare) is list or (get_origin(bare) is tuple and get_args(bare)[-1] is ...)
+    is_single = not isinstance(value, list | tuple | dict | None) and not str(value).startswith("${")
+    return [value] if is_list and is_single else value
 
 
 def as_expanded(value: Any, hint: Any, key: str) -> Any:
@@ -113,10 +113,10 @@ def as_expanded(value: Any, hint: Any, key: str) -> Any:
 
 
 def lay(layers: Sequence[tuple[str, dict]], schema: type) -> dict:
-    """Return the mapping that layers of (origin, mapping) make, later ones above.
+    """Return the mapping that results from layers of (origin, mapping), each over those before it.
 
-    A null leaves out an entry that a layer below made in a mapping, or all of them; raises ValueError for one that is
-    not there.
+    A null removes an entry, or all entries, of a mapping in the layers below; raises ValueError if there is no such
+    entry.
     """
     laid: dict = {}
     for origin, layer in layers:
@@ -128,8 +128,8 @@ def _lay_over(below: dict, above: dict, hint: Any, where: str) -> None:
     for name, value in above.items():
         if value is None and get_origin(_bare(hint)) is dict:
             if name not in below:
-                there = ", ".join(below) or "nothing"
-                raise ValueError(f"{where}{name}=null leaves out what is not there; there is {there}")
+                present = ", ".join(below) or "nothing"
+                raise ValueError(f"{where}{name}=null removes an entry that does not exist; there is {present}")
             del below[name]
         elif value is None and get_origin(_bare(_child(hint, name))) is dict:
             below[name] = {}

@@ -1,19 +1,19 @@
-"""Standard output and error as programs use them: any locale can print, and a reader may leave.
+"""Standard output and error that work in any locale and survive a reader that leaves (P13).
 
-Where the locale is not UTF-8, Python would read and write files, and name them, in the locale's encoding: a folder
-called `été` in a YAML file would be another one, or none. The program starts itself anew in Python's UTF-8 mode, and
-what the terminal cannot show is printed as escapes.
+In a locale that is not UTF-8 Python would use the locale's encoding for files and their names: a folder called `été`
+in a YAML file would be a different one, or none. So the program restarts itself in Python's UTF-8 mode, and prints
+escapes for what the terminal cannot show.
 
-A program whose reader is gone (`| head`) ends at once with 141, the status of a process that died of SIGPIPE. The
-signal itself stays ignored: it would also end a process whose peer closes a socket. A lasting program (a training, an
-encoding job) goes on instead, as it does where standard output is a full disk: its record is in files (P13).
+A program whose reader is gone (`| head`) exits at once with 141, like a process killed by SIGPIPE. The signal itself
+stays ignored: it would also kill a process whose peer closes a socket. A lasting program (training, encoding) continues
+instead, also when standard output is a full disk: its results are in files.
 """
 
 import errno
 import io
 import os
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
@@ -25,7 +25,7 @@ class _Standard(io.FileIO):
         super().__init__(descriptor, "w", closefd=False)
         self._lasting = lasting
 
-    def write(self, data: bytes) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -33,21 +33,21 @@ class _Standard(io.FileIO):
                 return len(data)
             if error.errno == errno.EPIPE:
                 os._exit(BROKEN_PIPE)
-            self._lasting = True  # said once; what is still held is written at the end, or not
+            self._lasting = True  # raised once; what is still buffered may be lost
             raise
 
 
 def open_streams(*, lasting: bool = False) -> None:
-    """Replace sys.stdout and sys.stderr; where the locale is not UTF-8, start the process anew in UTF-8 mode."""
+    """Replace sys.stdout and sys.stderr; in a locale that is not UTF-8, restart the process in UTF-8 mode."""
     if sys.getfilesystemencoding() != "utf-8" and not sys.flags.ignore_environment:
-        os.environ["PYTHONUTF8"] = "1"  # our subprocesses too
+        os.environ["PYTHONUTF8"] = "1"  # also for subprocesses
         os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.stdout, sys.stderr = _reopened(sys.stdout, 1, lasting), _reopened(sys.stderr, 2, lasting)
 
 
 def _reopened(stream: TextIO | None, descriptor: int, lasting: bool) -> TextIO | None:
-    if stream not in (sys.__stdout__, sys.__stderr__) or stream is None:  # closed, or somebody listens in
+    if stream not in (sys.__stdout__, sys.__stderr__) or stream is None:  # closed, or replaced, as pytest does
         return stream
     by_line = stream.line_buffering or stream.write_through
     raw = io.BufferedWriter(_Standard(descriptor, lasting))

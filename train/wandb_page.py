@@ -1,10 +1,11 @@
-"""A run's page at wandb: a copy of its metrics, which may fail, hang or be absent without a say in the training (P13).
+"""A run's page at wandb: a copy of its metrics that may fail, hang or be absent without affecting training (P13).
 
-wandb writes from a process of its own, and Slurm and systemd may stop that by the same signal as the ranks: it drops
-what it still holds. Once it is found gone it is started again and told what metrics.jsonl has of this attempt, so that
-the page is whole. Rejected: to keep the signals from it. It handles them whatever it inherits, in a session of its own.
+wandb writes from a separate process, which Slurm and systemd may stop with the same signal as the ranks; it then drops
+what it has not written. Once that process is found dead, it is restarted and sent the rows of this attempt from
+metrics.jsonl again, so that the page is complete. Rejected: shielding it from signals, for which it installs handlers
+whatever it inherits, in a session of its own.
 
-    <run>/wandb-page.json   id of the page, wherever the folder is moved; without it the next start begins another page
+    <run>/wandb-page.json   id of the page, which moves with the folder; without it the next start creates a new page
 """
 
 import hashlib
@@ -30,45 +31,45 @@ log = logging.getLogger(__name__)
 
 
 class WandbPage:
-    """The page of the run in `folder`; `mode` and `project` None: what WANDB_MODE and WANDB_PROJECT say."""
+    """The page of the run in `folder`. A `mode` or `project` of None means WANDB_MODE or WANDB_PROJECT."""
 
     def __init__(self, mode: str | None, project: str | None, folder: Path, recipe: dict[str, Any]) -> None:
         self._mode = mode or os.environ.get("WANDB_MODE") or "disabled"
         self._project = project or os.environ.get("WANDB_PROJECT") or "transfusion"
         self._folder, self._recipe = folder, recipe
-        self._run: Any = None  # None: there is no page, or not any more
-        self._lost = False  # its process is gone
+        self._run: Any = None  # None: no page, or no longer
+        self._lost = False  # wandb's process is gone
         self._restarts_left = RESTARTS
         self._sent: list[int] = []  # the step of each row and picture, in order
-        self._pictures: dict[int, str] = {}  # sent, by step
+        self._pictures: dict[int, str] = {}  # paths of those sent, by step
         if self._mode == "disabled":
             return
         try:
             self._run = self._start()
-            self._begun = self._run.starting_step  # rows that the page had before this attempt
+            self._begun = self._run.starting_step  # rows on the page before this attempt
         except Exception as error:  # a logger may fail in any way
             log.warning("wandb is off: %s; metrics.jsonl has everything", error)
 
     @property
     def place(self) -> str | None:
-        """Return where the page is, in words; None where there is none."""
+        """Return where the page is, in words; None if there is none."""
         if self._run is None:
             return None
         return f"offline, in {Path(self._run.dir).parent}" if self._run.offline else str(self._run.url)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send a row that metrics.jsonl has already."""
+        """Send a row that is already in metrics.jsonl."""
         self._sent.append(row["step"])
         self._send(lambda run: run.log(row))
 
     def picture(self, path: os.PathLike, step: int) -> None:
-        """Show a saved picture."""
+        """Send a saved picture."""
         self._sent.append(step)
         self._pictures[step] = str(path)
         self._send(lambda run: _show(run, str(path), step))
 
     def close(self) -> None:
-        """Wait until all is written or sent, a minute at most."""
+        """Wait until everything is written or sent, one minute at most."""
         while self._run is not None:
             self._send(_finish, last=True)
 
@@ -77,11 +78,11 @@ class WandbPage:
             return
         try:
             if self._lost:
-                self._tell_again()
-                send = send if last else lambda run: None  # it was told this too
+                self._resend()
+                send = send if last else lambda run: None  # `_resend` included this
             send(self._run)
             self._run = None if last else self._run
-        except Exception as error:  # a logger may fail in any way; the run goes on without its page
+        except Exception as error:  # a logger may fail in any way; training continues without it
             self._lost = True
             self._restarts_left -= 1
             if self._restarts_left < 0:
@@ -93,8 +94,9 @@ class WandbPage:
         import wandb
 
         settings = wandb.Settings(init_timeout=20, finish_timeout=60, console="off", silent=True, x_disable_stats=True)
-        wandb.setup(settings)  # or it would ask a terminal for a key, and wait
-        given = {
+        wandb.setup(settings)  # without this it would ask for a key on the terminal, and wait
+        mode: Any = self._mode
+        given: dict[str, Any] = {
             "project": self._project,
             "dir": os.environ.get("WANDB_DIR") or str(self._folder),
             "id": self._id(),
@@ -104,24 +106,24 @@ class WandbPage:
             "settings": settings,
         }
         try:
-            run = wandb.init(mode=self._mode, **given)
+            run = wandb.init(mode=mode, **given)
         except Exception as error:  # no key, no network
-            if self._mode != "online":
+            if mode != "online":
                 raise
             log.warning("wandb: %s; the page is kept offline, for `wandb sync`", " ".join(str(error).split()))
-            _forget()  # its process has the id still in use
+            _forget()  # its process still holds the id
             wandb.setup(settings)
             run = wandb.init(mode="offline", **given)
         run.define_metric("*", step_metric="step")
         return run
 
-    def _tell_again(self) -> None:
+    def _resend(self) -> None:
         """Start wandb's process again and send what it may have dropped."""
         dead = self._run
         _forget()
         self._run, self._lost = self._start(), False
-        reached = self._run.starting_step - self._begun if self._run.resumed else 0  # the server says
-        missing, told = Counter(self._sent[reached:]), self._sent[:reached]
+        received = self._run.starting_step - self._begun if self._run.resumed else 0  # by the server
+        missing, resent = Counter(self._sent[received:]), self._sent[:received]
         items: dict[int, list[Callable[[], None]]] = {}
         with (self._folder / "metrics.jsonl").open("rb") as rows:
             for row in map(json.loads, rows):
@@ -132,19 +134,19 @@ class WandbPage:
         for step, count in missing.items():
             for send in items.get(step, [])[-count:]:
                 send()
-                told.append(step)
-        self._sent = told
+                resent.append(step)
+        self._sent = resent
         if dead.offline and dead.dir != self._run.dir:
-            shutil.rmtree(Path(dead.dir).parent, ignore_errors=True)  # a part of what was told again
+            shutil.rmtree(Path(dead.dir).parent, ignore_errors=True)  # its rows were sent again
 
     def _id(self) -> str:
-        """Return the page's id: the same after a resume and a move, never that of another run."""
+        """Return the page's id: the same after a resume or a move of the folder, never that of another run."""
         kept = self._folder / ID_FILE
         if kept.is_file():
             return json.loads(kept.read_bytes())["id"]
         path = self._folder.resolve()
         name = re.sub(r"[^A-Za-z0-9_.-]", "-", path.name)
-        page = f"{name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # of a run that kept no id
+        page = f"{name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # of runs that stored no id
         if not any(self._folder.glob(f"wandb/*run-*-{page}")):
             page = f"{name}-{uuid.uuid4().hex[:8]}"
         write_durably(kept, json.dumps({"id": page}).encode())
@@ -155,11 +157,11 @@ def _finish(run: Any) -> None:
     import wandb
 
     run.finish()
-    wandb.teardown()  # its process holds a page that was finished for a moment longer
+    wandb.teardown()  # ends its process, which would hold the finished page for a moment longer
 
 
 def _forget() -> None:
-    """Let go of wandb's process, which would be asked again."""
+    """End wandb's process, which would otherwise be used again."""
     with suppress(Exception):
         import wandb
 

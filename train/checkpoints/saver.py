@@ -1,10 +1,10 @@
-"""A checkpoint while training goes on: staged on the host, then hashed, written and committed by a background thread.
+"""Saving while training continues: tensors are staged in host memory, and a background thread writes them (P5).
 
-The loop waits only for the copy to the host (and for an earlier save that is still being written). A write that fails
-harms nothing saved before: `failed` puts it into the next step's vote, `settle` counts it alike on every rank, the
-next interval tries again, and several in a row end the run (P5). The buffers are kept from save to save, pinned where
-the model is on CUDA: one copy of the rank's shards in host memory.
-Rejected: DCP's async_save, whose stager fails on CPU and whose executor swallows what its retention would raise.
+The loop waits only for the copy to the host, and for an earlier save that is still being written. A failed write harms
+no earlier checkpoint: `failed` puts it into the next step's vote, `settle` counts it alike on every rank, the next
+interval tries again, and several failures in a row end the run. The buffers (one copy of the rank's shards, pinned if
+the model is on CUDA) are reused by every save.
+Rejected: DCP's async_save, whose stager fails on CPU and whose executor would hide errors of our retention.
 """
 
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint will hold: the live tensors, and the files beside them (name -> content; rank 0's count)."""
+    """What a checkpoint will hold: the live tensors, and further files (name -> content; rank 0's are written)."""
 
     step: int
     tensors: State
@@ -36,10 +36,10 @@ class Snapshot:
 
 
 class Saver:
-    """Write the snapshots of one run, one at a time. Methods are collective and belong to the main thread.
+    """Writes the snapshots of one run, one at a time. Its methods are collective, for the main thread only.
 
-    `saved_step` is the step of the newest checkpoint that is known to be whole, 0 for none; `seconds` what writing the
-    last one took, None before any.
+    `saved_step` is the step of the newest checkpoint known to be complete, 0 for none; `seconds` is how long the last
+    write took, None before any.
     """
 
     def __init__(self, folder: RunFolder, config: CheckpointConfig, ranks: Ranks) -> None:
@@ -50,19 +50,19 @@ class Saver:
         self._buffers: dict[str, torch.Tensor] = {}
         self._host_meshes: dict[DeviceMesh, DeviceMesh] = {}
         self._thread: threading.Thread | None = None
-        self._step = 0  # that the thread writes
+        self._step = 0  # that the thread is writing
         self._error: Exception | None = None
         self._failures_in_a_row = 0
 
     @property
     def failed(self) -> bool:
-        """Return whether a write has failed that `settle` does not know of yet."""
-        return self._error is not None and not self._thread.is_alive()
+        """Return whether a write has failed that `settle` has not handled yet."""
+        return self._error is not None and self._thread is not None and not self._thread.is_alive()
 
     def start(self, snapshot: Snapshot) -> None:
-        """Stage a snapshot and begin to write it; waits for an earlier one first.
+        """Stage a snapshot and start writing it; waits for an earlier one first.
 
-        Raises CheckpointError when too many writes in a row have failed, RunTakenOver when the run is not ours.
+        Raises CheckpointError if too many writes in a row have failed, RunTakenOver if a later attempt owns the run.
         """
         self.settle()
         staged = self._staged(snapshot.tensors)
@@ -73,9 +73,9 @@ class Saver:
         self._thread.start()
 
     def settle(self, tolerate: bool = True) -> None:
-        """Wait for the write under way, if any, and judge how it ended; see `start` for what it raises.
+        """Wait for the current write, if any, and handle its outcome; raises as `start` does.
 
-        With `tolerate` False, as at the end of a run, the first failure counts.
+        With `tolerate` False, as at the end of a run, a single failure raises.
         """
         if self._thread is None:
             return
@@ -92,7 +92,7 @@ class Saver:
             log.warning("%s; the next save tries again (failure %d of %d)", error, self._failures_in_a_row, most)
 
     def _write(self, snapshot: Snapshot, staged: State) -> None:
-        """Write and retain; the body of the thread, on every rank at once."""
+        """Write the checkpoint and apply retention; the body of the thread, which runs on every rank."""
         start = time.monotonic()
         try:
             path = checkpoint.save(self._folder, snapshot.step, staged, snapshot.extra, self._background)
@@ -101,9 +101,9 @@ class Saver:
             if self._ranks.is_first:
                 size = sum(file.num_bytes for file in read_listing(path).values())
                 say(f"saved {path}: {size / 1e6:,.1f} MB in {self.seconds:.1f} s")
-        except OSError as error:  # of retention, the same on every rank
+        except OSError as error:  # from `retain`, the same on every rank
             self._error = CheckpointError(f"checkpoints that are no longer kept were not removed: {error}")
-        except Exception as error:  # whatever it is, the main thread raises it
+        except Exception as error:  # the main thread raises it
             self._error = error
 
     def _staged(self, state: State, prefix: str = "") -> State:
@@ -124,7 +124,7 @@ class Saver:
         return DTensor.from_local(buffer, mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
 
     def _on_host(self, mesh: DeviceMesh) -> DeviceMesh:
-        """Return the mesh of the same ranks for tensors in host memory; its groups are made at the first save."""
+        """Return a CPU mesh of the same ranks; its process groups are created at the first save."""
         if mesh.device_type != "cpu" and mesh not in self._host_meshes:
             self._host_meshes[mesh] = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
         return self._host_meshes.get(mesh, mesh)

@@ -1,9 +1,9 @@
-"""The files of one checkpoint: written through a hash, listed with their checksums, verified, then read.
+"""The files of one checkpoint: hashed as they are written, listed with their checksums, verified, then read (P5).
 
-DCP plans, splits and reshards; the integrity of the bytes is ours, for DCP has no checksums and takes a folder with its
-index for complete, and so is the index (train/checkpoints/index.py). Rejected: hashing after the write (a second read,
-and of what the disk returned rather than of what was meant), sha256 (no adversary here), and crc32 (a third of the
-write). P11: only tensors go through DCP, since it pickles everything else.
+DCP plans, splits and reshards. The integrity of the bytes is ours, as DCP has no checksums and takes any folder with an
+index for complete; so is the index (index.py). Only tensors go through DCP, which would pickle anything else (P11).
+Rejected: hashing after the write (a second read, of what the disk returns rather than of what was meant), sha256 (there
+is no adversary here), and crc32 (it takes a third of the write).
 """
 
 import json
@@ -34,14 +34,14 @@ from train.checkpoints.index import INDEX, PICKLED_INDEX, parse_index, write_ind
 LISTING = "checksums.json"
 FILE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 READ_BYTES = 1 << 22
-HASH_BYTES = 1 << 20  # hashed and written while still in the cache
-BUFFER_BYTES = 1 << 16  # gathers torch.save's forty small writes a tensor; larger ones pass it by
-WRITEBACK_BYTES = 1 << 23  # handed to the disk while the next are hashed, not all of them at the end by fsync
+HASH_BYTES = 1 << 20  # hashed and written while still in the CPU's cache
+BUFFER_BYTES = 1 << 16  # collects torch.save's forty small writes per tensor; larger writes bypass it
+WRITEBACK_BYTES = 1 << 23  # sent to the disk while the next are hashed, rather than all at the end by fsync
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What went into one file of a checkpoint, counted on the way to the disk."""
+    """Size and checksum of one file of a checkpoint, counted as it was written."""
 
     name: str
     num_bytes: int
@@ -49,7 +49,7 @@ class WrittenFile:
 
 
 def read_listing(folder: Path) -> dict[str, WrittenFile]:
-    """Return what `folder` should hold, by name; raises OSError or ValueError if its listing is missing or damaged."""
+    """Return the files of `folder` by name; raises OSError or ValueError if their listing is missing or damaged."""
     try:
         files = json.loads((folder / LISTING).read_bytes())["files"]
         listing = {name: WrittenFile(name, int(file["bytes"]), file["xxh3"]) for name, file in files.items()}
@@ -58,12 +58,12 @@ def read_listing(folder: Path) -> dict[str, WrittenFile]:
     if not {INDEX, PICKLED_INDEX} & listing.keys():
         raise ValueError(f"{LISTING} is damaged: it does not name {INDEX}")
     if strange := [name for name in listing if not FILE_NAME.fullmatch(name)]:
-        raise ValueError(f"{LISTING} is damaged: it names {strange[0]!r}, expected files of the folder alone")
+        raise ValueError(f"{LISTING} is damaged: it names {strange[0]!r}, expected files directly in the folder")
     return listing
 
 
 def problem_of(folder: Path, expected: WrittenFile, on_read: Callable[[int], object] | None = None) -> str | None:
-    """Read one file whole and return what is wrong with it, or None; `on_read` is told of every so many bytes."""
+    """Read one file and return what is wrong with it, or None; `on_read` gets the number of bytes of each read."""
     num_bytes, checksum = 0, xxh3_64()
     buffer = memoryview(bytearray(READ_BYTES))
     try:
@@ -83,7 +83,7 @@ def problem_of(folder: Path, expected: WrittenFile, on_read: Callable[[int], obj
 
 
 def read_checked(folder: Path, name: str) -> bytes:
-    """Return the content of a small file; raises ValueError if it is not what was written, OSError if it is gone."""
+    """Return the content of a small file; raises ValueError if it differs from its checksum, OSError if it is gone."""
     content = (folder / name).read_bytes()
     found, expected = WrittenFile(name, len(content), xxh3_64_hexdigest(content)), read_listing(folder).get(name)
     if found != expected:
@@ -92,9 +92,9 @@ def read_checked(folder: Path, name: str) -> bytes:
 
 
 def read_index(folder: Path) -> Metadata:
-    """Return DCP's records of `folder`: names, sizes, dtypes and places of the tensors.
+    """Return DCP's metadata of `folder`: names, sizes, dtypes and locations of the tensors.
 
-    Raises ValueError if its index is damaged or not as a trainer writes it, OSError if it is gone.
+    Raises ValueError if the index is damaged or not one that this trainer writes, OSError if it is gone.
     """
     listing = read_listing(folder)
     name = INDEX if INDEX in listing else PICKLED_INDEX
@@ -103,81 +103,80 @@ def read_index(folder: Path) -> Metadata:
         return parse_index(content, name, {file.name: file.num_bytes for file in listing.values()})
     except ValueError as error:
         raise ValueError(
-            f"checkpoint {folder}: {name} was not written by this trainer: {error}; restore the file, or take another "
+            f"checkpoint {folder}: {name} was not written by this trainer: {error}; restore the file, or use another "
             "checkpoint"
         ) from None
 
 
 class HashingWriter(dcp.FileSystemWriter):
-    """DCP's writer into `folder`, hashing. Each rank's checksums travel to rank 0 among its write results.
+    """DCP's writer into `folder`, with hashing. Each rank's checksums reach rank 0 among its write results.
 
-    On rank 0 `finish` adds the index, the `extra` files and the listing, makes all of it durable and calls `commit`;
-    what any rank raises on the way, DCP raises on every rank.
+    On rank 0 `finish` adds the index, the `extra` files and the listing, makes everything durable and calls `commit`;
+    an error on any rank is raised by DCP on every rank.
     """
 
     def __init__(self, folder: Path, extra: Mapping[str, bytes], commit: Callable[[], None]) -> None:
-        super().__init__(folder, thread_count=1, sync_files=True)  # DCP loses the errors of further threads
-        self.fs = _HashingFiles()
-        self._extra, self._commit = extra, commit
+        super().__init__(folder, thread_count=1, sync_files=True)  # DCP loses the errors of additional threads
+        self.fs = self._files = _HashingFiles()
+        self._folder, self._extra, self._commit = folder, extra, commit
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
         """Write this rank's tensors; the result is DCP's write results followed by our WrittenFiles."""
-        with config.patch("save.compute_crc32", False):  # torch.save's own, which nobody checks: a fifth of the time
+        # torch.save's own checksum is never read and takes a fifth of the time.
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             results = super().write_data(plan, planner).value()
         done: torch.futures.Future = torch.futures.Future()
-        done.set_result([*results, *self.fs.written.values()])
+        done.set_result([*results, *self._files.written.values()])
         return done
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         """Complete the folder and commit it; rank 0 only."""
         every = [result for of_rank in results for result in of_rank]
-        self.fs.written = {result.name: result for result in every if isinstance(result, WrittenFile)}
-        places = {result.index: result.storage_data for result in every if isinstance(result, WriteResult)}
-        index = write_index(metadata.state_dict_metadata, places)
-        for name, content in [(INDEX, index), *self._extra.items()]:
-            assert Path(name).name == name and name not in {*self.fs.written, LISTING}, name
+        written = {result.name: result for result in every if isinstance(result, WrittenFile)}
+        self._files.written = written
+        stored = {result.index: result.storage_data for result in every if isinstance(result, WriteResult)}
+        for name, content in [(INDEX, write_index(metadata.state_dict_metadata, stored)), *self._extra.items()]:
+            assert Path(name).name == name and name not in {*written, LISTING}, name
             self._write(name, content)
-        files = {f.name: {"bytes": f.num_bytes, "xxh3": f.xxh3} for f in self.fs.written.values()}
+        files = {file.name: {"bytes": file.num_bytes, "xxh3": file.xxh3} for file in written.values()}
         self._write(LISTING, json.dumps({"files": files}, indent=1, sort_keys=True).encode())
-        sync_folder(self.path)
-        self._require_whole()
-        self._commit()
-
-    def _require_whole(self) -> None:
-        """Raise OSError unless every rank's file lies here, as long as it was written: else nothing could be loaded."""
-        for name, file in self.fs.written.items():
-            path = self.path / name
+        sync_folder(self._folder)
+        for name, file in written.items():  # those of other ranks may be on other disks, or cut short
+            path = self._folder / name
             if not path.exists():
-                raise OSError(f"{name} was written by its rank and is not here: do all ranks see {self.path.parent}?")
+                raise OSError(
+                    f"{name} was written by its rank but is not here: do all ranks see {self._folder.parent}?"
+                )
             if (found := path.stat().st_size) != file.num_bytes:
                 raise OSError(f"{name}: {file.num_bytes} bytes were written, {found} are here")
+        self._commit()
 
     def _write(self, name: str, content: bytes) -> None:
-        with self.fs.create_stream(self.path / name, "wb") as stream:
+        with self.fs.create_stream(self._folder / name, "wb") as stream:
             stream.write(content)
             os.fsync(stream.fileno())
 
 
 class CheckedReader(dcp.FileSystemReader):
-    """DCP's reader of `folder` over an index that was verified.
+    """DCP's reader of `folder`, given its verified index, which reads only the rows that a rank needs.
 
-    DCP's own reads every saved shard whole that a rank needs a row of: all ranks of a machine would hold the largest
-    tensor at once, and read as many times too much as there are more ranks now than then. This one reads the rows.
+    DCP's own reads a saved shard whole even for one row: all ranks of a machine would hold the largest tensor at once,
+    and with N times as many ranks as when it was saved, read N times too much.
     """
 
     def __init__(self, folder: Path, index: Metadata) -> None:
         super().__init__(folder)
         self._index = index
         self._buffer = torch.empty(READ_BYTES, dtype=torch.uint8)
-        self._without_bytes = FakeTensorMode()  # one for all: to make one takes 6 ms
+        self._without_bytes = FakeTensorMode()  # one for all reads: creating one takes 6 ms
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Return the verified index."""
         return self._index
 
     def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> torch.futures.Future:
-        """Read what `plan` asks for into the planner's tensors."""
-        for name, items in groupby(sorted(plan.items, key=self._place), key=lambda item: self._place(item)[0]):
+        """Read what `plan` lists into the planner's tensors."""
+        for name, items in groupby(sorted(plan.items, key=self._location), key=lambda item: self._location(item)[0]):
             with Path(self.path, name).open("rb", buffering=0) as stream:
                 for item in items:
                     target = planner.resolve_tensor(item).detach()
@@ -187,14 +186,14 @@ class CheckedReader(dcp.FileSystemReader):
         done.set_result(None)
         return done
 
-    def _place(self, item: ReadItem) -> tuple[str, int]:
+    def _location(self, item: ReadItem) -> tuple[str, int]:
         stored = self.storage_data[item.storage_index]
         return stored.relative_path, stored.offset
 
     def _read_into(self, target: torch.Tensor, archive: IO[bytes], item: ReadItem) -> None:
-        """Fill `target` with the part of the tensor in `archive` that `item` names, through a small buffer."""
+        """Fill `target` with the part of the tensor in `archive` that `item` describes, through a small buffer."""
         assert item.type == LoadItemType.TENSOR, item
-        with self._without_bytes:  # what it is, and where its bytes are
+        with self._without_bytes:  # dtype, shape, strides, and the offset of its bytes
             saved = torch.load(archive, weights_only=True)
         whole_rows = saved.ndim and item.lengths[1:] == saved.shape[1:]
         if not (whole_rows and saved.is_contiguous() and target.is_contiguous()):
@@ -210,9 +209,9 @@ class CheckedReader(dcp.FileSystemReader):
             piece.copy_(content.view(saved.dtype))
 
 
-def _fill(content: torch.Tensor, stream: IO[bytes]) -> None:
-    """Read as many bytes as `content` (uint8) has room for; raises ValueError where the file ends before."""
-    view = memoryview(content.numpy())
+def _fill(content: torch.Tensor, stream: Any) -> None:
+    """Fill `content` (uint8) from a binary stream; raises ValueError if the file ends early."""
+    view = memoryview(content.numpy().data)
     while view:
         if not (count := stream.readinto(view)):
             raise ValueError(f"a file of the checkpoint ends {len(view)} bytes early")
@@ -220,13 +219,14 @@ def _fill(content: torch.Tensor, stream: IO[bytes]) -> None:
 
 
 class _HashingFiles(filesystem.FileSystem):
-    """DCP's file access, with every file hashed as it is written."""
+    """DCP's file system, with every file hashed as it is written."""
 
     def __init__(self) -> None:
         self.written: dict[str, WrittenFile] = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator["_HashedFile"]:
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        """Yield a _HashedFile; DCP, torch.save and `finish` use no more of a stream than that has."""
         assert mode == "wb", mode
         with Path(path).open(mode, buffering=BUFFER_BYTES) as stream:
             file = _HashedFile(stream)
@@ -240,15 +240,15 @@ class _HashingFiles(filesystem.FileSystem):
 
 
 class _HashedFile:
-    """A file being written: counts and hashes what passes, and remembers the first error of the disk.
+    """A file being written: counts and hashes the bytes, and remembers the first error of the disk.
 
-    torch.save's archive writer follows a failed write by another and reports that one ("unexpected pos"), which
-    would hide "No space left on device".
+    After a failed write torch.save's archive writer makes another and reports its error ("unexpected pos"), which would
+    hide "No space left on device".
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self.num_bytes = self._handed_on = 0
+        self.num_bytes = self._flushed = 0
         self.checksum = xxh3_64()
         self.failure: OSError | None = None
 
@@ -263,11 +263,11 @@ class _HashedFile:
                 raise
             self.checksum.update(piece)
             self.num_bytes += piece.nbytes
-            if self.num_bytes - self._handed_on >= WRITEBACK_BYTES:
-                # Starts the writing, and keeps the page cache for data; fsync still reports what went wrong.
-                size = self.num_bytes - self._handed_on
-                os.posix_fadvise(self._stream.fileno(), self._handed_on, size, os.POSIX_FADV_DONTNEED)
-                self._handed_on = self.num_bytes
+            if self.num_bytes - self._flushed >= WRITEBACK_BYTES:
+                # Start writing back, and keep the page cache for training data; fsync still reports errors.
+                size = self.num_bytes - self._flushed
+                os.posix_fadvise(self._stream.fileno(), self._flushed, size, os.POSIX_FADV_DONTNEED)
+                self._flushed = self.num_bytes
         return view.nbytes
 
     def tell(self) -> int:
@@ -277,7 +277,7 @@ class _HashedFile:
         self._stream.flush()
 
     def fileno(self) -> int:
-        self._stream.flush()  # asked for in order to fsync, which sees only what has left the buffer
+        self._stream.flush()  # callers want the descriptor for fsync, which does not see what is still buffered
         return self._stream.fileno()
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""AdamW whose moments rest in bfloat16: 4 bytes a parameter less, of the 16 that weights, gradients and moments take.
+"""AdamW with moments stored in bfloat16: 12 bytes per parameter for weights, gradients and moments instead of 16.
 
-torch's fused kernel wants moments in the parameters' dtype, so one parameter's at a time are widened, updated by that
-kernel, and rounded back. Between updates a moment costs two bytes; in one, one parameter's shard is held in float32.
+torch's fused kernel needs moments in the parameters' dtype. So, one parameter at a time, they are widened to float32,
+updated by that kernel, and rounded back stochastically (stochastic_rounding.py).
 """
 
 from collections.abc import Iterable
@@ -17,13 +17,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class BFloat16AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW(fused=True) but for the format of the moments. Set `found_inf` and `batch` before each step.
+    """torch.optim.AdamW(fused=True), but with bfloat16 moments. Set `found_inf` and `batch` before each step.
 
-    A moment that a skipped update leaves as it was is exact in bfloat16 and so stays the same bits (P8).
+    A skipped update changes no bit of a moment, as it is exact in bfloat16 (P8).
     """
 
-    found_inf: torch.Tensor | None = None  # f32 [] on the device, 1 skips the update
-    batch: int = 0  # names the batch: with a parameter's number, the key of its rounding
+    found_inf: torch.Tensor | None = None  # f32 [] on the device; 1 skips the update
+    batch: int = 0  # the step; with a parameter's number it is the key of its rounding
 
     def __init__(self, params: Iterable[dict[str, Any]], **settings: Any) -> None:
         super().__init__(params, fused=True, **settings)
@@ -32,8 +32,8 @@ class BFloat16AdamW(torch.optim.AdamW):
             self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Update from the gradients, all of which must be there."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update from the gradients, all of which must be present."""
         number = 0
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -52,7 +52,7 @@ class BFloat16AdamW(torch.optim.AdamW):
                 number += 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; torch's own method widens the moments to the parameters' dtype."""
+        """Load a state and keep bfloat16, where torch would widen the moments to the parameters' dtype."""
         super().load_state_dict(state_dict)
         for p in self._parameters():
             for name in MOMENTS:

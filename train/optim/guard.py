@@ -1,9 +1,8 @@
-"""Bad updates: which are skipped, and what the batches held that made them (P8).
+"""Bad updates: which ones are skipped, and which documents were in their batches (P8).
 
-An update is bad when its gradient norm is not finite or, if asked for, far above its running mean. The norm is global,
-so every rank skips alike, on the device and without waiting for it; what was skipped is looked at when a row is logged.
-Blame goes to the micro-batches whose loss is not finite, or to the one whose loss is the highest: their lanes and
-documents are named.
+An update is bad if its gradient norm is not finite or, optionally, far above its running mean. The norm is global, so
+all ranks skip alike, on the device and without waiting for it; skipped updates are reviewed when a row is logged. Blamed
+are the micro-batches whose loss is not finite, else the one with the highest loss: their lanes and documents are named.
 """
 
 import math
@@ -16,22 +15,24 @@ from data.loader import StepBatch
 from train.distributed.ranks import Ranks
 from train.step import StepLoss
 
-HORIZON = 100  # good updates that the running mean of the gradient norm looks back on
-NAMED_DOCUMENTS = 8  # in one message
+HORIZON = 100  # good updates over which the running mean of the gradient norm extends
+MAX_DOCUMENTS = 8  # named in one message
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    # Also skip an update whose gradient norm is more than this many times its mean over the last 100 good ones, > 1;
-    # null: skip only what is not finite.
+    # Also skip an update whose gradient norm is more than this many times its mean over the last 100 good updates, > 1;
+    # null: skip only norms that are not finite.
     spike_factor: float | None = None
-    spike_after: int = 100  # good updates before `spike_factor` counts, >= 1
-    max_bad_in_a_row: int = 5  # skipped updates in a row after which the next log row acts, >= 1
-    # Times that the run then goes back to a checkpoint and on without the batches that led there, >= 0; after that, or
+    spike_after: int = 100  # good updates before `spike_factor` applies, >= 1
+    max_bad_in_a_row: int = (
+        5  # skipped updates in a row after which the run goes back or stops, at its next log row, >= 1
+    )
+    # How often the run goes back to a checkpoint and continues without the batches that led there, >= 0; after that, or
     # with 0, it stops.
     max_rollbacks: int = 0
-    # Batches left out then besides those of the skipped updates, the ones right before them, >= 0: what was skipped did
-    # no harm to the weights, what came before may have (PaLM went back about 100 steps; Chowdhery et al. 2022, 5.1).
+    # Batches right before the skipped updates to leave out as well after going back, >= 0. Skipped updates never touched
+    # the weights; those just before may have damaged them (PaLM went back about 100 steps; Chowdhery et al. 2022, 5.1).
     exclude_before: int = 100
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class BadUpdate:
-    """An update that was skipped, and what is to blame."""
+    """A skipped update, and the lanes and documents to blame."""
 
     step: int
     in_a_row: int  # skipped updates up to this one
@@ -55,22 +56,22 @@ class BadUpdate:
     documents: list[str]
 
     def __str__(self) -> str:
-        more = f" and {len(self.documents) - NAMED_DOCUMENTS} more" if len(self.documents) > NAMED_DOCUMENTS else ""
-        documents = ", ".join(self.documents[:NAMED_DOCUMENTS]) or "none"
+        more = f" and {len(self.documents) - MAX_DOCUMENTS} more" if len(self.documents) > MAX_DOCUMENTS else ""
+        documents = ", ".join(self.documents[:MAX_DOCUMENTS]) or "none"
         return f"step {self.step} (gradient norm {self.grad_norm:.3g}; lanes {self.lanes}; documents {documents}{more})"
 
 
 class Guard:
-    """Judges each update of a run. `counts` is all its state: updates skipped, skipped in a row, good, mean norm."""
+    """Judges each update of a run. Its state is `counts`, f32 [4]: updates skipped, skipped in a row, good; mean norm."""
 
     def __init__(self, config: GuardConfig, device: torch.device) -> None:
         self.config = config
         self.counts = torch.zeros(4, device=device)
         self._steps: list[tuple] = []  # since the last review
-        self._in_a_row: list[BadUpdate] = []  # the last ones, up to the last review
+        self._in_a_row: list[BadUpdate] = []  # those right before the last review
 
     def judge(self, norm: torch.Tensor) -> torch.Tensor:
-        """Return f32 [] 1.0 where the update with this gradient norm is to be skipped, else 0.0; and count it."""
+        """Return f32 [], 1.0 if the update with this gradient norm must be skipped, else 0.0; and count it."""
         skipped, in_a_row, good, mean = self.counts.unbind()
         bad = ~torch.isfinite(norm)
         if self.config.spike_factor is not None:
@@ -84,22 +85,22 @@ class Guard:
 
     @property
     def in_a_row(self) -> int:
-        """Return how many updates have been skipped since the last good one; waits for the device."""
+        """Return how many updates were skipped since the last good one; waits for the device."""
         return int(self.counts[1])
 
     @property
     def good_updates(self) -> torch.Tensor:
-        """Return f32 [] on the device: updates made since the run began."""
+        """Return f32 [] on the device, the number of updates made since the run began."""
         return self.counts[2]
 
     def note(self, batch: StepBatch, losses: list[StepLoss], norm: torch.Tensor) -> None:
-        """Remember a step until the next review: device scalars, and where its documents lie."""
+        """Remember a step until the next review: device scalars, and the positions of its documents."""
         self._steps.append((batch.step, norm, self.counts[1].clone(), losses, _shares(batch)))
 
     def review(self, name_of: Callable[[tuple], str], ranks: Ranks) -> tuple[list[BadUpdate], list[BadUpdate]]:
-        """Return the bad updates since the last review, and the last `max_bad_in_a_row` or more of them in a row.
+        """Return the bad updates since the last review, and those of the last row of `max_bad_in_a_row` or more.
 
-        `name_of` a document's position is its name. Collective; waits for the device.
+        `name_of` maps a document's position to its name. Collective; waits for the device.
         """
         in_a_row = torch.stack([count for _, _, count, *_ in self._steps]).int().tolist() if self._steps else []
         bad = [step for step, count in zip(self._steps, in_a_row, strict=True) if count]

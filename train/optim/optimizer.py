@@ -1,13 +1,13 @@
-"""The update: clip, learning rate, AdamW or Muon, EMAs on local shards. No host waits for the device here.
+"""The update: gradient clipping, learning rate, AdamW or Muon, and EMAs, all on local shards.
 
-A bad gradient norm skips the update and the EMAs on every rank alike (P8): guard.py judges, and the optimizers
-read its flag on the device. `step` names the batch either way.
+Nothing here waits for the device. A bad gradient norm skips the update and the EMAs on all ranks alike (P8): guard.py
+judges, and the optimizers read its flag on the device. `step` names the batch either way.
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,27 +21,27 @@ from train.optim.guard import Guard, GuardConfig
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    # adamw: for all; muon: for the blocks' matrices, AdamW for the rest, both at the same rate.
+    # adamw: for all parameters; muon: for the blocks' matrices, with AdamW for the rest, both at the same rate.
     optimizer: Literal["adamw", "muon"] = "adamw"
-    # Format of the moments at rest; bfloat16 halves them, with unbiased rounding, and makes the update slower.
+    # Dtype in which moments are stored; bfloat16 halves them, with unbiased rounding, but makes the update slower.
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     learning_rate: float = 3e-4  # peak, > 0
-    min_learning_rate: float = 1.5e-5  # at the end of the cosine, in [0, learning_rate]
+    min_learning_rate: float = 1.5e-5  # at the end of the schedule, in [0, learning_rate]
     warmup_steps: int = 4000  # linear from 0
-    steps: int = 250_000  # updates of the whole run; the schedule ends there
+    steps: int = 250_000  # steps of the whole run; the schedule ends there
     schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up: half a cosine, or stable and then decay
-    decay_share: float = 0.1  # wsd: the last part of `steps`, in which the rate falls, in [0, 1]
-    decay_shape: Literal["linear", "sqrt"] = "linear"  # wsd: 1 - x or 1 - sqrt(x) of the way down
+    decay_share: float = 0.1  # wsd: the last share of `steps`, in which the rate falls, in [0, 1]
+    decay_shape: Literal["linear", "sqrt"] = "linear"  # wsd: the rate falls as 1 - x or 1 - sqrt(x)
     beta1: float = 0.9  # in [0, 1)
     beta2: float = 0.95  # in [0, 1)
     eps: float = 1e-8  # AdamW's epsilon, > 0
     muon_momentum: float = 0.95  # in [0, 1)
-    # Muon: root mean square of an update's elements over the rate, > 0. AdamW's is about 0.2 in a large model's batch
-    # noise, so that both take one rate, and up to 1 in a small model's clear gradients, where more may be better.
+    # Muon: root mean square of an update's elements divided by the rate, > 0. AdamW's is about 0.2 in the gradient noise
+    # of large models, so 0.2 suits its rate; it is up to 1 in a small model, where more may be better.
     muon_update_rms: float = 0.2
-    weight_decay: float = 0.1  # on matrices; none on norms, biases and embeddings' vectors of one axis
+    weight_decay: float = 0.1  # on matrices; none on norms, biases and other parameters with one axis
     clip_norm: float = 1.0  # global gradient norm, > 0
-    # Half-lives of averages of the weights, in updates, >= 1; the first is what previews and weights=auto take.
+    # Half-lives of averages of the weights, in updates, >= 1; previews and weights=auto use the first.
     ema_half_lives: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -65,25 +65,25 @@ class OptimConfig:
                 "momentum in [0, 1), eps and muon_update_rms > 0, weight_decay >= 0"
             )
         if min(self.ema_half_lives, default=1) < 1 or len(set(self.ema_half_lives)) < len(self.ema_half_lives):
-            raise ValueError(f"optim.ema_half_lives={self.ema_half_lives}: expected different numbers of 1 or more")
+            raise ValueError(f"optim.ema_half_lives={self.ema_half_lives}: expected distinct numbers of at least 1")
 
     @property
     def weights(self) -> list[str]:
-        """The names of all weights that a run keeps, the preferred ones first."""
+        """Return the names of all weights that a run keeps, the preferred ones first."""
         return [*(label(half_life) for half_life in self.ema_half_lives), "model"]
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
-    """Return the rate of the step-th update (from 1). A pure function, so a resume may change all it depends on.
+    """Return the rate of a step, from 1. A pure function, so a resume may change everything it depends on (P10).
 
-    A linear warm-up, then either half a cosine to the minimum, or WSD (warm-up, stable, decay; Hu et al. 2024,
-    MiniCPM, arXiv:2404.06395, section 4): the peak, until the last `decay_share` of the steps leads to the minimum in a
-    line or as 1 - sqrt (Hägele et al. 2024, arXiv:2405.18392, section 3). A WSD run whose `steps` are raised before
-    its decay began is the longer run; one raised within the decay returns to the peak.
+    A linear warm-up, then half a cosine to the minimum, or WSD (warm-up, stable, decay; Hu et al. 2024, MiniCPM,
+    arXiv:2404.06395, section 4): the peak, then over the last `decay_share` of the steps a decay to the minimum, linear
+    or as 1 - sqrt (Hägele et al. 2024, arXiv:2405.18392, section 3). If `steps` is raised before a WSD run decays, it
+    becomes the longer run exactly; if raised during the decay, the rate returns to the peak.
     """
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    start = config.warmup_steps
+    start: float = config.warmup_steps
     if config.schedule == "wsd":
         start = max(start, config.steps * (1 - config.decay_share))
     done = min(1.0, max(0.0, step - start) / max(1, config.steps - start))
@@ -95,11 +95,11 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 
 
 class Optimizer:
-    """AdamW, perhaps Muon, and the averages of one model's (sharded) parameters."""
+    """AdamW, optionally Muon, and the EMAs of one model's (sharded) parameters."""
 
     def __init__(self, model: nn.Module, config: OptimConfig, guard: GuardConfig):
         self.config = config
-        self.parameters = dict(model.named_parameters())
+        self.parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
         blocks = muon.matrices(model) if config.optimizer == "muon" else {}
         rest = [p for p in self.parameters.values() if p not in blocks]
         groups = [
@@ -108,12 +108,12 @@ class Optimizer:
         ]
         low = config.state_dtype == "bfloat16"
         adamw = BFloat16AdamW if low else partial(torch.optim.AdamW, fused=True)
-        # Set before each update. A number: with a tensor, DTensor would try fused AdamW's other variant, which has no
-        # fake kernel, on tensors of the whole model's size: four copies of it on each rank, at the first update.
+        # Set before each update. A number, as for a tensor DTensor would run another variant of fused AdamW, which has
+        # no fake kernel, on real tensors of the whole model's size: four copies of it per rank, at the first update.
         rate = 0.0
         groups = [group for group in groups if group["params"]]
         self.adamw = adamw(groups, lr=rate, betas=(config.beta1, config.beta2), eps=config.eps)
-        self.parts: list[torch.optim.Optimizer] = [self.adamw]
+        self.parts: list[Any] = [self.adamw]  # torch optimizers with `found_inf` and `batch`
         if blocks:
             settings = {"momentum": config.muon_momentum, "update_rms": config.muon_update_rms}
             settings |= {"lr": rate, "weight_decay": config.weight_decay}
@@ -124,7 +124,7 @@ class Optimizer:
 
     @torch.no_grad()
     def update(self, step: int) -> torch.Tensor:
-        """Clip, update, average; clear the gradients. Returns the gradient norm before clipping, f32 []."""
+        """Clip, update, average, clear the gradients. Returns the gradient norm before clipping, f32 []."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads, norm_type=2.0, foreach=True)
         if isinstance(norm, DTensor):
@@ -142,5 +142,5 @@ class Optimizer:
         return norm
 
     def preferred_weights(self) -> dict[str, torch.Tensor]:
-        """Return what weights=auto stands for: the first average, without any the weights in training."""
-        return next((ema.weights for ema in self.emas.values()), self.parameters)
+        """Return the weights that weights=auto means: the first average, or the model's if there is none."""
+        return next(iter(self.emas.values())).weights if self.emas else self.parameters

@@ -1,8 +1,8 @@
-"""float32 -> bfloat16, rounded up or down at random so that the mean is exact, for sums that are held in bfloat16.
+"""float32 -> bfloat16, rounded up or down at random so that the mean is exact; for running sums stored in bfloat16.
 
-Rounding to nearest would lose every change below 1/256 of a value: a moment with beta2 = 0.999 could never fall. Which
-way a number goes is a hash of a key and its place in the whole tensor, not a draw of a generator: so it depends neither
-on the world size nor on what was drawn before, and a resume repeats it (P3, P4).
+Rounding to nearest would lose every change below 1/256 of a value: a moment with beta2 = 0.999 could never fall. The
+direction is not drawn from a generator but hashed from a key and the element's index in the whole tensor, so it depends
+neither on the world size nor on earlier draws, and a resume repeats it (P3, P4).
 """
 
 import zlib
@@ -14,9 +14,9 @@ _SPREAD, _FIRST, _SECOND = 0x9E3779B1 - (1 << 32), 0x7FEB352D, 0x846CA68B - (1 <
 
 
 def stochastic_bfloat16(exact: torch.Tensor, first_element: int, key: str) -> torch.Tensor:
-    """Return bfloat16 of float32 `exact`, of any shape, whose first element has the place `first_element`.
+    """Return float32 `exact`, of any shape, as bfloat16; its first element has the index `first_element`.
 
-    Unbiased. What bfloat16 can hold stays as it is, infinities and NaN too. Takes three temporary copies.
+    Unbiased. Values exact in bfloat16 do not change, nor do infinities and NaN. Takes three temporary copies.
     """
     bits = exact.contiguous().view(torch.int32)
     up = _uniform16(exact.numel(), first_element, key, exact.device).view(bits.shape)
@@ -24,7 +24,7 @@ def stochastic_bfloat16(exact: torch.Tensor, first_element: int, key: str) -> to
 
 
 def _uniform16(count: int, first_element: int, key: str, device: torch.device) -> torch.Tensor:
-    """Return int32 [count] in [0, 2^16): hashes of the places from `first_element` on."""
+    """Return int32 [count] in [0, 2^16): hashes of the indices from `first_element` on."""
     start = _int32(first_element * _SPREAD + zlib.crc32(key.encode()))
     x = torch.arange(count, dtype=torch.int32, device=device).mul_(_SPREAD).add_(start)  # wraps, as int32 does
     x ^= (x >> 16).bitwise_and_(0xFFFF)
