@@ -1,9 +1,9 @@
-"""The run folder: what one training run owns on disk, and the proof that it is still ours.
+"""The run folder: what one training run owns on disk, and the proof that it still owns it.
 
-    <run>/.lock           POSIX record lock of rank 0's process; a second copy is refused at once
-    <run>/attempt.json    number and token of the newest start; whoever wrote it last owns the folder (P5)
-    <run>/tokenizer.model copy of the one that it trains with, so that the folder can be moved
-    <run>/metrics.jsonl   one JSON object a row, each with its `step`
+    <run>/.lock           POSIX record lock of rank 0's process; a second copy is refused at once (P10)
+    <run>/attempt.json    number and token of the newest start, which owns the folder (P5)
+    <run>/tokenizer.model copy of the tokenizer it trains with, so that the folder can be moved
+    <run>/metrics.jsonl   one JSON object per row, each with its `step`
     <run>/bad_updates.jsonl   skipped updates with the documents of their batches (train/optim/guard.py)
     <run>/checkpoints/    see train/checkpoints/checkpoint.py
 
@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 
 
 class RunTakenOver(RuntimeError):
-    """A later attempt owns the run folder; this one must end without writing anything more."""
+    """A later attempt owns the run folder; this one must end and write nothing more."""
 
 
 class RunFolder:
-    """The folder of a run, created, locked and numbered on construction, which is collective.
+    """The folder of a run. Construction, which is collective, creates and locks it and numbers this attempt.
 
-    Raises the same OSError on every rank if the folder cannot be written, another process holds it, or the ranks do
-    not see one folder. Use as a context, or call `close()`.
+    Raises the same OSError on every rank if the folder cannot be written, another process uses it, or the ranks do not
+    see the same folder. Use as a context, or call `close()`.
     """
 
     def __init__(self, path: str | Path, ranks: Ranks) -> None:
@@ -57,13 +57,13 @@ class RunFolder:
         """Raise RunTakenOver unless this attempt is still the newest; called right before each commit."""
         owner = _read_attempt(self.path)
         if owner.get("token") != self._token:
-            by = f"attempt {owner['attempt']} (pid {owner['pid']} on {owner['host']})" if owner else "nobody we know"
+            by = f"attempt {owner['attempt']} (pid {owner['pid']} on {owner['host']})" if owner else "an unknown process"
             raise RunTakenOver(
                 f"{self.path} was taken over from attempt {self.attempt} by {by}; this process writes nothing more"
             )
 
     def _is_current(self) -> bool:
-        """Return whether this attempt may still write; a damaged attempt.json is the next commit's to complain of."""
+        """Return whether this attempt may still write; the next commit reports a damaged attempt.json."""
         try:
             return _read_attempt(self.path).get("token") == self._token
         except ValueError:
@@ -75,7 +75,7 @@ class RunFolder:
             self._metrics.append(row)
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Append rows to another `.jsonl` file of the folder, on rank 0 alone. A full disk costs the rows."""
+        """Append rows to another `.jsonl` file of the folder, on rank 0 only. If the disk is full, the rows are lost."""
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         if not (self._is_first and lines and self._is_current()):
             return

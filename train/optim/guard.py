@@ -1,8 +1,8 @@
 """Bad updates: which ones are skipped, and which documents were in their batches (P8).
 
 An update is bad if its gradient norm is not finite or, optionally, far above its running mean. The norm is global, so
-all ranks skip alike, on the device and without waiting for it; skipped updates are reviewed when a row is logged. Blamed
-are the micro-batches whose loss is not finite, else the one with the highest loss: their lanes and documents are named.
+all ranks skip alike, on the device and without waiting for it; skipped updates are reviewed when a row is logged. The
+lanes and documents named are those of the micro-batches whose loss is not finite, else of the one with the highest.
 """
 
 import math
@@ -26,13 +26,13 @@ class GuardConfig:
     spike_factor: float | None = None
     spike_after: int = 100  # good updates before `spike_factor` applies, >= 1
     max_bad_in_a_row: int = (
-        5  # skipped updates in a row after which the run goes back or stops, at its next log row, >= 1
+        5  # skipped updates in a row after which the next log row acts (goes back or stops), >= 1
     )
     # How often the run goes back to a checkpoint and continues without the batches that led there, >= 0; after that, or
     # with 0, it stops.
     max_rollbacks: int = 0
-    # Batches right before the skipped updates to leave out as well after going back, >= 0. Skipped updates never touched
-    # the weights; those just before may have damaged them (PaLM went back about 100 steps; Chowdhery et al. 2022, 5.1).
+    # Batches right before the skipped updates that are then left out too, >= 0. Skipped updates never touched the
+    # weights; those just before may have damaged them (PaLM went back about 100 steps; Chowdhery et al. 2022, 5.1).
     exclude_before: int = 100
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class BadUpdate:
 
 
 class Guard:
-    """Judges each update of a run. Its state is `counts`, f32 [4]: updates skipped, skipped in a row, good; mean norm."""
+    """Judges each update of a run. Its state is `counts`, f32 [4]: skipped, skipped in a row, good; mean norm."""
 
     def __init__(self, config: GuardConfig, device: torch.device) -> None:
         self.config = config

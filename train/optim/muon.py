@@ -26,7 +26,7 @@ ITERATIONS = 5
 
 
 def matrices(model: nn.Module) -> dict[torch.Tensor, Parts]:
-    """Return the parameters that Muon updates: the blocks' matrices. Embeddings, heads, patchers and norms are AdamW's."""
+    """Return the parameters that Muon updates: the blocks' matrices, not embeddings, heads, patchers and norms."""
     found: dict[torch.Tensor, Parts] = {}
     for module in model.modules():
         if isinstance(module, Attention):

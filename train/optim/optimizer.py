@@ -36,8 +36,8 @@ class OptimConfig:
     beta2: float = 0.95  # in [0, 1)
     eps: float = 1e-8  # AdamW's epsilon, > 0
     muon_momentum: float = 0.95  # in [0, 1)
-    # Muon: root mean square of an update's elements divided by the rate, > 0. AdamW's is about 0.2 in the gradient noise
-    # of large models, so 0.2 suits its rate; it is up to 1 in a small model, where more may be better.
+    # Muon: root mean square of an update's elements divided by the rate, > 0. AdamW's is about 0.2 in the gradient
+    # noise of large models, so 0.2 suits its rate; it is up to 1 in a small model, where more may be better.
     muon_update_rms: float = 0.2
     weight_decay: float = 0.1  # on matrices; none on norms, biases and other parameters with one axis
     clip_norm: float = 1.0  # global gradient norm, > 0
