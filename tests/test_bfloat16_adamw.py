@@ -1,4 +1,4 @@
-"""Moments that rest in bfloat16: unbiased, the same on any world size, and as good as float32 ones (P3, P4, P8)."""
+"""Moments stored in bfloat16: unbiased, the same on any world size, and as good as float32 ones (P3, P4, P8)."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_rounding_has_the_exact_mean_and_goes_to_a_neighbour(value: float) -> No
     assert abs((ups[1:] * ups[:-1]).mean()) < 5 * share * (1 - share) / math.sqrt(count)
 
 
-def test_what_bfloat16_holds_stays_and_a_cut_changes_nothing() -> None:
+def test_values_exact_in_bfloat16_do_not_change_nor_does_sharding_matter() -> None:
     kept = torch.tensor([0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, 2.0**-130, 3.0e38]).bfloat16()
     assert torch.equal(stochastic_bfloat16(kept.float(), 5, "a"), kept)
     assert stochastic_bfloat16(torch.tensor([math.nan]), 5, "a").isnan().all()
@@ -44,7 +44,7 @@ def test_what_bfloat16_holds_stays_and_a_cut_changes_nothing() -> None:
     assert not torch.equal(stochastic_bfloat16(exact, 2**33, "b"), whole)
 
 
-def test_a_moment_falls_that_rounding_to_nearest_would_hold_up() -> None:
+def test_a_moment_falls_that_rounding_to_nearest_would_freeze() -> None:
     """With beta2 = 0.999 a step changes it by a quarter of what bfloat16 can tell apart."""
     p = nn.Parameter(torch.ones(2000))
     optimizer = BFloat16AdamW([{"params": [p]}], lr=torch.tensor(0.0), betas=(0.9, 0.999), weight_decay=0.0)
@@ -87,7 +87,7 @@ def _train(ranks: Ranks, sharded: bool, config: OptimConfig) -> list[dict[str, t
 
 
 def test_moments_are_rounded_alike_on_any_number_of_ranks_and_are_near_those_of_float32() -> None:
-    """P3, P4, P8: rounding depends on places and steps; a skipped update moves nothing."""
+    """P3, P4, P8: rounding depends on elements and steps only; a skipped update changes nothing."""
     alone = run_ranks(_train, 1, False, CONFIG)[0]
     exact = run_ranks(_train, 1, False, OptimConfig(**{**vars(CONFIG), "state_dtype": "float32"}))[0]
     for history in run_ranks(_train, 3, True, CONFIG):
@@ -104,7 +104,7 @@ def test_moments_are_rounded_alike_on_any_number_of_ranks_and_are_near_those_of_
         torch.testing.assert_close(tensor.float(), exact[-1][name].float(), **close)
 
 
-def test_a_state_dict_keeps_the_moments_format() -> None:
+def test_a_state_dict_keeps_the_moments_dtype() -> None:
     """torch's own load_state_dict would widen them."""
     p = nn.Parameter(torch.ones(3))
     optimizer, other = (BFloat16AdamW([{"params": [p]}], lr=torch.tensor(1e-3)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, loads on any world size, and outlives every accident we can cause (P4, P5)."""
+"""A checkpoint is whole or absent, loads on any world size, and survives every accident we can cause (P4, P5)."""
 
 import json
 import os
@@ -131,7 +131,7 @@ def _train_through_a_restart(ranks: Ranks, root: Path) -> tuple[dict[str, torch.
     return undisturbed, _full(checkpoint.training_state(resumed, resumed_optimizer))
 
 
-def test_training_goes_on_bit_for_bit_on_the_same_world_size(tmp_path: Path) -> None:
+def test_training_resumes_bit_for_bit_on_the_same_world_size(tmp_path: Path) -> None:
     """P4: parameters, both AdamW moments and the step count, on one rank and on three."""
     for world_size in (1, 3):
         for undisturbed, resumed in run_ranks(_train_through_a_restart, world_size, tmp_path / str(world_size)):
@@ -230,7 +230,7 @@ def test_load_names_what_does_not_fit_and_touches_nothing(tmp_path: Path) -> Non
 
 
 def test_a_taken_over_attempt_cannot_commit(tmp_path: Path) -> None:
-    """P5: a late predecessor writes all its bytes and then finds that the run is no longer its own."""
+    """P5: a late predecessor writes all its bytes and then finds that it no longer owns the run."""
     early = RunFolder(tmp_path, alone())
     early.close()
     with RunFolder(tmp_path, alone()) as late:
@@ -252,7 +252,7 @@ def test_a_step_saved_again_replaces_the_old_one_and_a_kill_between_the_renames_
 
 
 def test_retention_keeps_the_last_that_verifies(tmp_path: Path) -> None:
-    """P5, with every newer checkpoint damaged; and what it is asked to keep for ever."""
+    """P5: even if all newer ones are damaged; it also keeps what `keep_every_steps` asks for."""
     folders = _saved_run(tmp_path, 10, 20, 30, 40, 50)
     root = folders[0].parent
     for folder in folders[2:]:

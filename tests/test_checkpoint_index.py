@@ -1,4 +1,4 @@
-"""The index of a checkpoint: the same bytes under every Python; old pickles are read, and lies are refused."""
+"""The index of a checkpoint: the same bytes under every Python; old pickles are read, false ones refused (P4, P11)."""
 
 import base64
 import json

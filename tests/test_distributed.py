@@ -1,4 +1,4 @@
-"""Ranks agree in one message a step, and a rank that dies says so and takes the others down."""
+"""Ranks agree in one message per step; a rank that fails reports why and ends the others."""
 
 import os
 import signal
@@ -24,24 +24,14 @@ def _vote_several_times(ranks: Ranks) -> list[Vote]:
         Ballot(stop=StopKind.REQUEUE if first else StopKind.CANCEL, write_failed=second, data_failed=not first),
         Ballot(ended=first),
     ]
-    pending = [PendingVote(ballot, ranks) for ballot in ballots]  # several under way at once
+    pending = [PendingVote(ballot, ranks) for ballot in ballots]  # several in flight at once
     return [vote.wait() for vote in pending]
 
 
-def test_every_rank_learns_the_sums_and_the_gravest_stop() -> None:
-    """P6, P2: one all-reduce answers all questions, with counts beyond 32 bits."""
+def test_every_rank_gets_the_sums_and_the_greatest_stop() -> None:
+    """P2, P6: one all-reduce for all questions, with counts beyond 32 bits."""
     votes = run_ranks(_vote_several_times, 3)
-    quiet = Vote(
-        text_targets=0,
-        images=0,
-        tokens=0,
-        documents_skipped=0,
-        ranks_with_batch=3,
-        ranks_ended=0,
-        ranks_write_failed=0,
-        ranks_data_failed=0,
-        stop=StopKind.NONE,
-    )
+    quiet = Vote(**{**dict.fromkeys(vars(votes[0][0]), 0), "ranks_with_batch": 3, "stop": StopKind.NONE})
     counts = replace(quiet, text_targets=3 * 10**12 + 3, images=3, tokens=30, documents_skipped=21)
     starved = replace(quiet, text_targets=5, ranks_with_batch=2, stop=StopKind.REQUEUE)
     failed = replace(quiet, stop=StopKind.CANCEL, ranks_write_failed=1, ranks_data_failed=2)
@@ -58,7 +48,7 @@ def _gather_and_decide(ranks: Ranks) -> tuple[list[int], str, str]:
     return ranks.gather(ranks.rank), decided, str(refusal.value)
 
 
-def test_what_the_first_rank_decides_or_refuses_holds_for_all() -> None:
+def test_what_rank_0_decides_or_refuses_applies_to_all() -> None:
     answer = ([0, 1], "rank 0 decided", "no such shards")
     assert run_ranks(_gather_and_decide, 2) == [answer] * 2
     assert _gather_and_decide(alone()) == ([0], "rank 0 decided", "no such shards")
@@ -89,7 +79,7 @@ def _fail_on_rank_1(ranks: Ranks, folder: Path) -> None:
         PendingVote(Ballot(), ranks).wait()
 
 
-def test_a_rank_that_raises_takes_the_others_down_and_only_its_own_traceback_is_shown(tmp_path: Path) -> None:
+def test_a_rank_that_raises_ends_the_others_and_only_its_traceback_is_shown(tmp_path: Path) -> None:
     started = time.monotonic()
     outcomes = RankProcesses(_fail_on_rank_1, 3, tmp_path).wait()
     assert [status for status, _ in outcomes] == [1, 1, 1]
@@ -110,8 +100,8 @@ def _freeze_rank_1(ranks: Ranks, folder: Path) -> None:
         PendingVote(Ballot(), ranks).wait()
 
 
-def test_a_frozen_rank_is_given_up_at_the_timeout_and_named(tmp_path: Path) -> None:
-    """Of four, of whom two are only blocked behind it; the timeout is that of the training loop, not of the start."""
+def test_a_frozen_rank_is_named_at_the_timeout(tmp_path: Path) -> None:
+    """Two of the other three are merely blocked behind it. The timeout is the loop's, not that of the start."""
     processes = RankProcesses(_freeze_rank_1, 4, tmp_path, collective_timeout_s=300)
     for rank in (0, 2, 3):
         processes.processes[rank].join(30)

@@ -1,4 +1,4 @@
-"""Bad updates are skipped on all ranks alike, their documents named, and a run goes back and on without them (P8)."""
+"""Bad updates are skipped on all ranks alike and their documents named; a run can go back and omit them (P8)."""
 
 import math
 from pathlib import Path
@@ -23,8 +23,8 @@ from train.step import StepLoss
 NORMS = [1.0, 2.0, math.nan, 3.0, 100.0, math.inf, 2.0, 5.9, 6.1, 2.0]
 
 
-def test_the_judge_skips_what_is_not_finite_and_what_is_far_above_the_mean_of_the_good() -> None:
-    """Against the rule in plain Python; the mean is of good updates alone, and counts only once there are enough."""
+def test_norms_that_are_not_finite_or_far_above_the_mean_of_good_ones_are_skipped() -> None:
+    """Against the rule in plain Python; the mean is of good updates only, and applies once there are enough."""
     guard = Guard(GuardConfig(spike_factor=3.0, spike_after=3), torch.device("cpu"))
     mean, good, skipped, in_a_row = 0.0, 0, 0, 0
     for norm in NORMS:
@@ -77,9 +77,9 @@ BAD_STEPS, END = (8, 13), 16
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dict[int, str]:
-    """Pairs, of which one in the batch of each bad step has latents that are finite and 10,000 times too large.
+    """Pairs; one in the batch of each bad step has latents that are finite but 10,000 times too large.
 
-    Returns their names by step; the shard lies in the data set.
+    Returns those pairs' names by step.
     """
     folder, documents = tmp_path_factory.mktemp("data"), pairs(500)
     argv = settings(folder, tokenizer, {"pairs": make_source(folder / "clean", tokenizer, documents)})
@@ -99,22 +99,15 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> 
 
 def _argv(run_dir: Path, tokenizer: Tokenizer, poisoned: dict[int, str], **changes: Any) -> list[str]:
     data = Path(poisoned[BAD_STEPS[0]]).parent
-    guard = {"guard__spike_factor": 50.0, "guard__spike_after": 2, "guard__max_bad_in_a_row": 1}
-    changes = {
-        "optim__steps": END,
-        "diffusion__prediction": "v",
-        "micro_batch_size": 1,
-        "checkpoint__keep_last": 100,
-        **guard,
-        **changes,
-    }
-    return settings(run_dir, tokenizer, {"pairs": data}, **changes)
+    defaults: dict[str, Any] = {"guard__spike_factor": 50.0, "guard__spike_after": 2, "guard__max_bad_in_a_row": 1}
+    defaults |= {"optim__steps": END, "diffusion__prediction": "v", "micro_batch_size": 1, "checkpoint__keep_last": 100}
+    return settings(run_dir, tokenizer, {"pairs": data}, **{**defaults, **changes})
 
 
-def test_a_poisoned_picture_is_skipped_counted_and_named_or_stops_the_run(
+def test_a_poisoned_image_is_skipped_counted_and_named_or_stops_the_run(
     tmp_path: Path, tokenizer: Tokenizer, poisoned: dict[int, str]
 ) -> None:
-    """Its document is named, on whichever rank it lies; what was skipped changed no weight; and a resume knows it."""
+    """Its document is named on whichever rank it is; the skipped update changed no weight; the count is saved."""
     run_dir = tmp_path / "skip"
     said = finish(_argv(run_dir, tokenizer, poisoned, guard__max_bad_in_a_row=3), 2)
     for step, name in poisoned.items():
@@ -132,10 +125,10 @@ def test_a_poisoned_picture_is_skipped_counted_and_named_or_stops_the_run(
     assert saved_steps(run_dir)[-1] == first
 
 
-def test_a_run_goes_back_and_on_without_the_bad_batches_and_so_does_whoever_resumes_it(
+def test_a_run_goes_back_and_omits_the_bad_batches_and_so_does_its_resume(
     tmp_path: Path, tokenizer: Tokenizer, poisoned: dict[int, str]
 ) -> None:
-    """P4, P8: as often as asked; rows of the excluded batches are missing, and a kill afterwards changes nothing."""
+    """P4, P8: as often as configured; excluded batches have no rows, and a kill afterwards changes nothing."""
     back = {"guard__max_rollbacks": 2, "guard__exclude_before": 1}
     argv = _argv(tmp_path / "back", tokenizer, poisoned, **back)
     said = finish(argv, 2)
@@ -168,10 +161,10 @@ def test_without_a_checkpoint_to_go_back_to_the_run_stops(
     assert saved_steps(tmp_path / "run") == [BAD_STEPS[0]], "what was trained is kept"
 
 
-def test_going_back_by_hand_and_by_itself_is_done_once_and_every_abandoned_course_is_kept(
+def test_going_back_on_request_and_by_itself_happens_once_and_abandoned_rows_are_kept(
     tmp_path: Path, tokenizer: Tokenizer, poisoned: dict[int, str]
 ) -> None:
-    """P4: the same command once more, as a requeue gives it, goes on."""
+    """P4: the same command again, as a requeue gives it, continues."""
     run_dir = tmp_path / "run"
     finish(_argv(run_dir, tokenizer, poisoned, guard__max_bad_in_a_row=5, checkpoint__interval_steps=2), 1)
     changes = {"guard__max_rollbacks": 2, "guard__exclude_before": 3, "checkpoint__interval_steps": 2, "resume": 4}

@@ -1,4 +1,4 @@
-"""Host memory at load: the ranks of a machine together stay far below one copy of the model beyond their shards."""
+"""Host memory at load: beyond their shards, the ranks of a machine take far less than one copy of the model."""
 
 import ctypes
 import gc
@@ -21,12 +21,12 @@ VOCAB = 16_000
 
 
 class Cost:
-    """Bytes of resident memory that were needed at the worst instant within the context, and bytes read from files."""
+    """Peak growth of resident memory within the context, and bytes read from files."""
 
     def __enter__(self) -> "Cost":
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         self._before, self._read_before = _proc("status", "VmRSS"), _proc("io", "rchar")
         return self
 
@@ -47,11 +47,9 @@ def _meta_model(ranks: Ranks, config: TransfusionConfig) -> torch.nn.Module:
 
 
 def _initialize_and_load(ranks: Ranks, folder: Path) -> dict[str, float]:
-    """Return bytes by what they were needed for; the first to come saves."""
+    """Return bytes by purpose; the first call saves the checkpoint."""
     small = replace(MODEL, transformer=TransformerConfig(width=16, layers=1, heads=2))
-    initialize(
-        _meta_model(ranks, small), 7, ranks.device
-    )  # code is loaded at its first use: 10 MB that no model decides
+    initialize(_meta_model(ranks, small), 7, ranks.device)  # loads code at its first use: 10 MB for any model
     model = _meta_model(ranks, MODEL)
     parameters = dict(model.named_parameters())
     sizes = {"copy": sum(p.nbytes for p in parameters.values()), "shards": 0}

@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition, whole and cut over ranks, replicas included (P3, P4, P8)."""
+"""Muon against the singular value decomposition, whole and sharded, also with replicas (P3, P4, P8)."""
 
 import shutil
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_the_iteration_moves_all_singular_values_to_about_one(shape: tuple[int, 
     assert not newton_schulz(torch.zeros(shape)).any()
 
 
-def test_muon_is_for_the_blocks_matrices_and_takes_those_that_lie_above_each_other_apart() -> None:
+def test_muon_is_for_the_blocks_matrices_and_separates_stacked_ones() -> None:
     model = Transfusion(MODEL, 20)
     names = {p: name for name, p in model.named_parameters()}
     parts = {names[p]: parts for p, parts in matrices(model).items()}
@@ -87,7 +87,7 @@ def _gradients(step: int, model: nn.Module) -> dict[str, torch.Tensor]:
     return grads
 
 
-def _by_hand() -> dict[str, torch.Tensor]:
+def _plain_loop() -> dict[str, torch.Tensor]:
     """The blocks' matrices after all steps, in float64."""
     model = Transfusion(MODEL, 20)
     init_weights(model, 0)
@@ -142,12 +142,12 @@ def with_adamw() -> dict[str, torch.Tensor]:
     [None, (3,), (2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1,), (2,)))],
     ids=str,
 )
-def test_cut_matrices_get_the_update_of_whole_ones(
+def test_sharded_matrices_get_the_update_of_whole_ones(
     mesh_shape: tuple[int, ...] | None, with_adamw: dict[str, torch.Tensor]
 ) -> None:
-    """P3, P8: as by hand in float64, on any mesh; a bad step moves no bit; what is not Muon's is AdamW's."""
+    """P3, P8: as in plain float64, on any mesh; a bad step changes no bit; other parameters are AdamW's."""
     world_size = torch.Size(mesh_shape or (1,)).numel()
-    expected = _by_hand()
+    expected = _plain_loop()
     with_muon = run_ranks(_train, world_size, mesh_shape, CONFIG)
     for history in with_muon:
         for name, tensor in history[-1].items():
@@ -162,7 +162,7 @@ def test_cut_matrices_get_the_update_of_whole_ones(
 def test_a_run_with_muon_low_moments_and_two_emas_resumes_to_the_bit(
     tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
 ) -> None:
-    """P4: all states are in the checkpoint, under parameters' names, in their formats."""
+    """P4: all states are in the checkpoint, under parameters' names, in their dtypes."""
     changes = {"optim__optimizer": "muon", "optim__state_dtype": "bfloat16", "optim__ema_half_lives": [7, 3]}
     sources = {"pairs": pairs_folder, "texts": texts_folder}
     argv = settings(tmp_path / "a", tokenizer, sources, optim__steps=6, checkpoint__interval_steps=3, **changes)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from tests.ranks import run_ranks
+from tests.test_memory import Cost
 from train.distributed.parallelize import ParallelConfig, gather_weights, initialize, parallelize
 from train.distributed.ranks import Ranks
 from train.optim.ema import choose
@@ -35,8 +36,8 @@ CONFIG = OptimConfig(
 )
 
 
-def test_the_rate_rises_in_a_line_and_falls_as_half_a_cosine() -> None:
-    """P1: the paper's defaults, at the places where the closed form is known."""
+def test_the_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:
+    """P1: the paper's defaults, at steps whose closed form is known."""
     paper = OptimConfig()
     top, floor = 3e-4, 1.5e-5
     closed_form = {1: top / 4000, 2000: top / 2, 4000: top, 127_000: (top + floor) / 2, 250_000: floor, 10**6: floor}
@@ -51,7 +52,7 @@ def test_the_rate_rises_in_a_line_and_falls_as_half_a_cosine() -> None:
 
 
 def test_wsd_stays_at_the_peak_and_falls_in_its_last_part() -> None:
-    """Closed forms of both shapes; no jump but the decay's own slope; 1 - sqrt falls first, the line evenly."""
+    """Closed forms of both shapes; the linear decay has one slope and no jump."""
     line = OptimConfig(learning_rate=1.0, min_learning_rate=0.2, warmup_steps=10, steps=100, schedule="wsd")
     line = replace(line, decay_share=0.4)
     root = replace(line, decay_shape="sqrt")
@@ -63,7 +64,7 @@ def test_wsd_stays_at_the_peak_and_falls_in_its_last_part() -> None:
     assert max(a - b for a, b in pairwise(rates)) == pytest.approx(0.8 / 40) and sorted(rates, reverse=True) == rates
 
 
-def test_a_wsd_run_prolonged_before_its_decay_is_the_longer_run() -> None:
+def test_a_wsd_run_extended_before_its_decay_is_the_longer_run() -> None:
     """P10: `steps` may change on resume; so may the whole schedule, as the rate depends on step and config alone."""
     short = OptimConfig(steps=1000, warmup_steps=100, schedule="wsd", decay_share=0.2)
     long = replace(short, steps=2000)
@@ -158,8 +159,8 @@ def _run_optimizer(ranks: Ranks, sharded: bool) -> list[tuple[dict, dict, float,
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_clipping_adamw_and_emas_equal_the_plain_loop_on_any_number_of_ranks(world_size: int) -> None:
-    """P8 too: a bad step moves neither weights nor averages by a bit on any rank, is counted, and Adam's own count
-    of updates leaves it out, while the learning rate goes on with the step."""
+    """P8: a bad step is counted and changes no bit of weights or averages on any rank; Adam's own count of updates
+    leaves it out, while the learning rate still follows the step."""
     weights, averages, norms = _plain_loop(CONFIG)
     for history in run_ranks(_run_optimizer, world_size, world_size > 1):
         in_all = in_a_row = 0
@@ -195,7 +196,7 @@ def test_norms_and_biases_are_not_decayed_and_matrices_are() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "muon"}, {"optimizer": "muon", "state_dtype": "bfloat16"}])
 def test_an_update_reads_no_value_back(changes: dict[str, Any]) -> None:
-    """On a device that would be to wait for it. Fake tensors have no values: what asks for one raises."""
+    """Reading one would wait for the device. Fake tensors have no values: reading one raises."""
     model = TransfusionConfig(transformer=TransformerConfig(width=16, layers=1, heads=2))
     with FakeTensorMode():
         network = Transfusion(model, 20)
@@ -208,7 +209,7 @@ def test_an_update_reads_no_value_back(changes: dict[str, Any]) -> None:
             norm.item()
 
 
-def test_without_an_average_the_weights_in_training_are_preferred_else_the_first() -> None:
+def test_the_first_average_is_preferred_else_the_models_weights() -> None:
     configs = (OptimConfig(), OptimConfig(ema_half_lives=(9, 2)))
     plain, averaged = (Optimizer(Small(), config, GuardConfig()) for config in configs)
     assert plain.emas == {} and plain.preferred_weights() is plain.parameters
@@ -228,29 +229,21 @@ def test_without_an_average_the_weights_in_training_are_preferred_else_the_first
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "value"),
     [
-        {"min_learning_rate": 1.0},
-        {"steps": 0},
-        {"warmup_steps": -1},
-        {"decay_share": 1.1},
-        {"clip_norm": 0.0},
-        {"ema_half_lives": (0,)},
-        {"ema_half_lives": (3, 3)},
-        {"beta1": 1.0},
-        {"muon_momentum": 1.0},
-        {"muon_update_rms": 0.0},
-        {"eps": 0.0},
+        *(("min_learning_rate", 1.0), ("steps", 0), ("warmup_steps", -1), ("decay_share", 1.1), ("clip_norm", 0.0)),
+        *(("ema_half_lives", (0,)), ("ema_half_lives", (3, 3)), ("beta1", 1.0), ("eps", 0.0)),
+        *(("muon_momentum", 1.0), ("muon_update_rms", 0.0)),
     ],
 )
-def test_impossible_settings_are_refused_by_name(changes: dict[str, Any]) -> None:
+def test_impossible_settings_are_refused_by_name(name: str, value: Any) -> None:
     """P10."""
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        OptimConfig(**changes)
+    with pytest.raises(ValueError, match=name):
+        OptimConfig(**{name: value})
 
 
 def _first_update(ranks: Ranks) -> tuple[int, int]:
-    """Return the bytes of the whole model, and by how many this process's greatest memory grew in the first update."""
+    """Return the bytes of the whole model, and of host memory that the first update takes on this rank."""
     with torch.device("meta"):
         model = Transfusion(TransfusionConfig(transformer=TransformerConfig(width=512, layers=4, heads=4)), 8000)
     parallelize(model, ParallelConfig(), ranks)
@@ -258,18 +251,12 @@ def _first_update(ranks: Ranks) -> tuple[int, int]:
     optimizer = Optimizer(model, CONFIG, GuardConfig())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _peak_bytes()
-    optimizer.update(1)
-    return sum(parameter.numel() * 4 for parameter in model.parameters()), _peak_bytes() - before
+    with Cost() as updating:
+        optimizer.update(1)
+    return sum(parameter.numel() * 4 for parameter in model.parameters()), updating.peak
 
 
-def _peak_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def test_the_first_update_makes_this_ranks_moments_and_no_copy_of_the_model() -> None:
-    """DTensor looks for the shapes of results by running what it knows no shapes of, at the size of the whole model."""
+def test_the_first_update_allocates_this_ranks_moments_and_no_copy_of_the_model() -> None:
+    """DTensor finds the shapes of an unknown operator's results by running it at the size of the whole model."""
     for whole, grown in run_ranks(_first_update, 4):
         assert grown < whole, f"{grown / whole:.2f} times the model, expected 2 / 4 for the moments"

@@ -1,4 +1,4 @@
-"""Who still answers, where the one who keeps the store does not."""
+"""The roll call when the process that hosts the store does not answer."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ input()
 
 
 @pytest.mark.parametrize("stop", [signal.SIGSTOP, signal.SIGKILL])
-def test_rank_0_frozen_or_dead_with_the_store_is_named_and_holds_nobody(
+def test_a_frozen_or_dead_rank_0_that_hosts_the_store_is_named_and_blocks_nobody(
     stop: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roll_call, "STORE_S", 2.0)

@@ -1,10 +1,12 @@
-"""A run folder has one owner, says so to a second, and keeps one row of metrics a step."""
+"""A run folder has one owner, refuses a second one by name, and keeps one row of metrics per step."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,13 +33,22 @@ time.sleep(60)
 """
 
 
+@contextmanager
+def held(path: Path, **variables: str) -> Iterator[subprocess.Popen]:
+    """Yield a process that holds the folder, with a forked child."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **variables}
+    options: dict = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True, "env": environment}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], **options) as holder:
+        try:
+            assert holder.stdout.readline() == "1\n"
+            yield holder
+        finally:
+            os.killpg(holder.pid, signal.SIGKILL)
+
+
 def test_a_second_copy_is_refused_at_once_and_a_killed_one_leaves_the_folder_free(tmp_path: Path) -> None:
-    """P10, P5: the message names the holder; `kill -9` of the rank frees the folder even while its workers live."""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        assert holder.stdout.readline() == "1\n"
+    """P5, P10: the message names the holder; `kill -9` of the rank frees the folder even while its workers live."""
+    with held(tmp_path) as holder:
         with pytest.raises(BlockingIOError, match=f"in use by pid {holder.pid} on "):
             RunFolder(tmp_path, alone())
         assert json.loads((tmp_path / "attempt.json").read_text())["attempt"] == 1
@@ -45,12 +56,10 @@ def test_a_second_copy_is_refused_at_once_and_a_killed_one_leaves_the_folder_fre
         holder.wait()
         with RunFolder(tmp_path, alone()) as run:
             assert run.attempt == 2
-    finally:
-        os.killpg(holder.pid, signal.SIGKILL)
 
 
 def test_a_later_attempt_takes_the_folder_from_an_earlier_one(tmp_path: Path) -> None:
-    """P5: what no lock sees (a requeued job on another host), the attempt's token does."""
+    """P5: the attempt's token catches what no lock does, such as a requeued job on another host."""
     early = RunFolder(tmp_path, alone())
     early.assert_current()
     early.close()  # as if its lock had no effect here
@@ -72,32 +81,19 @@ def test_a_later_attempt_takes_the_folder_from_an_earlier_one(tmp_path: Path) ->
 def test_a_requeued_job_takes_the_folder_from_its_own_earlier_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """P5: its lock may outlive it on a host that Slurm gave up. A second copy is refused as ever."""
-    root = str(Path(__file__).parent.parent)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "SLURM_JOB_ID": "17", "PYTHONPATH": root},
-    )
-    try:
-        assert holder.stdout.readline() == "1\n"
-        refused = f"in use by pid {holder.pid} on .*job 17 requeued 0 times"
+    """P5: its lock may outlive it on a host that Slurm gave up. Any other second copy is still refused."""
+    with held(tmp_path, SLURM_JOB_ID="17") as holder:
         for job, requeues in ((None, None), ("17", "0"), ("18", "1"), ("17", "1")):
             for name, value in (("SLURM_JOB_ID", job), ("SLURM_RESTART_COUNT", requeues)):
                 monkeypatch.delenv(name, raising=False)
                 if value is not None:
                     monkeypatch.setenv(name, value)
             if (job, requeues) != ("17", "1"):
-                with pytest.raises(BlockingIOError, match=refused):
+                with pytest.raises(BlockingIOError, match=f"in use by pid {holder.pid} on .*job 17 requeued 0 times"):
                     RunFolder(tmp_path, alone())
         with RunFolder(tmp_path, alone()) as run:
             assert run.attempt == 2
             run.assert_current()
-    finally:
-        os.killpg(holder.pid, signal.SIGKILL)
-        holder.wait()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_with_a_remedy(tmp_path: Path) -> None:
@@ -123,7 +119,7 @@ def test_all_ranks_share_one_attempt_or_one_refusal(tmp_path: Path) -> None:
 
 
 def test_resume_cuts_the_rows_that_it_will_write_again(tmp_path: Path) -> None:
-    """One row a step on the final trajectory; a line torn by `kill -9` goes, everything else stays as it was."""
+    """One row per step of the final trajectory; a line torn by `kill -9` is dropped, the rest is unchanged."""
     with RunFolder(tmp_path, alone()) as run:
         for step in range(1, 6):
             run.append_metrics({"step": step, "loss": 1 / step})
@@ -158,7 +154,7 @@ def test_a_full_disk_delays_rows_but_loses_none(tmp_path: Path) -> None:
 
 
 def _use_a_disk_of_its_own(ranks: Ranks, folder: Path) -> tuple[list[str], str, list[str]]:
-    """On rank 1; return what is said at the start, and of a disk that comes between later."""
+    """Mount a disk on rank 1; return the refusals at the start, and the failure if it is mounted later."""
     shared_folder.SEE_S = 0.5  # no network file system here
     with RunFolder(folder / "late", ranks) as run:
         ranks.gather(None)
@@ -184,7 +180,7 @@ def _use_a_disk_of_its_own(ranks: Ranks, folder: Path) -> tuple[list[str], str, 
 
 @pytest.mark.skipif(not can_mount(), reason="needs mounts of its own")
 def test_disks_of_each_nodes_own_are_refused_at_the_start_and_never_called_saved(tmp_path: Path) -> None:
-    """P5, P10: each rank would find the folder of that name, and only its own files in it."""
+    """P5, P10: each rank would find a folder of that name, but only its own files in it."""
     (tmp_path / "start").mkdir()
     (first, failure, saved), other = run_ranks(_use_a_disk_of_its_own, 2, tmp_path)
     assert (first, failure) == (other[0], other[1]), "the same words on every rank"

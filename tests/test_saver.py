@@ -1,4 +1,4 @@
-"""A checkpoint is written while training goes on; a failure of the disk is heard of, outlived, or ends the run (P5)."""
+"""A checkpoint is written while training continues; a failing disk is reported and survived, or ends the run (P5)."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def _snapshot(ranks: Ranks, step: int, filler: int = 0) -> Snapshot:
 
 
 def _train_on_while_it_is_written(ranks: Ranks, root: Path) -> list[list[float]]:
-    """Overwrite the live tensors as soon as `start` returns; return what is on disk of two saves in a row."""
+    """Overwrite the live tensors as soon as `start` returns; return what two saves in a row left on disk."""
     found = []
     with RunFolder(root, ranks) as folder:
         saver = Saver(folder, CheckpointConfig(keep_last=2), ranks)
@@ -55,7 +55,7 @@ def _train_on_while_it_is_written(ranks: Ranks, root: Path) -> list[list[float]]
     return [[float(value) for value in values] for values in found]
 
 
-def test_what_is_written_is_what_was_staged_whatever_training_does_meanwhile(tmp_path: Path) -> None:
+def test_training_does_not_change_what_is_being_written(tmp_path: Path) -> None:
     for world_size in (1, 3):
         for found in run_ranks(_train_on_while_it_is_written, world_size, tmp_path / str(world_size)):
             assert found == [[1, -1, 1], [2, -2, 2]]
@@ -82,14 +82,14 @@ def _fill_the_disk(ranks: Ranks, disk: Path) -> list[str]:
     return said
 
 
-def test_a_write_that_fails_is_known_to_all_ranks_and_only_several_in_a_row_are_an_error(tmp_path: Path) -> None:
+def test_all_ranks_see_a_failed_write_and_only_several_in_a_row_are_an_error(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=2048) as disk:
         for error, after in run_ranks(_fill_the_disk, 2, disk):
             assert "step-00000003 was not written" in error and "No space left on device" in error
             assert after == "[4]", "with space again the next save is whole, and the last kept"
 
 
-def test_a_run_that_was_taken_over_hears_of_it(tmp_path: Path) -> None:
+def test_a_run_that_was_taken_over_ends(tmp_path: Path) -> None:
     early = RunFolder(tmp_path, alone())
     early.close()
     saver = Saver(early, CheckpointConfig(), alone())
@@ -102,7 +102,7 @@ def test_a_run_that_was_taken_over_hears_of_it(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(
     tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], undisturbed: Path
 ) -> None:
-    """P5: training goes on, the next interval tries again, and the end has the undisturbed run's bits."""
+    """P5: training continues, the next interval tries again, and the result has the undisturbed run's bits."""
     with small_disk(tmp_path / "disk", kib=16 * 1024) as disk:
         run_dir, filler = disk / "run", disk / "filler"
         checkpoints = run_dir / "checkpoints"

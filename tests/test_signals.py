@@ -1,4 +1,4 @@
-"""Signals set a flag and nothing else (P6); the ranks agree on it in the vote."""
+"""Signals only set a flag, on which the ranks agree in the vote (P6)."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from train.distributed.signals import StopKind, StopSignal, shield_worker
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_termination_signal_asks_for_save_and_requeue(number: int) -> None:
-    """P6: exit 75 means saved, requeue me."""
+    """P6: exit status 75 means saved, requeue me."""
     with StopSignal() as stop:
         assert stop.kind == StopKind.NONE and stop.name is None
         os.kill(os.getpid(), number)
@@ -29,7 +29,7 @@ def test_ctrl_c_wins_over_a_requeue_in_either_order() -> None:
             assert stop.kind == StopKind.CANCEL and stop.kind.exit_code == 130
 
 
-def test_the_handlers_of_before_come_back() -> None:
+def test_the_previous_handlers_are_restored() -> None:
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT]
     before = [signal.getsignal(number) for number in numbers]
     with StopSignal():
@@ -68,7 +68,7 @@ with StopSignal() as stop:
 
 
 def test_a_worker_whose_parent_died_before_it_was_watched_ends_at_once() -> None:
-    """A `kill -9` between fork and prctl would leave it alone for ever."""
+    """Otherwise a `kill -9` between fork and prctl would orphan it for ever."""
     worker = os.fork()
     if worker == 0:
         shield_worker(0, parent_pid=os.getppid() + 1)  # not the parent it has now

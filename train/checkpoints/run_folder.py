@@ -57,7 +57,7 @@ class RunFolder:
         """Raise RunTakenOver unless this attempt is still the newest; called right before each commit."""
         owner = _read_attempt(self.path)
         if owner.get("token") != self._token:
-            by = f"attempt {owner['attempt']} (pid {owner['pid']} on {owner['host']})" if owner else "an unknown process"
+            by = f"attempt {owner['attempt']} (pid {owner['pid']} on {owner['host']})" if owner else "another process"
             raise RunTakenOver(
                 f"{self.path} was taken over from attempt {self.attempt} by {by}; this process writes nothing more"
             )
@@ -75,7 +75,7 @@ class RunFolder:
             self._metrics.append(row)
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Append rows to another `.jsonl` file of the folder, on rank 0 only. If the disk is full, the rows are lost."""
+        """Append rows to another `.jsonl` file of the folder, on rank 0 only. On a full disk the rows are lost."""
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         if not (self._is_first and lines and self._is_current()):
             return

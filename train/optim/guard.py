@@ -25,9 +25,7 @@ class GuardConfig:
     # null: skip only norms that are not finite.
     spike_factor: float | None = None
     spike_after: int = 100  # good updates before `spike_factor` applies, >= 1
-    max_bad_in_a_row: int = (
-        5  # skipped updates in a row after which the next log row acts (goes back or stops), >= 1
-    )
+    max_bad_in_a_row: int = 5  # skipped updates in a row after which the next log row acts (goes back or stops), >= 1
     # How often the run goes back to a checkpoint and continues without the batches that led there, >= 0; after that, or
     # with 0, it stops.
     max_rollbacks: int = 0
