@@ -124,7 +124,7 @@ def save(run: RunFolder, step: int, state: State, extra: Mapping[str, bytes], ra
             dcp.save(state, storage_writer=writer, **group)
     except (CheckpointException, OSError) as error:
         if ranks.is_first:  # every rank has reported its outcome, so none still writes
-            _delete(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
         raise _same_error_everywhere(error, final) from None
     return final
 

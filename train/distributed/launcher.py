@@ -1,7 +1,7 @@
 """What the launcher tells this process (its rank, where ranks meet) and where the process reports why it ends.
 
 torchrun and slurm/task.py set the same environment variables; so do people who start ranks with srun or by hand. If
-only some of the variables are set, or one is empty, that is a mistake and refused: never a silent run of one rank.
+only some of the variables are set, or one is empty, that is refused (P10): it never silently becomes a run of one rank.
 """
 
 import json
