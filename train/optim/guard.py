@@ -65,7 +65,7 @@ class Guard:
     def __init__(self, config: GuardConfig, device: torch.device) -> None:
         self.config = config
         self.counts = torch.zeros(4, device=device)
-        self._steps: list[tuple] = []  # since the last review
+        self._steps: list[_Step] = []  # since the last review
         self._in_a_row: list[BadUpdate] = []  # those right before the last review
 
     def judge(self, norm: torch.Tensor) -> torch.Tensor:
@@ -93,54 +93,67 @@ class Guard:
 
     def note(self, batch: StepBatch, losses: list[StepLoss], norm: torch.Tensor) -> None:
         """Remember a step until the next review: device scalars, and the positions of its documents."""
-        self._steps.append((batch.step, norm, self.counts[1].clone(), losses, _shares(batch)))
+        lanes, rows = list(batch.documents.items()), len(batch.micro_batches[0].input_ids)
+        micro_batches = [
+            (loss, micro_batch.num_text_targets, micro_batch.num_images, dict(lanes[i * rows : (i + 1) * rows]))
+            for i, (micro_batch, loss) in enumerate(zip(batch.micro_batches, losses, strict=True))
+        ]
+        self._steps.append(_Step(batch.step, norm, self.counts[1].clone(), micro_batches))
 
     def review(self, name_of: Callable[[tuple], str], ranks: Ranks) -> tuple[list[BadUpdate], list[BadUpdate]]:
         """Return the bad updates since the last review, and those of the last row of `max_bad_in_a_row` or more.
 
         `name_of` maps a document's position to its name. Collective; waits for the device.
         """
-        in_a_row = torch.stack([count for _, _, count, *_ in self._steps]).int().tolist() if self._steps else []
+        in_a_row = torch.stack([step.in_a_row for step in self._steps]).int().tolist() if self._steps else []
         bad = [step for step, count in zip(self._steps, in_a_row, strict=True) if count]
         self._steps.clear()
-        found = self._blame(bad, name_of, ranks) if bad else []
+        found = _blame(bad, name_of, ranks) if bad else []
         too_many, updates = [], iter(found)
         for count in in_a_row:
-            self._in_a_row = [*self._in_a_row, next(updates)] if count > 1 else [next(updates)] if count else []
+            if count <= 1:
+                self._in_a_row = []
+            if count:
+                self._in_a_row.append(next(updates))
             if count >= self.config.max_bad_in_a_row:
-                too_many = self._in_a_row
+                too_many = [*self._in_a_row]
         return found, too_many
 
-    @staticmethod
-    def _blame(bad: list[tuple], name_of: Callable[[tuple], str], ranks: Ranks) -> list[BadUpdate]:
-        mine = [_suspects(losses, shares, name_of) for *_, losses, shares in bad]
-        found = []
-        for (step, norm, count, *_), of_ranks in zip(bad, zip(*ranks.gather(mine), strict=True), strict=True):
-            suspects = [suspect for part in of_ranks for suspect in part]
-            infinite = [suspect for suspect in suspects if not math.isfinite(suspect[0])]
-            blamed = infinite or [max(suspects, key=lambda suspect: suspect[0])]
-            lanes = [lane for _, lanes, _ in blamed for lane in lanes]
-            names = [name for *_, names in blamed for name in names]
-            found.append(BadUpdate(step, int(count), norm.item(), lanes, names))
-        return found
+
+@dataclass(frozen=True)
+class _Step:
+    """What a review needs to know of a step."""
+
+    number: int
+    norm: torch.Tensor  # f32 []
+    in_a_row: torch.Tensor  # f32 []; 0: a good update
+    micro_batches: list[tuple[StepLoss, int, int, dict]]  # text targets, images, positions of documents by lane
 
 
-def _shares(batch: StepBatch) -> list[tuple]:
-    """Return (text targets, images, documents by lane) of each micro-batch."""
-    lanes, rows = list(batch.documents.items()), len(batch.micro_batches[0].input_ids)
-    return [
-        (micro_batch.num_text_targets, micro_batch.num_images, dict(lanes[i * rows : (i + 1) * rows]))
-        for i, micro_batch in enumerate(batch.micro_batches)
-    ]
+@dataclass(frozen=True)
+class _Suspect:
+    """A micro-batch of a bad update."""
+
+    loss: float  # mean text loss + mean image loss
+    lanes: list[int]
+    documents: list[str]
 
 
-def _suspects(losses: list[StepLoss], shares: list[tuple], name_of: Callable) -> list[tuple]:
-    """Return (mean loss, lanes, names of documents) of each micro-batch."""
-    return [
-        (
-            loss.text_nll.item() / max(targets, 1) + loss.image_error.item() / max(images, 1),
-            list(documents),
-            [name_of(position) for positions in documents.values() for position in positions],
-        )
-        for loss, (targets, images, documents) in zip(losses, shares, strict=True)
-    ]
+def _blame(bad: list[_Step], name_of: Callable[[tuple], str], ranks: Ranks) -> list[BadUpdate]:
+    """Return who is to blame for each of the bad updates. Collective."""
+    mine = [[_suspect(*micro_batch, name_of) for micro_batch in step.micro_batches] for step in bad]
+    found = []
+    for step, of_ranks in zip(bad, zip(*ranks.gather(mine), strict=True), strict=True):
+        suspects = [suspect for of_rank in of_ranks for suspect in of_rank]
+        infinite = [suspect for suspect in suspects if not math.isfinite(suspect.loss)]
+        blamed = infinite or [max(suspects, key=lambda suspect: suspect.loss)]
+        lanes = [lane for suspect in blamed for lane in suspect.lanes]
+        documents = [name for suspect in blamed for name in suspect.documents]
+        found.append(BadUpdate(step.number, int(step.in_a_row), step.norm.item(), lanes, documents))
+    return found
+
+
+def _suspect(loss: StepLoss, targets: int, images: int, documents: dict, name_of: Callable[[tuple], str]) -> _Suspect:
+    mean = loss.text_nll.item() / max(targets, 1) + loss.image_error.item() / max(images, 1)
+    names = [name_of(position) for positions in documents.values() for position in positions]
+    return _Suspect(mean, list(documents), names)
