@@ -32,18 +32,21 @@ def place() -> Place:
     Raises ValueError naming the variables that are missing, empty or out of range.
     """
     given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
-    is_alone = all(value is None for value in given.values())
-    if not is_alone and not all(given.values()):
+    if set(given.values()) != {None} and not all(given.values()):
         state = {None: " is not set", "": " is empty"}
-        found = ", ".join(f"{name}{state.get(value, f'={value}')}" for name, value in given.items())
+        stated = ", ".join(f"{name}{state.get(value, f'={value}')}" for name, value in given.items())
         raise ValueError(
-            f"environment: {found}: expected both, or neither for a run of one process (unset RANK WORLD_SIZE). "
+            f"environment: {stated}: expected both, or neither for a run of one process (unset RANK WORLD_SIZE). "
             f"{SETTERS}"
         )
-    rank, world_size = (0, 1) if is_alone else (_number("RANK", 0, 0), _number("WORLD_SIZE", 1, 1))
-    if rank >= world_size:
-        raise ValueError(f"environment: RANK={rank}, WORLD_SIZE={world_size}: expected RANK below WORLD_SIZE")
-    return Place(rank, world_size, _number("LOCAL_RANK", 0, 0), _number("LOCAL_WORLD_SIZE", 1, 1))
+    found = Place(
+        _number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    )
+    if found.rank >= found.world_size:
+        raise ValueError(
+            f"environment: RANK={found.rank}, WORLD_SIZE={found.world_size}: expected RANK below WORLD_SIZE"
+        )
+    return found
 
 
 def address() -> tuple[str, int]:
@@ -94,8 +97,9 @@ def report_to_torchrun(reason: str) -> None:
         print(f"{ERROR_FILE}={path}: {error.strerror}", file=sys.stderr)
 
 
-def _number(name: str, default: int, least: int) -> int:
-    value = os.environ.get(name, str(default))
+def _number(name: str, least: int) -> int:
+    """Return a variable's value, `least` if it is not set."""
+    value = os.environ.get(name, str(least))
     if not value.isdecimal() or int(value) < least:
         raise ValueError(f"environment: {name}={value!r}: expected a number from {least}. {SETTERS}")
     return int(value)
