@@ -133,7 +133,7 @@ class HashingWriter(dcp.FileSystemWriter):
         """Complete the folder and commit it; rank 0 only."""
         every = [result for of_rank in results for result in of_rank]
         written = {result.name: result for result in every if isinstance(result, WrittenFile)}
-        self._files.written = written
+        self._files.written = written  # which `_write` extends
         stored = {result.index: result.storage_data for result in every if isinstance(result, WriteResult)}
         for name, content in [(INDEX, write_index(metadata.state_dict_metadata, stored)), *self._extra.items()]:
             assert Path(name).name == name and name not in {*written, LISTING}, name
@@ -144,9 +144,7 @@ class HashingWriter(dcp.FileSystemWriter):
         for name, file in written.items():  # those of other ranks may be on other disks, or cut short
             path = self._folder / name
             if not path.exists():
-                raise OSError(
-                    f"{name} was written by its rank but is not here: do all ranks see {self._folder.parent}?"
-                )
+                raise OSError(f"{name}: written by its rank but not here: do all ranks see {self._folder.parent}?")
             if (found := path.stat().st_size) != file.num_bytes:
                 raise OSError(f"{name}: {file.num_bytes} bytes were written, {found} are here")
         self._commit()
@@ -211,7 +209,7 @@ class CheckedReader(dcp.FileSystemReader):
 
 def _fill(content: torch.Tensor, stream: Any) -> None:
     """Fill `content` (uint8) from a binary stream; raises ValueError if the file ends early."""
-    view = memoryview(content.numpy().data)
+    view = content.numpy().data
     while view:
         if not (count := stream.readinto(view)):
             raise ValueError(f"a file of the checkpoint ends {len(view)} bytes early")
