@@ -7,8 +7,8 @@
     <run>/bad_updates.jsonl   skipped updates with the documents of their batches (train/optim/guard.py)
     <run>/checkpoints/    see train/checkpoints/checkpoint.py
 
-The lock covers a second copy; the attempt covers what no lock sees, or sees for too long: the late predecessor of a
-requeued job, on a host that Slurm gave up.
+The lock keeps out a second copy; the attempt also stops what no lock sees, or sees for too long: the late predecessor
+of a requeued job, on a host that Slurm gave up.
 """
 
 import json
