@@ -1,6 +1,6 @@
 """Rotary positions, the attention mask and attention itself.
 
-The mask is one sentence (the paper, section 3): allowed(q, k) <=> same document and (same image, or k <= q and
+The mask is one rule (the paper, section 3): allowed(q, k) <=> same document and (same image, or k <= q and
 q < visible_until[k]). It comes in two forms built from the same ids: a dense boolean for SDPA and a `BlockMask` for
 FlexAttention, which skips empty blocks and runs `mask_mod` only in partial ones. Rejected: `create_block_mask`, which
 evaluates all S x S pairs and at 4k tokens costs more than the attention it saves.
@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-BLOCK = 128  # tokens a side of a mask block: flex attention's own tile
+from model import cpu
+
+BLOCK = 128  # tokens per side of a mask block: flex attention's own tile
 
 
 class RotaryTables:
-    """Cosines and sines of one batch, f32 [B, S, 1, K/2], computed once a forward and shared by all blocks.
+    """Cosines and sines of one batch, f32 [B, S, 1, K/2], computed once per forward and shared by all blocks.
 
     A plain class on purpose: FSDP2's mixed precision casts every float tensor that it finds in a module's arguments,
     in tuples and dataclasses too, and angles rounded to bf16 blur positions.
@@ -28,7 +30,7 @@ class RotaryTables:
 
     def __init__(self, angles: Tensor) -> None:
         self.cos, self.sin = angles.cos(), angles.sin()
-        self.turns = None if angles.is_cuda else torch.complex(self.cos, self.sin)
+        self.turns = None if angles.is_cuda else torch.complex(self.cos, self.sin)  # for model/cpu.py
 
 
 def rotary_tables(
@@ -36,14 +38,14 @@ def rotary_tables(
 ) -> RotaryTables:
     """Return the tables of `position_ids` int [B, S].
 
-    With `grid_positions` int [B, S, 2] (ours: 2-D RoPE), every second frequency turns by the (row, column) inside
-    images; (-1, -1) marks text, which keeps plain RoPE in all of them.
+    With `grid_positions` int [B, S, 2] (ours: 2-D RoPE), every second frequency of an image token rotates by its row
+    or column; (-1, -1) marks text, which keeps plain RoPE.
     """
     frequency = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
     inverse = theta ** (-frequency / head_dim)  # [K/2]
     positions = position_ids[..., None].float()  # [B, S, 1]
     if grid_positions is not None:
-        # Axis of each frequency: 1-D, row, 1-D, column, ... so both axes see coarse and fine turns.
+        # Axis of each frequency: 1-D, row, 1-D, column, ... so both axes get coarse and fine frequencies.
         axis = torch.arange(head_dim // 2, device=position_ids.device) % 4
         row, column = grid_positions[..., None].float().unbind(-2)  # [B, S, 1] each
         is_image = row >= 0
@@ -56,17 +58,16 @@ def apply_rope(x: Tensor, tables: RotaryTables) -> Tensor:
     """Rotate x [B, S, heads, K] by its positions; pairs are (2i, 2i + 1), as in Meta's Llama."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if tables.turns is not None and not torch.compiler.is_compiling():
-        # One complex product: on CPU a fifth of the time of the real ones. Compilers cannot fuse complex numbers.
-        return torch.view_as_real(torch.view_as_complex(pairs) * tables.turns).flatten(-2).to(x.dtype)
+        return cpu.rotate_pairs(pairs, tables.turns).to(x.dtype)
     even, odd = pairs.unbind(-1)
-    turned = (even * tables.cos - odd * tables.sin, odd * tables.cos + even * tables.sin)
-    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+    rotated = (even * tables.cos - odd * tables.sin, odd * tables.cos + even * tables.sin)
+    return torch.stack(rotated, dim=-1).flatten(-2).to(x.dtype)
 
 
 def allowed(
     q: Tensor, k: Tensor, q_ids: tuple[Tensor, Tensor], k_ids: tuple[Tensor, Tensor], visible_until_k: Tensor
 ) -> Tensor:
-    """Return, broadcast, whether query index `q` may see key index `k`: the one spelling of the mask.
+    """Return, broadcast, whether query index `q` may see key index `k`: the only definition of the mask.
 
     `q_ids` and `k_ids` are (document_ids, image_ids) at those indices, `visible_until_k` the first index that no longer
     sees the key. Image ids are unique within the row, -1 for text; padding is document 0.
@@ -85,15 +86,17 @@ def dense_mask(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor) -
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 0 where bool `mask` allows and -inf elsewhere: SDPA would make this of a boolean anew in every layer."""
+    """Return 0 where bool `mask` allows and -inf elsewhere, as SDPA would in every layer; additive masks stay."""
+    if mask.dtype != torch.bool:
+        return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def block_mask(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor, block: int = BLOCK) -> BlockMask:
-    """Return the BlockMask of int ids [B, S], on their device, without waiting for it.
+    """Return the BlockMask of int ids [B, S], on their device, without synchronizing with it.
 
-    Blocks are classified from their ids' minima and maxima: empty or full only where that proves it, else partial,
-    where `mask_mod` decides. So the classification can be coarse but never wrong.
+    A block is called empty or full only where its ids' minima and maxima prove it; any other is partial, and `mask_mod`
+    decides there. So the classification may be coarse but is never wrong.
     """
     length = document_ids.shape[1]
     empty, full = _classify(document_ids, image_ids, visible_until, block)
@@ -114,22 +117,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor | None) -> 
     """Return attention [B, Hq, S, K] of q [B, Hq, S, K] over k, v [B, Hkv, Skv, K]; `mask` None sees everything."""
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        # Inside a compiled block, flex attention is compiled with it; on CPU there is only its forward.
-        alone = q.is_cuda and not torch.compiler.is_compiling()
-        attention = _compiled_flex() if alone else flex_attention
+        attention: Callable[..., Tensor] = flex_attention
+        if q.is_cuda and not torch.compiler.is_compiling():  # else compiled with the block around it
+            attention = _compiled_flex()
         return attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and mask is not None and not grouped:
-        return _attend_bf16_cpu(q, k, v, mask)
+        return cpu.attend_bf16(q, k, v, additive_mask(mask, q.dtype))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-
-
-def _attend_bf16_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Return the same by plain products: torch's CPU kernel is five times slower in bf16, forward and backward."""
-    rows, heads, length, head_dim = q.shape
-    bias = additive_mask(mask, q.dtype) if mask.dtype == torch.bool else mask  # [B, 1, S, Skv]
-    bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(bias, (q * head_dim**-0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
-    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(rows, heads, length, head_dim)
 
 
 @functools.cache
@@ -147,7 +141,7 @@ def _mask_mod(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor) ->
 
 
 def _classify(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return bool (empty, full) [B, Q, Kv] of the block pairs; a last, short block is never called full."""
+    """Return bool (empty, full) [B, Q, Kv] of the block pairs; a short last block is never called full."""
     length = document_ids.shape[1]
     blocks = -(-length // block)
     index = torch.arange(blocks * block, device=document_ids.device).clamp(max=length - 1)  # repeats the last token
@@ -159,7 +153,7 @@ def _classify(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor, bl
 
     document_min, document_max = extremes(document_ids)
     image_min, image_max = extremes(image_ids)
-    # Over images alone: text (-1) must not stretch the interval.
+    # Over images only: text (-1) must not stretch the interval.
     first_image, _ = extremes(torch.where(image_ids >= 0, image_ids, torch.iinfo(torch.int32).max))
     until_min, until_max = extremes(visible_until)
     q_first, q_last = ends[:, None] * block, (ends[:, None] + 1) * block - 1
@@ -187,6 +181,6 @@ def _same_constant(low: Tensor, high: Tensor) -> Tensor:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int32 (count [B, 1, Q], indices [B, 1, Q, Kv], the chosen ones first) of bool [B, Q, Kv]."""
+    """Return int32 (count [B, 1, Q], indices [B, 1, Q, Kv], the True ones first) of bool [B, Q, Kv]."""
     indices = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[:, None], indices.to(torch.int32)[:, None]

@@ -1,7 +1,7 @@
 """The keys and values of tokens already seen: preallocated, a length per row, several caches side by side.
 
-Attention spans a fixed number of slots, whatever the rows' lengths, so that a row's bits depend on shapes and not on
-how long its neighbours are. Rejected: paging (rows are few and of like length) and growing (the bits would move).
+Attention spans a fixed number of slots, whatever the rows' lengths, so a row's bits depend on shapes and not on how
+long its neighbours are. Rejected: paging (rows are few and of similar length) and growing (the bits would change).
 """
 
 from collections.abc import Sequence
@@ -9,17 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.attention import attend
-
-Mask = Tensor | tuple[Tensor, ...]
+from model.attention import additive_mask, attend
 
 
 class KVCache:
-    """Keys and values of every layer; what lies past a row's length is never seen.
+    """Keys and values of every layer; slots past a row's length are never seen.
 
-    A forward of n tokens writes slots [length, length + n) of each row; only `advance` keeps them, so writing again
-    without it overwrites: that is how denoising steps share a prefix. Attention looks at the first `span` slots; those
-    up to `capacity` take what idle rows write past their end.
+    A forward of n tokens writes slots [length, length + n) of each row. Only `advance` keeps them: without it the next
+    forward overwrites them, which is how denoising steps share a prefix. Attention looks at the first `span` slots;
+    those from there to `capacity` absorb what idle rows write past their end.
     """
 
     def __init__(
@@ -45,14 +43,10 @@ class KVCache:
         """Return the next `count` slots of each row, int64 [rows, count]: also their positions in the document."""
         return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
 
-    def mask(self, count: int, causal: bool) -> Mask:
+    def mask(self, count: int, causal: bool) -> Tensor:
         """Return bool [rows, 1, count, span] for the next `count` tokens: text (causal), or one image (not)."""
         last_visible = self.slots(count) if causal else (self.lengths + count - 1)[:, None].expand(-1, count)
         return (torch.arange(self.span, device=self.lengths.device) <= last_visible[..., None])[:, None]
-
-    def layer(self, index: int) -> "LayerCache":
-        """Return layer `index`'s part, which its attention writes and reads."""
-        return LayerCache(self, index)
 
     def advance(self, counts: Tensor) -> None:
         """Keep the first `counts` int [rows] of the slots written last."""
@@ -66,41 +60,24 @@ class KVCache:
         return keys[:, : self.span].transpose(1, 2), values[:, : self.span].transpose(1, 2)
 
 
-class LayerCache:
-    """One layer of a KVCache: what a block gets, so that no block is compiled for its own layer number."""
+class NextTokens:
+    """The next `count` tokens of all rows of `caches` in one forward: the rows of the first cache, then of the second.
 
-    def __init__(self, cache: KVCache, index: int) -> None:
-        self._cache, self._index = cache, index
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        """Keep k, v [rows, n, Hkv, K]; return attention [rows, Hq, n, K] of q over all that the rows hold."""
-        return attend(q, *self._cache.write(self._index, k, v), mask)
-
-
-class SideBySide:
-    """Several caches in one forward, the rows of the first, then of the next: each spans no more than it needs.
-
-    The unconditional branch of guidance holds two tokens and a picture, a few hundred fewer than the prompt's.
+    Each cache spans no more than it needs: guidance's unconditional branch holds two tokens and a picture, the
+    conditional one the prompt too.
     """
 
-    def __init__(self, caches: Sequence[KVCache]) -> None:
-        self.caches = tuple(caches)
-
-    def slots(self, count: int) -> Tensor:
-        return torch.cat([cache.slots(count) for cache in self.caches])
-
-    def mask(self, count: int, causal: bool) -> Mask:
-        return tuple(cache.mask(count, causal) for cache in self.caches)
-
-    def layer(self, index: int) -> "LayersSideBySide":
-        return LayersSideBySide(self.caches, index)
-
-
-class LayersSideBySide:
-    def __init__(self, caches: Sequence[KVCache], index: int) -> None:
-        self._layers = [cache.layer(index) for cache in caches]
+    def __init__(self, caches: Sequence[KVCache], count: int, causal: bool) -> None:
+        self.position_ids = torch.cat([cache.slots(count) for cache in caches])  # [R, count]
+        self._caches = caches
+        self._masks = [additive_mask(cache.mask(count, causal), cache.keys.dtype) for cache in caches]
         self._rows = [len(cache.lengths) for cache in caches]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        parts = zip(self._layers, *(tensor.split(self._rows) for tensor in (q, k, v)), mask, strict=True)
-        return torch.cat([layer.attend(*part) for layer, *part in parts])
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k, v [R, count, Hkv, K]; return attention [R, Hq, count, K] of q over all that each row holds."""
+        outputs = []
+        rows = zip(q.split(self._rows), k.split(self._rows), v.split(self._rows), strict=True)
+        for cache, mask, (q_part, k_part, v_part) in zip(self._caches, self._masks, rows, strict=True):
+            keys, values = cache.write(layer, k_part, v_part)
+            outputs.append(attend(q_part, keys, values, mask))
+        return torch.cat(outputs)

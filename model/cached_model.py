@@ -1,9 +1,9 @@
-"""The model over a cache: rows of unequal length, appended to side by side, and pictures tried on top of them.
+"""The model over a cache: rows of unequal length, appended to side by side, with pictures denoised at their ends.
 
-Under the sampler, which decides what to append. Each call is one forward with all rows and a fixed number of tokens,
-idle rows included (they append nothing), so the bits of a row depend on shapes and never on what its neighbours hold.
-Rejected: shrinking the batch to the rows at work, faster only where they diverge, and then no picture could be drawn
-twice; left padding, which moves a row when a longer one joins.
+The sampler decides what to append. Each call is one forward of all rows and a fixed number of tokens, idle rows
+included (they append nothing), so the bits of a row depend on shapes and never on what its neighbours hold. Rejected:
+shrinking the batch to the active rows, which saves time only where rows diverge and makes no picture reproducible;
+left padding, which moves a row when a longer one joins.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.cache import KVCache, SideBySide
+from model.cache import KVCache, NextTokens
 from model.transfusion import Transfusion
 
 
@@ -27,7 +27,7 @@ class CachedModel:
         picture: int,
         unconditional: Sequence[int] | None,
     ) -> None:
-        """Prepare for at most `length` tokens a row, `largest` in a forward, `picture` of a drawn one."""
+        """Allocate for at most `length` tokens per row, `largest` per forward, `picture` per new picture."""
         trunk, weight = model.config.transformer, model.text_head.weight
         self.model, self.device = model, weight.device
         self.lengths = [0] * rows
@@ -41,14 +41,13 @@ class CachedModel:
         if unconditional is not None:
             prefix = torch.tensor([list(unconditional)] * rows, device=self.device)
             counts = torch.full((rows,), len(unconditional), device=self.device)
-            free = cache(len(unconditional) + picture, 0)
-            self._run_text(free, prefix, counts)
-            self._branches = SideBySide([self._conditional, free])
+            self._unconditional = cache(len(unconditional) + picture, 0)
+            self._run_text(self._unconditional, prefix, counts)
 
     @torch.no_grad()
     def append_text(self, pieces: Sequence[Sequence[int]], width: int) -> None:
-        """Append each row's tokens, at most `width` and maybe none."""
-        # What fills a short piece up is written past the row's length, where nothing looks.
+        """Append each row's tokens, at most `width` and perhaps none."""
+        # The padding of a short piece is written past the row's length, where attention does not look.
         padded = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
         counts = torch.tensor([len(piece) for piece in pieces], device=self.device)
         hidden = self._run_text(self._conditional, torch.tensor(padded, device=self.device), counts)
@@ -58,13 +57,13 @@ class CachedModel:
     @torch.no_grad()
     def append_images(self, latents: Tensor, chosen: Sequence[bool]) -> None:
         """Append clean latents f32 [R, C, h, w], at t = 0, to the chosen rows."""
-        count = self._run_image(self._conditional, latents, 0)[1]
+        count = self._run_image([self._conditional], latents, 0)[1]
         self._conditional.advance(torch.tensor(chosen, device=self.device) * count)
         self.lengths = [length + count * take for length, take in zip(self.lengths, chosen, strict=True)]
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """Return f32 [R, V] for what follows each row's last token."""
+        """Return f32 [R, V] for the token after each row's last."""
         return self.model.text_logits(self._last_hidden).float()
 
     @torch.no_grad()
@@ -75,27 +74,28 @@ class CachedModel:
         guidance 1 the unconditional branch is not run.
         """
         if guidance == 1:
-            return self._run_image(self._conditional, x_t, t)[0]
-        conditional, unconditional = self._run_image(self._branches, x_t.repeat(2, 1, 1, 1), t)[0].chunk(2)
+            return self._run_image([self._conditional], x_t, t)[0]
+        caches = [self._conditional, self._unconditional]
+        conditional, unconditional = self._run_image(caches, x_t.repeat(2, 1, 1, 1), t)[0].chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
     def _run_text(self, cache: KVCache, input_ids: Tensor, counts: Tensor) -> Tensor:
-        """Return [R, D], the hidden state of each row's last token, and keep `counts` [R] of input_ids [R, n]."""
+        """Keep `counts` [R] of input_ids [R, n]; return [R, D], the hidden state of each row's last kept token."""
         rows, width = input_ids.shape
         no_grid = torch.full((1, width, 2), -1, device=self.device).expand(rows, -1, -1)
-        embedded = self.model.embed_text(input_ids)
-        hidden = self.model.trunk(embedded, cache.slots(width), no_grid, cache.mask(width, causal=True), cache)
+        tokens = NextTokens([cache], width, causal=True)
+        hidden = self.model.trunk(self.model.embed_text(input_ids), tokens.position_ids, no_grid, None, tokens)
         cache.advance(counts)
         return hidden[torch.arange(rows, device=self.device), (counts - 1).clamp(min=0)]
 
-    def _run_image(self, cache: KVCache | SideBySide, latents: Tensor, t: int) -> tuple[Tensor, int]:
-        """Return (prediction f32 [R, C, h, w], tokens an image) for images in each row's next slots; keep nothing."""
+    def _run_image(self, caches: Sequence[KVCache], latents: Tensor, t: int) -> tuple[Tensor, int]:
+        """Return (prediction f32 [R, C, h, w], tokens per image) for images in each row's next slots; keep nothing."""
         h, w = latents.shape[2:]
         timesteps = torch.full((len(latents),), t, device=self.device)
-        tokens, skips = self.model.embed_images(latents, timesteps)
-        count, columns = tokens.shape[1], w // self.model.config.patch_size
+        embedded, skips = self.model.embed_images(latents, timesteps)
+        count, columns = embedded.shape[1], w // self.model.config.patch_size
         index = torch.arange(count, device=self.device)
         grid = torch.stack((index // columns, index % columns), dim=-1).expand(len(latents), -1, -1)
-        mask = cache.mask(count, causal=self.model.config.image_attention == "causal")
-        hidden = self.model.trunk(tokens, cache.slots(count), grid, mask, cache)
+        tokens = NextTokens(caches, count, causal=self.model.config.image_attention == "causal")
+        hidden = self.model.trunk(embedded, tokens.position_ids, grid, None, tokens)
         return self.model.predict_noise(hidden, skips, timesteps, h, w).float(), count

@@ -1,7 +1,7 @@
 """The noise process: schedule, noising, targets, conversions and sampler steps, as pure functions of explicit noise.
 
 Time is a table `alphas_cumprod` f64 [T]: training gathers from it by timestep, samplers read single floats. f64 because
-1 - alpha near t = 0 loses a thousandth in f32; results have the latents' dtype. Nothing here draws or keeps state.
+1 - alpha near t = 0 is off by a thousandth in f32; results have the latents' dtype. Nothing here draws or keeps state.
 """
 
 import math
@@ -22,8 +22,8 @@ class DiffusionConfig:
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"  # distribution of t in training
     logit_normal_mean: float = 0.0  # mean of logit(t / T), with timestep_sampling=logit_normal
     logit_normal_std: float = 1.0  # standard deviation of logit(t / T), > 0
-    # Largest t of images before their caption, 0...T-1; null: no cap. The paper's controlled runs have none; 500 is its
-    # ablation (table 8), for better captions.
+    # Largest t of images before their caption, 0...T-1; null: no cap. The paper's controlled runs have no cap; 500 is
+    # its ablation (table 8), for better captions.
     before_caption_max_timestep: int | None = 500
     min_snr_gamma: float | None = None  # ours: min-SNR loss weight with this gamma, > 0 (5 is usual); null: off
 
@@ -51,9 +51,9 @@ def alphas_cumprod(num_timesteps: int = 1000) -> Tensor:
 
 
 def timesteps_from_uniform(u: Tensor, before_caption: Tensor, config: DiffusionConfig) -> Tensor:
-    """Return int64 timesteps [N] of draws u [N] in [0, 1) and `before_caption` bool [N].
+    """Return int64 timesteps [N] from draws u [N] in [0, 1) and `before_caption` bool [N].
 
-    Capped images are spread over 0...cap, not clipped to it: no timestep is drawn more often than another.
+    Capped images are spread over 0...cap, not clipped to it: all timesteps stay equally likely.
     """
     cap = config.before_caption_max_timestep
     choices = torch.full_like(u, config.num_timesteps, dtype=torch.float64)
@@ -90,7 +90,7 @@ def loss_weights(timesteps: Tensor, alphas_cumprod: Tensor, config: DiffusionCon
     alpha = alphas_cumprod[timesteps]
     snr = alpha / (1 - alpha)
     clipped = snr.clamp(max=config.min_snr_gamma)  # the weight of the error in x0
-    per_unit = {"x0": 1.0, "eps": snr, "v": snr + 1}[config.prediction]
+    per_unit = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[config.prediction]
     return (clipped / per_unit).float()
 
 
@@ -107,11 +107,15 @@ def to_x0_and_eps(pred: Tensor, x_t: Tensor, alpha: float | Tensor, prediction: 
 def ddim_step(x0: Tensor, eps: Tensor, alpha: float, alpha_prev: float, eta: float, noise: Tensor | None) -> Tensor:
     """Return x at the previous, cleaner timestep: Song et al. 2021, equation 12.
 
-    `alpha`, `alpha_prev` are alpha_bar here and there (1.0 past the last step); `noise` is read only if eta > 0.
+    `alpha`, `alpha_prev` are alpha_bar before and after the step (1.0 after the last one); `noise` is read only if
+    eta > 0.
     """
     std = eta * math.sqrt((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev))
     x_prev = math.sqrt(alpha_prev) * x0 + math.sqrt(max(1 - alpha_prev - std**2, 0.0)) * eps
-    return x_prev + std * noise if std > 0 else x_prev
+    if std <= 0:
+        return x_prev
+    assert noise is not None
+    return x_prev + std * noise
 
 
 def ddpm_step(x_t: Tensor, x0: Tensor, alpha: float, alpha_prev: float, noise: Tensor | None) -> Tensor:
@@ -124,14 +128,17 @@ def ddpm_step(x_t: Tensor, x0: Tensor, alpha: float, alpha_prev: float, noise: T
         math.sqrt(alpha_prev) * (1 - ratio) / (1 - alpha) * x0 + math.sqrt(ratio) * (1 - alpha_prev) / (1 - alpha) * x_t
     )
     variance = (1 - alpha_prev) / (1 - alpha) * (1 - ratio)
-    return mean + math.sqrt(variance) * noise if variance > 0 else mean
+    if variance <= 0:
+        return mean
+    assert noise is not None
+    return mean + math.sqrt(variance) * noise
 
 
 def dpmpp_step(x_t: Tensor, x0: Tensor, alpha: float, alpha_prev: float, before: tuple[Tensor, float] | None) -> Tensor:
     """Return x at the previous timestep by DPM-Solver++(2M): Lu et al. 2022, algorithm 2; deterministic.
 
-    `before` is (x0, alpha) of the step before, None at the first, which is of first order. So is the last one, where
-    alpha_prev is 1.0 and the result is x0: log-SNR has no end there.
+    `before` is (x0, alpha) of the previous step, None at the first, which is of first order. So is the last one, where
+    alpha_prev is 1.0 and the result is x0: log-SNR is infinite there.
     """
     if alpha_prev == 1.0:
         return x0

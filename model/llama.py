@@ -1,7 +1,7 @@
-"""The text side of the model as transformers' Llama: the same function of token ids, under other names.
+"""The text side of the model as transformers' Llama: the same function of token ids under other names.
 
-Two things differ besides names: queries, keys and values are separate there, gate and up too; and its rotary positions
-turn pairs (i, i + K/2) where ours turn (2i, 2i + 1), as in Meta's own code, so the rows of q and k change places.
+Two things differ besides names. Llama keeps queries, keys and values apart, and gate and up. Its rotary embedding
+rotates pairs (i, i + K/2) where ours, like Meta's own code, rotates (2i, 2i + 1), so the rows of q and k are permuted.
 """
 
 from typing import Any
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.transformer import Block
 from model.transfusion import Transfusion, TransfusionConfig
 
 
 def llama_config(config: TransfusionConfig, vocab_size: int) -> dict[str, Any]:
-    """Return the contents of config.json; raise ValueError naming the switches that Llama does not have."""
+    """Return the contents of config.json; raise ValueError for switches that Llama does not have."""
     trunk = config.transformer
     if trunk.qk_norm:
         raise ValueError(
@@ -47,6 +48,7 @@ def llama_weights(model: Transfusion) -> dict[str, Tensor]:
     }
     sizes = [heads * trunk.head_dim for heads in (trunk.heads, trunk.num_kv_heads, trunk.num_kv_heads)]
     for number, block in enumerate(model.transformer.blocks):
+        assert isinstance(block, Block)
         q, k, v = block.attention.qkv.weight.split(sizes)
         gate, up = block.ffn.gate_up.weight.chunk(2)
         weights |= {

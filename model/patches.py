@@ -1,8 +1,8 @@
 """Latents <-> token embeddings: the only part of the model that sees an image's size.
 
 A patcher has two halves: `encode(latents, timesteps) -> (tokens, skips)` before the trunk and `decode(hidden, skips,
-timesteps, h, w)` after it. `skips` is what the second half wants to keep of the first (None for linear patches). Both
-halves depend on t alone, not on the batch around an image.
+timesteps, h, w)` after it. `skips` are the U-Net's skip connections (None for linear patches). Neither half lets an
+image depend on the others in its batch.
 """
 
 import math
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 TIMESTEP_FEATURES = 256  # sinusoids of t before the MLP, as in DiT
-Skips = list[Tensor] | None
+Skips = list[Tensor] | None  # finest first
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
     """Return [N, P, p*p*C] of latents [N, C, h, w]: patches row by row, inside each row, column, channel."""
     n, c, h, w = latents.shape
     p = patch_size
-    assert h % p == 0 and w % p == 0, f"latents {h}x{w} are no multiple of patch size {p}"
+    assert h % p == 0 and w % p == 0, f"latents {h}x{w} are not a multiple of patch size {p}"
     return latents.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)
 
 
@@ -53,8 +53,8 @@ class TimestepEmbedding(nn.Module):
 class LinearPatches(nn.Module):
     """The paper's linear patcher: add the timestep embedding to every patch vector, then one linear layer.
 
-    With `timestep_after` (ours) it is added after that layer, in the width of the trunk: a patch vector of few
-    dimensions has no room for both.
+    With `timestep_after` (ours) it is added after that layer, at the width of the trunk: a patch vector has too few
+    dimensions for both.
     """
 
     def __init__(self, width: int, latent_channels: int, patch_size: int, timestep_after: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Decoding: text mode samples tokens until BOI, image mode denoises P patch slots, and the two alternate.
 
 The paper, section 3 (inference), batched: rows are grouped by mode. Everything before an image stays in the cache and
-is never computed again: each denoising step overwrites the image's slots, both guidance branches in one forward (the
+is never recomputed: each denoising step overwrites the image's slots, both guidance branches in one forward (the
 unconditional one has the prefix `BOS BOI`), and the clean image is written last, at t = 0, for the text after it.
 """
 
@@ -24,29 +24,29 @@ from model.diffusion import (
     sampling_timesteps,
     to_x0_and_eps,
 )
-from model.draws import Draws
+from model.draws import SeededDraws
 from model.transfusion import Grid, Transfusion
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"  # ancestral, DDIM with eta, or DPM-Solver++(2M)
-    steps: int = 250  # denoising steps a picture, 1...num_timesteps
+    steps: int = 250  # denoising steps per picture, 1...num_timesteps
     spacing: Spacing = "leading"  # which timesteps: leading, trailing or linspace, as in diffusers
     eta: float = 0.0  # DDIM's noise, 0 (deterministic)...1 (as DDPM)
     guidance: float = 3.0  # classifier-free guidance scale, 0 or more; 1 is none (the paper: 5 and 3)
     # Lowest and highest timestep, 0...num_timesteps - 1, at which guidance acts (Kynkäänniemi et al. 2024); elsewhere
-    # the unconditional branch is not run. null: at all of them.
+    # the unconditional branch is not run. null: all timesteps.
     guidance_interval: tuple[int, int] | None = None
     clip_x0: float | None = None  # bound on the predicted clean latents' magnitude, > 0; null: none
     temperature: float = 1.0  # of text, 0 (greedy) or more
     top_p: float = 1.0  # text tokens are drawn from the smallest set that holds this probability, (0, 1]
-    max_new_tokens: int = 256  # text tokens sampled a row, 0 or more
-    max_images: int = 1  # pictures drawn a row, 0 or more
-    # Tokens a row may hold, prompt included; null: what the longest row of the batch can need, in steps of 64. Only a
-    # fixed number makes a row's bits quite independent of how long its neighbours' prompts are.
+    max_new_tokens: int = 256  # text tokens sampled per row, 0 or more
+    max_images: int = 1  # pictures drawn per row, 0 or more
+    # Tokens a row may hold, prompt included; null: what the longest row of the batch can need, in steps of 64. Only
+    # with a fixed number are a row's bits fully independent of the length of its neighbours' prompts.
     max_length: int | None = None
-    prefill_chunk: int = 64  # prompt tokens a forward, >= 1
+    prefill_chunk: int = 64  # prompt tokens per forward, >= 1
 
     def __post_init__(self) -> None:
         expectations = {
@@ -81,12 +81,12 @@ class SpecialTokens:
     eos: int
     boi: int
     eoi: int
-    never: tuple[int, ...] = ()  # further ids that text mode must not emit: padding, unknown
+    never: tuple[int, ...] = ()  # more ids that text mode must not emit: padding, unknown
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a row starts from. BOS, and BOI and EOI around images, are added here, as in training.
+    """What a row starts from. BOS, and BOI and EOI around images, are added as in training.
 
     `segments`: text int64 [len], or the clean, whitened latents of an image f32 [C, h, w]. `draw`: begin with a
     picture. `index` names the sample: its noise depends on (seed, index), not on its place in the batch.
@@ -104,14 +104,14 @@ def generate(
     diffusion: DiffusionConfig,
     special: SpecialTokens,
     grid: Grid,
-    draws: Draws,
+    draws: SeededDraws,
     progress: Callable[[float], object] = lambda rows: None,
 ) -> list[list[Tensor]]:
     """Return for each prompt what follows it: text int64 [len] without special tokens, and latents f32 [C, h, w].
 
-    The model is plain and unsharded; `grid` is the latent size (h, w) of new pictures. `progress(rows)` is told what
-    each forward added, in rows; it comes to the number of prompts. Raises ValueError for a prompt that leaves no room
-    in `max_length`.
+    The model is unsharded; `grid` is the latent size (h, w) of new pictures. `progress(rows)` is called with the
+    fraction of rows that each forward completed; the sum is the number of prompts. Raises ValueError for a prompt that
+    does not fit in `max_length`.
     """
     if not prompts:
         return []
@@ -125,7 +125,7 @@ def generate(
 
 
 def first_step_error(config: SamplerConfig, diffusion: DiffusionConfig) -> float:
-    """Return how many times the first denoising step multiplies an error of the predicted noise (by DDIM)."""
+    """Return the factor by which the first denoising step, by DDIM, multiplies an error of the predicted noise."""
     table = alphas_cumprod(diffusion.num_timesteps).tolist()
     first, *rest = sampling_timesteps(config.steps, config.spacing, diffusion.num_timesteps)
     error, none = torch.ones(1), torch.zeros(1)
@@ -134,7 +134,7 @@ def first_step_error(config: SamplerConfig, diffusion: DiffusionConfig) -> float
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Return int64 [R] from logits [R, V]: nucleus sampling by the inverse of the cumulative, at `uniforms` [R]."""
+    """Return int64 [R] from logits [R, V]: nucleus sampling by inverting the cumulative at `uniforms` f32 [R]."""
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -148,20 +148,27 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
 @dataclass
 class _Row:
     index: int
-    pending: deque[Tensor]  # the prompt's pieces that are not in the cache yet: token ids or latents
+    pending: deque[Tensor]  # pieces of the prompt that are not in the cache yet: token ids or latents
     mode: Literal["text", "image", "done"]
     num_tokens: int = 0  # text tokens sampled
     num_images: int = 0
     output: list[list[int] | Tensor] = field(default_factory=list)
 
     def add_token(self, token: int) -> None:
-        if not self.output or isinstance(self.output[-1], Tensor):
-            self.output.append([])
-        self.output[-1].append(token)
+        last = self.output[-1] if self.output else None
+        if isinstance(last, list):
+            last.append(token)
+        else:
+            self.output.append([token])
+
+    @property
+    def next_image(self) -> Tensor | None:
+        """Return the head of `pending` if it is an image."""
+        return self.pending[0] if self.pending and self.pending[0].ndim == 3 else None
 
     def take_text(self, count: int) -> list[int]:
-        """Take at most `count` tokens from the head of `pending`, none if that is an image."""
-        if not self.pending or self.pending[0].ndim == 3:
+        """Take at most `count` tokens from the head of `pending`, none if it is an image."""
+        if not self.pending or self.next_image is not None:
             return []
         piece = self.pending.popleft()
         if len(piece) > count:
@@ -181,7 +188,7 @@ class _Decoding:
         diffusion: DiffusionConfig,
         special: SpecialTokens,
         grid: Grid,
-        draws: Draws,
+        draws: SeededDraws,
         progress: Callable[[float], object],
     ) -> None:
         self._progress, self._reported = progress, 0.0
@@ -194,21 +201,21 @@ class _Decoding:
         images = [self._num_patches(part.shape) for row in self.rows for part in row.pending if part.ndim == 3]
         largest = max(config.prefill_chunk, self.patches, *images)
         unconditional = None if config.guidance == 1 else [special.bos, special.boi]
-        self.decoder = CachedModel(model, len(self.rows), self.max_length, largest, self.patches, unconditional)
+        self.cached_model = CachedModel(model, len(self.rows), self.max_length, largest, self.patches, unconditional)
 
     def prefill(self) -> None:
-        """Append all prompts: text by chunks, images whole, rows side by side."""
+        """Append all prompts, rows side by side: text in chunks, images whole."""
         chunk = self.config.prefill_chunk
         while any(row.pending for row in self.rows):
             pieces = [row.take_text(chunk) for row in self.rows]
             if any(pieces):
-                self.decoder.append_text(pieces, chunk)
-            heads = [row.pending[0] if row.pending and row.pending[0].ndim == 3 else None for row in self.rows]
-            for shape in sorted({tuple(head.shape) for head in heads if head is not None}):
-                chosen = [head is not None and tuple(head.shape) == shape for head in heads]
+                self.cached_model.append_text(pieces, chunk)
+            images = [row.next_image for row in self.rows]
+            for shape in sorted({tuple(image.shape) for image in images if image is not None}):
+                chosen = [image is not None and image.shape == shape for image in images]
                 blank = torch.zeros(shape)
-                latents = [head if take else blank for head, take in zip(heads, chosen, strict=True)]
-                self.decoder.append_images(torch.stack(latents).to(self.decoder.device), chosen)
+                latents = [blank if image is None or image.shape != shape else image for image in images]
+                self.cached_model.append_images(torch.stack(latents).to(self.cached_model.device), chosen)
                 for row, take in zip(self.rows, chosen, strict=True):
                     if take:
                         row.pending.popleft()
@@ -231,27 +238,27 @@ class _Decoding:
                 else:
                     row.add_token(token)
             if any(pieces):
-                self.decoder.append_text(pieces, 1)
+                self.cached_model.append_text(pieces, 1)
             self._report()
 
     def image_mode(self) -> None:
-        """Draw a picture in every row that has begun one, then close it in the cache."""
+        """Draw a picture in every row that has begun one, then append it and EOI to the cache."""
         drawing = [row.mode == "image" for row in self.rows]
         latents = self._denoise()
         for i, (row, picture) in enumerate(zip(self.rows, latents, strict=True)):
             if drawing[i]:
                 row.output.append(picture.cpu())
                 row.num_images += 1
-                goes_on = row.num_tokens < self.config.max_new_tokens and self._fits(i, self.patches + 1)
-                row.mode = "text" if goes_on else "done"
-        going_on = [take and row.mode == "text" for row, take in zip(self.rows, drawing, strict=True)]
-        if any(going_on):
-            self.decoder.append_images(latents, going_on)
-            self.decoder.append_text([[self.special.eoi] if goes_on else [] for goes_on in going_on], 1)
+                has_room = row.num_tokens < self.config.max_new_tokens and self._fits(i, self.patches + 1)
+                row.mode = "text" if has_room else "done"
+        continuing = [drawn and row.mode == "text" for row, drawn in zip(self.rows, drawing, strict=True)]
+        if any(continuing):
+            self.cached_model.append_images(latents, continuing)
+            self.cached_model.append_text([[self.special.eoi] if continues else [] for continues in continuing], 1)
         self._report()
 
     def _denoise(self) -> Tensor:
-        """Return clean latents f32 [R, C, h, w], drawn in the slots after each row's prefix; nothing is kept there."""
+        """Return clean latents f32 [R, C, h, w], denoised after each row's prefix; the cache keeps nothing of them."""
         config, table = self.config, alphas_cumprod(self.diffusion.num_timesteps).tolist()
         timesteps = sampling_timesteps(config.steps, config.spacing, self.diffusion.num_timesteps)
         stochastic = config.sampler == "ddpm" or (config.sampler == "ddim" and config.eta > 0)
@@ -260,7 +267,7 @@ class _Decoding:
         for step, t in enumerate(timesteps):
             last = step + 1 == len(timesteps)
             alpha, alpha_prev = table[t], 1.0 if last else table[timesteps[step + 1]]
-            pred = self.decoder.predict(x_t, t, config.guidance_at(t))
+            pred = self.cached_model.predict(x_t, t, config.guidance_at(t))
             x0, eps = to_x0_and_eps(pred, x_t, alpha, self.diffusion.prediction)
             if config.clip_x0 is not None:
                 x0 = x0.clamp(-config.clip_x0, config.clip_x0)
@@ -276,7 +283,7 @@ class _Decoding:
         return x_t
 
     def _report(self, steps: int = 0) -> None:
-        """Report the rows' progress since the last report; rows in image mode are `steps` into a picture."""
+        """Report progress since the last report, in rows; rows in image mode are `steps` into a picture."""
         config = self.config
         whole = max(1, config.max_new_tokens + max(1, config.max_images) * config.steps)
         parts = [row.num_tokens + row.num_images * config.steps + steps * (row.mode == "image") for row in self.rows]
@@ -288,10 +295,10 @@ class _Decoding:
 
     def _noise(self, step: int) -> Tensor:
         rows = [self.draws.noise(row.index, row.num_images, step, self.shape) for row in self.rows]
-        return torch.stack(rows).to(self.decoder.device)
+        return torch.stack(rows).to(self.cached_model.device)
 
     def _next_tokens(self) -> list[int]:
-        config, logits = self.config, self.decoder.logits()
+        config, logits = self.config, self.cached_model.logits()
         logits[:, [self.special.bos, self.special.eoi, *self.special.never]] = -torch.inf
         no_picture = [
             row.num_images >= config.max_images or not self._fits(i, 1 + self.patches)
@@ -302,7 +309,8 @@ class _Decoding:
         return sample_tokens(logits, uniforms.to(logits.device), config.temperature, config.top_p).tolist()
 
     def _start(self, prompt: Prompt) -> _Row:
-        tokens, pending = [self.special.bos], deque()
+        tokens: list[int] = [self.special.bos]
+        pending: deque[Tensor] = deque()
         for segment in prompt.segments:
             if segment.ndim == 1:
                 tokens += segment.tolist()
@@ -313,7 +321,7 @@ class _Decoding:
         return _Row(prompt.index, pending, "image" if prompt.draw else "text")
 
     def _max_length(self) -> int:
-        """Return the tokens a row may hold; refuse prompts that do not fit."""
+        """Return the number of tokens a row may hold; refuse prompts that do not fit."""
         lengths = [
             sum(len(part) if part.ndim == 1 else self._num_patches(part.shape) for part in row.pending)
             for row in self.rows
@@ -329,10 +337,10 @@ class _Decoding:
             return config.max_length
         images = max(config.max_images, int(any(first_pictures)))
         most = max(lengths) + config.max_new_tokens + images * (self.patches + 2)
-        return -(-most // 64) * 64  # coarse, so that prompts of like length share a shape
+        return -(-most // 64) * 64  # coarse, so that prompts of similar length share a shape
 
     def _fits(self, row: int, count: int) -> bool:
-        return self.decoder.lengths[row] + count <= self.max_length
+        return self.cached_model.lengths[row] + count <= self.max_length
 
     def _num_patches(self, shape: Sequence[int]) -> int:
         return shape[1] * shape[2] // self.patch_size**2

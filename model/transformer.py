@@ -1,19 +1,24 @@
 """The trunk: a Llama stack (pre-norm RMSNorm, rotary attention, SwiGLU; no biases, no dropout).
 
-It sees embeddings [B, S, D], positions and a mask, never tokens or images. Queries, keys and values are one linear,
-gate and up another: fewer, larger products, which on two CPU cores decides the speed. Blocks are a plain ModuleList, so
-that checkpointing, compilation and sharding are applied to each from outside.
+It sees embeddings [B, S, D], positions and a mask, never tokens or images. Queries, keys and values are one linear
+layer, gate and up another: fewer, larger products. Blocks are a plain ModuleList, so that checkpointing, compilation
+and sharding are applied to each from outside.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from model import cpu
 from model.attention import RotaryTables, additive_mask, apply_rope, attend, rotary_tables
-from model.cache import KVCache, LayerCache, LayersSideBySide, Mask, SideBySide
+from model.cache import NextTokens
+
+CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> attention over all that the cache holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +26,11 @@ class TransformerConfig:
     width: int = 768  # D, dimensions of the residual stream; a multiple of heads
     layers: int = 16  # number of blocks, >= 1
     heads: int = 12  # query heads, >= 1; head dimension is width / heads, even
-    kv_heads: int | None = None  # key-value heads, a divisor of heads; None: as many as heads
-    ffn_hidden: int | None = None  # hidden dimensions of SwiGLU, >= 1; None: Llama's rule
+    kv_heads: int | None = None  # key-value heads, a divisor of heads; null: as many as heads
+    ffn_hidden: int | None = None  # hidden dimensions of SwiGLU, >= 1; null: Llama's rule
     ffn_multiple_of: int = 256  # Llama's rule rounds 8/3 width up to a multiple of this, >= 1
     rope_theta: float = 10000.0  # base of the rotary frequencies, > 1
-    rope_2d: bool = False  # ours: half of the rotary frequencies turn by row and column inside images
+    rope_2d: bool = False  # ours: inside images, half of the rotary frequencies rotate by row and column
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm, > 0
     qk_norm: bool = False  # RMSNorm of each query and key head (Chameleon); off in the paper
 
@@ -73,31 +78,13 @@ SIZES = {
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with a shorter way on CPU: half the time there, which is a twentieth of a small model's step."""
+    """torch's, but faster on CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
-        return _CPURMSNorm.apply(x, self.weight, self.eps)
-
-
-class _CPURMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)  # [..., 1]
-        unit = x * scale
-        ctx.save_for_backward(unit, scale, weight)
-        return unit * weight
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        unit, scale, weight = ctx.saved_tensors
-        product = (grad * unit).flatten(0, -2)
-        # d x = scale (grad w - unit mean(grad w unit))
-        mean = (product @ weight).view(scale.shape).div_(-unit.shape[-1])
-        return torch.addcmul(grad * weight, unit, mean).mul_(scale), product.sum(0), None
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            assert self.eps is not None
+            return cpu.rms_norm(x, self.weight, self.eps)
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -113,21 +100,21 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: RotaryTables,
-        mask: BlockMask | Mask | None,
-        cache: LayerCache | LayersSideBySide | None = None,
+        mask: BlockMask | Tensor | None,
+        cached: CachedAttention | None = None,
     ) -> Tensor:
-        """Return [B, S, D]; with a cache, x are the next S tokens of each row and `mask` is the cache's."""
+        """Return [B, S, D] of x [B, S, D]; with a cache, x are the next S tokens of each row and `mask` is not read."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, Hq + 2 Hkv, K]
-        if self.q_norm is None:
+        if self.q_norm is None or self.k_norm is None:
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
             q, k = apply_rope(qk, rotary).split((self.heads, self.kv_heads), dim=2)
         else:
             q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
             q, k = apply_rope(self.q_norm(q), rotary), apply_rope(self.k_norm(k), rotary)
-        if cache is None:
+        if cached is None:
             mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, Hq, S, K]
         else:
-            mixed = cache.attend(q.transpose(1, 2), k, v, mask)
+            mixed = cached(q.transpose(1, 2), k, v)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -156,10 +143,10 @@ class Block(nn.Module):
         self,
         h: Tensor,
         rotary: RotaryTables,
-        mask: BlockMask | Mask | None,
-        cache: LayerCache | LayersSideBySide | None = None,
+        mask: BlockMask | Tensor | None,
+        cached: CachedAttention | None = None,
     ) -> Tensor:
-        h = h + self.attention(self.attention_norm(h), rotary, mask, cache)
+        h = h + self.attention(self.attention_norm(h), rotary, mask, cached)
         return h + self.ffn(self.ffn_norm(h))
 
 
@@ -175,20 +162,19 @@ class Transformer(nn.Module):
         h: Tensor,
         position_ids: Tensor,
         grid_positions: Tensor,
-        mask: BlockMask | Mask | None,
-        cache: KVCache | SideBySide | None = None,
+        mask: BlockMask | Tensor | None,
+        next_tokens: NextTokens | None = None,
     ) -> Tensor:
         """Return the normalised hidden states [B, S, D] of embeddings h [B, S, D].
 
         `position_ids` int [B, S]; `grid_positions` int [B, S, 2], (-1, -1) for text, read only with rope_2d; `mask`
-        from `attention.block_mask`, `attention.dense_mask` or the cache, or None to see everything.
+        from `attention.block_mask` or `attention.dense_mask`, or None to see everything. With `next_tokens`, h is
+        appended to caches, which have their own masks, and `mask` is not read.
         """
         grid = grid_positions if self.config.rope_2d else None
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, grid)
-        if isinstance(mask, tuple):
-            mask = tuple(additive_mask(part, h.dtype) for part in mask)
-        elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        if isinstance(mask, Tensor):
             mask = additive_mask(mask, h.dtype)
         for layer, block in enumerate(self.blocks):
-            h = block(h, rotary, mask, None if cache is None else cache.layer(layer))
+            h = block(h, rotary, mask, None if next_tokens is None else partial(next_tokens.attend, layer))
         return self.norm(h)

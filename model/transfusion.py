@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from model.cache import KVCache, Mask, SideBySide
+from model.cache import NextTokens
 from model.losses import linear_cross_entropy
 from model.patches import LinearPatches, Skips
 from model.transformer import Transformer, TransformerConfig
@@ -124,11 +124,11 @@ class Transfusion(nn.Module):
         h: Tensor,
         position_ids: Tensor,
         grid_positions: Tensor,
-        mask: BlockMask | Mask | None,
-        cache: KVCache | SideBySide | None = None,
+        mask: BlockMask | Tensor | None,
+        next_tokens: NextTokens | None = None,
     ) -> Tensor:
-        """Return the hidden states [B, S, D] of embeddings [B, S, D]."""
-        return self.transformer(h, position_ids, grid_positions, mask, cache)
+        """Return the hidden states [B, S, D] of embeddings [B, S, D]; see `Transformer.forward`."""
+        return self.transformer(h, position_ids, grid_positions, mask, next_tokens)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Return [..., V] of hidden states [..., D]."""

@@ -2,7 +2,8 @@
 
 import torch
 
-from model.cache import KVCache, SideBySide
+from model.attention import attend
+from model.cache import KVCache, NextTokens
 
 
 def test_cache_appends_at_each_rows_own_length_and_overwrites_until_advanced():
@@ -42,10 +43,9 @@ def test_caches_side_by_side_attend_as_each_alone():
 
     q, k, v = (torch.randn(4, 5, 2, 4, generator=generator) for _ in range(3))
     q = q.transpose(1, 2)
-    both, alone = SideBySide([make(12), make(8)]), [make(12), make(8)]
-    ours = both.layer(1).attend(q, k, v, both.mask(5, causal=True))
-    rows = [slice(0, 2), slice(2, 4)]
-    for cache, part in zip(alone, rows, strict=True):
-        expected = cache.layer(1).attend(q[part], k[part], v[part], cache.mask(5, causal=True))
-        assert torch.equal(ours[part], expected)
-    assert torch.equal(both.slots(5), torch.cat([cache.slots(5) for cache in alone]))
+    both, alone = NextTokens([make(12), make(8)], 5, causal=True), [make(12), make(8)]
+    ours = both.attend(1, q, k, v)
+    for cache, part in zip(alone, [slice(0, 2), slice(2, 4)], strict=True):
+        mask = cache.mask(5, causal=True)
+        assert torch.allclose(ours[part], attend(q[part], *cache.write(1, k[part], v[part]), mask), atol=1e-6)
+    assert torch.equal(both.position_ids, torch.cat([cache.slots(5) for cache in alone]))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.cache import KVCache
+from model.cache import KVCache, NextTokens
 from model.transformer import SIZES, RMSNorm, Transformer, TransformerConfig
 
 PAPER = {
@@ -103,7 +103,8 @@ def test_cached_steps_equal_the_full_forward(changes):
     for start, stop, causal in [(0, 3, True), (3, 4, True), (4, 8, False), (8, 9, True), (9, 12, True)]:
         span = slice(start, stop)
         for content in (torch.randn(2, stop - start, 32, generator=generator), h[:, span]):  # noise is overwritten
-            piece = trunk(content, cache.slots(stop - start), grid[:, span], cache.mask(stop - start, causal), cache)
+            tokens = NextTokens([cache], stop - start, causal)
+            piece = trunk(content, tokens.position_ids, grid[:, span], None, tokens)
         pieces.append(piece)
         cache.advance(torch.tensor([stop - start] * 2))
     assert torch.allclose(torch.cat(pieces, 1), full, atol=1e-5)
