@@ -34,7 +34,7 @@ def export(drawn: DrawingRun, output: Path, *more: str) -> Path:
 
 
 def load(path: Path, **settings: str) -> Pipeline:
-    return Pipeline.load(PipelineConfig(checkpoint=str(path), device="cpu", **settings), alone())[0]
+    return Pipeline.load(PipelineConfig(checkpoint=str(path), device="cpu", **settings), alone())
 
 
 def test_an_export_draws_the_same_bits_and_needs_nothing_else(drawn: DrawingRun, tmp_path: Path, capsys) -> None:
@@ -43,11 +43,11 @@ def test_an_export_draws_the_same_bits_and_needs_nothing_else(drawn: DrawingRun,
         "config.yaml", "export.json", "model.safetensors", "tokenizer.model", "trained.keys", "vae"
     ]  # fmt: skip
     moved = shutil.move(folder, tmp_path / "elsewhere")
-    generation, original = load(moved), load(drawn.run_dir)
-    assert str(generation.tokenizer.path).startswith(str(moved))
-    for ours, theirs in zip(generation.draw(PROMPTS, SAMPLER, 3), original.draw(PROMPTS, SAMPLER, 3), strict=True):
+    pipeline, original = load(moved), load(drawn.run_dir)
+    assert str(pipeline.tokenizer.path).startswith(str(moved))
+    for ours, theirs in zip(pipeline.draw(PROMPTS, SAMPLER, 3), original.draw(PROMPTS, SAMPLER, 3), strict=True):
         assert np.array_equal(ours, theirs)
-    assert LoadedModel.load(moved, alone()).step == 6 and LoadedModel.load(moved, alone()).weights == "ema-7"
+    assert pipeline.saved.step == 6 and pipeline.weights == "ema-7"
     export(drawn, tmp_path / "elsewhere")
     assert "reusing it" in capsys.readouterr().out
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()}
@@ -62,7 +62,7 @@ def test_another_run_under_the_same_path_is_exported_anew(drawn: DrawingRun, tmp
     shutil.copytree(checkpoint.saved(run_dir / "checkpoints")[-1], newest)  # of the same name, with other contents
     main([f"checkpoint={run_dir}", f"output={tmp_path / 'export'}"])
     assert "was made with another identity; making it again" in capsys.readouterr().out
-    assert LoadedModel.load(tmp_path / "export", alone()).step == 3
+    assert LoadedModel.load(tmp_path / "export", alone()).saved.step == 3
 
 
 def test_weights_and_dtype_are_those_asked_for(drawn: DrawingRun, tmp_path: Path) -> None:
@@ -83,13 +83,13 @@ def test_the_text_side_opens_in_transformers(drawn: DrawingRun, tmp_path: Path) 
     llama = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     bos, *_ = AutoTokenizer.from_pretrained(folder)("a red").input_ids
     assert bos == llama.config.bos_token_id
-    trained = LoadedModel.load(drawn.run_dir, alone())
-    ids = torch.randint(4, trained.tokenizer.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    loaded = LoadedModel.load(drawn.run_dir, alone())
+    ids = torch.randint(4, loaded.tokenizer.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     text = torch.full_like(ids, -1)
     mask = dense_mask(torch.ones_like(ids), text, torch.full_like(ids, 40))
     no_grid = text[..., None].expand(-1, -1, 2)
-    hidden = trained.model.trunk(trained.model.embed_text(ids), torch.arange(40).expand(2, -1), no_grid, mask)
-    assert (llama(ids).logits - trained.model.text_logits(hidden)).abs().max() <= 1e-4
+    hidden = loaded.model.trunk(loaded.model.embed_text(ids), torch.arange(40).expand(2, -1), no_grid, mask)
+    assert (llama(ids).logits - loaded.model.text_logits(hidden)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("symbols", [None, [], ["<boi>", "<eoi>"]])
@@ -109,9 +109,9 @@ def test_autotokenizer_begins_and_spells_a_text_as_training_does(
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.special.bos, tokenizer.special.eos)
 
 
-def test_the_readmes_snippet_runs_on_an_export(drawn: DrawingRun, tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+def test_the_manuals_snippet_runs_on_an_export(drawn: DrawingRun, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "sampling.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(snippet.strip().splitlines()) <= 10
     snippet = snippet.replace("runs/mine/export", str(export(drawn, tmp_path / "export")))
     snippet = snippet.replace("steps=50", "steps=2")
@@ -144,8 +144,8 @@ def test_damage_and_what_does_not_fit_are_refused_by_name(drawn: DrawingRun, tmp
         with pytest.raises(ValueError, match=r"export\.json: not readable"):
             LoadedModel.load(folder, alone())
     (folder / "export.json").write_text(json.dumps(mark))
-    recipe = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(recipe.replace("device: cpu", "device: ${oc.env:HOME}"))
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("device: cpu", "device: ${oc.env:HOME}"))
     with pytest.raises(ValueError, match="holds an interpolation"):
         LoadedModel.load(folder, alone())
     with pytest.raises(ValueError, match="it is a Llama export"):

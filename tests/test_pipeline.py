@@ -22,36 +22,36 @@ from train.checkpoints import checkpoint
 from train.checkpoints.lookup import find_checkpoint
 from train.distributed.ranks import alone
 from train.inference.pipeline import Pipeline, PipelineConfig
-from train.inference.saved_model import LoadedModel
 
 SAMPLER = SamplerConfig(sampler="ddim", steps=3, guidance=2.0, max_new_tokens=6)
 
 
-def load(path: Path, **settings: str | int | float) -> tuple:
+def load(path: Path, **settings: str | int | float) -> Pipeline:
     return Pipeline.load(PipelineConfig(checkpoint=str(path), device="cpu", **settings), alone())
 
 
 @pytest.fixture(scope="module")
-def generation(drawn: DrawingRun) -> Pipeline:
-    return load(drawn.run_dir)[0]
+def pipeline(drawn: DrawingRun) -> Pipeline:
+    return load(drawn.run_dir)
 
 
 def test_a_checkpoint_gives_the_averaged_or_the_live_weights_of_training(drawn: DrawingRun) -> None:
-    """Trained on two ranks with activation checkpointing, loaded plain on one; with recipe, step and grid."""
+    """Trained on two ranks with activation checkpointing, loaded plain on one; with config, step and grid."""
     tensors, _, meta = saved_state(drawn.run_dir)
     assert meta["progress"]["step"] == 6
     for weights, entry in [("auto", "ema-7"), ("ema", "ema-7"), ("ema-7", "ema-7"), ("model", "model")]:
-        generation, recipe, step = load(drawn.run_dir, weights=weights)
-        assert (step, recipe.optim.steps, generation.grid, generation.resolution) == (6, 6, (8, 8), 32)
-        parameters = dict(generation.model.named_parameters())
+        pipeline = load(drawn.run_dir, weights=weights)
+        assert (pipeline.saved.step, pipeline.config.optim.steps) == (6, 6)
+        assert (pipeline.grid, pipeline.latent_spec.resolution) == ((8, 8), 32)
+        parameters = dict(pipeline.model.named_parameters())
         assert parameters.keys() == {n.removeprefix("ema-7.") for n in tensors if n.startswith("ema-7.")}
         for name, parameter in parameters.items():
             assert torch.equal(parameter, tensors[f"{entry}.{name}"]), (weights, name)
 
 
-def test_a_picture_depends_on_its_prompt_number_and_seed_and_not_on_its_neighbours(generation: Pipeline) -> None:
+def test_a_picture_depends_on_its_prompt_number_and_seed_and_not_on_its_neighbours(pipeline: Pipeline) -> None:
     """P12: at one batch shape bit for bit, across batches and whatever else is asked for."""
-    small = replace(generation, batch_size=3)
+    small = replace(pipeline, batch_size=3)
     first = small.draw([*PROMPTS, "a", "b", PROMPTS[0]], SAMPLER, seed=1)
     assert [picture.shape for picture in first] == [(32, 32, 3)] * 5 and first[0].dtype == np.uint8
     again = small.draw(["c", "d", "b", PROMPTS[1]], SAMPLER, seed=1, numbers=[7, 8, 3, 1])
@@ -64,10 +64,10 @@ def test_a_picture_depends_on_its_prompt_number_and_seed_and_not_on_its_neighbou
 
 
 def test_what_a_prompt_holds_that_the_tokenizer_does_not_know_is_said_once(
-    generation: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pipeline: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     foreign = Tokenizer(foreign_model(tmp_path / "foreign.model"))
-    other = replace(generation, tokenizer=foreign, batch_size=2)
+    other = replace(pipeline, tokenizer=foreign, batch_size=2)
     for _ in range(2):
         other.draw(["some 中 words", "some words"], SAMPLER, 0)
     assert [record.getMessage() for record in caplog.records] == [
@@ -75,41 +75,41 @@ def test_what_a_prompt_holds_that_the_tokenizer_does_not_know_is_said_once(
     ]
 
 
-def test_captions_depend_on_the_picture_and_on_its_number(generation: Pipeline) -> None:
+def test_captions_depend_on_the_picture_and_on_its_number(pipeline: Pipeline) -> None:
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]
-    small = replace(generation, batch_size=2)
+    small = replace(pipeline, batch_size=2)
     captions = small.describe(pictures, SAMPLER, seed=1)
     assert len(captions) == 4 and all(isinstance(caption, str) for caption in captions) and any(captions)
     assert small.describe(pictures[2:], SAMPLER, 1, numbers=[2, 3]) == captions[2:]
     assert small.describe([], SAMPLER, 1) == [] and small.draw([], SAMPLER, 1) == []
 
 
-def test_a_given_picture_is_drawn_from_its_posterior_as_in_training(generation: Pipeline) -> None:
+def test_a_given_picture_is_drawn_from_its_posterior_as_in_training(pipeline: Pipeline) -> None:
     """P12: the same function of moments and noise, which (seed, number, place) decides; not the posterior's mean."""
     picture = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     draws, places = SeededDraws(3), [(5, 0), (6, 0), (5, 1)]
-    given = torch.stack(list(generation._encode([picture] * 3, places, draws)))
-    encoded = moments(generation.vae, torch.from_numpy(to_unit(picture[None])))
+    given = torch.stack(list(pipeline._encode([picture] * 3, places, draws)))
+    encoded = moments(pipeline.vae, torch.from_numpy(to_unit(picture[None])))
     for latents, place in zip(given, places, strict=True):
         trained = sample_latents(encoded, draws.posterior(*place, tuple(latents.shape))[None])
-        assert torch.allclose(latents, generation.stats.whiten(trained)[0], atol=1e-4)
-    mean = generation.stats.whiten(encoded.chunk(2, dim=1)[0])
+        assert torch.allclose(latents, pipeline.stats.whiten(trained)[0], atol=1e-4)
+    mean = pipeline.stats.whiten(encoded.chunk(2, dim=1)[0])
     deviation = (encoded.chunk(2, dim=1)[1] / 2).exp()
     assert ((given - mean) / deviation).std().item() == pytest.approx(1, abs=0.2)
-    alone_again = next(iter(generation._encode([picture], places[1:2], draws)))
+    alone_again = next(iter(pipeline._encode([picture], places[1:2], draws)))
     assert torch.allclose(alone_again, given[1], atol=1e-4) and not torch.equal(given[0], given[2])
 
 
-def test_new_pictures_are_square_where_training_had_aspects(generation: Pipeline, drawn: DrawingRun) -> None:
+def test_new_pictures_are_square_where_training_had_aspects(pipeline: Pipeline, drawn: DrawingRun) -> None:
     for grids, expected in [
         ([(4, 16), (8, 8), (16, 4)], (8, 8)),
         ([(8, 8), (12, 12), (16, 4)], (12, 12)),
         ([(4, 16), (6, 10), (10, 6), (16, 4)], (6, 10)),
     ]:
-        recipe, spec = load(drawn.run_dir)[1], LoadedModel.load(drawn.run_dir, alone()).latent_spec
-        of_data = Pipeline.of(generation.model, generation.tokenizer, recipe, spec, grids, str(drawn.vae))
-        assert of_data.grid == expected
+        config, spec = pipeline.config, pipeline.latent_spec
+        made = Pipeline.of(pipeline.model, pipeline.tokenizer, config, spec, grids, str(drawn.vae))
+        assert made.grid == expected
 
 
 def test_a_spacing_that_multiplies_the_error_of_predicted_noise_is_warned_of(
@@ -172,31 +172,30 @@ def test_a_run_that_was_moved_is_read_where_it_lies(drawn: DrawingRun, tmp_path:
         assert str(drawn.tokenizer.path) in config.read_text()
     expected = drawn.tokenizer.path.read_bytes()
     assert (moved / "tokenizer.model").read_bytes() == expected
-    recipe = load(moved, vae=str(drawn.vae))[1]
-    assert recipe.data.tokenizer == str(moved / "tokenizer.model")
+    assert load(moved, vae=str(drawn.vae)).config.data.tokenizer == str(moved / "tokenizer.model")
     (tmp_path / "named.model").write_bytes(expected)
-    recipe = load(moved, tokenizer=str(tmp_path / "named.model"))[1]
-    assert recipe.data.tokenizer == str(tmp_path / "named.model")
+    named = str(tmp_path / "named.model")
+    assert load(moved, tokenizer=named).config.data.tokenizer == named
     (moved / "tokenizer.model").unlink()  # of an older version, which kept none
-    assert load(moved)[1].data.tokenizer == str(drawn.tokenizer.path)
+    assert load(moved).config.data.tokenizer == str(drawn.tokenizer.path)
 
 
-def test_previews_show_the_prompts_by_the_averaged_weights(drawn: DrawingRun, generation: Pipeline) -> None:
+def test_previews_show_the_prompts_by_the_averaged_weights(drawn: DrawingRun, pipeline: Pipeline) -> None:
     """P13 too: sheets at every interval, a page kept offline in the run folder, and the run unharmed by either."""
     sheets = sorted(path.name for path in (drawn.run_dir / "previews").iterdir())
     assert sheets == ["step-00000003.png", "step-00000006.png"]
     assert "wandb is off" not in drawn.output and list((drawn.run_dir / "wandb").glob("offline-run-*"))
-    pictures = generation.draw(PROMPTS, replace(SAMPLER, guidance=3.0), seed=0)
+    pictures = pipeline.draw(PROMPTS, replace(SAMPLER, guidance=3.0), seed=0)
     expected = np.asarray(contact_sheet(pictures, PROMPTS), dtype=int)
     found = np.asarray(Image.open(drawn.run_dir / "previews" / sheets[-1]), dtype=int)
     assert np.abs(found - expected).max() <= 1
 
 
-def test_the_recipe_in_a_checkpoint_holds_no_more_than_the_config(drawn: DrawingRun) -> None:
-    """P11: what is stored is the resolved config, readable, the same in the run folder and in every checkpoint."""
+def test_the_config_in_a_checkpoint_is_the_runs_and_meta_holds_nothing_else(drawn: DrawingRun) -> None:
+    """P11: the resolved config, readable, the same in the run folder and in every checkpoint."""
     folders = checkpoint.saved(drawn.run_dir / "checkpoints")
-    stored = {checkpoint.read_extra(folder, "config.yaml") for folder in folders}
-    assert stored == {(drawn.run_dir / "config.yaml").read_bytes()}
+    saved = {checkpoint.read_extra(folder, "config.yaml") for folder in folders}
+    assert saved == {(drawn.run_dir / "config.yaml").read_bytes()}
     meta = json.loads(checkpoint.read_extra(folders[0], "meta.json"))
     assert meta.keys() == {
         "progress",

@@ -73,9 +73,9 @@ def _judge(ranks: Ranks, scenes: Path) -> list[list[dict]]:
     found = []
     for shift in (0, 7):
         drawn = judge_drawings(Knowing(items, shift), items, sampler, 0, ranks, print)
-        told = judge_captions(Knowing(items, shift), items, sampler, 0, ranks, print)
+        described = judge_captions(Knowing(items, shift), items, sampler, 0, ranks, print)
         assert all(np.array_equal(p, items[(i + shift) % len(items)].picture) for i, (p, _) in enumerate(drawn))
-        found.append([shares(items, [verdict for _, verdict in answers]) for answers in (drawn, told)])
+        found.append([shares(items, [verdict for _, verdict in answers]) for answers in (drawn, described)])
     return found
 
 
@@ -111,19 +111,20 @@ def test_shares_are_of_their_own_split_and_none_where_there_is_nothing_to_judge(
 
 
 def _heldout_pairs(folder: Path, drawn: DrawingRun) -> Path:
-    codec = Manifest.load(drawn.data).latent_spec.vae_hash
-    return make_source(folder, drawn.tokenizer, pairs(30, grids=[(8, 8)], seed=9), vae_hash=codec)
+    vae_hash = Manifest.load(drawn.data).latent_spec.vae_hash
+    return make_source(folder, drawn.tokenizer, pairs(30, grids=[(8, 8)], seed=9), vae_hash=vae_hash)
 
 
 def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str]) -> list[dict]:
-    generation, recipe, _ = Pipeline.load(PipelineConfig(checkpoint=str(run_dir)), ranks)
-    heldout = Heldout(HeldoutConfig(heldout=sources), recipe, generation.vae_hash, ranks)
-    trained = heldout.losses(generation.model, generation.stats, StopSignal())
+    pipeline = Pipeline.load(PipelineConfig(checkpoint=str(run_dir)), ranks)
+    vae_hash = pipeline.latent_spec.vae_hash
+    heldout = Heldout(HeldoutConfig(heldout=sources), pipeline.config, vae_hash, ranks)
+    trained = heldout.losses(pipeline.model, pipeline.stats, StopSignal())
     with torch.no_grad():
-        generation.model.text_head.weight.zero_()
-        generation.model.patches.to_patch.weight.zero_()
-        generation.model.patches.to_patch.bias.zero_()
-    silent = heldout.losses(generation.model, generation.stats, StopSignal())
+        pipeline.model.text_head.weight.zero_()
+        pipeline.model.patches.to_patch.weight.zero_()
+        pipeline.model.patches.to_patch.bias.zero_()
+    silent = heldout.losses(pipeline.model, pipeline.stats, StopSignal())
     return [*trained.values(), *silent.values()]
 
 
@@ -185,11 +186,11 @@ def test_an_export_is_evaluated_where_its_training_data_is_not_and_still_knows_i
     """P10: the export names its data by fingerprint; its records in other shards are refused."""
     folder, output = tmp_path / "export", tmp_path / "output"
     export.main([f"checkpoint={drawn.run_dir}", f"output={folder}"])
-    recipe = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(recipe.replace(str(drawn.data), "/nowhere/data"))
-    held, codec = _heldout_pairs(tmp_path / "held", drawn), Manifest.load(drawn.data).latent_spec.vae_hash
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace(str(drawn.data), "/nowhere/data"))
+    held, vae_hash = _heldout_pairs(tmp_path / "held", drawn), Manifest.load(drawn.data).latent_spec.vae_hash
     twin = make_source(
-        tmp_path / "twin", drawn.tokenizer, pairs(40, grids=[(8, 8)]), shard_sizes=[13, 27], vae_hash=codec
+        tmp_path / "twin", drawn.tokenizer, pairs(40, grids=[(8, 8)]), shard_sizes=[13, 27], vae_hash=vae_hash
     )
     argv = [f"checkpoint={folder}", f"output={output}", "device=cpu"]
     statuses, said = _evaluate([*argv, f"heldout.fresh={held}"], tmp_path / "fresh.log")

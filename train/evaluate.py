@@ -1,7 +1,7 @@
 """Evaluate a trained model on held-out scenes and shards: the judge's scores, text loss, noise error, captioning loss.
 
-Writes evaluation.json (scores, what they were measured on, and what they depend on), examples.jsonl and the pictures
-they name. Held-out folders that hold training records are refused.
+Writes evaluation.json (scores, data and every setting that they depend on), examples.jsonl and its pictures. Held-out
+folders with training records are refused.
 """
 
 import json
@@ -9,12 +9,15 @@ import time
 import zlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from data.durable import atomic_write
 from data.manifest import Manifest
 from data.pictures import encode_png
+from data.scenes import Verdict
 from data.storage import Location
 from model.sampler import SamplerConfig
 from train.checkpoints.trained_records import TrainedRecords
@@ -25,16 +28,16 @@ from train.distributed.signals import StopSignal
 from train.heldout import Heldout, HeldoutConfig
 from train.inference.pipeline import BAR_FORMAT, Pipeline, PipelineConfig
 from train.inference.saved_model import SavedModel
-from train.inference.scene_scores import describe_scenes, judge_captions, judge_drawings, read_scenes, shares
+from train.inference.scene_scores import SceneItem, describe_scenes, judge_captions, judge_drawings, read_scenes, shares
 from train.output_folder import make_writable
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(PipelineConfig):
     output: Location = "runs/evaluation"  # folder to write
-    scenes: Location | None = None  # raw held-out scenes (train.scenes) to draw and to describe; null: no judge
-    max_prompts: int = 200  # scenes of each split
-    # Encoded folders by name, never trained on: text_loss and image_loss (drawing) with captions first, captioning_loss
+    scenes: Location | None = None  # raw held-out scenes (train.scenes) to draw and to describe; null: none
+    max_prompts: int = 200  # scenes of each split, >= 1
+    # Encoded folders by name, not trained on: text_loss and image_loss (drawing) with captions first, captioning_loss
     # with captions last.
     heldout: dict[str, Location] = field(default_factory=dict)
 
@@ -45,8 +48,8 @@ class EvaluateConfig(PipelineConfig):
 
 
 CONFIG = EvaluateConfig
-GROUP = True  # its ranks work together
-# Of each rank: what they hold is compared.
+GROUP = True  # its ranks form a process group
+# May differ between ranks; the contents are compared instead.
 OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer")
 
 
@@ -56,35 +59,30 @@ def main(argv: list[str]) -> int | None:
     contents = {f"heldout.{name} (contents)": value for name, value in fingerprints.items()}
     ranks = init_ranks(timeout_s=1800, device=config.device, facts={**facts_of(config, OWN), **contents})
     start = time.monotonic()
-    generation, recipe, step = Pipeline.load(config, ranks)
+    pipeline = Pipeline.load(config, ranks)
+    saved = pipeline.saved
+    assert saved is not None
     output = Path(config.output)
-    ranks.on_first(lambda: make_writable(output))  # which alone writes there
-    settings = {field.name: getattr(config, field.name) for field in fields(SamplerConfig)}
-    results: dict = {"checkpoint": str(generation.stored.folder.resolve()), "step": step, "weights": generation.weights}
-    results |= {"dtype": config.dtype, "seed": config.seed, "settings": settings, "world_size": ranks.world_size}
-    results["data"] = {"training": _training_data(generation.stored)}
+    ranks.on_first(lambda: make_writable(output))  # only rank 0 writes
+    results: dict[str, Any] = {
+        "checkpoint": str(saved.folder.resolve()),
+        "step": saved.step,
+        "weights": pipeline.weights,
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "settings": {field.name: getattr(config, field.name) for field in fields(SamplerConfig)},
+        "world_size": ranks.world_size,
+        "data": {"training": _training_data(saved)},
+    }
     if config.heldout:
-        _refuse_trained(generation.stored, config.heldout, ranks)
-        sources = HeldoutConfig(heldout=config.heldout)
-        heldout = Heldout(sources, recipe, generation.vae_hash, ranks)
         results["data"]["heldout"] = {
             name: {"path": path, "fingerprint": fingerprints[name]} for name, path in config.heldout.items()
         }
-        results["heldout"] = heldout.losses(generation.model, generation.stats, StopSignal())  # Ctrl-C ends it as ever
+        results["heldout"] = _heldout_losses(config, pipeline, saved, ranks)
     if config.scenes is not None:
-        items = read_scenes(Path(config.scenes), generation.resolution, config.max_prompts)
-        ranks.require_alike({"scenes (contents)": str(zlib.crc32(repr([item.caption for item in items]).encode()))})
-        mine = -(-len(items) // ranks.world_size)
-        with tqdm(
-            desc="evaluate", total=2 * mine, bar_format=BAR_FORMAT, disable=not ranks.is_first, mininterval=1
-        ) as bar:
-            drawn = judge_drawings(generation, items, config, config.seed, ranks, bar.update)
-            told = judge_captions(generation, items, config, config.seed, ranks, bar.update)
+        items = read_scenes(Path(config.scenes), pipeline.latent_spec.resolution, config.max_prompts)
         results["data"]["scenes"] = {"path": config.scenes, **describe_scenes(items)}
-        results["text_to_image"] = shares(items, [verdict for _, verdict in drawn])
-        results["image_to_text"] = shares(items, [verdict for _, verdict in told])
-        if ranks.is_first:
-            _write_examples(output, items, drawn, told)
+        results |= _scene_scores(config, pipeline, items, output, ranks)
     results["seconds"] = time.monotonic() - start
     if ranks.is_first:
         with atomic_write(output / "evaluation.json") as file:
@@ -94,36 +92,71 @@ def main(argv: list[str]) -> int | None:
     return 0
 
 
-def _training_data(stored: SavedModel) -> dict[str, dict[str, str]]:
-    """Return path and fingerprint of each source that the model was trained on."""
-    fingerprints = stored.meta["fingerprint"]  # of an export of an earlier version, the tokenizer's alone
+def _heldout_losses(
+    config: EvaluateConfig, pipeline: Pipeline, saved: SavedModel, ranks: Ranks
+) -> dict[str, dict[str, Any]]:
+    """Return the losses on each held-out folder. Collective."""
+    _refuse_trained(saved, config.heldout, ranks)
+    sources = HeldoutConfig(heldout=config.heldout)
+    heldout = Heldout(sources, pipeline.config, pipeline.latent_spec.vae_hash, ranks)
+    losses = heldout.losses(pipeline.model, pipeline.stats, StopSignal())
+    assert isinstance(losses, dict)  # the signal is not installed: Ctrl-C ends the program
+    return losses
+
+
+def _scene_scores(
+    config: EvaluateConfig, pipeline: Pipeline, items: list[SceneItem], output: Path, ranks: Ranks
+) -> dict[str, dict[str, float | None]]:
+    """Return the judge's scores of drawn and of described scenes; write every example on rank 0. Collective."""
+    ranks.require_alike({"scenes (contents)": str(zlib.crc32(repr([item.caption for item in items]).encode()))})
+    total = 2 * -(-len(items) // ranks.world_size)
+    with tqdm(desc="evaluate", total=total, bar_format=BAR_FORMAT, disable=not ranks.is_first, mininterval=1) as bar:
+        drawn = judge_drawings(pipeline, items, config, config.seed, ranks, bar.update)
+        described = judge_captions(pipeline, items, config, config.seed, ranks, bar.update)
+    if ranks.is_first:
+        _write_examples(output, items, drawn, described)
     return {
-        name: {"path": source.path, "fingerprint": fingerprints.get(f"source {number}", "unknown").split()[0]}
-        for number, (name, source) in enumerate(stored.recipe.data.sources.items())
+        "text_to_image": shares(items, [verdict for _, verdict in drawn]),
+        "image_to_text": shares(items, [verdict for _, verdict in described]),
     }
 
 
-def _refuse_trained(stored: SavedModel, heldout: dict[str, str], ranks: Ranks) -> None:
+def _training_data(saved: SavedModel) -> dict[str, dict[str, str]]:
+    """Return path and fingerprint of each source that the model was trained on."""
+    fingerprints = saved.meta["fingerprint"]  # exports of an earlier version have only the tokenizer's
+    return {
+        name: {"path": source.path, "fingerprint": fingerprints.get(f"source {number}", "unknown").split()[0]}
+        for number, (name, source) in enumerate(saved.config.data.sources.items())
+    }
+
+
+def _refuse_trained(saved: SavedModel, heldout: dict[str, str], ranks: Ranks) -> None:
     """Raise ValueError for held-out data that the model was trained on (P10). Collective."""
-    if stored.trained is not None:
-        stored.trained.check(heldout, ranks)
+    if saved.trained_records is not None:
+        saved.trained_records.check(heldout, ranks)
         return
     try:
-        sources = [Manifest.load(source.path) for source in stored.recipe.data.sources.values()]
+        sources = [Manifest.load(source.path) for source in saved.config.data.sources.values()]
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{stored.folder} was written by an earlier version and does not say which records it was trained on, and "
-            f"{error}: evaluate it where its training data is, or go on with its run for a step and export that"
+            f"{saved.folder} was written by an earlier version and does not say which records it was trained on, and "
+            f"{error}: evaluate it where its training data is, or train one more step and export that"
         ) from None
     TrainedRecords.read(sources, heldout, ranks)
 
 
-def _write_examples(output: Path, items: list, drawn: list, told: list) -> None:
-    """Write each scene's drawn and true picture and both verdicts."""
+def _write_examples(
+    output: Path,
+    items: list[SceneItem],
+    drawn: list[tuple[np.ndarray, Verdict]],
+    described: list[tuple[str, Verdict]],
+) -> None:
+    """Write each scene's drawn and true pictures, its caption and both verdicts."""
     folder = output / "pictures"
     folder.mkdir(exist_ok=True)
     lines = []
-    for i, (item, (picture, drawing), (caption, telling)) in enumerate(zip(items, drawn, told, strict=True)):
+    examples = zip(items, drawn, described, strict=True)
+    for i, (item, (picture, drawn_verdict), (caption, caption_verdict)) in enumerate(examples):
         for name, pixels in (("drawn", picture), ("true", item.picture)):
             with atomic_write(folder / f"{i:04d}-{name}.png") as file:
                 file.write(encode_png(pixels))
@@ -132,10 +165,10 @@ def _write_examples(output: Path, items: list, drawn: list, told: list) -> None:
                 "split": item.split,
                 "prompt": item.caption,
                 "drawn": f"pictures/{i:04d}-drawn.png",
-                "drawn_verdict": vars(drawing),
+                "drawn_verdict": vars(drawn_verdict),
                 "true": f"pictures/{i:04d}-true.png",
                 "caption": caption,
-                "caption_verdict": vars(telling),
+                "caption_verdict": vars(caption_verdict),
             }
         )
     with atomic_write(output / "examples.jsonl") as file:

@@ -1,13 +1,13 @@
-"""Turn a checkpoint into a folder that stands alone: one safetensors file, config, tokenizer, VAE, trained records.
+"""Turn a checkpoint into a self-contained folder: one safetensors file, config, tokenizer, VAE, trained records.
 
-`train.sample` and `train.evaluate` take the folder as their `checkpoint`. With format=llama, the text side alone in the
-layout that transformers' LlamaForCausalLM.from_pretrained opens.
+`train.sample` and `train.evaluate` accept the folder as their `checkpoint`. format=llama writes only the text side, in
+the layout that transformers' LlamaForCausalLM.from_pretrained opens.
 """
 
 import json
 import shutil
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -26,8 +26,8 @@ from train.output_folder import OutputFolder
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     checkpoint: Location = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
-    output: Location = "runs/export"  # folder to write; must be absent, empty or made by this program
-    weights: str = "auto"  # auto: the first EMA if the run kept one; ema: the first; ema-N: of half-life N; model
+    output: Location = "runs/export"  # folder to write; must not exist, be empty or hold an earlier export
+    weights: str = "auto"  # model, ema-N (half-life N), ema (the first); auto: the first EMA, or model if there is none
     format: Literal["transfusion", "llama"] = "transfusion"  # the whole model, or its text side for transformers
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the written weights
     vae: Location | None = None  # AutoencoderKL to copy; null: the one the run names
@@ -39,73 +39,79 @@ CONFIG = ExportConfig
 
 def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
-    trained = LoadedModel.load(config.checkpoint, alone(), config.weights, config.tokenizer)
-    settings = {"checkpoint": config.checkpoint, "identity": trained.stored.identity, "weights": trained.weights}
-    settings |= {"format": config.format, "dtype": config.dtype, "vae": config.vae or trained.recipe.vae}
+    loaded = LoadedModel.load(config.checkpoint, alone(), config.weights, config.tokenizer)
+    vae, dtype = config.vae or loaded.config.vae, getattr(torch, config.dtype)
+    settings = {
+        "checkpoint": config.checkpoint,
+        "identity": loaded.saved.identity,
+        "weights": loaded.weights,
+        "format": config.format,
+        "dtype": config.dtype,
+        "vae": vae,
+    }
     output = OutputFolder(config.output, "train.export", EXPORT_MARK, settings)
     if output.is_complete():
         print(f"train.export: {output.path} is complete for these settings; reusing it")
         return
-    write = write_llama if config.format == "llama" else write_transfusion
-    mark = write(trained, output, getattr(torch, config.dtype), config.vae or trained.recipe.vae)
-    output.commit(mark)
+    summary = {"weights": loaded.weights, "progress": {"step": loaded.saved.step}}
+    if config.format == "llama":
+        write_llama(loaded, output, dtype)
+    else:
+        summary |= write_transfusion(loaded, output, dtype, vae)
+    output.commit(summary)
     size = sum(file.stat().st_size for file in output.path.rglob("*") if file.is_file())
-    print(f"train.export: step {trained.step}, {trained.weights} weights, {size / 2**20:,.1f} MiB in {output.path}")
+    print(f"train.export: step {loaded.saved.step}, {loaded.weights} weights, {size / 2**20:,.1f} MiB in {output.path}")
 
 
-def write_transfusion(trained: LoadedModel, output: OutputFolder, dtype: torch.dtype, vae: str | None) -> dict:
-    """Fill the folder and return what its mark says."""
-    spec, codec = trained.latent_spec, None
-    if spec is not None:
-        codec = load_matching_vae(vae, spec)
+def write_transfusion(
+    loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype, vae_path: str | None
+) -> dict[str, Any]:
+    """Write the whole model; return what export.json says about its training data."""
+    spec = loaded.saved.latent_spec
+    vae = None if spec is None else load_matching_vae(vae_path, spec)
     folder = output.open_partial()
-    weights = {name: parameter.detach().to(dtype) for name, parameter in trained.model.named_parameters()}
+    weights = {name: parameter.detach().to(dtype) for name, parameter in loaded.model.named_parameters()}
     save_file(weights, folder / WEIGHTS_FILE)
-    shutil.copyfile(trained.tokenizer.path, folder / TOKENIZER_FILE)
-    if codec is not None:
-        codec.save_pretrained(folder / VAE_FOLDER, safe_serialization=True)
-    data = replace(trained.recipe.data, tokenizer=TOKENIZER_FILE)
-    recipe = replace(trained.recipe, data=data, vae=VAE_FOLDER if codec is not None else None)
-    (folder / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-    if trained.stored.trained is not None:
-        (folder / TRAINED_FILE).write_bytes(trained.stored.trained.to_bytes())
+    shutil.copyfile(loaded.tokenizer.path, folder / TOKENIZER_FILE)
+    if vae is not None:
+        vae.save_pretrained(folder / VAE_FOLDER, safe_serialization=True)
+    data = replace(loaded.config.data, tokenizer=TOKENIZER_FILE)
+    config = replace(loaded.config, data=data, vae=None if vae is None else VAE_FOLDER)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    if loaded.saved.trained_records is not None:
+        (folder / TRAINED_FILE).write_bytes(loaded.saved.trained_records.to_bytes())
     return {
-        "weights": trained.weights,
-        "progress": {"step": trained.step},
-        "fingerprint": trained.stored.meta["fingerprint"],
+        "fingerprint": loaded.saved.meta["fingerprint"],
         "latent_spec": None if spec is None else vars(spec),
-        "grids": trained.grids,
+        "grids": loaded.saved.grids,
     }
 
 
-def write_llama(trained: LoadedModel, output: OutputFolder, dtype: torch.dtype, vae: str | None) -> dict:
-    """Fill the folder with the text side; refuse, by name, what Llama does not have. `vae` is not needed."""
-    name = str(dtype).removeprefix("torch.")
-    ids = trained.tokenizer.special
-    contents = llama_config(trained.recipe.model, trained.tokenizer.vocab_size)
-    contents |= {"torch_dtype": name, "bos_token_id": ids.bos, "eos_token_id": ids.eos}
-    contents["max_position_embeddings"] = trained.recipe.data.sequence_length
+def write_llama(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype) -> None:
+    """Write the text side in transformers' layout; raise ValueError for switches that Llama does not have."""
+    contents = llama_config(loaded.config.model, loaded.tokenizer.vocab_size)
+    ids = loaded.tokenizer.special
+    contents |= {"torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": ids.bos, "eos_token_id": ids.eos}
+    contents["max_position_embeddings"] = loaded.config.data.sequence_length
     folder = output.open_partial()
-    weights = {key: tensor.to(dtype) for key, tensor in llama_weights(trained.model).items()}
+    weights = {key: tensor.to(dtype) for key, tensor in llama_weights(loaded.model).items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
-    (folder / TOKENIZER_FILE).write_bytes(trained.tokenizer.model)
-    of_tokenizer = json.dumps(tokenizer_config(trained.tokenizer), indent=1)
-    (folder / "tokenizer_config.json").write_text(of_tokenizer, encoding="utf-8")
-    return {"weights": trained.weights, "progress": {"step": trained.step}}
+    (folder / TOKENIZER_FILE).write_bytes(loaded.tokenizer.model)
+    for name, config in {"config.json": contents, "tokenizer_config.json": tokenizer_config(loaded.tokenizer)}.items():
+        (folder / name).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
-def tokenizer_config(tokenizer: Tokenizer) -> dict:
-    """Return what makes transformers' AutoTokenizer begin and spell a text as training did."""
+def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the config with which transformers' AutoTokenizer begins and spells a text as in training."""
     ids = {"bos": tokenizer.special.bos, "eos": tokenizer.special.eos, "unk": tokenizer.unknown}
     if tokenizer.special.pad != tokenizer.unknown:
         ids["pad"] = tokenizer.special.pad
     return {
-        # Not LlamaTokenizer, which takes spaces before a text and line breaks in its own way.
+        # Not LlamaTokenizer, which treats leading spaces and line breaks differently.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": True,
         "add_eos_token": False,
-        "split_special_tokens": True,  # no text spells them
+        "split_special_tokens": True,  # text that spells them stays text
         "clean_up_tokenization_spaces": False,
         **{f"{name}_token": tokenizer.piece(token_id) for name, token_id in ids.items()},
     }

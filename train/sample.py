@@ -1,9 +1,9 @@
-"""Draw pictures from prompts, describe pictures, or let a trained model go on with text and pictures as it likes.
+"""Draw pictures from prompts, describe pictures, or continue prompts with text and pictures as the model chooses.
 
-A prompt is a caption to draw; `<image>` in it stands for the next of `images`, and an image that no prompt takes is
-described. With interleaved=true what follows a prompt is the model's choice: text, and pictures where it begins one.
-Writes one JSON line a sample (results.jsonl), its pictures (NNNN-0.png, ...) and text (NNNN.txt), and a contact sheet
-(sheet.png) into `output`. Under torchrun the ranks share the samples.
+A prompt is a caption to draw. `<image>` in it stands for the next of `images`; images that no prompt uses are
+described. With interleaved=true the model chooses what follows a prompt, text or pictures. Writes to `output` one JSON
+line per sample (results.jsonl), its pictures (NNNN-0.png, ...) and text (NNNN.txt), and a contact sheet (sheet.png).
+Under torchrun the ranks divide the samples.
 """
 
 import json
@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -27,19 +28,19 @@ from train.distributed.shared_folder import require_shared
 from train.inference.pipeline import BAR_FORMAT, Part, Pipeline, PipelineConfig, one_picture, text_alone
 
 IMAGE = "<image>"
-ASKED = ("prompt", "prompts", "prompts_file", "images", "n", "output", "seed")  # not how a sample was made
-SHEET_PICTURES = 200  # at most, so that the sheet can be opened
+ASKED = ("prompt", "prompts", "prompts_file", "images", "n", "output", "seed")  # not part of a sample's `settings`
+SHEET_PICTURES = 200  # at most, so that viewers can open the sheet
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(PipelineConfig):
     output: Location = "runs/samples"  # folder to write
-    prompt: str | None = None  # one caption to draw; <image> in it stands for the next of `images`
-    prompts: list[str] = field(default_factory=list)  # more of them
-    prompts_file: Location | None = None  # text file with one a line
-    images: list[Location] = field(default_factory=list)  # picture files for the prompts' <image>; others are described
-    n: int = 1  # samples a prompt or picture
-    interleaved: bool = False  # the model chooses what follows, up to max_new_tokens and max_images; false: one picture
+    prompt: str | None = None  # a caption to draw; <image> in it stands for the next of `images`
+    prompts: list[str] = field(default_factory=list)  # more captions
+    prompts_file: Location | None = None  # text file of more captions, one per line
+    images: list[Location] = field(default_factory=list)  # picture files for <image> in prompts; others are described
+    n: int = 1  # samples per prompt or picture, >= 1
+    interleaved: bool = False  # true: the model chooses what follows, up to max_new_tokens and max_images
     size: tuple[int, int] | None = None  # [height, width] of drawn pictures in pixels; null: the training data's
 
     def __post_init__(self) -> None:
@@ -47,24 +48,24 @@ class SampleConfig(PipelineConfig):
         if self.n < 1:
             raise ValueError(f"n={self.n}: expected at least 1")
         if not all(isinstance(prompt, str) for prompt in self.prompts):
-            raise ValueError(f"prompts={self.prompts}: expected texts; those with ': ' belong into prompts_file=FILE")
+            raise ValueError(f"prompts={self.prompts}: expected texts; put those with ': ' in prompts_file=FILE")
 
 
 CONFIG = SampleConfig
-GROUP = True  # its ranks work together
-# Of each rank: what they hold is compared.
+GROUP = True  # its ranks form a process group
+# May differ between ranks; the contents are compared instead.
 OWN = ("checkpoint", "prompts_file", "images", "output", "device", "vae", "tokenizer")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt as it was given, and what becomes of it."""
+    """One sample to make."""
 
     prompt: str | None  # None: describe the picture
-    images: tuple[str, ...]  # files of its pictures
+    images: tuple[str, ...]  # picture files for its <image>s
 
     def parts(self, pictures: dict[str, np.ndarray]) -> list[Part]:
-        """Return its text and pictures in order."""
+        """Return the prompt's text and pictures in order."""
         texts, images = (IMAGE if self.prompt is None else self.prompt).split(IMAGE), iter(self.images)
         parts: list[Part] = [texts[0]]
         for text in texts[1:]:
@@ -77,25 +78,27 @@ def main(argv: list[str]) -> int | None:
     requests = [request for request in _requests(config) for _ in range(config.n)]
     facts = {**facts_of(config, OWN), "prompts": str([(request.prompt, len(request.images)) for request in requests])}
     ranks = init_ranks(timeout_s=1800, device=config.device, facts=facts)
-    generation, _, step = Pipeline.load(config, ranks)
-    generation = generation.sized(config.size)
-    pictures = {name: _read_picture(Path(name), generation) for name in dict.fromkeys(config.images)}
+    pipeline = Pipeline.load(config, ranks).sized(config.size)
+    assert pipeline.saved is not None
+    step, resolution = pipeline.saved.step, pipeline.latent_spec.resolution
+    pictures = {name: _read_picture(Path(name), resolution) for name in dict.fromkeys(config.images)}
     output = Path(config.output)
     ranks.require_alike({"images (contents)": str([zlib.crc32(picture.tobytes()) for picture in pictures.values()])})
     ranks.on_first(lambda: _clear(output))
     require_shared(output, "output", ranks)
     mine = range(ranks.rank, len(requests), ranks.world_size)
-    made_with = {f.name: getattr(config, f.name) for f in fields(SampleConfig) if f.name not in ASKED}
-    lines, shown = [], []
+    settings = {f.name: getattr(config, f.name) for f in fields(SampleConfig) if f.name not in ASKED}
+    lines: list[dict[str, Any]] = []
+    shown: list[tuple[int, np.ndarray, str]] = []  # sample number, picture and title for the contact sheet
     with tqdm(desc="sample", total=len(mine), bar_format=BAR_FORMAT, disable=not ranks.is_first) as bar:
-        for number, parts in _sample(generation, config, requests, pictures, mine, bar.update):
+        for number, parts in _sample(pipeline, config, requests, pictures, mine, bar.update):
             request = requests[number]
             line = {"index": number, "prompt": request.prompt, "images": request.images}
-            line["output"] = _write_sample(output, number, parts)
-            lines.append({**line, "seed": config.seed, "step": step, "settings": made_with})
+            made = {"output": _write_sample(output, number, parts), "seed": config.seed, "step": step}
+            lines.append({**line, **made, "settings": settings})
             text = " ".join(part for part in parts if isinstance(part, str))
-            drawn = [part for part in parts if not isinstance(part, str)]
-            given = [part for part in request.parts(pictures) if not isinstance(part, str)]
+            drawn = [part for part in parts if isinstance(part, np.ndarray)]
+            given = [part for part in request.parts(pictures) if isinstance(part, np.ndarray)]
             shown += [(number, picture, f"{request.prompt or ''} {text}".strip()) for picture in drawn]
             shown += [(number, picture, f"given: {text}") for picture in given[:1] if not drawn]
     _finish(output, lines, shown, step, ranks)
@@ -104,7 +107,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def _clear(output: Path) -> None:
-    """Make the folder and remove an earlier call's results, so that none is taken for one of this."""
+    """Create the folder, and remove the results of an earlier call from it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         for path in output.iterdir():
@@ -115,7 +118,7 @@ def _clear(output: Path) -> None:
 
 
 def _requests(config: SampleConfig) -> list[Request]:
-    """Pair prompts with images; raise ValueError for a prompt that is short of one, or where there is nothing to do."""
+    """Pair prompts with images; raise ValueError for a prompt without enough images, or if there is nothing to do."""
     prompts = ([config.prompt] if config.prompt is not None else []) + list(config.prompts)
     if config.prompts_file is not None:
         try:
@@ -130,8 +133,8 @@ def _requests(config: SampleConfig) -> list[Request]:
         wanted = prompt.count(IMAGE)
         if wanted > len(left):
             raise ValueError(
-                f"prompt={prompt!r} asks for {wanted} images, of {len(config.images)} given {len(left)} are left; "
-                "expected one file in images=[...] for each <image>"
+                f"prompt={prompt!r} asks for {wanted} images, {len(left)} of {len(config.images)} are left; expected "
+                "one file in images=[...] for each <image>"
             )
         requests.append(Request(prompt, tuple(left[:wanted])))
         del left[:wanted]
@@ -139,14 +142,14 @@ def _requests(config: SampleConfig) -> list[Request]:
 
 
 def _sample(
-    generation: Pipeline,
+    pipeline: Pipeline,
     config: SampleConfig,
     requests: list[Request],
     pictures: dict[str, np.ndarray],
     numbers: range,
     progress: Callable[[float], object],
 ) -> Iterator[tuple[int, list[Part]]]:
-    """Yield this rank's results with their numbers."""
+    """Yield (number, result) of each of this rank's requests."""
     drawn = [number for number in numbers if requests[number].prompt is not None]
     described = [number for number in numbers if requests[number].prompt is None]
     jobs = [(drawn, one_picture(config), True), (described, text_alone(config), False)]
@@ -154,12 +157,12 @@ def _sample(
         jobs = [(list(numbers), config, False)]
     for chosen, settings, draw in jobs:
         prompts = [requests[number].parts(pictures) for number in chosen]
-        yield from zip(chosen, generation.complete(prompts, settings, config.seed, progress, chosen, draw), strict=True)
+        yield from zip(chosen, pipeline.complete(prompts, settings, config.seed, progress, chosen, draw), strict=True)
 
 
 def _write_sample(output: Path, number: int, parts: list[Part]) -> list[dict[str, str]]:
-    """Write a sample's pictures and text; return its parts as results.jsonl names them."""
-    written = []
+    """Write a sample's pictures and text; return its parts as in results.jsonl."""
+    written: list[dict[str, str]] = []
     for part in parts:
         if isinstance(part, str):
             written.append({"text": part})
@@ -174,15 +177,16 @@ def _write_sample(output: Path, number: int, parts: list[Part]) -> list[dict[str
     return written
 
 
-def _finish(output: Path, lines: list[dict], shown: list[tuple[int, np.ndarray, str]], step: int, ranks: Ranks) -> None:
-    """Write results.jsonl and the contact sheet of all ranks' samples on rank 0. Collective."""
+def _finish(
+    output: Path, lines: list[dict[str, Any]], shown: list[tuple[int, np.ndarray, str]], step: int, ranks: Ranks
+) -> None:
+    """Write results.jsonl and the contact sheet of all ranks' samples, on rank 0. Collective."""
     lines = sorted((line for part in ranks.gather(lines) for line in part), key=lambda line: line["index"])
     shown = sorted((item for part in ranks.gather(shown[:SHEET_PICTURES]) for item in part), key=lambda item: item[0])
     if not ranks.is_first:
         return
     with atomic_write(output / "results.jsonl") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-    _, pictures, titles = zip(*shown[:SHEET_PICTURES], strict=True) if shown else ((), (), ())
     for line in lines:
         texts = [part["text"] for part in line["output"] if "text" in part]
         if texts:
@@ -190,15 +194,17 @@ def _finish(output: Path, lines: list[dict], shown: list[tuple[int, np.ndarray, 
             print(f"{line['index']:04d} {what}: {json.dumps(' ... '.join(texts), ensure_ascii=False)}")  # no escapes
     where = ""
     if shown:
+        _, pictures, titles = zip(*shown[:SHEET_PICTURES], strict=True)
         with atomic_write(output / "sheet.png") as file:
             contact_sheet(pictures, titles, columns=5).save(file, "PNG")
         where = f", contact sheet {output / 'sheet.png'}"
     print(f"sample: {len(lines)} results of step {step} in {output}{where}")
 
 
-def _read_picture(path: Path, generation: Pipeline) -> np.ndarray:
+def _read_picture(path: Path, resolution: int) -> np.ndarray:
+    """Return the picture as uint8 [resolution, resolution, 3]."""
     try:
-        return decode_picture(path.read_bytes(), [(generation.resolution,) * 2], str(path))
+        return decode_picture(path.read_bytes(), [(resolution, resolution)], str(path))
     except BadRecord as error:
         raise ValueError(str(error)) from None
     except OSError as error:

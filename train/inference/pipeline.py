@@ -1,13 +1,13 @@
 """A trained model with its tokenizer and VAE: text and pictures in, text and pictures out.
 
-Batches of one call have one shape, the last one filled up: so the bits of a picture depend on its prompt, its number
-and that shape, not on what the other rows hold. Smaller batches for fewer rows differ by float rounding only.
+All batches of one call have the same shape, the last one padded, so the bits of a picture depend on its prompt, its
+number and that shape, not on what the other rows hold. Calls with smaller batches differ by float rounding only.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from data.manifest import LatentSpec
 from data.pictures import from_unit, to_unit
 from data.storage import Location
 from data.tokenizer import Tokenizer
-from model.diffusion import DiffusionConfig
-from model.draws import Draws, SeededDraws
+from model.draws import SeededDraws
 from model.sampler import Prompt, SamplerConfig, SpecialTokens, first_step_error, generate
 from model.transfusion import Transfusion
 from model.vae import LatentStats, decode, moments, sample_latents, stride_of
@@ -26,29 +25,32 @@ from train.inference.saved_model import LoadedModel, SavedModel, load_matching_v
 from train.pretrain_config import PretrainConfig
 from train.step import latent_stats
 
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
 log = logging.getLogger(__name__)
 
-MOST_ERROR = 50.0  # times that a sampler's first step may multiply the error of a predicted noise without a warning
-BATCH = 50  # rows a sampling batch: small enough for a laptop, large enough to fill two cores
-# Progress in rows, of which a denoising step is a fraction.
+MOST_ERROR = 50.0  # factor by which a sampler's first step may multiply the error of the predicted noise, unwarned
+BATCH = 50  # rows of a sampling batch: small enough for a laptop, large enough to fill two cores
+# Progress in rows; a denoising step is a fraction of one.
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
 
 Part = str | np.ndarray  # text, or a picture uint8 [H, W, 3]
-Progress = Callable[[float], object]  # is told how many rows, or what fraction of one, were added
+Progress = Callable[[float], object]  # called with the rows, or the fraction of one, completed since the last call
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig(SamplerConfig):
-    """What every program that samples asks for."""
+    """Options of every program that samples."""
 
-    checkpoint: Location = "runs/pretrain"  # a checkpoint; a run folder: its newest that verifies; or an export
-    weights: str = "auto"  # auto: the first EMA if the run kept one; ema: the first; ema-N: of half-life N; model
-    vae: Location | None = None  # AutoencoderKL; null: the one the run names
+    checkpoint: Location = "runs/pretrain"  # a checkpoint, a run folder (its newest that verifies) or an export
+    weights: str = "auto"  # model, ema-N (half-life N), ema (the first); auto: the first EMA, or model if there is none
+    vae: Location | None = None  # AutoencoderKL, a folder or hub id; null: the one the run names
     tokenizer: Location | None = None  # SentencePiece model; null: the copy in the run or export, else the run's
     seed: int = 0  # of noise and tokens
-    device: Device = "auto"  # auto: CUDA if there is any
-    dtype: Literal["float32", "bfloat16"] = "float32"  # number format of the model
-    batch_size: int = BATCH  # rows sampled side by side, >= 1; a part of what decides a picture's last bits
+    device: Device = "auto"  # auto: CUDA if available
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the model
+    batch_size: int = BATCH  # rows sampled at once, >= 1; affects a picture's last bits
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,71 +60,72 @@ class PipelineConfig(SamplerConfig):
 
 @dataclass
 class Pipeline:
-    """Everything needed to draw and describe. `latent_spec` and `grid` are those of the training data."""
+    """Everything needed to draw and describe."""
 
     model: Transfusion
     tokenizer: Tokenizer
-    vae: torch.nn.Module
+    vae: "AutoencoderKL"
     stats: LatentStats
-    grid: tuple[int, int]  # of new pictures
-    resolution: int  # pixels a side of pictures that are given
-    diffusion: DiffusionConfig
-    vae_hash: str  # what the training data's latents were encoded with
+    latent_spec: LatentSpec  # of the training data; pictures in prompts have its resolution
+    grid: tuple[int, int]  # latent size of new pictures
+    config: PretrainConfig  # that the model was trained with
     batch_size: int = BATCH
-    weights: str = "model"  # which of a run's: model, or the label of an EMA
-    stored: SavedModel | None = None  # where it was loaded from
+    weights: str = "model"  # which of the run's: model, or the label of an EMA
+    saved: SavedModel | None = None  # where it was loaded from; None: a model in memory
     _seen: set[str] = field(default_factory=set)  # prompts
 
     @classmethod
-    def load(cls, config: PipelineConfig, ranks: Ranks) -> tuple["Pipeline", PretrainConfig, int]:
-        """Load what `config.checkpoint` names; return it with its recipe and step. Collective.
+    def load(cls, config: PipelineConfig, ranks: Ranks) -> "Pipeline":
+        """Load the model that `config.checkpoint` names. Collective.
 
-        Raises FileNotFoundError or ValueError when there is none, or its tokenizer or VAE are not at hand.
+        Raises FileNotFoundError or ValueError if there is none, or its tokenizer or VAE cannot be found.
         """
-        trained = LoadedModel.load(config.checkpoint, ranks, config.weights, config.tokenizer)
-        last = trained.recipe.diffusion.num_timesteps - 1
+        loaded = LoadedModel.load(config.checkpoint, ranks, config.weights, config.tokenizer)
+        diffusion, vae = loaded.config.diffusion, config.vae or loaded.config.vae
+        last = diffusion.num_timesteps - 1
         if config.steps > last + 1 or max(config.guidance_interval or (0,)) > last:
             raise ValueError(
                 f"steps={config.steps}, guidance_interval={config.guidance_interval}: expected at most {last + 1} "
                 f"steps and timesteps in 0...{last}, those that the model was trained with"
             )
-        recipe, vae = trained.recipe, config.vae or trained.recipe.vae
-        factor = first_step_error(config, recipe.diffusion)
-        if ranks.is_first and recipe.diffusion.prediction == "eps" and config.clip_x0 is None and factor > MOST_ERROR:
+        factor = first_step_error(config, diffusion)
+        if ranks.is_first and diffusion.prediction == "eps" and config.clip_x0 is None and factor > MOST_ERROR:
             log.warning(
                 "spacing=%s with a model that predicts noise: the first of %d steps multiplies its error %.0f "
-                "times; use spacing=leading, which begins where there is signal, or clip_x0",
-                *(config.spacing, config.steps, factor),
+                "times; use spacing=leading, which starts where there is some signal, or clip_x0",
+                config.spacing,
+                config.steps,
+                factor,
             )
-        model = trained.model.to(getattr(torch, config.dtype))
-        generation = cls.of(model, trained.tokenizer, recipe, trained.latent_spec, trained.grids, vae)
-        of_run = {"weights": trained.weights, "stored": trained.stored}
-        return replace(generation, batch_size=config.batch_size, **of_run), recipe, trained.step
+        model = loaded.model.to(getattr(torch, config.dtype))
+        saved = loaded.saved
+        pipeline = cls.of(model, loaded.tokenizer, loaded.config, saved.latent_spec, saved.grids, vae)
+        return replace(pipeline, batch_size=config.batch_size, weights=loaded.weights, saved=saved)
 
     @classmethod
     def of(
         cls,
         model: Transfusion,
         tokenizer: Tokenizer,
-        recipe: PretrainConfig,
+        config: PretrainConfig,
         spec: LatentSpec | None,
-        grids: Sequence[Sequence[int]],
-        vae: str | None,
+        grids: Sequence[tuple[int, int]],
+        vae_path: str | None,
     ) -> "Pipeline":
-        """Put a model together with what decodes its latents; raise ValueError where that is not the data's."""
+        """Combine a model with the VAE of its training data; raise ValueError for any other VAE, or for text alone."""
         if spec is None or not grids:
             raise ValueError("the model was trained on text alone: it draws no pictures")
         device = next(model.parameters()).device
-        codec = load_matching_vae(vae, spec).to(device).eval()
-        stats = latent_stats(spec, recipe.model.latent_channels, device)
-        # The square, or what is nearest to it; of these the largest.
-        grid = min(map(tuple, grids), key=lambda grid: (max(grid) / min(grid), -grid[0] * grid[1]))
-        return cls(model, tokenizer, codec, stats, grid, spec.resolution, recipe.diffusion, spec.vae_hash)
+        vae = load_matching_vae(vae_path, spec).to(device).eval()  # type: ignore[arg-type]  # diffusers' wrapper of `to`
+        stats = latent_stats(spec, config.model.latent_channels, device)
+        # The grid nearest to a square; among equals the largest.
+        grid = min(grids, key=lambda grid: (max(grid) / min(grid), -grid[0] * grid[1]))
+        return cls(model, tokenizer, vae, stats, spec, grid, config)
 
     def sized(self, pixels: tuple[int, int] | None) -> "Pipeline":
         """Return the same for new pictures of `pixels` [height, width]; None keeps the training data's grid.
 
-        Raises ValueError for a size that cells and patches do not tile.
+        Raises ValueError for a size that is not a whole number of patches.
         """
         if pixels is None:
             return self
@@ -132,7 +135,8 @@ class Pipeline:
             raise ValueError(
                 f"size={list(pixels)}: expected multiples of {unit} pixels, the VAE's stride times a patch"
             )
-        return replace(self, grid=tuple(side // stride for side in pixels))
+        height, width = pixels
+        return replace(self, grid=(height // stride, width // stride))
 
     @torch.no_grad()
     def complete(
@@ -146,12 +150,12 @@ class Pipeline:
     ) -> Iterator[list[Part]]:
         """Yield, batch by batch, what follows each prompt of text and pictures: a function of (prompt, seed, number).
 
-        `draw`: begin with a picture; else the model begins with text and decides. Pictures of a prompt are
-        [resolution, resolution, 3]. `numbers` name the samples; None counts them from 0.
+        `draw`: begin with a picture; otherwise with text, and the model decides. Pictures in prompts are
+        [resolution, resolution, 3]. `numbers` identify the samples; None counts from 0.
         """
         self._warn_of_unknown({part for prompt in prompts for part in prompt if isinstance(part, str)})
         numbers = numbers or range(len(prompts))
-        given = [[part for part in prompt if not isinstance(part, str)] for prompt in prompts]
+        given = [[part for part in prompt if isinstance(part, np.ndarray)] for prompt in prompts]
         places = [(number, i) for number, parts in zip(numbers, given, strict=True) for i in range(len(parts))]
         latents = iter(self._encode([picture for parts in given for picture in parts], places, SeededDraws(seed)))
         rows = []
@@ -174,9 +178,9 @@ class Pipeline:
         progress: Progress = lambda rows: None,
         numbers: Sequence[int] | None = None,
     ) -> list[np.ndarray]:
-        """Return one picture uint8 [H, W, 3] a caption; see `complete` for the rest."""
+        """Return one picture uint8 [H, W, 3] per caption; see `complete` for the other arguments."""
         results = self.complete([[text] for text in prompts], one_picture(config), seed, progress, numbers, draw=True)
-        return [parts[0] for parts in results]
+        return [part for parts in results for part in parts if isinstance(part, np.ndarray)]
 
     def describe(
         self,
@@ -186,24 +190,24 @@ class Pipeline:
         progress: Progress = lambda rows: None,
         numbers: Sequence[int] | None = None,
     ) -> list[str]:
-        """Return a caption for each picture; see `complete` for the rest."""
+        """Return one caption per picture; see `complete` for the other arguments."""
         results = self.complete([[picture] for picture in pictures], text_alone(config), seed, progress, numbers)
-        return [parts[0] if parts else "" for parts in results]
+        return ["".join(part for part in parts if isinstance(part, str)) for parts in results]
 
     def _warn_of_unknown(self, texts: set[str]) -> None:
-        """Log what of new prompts the tokenizer has no piece for."""
+        """Warn once of each prompt with characters that the tokenizer does not know."""
         for text in sorted(texts - self._seen):
             if unknown := self.tokenizer.unknown_in(text):
                 log.warning("prompt %r: %s unknown to the tokenizer: the model cannot tell them apart", text, unknown)
         self._seen |= texts
 
     def _encode(
-        self, pictures: Sequence[np.ndarray], places: Sequence[tuple[int, int]], draws: Draws
+        self, pictures: Sequence[np.ndarray], places: Sequence[tuple[int, int]], draws: SeededDraws
     ) -> Iterator[torch.Tensor]:
-        """Yield the whitened latents f32 [C, h, w] of each picture, at `places` (number of its prompt, place in it).
+        """Yield the whitened latents f32 [C, h, w] of each picture; `places` are (sample number, place in its prompt).
 
-        A draw from the posterior, as in training and by the same function: the mean would be latents of less variance
-        than any that the model has seen (P12).
+        Drawn from the posterior, by the same function as in training: the mean would have less variance than any
+        latents that the model has seen (P12).
         """
         for start in range(0, len(pictures), self.batch_size):
             pixels = torch.from_numpy(to_unit(np.stack(pictures[start : start + self.batch_size])))
@@ -214,37 +218,33 @@ class Pipeline:
 
     def _decode(self, latents: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
         for start in range(0, len(latents), self.batch_size):
-            raw = self.stats.unwhiten(torch.stack(latents[start : start + self.batch_size]).to(self.stats.mean.device))
+            batch = torch.stack(tuple(latents[start : start + self.batch_size]))
+            raw = self.stats.unwhiten(batch.to(self.stats.mean.device))
             yield from from_unit(decode(self.vae, raw).float().cpu().numpy())
 
     def _generate(
         self, rows: list[Prompt], config: SamplerConfig, seed: int, progress: Progress
     ) -> Iterator[list[list[torch.Tensor]]]:
-        """Yield the outputs of each batch of rows."""
+        """Yield the outputs of each batch of rows, the last padded with copies of its last row."""
         ids = self.tokenizer.special
         special = SpecialTokens(bos=ids.bos, eos=ids.eos, boi=ids.boi, eoi=ids.eoi, never=(ids.pad,))
         for start in range(0, len(rows), self.batch_size):
             chosen = rows[start : start + self.batch_size]
             filled = chosen + [chosen[-1]] * (min(self.batch_size, len(rows)) - len(chosen))
-            share = len(chosen) / len(filled)
-            outputs = generate(
-                self.model,
-                filled,
-                config,
-                self.diffusion,
-                special,
-                self.grid,
-                SeededDraws(seed),
-                lambda done, share=share: progress(done * share),
-            )
+
+            def report(rows: float, share: float = len(chosen) / len(filled)) -> None:
+                progress(rows * share)
+
+            draws, diffusion = SeededDraws(seed), self.config.diffusion
+            outputs = generate(self.model, filled, config, diffusion, special, self.grid, draws, report)
             yield outputs[: len(chosen)]
 
 
 def one_picture(config: SamplerConfig) -> SamplerConfig:
-    """Return the settings that draw one picture and end there."""
+    """Return `config` for drawing one picture and nothing else."""
     return replace(config, max_new_tokens=0, max_images=1)
 
 
 def text_alone(config: SamplerConfig) -> SamplerConfig:
-    """Return the settings that write text and no picture."""
+    """Return `config` for writing text and no pictures."""
     return replace(config, max_images=0, guidance=1.0)

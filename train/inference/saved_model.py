@@ -1,12 +1,12 @@
-"""A model as it lies on disk: a run's sharded checkpoint, or the folder that train.export makes of one.
+"""A model on disk: a run's sharded checkpoint, or the folder that train.export makes of one.
 
     <export>/model.safetensors   all parameters by name, unsharded
              config.yaml         the run's resolved config; `config=` reads it back
-             tokenizer.model, vae/   copies of what the run names
+             tokenizer.model, vae/   copies of those the run names
              trained.keys        which records it was trained on, or a sample (train/checkpoints/trained_records.py)
              export.json         step, latent spec, grids, hashes; written last
 
-Either is read on any number of ranks, into whole parameters or into shards.
+Both can be read on any number of ranks, into whole parameters or into shards.
 """
 
 import json
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +32,9 @@ from train.distributed.ranks import Ranks
 from train.optim.ema import choose, is_label
 from train.pretrain_config import PretrainConfig, read_config
 
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -44,41 +47,41 @@ class SavedModel:
 
     folder: Path
     exported: bool
-    meta: dict  # what train/state.py writes beside the tensors: progress, fingerprint, latent_spec, grids
-    recipe: PretrainConfig
-    identity: str  # a hash of the contents: another run under the same path and step has another
-    trained: TrainedRecords | None  # what it was trained on; None: an earlier version did not say
+    meta: dict[str, Any]  # what train/state.py writes next to the tensors: progress, fingerprint, latent_spec, grids
+    config: PretrainConfig  # that it was trained with
+    identity: str  # a hash of the contents, which differs between runs that used the same path
+    trained_records: TrainedRecords | None  # None: written by an earlier version, which did not record them
 
     @classmethod
-    def use(cls, path: str | Path, ranks: Ranks, use: Callable[["SavedModel"], T], key: str = "checkpoint") -> T:
-        """Return what `use` makes of an export, a checkpoint, or the newest of a run that verifies and stays.
+    def use(cls, path: str | Path, ranks: Ranks, read: Callable[["SavedModel"], T], key: str = "checkpoint") -> T:
+        """Return what `read` returns for an export, a checkpoint, or a run's newest checkpoint that verifies.
 
-        Collective, as `use` is, which is called again with the next where the run removes the one that it reads. `key`
-        is the option that names `path`. Raises FileNotFoundError or ValueError where there is none.
+        Collective, like `read`, which is called again with the next checkpoint if the run removes the one being read.
+        `key` is the option that names `path`. Raises FileNotFoundError or ValueError if there is none.
         """
         path = Path(path)
         if (path / EXPORT_MARK).is_file():
-            return use(cls._open(path, True))
+            return read(cls._open(path, True))
         return read_while_there(
             lambda: find_checkpoint(path, ranks, key),
-            lambda folder: use(ranks.on_first(lambda: cls._open(folder, False))),
+            lambda folder: read(ranks.on_first(lambda: cls._open(folder, False))),
             ranks,
         )
 
     @classmethod
     def _open(cls, folder: Path, exported: bool) -> "SavedModel":
-        """Read the small files."""
+        """Read everything but the weights."""
         if exported:
             meta = _read_mark(folder)
         else:
             checkpoint.read_extra(folder, "config.yaml")  # verifies it
             meta = json.loads(checkpoint.read_extra(folder, checkpoint.META))
-        recipe = read_config(folder / "config.yaml")
-        if exported:  # what its config names lies beside it
-            recipe = replace(recipe, vae=recipe.vae and str(folder / VAE_FOLDER))
+        config = read_config(folder / "config.yaml")
+        if exported:
+            config = replace(config, vae=config.vae and str(folder / VAE_FOLDER))
         if (found := identity(folder)) is None:
             raise FileNotFoundError(folder)
-        return cls(folder, exported, meta, recipe, found, stored_records(folder))
+        return cls(folder, exported, meta, config, found, stored_records(folder))
 
     @property
     def step(self) -> int:
@@ -86,35 +89,38 @@ class SavedModel:
 
     @property
     def latent_spec(self) -> LatentSpec | None:
-        """Return what the model's latents are; None: it was trained on text alone."""
+        """Return the latent spec of the training data; None: the model was trained on text alone."""
         return LatentSpec.parse(self.meta["latent_spec"]) if self.meta["latent_spec"] else None
 
-    def tokenizer(self, path: str | None = None) -> Tokenizer:
-        """Return the tokenizer `path`, by default the copy that lies with the weights, else the one that they name.
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """Return the latent grids of the training data, sorted."""
+        return [(h, w) for h, w in self.meta["grids"]]
 
-        Raises ValueError where none of them is the one that the model was trained with.
+    def tokenizer(self, path: str | None = None) -> Tokenizer:
+        """Return the tokenizer `path`; by default the copy in the export or run, else the one that its config names.
+
+        Raises ValueError if none of them is the one that the model was trained with.
         """
-        copies = [folder / TOKENIZER_FILE for folder in (self.folder, self.folder.parent.parent)]
-        places = [path] if path else [*copies, self.recipe.data.tokenizer]
-        found = {str(place): Tokenizer(place) for place in places if Path(place).is_file()}
+        copies = [str(folder / TOKENIZER_FILE) for folder in (self.folder, self.folder.parent.parent)]
+        places = [path] if path else [*copies, self.config.data.tokenizer]
+        found = {place: Tokenizer(place) for place in places if Path(place).is_file()}
         expected = self.meta["fingerprint"]["tokenizer"]
         for tokenizer in found.values():
             if tokenizer.hash == expected:
                 return tokenizer
-        tried = ", ".join(
-            f"{place} ({found[place].hash if place in found else 'not there'})" for place in map(str, places)
-        )
+        tried = ", ".join(f"{place} ({found[place].hash if place in found else 'not there'})" for place in places)
         raise ValueError(
-            f"{self.folder} was trained with the tokenizer of hash {expected}, and that is none of {tried}; name it by "
+            f"{self.folder} was trained with the tokenizer of hash {expected}, which is none of {tried}; name it with "
             "tokenizer=FILE"
         )
 
     def read(self, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks) -> str:
-        """Read `weights` (see `choose`) into parameters or shards of them, and return which they are. Collective.
+        """Read `weights` (see `choose`) into parameters or shards of them; return which were read. Collective.
 
-        Raises ValueError for weights that are not there, and for parameters of other names or sizes.
+        Raises ValueError for weights that do not exist, and for parameters of other names or sizes.
         """
-        chosen = choose(weights, [self.meta["weights"]] if self.exported else self.recipe.optim.weights, self.folder)
+        chosen = choose(weights, [self.meta["weights"]] if self.exported else self.config.optim.weights, self.folder)
         if self.exported:
             _read_weights(self.folder / WEIGHTS_FILE, parameters)
         else:
@@ -123,7 +129,7 @@ class SavedModel:
 
 
 def stored_records(folder: Path) -> TrainedRecords | None:
-    """Return which records the model of a checkpoint or an export was trained on; None: an earlier version wrote it."""
+    """Return which records the model in a checkpoint or an export was trained on; None: an earlier version wrote it."""
     path = folder / TRAINED_FILE
     if not path.is_file():
         return None
@@ -132,9 +138,9 @@ def stored_records(folder: Path) -> TrainedRecords | None:
 
 
 def stored_spec(path: Path) -> LatentSpec | None:
-    """Return the latent spec of an export, a checkpoint, or a run's newest, from what lies beside the weights alone.
+    """Return the latent spec of an export, a checkpoint, or a run's newest checkpoint, without reading the weights.
 
-    Raises FileNotFoundError where there is none, ValueError for what is not readable.
+    Raises FileNotFoundError if there is none, ValueError if it cannot be read.
     """
     if (path / EXPORT_MARK).is_file():
         meta = _read_mark(path)
@@ -144,8 +150,8 @@ def stored_spec(path: Path) -> LatentSpec | None:
     return LatentSpec.parse(meta["latent_spec"]) if meta["latent_spec"] else None
 
 
-def _read_mark(folder: Path) -> dict:
-    """Return what an export's mark says; raise ValueError for one that is not as train.export writes it."""
+def _read_mark(folder: Path) -> dict[str, Any]:
+    """Return an export's export.json; raise ValueError for one that train.export would not write."""
     mark = folder / EXPORT_MARK
     try:
         meta = json.loads(mark.read_text(encoding="utf-8"))
@@ -165,7 +171,7 @@ def _read_mark(folder: Path) -> dict:
 
 
 def _read_weights(path: Path, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Copy the file's tensors into `parameters`, converting their dtype; raise ValueError for what does not fit."""
+    """Copy the file's tensors into `parameters`, converting their dtype; raise ValueError if they do not match."""
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -178,7 +184,7 @@ def _read_weights(path: Path, parameters: Mapping[str, torch.Tensor]) -> None:
                 raise ValueError(f"{path} does not fit its config: {'; '.join(problems[:8])}; export it again")
             for name, parameter in parameters.items():
                 mine = local(parameter)
-                if mine.numel():  # of a shard, whose rows alone are read
+                if mine.numel():  # read only the rows of this rank's shard
                     first = first_element(parameter) // parameter[0].numel()
                     mine.copy_(file.get_slice(name)[first : first + len(mine)])
     except (OSError, SafetensorError) as error:
@@ -187,43 +193,39 @@ def _read_weights(path: Path, parameters: Mapping[str, torch.Tensor]) -> None:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, with what it was trained on."""
+    """A model in evaluation mode, with its tokenizer."""
 
     model: Transfusion
     tokenizer: Tokenizer
-    recipe: PretrainConfig
-    latent_spec: LatentSpec | None  # None: trained on text alone
-    grids: list[tuple[int, int]]  # latent grids of the training data, sorted
-    step: int
+    config: PretrainConfig  # of its training, with the path of this tokenizer
     weights: str  # model, or the label of an EMA
-    stored: SavedModel  # where it lay
+    saved: SavedModel  # where it was read from
 
     @classmethod
     def load(cls, path: str | Path, ranks: Ranks, weights: str = "auto", tokenizer: str | None = None) -> "LoadedModel":
-        """Load an export, a checkpoint, or the newest of a run that verifies and stays. Collective.
+        """Load an export, a checkpoint, or a run's newest checkpoint that verifies. Collective.
 
-        `tokenizer`: its path; None: see SavedModel.tokenizer. Raises FileNotFoundError or ValueError where none is.
+        `tokenizer` is a path; None: see SavedModel.tokenizer. Raises FileNotFoundError or ValueError if there is none.
         """
-        return SavedModel.use(path, ranks, lambda stored: cls._of(stored, ranks, weights, tokenizer))
+        return SavedModel.use(path, ranks, lambda saved: cls._read(saved, ranks, weights, tokenizer))
 
     @classmethod
-    def _of(cls, stored: SavedModel, ranks: Ranks, weights: str, tokenizer: str | None) -> "LoadedModel":
-        ranks.require_alike({"checkpoint (contents)": stored.identity})
-        used = stored.tokenizer(tokenizer)
-        recipe = replace(stored.recipe, data=replace(stored.recipe.data, tokenizer=str(used.path)))
+    def _read(cls, saved: SavedModel, ranks: Ranks, weights: str, tokenizer_path: str | None) -> "LoadedModel":
+        ranks.require_alike({"checkpoint (contents)": saved.identity})
+        tokenizer = saved.tokenizer(tokenizer_path)
+        config = replace(saved.config, data=replace(saved.config.data, tokenizer=str(tokenizer.path)))
         with torch.device("meta"):
-            model = Transfusion(recipe.model, used.vocab_size)
+            model = Transfusion(config.model, tokenizer.vocab_size)
         model.to_empty(device=ranks.device).eval()
-        chosen = stored.read(weights, {name: parameter.data for name, parameter in model.named_parameters()}, ranks)
-        grids = [tuple(grid) for grid in stored.meta["grids"]]
-        return cls(model, used, recipe, stored.latent_spec, grids, stored.step, chosen, stored)
+        chosen = saved.read(weights, {name: parameter.data for name, parameter in model.named_parameters()}, ranks)
+        return cls(model, tokenizer, config, chosen, saved)
 
 
-def load_matching_vae(vae: str | None, spec: LatentSpec) -> torch.nn.Module:
-    """Return the VAE `vae`, a folder or hub id; raise ValueError unless it is the one that made latents of `spec`."""
-    if vae is None:
+def load_matching_vae(path: str | None, spec: LatentSpec) -> "AutoencoderKL":
+    """Return the VAE at `path`, a folder or hub id; raise ValueError unless it encoded the latents of `spec`."""
+    if path is None:
         raise ValueError("no VAE: set vae=FOLDER to the one the data was encoded with")
-    codec = load_vae(vae)
-    if (found := vae_hash(codec)) != spec.vae_hash:
-        raise ValueError(f"vae={vae} has hash {found}, the data was encoded with {spec.vae_hash}")
-    return codec
+    vae = load_vae(path)
+    if (found := vae_hash(vae)) != spec.vae_hash:
+        raise ValueError(f"vae={path} has hash {found}, the data was encoded with {spec.vae_hash}")
+    return vae

@@ -1,7 +1,7 @@
-"""What a trained model can do, as numbers: the judge's verdicts on scenes. (Held-out losses: train/heldout.py.)
+"""Scores of a trained model on scenes: it draws them and describes them, and the judge compares with the truth.
 
-Work is split over ranks by item, results are gathered and are the same for every number of ranks up to the order of
-float additions. An evaluation records sampler, steps, guidance and seed: without them its scores mean nothing.
+(Held-out losses: train/heldout.py.) Items are divided among ranks and results gathered; they are the same for every
+number of ranks up to the order of float additions.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ GOALS = ("all", "colour", "shape", "position")
 
 @dataclass(frozen=True)
 class SceneItem:
-    """One held-out scene: its caption, its drawn picture and what both show."""
+    """One held-out scene: its caption, its true picture and the shapes in both."""
 
     split: str  # seen, unseen or two_shapes
     caption: str
@@ -36,7 +36,7 @@ class SceneItem:
 
 
 def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem]:
-    """Read at most `per_split` scenes of each split from raw held-out shards, spread evenly over them."""
+    """Read at most `per_split` scenes of each split, evenly spaced, from raw held-out shards."""
     splits: dict[str, list[SceneItem]] = {}
     bad = BadRecords(max_fraction=0.0)
     for path in expand([str(folder)], (TAR,)):
@@ -47,7 +47,7 @@ def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem
                 shapes = tuple(Shape(**shape) for shape in info["shapes"])
             except (KeyError, TypeError, ValueError):
                 raise ValueError(
-                    f"scenes={folder}: {where} is no scene of train.scenes; use heldout.NAME=FOLDER for encoded data"
+                    f"scenes={folder}: {where} is not a scene of train.scenes; use heldout.NAME=FOLDER for encoded data"
                 ) from None
             item = SceneItem(
                 info["split"],
@@ -62,7 +62,7 @@ def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem
 
 
 def describe_scenes(items: Sequence[SceneItem]) -> dict:
-    """Return how many scenes of each split are judged, and a fingerprint of their captions and pictures."""
+    """Return the number of scenes judged in each split, and a fingerprint of their captions and pictures."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(f"{item.split} {item.caption}\0".encode() + item.picture.tobytes())
@@ -71,40 +71,39 @@ def describe_scenes(items: Sequence[SceneItem]) -> dict:
 
 
 def judge_drawings(
-    generation: Pipeline,
+    pipeline: Pipeline,
     items: Sequence[SceneItem],
     sampler: SamplerConfig,
     seed: int,
     ranks: Ranks,
     progress: Progress,
 ) -> list[tuple[np.ndarray, Verdict]]:
-    """Draw each item's caption and let the judge compare the picture with the scene it was written for."""
+    """Draw each item's caption; return the pictures and the judge's verdicts on them. Collective."""
     numbers = range(ranks.rank, len(items), ranks.world_size)
     mine = [items[number] for number in numbers]
-    pictures = generation.draw([item.caption for item in mine], sampler, seed, progress, numbers)
-    return _in_order(
-        ranks, [(picture, score(picture, item.shapes)) for item, picture in zip(mine, pictures, strict=True)]
-    )
+    pictures = pipeline.draw([item.caption for item in mine], sampler, seed, progress, numbers)
+    found = [(picture, score(picture, item.shapes)) for item, picture in zip(mine, pictures, strict=True)]
+    return _in_order(ranks, found)
 
 
 def judge_captions(
-    generation: Pipeline,
+    pipeline: Pipeline,
     items: Sequence[SceneItem],
     sampler: SamplerConfig,
     seed: int,
     ranks: Ranks,
     progress: Progress,
 ) -> list[tuple[str, Verdict]]:
-    """Describe each item's drawn picture and compare what the caption says with the scene."""
+    """Describe each item's true picture; return the captions and the judge's verdicts on them. Collective."""
     numbers = range(ranks.rank, len(items), ranks.world_size)
     mine = [items[number] for number in numbers]
-    captions = generation.describe([item.picture for item in mine], sampler, seed, progress, numbers)
+    captions = pipeline.describe([item.picture for item in mine], sampler, seed, progress, numbers)
     found = [(text, compare(parse_caption(text), item.shapes)) for item, text in zip(mine, captions, strict=True)]
     return _in_order(ranks, found)
 
 
-def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Return the share of right answers: for trained combinations by goal, for the other splits all-right."""
+def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str, float | None]:
+    """Return the share of right answers: by goal for the split `seen`, of wholly right ones for the other splits."""
 
     def share(split: str, goal: str) -> float | None:
         right = [
@@ -119,7 +118,7 @@ def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str,
 
 
 def _in_order(ranks: Ranks, mine: list) -> list:
-    """Return all ranks' results in the order of the items that were dealt out."""
+    """Return all ranks' results in the order of the items."""
     parts = ranks.gather(mine)
     total = sum(len(part) for part in parts)
     return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
