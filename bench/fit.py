@@ -29,7 +29,7 @@ from train.checkpoints.saver import Saver, Snapshot
 from train.distributed.parallelize import ParallelConfig, initialize, parallelize, set_micro_step
 from train.distributed.ranks import Ranks, init_ranks
 from train.optim.optimizer import OptimConfig, Optimizer
-from train.planning.estimate import GIB, fullest_of
+from train.planning.estimate import GIB, largest_batches_of
 from train.planning.rehearsal import rehearse
 from train.pretrain_config import PretrainConfig
 from train.step import latent_stats, micro_step
@@ -53,7 +53,7 @@ def measure(device: str) -> dict:
     vocab = VOCAB if cuda else 512
     configs = {mode: replace(config, parallel=ParallelConfig(activation_checkpointing=mode)) for mode in MODES}
     # Before the process group is up: a rehearsal makes one of its own.
-    planned = {mode: rehearse(c, vocab, 1, fullest_of(c, 1, [GRID]), cuda=cuda) for mode, c in configs.items()}
+    planned = {mode: rehearse(c, vocab, 1, largest_batches_of(c, 1, [GRID]), cuda=cuda) for mode, c in configs.items()}
     ranks = init_ranks(timeout_s=600, device=device)
     record: dict = {"parameters": None, "modes": {}}
     for mode, of_mode in configs.items():
@@ -83,7 +83,7 @@ def _train(config: PretrainConfig, vocab: int, ranks: Ranks) -> tuple[torch.nn.M
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        start, batches = time.perf_counter(), fullest_of(config, 1, [GRID])
+        start, batches = time.perf_counter(), largest_batches_of(config, 1, [GRID])
         for number, batch in enumerate(batches, start=1):
             set_micro_step(model, config.parallel, is_last=number == len(batches))
             counts = {"global_text_targets": batch.num_text_targets, "global_images": max(batch.num_images, 1)}

@@ -59,7 +59,8 @@ def test_the_plan_in_words_reads_at_a_glance(capsys: pytest.CaptureFixture) -> N
     printed = capsys.readouterr().out
     for words in (
         *("total", "embeddings", "blocks", "patches", "heads", "activations", "█", "in all: fits", "host memory"),
-        *("16,384 tokens: 16 sequences of 1024; micro-steps a rank: 2", "MFU", "tokens/s", "GPU-hours", "4.1B tokens"),
+        *("16,384 tokens: 16 sequences of 1024; micro-steps per rank: 2", "MFU", "tokens/s", "GPU-hours"),
+        "4.1B tokens",
     ):
         assert words in printed, words
     assert max(map(len, printed.splitlines())) < 200

@@ -20,7 +20,7 @@ from train.distributed.parallelize import ParallelConfig, initialize, paralleliz
 from train.distributed.ranks import Ranks
 from train.optim.optimizer import OptimConfig, Optimizer
 from train.planning import rehearsal
-from train.planning.estimate import fullest_of
+from train.planning.estimate import largest_batches_of
 from train.planning.rehearsal import Rehearsal, rehearse, state_bytes
 from train.pretrain_config import PretrainConfig
 from train.step import latent_stats, micro_step
@@ -108,7 +108,7 @@ def _real_peaks(ranks: Ranks, variants: list[tuple[PretrainConfig, bool]]) -> li
             set_micro_step(model, config.parallel, is_last=is_last)
             loss = micro_step(
                 model,
-                fullest_of(config, ranks.world_size, GRIDS)[0],
+                largest_batches_of(config, ranks.world_size, GRIDS)[0],
                 stats=stats,
                 diffusion=config.diffusion,
                 image_weight=5.0,
@@ -159,7 +159,7 @@ def test_the_peak_of_a_step_is_what_the_allocator_gives_out(options: list[tuple[
     variants = [(_variant(option), unmasked) for option, unmasked in options]
     real = run_ranks(_real_peaks, 2, variants)[0]
     for (config, unmasked), measured in zip(variants, real, strict=True):
-        found = rehearse(config, VOCAB, 2, fullest_of(config, 2, GRIDS)[:1], cuda=unmasked)
+        found = rehearse(config, VOCAB, 2, largest_batches_of(config, 2, GRIDS)[:1], cuda=unmasked)
         assert _working(found) == pytest.approx(measured, rel=0.1), (config.parallel, unmasked)
 
 
@@ -167,7 +167,7 @@ def test_the_peak_of_a_step_is_what_the_allocator_gives_out(options: list[tuple[
 def test_two_depths_tell_of_all(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deep models are rehearsed at two depths: the same numbers as at their own, within a thousandth."""
     config = _variant({"activation_checkpointing": level})
-    batches = fullest_of(config, 2, GRIDS)[:1]
+    batches = largest_batches_of(config, 2, GRIDS)[:1]
     short = rehearse(config, VOCAB, 2, batches, cuda=True)
     with monkeypatch.context() as patch:
         patch.setattr(rehearsal, "DEPTH", TRUNK.layers)
@@ -192,7 +192,7 @@ def test_traffic_is_two_gathers_and_a_scatter() -> None:
     each micro-step, but for the root, which stays gathered until the step ends. HSDP sums shards once a step."""
     config = _variant({"dtype": "bfloat16", "dp_replicate": 2}, {"ema_half_lives": ()})
     config = replace(config, micro_batch_size=1, data=replace(config.data, lanes=24))  # 3 micro-steps on 8 ranks
-    found = rehearse(config, VOCAB, 8, fullest_of(config, 8, GRIDS)[:1], cuda=True)
+    found = rehearse(config, VOCAB, 8, largest_batches_of(config, 8, GRIDS)[:1], cuda=True)
     sent = {(what.name, what.phase, len(what.ranks)): size for what, size in found.collectives.items()}
     whole, blocks = _padded(4, blocks=False), _padded(4, blocks=True)
     assert sent["all_gather", "forward", 4] == 2 * (whole + 2 * blocks)
@@ -230,5 +230,5 @@ def test_a_checkpoint_takes_on_disk_what_the_plan_says(tmp_path: Path) -> None:
     config = replace(CONFIG, model=replace(CONFIG.model, transformer=trunk))
     run_ranks(_save, 2, config, 4000, str(tmp_path))
     written = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*") if file.is_file())
-    planned = rehearse(config, 4000, 2, fullest_of(config, 2, GRIDS)[:1], cuda=True).checkpoint
+    planned = rehearse(config, 4000, 2, largest_batches_of(config, 2, GRIDS)[:1], cuda=True).checkpoint
     assert written == pytest.approx(planned, rel=0.01)

@@ -1,12 +1,11 @@
 """One training step on fake tensors: what a rank holds and sends, counted on the real objects without their memory.
 
-The real model, sharded by the real FSDP2 over a process group that connects nobody, trains the real step and updates
-the real optimizer; only the tensors have no storage. A dispatch mode sees each allocation, its end and every
-collective. So what parallelism, recomputation, the loss or the optimizer come to do is counted as they do it.
-Rejected: formulas for activations, which drift from the code; counting saved tensors alone, which sees neither what
-selective recomputation keeps, nor FSDP's buffers, nor a peak between two saves.
+The real model is sharded by the real FSDP2 over a fake process group, and the real step and optimizer run; only the
+tensors have no storage. A dispatch mode sees each allocation, its end and every collective, so whatever parallelism,
+recomputation, loss and optimizer do is counted. Rejected: formulas for activations, which drift from the code; counting
+saved tensors only, which misses what selective recomputation keeps, FSDP's buffers, and peaks between two saves.
 
-The tensors claim to be on the CPU, because fake CUDA ones need a build with CUDA. Where a GPU is meant, attention
+The tensors claim to be on the CPU, because fake CUDA tensors need a CUDA build of torch. To stand for a GPU, attention
 runs unmasked: torch's CPU kernel then keeps what FlexAttention keeps (queries, keys, values, the result and f32
 log-sums), and never S x S scores.
 """
@@ -17,12 +16,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,8 +38,8 @@ from train.pretrain_config import PretrainConfig
 from train.step import latent_stats, micro_step, schedule
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
-STATES = ("parameters", "gradients", "optimizer", "ema")  # kinds that outlive a step
-DEPTH = 4  # layers rehearsed in place of more: FSDP's order is settled from the fourth on, or when prefetching is
+STATES = ("parameters", "gradients", "optimizer", "ema")  # kinds that exist between steps
+DEPTH = 4  # layers rehearsed in place of more; each further layer adds the same, unless prefetching reaches further
 
 
 class Collective(NamedTuple):
@@ -46,7 +47,12 @@ class Collective(NamedTuple):
 
     phase: str  # forward, backward or update
     name: str  # one of COLLECTIVES
-    ranks: tuple[int, ...]  # who takes part
+    ranks: tuple[int, ...]  # that take part
+
+    @property
+    def passes(self) -> int:
+        """How often each rank sends (n - 1) / n of the whole tensors' bytes: an all_reduce scatters and gathers."""
+        return 2 if self.name == "all_reduce" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +60,11 @@ class Rehearsal:
     """Bytes of rank 0, whose shards are the largest."""
 
     states: dict[str, float]  # by kind, see STATES
-    checkpoint: float  # of all ranks together: what a checkpoint holds
-    staged: float  # of it, this rank's
-    largest_parameter: float  # whole, in float32: what loading holds of the model at most
-    peaks: dict[str, dict[str, float]]  # by phase (forward, backward, update), by kind: the moment of most bytes
-    # Of a step: bytes of the whole tensors. Each of n ranks sends (n - 1) / n of them, twice that for an all_reduce.
-    collectives: dict[Collective, float]
+    checkpoint: float  # size of a checkpoint: all ranks' states without gradients
+    staged: float  # this rank's part of it
+    largest_parameter: float  # unsharded, in float32: the most that initialization holds of the model
+    peaks: dict[str, dict[str, float]]  # by phase (forward, backward, update), by kind: at the moment of most bytes
+    collectives: dict[Collective, float]  # of a step: bytes of the whole tensors
 
     @property
     def peak_phase(self) -> str:
@@ -67,11 +72,11 @@ class Rehearsal:
 
     @property
     def peak(self) -> dict[str, float]:
-        """Bytes by kind at the moment when they are most."""
+        """Bytes by kind at the moment of most bytes."""
         return self.peaks[self.peak_phase]
 
     def extended(self, other: "Rehearsal", times: float) -> "Rehearsal":
-        """Return this and `times` the way from it to `other`: bytes are linear in the number of layers."""
+        """Return self + times * (other - self): bytes are linear in the number of layers."""
 
         def line(a: dict[Any, float], b: dict[Any, float]) -> dict[Any, float]:
             return {name: a.get(name, 0) + times * (b.get(name, 0) - a.get(name, 0)) for name in {**a, **b}}
@@ -89,10 +94,10 @@ class Rehearsal:
 def rehearse(
     config: PretrainConfig, vocab_size: int, world_size: int, batches: Sequence[PackedBatch], *, cuda: bool
 ) -> Rehearsal:
-    """Return what a step of `config` takes on `world_size` ranks, with the dearest of `batches` as its micro-batches.
+    """Return what a step of `config` takes on `world_size` ranks, using the most memory-hungry of `batches`.
 
-    Deep models are rehearsed at two depths, and the line through them followed. Raises ValueError for a mesh that
-    the number of ranks does not allow. Not inside a process group of another size.
+    Deep models are rehearsed at two depths and extrapolated linearly. Raises ValueError for a mesh that does not divide
+    the ranks. A process group that exists already must have this world size.
     """
     layers, (least, more) = config.model.transformer.layers, depths(config)
     with _ranks_of(world_size) as ranks:
@@ -103,13 +108,13 @@ def rehearse(
 
 
 def depths(config: PretrainConfig) -> tuple[int, int]:
-    """Return the two numbers of layers at which a deeper model is rehearsed."""
+    """Return the two numbers of layers at which deeper models are rehearsed."""
     least = max(DEPTH, config.parallel.prefetch + 3)
     return least, least + 1
 
 
 def state_bytes(config: PretrainConfig, vocab_size: int, world_size: int) -> dict[str, float]:
-    """Return the bytes by kind (see STATES) that rank 0 holds between steps, gradients included; no step is needed."""
+    """Return the bytes by kind (see STATES) that rank 0 holds between steps, gradients included, without a step."""
     layers, (least, more) = config.model.transformer.layers, depths(config)
     with _ranks_of(world_size) as ranks:
         if layers <= more:
@@ -119,11 +124,11 @@ def state_bytes(config: PretrainConfig, vocab_size: int, world_size: int) -> dic
 
 
 class _Stage:
-    """Model and optimizer of `depth` layers on rank 0, after an update, so that every state is there."""
+    """Model and optimizer of `depth` layers on rank 0, after an update, so that every state exists."""
 
     def __init__(self, config: PretrainConfig, depth: int, vocab_size: int, ranks: Ranks, cuda: bool) -> None:
         trunk = replace(config.model.transformer, layers=depth)
-        # What compiled blocks keep, only compiling them says; and `auto` asks the machine it runs on.
+        # Only a compiler knows what compiled blocks keep; and `auto` would depend on this machine.
         dtype = "bfloat16" if cuda and config.parallel.dtype == "auto" else config.parallel.dtype
         self.config = replace(
             config,
@@ -134,9 +139,9 @@ class _Stage:
         with torch.device("meta"):
             self.model = Transfusion(self.config.model, vocab_size)
         parallelize(self.model, self.config.parallel, ranks)
-        self.parameters = list(self.model.parameters())
+        self.parameters: list[torch.Tensor] = list(self.model.parameters())
         self.stats = latent_stats(None, self.config.model.latent_channels, ranks.device)
-        self.fake.allow_non_fake_inputs = True  # the meta tensors, and those of the latents' statistics
+        self.fake.allow_non_fake_inputs = True  # meta tensors and the latents' statistics
         with self.fake, self.live:
             self.model.to_empty(device=ranks.device)
             self.optimizer = Optimizer(self.model, self.config.optim, self.config.guard)
@@ -152,10 +157,10 @@ class _Stage:
         for kind in STATES:
             if kind != "gradients":
                 self.live.name(kind, self.held[kind])
-        self.states = {kind: _bytes(map(_local, self.held[kind])) for kind in STATES}
+        self.states: dict[str, float] = {kind: _bytes(map(_local, self.held[kind])) for kind in STATES}
 
     def rehearse(self, batches: Sequence[PackedBatch]) -> Rehearsal:
-        schedule.cache_clear()  # no tensor of a real step, and none left for one
+        schedule.cache_clear()  # real tensors must not mix with fake ones, here or in a later real step
         for batch in batches:
             with self.fake, self.live:
                 collectives = self._step(batch)
@@ -171,7 +176,7 @@ class _Stage:
         )
 
     def _step(self, batch: PackedBatch) -> dict[Collective, float]:
-        """Take the first and the last micro-step, and the update; return the traffic of all micro-steps."""
+        """Run the first and the last micro-step and the update; return the traffic of all micro-steps."""
         config, live = self.config, self.live
         lanes = -(-config.data.lanes // self.ranks.world_size)
         micro_steps = -(-lanes // min(lanes, config.micro_batch_size))
@@ -179,17 +184,18 @@ class _Stage:
         batch = batch.map(torch.empty_like)
         first = self._micro_step(batch, is_last=False) if micro_steps > 1 else Counter()
         last = self._micro_step(batch, is_last=True)
-        live.name("gradients", [parameter.grad for parameter in self.parameters])
+        live.name("gradients", [parameter.grad for parameter in self.parameters if parameter.grad is not None])
         live.phase = "update"
         self.optimizer.update(2)
         total = Counter(live.taken())
         for what in first | last:
-            # One in between finds gathered what the last finds, and reduces what the first does.
+            # A micro-step in between gathers what the last one does and reduces what the first one does.
             between = last if what.name == "all_gather" else first
             total[what] += first[what] + last[what] + max(micro_steps - 2, 0) * between[what]
         return dict(total)
 
     def _micro_step(self, batch: PackedBatch, *, is_last: bool) -> Counter[Collective]:
+        assert isinstance(self.model, FSDPModule)
         set_micro_step(self.model, self.config.parallel, is_last=is_last)
         self.live.phase = "forward"
         loss = micro_step(
@@ -220,7 +226,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _tensors_in(value: Any, known: set[int]) -> list[torch.Tensor]:
-    """Return the tensors that an optimizer's attribute holds, those of `known` ids left out; add theirs."""
+    """Return the tensors in an optimizer's attribute except those of `known` ids, to which theirs are added."""
     if isinstance(value, torch.Tensor):
         new = [] if id(value) in known else [value]
         known.add(id(value))
@@ -236,12 +242,12 @@ def _tensors_in(value: Any, known: set[int]) -> list[torch.Tensor]:
 @dataclass(eq=False)
 class _Allocation:
     kind: str
-    storage: weakref.ref  # kept, so that its callback runs
+    storage: weakref.ref  # kept alive so that its callback runs
     num_bytes: int = 0
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Sees every tensor that operators make and when its storage goes; keeps the fullest moment of each phase."""
+    """Track every tensor's storage from allocation to release; remember each phase's moment of most bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,11 +255,11 @@ class _LiveBytes(TorchDispatchMode):
         self._collectives: Counter[Collective] = Counter()
         self._allocations: dict[int, _Allocation] = {}  # by the address of the storage
         self._total = 0
-        self._fullest: dict[str, tuple[int, list[tuple[_Allocation, int]]]] = {}
+        self._most: dict[str, tuple[int, list[tuple[_Allocation, int]]]] = {}  # by phase: total, parts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # let it come back with local tensors
+            return NotImplemented  # DTensor calls again with local tensors
         result = func(*args, **(kwargs or {}))
         if func in collective_ops and func not in sync_ops:
             self._count(func, result, args, kwargs)
@@ -263,11 +269,11 @@ class _LiveBytes(TorchDispatchMode):
         for storage in new:
             self._add(storage, "gathered" if by_fsdp else self.phase)
         if new or by_fsdp:
-            self._look(resized=by_fsdp)  # FSDP empties and fills storages in place
+            self._update_most(resized=by_fsdp)  # FSDP frees and refills storages in place
         return result
 
     def name(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say what the storages of `tensors` are, also at the moments already kept."""
+        """Set the kind of the storages of `tensors`, in remembered moments too."""
         for tensor in tensors:
             self._allocations[_local(tensor).untyped_storage()._cdata].kind = kind
 
@@ -276,10 +282,10 @@ class _LiveBytes(TorchDispatchMode):
         taken, self._collectives = self._collectives, Counter()
         return taken
 
-    def peak(self, phase: str) -> dict[str, int]:
-        """Return the bytes by kind at the fullest moment of a phase."""
+    def peak(self, phase: str) -> dict[str, float]:
+        """Return the bytes by kind at a phase's moment of most bytes."""
         kinds: Counter[str] = Counter()
-        for allocation, num_bytes in self._fullest[phase][1]:
+        for allocation, num_bytes in self._most[phase][1]:
             kinds[allocation.kind] += num_bytes
         return dict(kinds)
 
@@ -292,7 +298,7 @@ class _LiveBytes(TorchDispatchMode):
         self._allocations[address] = _Allocation(kind, weakref.ref(storage, gone), num_bytes)
         self._total += num_bytes
 
-    def _look(self, resized: bool) -> None:
+    def _update_most(self, resized: bool) -> None:
         if resized:
             for allocation in list(self._allocations.values()):
                 storage = allocation.storage()
@@ -300,28 +306,20 @@ class _LiveBytes(TorchDispatchMode):
                     storage._fix_weakref()  # torch may have been its only owner
                     allocation.num_bytes = storage.nbytes()
             self._total = sum(allocation.num_bytes for allocation in self._allocations.values())
-        if self._total > self._fullest.get(self.phase, (-1,))[0]:
+        if self.phase not in self._most or self._total > self._most[self.phase][0]:
             sizes = [(allocation, allocation.num_bytes) for allocation in self._allocations.values()]
-            self._fullest[self.phase] = self._total, sizes
+            self._most[self.phase] = self._total, sizes
 
     def _count(self, func: Any, result: Any, args: tuple, kwargs: dict | None) -> None:
-        name = next(name for name in COLLECTIVES if name in _plain(func))
+        operator = func.name().replace("allgather", "all_gather").replace("allreduce", "all_reduce")
+        name = next(name for name in COLLECTIVES if name in operator.replace("alltoall", "all_to_all"))
         group = CollectiveOp.get_process_group(func, args)
         what = Collective(self.phase, name, tuple(dist.get_process_group_ranks(group)))
         self._collectives[what] += CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
 
 
-def _plain(func: Any) -> str:
-    return (
-        func.name()
-        .replace("allgather", "all_gather")
-        .replace("allreduce", "all_reduce")
-        .replace("alltoall", "all_to_all")
-    )
-
-
 def _inside_fsdp() -> bool:
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if "_fully_shard" in frame.f_code.co_filename:
             return True
@@ -331,7 +329,7 @@ def _inside_fsdp() -> bool:
 
 @contextmanager
 def _ranks_of(world_size: int) -> Iterator[Ranks]:
-    """Yield rank 0 of `world_size`: in the process group there is, or in one that connects nobody."""
+    """Yield rank 0 of `world_size`: of the existing process group, else of a fake one."""
     ours = not dist.is_initialized()
     if ours:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)

@@ -1,0 +1,201 @@
+"""The plan of a training run, from its config alone: a dict of numbers with their units in the keys.
+
+Needs neither data nor a GPU. planning/plan_text.py puts it into words.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.dataset import DataConfig, DataSet, open_data
+from data.loader_memory import loader_bytes
+from data.storage import Location
+from data.tokenizer import Tokenizer
+from train.flops import Flops
+from train.hardware import GPUS, REACHED, Gpu, find, memory_of
+from train.planning.estimate import (
+    GIB,
+    PAPER_GRID,
+    communication_seconds,
+    documents_of,
+    flops_per_token,
+    host_bytes,
+    parameters,
+    rehearse_largest,
+    rows_per_rank,
+    usable_bytes,
+)
+from train.planning.rehearsal import Rehearsal
+from train.planning.suggestions import cheapest_fit
+from train.pretrain_config import PretrainConfig
+
+LLAMA_2 = 32_000 + 2  # Llama-2's pieces, BOI and EOI
+SECONDS_A_DAY = 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(PretrainConfig):
+    run_dir: Location = "runs/plan"  # of the planned run; not touched
+    # Number of token ids; null: that of data.tokenizer, or of Llama-2's with BOI and EOI if the file does not exist.
+    vocab_size: int | None = None
+    data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer="runs/tokenizer.model"))
+    world_size: int = 8  # ranks, one per GPU, >= 1
+    gpu: str = "h100"  # a name in train/hardware.py, or torch's name of the device; not read with device=cpu
+    gpus_per_node: int = 8  # ranks per machine, >= 1
+    mfu: float = 0.4  # assumed model FLOPs utilization, in (0, 1]; bench/gpu.sh measures it
+    link_gb_per_s: float | None = None  # to GPUs of its machine, one direction, GB/s; null: 4/5 of the data sheet's
+    network_gb_per_s: float | None = None  # per GPU to other machines, likewise; null: 4/5 of the data sheet's
+    memory_gib: float | None = None  # memory of a device, GiB, > 0; null: the GPU's, or this machine's for device=cpu
+    json: bool = False  # print one JSON object instead of text
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size}: expected 1 or more, or null")
+        if self.world_size < 1 or self.gpus_per_node < 1:
+            raise ValueError(
+                f"world_size={self.world_size}, gpus_per_node={self.gpus_per_node}: expected 1 or more of both"
+            )
+        if self.world_size > self.data.lanes:
+            raise ValueError(
+                f"world_size={self.world_size} is more than data.lanes={self.data.lanes}: use at most one rank per "
+                "lane, or more lanes"
+            )
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu={self.mfu}: expected a share in (0, 1]")
+        for name in ("link_gb_per_s", "network_gb_per_s", "memory_gib"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected more than 0, or null")
+        if self.device != "cpu" and find(self.gpu) is None:
+            known = ", ".join(gpu.name for gpu in GPUS)
+            raise ValueError(
+                f"gpu={self.gpu}: expected one of {known}; for another, set memory_gib and the most similar gpu"
+            )
+
+    @property
+    def gpu_type(self) -> Gpu | None:
+        """Return the GPU to plan for; None with device=cpu."""
+        return None if self.device == "cpu" else find(self.gpu)
+
+
+def make_plan(config: PlanConfig) -> dict[str, Any]:
+    """Return what the run needs and how long it takes; raise ValueError for sizes that torch cannot represent."""
+    vocab_size, vocab_size_from = _vocab_size(config)
+    try:
+        counts = parameters(config.model, vocab_size)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"model and vocab_size={vocab_size} are too large to count: {error}") from None
+    data, assumed = _data(config)
+    step_tokens = config.data.lanes * config.data.sequence_length
+    memory, rehearsal = _memory(config, vocab_size, data)
+    compute = _compute(config, vocab_size, data)
+    return {
+        "parameters": counts,
+        "vocab_size": vocab_size,
+        "vocab_size_from": vocab_size_from,
+        "data_from": assumed or "as in the manifests, of average length",
+        "tokens_a_step": step_tokens,
+        "steps": config.optim.steps,
+        "tokens": step_tokens * config.optim.steps,
+        **memory,
+        **compute,
+        **_communication(config, rehearsal, compute.get("compute_s_a_step")),
+    }
+
+
+def _vocab_size(config: PlanConfig) -> tuple[int, str]:
+    if config.vocab_size is not None:
+        return config.vocab_size, "as given"
+    if Path(str(config.data.tokenizer)).is_file():
+        return Tokenizer(config.data.tokenizer).vocab_size, f"of {config.data.tokenizer}"
+    return LLAMA_2, f"Llama-2's, BOI and EOI: {config.data.tokenizer} is not here"
+
+
+def _data(config: PlanConfig) -> tuple[DataSet | None, str | None]:
+    """Return the data set; if it is not available, None and what is assumed instead."""
+    assumed = f"the paper's mix of text and pictures of {PAPER_GRID[0]}x{PAPER_GRID[1]} latents is assumed"
+    if not config.data.sources:
+        return None, f"no data.sources are named: {assumed}"
+    try:
+        return open_data(config.data, config.seed, config.model.patch_size), None
+    except OSError as error:  # not on this machine, or not reachable from it
+        return None, f"the data is not here ({error}): {assumed}"
+
+
+def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[dict[str, Any], Rehearsal]:
+    """Return what a rank holds, and the rehearsal that says so."""
+    gpu, world_size = config.gpu_type, config.world_size
+    grids = data.grids if data is not None else [PAPER_GRID]
+    if gpu is not None:
+        memory_gib = config.memory_gib or gpu.memory_gib
+        usable = usable_bytes(memory_gib)
+    else:
+        free_gib = memory_of(torch.device("cpu")) / GIB
+        memory_gib = config.memory_gib or free_gib / min(world_size, config.gpus_per_node)
+        usable = memory_gib * GIB
+
+    def rehearsed(config: PretrainConfig, world_size: int) -> Rehearsal:
+        return rehearse_largest(config, vocab_size, world_size, grids, cuda=gpu is not None)
+
+    rehearsal = rehearsed(config, world_size)
+    total = sum(rehearsal.peak.values())
+    host = host_bytes(rehearsal, loader_bytes(data, config.data, world_size) if data is not None else {})
+    plan: dict[str, Any] = {
+        "fits": total <= usable,
+        "peak_memory_gib": total / GIB,
+        "peak_in": rehearsal.peak_phase,
+        "usable_memory_gib": usable / GIB,
+        "device_memory_gib": memory_gib,
+        "memory_at_peak_gib": {kind: size / GIB for kind, size in rehearsal.peak.items()},
+        "states_gib": {kind: size / GIB for kind, size in rehearsal.states.items()},
+        "host_memory_gib": {name: size / GIB for name, size in host.items()},
+        "checkpoint_gib": rehearsal.checkpoint / GIB,
+    }
+    if not plan["fits"]:
+        plan["would_fit_with"] = cheapest_fit(
+            config, world_size, lambda config, ranks: sum(rehearsed(config, ranks).peak.values()) <= usable
+        )
+    return plan, rehearsal
+
+
+def _compute(config: PlanConfig, vocab_size: int, data: DataSet | None) -> dict[str, Any]:
+    """Return the work of a step and, for a GPU, the time it takes."""
+    length = config.data.sequence_length
+    per_token = flops_per_token(Flops.of(config.model, vocab_size), documents_of(config, data), length)
+    step_flops = per_token * config.data.lanes * length
+    rows, micro_steps = rows_per_rank(config, config.world_size)
+    work = {"sequences_a_micro_step": rows, "micro_steps": micro_steps, "step_tflop": step_flops / 1e12}
+    if config.gpu_type is None:
+        return work
+    # All wait for the rank with the most lanes.
+    share = -(-config.data.lanes // config.world_size) / config.data.lanes
+    return work | {"compute_s_a_step": step_flops * share / (config.gpu_type.peak_tflops * 1e12 * config.mfu)}
+
+
+def _communication(config: PlanConfig, rehearsal: Rehearsal, compute_s: float | None) -> dict[str, Any]:
+    """Return what a step sends and, for a GPU, how long that, a step and the run take."""
+    gpu, seconds = config.gpu_type, 0.0
+    sent: dict[str, float] = defaultdict(float)
+    for what, size in rehearsal.collectives.items():
+        ranks = len(what.ranks)
+        sent[f"{what.name}_{what.phase}"] += what.passes * size * (ranks - 1) / ranks / 1e9
+        if gpu is not None:
+            links = config.link_gb_per_s or REACHED * gpu.link_gb_per_s
+            network = config.network_gb_per_s or REACHED * gpu.network_gb_per_s
+            seconds += communication_seconds(what, size, config.gpus_per_node, links, network)
+    found: dict[str, Any] = {"sent_gb_a_step_and_rank": dict(sent)}
+    if compute_s is None:
+        return found
+    step_s = max(compute_s, seconds)
+    run_s = step_s * config.optim.steps
+    return found | {
+        "communication_s_a_step": seconds,
+        "communication_share_of_compute": seconds / compute_s,
+        "step_s": step_s,
+        "tokens_per_s": config.data.lanes * config.data.sequence_length / step_s,
+        "days": run_s / SECONDS_A_DAY,
+        "gpu_hours": run_s / 3600 * config.world_size,
+    }

@@ -1,0 +1,95 @@
+"""A plan as text, to be read at a glance."""
+
+from typing import Any
+
+from train.planning.plan import PlanConfig
+
+BAR = 40  # characters for all memory at the peak
+WORDS = {
+    "parameters": "parameters (float32, this rank's shard)",
+    "optimizer": "the optimizer's states",
+    "ema": "averages of the parameters",
+    "gradients": "gradients (float32, this rank's shard)",
+    "gathered": "gathered parameters and gradients",
+    "forward": "activations",
+    "backward": "temporaries of the backward pass",
+    "update": "temporaries of the update",
+    "batch": "the batch",
+}
+
+
+def plan_text(config: PlanConfig, plan: dict[str, Any]) -> str:
+    """Return a plan in paragraphs: parameters, memory, time."""
+    parts = _parameters(config, plan), _memory(config, plan), _time(config, plan)
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _parameters(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
+    trunk, counts = config.model.transformer, plan["parameters"]
+    size = config.model.patch_size
+    notes = {
+        "total": "",
+        "embeddings": f"{plan['vocab_size']:,} token ids ({plan['vocab_size_from']})",
+        "blocks": f"{trunk.layers} layers of width {trunk.width}, {trunk.heads} heads",
+        "patches": f"{config.model.patches}, {size}x{size} latent pixels per token",
+        "heads": "the text head; the noise head is among the patches",
+    }
+    return ["parameters"] + [
+        f"  {name:<11}{count / 1e6:>12,.2f}M {100 * count / counts['total']:6.2f} %  {notes[name]}".rstrip()
+        for name, count in counts.items()
+    ]
+
+
+def _memory(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
+    device = "CPU rank" if config.gpu_type is None else config.gpu_type.name
+    usable, peak = plan["usable_memory_gib"], plan["peak_memory_gib"]
+    lines = [
+        f"memory of each {device} at the peak, in {plan['peak_in']}: {plan['sequences_a_micro_step']} x "
+        f"{config.data.sequence_length} tokens at once"
+    ]
+    for kind, words in WORDS.items():
+        size = plan["memory_at_peak_gib"].get(kind, 0.0)
+        if size >= 0.005:
+            lines.append(f"  {words:<42}{size:>9.2f} GiB  {_bar(size / peak)}")
+    verdict = "fits" if plan["fits"] else "does not fit"
+    limit = f"of {usable:.2f} usable for tensors ({plan['device_memory_gib']:.1f} in all)"
+    lines.append(f"  {'in all: ' + verdict:<42}{peak:>9.2f} GiB  {limit}")
+    if not plan["fits"]:
+        switches = " ".join(plan["would_fit_with"] or ["none of the switches tried"])
+        lines.append(f"  would fit with {switches}")
+    host = ", ".join(f"{name} {size:.2f}" for name, size in plan["host_memory_gib"].items() if size >= 0.005)
+    lines.append(
+        f"  host memory of a rank, at most            {sum(plan['host_memory_gib'].values()):>10.2f} GiB  {host}"
+    )
+    lines.append(f"  a checkpoint on disk                      {plan['checkpoint_gib']:>10.2f} GiB")
+    return lines
+
+
+def _bar(share: float) -> str:
+    eighths = round(share * BAR * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _time(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
+    machines = -(-config.world_size // config.gpus_per_node)
+    sent = plan["sent_gb_a_step_and_rank"]
+    parts = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in sent.items() if size >= 0.05)
+    tokens, tflop = plan["tokens_a_step"], plan["step_tflop"]
+    lines = [
+        f"a step of {config.world_size} ranks on {machines} machine{'s' if machines > 1 else ''}",
+        f"  batch          {tokens:,} tokens: {config.data.lanes} sequences of {config.data.sequence_length}; "
+        f"micro-steps per rank: {plan['micro_steps']}",
+        f"  work           {tflop:,.0f} TFLOP, {tflop * 1e12 / tokens:.3g} FLOP per token",
+        f"  sent           {sum(sent.values()):.1f} GB per rank" + (f": {parts}" if parts else ""),
+    ]
+    total = f"{plan['steps']:,} steps, {plan['tokens'] / 1e9:,.1f}B tokens in all"
+    if "step_s" in plan:
+        share, speed = plan["communication_share_of_compute"], plan["tokens_per_s"]
+        bound = "hidden behind it where prefetching works" if share < 1 else "which cannot hide it: the limit"
+        lines += [
+            f"  compute        {plan['compute_s_a_step']:.2f} s at an MFU of {config.mfu:.0%}",
+            f"  communication  {plan['communication_s_a_step']:.2f} s, {share:.0%} of the compute, {bound}",
+            f"  speed          {speed:,.0f} tokens/s, {speed / config.world_size:,.0f} per GPU",
+        ]
+        total += f": {plan['days']:,.1f} days, {plan['gpu_hours']:,.0f} GPU-hours"
+    return [*lines, f"  documents      {plan['data_from']}", total]
