@@ -166,14 +166,6 @@ def test_dpmpp_is_of_second_order_and_ddim_of_first():
         assert low < ratio < high, (kind, ratio)
 
 
-def test_ddim_with_eta_one_is_ddpm():
-    x_t, pred, noise = draws().double()
-    alpha, alpha_prev = TABLE[600].item(), TABLE[560].item()
-    x0, eps = to_x0_and_eps(pred, x_t, alpha, "eps")
-    ancestral = ddpm_step(x_t, x0, alpha, alpha_prev, noise)
-    assert torch.allclose(ddim_step(x0, eps, alpha, alpha_prev, 1.0, noise), ancestral, atol=1e-12)
-
-
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_sampling_with_the_exact_denoiser_of_a_gaussian_reaches_its_variance(eta):
     # For x0 ~ N(0, s^2) the best eps is linear in x_t, so the sampler's result has a known spread.

@@ -6,6 +6,7 @@ import pytest
 
 from model.diffusion import DiffusionConfig
 from model.sampler import SamplerConfig
+from model.transformer import SIZES as TRUNKS
 from train.config import load_config
 from train.optim.optimizer import OptimConfig, learning_rate
 from train.planning.estimate import parameters
@@ -31,6 +32,7 @@ def test_a_presets_model_is_the_papers(name: str) -> None:
     model = preset(name).model
     trunk = model.transformer
     assert (trunk.layers, trunk.width, trunk.heads, trunk.num_kv_heads) == (*SIZES[name][:3], trunk.heads)
+    assert trunk == TRUNKS[name]
     assert (model.patches, model.patch_size, model.latent_channels) == ("linear", 2, 8)
     assert model.image_attention == "bidirectional"
     assert not (trunk.rope_2d or trunk.qk_norm or model.timestep_after_patches)

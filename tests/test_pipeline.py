@@ -197,13 +197,5 @@ def test_the_config_in_a_checkpoint_is_the_runs_and_meta_holds_nothing_else(draw
     saved = {checkpoint.read_extra(folder, "config.yaml") for folder in folders}
     assert saved == {(drawn.run_dir / "config.yaml").read_bytes()}
     meta = json.loads(checkpoint.read_extra(folders[0], "meta.json"))
-    assert meta.keys() == {
-        "progress",
-        "guard",
-        "back_to",
-        "metrics",
-        "learning_rate",
-        "fingerprint",
-        "latent_spec",
-        "grids",
-    }
+    expected = {"progress", "guard", "back_to", "metrics", "learning_rate", "fingerprint", "latent_spec", "grids"}
+    assert meta.keys() == expected

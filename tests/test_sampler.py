@@ -1,5 +1,7 @@
 """Cached, batched decoding against a decoder that recomputes everything, one row and one branch at a time."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -24,8 +26,6 @@ from model.unet import UNetConfig
 SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4, never=(0,))
 VOCAB, CHANNELS, GRID, PATCHES = 12, 3, (4, 4), 4
 TABLE = alphas_cumprod().tolist()
-
-
 UNET = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
 
 
@@ -219,18 +219,8 @@ def test_draws_follow_the_sample_and_not_its_place():
     assert all(torch.equal(a, b) for a, b in zip(forwards[0], backwards[1], strict=True))
     same, other = SeededDraws(0), SeededDraws(1)
     assert torch.equal(same.noise(3, 0, 0, (2, 2)), SeededDraws(0).noise(3, 0, 0, (2, 2)))
-    assert (
-        len(
-            {
-                draws.noise(i, j, s, (1,)).item()
-                for draws in (same, other)
-                for i in (0, 1)
-                for j in (0, 1)
-                for s in (0, 1)
-            }
-        )
-        == 16
-    )
+    places = itertools.product((same, other), (0, 1), (0, 1), (0, 1))
+    assert len({draws.noise(*place, (1,)).item() for draws, *place in places}) == 16
 
 
 def test_a_picture_costs_its_own_tokens_alone():

@@ -93,21 +93,10 @@ def test_truth_scores_one_and_the_answers_come_back_in_order_on_any_number_of_ra
 def test_shares_are_of_their_own_split_and_none_where_there_is_nothing_to_judge() -> None:
     blank, shape = np.zeros((8, 8, 3), np.uint8), Shape(shape="circle", colour="red", position="centre", size="small")
     items = [SceneItem(split, "", blank, (shape,)) for split in ("seen", "seen", "seen", "unseen")]
-    verdicts = [
-        Verdict(True, True, True),
-        Verdict(True, False, True),
-        Verdict(False, False, True),
-        Verdict(True, True, True),
-    ]
-    expected = {
-        "all": 1 / 3,
-        "colour": 2 / 3,
-        "shape": 1 / 3,
-        "position": 1.0,
-        "all_unseen": 1.0,
-        "all_two_shapes": None,
-    }
-    assert shares(items, verdicts) == expected
+    right = [(True, True, True), (True, False, True), (False, False, True), (True, True, True)]
+    expected = {"all": 1 / 3, "colour": 2 / 3, "shape": 1 / 3, "position": 1.0}
+    expected |= {"all_unseen": 1.0, "all_two_shapes": None}
+    assert shares(items, [Verdict(*verdict) for verdict in right]) == expected
 
 
 def _heldout_pairs(folder: Path, drawn: DrawingRun) -> Path:

@@ -7,14 +7,6 @@ import torch.nn.functional as F
 from model.cache import KVCache, NextTokens
 from model.transformer import SIZES, RMSNorm, Transformer, TransformerConfig
 
-PAPER = {
-    "0.16b": (16, 768, 12),
-    "0.37b": (24, 1024, 16),
-    "0.76b": (24, 1536, 24),
-    "1.4b": (24, 2048, 16),
-    "7b": (32, 4096, 32),
-}
-
 
 def small_trunk(**changes):
     torch.manual_seed(0)
@@ -127,24 +119,8 @@ def test_rms_norm_equals_torchs_in_value_and_gradients(dtype, tolerance):
         assert (grad - wanted).norm() <= tolerance * wanted.norm()
 
 
-def test_sizes_are_the_papers():
-    for name, (layers, width, heads) in PAPER.items():
-        size = SIZES[name]
-        assert (size.layers, size.width, size.heads, size.num_kv_heads) == (layers, width, heads, heads)
-        assert not (size.qk_norm or size.rope_2d)
-    assert SIZES["7b"].hidden == 11008  # Llama-7B's
-
-
-@pytest.mark.parametrize("name,low,high", [("0.16b", 0.11e9, 0.16e9), ("0.76b", 0.65e9, 0.8e9), ("7b", 6.4e9, 7.2e9)])
-def test_block_parameters_come_to_about_the_size_in_the_name(name, low, high):
-    with torch.device("meta"):
-        trunk = Transformer(SIZES[name])
-    assert low < sum(parameter.numel() for parameter in trunk.parameters()) < high
-
-
-def test_meta_device_gives_no_buffers_to_lose():
-    with torch.device("meta"):
-        assert not list(small_trunk().buffers())
+def test_the_feed_forward_of_7b_is_as_wide_as_llamas():
+    assert SIZES["7b"].hidden == 11008
 
 
 def test_compiled_blocks_equal_eager_ones_and_share_one_graph():
