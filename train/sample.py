@@ -26,6 +26,7 @@ from train.distributed.agreement import facts_of
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.shared_folder import require_shared
 from train.inference.pipeline import BAR_FORMAT, Part, Pipeline, PipelineConfig, one_picture, text_alone
+from train.output_folder import make_writable
 
 IMAGE = "<image>"
 ASKED = ("prompt", "prompts", "prompts_file", "images", "n", "output", "seed")  # not part of a sample's `settings`
@@ -108,13 +109,9 @@ def main(argv: list[str]) -> int | None:
 
 def _clear(output: Path) -> None:
     """Create the folder, and remove the results of an earlier call from it."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for path in output.iterdir():
-            if path.name in ("results.jsonl", "sheet.png") or re.fullmatch(r"\d{4,}(-\d+\.png|\.txt)", path.name):
-                path.unlink()
-    except OSError as error:
-        raise OSError(f"output={output}: cannot write there ({error.strerror}); choose a writable folder") from None
+    for path in make_writable(output).iterdir():
+        if path.name in ("results.jsonl", "sheet.png") or re.fullmatch(r"\d{4,}(-\d+\.png|\.txt)", path.name):
+            path.unlink()
 
 
 def _requests(config: SampleConfig) -> list[Request]:

@@ -99,27 +99,26 @@ def rehearse(
     Deep models are rehearsed at two depths and extrapolated linearly. Raises ValueError for a mesh that does not divide
     the ranks. A process group that exists already must have this world size.
     """
-    layers, (least, more) = config.model.transformer.layers, depths(config)
+    layers, least = config.model.transformer.layers, least_depth(config)
     with _ranks_of(world_size) as ranks:
-        if layers <= more:
+        if layers <= least + 1:
             return _Stage(config, layers, vocab_size, ranks, cuda).rehearse(batches)
-        low, high = (_Stage(config, depth, vocab_size, ranks, cuda).rehearse(batches) for depth in (least, more))
+        low, high = (_Stage(config, depth, vocab_size, ranks, cuda).rehearse(batches) for depth in (least, least + 1))
     return low.extended(high, layers - least)
 
 
-def depths(config: PretrainConfig) -> tuple[int, int]:
-    """Return the two numbers of layers at which deeper models are rehearsed."""
-    least = max(DEPTH, config.parallel.prefetch + 3)
-    return least, least + 1
+def least_depth(config: PretrainConfig) -> int:
+    """Return the number of layers from which on each further one adds the same."""
+    return max(DEPTH, config.parallel.prefetch + 3)
 
 
 def state_bytes(config: PretrainConfig, vocab_size: int, world_size: int) -> dict[str, float]:
     """Return the bytes by kind (see STATES) that rank 0 holds between steps, gradients included, without a step."""
-    layers, (least, more) = config.model.transformer.layers, depths(config)
+    layers, least = config.model.transformer.layers, least_depth(config)
     with _ranks_of(world_size) as ranks:
-        if layers <= more:
+        if layers <= least + 1:
             return dict(_Stage(config, layers, vocab_size, ranks, cuda=False).states)
-        low, high = (_Stage(config, depth, vocab_size, ranks, cuda=False).states for depth in (least, more))
+        low, high = (_Stage(config, depth, vocab_size, ranks, cuda=False).states for depth in (least, least + 1))
     return {kind: low[kind] + (layers - least) * (high[kind] - low[kind]) for kind in STATES}
 
 
