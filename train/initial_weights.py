@@ -31,9 +31,9 @@ def read_initial_weights(
         parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         with torch.no_grad():
             chosen = stored.read(config.init_weights, parameters, ranks)
-        if ranks.is_first and (changed := differences(meaning(stored.recipe), meaning(config))):
+        if ranks.is_first and (changed := differences(meaning(stored.config), meaning(config))):
             log.warning("%s was trained with different settings: %s", stored.folder, "; ".join(changed.values()))
-        return f"from the weights ({chosen}) of {stored.folder}, step {stored.step}", stored.trained
+        return f"from the weights ({chosen}) of {stored.folder}, step {stored.step}", stored.trained_records
 
     assert config.init_from is not None
     return SavedModel.use(config.init_from, ranks, read, "init_from")

@@ -1,4 +1,4 @@
-"""One forward and backward of the fullest batches, on the real model, before training starts.
+"""One forward and backward of the largest batches, on the real model, before training starts.
 
 Out-of-memory errors surface now rather than days in, and compilation happens here. Nothing of it is kept.
 """
@@ -15,7 +15,7 @@ from train.console import say
 from train.distributed.local_shards import local
 from train.distributed.ranks import Ranks
 from train.optim.optimizer import Optimizer
-from train.planning.estimate import fullest_of
+from train.planning.estimate import largest_batches_of
 from train.pretrain_config import PretrainConfig
 from train.step import forward_backward
 
@@ -30,21 +30,21 @@ def dry_run(
     *,
     is_resumed: bool,
 ) -> None:
-    """Run the fullest batches with images of `grids`; raise MemoryError where one does not fit. Collective."""
+    """Run the largest batches with images of `grids`; raise MemoryError where one does not fit. Collective."""
     start, on_cuda = time.monotonic(), ranks.device.type == "cuda"
     moments = 8 * sum(local(p).numel() for p in optimizer.parameters.values())  # allocated by the first update
     try:
         reserve = torch.empty(moments if on_cuda and not is_resumed else 0, dtype=torch.uint8, device=ranks.device)
-        for batch in fullest_of(config, ranks.world_size, grids):
+        for batch in largest_batches_of(config, ranks.world_size, grids):
             batch = batch.to(ranks.device)
             forward_backward(model, batch, config, stats, global_text_targets=1, global_images=1, is_last=True)
     except torch.OutOfMemoryError as error:
         raise MemoryError(
-            f"the fullest batch does not fit: {config.micro_batch_size} x {config.data.sequence_length} "
+            f"the largest batch does not fit: {config.micro_batch_size} x {config.data.sequence_length} "
             "tokens (micro_batch_size x data.sequence_length); python -m train.plan says what would fit"
         ) from error
     del reserve
     model.zero_grad(set_to_none=True)
     if ranks.is_first:
         peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if on_cuda else ""
-        say(f"pretrain: dry run of the fullest batch: {time.monotonic() - start:.1f} s{peak}")
+        say(f"pretrain: dry run of the largest batch: {time.monotonic() - start:.1f} s{peak}")
