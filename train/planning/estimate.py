@@ -160,9 +160,9 @@ def documents_of(config: PretrainConfig, data: DataSet | None) -> list[Documents
         patches = cells // size**2
         tokens = patches + CAPTION_TOKENS + 4
         share = min(1.0, image_share * tokens / patches)
-        images = {"images": 1, "image_patches": patches, "image_cells": cells, "image_pairs": math.comb(patches, 2)}
+        pictures = {"images": 1, "image_patches": patches, "image_cells": cells, "image_pairs": math.comb(patches, 2)}
         return [
-            Documents(share=share, tokens=tokens, **images),
+            Documents(share=share, tokens=tokens, **pictures),
             Documents(share=1 - share, tokens=config.data.sequence_length),
         ]
     kinds, weights = [], sum(source.config.weight_at(1) for source in data.sources)
