@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 from bench.faults import KINDS, Fault, NotSurvived
-from bench.job import Attempt, Job
+from bench.job import SMALL_RUN, Job, pretrain_main
 from bench.loader import make_source
+from bench.ranks import ProgramRanks
 from bench.trajectory import WORLD_SIZE, Entry, Trajectory, Undisturbed
 from data.tokenizer import Tokenizer, train_tokenizer
 from train.config import load_config, run_program
@@ -91,7 +92,7 @@ def survive(config: ChaosConfig, folder: Path) -> dict[str, Any]:
     kinds = config.kinds or list(KINDS)
     if (reason := _cannot_mount(folder)) is not None:
         skipped = {kind: reason for kind in kinds if KINDS[kind].needs_mount}
-    with Attempt(["--help"], 1, folder / "warm.log") as warm:  # the first start imports torch
+    with ProgramRanks(pretrain_main(), ["--help"], 1, folder / "warm.log") as warm:  # the first start imports torch
         warm.wait(120)
     undisturbed = Undisturbed.run(Job(folder / "undisturbed", settings, _made(folder / "logs" / "undisturbed")))
     waiting = plan(config, [kind for kind in kinds if kind not in skipped])
@@ -166,30 +167,15 @@ def make_settings(folder: Path, steps: int) -> dict[str, Any]:
     make_source(folder / "texts", tokenizer, ([tokens(1, 60)] for _ in range(70)), channels=2, records=23)
     make_source(folder / "heldout", tokenizer, ([tokens(1, 60)] for _ in range(12)), channels=2, records=12)
     return {
-        "device": "cpu",
-        "micro_batch_size": 2,
-        "model.latent_channels": 2,
-        "model.transformer.width": 32,
-        "model.transformer.layers": 2,
-        "model.transformer.heads": 2,
-        "model.transformer.ffn_multiple_of": 16,
+        **SMALL_RUN,
         "data.sources.pairs.path": folder / "pairs",
         "data.sources.texts.path": folder / "texts",
         "data.tokenizer": path,
-        "data.lanes": 5,
-        "data.sequence_length": 64,
-        "data.shuffle_block": 8,
-        "data.look_ahead": 4,
         "optim.steps": steps,
-        "optim.learning_rate": 1e-3,
-        "optim.warmup_steps": 2,
-        "optim.ema_half_lives": [7],
-        "parallel.dtype": "float32",
         "checkpoint.interval_steps": 4,
         "evaluation.interval_steps": 7,
         "evaluation.heldout.texts": folder / "heldout",
         "evaluation.lanes": 4,
-        "log.interval_steps": 1,
     }
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.harms import flip_bit, full_disk, read_only, remove, truncate, vanished_shard
-from bench.job import Attempt, Job
+from bench.job import Job
+from bench.ranks import ProgramRanks
 
 POLL_S = 0.001  # a save of the small model takes 0.1 s, its commit a few milliseconds
 GRACE_S = 8.0  # beyond a timeout: what a busy machine may take to end processes
@@ -49,7 +50,7 @@ class Scene:
 
     fault: Fault
     job: Job
-    attempt: Attempt
+    attempt: ProgramRanks
     target: int  # the step it waits for
     steps: int  # of the whole training
     paces: dict[str, float]  # seconds that a phase takes undisturbed
@@ -61,6 +62,9 @@ class Scene:
     @property
     def timeout_s(self) -> float:
         return KINDS[self.fault.kind].timeout_s
+
+    def others_than(self, victim: int) -> list[int]:
+        return [rank for rank in range(self.fault.world_size) if rank != victim]
 
     def end(self, allowed: set[int], *, within_s: float | None = None, ranks: list[int] | None = None) -> None:
         """Wait for the ranks to end, each with one of the `allowed` statuses."""
@@ -143,8 +147,8 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 def kill_rank(scene: Scene) -> None:
     """`kill -9` of one rank; the others must notice, say so and end."""
-    victim, since = scene.luck.randrange(scene.attempt.world_size), _now_if_running(scene)
-    scene.attempt.signal(signal.SIGKILL, [victim])
+    victim, since = scene.luck.randrange(scene.fault.world_size), _now_if_running(scene)
+    scene.attempt.signal(signal.SIGKILL, victim)
     _expect_end_of_others(scene, victim, since)
 
 
@@ -155,15 +159,15 @@ def kill_all(scene: Scene) -> None:
 
 def freeze_rank(scene: Scene) -> None:
     """SIGSTOP of one rank beyond the timeout, then SIGCONT or `kill -9`. Peers in a save wait longer, by design."""
-    victim, since = scene.luck.randrange(scene.attempt.world_size), _now_if_running(scene)
-    scene.attempt.signal(signal.SIGSTOP, [victim])
-    others = [rank for rank in range(scene.attempt.world_size) if rank != victim]
+    victim, since = scene.luck.randrange(scene.fault.world_size), _now_if_running(scene)
+    scene.attempt.signal(signal.SIGSTOP, victim)
+    others = scene.others_than(victim)
     scene.attempt.wait(scene.timeout_s + GRACE_S / 2, others)
     scene.outwaited = any(scene.attempt.statuses[rank] is None for rank in others)
     if scene.luck.random() < 0.5:
-        scene.attempt.signal(signal.SIGKILL, [victim])
+        scene.attempt.signal(signal.SIGKILL, victim)
     else:
-        scene.attempt.signal(signal.SIGCONT, [victim])
+        scene.attempt.signal(signal.SIGCONT, victim)
         if scene.outwaited:
             time.sleep(1.0)  # frozen where nobody minded: it goes on, and is stopped in order
             scene.attempt.signal(signal.SIGTERM)
@@ -177,7 +181,7 @@ def _now_if_running(scene: Scene) -> float | None:
 
 
 def _expect_end_of_others(scene: Scene, victim: int, since: float | None) -> None:
-    others = [rank for rank in range(scene.attempt.world_size) if rank != victim]
+    others = scene.others_than(victim)
     early, late = _at_start(scene), _at_exit(scene)
     scene.end({1, *early, *late}, ranks=others)
     if others and since is not None:
@@ -186,8 +190,8 @@ def _expect_end_of_others(scene: Scene, victim: int, since: float | None) -> Non
     if early or late:
         return
     for rank in others:
-        said = scene.attempt.output(rank)
-        line = rf"^rank {rank} of {scene.attempt.world_size} .* lost .*\brank {victim}\b.* at step \d+"
+        said = scene.attempt.logs[rank].read_text("utf-8", errors="replace")
+        line = rf"^rank {rank} of {scene.fault.world_size} .* lost .*\brank {victim}\b.* at step \d+"
         if not re.search(line, said, re.MULTILINE):
             raise NotSurvived(f"rank {rank} does not say which rank, step and what; its last words: {said[-300:]!r}")
         if "Traceback" in said:
@@ -198,10 +202,10 @@ def stop_in_order(number: int) -> Callable[[Scene], None]:
     """Return the kind that sends a stop signal to one rank, or to all: saved, exit 75."""
 
     def strike(scene: Scene) -> None:
-        ranks = list(range(scene.attempt.world_size))
-        scene.attempt.signal(number, scene.luck.choice([ranks, [scene.luck.choice(ranks)]]))
+        one = scene.luck.randrange(scene.fault.world_size)
+        scene.attempt.signal(number, scene.luck.choice([None, one]))
         scene.end({75, *_at_start(scene, number), *_at_exit(scene)})
-        if not _at_start(scene) and "Traceback" in scene.attempt.output():
+        if not _at_start(scene) and "Traceback" in scene.attempt.output:
             raise NotSurvived("an orderly stop printed a traceback")
 
     return strike
@@ -239,7 +243,7 @@ def suffer(scene: Scene) -> None:
         time.sleep(0.02)
     scene.attempt.signal(signal.SIGTERM)
     scene.end({0, 1, 2, 75, *_at_start(scene, signal.SIGTERM)})
-    if "Traceback" in scene.attempt.output():
+    if "Traceback" in scene.attempt.output:
         raise NotSurvived("it printed a traceback")
 
 
@@ -261,8 +265,8 @@ def second_copy(scene: Scene) -> None:
         since = scene.job.last_step()
         if set(second.statuses) != {2} and since < scene.steps:
             raise NotSurvived(f"a second copy ended with {second.statuses} after {took:.1f} s, expected 2")
-        if "is in use by" not in second.output() or "Traceback" in second.output():
-            raise NotSurvived(f"a second copy was refused with {second.output()[-300:]!r}")
+        if "is in use by" not in second.output or "Traceback" in second.output:
+            raise NotSurvived(f"a second copy was refused with {second.output[-300:]!r}")
     deadline = time.monotonic() + scene.timeout_s
     while scene.job.last_step() < min(since + 2, scene.steps):
         if not scene.attempt.running or time.monotonic() > deadline:

@@ -1,104 +1,45 @@
-"""A training job as its user meets it: a command, a run folder, ranks that are started, signalled and end.
+"""A training run as its user meets it: a command, a run folder, and what the folder shows from outside.
 
-Ranks are real processes that run `python -m train.pretrain` in the environment torchrun would give them. They are
-forked from a server that has imported torch and run nothing, so that a start costs a tenth of a second instead of the
-eight of the imports; the rendezvous store is ours, as it is the agent's under torchrun. What is known of a run is read
-from its folder alone, as a person would.
+Everything known of a run is read from its folder alone, as a person would read it. The ranks are bench/ranks.py's.
 """
 
+import importlib
 import json
-import multiprocessing
 import os
-import runpy
-import signal
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from bench.ranks import Main, ProgramRanks
 from train.checkpoints import checkpoint
+from train.checkpoints.storage import read_index
 from train.distributed.ranks import alone
 
-PRELOADED = [
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint.state_dict",
-    "torch._dynamo",
-    "train.pretrain",
-    "bench.trajectory",
-    "bench.loader",
-]
-
-
-class Attempt:
-    """One start of a command on `world_size` ranks; leaving the context kills what still runs.
-
-    Rank r writes what it prints, standard error too, to `<log>.<r>`.
-    """
-
-    def __init__(self, argv: Sequence[str], world_size: int, log: Path, environment: dict[str, str] | None = None):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)  # without effect once the server runs
-        self.started, self.world_size = time.monotonic(), world_size
-        self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(world_size)]
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._processes = []
-        for rank, path in enumerate(self.logs):
-            of_rank = {**rank_environment(rank, world_size, self._store.port), "OMP_NUM_THREADS": "1"}
-            of_rank |= environment or {}
-            # Not daemonic: such a process may have no children, and loader workers are children.
-            process = context.Process(target=_pretrain, args=(list(argv), of_rank, path))
-            process.start()
-            self._processes.append(process)
-
-    def __enter__(self) -> "Attempt":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.signal(signal.SIGKILL)
-        self.wait(10)
-
-    @property
-    def statuses(self) -> list[int | None]:
-        """Return each rank's exit status: minus the signal that killed it, None while it runs."""
-        return [process.exitcode for process in self._processes]
-
-    @property
-    def running(self) -> bool:
-        return None in self.statuses
-
-    def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
-        """Send a signal to some ranks or to all, as far as they still run."""
-        for rank in range(self.world_size) if ranks is None else ranks:
-            if self._processes[rank].exitcode is None:
-                os.kill(self._processes[rank].pid, number)
-
-    def wait(self, timeout_s: float, ranks: Sequence[int] | None = None) -> list[int | None]:
-        """Return the statuses once the ranks have ended, or at the deadline."""
-        deadline = time.monotonic() + timeout_s
-        for rank in range(self.world_size) if ranks is None else ranks:
-            self._processes[rank].join(max(0.0, deadline - time.monotonic()))
-        return self.statuses
-
-    def output(self, rank: int | None = None) -> str:
-        """Return what one rank, or all, have printed so far."""
-        logs = self.logs if rank is None else [self.logs[rank]]
-        return "".join(path.read_text(errors="replace", encoding="utf-8") for path in logs if path.exists())
-
-    def leftovers(self) -> list[int]:
-        """Return the processes that still print to this attempt's logs: ranks and what they started."""
-        names, found = {str(path) for path in self.logs}, []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if os.readlink(process / "fd" / "1") in names:
-                    found.append(int(process.name))
-            except OSError:  # it ended while we looked
-                continue
-        return found
+# A model of two layers and five lanes of 64 tokens; data, steps and intervals are the run's own.
+SMALL_RUN: Mapping[str, Any] = {
+    "device": "cpu",
+    "micro_batch_size": 2,
+    "model.latent_channels": 2,
+    "model.transformer.width": 32,
+    "model.transformer.layers": 2,
+    "model.transformer.heads": 2,
+    "model.transformer.ffn_multiple_of": 16,
+    "data.lanes": 5,
+    "data.sequence_length": 64,
+    "data.shuffle_block": 8,
+    "data.look_ahead": 4,
+    "optim.learning_rate": 1e-3,
+    "optim.warmup_steps": 2,
+    "optim.ema_half_lives": [7],
+    "parallel.dtype": "float32",
+    "log.interval_steps": 1,
+}
+# What a run must reproduce of each row; times and speeds are left out.
+NUMBERS = ("text_loss", "image_loss", "grad_norm", "tokens_seen", "images_seen", "skipped_documents", "learning_rate")
 
 
 @dataclass
@@ -113,18 +54,19 @@ class Job:
 
     def start(
         self, world_size: int, changes: dict[str, Any] | None = None, environment: dict[str, str] | None = None
-    ) -> Attempt:
+    ) -> ProgramRanks:
         """Run the command; `changes` replace some of its settings."""
         self.attempts += 1
         self._claim = self._attempt_json()
-        return Attempt(self.argv(changes), world_size, self.logs / f"{self.attempts:03d}.log", environment)
+        log = self.logs / f"{self.attempts:03d}.log"
+        return ProgramRanks(pretrain_main(), self.argv(changes), world_size, log, environment)
 
     def argv(self, changes: dict[str, Any] | None = None) -> list[str]:
         given = {"run_dir": self.run_dir, **self.settings, **(changes or {})}
         return [f"{key}={value}" for key, value in given.items()]
 
     def claimed(self) -> bool:
-        """Return whether an attempt has taken the run folder since the newest start."""
+        """Return whether an attempt has locked the run folder since the newest start."""
         return self._attempt_json() != self._claim
 
     def _attempt_json(self) -> str:
@@ -140,19 +82,15 @@ class Job:
         return self.run_dir / "checkpoints"
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the whole rows of training steps in metrics.jsonl."""
-        return [row for row in self._all_rows() if "text_loss" in row]
+        """Return the rows of training steps in metrics.jsonl."""
+        return [row for row in rows(self.run_dir) if "text_loss" in row]
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Return the whole rows of evaluations in metrics.jsonl."""
-        return [row for row in self._all_rows() if "text_loss" not in row]
-
-    def _all_rows(self) -> list[dict[str, Any]]:
-        lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+        """Return the rows of evaluations in metrics.jsonl."""
+        return [row for row in rows(self.run_dir) if "text_loss" not in row]
 
     def last_step(self) -> int:
-        """Return the step of the last whole row, 0 without any; cheap enough to be asked a thousand times a second."""
+        """Return the step of the last whole row, 0 without any; cheap enough for a thousand calls a second."""
         try:
             with self.metrics.open("rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
@@ -162,7 +100,7 @@ class Job:
             return 0
 
     def inode(self) -> int | None:
-        """Return what tells this metrics.jsonl from the one that a resume puts in its place."""
+        """Return what distinguishes this metrics.jsonl from the one that a resume replaces it with."""
         return self.metrics.stat().st_ino if self.metrics.exists() else None
 
     def saved(self) -> list[int]:
@@ -175,7 +113,7 @@ class Job:
         return {checkpoint.step_of(folder): checkpoint.verify(folder, alone()) for folder in folders}
 
     def newest_intact(self) -> int:
-        """Return the step that the next start must go on from, 0 for none."""
+        """Return the step that the next start must resume from, 0 for none."""
         return max((step for step, problems in self.problems().items() if not problems), default=0)
 
     def folder_of(self, step: int) -> Path:
@@ -186,26 +124,26 @@ class Job:
         return {int(path.name.split("-")[2]): path for path in self.checkpoints.glob(".tmp-step-*")}
 
 
-def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """Return what torchrun would tell a rank on this machine, whose rendezvous store listens at `port`."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+def pretrain_main() -> Main:
+    """Return the training program, which nobody imports."""
+    return importlib.import_module("train.pretrain").main
 
 
-def _pretrain(argv: list[str], environment: dict[str, str], log: Path) -> None:
-    """Become `python -m train.pretrain ARGV`; runs in the new process."""
-    torch.set_num_threads(1)  # tensors are tiny: threads only wait for each other
-    os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = ["train/pretrain.py", *argv]
-    sys.modules.pop("train.pretrain", None)  # imported for what it imports; it runs as a program of its own
-    runpy.run_module("train.pretrain", run_name="__main__", alter_sys=True)
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl; one that is still being written does not count."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+    """Return a checkpoint's tensors by name, its lanes and its other facts."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for name, record in read_index(folder).state_dict_metadata.items():
+        assert isinstance(record, TensorStorageMetadata), name
+        entry, _, rest = name.partition(".")
+        state.setdefault(entry, {})[rest] = torch.full(record.size, torch.nan, dtype=record.properties.dtype)
+    checkpoint.load(folder, state, alone())
+    tensors = {f"{entry}.{rest}": tensor for entry, part in state.items() for rest, tensor in part.items()}
+    lanes, meta = (json.loads(checkpoint.read_extra(folder, name)) for name in ("lanes.json", "meta.json"))
+    return tensors, lanes, meta

@@ -19,18 +19,16 @@ from typing import Any
 import torch
 
 from bench.faults import DAMAGES, GRACE_S, KINDS, Fault, NotSurvived, Scene, wait_for_instant
-from bench.job import Attempt, Job
+from bench.job import NUMBERS, Job, read_checkpoint
+from bench.ranks import ProgramRanks
 from data.dataset import DataSet, open_data
 from data.lanes import Lane, Source
 from data.packing import PADDING_DOCUMENT
 from train.checkpoints import checkpoint
-from train.checkpoints.storage import read_index
 from train.config import load_config
-from train.distributed.ranks import alone
 from train.pretrain_config import PretrainConfig
 
 WORLD_SIZE = 2  # of the undisturbed run
-NUMBERS = ("text_loss", "image_loss", "grad_norm", "tokens_seen", "images_seen", "skipped_documents", "learning_rate")
 # On other world sizes gradients are added up in another order, and Adam's first steps enlarge the last bits.
 TOLERANCE = 1e-3  # of rows, relative; of weights, absolute
 LATE_S = 40.0  # that the first step may take, besides what its fault adds
@@ -68,14 +66,7 @@ class End:
     @classmethod
     def of(cls, job: Job) -> "End":
         folder = job.folder_of(job.newest_intact())
-        index = read_index(folder).state_dict_metadata
-        state: dict[str, dict[str, torch.Tensor]] = {}
-        for name, record in index.items():
-            entry, _, rest = name.partition(".")
-            state.setdefault(entry, {})[rest] = torch.full(record.size, torch.nan, dtype=record.properties.dtype)
-        checkpoint.load(folder, state, alone())
-        tensors = {f"{entry}.{rest}": tensor for entry, part in state.items() for rest, tensor in part.items()}
-        meta = json.loads(checkpoint.read_extra(folder, "meta.json"))
+        tensors, _, meta = read_checkpoint(folder)
         lanes = saved_lanes(job, checkpoint.step_of(folder))
         return cls(job.rows(), job.evaluations(), tensors, lanes, meta["progress"])
 
@@ -98,7 +89,7 @@ class Undisturbed:
         with job.start(WORLD_SIZE) as attempt, FirstStep(job, attempt, 0) as first:
             statuses = attempt.wait(END_S)
         if set(statuses) != {0}:
-            raise RuntimeError(f"the undisturbed run ended with {statuses}:\n{attempt.output()}")
+            raise RuntimeError(f"the undisturbed run ended with {statuses}:\n{attempt.output}")
         config = load_config(PretrainConfig, job.argv())
         data, end = partial(open_data, config.data, config.seed, config.model.patch_size), End.of(job)
         step_s = sorted(row["step_s"] for row in end.rows)
@@ -120,7 +111,7 @@ class FirstStep:
     Looks at the folder alone: of two threads that ask for a process's exit status, one would get a wrong answer.
     """
 
-    def __init__(self, job: Job, attempt: Attempt, resume: int) -> None:
+    def __init__(self, job: Job, attempt: ProgramRanks, resume: int) -> None:
         self.job, self.started, self.resume = job, attempt.started, resume
         self.seconds: float | None = None  # from the attempt's start; None: it never came
         self._inode, self._closed = job.inode(), False
@@ -197,7 +188,7 @@ class Trajectory:
                 attempt = stack.enter_context(job.start(world_size))
                 first = stack.enter_context(FirstStep(job, attempt, resume))
                 if set(attempt.wait(END_S)) != {0}:
-                    raise NotSurvived(f"started again: statuses {attempt.statuses}: {attempt.output()[-600:]!r}")
+                    raise NotSurvived(f"started again: statuses {attempt.statuses}: {attempt.output[-600:]!r}")
             else:
                 attempt, first = self._struck(entry, resume, stack)
         self._settle(attempt, resume, entry)
@@ -210,7 +201,7 @@ class Trajectory:
             for earlier in self.entries:
                 earlier.resumed |= earlier is not entry and earlier.what is None
 
-    def _struck(self, entry: Entry, resume: int, stack: ExitStack) -> tuple[Attempt, FirstStep]:
+    def _struck(self, entry: Entry, resume: int, stack: ExitStack) -> tuple[ProgramRanks, FirstStep]:
         fault, job, undisturbed = entry.fault, self.job, self.undisturbed
         kind, luck = KINDS[fault.kind], fault.luck
         timeouts = dict.fromkeys(("timeout_minutes", "startup_timeout_minutes"), kind.timeout_s / 60)
@@ -227,7 +218,7 @@ class Trajectory:
         entry.seconds_to_end, entry.outwaited = scene.seconds_to_end, scene.outwaited
         return attempt, first
 
-    def _settle(self, attempt: Attempt, resume: int, entry: Entry | None) -> None:
+    def _settle(self, attempt: ProgramRanks, resume: int, entry: Entry | None) -> None:
         """Check processes and checkpoints once an attempt has ended."""
         deadline = time.monotonic() + GRACE_S
         while left := attempt.leftovers():

@@ -1,4 +1,4 @@
-"""Training runs small enough for a test: two layers of width 32, five lanes of 64 tokens."""
+"""Training runs small enough for a test (bench.job.SMALL_RUN): started, watched and compared."""
 
 import json
 import time
@@ -10,52 +10,36 @@ from typing import Any
 
 import torch
 
+from bench.job import NUMBERS, SMALL_RUN, read_checkpoint, rows
+from bench.ranks import ProgramRanks
 from data.tokenizer import Tokenizer
 from model.vae import load_vae, vae_hash
-from tests.ranks import ProgramRanks
 from tests.sources import make_source, pairs
 from train import pretrain
 from train.checkpoints import checkpoint
-from train.checkpoints.storage import read_index
 from train.distributed.ranks import alone
 
 STEPS = 24
 SAVE_EVERY = 5
-NUMBERS = ("text_loss", "image_loss", "grad_norm", "tokens_seen", "images_seen", "skipped_documents", "learning_rate")
 
 
 def settings(run_dir: Path, tokenizer: Tokenizer, sources: dict[str, Path], **changes: Any) -> list[str]:
     """Return the arguments of a small run; `changes` by key, two underscores for a dot."""
     given = {
+        **SMALL_RUN,
         "run_dir": run_dir,
-        "device": "cpu",
-        "micro_batch_size": 2,
-        "model.latent_channels": 2,
-        "model.transformer.width": 32,
-        "model.transformer.layers": 2,
-        "model.transformer.heads": 2,
-        "model.transformer.ffn_multiple_of": 16,
         "data.tokenizer": tokenizer.path,
-        "data.lanes": 5,
-        "data.sequence_length": 64,
-        "data.shuffle_block": 8,
-        "data.look_ahead": 4,
         "optim.steps": STEPS,
-        "optim.learning_rate": 1e-3,
-        "optim.warmup_steps": 2,
-        "optim.ema_half_lives": [7],
-        "parallel.dtype": "float32",
         "checkpoint.interval_steps": SAVE_EVERY,
-        "log.interval_steps": 1,
         "timeout_minutes": 0.5,
         **{f"data.sources.{name}.path": path for name, path in sources.items()},
         **{name.replace("__", "."): value for name, value in changes.items()},
     }
-    return [f"{key}={value}" for key, value in given.items() if value is not ...]
+    return [f"{key}={value}" for key, value in given.items()]
 
 
 def launch(argv: Sequence[str], world_size: int | None) -> ProgramRanks:
-    """Start `pretrain` on ranks, or directly (None); what it prints goes beside the tokenizer."""
+    """Start `pretrain` on ranks, or directly (None); what it prints goes next to the tokenizer."""
     tokenizer = next(Path(a.split("=")[1]) for a in argv if a.startswith("data.tokenizer="))
     return ProgramRanks(pretrain.main, argv, world_size, tokenizer.parent / f"{time.monotonic_ns()}.log")
 
@@ -66,13 +50,6 @@ def finish(argv: Sequence[str], world_size: int | None) -> str:
         statuses = run.wait()
         assert set(statuses) == {0}, f"{statuses}\n{run.output}"
         return run.output
-
-
-def rows(run_dir: Path) -> list[dict]:
-    """Return the rows of metrics.jsonl that are whole."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def numbers(run_dir: Path) -> list[tuple]:
@@ -103,15 +80,7 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 def saved_state(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict, dict]:
     """Return the last checkpoint's tensors, its lanes and its other facts."""
-    folder = checkpoint.saved(run_dir / "checkpoints")[-1]
-    state: dict[str, dict[str, torch.Tensor]] = {}
-    for name, record in read_index(folder).state_dict_metadata.items():
-        entry, _, rest = name.partition(".")
-        state.setdefault(entry, {})[rest] = torch.full(record.size, torch.nan, dtype=record.properties.dtype)
-    checkpoint.load(folder, state, alone())
-    tensors = {f"{entry}.{rest}": tensor for entry, part in state.items() for rest, tensor in part.items()}
-    lanes, meta = (json.loads(checkpoint.read_extra(folder, name)) for name in ("lanes.json", "meta.json"))
-    return tensors, lanes, meta
+    return read_checkpoint(checkpoint.saved(run_dir / "checkpoints")[-1])
 
 
 def assert_same_end(run_dir: Path, expected: Path, emas: Set[str] = frozenset({"ema-7"})) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, zeros
 
 from tests.disks import small_disk
-from tests.ranks import RankProcesses, run_ranks
+from tests.ranks import FunctionRanks, run_ranks
 from train.checkpoints import checkpoint
 from train.checkpoints.checkpoint import CheckpointConfig, CheckpointError
 from train.checkpoints.run_folder import RunFolder, RunTakenOver
@@ -300,13 +300,12 @@ def _assert_next_start_is_clean(path: Path) -> None:
 
 def test_killed_in_the_middle_of_a_save_the_previous_checkpoint_stays_the_newest(tmp_path: Path) -> None:
     """P5, P4: `kill -9` of all ranks once the second checkpoint's bytes are on their way."""
-    processes = RankProcesses(_save_two, 2, tmp_path, 40_000_000, False)
+    processes = FunctionRanks(_save_two, 2, tmp_path, 40_000_000, False)
     beside = tmp_path / "checkpoints" / ".tmp-step-00000002-1"
     while not any(file.stat().st_size for file in beside.glob("__*")):
         time.sleep(0.001)
-    for rank in (0, 1):
-        processes.kill(rank)
-    assert [status for status, _ in processes.wait()] == [-signal.SIGKILL] * 2
+    processes.signal(signal.SIGKILL)
+    assert processes.wait() == [-signal.SIGKILL] * 2
     assert beside.exists()
     _assert_next_start_is_clean(tmp_path)
 
@@ -315,7 +314,7 @@ def test_killed_at_the_commit_the_previous_checkpoint_stays_the_newest_and_the_p
     tmp_path: Path,
 ) -> None:
     started = time.monotonic()
-    (killed, _), (_, answer) = RankProcesses(_save_two, 2, tmp_path, 1000, True).wait()
+    (killed, _), (_, answer) = FunctionRanks(_save_two, 2, tmp_path, 1000, True).outcomes()
     assert killed == -signal.SIGKILL and LOST_PEER.search(answer), answer
     assert time.monotonic() - started < 15
     _assert_next_start_is_clean(tmp_path)

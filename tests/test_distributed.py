@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import RankProcesses, run_ranks
+from tests.ranks import FunctionRanks, run_ranks
 from train.distributed.ranks import Ranks, alone, init_ranks, last_words
 from train.distributed.signals import StopKind
 from train.distributed.vote import Ballot, PendingVote, Vote
@@ -81,7 +81,7 @@ def _fail_on_rank_1(ranks: Ranks, folder: Path) -> None:
 
 def test_a_rank_that_raises_ends_the_others_and_only_its_traceback_is_shown(tmp_path: Path) -> None:
     started = time.monotonic()
-    outcomes = RankProcesses(_fail_on_rank_1, 3, tmp_path).wait()
+    outcomes = FunctionRanks(_fail_on_rank_1, 3, tmp_path).outcomes()
     assert [status for status, _ in outcomes] == [1, 1, 1]
     assert time.monotonic() - started < 15, "at once, not at the timeout"
     lost, culprit, also_lost = ((tmp_path / f"{rank}.txt").read_text() for rank in range(3))
@@ -102,9 +102,9 @@ def _freeze_rank_1(ranks: Ranks, folder: Path) -> None:
 
 def test_a_frozen_rank_is_named_at_the_timeout(tmp_path: Path) -> None:
     """Two of the other three are merely blocked behind it. The timeout is the loop's, not that of the start."""
-    processes = RankProcesses(_freeze_rank_1, 4, tmp_path, collective_timeout_s=300)
+    processes = FunctionRanks(_freeze_rank_1, 4, tmp_path, collective_timeout_s=300)
+    processes.wait(30, [0, 2, 3])
     for rank in (0, 2, 3):
-        processes.processes[rank].join(30)
         assert "lost rank 1 at step 7" in (tmp_path / f"{rank}.txt").read_text()
-    processes.kill(1)
-    assert [status for status, _ in processes.wait()] == [1, -signal.SIGKILL, 1, 1]
+    processes.signal(signal.SIGKILL, rank=1)
+    assert processes.wait() == [1, -signal.SIGKILL, 1, 1]

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from data.tokenizer import Tokenizer, train_tokenizer
-from tests.by_hand import assert_refused, by_hand
+from tests.ranks import assert_ranks_refuse, run_without_torchrun
 from tests.runs import settings
 from tests.sources import make_source, pairs
 from train import evaluate, pretrain, sample, vae
@@ -37,8 +37,8 @@ def test_settings_and_data_that_differ_are_named_by_key_value_and_rank(
         "data.sources.pairs.path": (str(data), "data.sources.pairs.path (number, contents)"),
     }
     other = [*argv, *(f"{key}={value}" for key, (value, _) in changed.items())]
-    ended = by_hand([(pretrain.main, argv), (pretrain.main, other)], tmp_path / "log")
-    assert_refused(ended, *(words for _, words in changed.values()))
+    words = [words for _, words in changed.values()]
+    assert_ranks_refuse([(pretrain.main, argv), (pretrain.main, other)], tmp_path / "log", *words)
 
 
 def test_every_program_whose_ranks_work_together_compares_before_it_reads(tmp_path: Path) -> None:
@@ -50,18 +50,18 @@ def test_every_program_whose_ranks_work_together_compares_before_it_reads(tmp_pa
     }
     for main, argv in of_program.items():
         argv = [*argv, "device=cpu"]
-        ended = by_hand([(main, argv), (main, [*argv, "seed=3"])], tmp_path / main.__module__)
-        assert_refused(ended, f"{main.__module__}: ", "seed is 0 on rank 0, 3 on rank 1")
+        words = (f"{main.__module__}: ", "seed is 0 on rank 0, 3 on rank 1")
+        assert_ranks_refuse([(main, argv), (main, [*argv, "seed=3"])], tmp_path / main.__module__, *words)
 
 
 def test_a_refusal_of_one_rank_alone_reaches_the_others_before_they_wait(argv: list[str], tmp_path: Path) -> None:
     """Another tokenizer, and settings that cannot be: on either side of the store."""
     train_tokenizer((f"another text of {i} words" for i in range(200)), tmp_path / "other.model", 290)
     tokenizer = [*argv, f"data.tokenizer={tmp_path / 'other.model'}"]
-    assert_refused(by_hand([(pretrain.main, argv), (pretrain.main, tokenizer)], tmp_path / "a"), "with tokenizer")
+    assert_ranks_refuse([(pretrain.main, argv), (pretrain.main, tokenizer)], tmp_path / "a", "with tokenizer")
     nonsense = [*argv, "micro_batch_size=0"]
-    assert_refused(by_hand([(pretrain.main, nonsense), (pretrain.main, argv)], tmp_path / "b"), "micro_batch_size=0")
-    assert_refused(by_hand([(sample.main, ["n=0"])] * 2, tmp_path / "c"), "n=0")
+    assert_ranks_refuse([(pretrain.main, nonsense), (pretrain.main, argv)], tmp_path / "b", "micro_batch_size=0")
+    assert_ranks_refuse([(sample.main, ["n=0"])] * 2, tmp_path / "c", "n=0")
 
 
 def test_paths_and_readers_of_each_rank_may_differ(
@@ -72,17 +72,18 @@ def test_paths_and_readers_of_each_rank_may_differ(
     (tmp_path / "t.model").write_bytes(Path(tokenizer.path).read_bytes())
     own = [*argv, f"data.sources.pairs.path={tmp_path / 'copy'}", f"data.tokenizer={tmp_path / 't.model'}"]
     own += ["data.num_workers=1", "data.prefetch_steps=1"]
-    ended = by_hand([(pretrain.main, argv), (pretrain.main, own)], tmp_path / "log")
-    assert [end.status for end in ended] == [0, 0], ended
+    run = run_without_torchrun([(pretrain.main, argv), (pretrain.main, own)], tmp_path / "log")
+    assert run.statuses == [0, 0], run.output
 
 
 def test_a_port_in_use_is_refused_by_name_on_all_ranks(argv: list[str], tmp_path: Path) -> None:
     """A stranger who says nothing, where a store's handshake would wait for ever; rank 0 names it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        ended = by_hand([(pretrain.main, argv)] * 2, tmp_path / "log", MASTER_PORT=str(port))
-    assert_refused(ended, f"MASTER_PORT={port}")
-    assert f"pid {os.getpid()}" in ended[0].last and "not rank 0 of this run" in ended[1].last
+        own = {"MASTER_PORT": str(port)}
+        run = assert_ranks_refuse([(pretrain.main, argv)] * 2, tmp_path / "log", f"MASTER_PORT={port}", **own)
+    first, second = (log.read_text() for log in run.logs)
+    assert f"pid {os.getpid()}" in first and "not rank 0 of this run" in second
 
 
 def test_the_store_of_another_run_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +101,8 @@ def test_the_store_of_another_run_is_not_joined(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_program_of_one_rank_refuses_half_of_a_rank(argv: list[str], tmp_path: Path) -> None:
-    (end,) = by_hand([(pretrain.main, argv)], tmp_path / "log", RANK="")
-    assert_refused([end], "RANK is empty", "WORLD_SIZE=1", "torchrun")
+    words = ("RANK is empty", "WORLD_SIZE=1", "torchrun")
+    assert_ranks_refuse([(pretrain.main, argv)], tmp_path / "log", *words, RANK="")
 
 
 def test_a_difference_is_told_in_one_short_sentence() -> None:

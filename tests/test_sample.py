@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.ranks import ProgramRanks
 from data.pictures import encode_png
-from tests.by_hand import assert_refused, by_hand
-from tests.ranks import ProgramRanks
+from tests.ranks import assert_ranks_refuse
 from tests.runs import PROMPTS, DrawingRun
 from train import sample
 
@@ -137,4 +137,5 @@ def test_a_rank_that_refuses_what_only_it_lacks_is_the_last_word_of_the_others(
     """After the ranks have met, where the others wait for it in a collective."""
     argv = [*_argv(drawn, tmp_path / "output"), f"images=[{given}]"]
     other = [*argv, f"images=[{tmp_path / 'nowhere.png'}]"]
-    assert_refused(by_hand([(sample.main, argv), (sample.main, other)], tmp_path / "log"), "nowhere.png cannot be read")
+    commands = [(sample.main, argv), (sample.main, other)]
+    assert_ranks_refuse(commands, tmp_path / "log", "nowhere.png cannot be read")

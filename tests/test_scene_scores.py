@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.ranks import ProgramRanks
 from data.documents import Document, ImageSegment, TextSegment
 from data.loader import draw_images
 from data.manifest import Manifest
@@ -18,7 +19,7 @@ from data.scenes import Shape, Verdict, held_out_examples, make_splits
 from data.shards import write_shard
 from data.tokenizer import SpecialIds, Tokenizer
 from model.sampler import SamplerConfig
-from tests.ranks import ProgramRanks, run_ranks
+from tests.ranks import run_ranks
 from tests.runs import DrawingRun
 from tests.sources import make_source, pairs, texts
 from train import evaluate, export

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from bench.ranks import ProgramRanks
 from data.pictures import encode_png, to_unit
 from data.scenes import make_splits, training_example
 from data.shards import write_shard
@@ -30,7 +31,6 @@ from model.vae import (
     vae_hash,
     vae_loss,
 )
-from tests.ranks import ProgramRanks
 from tests.runs import rows, wait_for
 from tests.test_perceptual import random_weights
 from train.config import load_config
