@@ -2,11 +2,11 @@
 
 usage: python -m bench.checkpoint [--width 768] [--layers 3] [--ranks 2] [--rounds 3] [--folder DIR]
 
-Ranks over gloo train a real model (weights, moments and EMA in float32) and save while they go on. `stall_s` is how
-long the loop is blocked in a save: staging, and waiting for an earlier one. `slowdown_s` is what the steps beside the
-write took longer than steps without one. Shares are of the time between saves at the default interval. Writing is
-compared with one `dd conv=fsync` a rank, as many bytes, on the same disk, in turn with the saves; each in two ways:
-beside training (`write_ratio_to_dd`) and with the ranks idle. Medians of the rounds. The last line is one JSON object.
+Ranks over gloo train a real model (weights, moments and EMA in float32) and save meanwhile. `stall_s` is how long the
+training loop is blocked by a save: staging, and waiting for an earlier save. `slowdown_s` is the extra time of the
+steps during the write. Shares are of the time between saves at the default interval. Writing is compared with one
+`dd conv=fsync` per rank, of as many bytes on the same disk, alternating with the saves; both are measured during
+training (`write_ratio_to_dd`) and with idle ranks. Medians of the rounds. The last line is one JSON object.
 """
 
 import argparse
@@ -26,9 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from bench.job import rank_environment
+from bench.ranks import Processes
 from data.documents import Document, TextSegment
 from data.loader import draw_images
 from data.packing import PackedBatch, collate, lay_out, pack
@@ -47,9 +46,8 @@ from train.state import TrainState
 from train.step import latent_stats, micro_step
 from train.streams import open_streams
 
-VOCAB, BLOCK = 4096, 4 << 20  # token ids; bytes that dd writes at once
+VOCAB, BLOCK = 4096, 4 << 20  # token ids; bytes per write of dd
 POLL_S = 0.005
-RANK_FOLDER = "BENCH_CHECKPOINT_FOLDER"  # set for the ranks that this program starts
 
 
 def main() -> int:
@@ -58,38 +56,31 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=3, help="of the model (3)")
     parser.add_argument("--length", type=int, default=256, help="tokens a step and rank (256)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (2)")
-    parser.add_argument("--rounds", type=int, default=3, help="saves of each kind (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds (3)")
     parser.add_argument("--steps", type=int, default=5, help="steps without a save before each (5)")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary folder")
     options = parser.parse_args()
-    if RANK_FOLDER in os.environ:
-        return run_rank(options, Path(os.environ[RANK_FOLDER]))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        return start_ranks(options, Path(folder))
-
-
-def start_ranks(options: argparse.Namespace, folder: Path) -> int:
-    """Start this program once a rank, in torchrun's environment, and print what rank 0 measured."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = []
-    for rank in range(options.ranks):
-        variables = os.environ | rank_environment(rank, options.ranks, store.port) | {RANK_FOLDER: str(folder)}
-        processes.append(subprocess.Popen([sys.executable, "-m", "bench.checkpoint", *sys.argv[1:]], env=variables))
-    if statuses := [status for process in processes if (status := process.wait())]:
-        return statuses[0]
-    print(f"command: python -m bench.checkpoint {' '.join(sys.argv[1:])}")
-    print((folder / "result.json").read_text(encoding="utf-8"))
+        result = Path(folder) / "result.json"
+        with Processes(measure, [(options, Path(folder), result)] * options.ranks, None) as processes:
+            statuses = processes.wait(24 * 3600)
+        if any(statuses):
+            print(f"bench.checkpoint: ranks ended with {statuses}", file=sys.stderr)
+            return 1
+        print(f"command: python -m bench.checkpoint {' '.join(sys.argv[1:])}")
+        print(result.read_text(encoding="utf-8"))
     return 0
 
 
-def run_rank(options: argparse.Namespace, folder: Path) -> int:
+def measure(options: argparse.Namespace, folder: Path, result: Path) -> None:
+    """Run all rounds on one rank; rank 0 writes the JSON object to `result`."""
     ranks = init_ranks(timeout_s=600, device="cpu")
     config = CheckpointConfig()
     with RunFolder(folder / "run", ranks) as run:
         trainee = Trainee(options, ranks)
         saver = Saver(run, config, ranks)
         rounds, start = [], time.perf_counter()
-        for number in range(options.rounds + 1):  # the first is left out
+        for number in range(options.rounds + 1):  # the first warms up
             rounds.append(Round(trainee, saver, run, ranks).measure(options.steps))
             left = (time.perf_counter() - start) / (number + 1) * (options.rounds - number)
             if ranks.is_first:
@@ -97,17 +88,15 @@ def run_rank(options: argparse.Namespace, folder: Path) -> int:
         rounds = rounds[1:]
         saver.settle()
         if ranks.is_first:
-            record = summary(rounds, config.interval_steps)
-            record = {"bench": "checkpoint", **{k: v for k, v in vars(options).items() if k != "folder"}, **record}
-            record["machine"] = f"{os.cpu_count()} cores, {platform.machine()}"
-            record["torch"] = torch.__version__
-            (folder / "result.json").write_text(json.dumps(record), encoding="utf-8")
+            given = {key: value for key, value in vars(options).items() if key != "folder"}
+            record = {"bench": "checkpoint", **given, **summary(rounds, config.interval_steps)}
+            record |= {"machine": f"{os.cpu_count()} cores, {platform.machine()}", "torch": torch.__version__}
+            result.write_text(json.dumps(record), encoding="utf-8")
     ranks.close()
-    return 0
 
 
 class Trainee:
-    """A model on its ranks, one batch, and the step that pretraining runs."""
+    """A sharded model, one batch per rank, and a step as pretraining does it."""
 
     def __init__(self, options: argparse.Namespace, ranks: Ranks) -> None:
         trunk = TransformerConfig(width=options.width, layers=options.layers, heads=options.width // 64)
@@ -117,8 +106,7 @@ class Trainee:
         parallelize(model, ParallelConfig(dtype="float32"), ranks)
         initialize(model, 0, ranks.device)
         optimizer = Optimizer(model, OptimConfig(ema_half_lives=(1000,)), GuardConfig())
-        data = {"latent_spec": None, "grids": []}
-        self.state = TrainState(model, optimizer, lambda step: {}, "", data)
+        self.state = TrainState(model, optimizer, lambda step: {}, "", {"latent_spec": None, "grids": []})
         self.batch, self.ranks = random_batch(options.length, ranks.rank), ranks
 
     def step(self) -> float:
@@ -148,7 +136,7 @@ def random_batch(length: int, seed: int) -> PackedBatch:
 
 
 class Round:
-    """One turn of everything that is measured, on every rank at once."""
+    """One measurement of everything, on all ranks at once."""
 
     def __init__(self, trainee: Trainee, saver: Saver, run: RunFolder, ranks: Ranks) -> None:
         self.trainee, self.saver, self.run, self.ranks = trainee, saver, run, ranks
@@ -159,9 +147,9 @@ class Round:
         found = {"step_s": statistics.median(plain)}
         final = self._final()
         found["stall_s"], write = self._start_save(final)
-        found["write_s"], beside = self._train_until(write)
-        found["slowdown_s"] = max(0.0, sum(beside) - len(beside) * found["step_s"])
-        found["settle_s"] = self._settle()
+        found["write_s"], during = self._train_until(write)
+        found["slowdown_s"] = max(0.0, sum(during) - len(during) * found["step_s"])
+        self.saver.settle()
         size = self.ranks.on_first(lambda: sum(file.stat().st_size for file in final.iterdir()))
         dd = partial(self._dd, size // self.ranks.world_size)
         found["dd_s"], _ = self._train_until(Watch(dd))
@@ -169,7 +157,7 @@ class Round:
         self.trainee.step()  # another step to save
         _, write = self._start_save(self._final())
         found["idle_write_s"] = self.ranks.gather(write.wait())[0]
-        self._settle()
+        self.saver.settle()
         self.ranks.gather(None)
         found["idle_dd_s"] = max(self.ranks.gather(Watch(dd).wait()))
         self._dd_file.unlink()
@@ -180,7 +168,7 @@ class Round:
         return self.run.checkpoints / f"step-{self.trainee.state.progress.step:08d}"
 
     def _start_save(self, final: Path) -> tuple[float, "Watch"]:
-        """Return how long the slowest rank was blocked, and what waits for the commit."""
+        """Return how long the slowest rank was blocked, and a watch that runs until the commit."""
         self.ranks.gather(None)
         start = time.perf_counter()
         self.saver.start(self.trainee.state.snapshot(self.ranks))
@@ -190,41 +178,42 @@ class Round:
     def _train_until(self, watch: "Watch") -> tuple[float, list[float]]:
         """Train until `watch` has ended on every rank; return its seconds and those of the steps."""
         steps = []
-        while not all(self.ranks.gather(watch.seconds is not None)):
+        while not all(self.ranks.gather(watch.ended)):
             steps.append(self.trainee.step())
-        return max(self.ranks.gather(watch.seconds)), steps
-
-    def _settle(self) -> float:
-        start = time.perf_counter()
-        self.saver.settle()
-        return time.perf_counter() - start
+        return max(self.ranks.gather(watch.wait())), steps
 
     def _dd(self, num_bytes: int) -> float:
-        """Write zeros and return the seconds that dd says it took, the start of its process left out."""
+        """Write zeros with dd; return the seconds that it reports, without the start of its process."""
         count = max(1, num_bytes // BLOCK)
         command = ["dd", "if=/dev/zero", f"of={self._dd_file}", f"bs={BLOCK}", f"count={count}", "conv=fsync"]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
-        return float(re.search(r"copied, ([\d.e+-]+) s", done.stderr)[1])
+        seconds = re.search(r"copied, ([\d.e+-]+) s", done.stderr)
+        assert seconds, done.stderr
+        return float(seconds[1])
 
 
 class Watch:
-    """Something that goes on in a thread beside training and says how many seconds it took; it does little itself."""
+    """A thread that waits for something which takes place during training, and returns the seconds it took."""
 
     def __init__(self, work: Callable[[], float]) -> None:
-        self.seconds: float | None = None
+        self._seconds = 0.0
         self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self._thread.start()
 
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
     def wait(self) -> float:
         self._thread.join()
-        return self.seconds
+        return self._seconds
 
     def _run(self, work: Callable[[], float]) -> None:
-        self.seconds = work()
+        self._seconds = work()
 
 
 def _poll(path: Path) -> float:
-    """Return the seconds until `path` is there."""
+    """Return the seconds until `path` exists."""
     start = time.perf_counter()
     while not path.exists():
         time.sleep(POLL_S)
@@ -232,7 +221,7 @@ def _poll(path: Path) -> float:
 
 
 def summary(rounds: list[dict[str, float]], interval_steps: int) -> dict:
-    """Return the medians, and what the issue asks of them."""
+    """Return the medians of the rounds, as seconds, shares, ratios and MB/s."""
     median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
     between = interval_steps * median["step_s"]
     megabytes = median["bytes"] / 1e6

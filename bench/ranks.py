@@ -36,15 +36,15 @@ PRELOADED = [
 class Processes:
     """One process per rank, which runs `function(*arguments[rank])`; leaving the context kills those still running.
 
-    A rank writes stdout and stderr to `<log>.<rank>`. `environment` is set on every rank, in addition to torchrun's
-    variables; without `torchrun` nothing tells the processes that they belong together.
+    A rank writes stdout and stderr to `<log>.<rank>`, or to the caller's own (None). `environment` is set on every
+    rank, in addition to torchrun's variables; without `torchrun` nothing tells them that they belong together.
     """
 
     def __init__(
         self,
         function: Callable[..., object],
         arguments: Sequence[tuple],
-        log: Path,
+        log: Path | None,
         *,
         torchrun: bool = True,
         environment: Mapping[str, str] | None = None,
@@ -53,14 +53,15 @@ class Processes:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)  # no effect once the server runs
         self.started, world_size = time.monotonic(), len(arguments)
-        self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(world_size)]
+        self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(world_size)] if log else []
         self.processes = []
         if torchrun:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for rank, path in enumerate(self.logs):
+        for rank in range(world_size):
             variables = rank_environment(rank, world_size, self._store.port) if torchrun else {}
             variables |= {"OMP_NUM_THREADS": "1", **(environment or {})}
-            process = context.Process(target=_run, args=(function, arguments[rank], variables, path), daemon=daemon)
+            work = (function, arguments[rank], variables, self.logs[rank] if log else None)
+            process = context.Process(target=_run, args=work, daemon=daemon)
             process.start()
             self.processes.append(process)
 
@@ -144,11 +145,12 @@ def become_program(main: Main, argv: list[str]) -> None:
     run_program(main)
 
 
-def _run(function: Callable[..., object], arguments: tuple, environment: dict[str, str], log: Path) -> None:
+def _run(function: Callable[..., object], arguments: tuple, environment: dict[str, str], log: Path | None) -> None:
     gc.freeze()  # else the collector would go through all of torch's objects, and copy the pages that hold them
     torch.set_num_threads(1)  # tensors are tiny: threads only wait for each other
     os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
     function(*arguments)
