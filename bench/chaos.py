@@ -1,10 +1,10 @@
-"""Hurt a real training in every way we can cause and see that it goes on: `python -m bench.chaos faults=25 seed=3`.
+"""Disturb a real training in every way we can and check that it survives: `python -m bench.chaos faults=25 seed=3`.
 
-A small model is trained on CPU by real processes, through the command line alone. Faults strike at random instants, one
-attempt each; after each the same command is started again, on the same or another number of ranks. Every few faults the
-training ends and is compared with one that nothing happened to: on the same number of ranks bit by bit. Progress goes
-to stderr, the last line of stdout is one JSON object; exit status 1 if any fault was not survived, and then the folder
-is kept. The same seed draws the same faults; the instants they meet are the machine's.
+Real processes train a small model on CPU, started through the command line only. Faults strike at random instants, one
+per attempt; then the same command is started again, on the same or another number of ranks. After every few faults the
+training ends and is compared with an undisturbed one, bit by bit on the same number of ranks. Progress goes to stderr,
+the last line of stdout is one JSON object. Exit status 1, with the folder kept, if any fault was not survived. A seed
+decides the faults; the exact instants depend on the machine.
 """
 
 import datetime
@@ -36,19 +36,19 @@ from bench.trajectory import WORLD_SIZE, Entry, Trajectory, Undisturbed
 from data.tokenizer import Tokenizer, train_tokenizer
 from train.config import load_config, run_program
 
-ELASTIC = 0.25  # of the trainings change their number of ranks
-DISK = "size=24m"  # of the small disk: two checkpoints of 1.3 MB, and a third being written
+ELASTIC = 0.25  # share of trainings that change their number of ranks
+DISK = "size=24m"  # of the small disk: two checkpoints of 1.3 MB, and a third while it is written
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChaosConfig:
-    faults: int = 8  # to survive, >= 1; 13 and more meet every kind
-    seed: int = 0  # of what happens, when and to whom
-    kinds: list[str] = field(default_factory=list)  # of faults; empty: all
+    faults: int = 8  # number of faults, >= 1; 13 and more cover every kind
+    seed: int = 0  # of which faults strike, when and on which ranks
+    kinds: list[str] = field(default_factory=list)  # kinds of faults; empty: all
     steps: int = 120  # of each training, >= 24
     faults_per_training: int = 5  # >= 1
-    folder: str | None = None  # where to work; null: a temporary folder, which is kept only if a fault was fatal
-    results: str | None = None  # file that gets the JSON object as one more line
+    folder: str | None = None  # working folder; null: a temporary one, which is kept only if a fault was not survived
+    results: str | None = None  # file to which the JSON object is appended as a line
 
     def __post_init__(self) -> None:
         for name, least in {"faults": 1, "steps": 24, "faults_per_training": 1}.items():
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         with open(config.results, "a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
     if result["failures"]:
-        print(f"chaos: what is left of it: {folder}", file=sys.stderr)
+        print(f"chaos: not everything was survived; kept {folder}", file=sys.stderr)
     elif config.folder is None:
         shutil.rmtree(folder)
     print(json.dumps(result))
@@ -87,8 +87,9 @@ def main(argv: list[str]) -> int:
 
 
 def survive(config: ChaosConfig, folder: Path) -> dict[str, Any]:
-    """Run all faults and return what came of them."""
-    settings, skipped = make_settings(folder, config.steps), {}
+    """Run all faults and return the JSON object."""
+    settings = make_settings(folder, config.steps)
+    skipped: dict[str, str] = {}
     kinds = config.kinds or list(KINDS)
     if (reason := _cannot_mount(folder)) is not None:
         skipped = {kind: reason for kind in kinds if KINDS[kind].needs_mount}
@@ -96,8 +97,10 @@ def survive(config: ChaosConfig, folder: Path) -> dict[str, Any]:
         warm.wait(120)
     undisturbed = Undisturbed.run(Job(folder / "undisturbed", settings, _made(folder / "logs" / "undisturbed")))
     waiting = plan(config, [kind for kind in kinds if kind not in skipped])
-    trajectories, identical, documents, failures = [], 0, Counter(), []
-    start = time.monotonic()
+    trajectories: list[Trajectory] = []
+    failures: list[dict[str, Any]] = []
+    documents: Counter[str] = Counter()
+    identical, start = 0, time.monotonic()
     while waiting:
         faults, waiting = waiting[: config.faults_per_training], waiting[config.faults_per_training :]
         name = f"{len(trajectories):03d}"
@@ -117,7 +120,7 @@ def survive(config: ChaosConfig, folder: Path) -> dict[str, Any]:
                 entry.what, lost, repeated = _end(trajectory)
                 documents += Counter(lost=lost, repeated=repeated)
                 identical += len(faults) * (trajectory.same_world_size and entry.what is None)
-                print(f"      training {name} {entry.what or 'ended as it should'}", file=sys.stderr, flush=True)
+                print(f"      training {name} {entry.what or 'ended as expected'}", file=sys.stderr, flush=True)
             if entry.what is not None:
                 failures.append({"seed": config.seed, **_described(entry), "logs": f"logs/{name}"})
                 if os.path.ismount(disk):
@@ -127,13 +130,14 @@ def survive(config: ChaosConfig, folder: Path) -> dict[str, Any]:
 
 def plan(config: ChaosConfig, kinds: list[str]) -> list[Fault]:
     """Draw the faults: every kind in turn, in a random order."""
-    luck, drawn = random.Random(config.seed), []
+    luck, each = random.Random(config.seed), config.faults_per_training
+    drawn: list[str] = []
     while len(drawn) < config.faults:
         drawn += luck.sample(kinds, len(kinds))
-    drawn, faults, each = drawn[: config.faults], [], config.faults_per_training
+    drawn, faults = drawn[: config.faults], []
     for first in range(0, config.faults, each):
         sizes = (1, 2, 3) if luck.random() < ELASTIC else (WORLD_SIZE,)
-        # The second copy needs a first that goes on for a while.
+        # A second copy needs a first one that still trains for a while.
         chunk = sorted(drawn[first : first + each], key=lambda kind: kind != "second_copy")
         for number, kind in enumerate(chunk, first + 1):
             phase = luck.choice(KINDS[kind].phases)
@@ -144,7 +148,7 @@ def plan(config: ChaosConfig, kinds: list[str]) -> list[Fault]:
 
 
 def target_of(fault: Fault, place: int, resume: int, config: ChaosConfig) -> int:
-    """Return the step a fault waits for: in its share of the steps, past what is saved, some left for those to come."""
+    """Return the step that a fault waits for: in its share of the steps, after the newest checkpoint."""
     if fault.phase == "exit" and place == config.faults_per_training - 1:
         return config.steps
     first, last = resume + 1, config.steps * (place + 1) // (config.faults_per_training + 1)
@@ -186,7 +190,7 @@ def summary(
     failures: list[dict[str, Any]],
     skipped: dict[str, str],
 ) -> dict[str, Any]:
-    """Return the JSON object. Faults are the unit of all counts but the documents'."""
+    """Return the JSON object. All counts are of faults, except those of documents."""
     entries = [entry for trajectory in trajectories for entry in trajectory.entries]
 
     def counts(key: str) -> dict[str, dict[str, int]]:
@@ -209,7 +213,7 @@ def summary(
         "seconds_to_first_step_without_wandb": _spread([e.seconds_to_first_step for e in slow]),
         "seconds_to_end": _spread([e.seconds_to_end for e in entries if e.fault.kind == "kill_rank"]),
         "seconds_to_end_frozen": _spread([e.seconds_to_end for e in entries if e.fault.kind == "sigstop"]),
-        "frozen_outwaited": sum(entry.outwaited for entry in entries),  # the others were there past the timeout
+        "frozen_outwaited": sum(entry.outwaited for entry in entries),  # peers still ran after the timeout
         "half_written": sum(entry.half_written for entry in entries),
         "by_kind": counts("kind"),
         "by_phase": counts("phase"),
@@ -219,12 +223,12 @@ def summary(
 
 
 def _end(trajectory: Trajectory) -> tuple[str | None, int, int]:
-    """Return how a training's end is not as it should be, and the documents lost and repeated."""
+    """Return what is wrong with a training's end, None if nothing, and the documents lost and repeated."""
     try:
         differences, lost, repeated = trajectory.finish()
     except NotSurvived as error:
         return str(error), 0, 0
-    what = f"ended otherwise: {'; '.join(differences[:5])}" if differences else None
+    what = f"ended differently: {'; '.join(differences[:5])}" if differences else None
     if lost or repeated:
         what = f"{what or 'ended'}; {lost.total()} documents lost, {repeated.total()} repeated"
     return what, lost.total(), repeated.total()
@@ -235,7 +239,7 @@ def _line(entry: Entry, config: ChaosConfig, name: str) -> str:
     if entry.seconds_to_first_step is not None:
         seconds += f"  first step {entry.seconds_to_first_step:.1f} s"
     if entry.seconds_to_end is not None:
-        seconds += f"  others ended {entry.seconds_to_end:.1f} s"
+        seconds += f"  peers ended {entry.seconds_to_end:.1f} s"
     return (
         f"{fault.number:3}/{config.faults}  training {name}  {fault.kind:17} {fault.phase:10} step {entry.target:3}  "
         f"{fault.world_size} ranks  {entry.what or 'ok'}{seconds}{'  half-written' if entry.half_written else ''}"
@@ -254,7 +258,7 @@ def _spread(seconds: list[float | None]) -> dict[str, float] | None:
 
 @contextmanager
 def _disk(folder: Path, small: bool) -> Iterator[Path]:
-    """Make a folder; where something may fill or remount it, on a small disk of its own."""
+    """Make a folder; if a fault may fill or remount it (`small`), on a small disk of its own."""
     folder.mkdir()
     if small:
         subprocess.run(["mount", "-t", "tmpfs", "-o", DISK, "tmpfs", folder], check=True)

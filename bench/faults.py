@@ -1,8 +1,8 @@
-"""The faults: what each kind does to a running job, when, and what must hold once it is over.
+"""The faults: what each kind does to a running job, when, and what must hold afterwards.
 
-A fault is drawn up front from (seed, number) alone: its kind, the phase it strikes in, how far into the phase, on which
-ranks. It strikes one attempt of a job and always ends it; whether the job goes on from there is seen when the same
-command is started again, in bench/trajectory.py. Whatever must hold and does not raises NotSurvived.
+A fault is drawn beforehand from (seed, number) alone: its kind, the phase it strikes in, how far into the phase, on
+which ranks. It strikes one attempt of a job and always ends it; bench/trajectory.py then starts the same command again
+and checks that the job continues. A broken guarantee raises NotSurvived.
 """
 
 import random
@@ -20,12 +20,12 @@ from bench.job import Job
 from bench.ranks import ProgramRanks
 
 POLL_S = 0.001  # a save of the small model takes 0.1 s, its commit a few milliseconds
-GRACE_S = 8.0  # beyond a timeout: what a busy machine may take to end processes
+GRACE_S = 8.0  # beyond a timeout, for a busy machine to end processes
 NO_WANDB = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true"}
 
 
 class NotSurvived(Exception):
-    """What a fault broke that it must not break."""
+    """A guarantee that a fault has broken."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Fault:
     number: int  # counts from 1 in its run of the program
     kind: str
     phase: str  # start, step, save, commit, evaluation or exit
-    place: float  # where in the steps that are this fault's share, in [0, 1)
+    place: float  # where in this fault's share of the steps, in [0, 1)
     moment: float  # how far into the phase, in [0, 1)
     world_size: int
-    workers: int  # loader processes a rank
-    seed: int  # of what else is drawn
+    workers: int  # loader processes per rank
+    seed: int  # of everything else that is drawn
 
     @property
     def luck(self) -> random.Random:
@@ -53,11 +53,11 @@ class Scene:
     attempt: ProgramRanks
     target: int  # the step it waits for
     steps: int  # of the whole training
-    paces: dict[str, float]  # seconds that a phase takes undisturbed
+    paces: dict[str, float]  # seconds that each phase takes undisturbed
     luck: random.Random
-    has_trained: Callable[[], bool]  # the attempt has made a row of its own
-    seconds_to_end: float | None = None  # from a rank's death to the end of the others
-    outwaited: bool = False  # the others of a frozen rank were still there after the timeout
+    has_trained: Callable[[], bool]  # the attempt has logged a row of its own
+    seconds_to_end: float | None = None  # from a rank's death to the end of its peers
+    outwaited: bool = False  # the peers of a frozen rank were still running after the timeout
 
     @property
     def timeout_s(self) -> float:
@@ -79,7 +79,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Kind:
-    """`strike` does the fault and waits for the end of the attempt; a `harm` lasts until that end, and is undone."""
+    """`strike` causes the fault and waits for the end of the attempt; a `harm` lasts until then and is undone."""
 
     phases: tuple[str, ...]
     strike: Callable[[Scene], None]
@@ -87,53 +87,53 @@ class Kind:
     changes: dict[str, Any] = field(default_factory=dict)  # of the struck attempt's settings
     environment: dict[str, str] = field(default_factory=dict)
     timeout_s: float = 12.0  # of the struck attempt's collectives
-    delay_s: float = 0.0  # that it may add to a start
+    delay_s: float = 0.0  # by which it may delay the first step
     least_ranks: int = 1
     needs_mount: bool = False
 
 
 def wait_for_instant(scene: Scene) -> None:
-    """Return at the fault's instant, or when the attempt has ended before; what earlier attempts left is none."""
+    """Return at the fault's instant, or once the attempt has ended; what earlier attempts left does not count."""
     job, target, fault = scene.job, scene.target, scene.fault
-    left_beside, left_saved = set(job.being_written().values()), _identities(job)
+    left_unfinished, left_saved = set(job.being_written().values()), _identities(job)
 
-    def beside(pattern: str) -> list[Path]:
-        writing = [path for step, path in job.being_written().items() if step >= target and path not in left_beside]
+    def being_written(pattern: str) -> list[Path]:
+        writing = [path for step, path in job.being_written().items() if step >= target and path not in left_unfinished]
         return [file for path in writing for file in _files(path, pattern)]
 
     def reached() -> bool:
         return scene.has_trained() and job.last_step() >= target
 
     every = job.settings["evaluation.interval_steps"]
-    if fault.phase == "evaluation":  # it follows upon the row of its step
+    if fault.phase == "evaluation":  # which follows the row of its step
         target = min(-(-target // every), scene.steps // every) * every
     conditions = {
         "start": lambda: True,
-        "save": lambda: any(_size(file) for file in beside("__*")),
-        "commit": lambda: beside("checksums.json") or any(s >= target for s, _ in _identities(job) - left_saved),
+        "save": lambda: any(_size(file) for file in being_written("__*")),
+        "commit": lambda: being_written("checksums.json") or any(s >= target for s, _ in _identities(job) - left_saved),
     }
     condition = conditions.get(fault.phase, reached)
     while not condition() and scene.attempt.running:
         time.sleep(POLL_S)
     if fault.kind in DAMAGES:
-        while len(job.saved()) < 2 and scene.attempt.running:  # one is left to go on from
+        while len(job.saved()) < 2 and scene.attempt.running:  # one remains to resume from
             time.sleep(POLL_S)
-    if fault.phase == "exit" and target < scene.steps:  # its end comes early, by a signal
+    if fault.phase == "exit" and target < scene.steps:  # a signal ends it early
         scene.attempt.signal(signal.SIGTERM)
     time.sleep(scene.paces[fault.phase] * fault.moment)
 
 
 def _identities(job: Job) -> set[tuple[int, int]]:
-    """Return (step, inode) of the checkpoints: one that replaces another has the same name."""
+    """Return (step, inode) of the checkpoints: a replacement has the same name."""
     found = set()
     for step in job.saved():
-        with suppress(FileNotFoundError):  # retention came in between
+        with suppress(FileNotFoundError):  # removed by retention just now
             found.add((step, job.folder_of(step).stat().st_ino))
     return found
 
 
 def _size(file: Path) -> int:
-    with suppress(FileNotFoundError):  # renamed meanwhile
+    with suppress(FileNotFoundError):  # renamed just now
         return file.stat().st_size
     return 0
 
@@ -141,12 +141,12 @@ def _size(file: Path) -> int:
 def _files(folder: Path, pattern: str) -> list[Path]:
     try:
         return list(folder.glob(pattern))
-    except FileNotFoundError:  # renamed meanwhile
+    except FileNotFoundError:  # renamed just now
         return []
 
 
 def kill_rank(scene: Scene) -> None:
-    """`kill -9` of one rank; the others must notice, say so and end."""
+    """`kill -9` of one rank; its peers must notice, report it and end."""
     victim, since = scene.luck.randrange(scene.fault.world_size), _now_if_running(scene)
     scene.attempt.signal(signal.SIGKILL, victim)
     _expect_end_of_others(scene, victim, since)
@@ -158,7 +158,8 @@ def kill_all(scene: Scene) -> None:
 
 
 def freeze_rank(scene: Scene) -> None:
-    """SIGSTOP of one rank beyond the timeout, then SIGCONT or `kill -9`. Peers in a save wait longer, by design."""
+    """SIGSTOP of one rank for longer than the timeout, then SIGCONT or `kill -9`. Peers in a save wait longer, by
+    design."""
     victim, since = scene.luck.randrange(scene.fault.world_size), _now_if_running(scene)
     scene.attempt.signal(signal.SIGSTOP, victim)
     others = scene.others_than(victim)
@@ -169,7 +170,7 @@ def freeze_rank(scene: Scene) -> None:
     else:
         scene.attempt.signal(signal.SIGCONT, victim)
         if scene.outwaited:
-            time.sleep(1.0)  # frozen where nobody minded: it goes on, and is stopped in order
+            time.sleep(1.0)  # nobody was waiting for it: training continues, and is stopped in an orderly way
             scene.attempt.signal(signal.SIGTERM)
             scene.end({0, 1, 75, *_at_start(scene, signal.SIGTERM)})
             return
@@ -193,13 +194,13 @@ def _expect_end_of_others(scene: Scene, victim: int, since: float | None) -> Non
         said = scene.attempt.logs[rank].read_text("utf-8", errors="replace")
         line = rf"^rank {rank} of {scene.fault.world_size} .* lost .*\brank {victim}\b.* at step \d+"
         if not re.search(line, said, re.MULTILINE):
-            raise NotSurvived(f"rank {rank} does not say which rank, step and what; its last words: {said[-300:]!r}")
+            raise NotSurvived(f"rank {rank} does not say which rank was lost at which step: {said[-300:]!r}")
         if "Traceback" in said:
             raise NotSurvived(f"rank {rank} lost a peer and printed a traceback of its own: {said[-600:]!r}")
 
 
 def stop_in_order(number: int) -> Callable[[Scene], None]:
-    """Return the kind that sends a stop signal to one rank, or to all: saved, exit 75."""
+    """Return the strike that sends a stop signal to one rank, or to all: the run saves and exits 75."""
 
     def strike(scene: Scene) -> None:
         one = scene.luck.randrange(scene.fault.world_size)
@@ -212,18 +213,18 @@ def stop_in_order(number: int) -> Callable[[Scene], None]:
 
 
 def _at_start(scene: Scene, number: int = signal.SIGKILL) -> set[int]:
-    """Return the statuses that are right besides while nobody trains: handlers and groups are not there yet."""
+    """Return the further statuses allowed before training starts: there are no handlers and groups yet."""
     return {1, 2, -number} if scene.fault.phase == "start" else set()
 
 
 def _at_exit(scene: Scene) -> set[int]:
-    """Return the statuses that are right besides once the training is over or told to stop."""
+    """Return the further statuses allowed once the training has finished or was asked to stop."""
     finished = scene.job.last_step() >= scene.steps
     return {0, 1, 75} if scene.fault.phase == "exit" or finished else set()
 
 
 def damage(harm: Callable[[Path, random.Random], None]) -> Callable[[Scene], None]:
-    """Return the kind that kills all ranks and then harms a file of the newest checkpoint."""
+    """Return the strike that kills all ranks and then damages a file of the newest checkpoint."""
 
     def strike(scene: Scene) -> None:
         kill_all(scene)
@@ -231,13 +232,13 @@ def damage(harm: Callable[[Path, random.Random], None]) -> Callable[[Scene], Non
         files = sorted(path for path in folder.iterdir() if path.stat().st_size)
         harm(scene.luck.choice(files), scene.luck)
         if not scene.job.problems()[max(scene.job.saved())]:
-            raise NotSurvived(f"{folder} was harmed and verifies")
+            raise NotSurvived(f"{folder} was damaged and still verifies")
 
     return strike
 
 
 def suffer(scene: Scene) -> None:
-    """The run may stop of it, or go on; then it is stopped, with what harms it still there. It must not hang."""
+    """The run may stop by itself or continue; then it is stopped while the harm still lasts. It must not hang."""
     deadline, until = time.monotonic() + scene.timeout_s, scene.job.last_step() + scene.luck.randrange(4, 20)
     while scene.attempt.running and scene.job.last_step() < until and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -248,7 +249,7 @@ def suffer(scene: Scene) -> None:
 
 
 def unreachable_logger(scene: Scene) -> None:
-    """It cost at most the time it is waited for; then the attempt is ended in order."""
+    """It may cost only the time that the trainer waits for it; then the attempt is stopped in an orderly way."""
     if not scene.attempt.running or scene.job.last_step() < scene.target:
         raise NotSurvived(f"without wandb it ended with {scene.attempt.statuses} before step {scene.target}")
     scene.attempt.signal(signal.SIGTERM)
@@ -256,7 +257,7 @@ def unreachable_logger(scene: Scene) -> None:
 
 
 def second_copy(scene: Scene) -> None:
-    """Another start of the same command is refused at once, and the first goes on."""
+    """Another start of the same command is refused at once, and the first continues."""
     while scene.attempt.running and not scene.job.claimed():
         time.sleep(0.01)
     with scene.job.start(scene.luck.choice([1, 2]), {"timeout_minutes": scene.timeout_s / 60}) as second:
@@ -270,7 +271,7 @@ def second_copy(scene: Scene) -> None:
     deadline = time.monotonic() + scene.timeout_s
     while scene.job.last_step() < min(since + 2, scene.steps):
         if not scene.attempt.running or time.monotonic() > deadline:
-            raise NotSurvived("the first copy did not go on beside a second")
+            raise NotSurvived("the first copy did not continue while a second was started")
         time.sleep(0.01)
     number = scene.luck.choice([signal.SIGTERM, signal.SIGKILL])
     scene.attempt.signal(number)
@@ -290,7 +291,7 @@ KINDS = {
     **{kind: Kind(TRAINING, damage(harm)) for kind, harm in DAMAGES.items()},
     "disk_full": Kind(OUTSIDE, suffer, full_disk, needs_mount=True),
     "read_only": Kind(OUTSIDE, suffer, read_only, needs_mount=True),
-    # The trainer waits 20 s for wandb, its peers for the trainer.
+    # Rank 0 waits 20 s for wandb, and its peers wait for rank 0.
     "wandb_unreachable": Kind(
         ("step",), unreachable_logger, None, {"log.wandb": "online"}, NO_WANDB, timeout_s=36.0, delay_s=20.0
     ),

@@ -2,12 +2,11 @@
 
     python -m bench.fit [--device cuda]
 
-The step is the trainer's own: sharded by FSDP2 over one rank, the fullest batch, bf16, blocks of the 1.4B model, with
-each kind of activation checkpointing. `peak_ratio` is planned by measured (train/planning/rehearsal.py;
-aim: within 10 % with full checkpointing, 20 % otherwise). `stall_s` is how long the loop stands still for a save: the
-copy to pinned memory,
-whose first save also allocates it. Part of bench/gpu.sh; `--device cpu` runs the same code at a tiny size, where
-memory is not measured. The last line is one JSON object.
+The step is the trainer's own: FSDP2 on one rank, the fullest batch, bf16, blocks of the 1.4B model, with each kind of
+activation checkpointing. `peak_ratio` is planned over measured memory (train/planning/rehearsal.py; aim: within 10 %
+with full checkpointing, 20 % with the others). `stall_s` is how long a save blocks the training loop while it copies to
+pinned memory, which the first save also allocates. Part of bench/gpu.sh; `--device cpu` runs the same code at a tiny
+size, where memory is not measured. The last line is one JSON object.
 """
 
 import argparse
@@ -17,6 +16,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -27,7 +27,7 @@ from train.checkpoints.checkpoint import META
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver, Snapshot
 from train.distributed.parallelize import ParallelConfig, initialize, parallelize, set_micro_step
-from train.distributed.ranks import Ranks, init_ranks
+from train.distributed.ranks import Device, Ranks, init_ranks
 from train.optim.optimizer import OptimConfig, Optimizer
 from train.planning.estimate import GIB, largest_batches_of
 from train.planning.rehearsal import rehearse
@@ -36,10 +36,10 @@ from train.step import latent_stats, micro_step
 from train.streams import open_streams
 
 GRID, VOCAB = (32, 32), 32_768
-MODES = ("full", "selective", "none")
+MODES: tuple[Literal["full", "selective", "none"], ...] = ("full", "selective", "none")
 
 
-def measure(device: str) -> dict:
+def measure(device: Device) -> dict:
     """Return planned and measured peaks by kind of activation checkpointing, and a save's stall."""
     cuda = device == "cuda"
     trunk = replace(SIZES["1.4b"], layers=8) if cuda else TransformerConfig(width=64, layers=2, heads=2)
@@ -52,7 +52,7 @@ def measure(device: str) -> dict:
     )
     vocab = VOCAB if cuda else 512
     configs = {mode: replace(config, parallel=ParallelConfig(activation_checkpointing=mode)) for mode in MODES}
-    # Before the process group is up: a rehearsal makes one of its own.
+    # Before the process group is up: a rehearsal creates its own.
     planned = {mode: rehearse(c, vocab, 1, largest_batches_of(c, 1, [GRID]), cuda=cuda) for mode, c in configs.items()}
     ranks = init_ranks(timeout_s=600, device=device)
     record: dict = {"parameters": None, "modes": {}}
@@ -72,10 +72,10 @@ def measure(device: str) -> dict:
 
 
 def _train(config: PretrainConfig, vocab: int, ranks: Ranks) -> tuple[torch.nn.Module, Optimizer, dict]:
-    """Take three steps, each with the fullest batches as its micro-batches; the last is measured."""
+    """Take three steps over the fullest batches and measure the last."""
     with torch.device("meta"):
         model = Transfusion(config.model, vocab)
-    parallelize(model, config.parallel, ranks)
+    sharded = parallelize(model, config.parallel, ranks)
     initialize(model, 0, ranks.device)
     optimizer = Optimizer(model, config.optim, config.guard)
     stats = latent_stats(None, config.model.latent_channels, ranks.device)
@@ -85,10 +85,17 @@ def _train(config: PretrainConfig, vocab: int, ranks: Ranks) -> tuple[torch.nn.M
             torch.cuda.reset_peak_memory_stats()
         start, batches = time.perf_counter(), largest_batches_of(config, 1, [GRID])
         for number, batch in enumerate(batches, start=1):
-            set_micro_step(model, config.parallel, is_last=number == len(batches))
-            counts = {"global_text_targets": batch.num_text_targets, "global_images": max(batch.num_images, 1)}
-            settings = {"stats": stats, "diffusion": config.diffusion, "image_weight": 5.0, **counts}
-            micro_step(model, batch.to(ranks.device), **settings).total.backward()
+            set_micro_step(sharded, config.parallel, is_last=number == len(batches))
+            loss = micro_step(
+                model,
+                batch.to(ranks.device),
+                stats=stats,
+                diffusion=config.diffusion,
+                image_weight=5.0,
+                global_text_targets=batch.num_text_targets,
+                global_images=max(batch.num_images, 1),
+            )
+            loss.total.backward()
         norm = optimizer.update(step).item()  # waits for the device
     assert norm > 0, norm
     measured = torch.cuda.max_memory_allocated() / GIB if ranks.device.type == "cuda" else None
@@ -96,8 +103,9 @@ def _train(config: PretrainConfig, vocab: int, ranks: Ranks) -> tuple[torch.nn.M
 
 
 def _save(model: torch.nn.Module, optimizer: Optimizer, ranks: Ranks) -> dict:
-    """Save twice; the second reuses the pinned memory, as every further one of a run."""
-    tensors = {"model": dict(model.named_parameters()), **{k: dict(e.weights) for k, e in optimizer.emas.items()}}
+    """Save twice; the second save reuses the pinned memory, as every later save of a run does."""
+    tensors: dict[str, dict[str, torch.Tensor]] = {"model": dict(model.named_parameters())}
+    tensors |= {name: dict(ema.weights) for name, ema in optimizer.emas.items()}
     size, stalls = sum(tensor.numel() * 4 for part in tensors.values() for tensor in part.values()), []
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder), ranks) as run:
         config = PretrainConfig(run_dir=folder).checkpoint

@@ -1,11 +1,11 @@
 """Measure one GPU: flex against dense attention and a compiled bf16 training step with its MFU, for the blocks of all
-the paper's sizes; linear and U-Net patches; sampling with and without the cache; encoding pictures.
+the paper's sizes; linear and U-Net patches; sampling with and without the cache; encoding of pictures.
 
 usage: python -m bench.gpu [--sizes 7b] [--layers 4] [--rows 2] [--length 4096] [--device cuda]
 
-Progress goes to stderr; the last line of stdout is one JSON object. `--device cpu` runs the same code at a tiny size,
-without compilation, to see that it works: its numbers mean nothing. A stack of a few of the paper's blocks stands for
-the whole: blocks are alike, and the rest is under a tenth of the work at 7B.
+Progress goes to stderr; the last line of stdout is one JSON object. `--device cpu` is a smoke run of the same code at a
+tiny size, without compilation: its numbers mean nothing. A few of the paper's blocks stand for the whole stack: blocks
+are alike, and the rest is less than a tenth of the work at 7B.
 """
 
 import argparse
@@ -16,10 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from bench import sampling
 from data.raw import RawDocument
@@ -43,7 +46,7 @@ CAPTION = 64  # text tokens of each caption in the measured layout
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows of `BOS caption BOI image EOI EOS` documents, then text to the end: about the paper's 1:1 mix."""
+    """Rows of `BOS caption BOI image EOI EOS` documents followed by text: about the paper's 1:1 mix."""
 
     document_ids: Tensor  # int32 [B, S]
     image_ids: Tensor  # int32 [B, S]
@@ -52,7 +55,7 @@ class Layout:
 
     @property
     def allowed_pairs(self) -> int:
-        """Return how many (query, key) pairs the mask allows: what attention's useful FLOPs count."""
+        """Return how many (query, key) pairs the mask allows, from which attention's useful FLOPs are counted."""
         return int(dense_mask(self.document_ids, self.image_ids, self.visible_until).sum())
 
 
@@ -68,11 +71,12 @@ def make_layout(rows: int, length: int, patches: int, device: torch.device) -> L
         document[first : first + size] = number + 2
         image[starts[-1] : starts[-1] + patches] = number
     columns = (document, image, torch.full((length,), length, dtype=torch.int32))
-    return Layout(*(column.expand(rows, -1).contiguous().to(device) for column in columns), starts)
+    document_ids, image_ids, visible_until = (c.expand(rows, -1).contiguous().to(device) for c in columns)
+    return Layout(document_ids, image_ids, visible_until, starts)
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the median wall time of `run`, after two runs to warm up, with the device waited for."""
+    """Return the median wall time of `run` after two warm-up runs, waiting for the device."""
     times = []
     for attempt in range(repeats + 2):
         _wait(device)
@@ -85,33 +89,35 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> fl
 
 
 def measure_attention(config: TransformerConfig, layout: Layout, repeats: int) -> dict:
-    """Compare flex over the block mask with SDPA over its dense twin, both against SDPA in f32."""
+    """Compare flex with the block mask and SDPA with the dense mask, both against SDPA in f32."""
     ids = layout.document_ids, layout.image_ids, layout.visible_until
     device = ids[0].device
     rows, length = ids[0].shape
     generator = torch.Generator(device).manual_seed(0)
     shape = (rows, config.heads, length, config.head_dim)
     q, k, v, upstream = (torch.randn(shape, generator=generator, device=device) for _ in range(4))
-    masks = {"dense": dense_mask(*ids), "flex": block_mask(*ids)}
-    exact = _attention_run(q, k, v, upstream, masks["dense"], backward=True)
-    half = [tensor.bfloat16() for tensor in (q, k, v, upstream)]
+    flex = block_mask(*ids)
+    masks: dict[str, BlockMask | Tensor] = {"dense": dense_mask(*ids), "flex": flex}
+    exact = _attention_run((q, k, v), upstream, masks["dense"], backward=True)
+    half, half_upstream = (q.bfloat16(), k.bfloat16(), v.bfloat16()), upstream.bfloat16()
     record: dict = {
         "block_mask_ms": _ms(seconds(lambda: block_mask(*ids), device, repeats)),
-        "blocks_skipped": round(masks["flex"].sparsity() / 100, 3),
+        "blocks_skipped": round(flex.sparsity() / 100, 3),
     }
     for name, mask in masks.items():
+        run = partial(_attention_run, half, half_upstream, mask)
         backward = name == "dense" or device.type == "cuda"  # flex has no backward on CPU
-        results = _attention_run(*half, mask, backward)
-        forward = seconds(lambda mask=mask: _attention_run(*half, mask, False), device, repeats)
+        results = run(backward=backward)
+        forward = seconds(partial(run, backward=False), device, repeats)
         record[name] = {"forward_ms": _ms(forward), "forward_error": _relative_error(results[0], exact[0])}
         if backward:
-            both = seconds(lambda mask=mask: _attention_run(*half, mask, True), device, repeats)
+            both = seconds(partial(run, backward=True), device, repeats)
             errors = [_relative_error(ours, theirs) for ours, theirs in zip(results[1:], exact[1:], strict=True)]
             record[name] |= {"forward_backward_ms": _ms(both), "backward_error": max(errors)}
-    errors = ("forward_error", "backward_error")
     # Both are bf16: flex may not be much further from f32 than SDPA is.
     record["flex_is_right"] = all(
-        record["flex"].get(error, 0.0) <= 2 * record["dense"][error] + 1e-3 for error in errors
+        record["flex"].get(error, 0.0) <= 2 * record["dense"][error] + 1e-3
+        for error in ("forward_error", "backward_error")
     )
     return record
 
@@ -152,7 +158,7 @@ def measure_training(config: TransfusionConfig, layout: Layout, repeats: int, pe
 
 
 def measure_patches(config: TransfusionConfig, device: torch.device, images: int, repeats: int) -> dict:
-    """Time both halves of a bf16 patcher, forward and backward, on `images` of the paper's latents."""
+    """Time a bf16 patcher, both directions, forward and backward, on `images` of the paper's latents."""
     model = _model(config, device)
     latents = torch.randn(images, config.latent_channels, *GRID, device=device)
     timesteps = torch.randint(0, 1000, (images,), device=device)
@@ -172,34 +178,34 @@ def measure_patches(config: TransfusionConfig, device: torch.device, images: int
 
 
 def measure_encoding(device: torch.device, tiny: bool) -> dict:
-    """The encoder with a VAE of the paper's size in bf16: decode, resize, encode and write, and the VAE by itself."""
+    """Time the encoder with a VAE of the paper's size in bf16 (decode, resize, encode, write), and the VAE alone."""
     from bench.loader import make_data, make_pictures
 
     count, batch_size, widths = (2, 1, (8, 8, 8, 8)) if tiny else (1024, 64, VaeConfig().block_channels)
-    dtype = "float32" if tiny else "bfloat16"  # which few CPUs compute in, and convolve in at a tenth of the speed
+    # Few CPUs compute in bfloat16, and convolutions in it take ten times as long.
+    dtype: Literal["float32", "bfloat16"] = "float32" if tiny else "bfloat16"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tokenizer = make_data(folder, 0, 0)
         config = VaeConfig(latent_channels=8, block_channels=widths, norm_groups=8)
-        build_vae(config).save_pretrained(folder / "vae")
-        encoder = Encoder(
-            EncoderConfig(
-                tokenizer=str(tokenizer.path),
-                vae=str(folder / "vae"),
-                batch_size=batch_size,
-                dtype=dtype,
-                device=device.type,
-            ),
-            has_pictures=True,
+        cast(Any, build_vae(config)).save_pretrained(folder / "vae")
+        settings = EncoderConfig(
+            tokenizer=str(tokenizer.path),
+            vae=str(folder / "vae"),
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device.type,
         )
+        encoder = Encoder(settings, has_pictures=True)
+        vae: Any = encoder.vae
         files = make_pictures(min(count, 128))
         documents = [RawDocument(f"{i:05d}", "bench", ("a circle", files[i % len(files)]), {}, 0) for i in range(count)]
         whole = seconds(
             lambda: write_shard(folder / "out.tar", encoder.records(documents, BadRecords(0))), device, repeats=3
         )
-        pixels = torch.randn(batch_size, 3, 256, 256, device=device, dtype=encoder.vae.dtype)
+        pixels = torch.randn(batch_size, 3, 256, 256, device=device, dtype=vae.dtype)
         with torch.no_grad():
-            alone = seconds(lambda: moments(encoder.vae, pixels), device, repeats=5)
+            alone = seconds(lambda: moments(vae, pixels), device, repeats=5)
     per_s = {"images_per_s": count / whole, "vae_alone_images_per_s": batch_size / alone}
     return {name: round(value, 1) for name, value in per_s.items()} | {"decode_threads": encoder.num_threads}
 
@@ -208,8 +214,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=[*SIZES], help="whose blocks (all five)")
     parser.add_argument("--layers", type=int, default=4, help="blocks of the measured stack (4)")
-    parser.add_argument("--rows", type=int, default=2, help="sequences a step (2)")
-    parser.add_argument("--length", type=int, default=4096, help="tokens a sequence (4096)")
+    parser.add_argument("--rows", type=int, default=2, help="sequences per step (2)")
+    parser.add_argument("--length", type=int, default=4096, help="tokens per sequence (4096)")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs; the median counts (10)")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the device, TFLOP/s (by its name)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a tiny smoke run (cuda)")
@@ -248,14 +254,16 @@ def main() -> int:
     return 0 if all(parts["attention"]["flex_is_right"] for parts in record["sizes"].values()) else 1
 
 
-def _attention_run(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, mask: object, backward: bool) -> list[Tensor]:
+def _attention_run(
+    qkv: tuple[Tensor, Tensor, Tensor], upstream: Tensor, mask: BlockMask | Tensor, *, backward: bool
+) -> list[Tensor]:
     """Return [out], or [out, grad q, grad k, grad v]."""
     if not backward:
         with torch.no_grad():
-            return [attend(q, k, v, mask)]
-    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-    out = attend(*leaves, mask)
-    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+            return [attend(*qkv, mask)]
+    q, k, v = (tensor.detach().requires_grad_() for tensor in qkv)
+    out = attend(q, k, v, mask)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)]
 
 
 def _model(config: TransfusionConfig, device: torch.device) -> Transfusion:
@@ -267,7 +275,7 @@ def _model(config: TransfusionConfig, device: torch.device) -> Transfusion:
 
 
 def _batch(config: TransfusionConfig, layout: Layout) -> tuple[dict, Tensor]:
-    """Return the model's inputs, and the noise that it should predict."""
+    """Return the model's inputs and the noise that it should predict."""
     device, (rows, length) = layout.document_ids.device, layout.document_ids.shape
     generator = torch.Generator(device).manual_seed(0)
     patches = GRID[0] * GRID[1] // config.patch_size**2
@@ -295,7 +303,7 @@ def _batch(config: TransfusionConfig, layout: Layout) -> tuple[dict, Tensor]:
 
 
 def _step_flops(model: Transfusion, batch: dict, layout: Layout) -> float:
-    """Return the FLOPs of a step, padding there is none of."""
+    """Return the FLOPs of a step; there is no padding."""
     flops = Flops.of(model.config, VOCAB)
     return (
         flops.per_token * batch["input_ids"].numel()

@@ -1,4 +1,4 @@
-"""What a fault does to files: a damaged file stays so, a harm of the surroundings lasts as long as its context."""
+"""What faults do to files: damage to a file is permanent, harm to the environment lasts as long as its context."""
 
 import os
 import random
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from bench.job import Job
@@ -27,7 +28,7 @@ def remove(path: Path, luck: random.Random) -> None:
 
 @contextmanager
 def full_disk(job: Job, luck: random.Random) -> Iterator[None]:
-    """Fill the disk up to a random rest that a save may not fit in."""
+    """Fill the disk, but for a random remainder that may be too small for a save."""
     filler = job.run_dir.parent / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -46,7 +47,7 @@ def full_disk(job: Job, luck: random.Random) -> Iterator[None]:
 def read_only(job: Job, luck: random.Random) -> Iterator[None]:
     """Mount the folder of checkpoints read-only over itself; root ignores permission bits.
 
-    By way of a side mount that nobody writes through: remounting one in use fails with "busy".
+    Via a second mount that nobody writes through: remounting one in use fails with "busy".
     """
     job.checkpoints.mkdir(parents=True, exist_ok=True)
     side = job.run_dir.with_name("side")
@@ -54,7 +55,7 @@ def read_only(job: Job, luck: random.Random) -> Iterator[None]:
     with ExitStack() as stack:
         for source, target in ((job.checkpoints, side), (side, job.checkpoints)):
             subprocess.run(["mount", "--bind", source, target], check=True)
-            stack.callback(subprocess.run, ["umount", "--lazy", target], check=True)
+            stack.callback(partial(subprocess.run, ["umount", "--lazy", str(target)], check=True))
             if target is side:
                 subprocess.run(["mount", "-o", "remount,bind,ro", side], check=True)
         yield
@@ -62,7 +63,7 @@ def read_only(job: Job, luck: random.Random) -> Iterator[None]:
 
 @contextmanager
 def vanished_shard(job: Job, luck: random.Random) -> Iterator[None]:
-    """Take a shard away, from those who hold it open too; it is there again at the end."""
+    """Remove a shard, also for those who have it open; restore it at the end."""
     folders = [Path(value) for key, value in job.settings.items() if key.startswith("data.sources.")]
     shard = luck.choice(sorted(path for folder in folders for path in folder.glob("*.tar")))
     kept = shard.with_name(f"{shard.name}.kept")

@@ -2,11 +2,11 @@
 
 usage: python -m bench.loader [--pairs 3000] [--texts 6000] [--rounds 5] [--images 150] [--core 0] [--folder DIR]
 
-Ours goes the whole way from local shards to packed batches with all their noise, checks every record's checksum,
-contents and token ids, and is exact; webdataset reads the same shards, shuffles as many, and decodes the same arrays
-into batches of as many documents. They take turns; ratios are those of the medians. Encoding is measured without its
-VAE (an instant stand-in, as a GPU beside would be): read, decode, resize, tokenize and write, against Pillow's bare
-decode and resize of the same pictures. The last line is one JSON object.
+Our loader goes all the way from local shards to packed batches with their noise, checks every record's checksum,
+contents and token ids, and is exact; webdataset reads the same shards, shuffles as many documents, and decodes the same
+arrays into batches. They take turns; ratios are of the medians. Encoding is measured without its VAE (an instant
+stand-in, like a fast GPU): read, decode, resize, tokenize and write, against Pillow's plain decode and resize of the
+same pictures. The last line is one JSON object.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,13 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3000, help="image-caption documents to make")
     parser.add_argument("--texts", type=int, default=6000, help="text documents to make")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each way")
     parser.add_argument("--images", type=int, default=150, help="pictures of 640x480 to encode")
-    parser.add_argument("--core", type=int, default=None, help="core to stay on; default: the last one")
+    parser.add_argument("--core", type=int, default=None, help="core to run on; default: the last one")
     parser.add_argument("--folder", type=Path, help="where to make the data; default: a temporary folder")
     args = parser.parse_args()
     if min(args.pairs, args.texts) < 1024:
-        parser.error(f"--pairs {args.pairs} --texts {args.texts}: expected at least 1024 each, one a lane")
+        parser.error(f"--pairs {args.pairs} --texts {args.texts}: expected at least 1024 each, one per lane")
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {args.core if args.core is not None else max(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as temporary:
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def make_data(folder: Path, pairs: int, texts: int) -> Tokenizer:
-    """Write the paper's two kinds of data, as encoded shards, and a tokenizer; the arrays are random."""
+    """Write the paper's two kinds of data as encoded shards of random arrays, and a tokenizer."""
     rng = np.random.default_rng(0)
     path = folder / "tokenizer.model"
     if not path.exists():
@@ -124,7 +125,7 @@ def config_of(folder: Path, tokenizer: Tokenizer, *names: str, lanes: int = LANE
 
 
 def measure_reading(folder: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, float]:
-    """Documents and tokens a second, ours and webdataset's in turns."""
+    """Measure documents and tokens per second, alternating ours and webdataset's."""
     seconds: dict[str, list[float]] = {}
     counts: dict[str, tuple[int, int]] = {}
     ways = {
@@ -165,7 +166,8 @@ def read_ours(folder: Path, tokenizer: Tokenizer, what: str) -> tuple[tuple[int,
     start = time.perf_counter()
     while documents < wanted:
         batch = loader.next(600)
-        documents += sum(int(micro.document_ids.amax(1).sum()) for micro in batch.micro_batches)
+        assert batch is not None, "no batch within ten minutes"
+        documents += int(sum(micro.document_ids.amax(1).sum() for micro in batch.micro_batches))
         tokens += batch.num_tokens
     elapsed = time.perf_counter() - start
     loader.close()
@@ -173,7 +175,7 @@ def read_ours(folder: Path, tokenizer: Tokenizer, what: str) -> tuple[tuple[int,
 
 
 def read_webdataset(folder: Path, tokenizer: Tokenizer, what: str) -> tuple[tuple[int, int], float]:
-    """The same of webdataset's plain pipeline: read, shuffle, decode the arrays, batch."""
+    """Return the same for webdataset's plain pipeline: read, shuffle, decode the arrays, batch."""
     import webdataset as wds
 
     members = ("tokens.npy", "moments.npy") if what == "pairs" else ("tokens.npy",)
@@ -190,20 +192,21 @@ def read_webdataset(folder: Path, tokenizer: Tokenizer, what: str) -> tuple[tupl
 
 
 def measure_packing(folder: Path, tokenizer: Tokenizer) -> dict[str, float]:
-    """Fill on the paper's mix and on pairs alone, what attention costs each of 8 ranks, and the lanes' state."""
+    """Measure the fill on the paper's mix and on pairs alone, attention's cost for each of 8 ranks, and the lanes'
+    state."""
     config = config_of(folder, tokenizer, "pairs", "texts", lanes=1024)
     data = open_data(config, 0, PATCH)
     lanes = [Lane(number, data.sources, data.settings) for number in range(1024)]
-    rows = [lane.next_row() for lane in lanes]
+    rows = [next_row(lane) for lane in lanes]
     pairs = np.array([row.num_attention_pairs for row in rows], dtype=np.float64).reshape(RANKS, -1).sum(1)
-    print(f"attention pairs a rank, of the mean of {RANKS} ranks: {' '.join(f'{p:.3f}' for p in pairs / pairs.mean())}")
+    print(f"attention pairs per rank, relative to their mean: {' '.join(f'{p:.3f}' for p in pairs / pairs.mean())}")
     alone = open_data(config_of(folder, tokenizer, "pairs", lanes=8), 0, PATCH)
     readers = [Lane(number, alone.sources, alone.settings) for number in range(8)]
-    rows_of_pairs = [lane.next_row() for _ in range(8) for lane in readers]
+    rows_of_pairs = [next_row(lane) for _ in range(8) for lane in readers]
     start = time.perf_counter()
     draws = [draw_images(0, 1, lane, row) for lane, row in enumerate(rows_of_pairs)]
     draws_us = 1e6 * (time.perf_counter() - start) / sum(len(drawn.u) for drawn in draws)
-    print(f"noise: {draws_us:.0f} us a picture, part of ours and not of webdataset's")
+    print(f"noise: {draws_us:.0f} us per image, included in ours but not in webdataset's")
     return {
         "draws_us_per_document": round(draws_us, 1),
         "fill": fill_of(rows),
@@ -213,12 +216,18 @@ def measure_packing(folder: Path, tokenizer: Tokenizer) -> dict[str, float]:
     }
 
 
+def next_row(lane: Lane) -> PackedSequence:
+    row = lane.next_row()
+    assert row is not None, "sources repeat"
+    return row
+
+
 def fill_of(rows: list[PackedSequence]) -> float:
     return round(float(np.mean([np.mean(row.document_ids > 0) for row in rows])), 4)
 
 
 class InstantVae(torch.nn.Module):
-    """Takes no time, and so leaves the CPU's side of encoding alone."""
+    """Takes no time, so that only the CPU's part of encoding is measured."""
 
     device = torch.device("cpu")
 
@@ -228,16 +237,16 @@ class InstantVae(torch.nn.Module):
 
 
 def measure_encoding(folder: Path, tokenizer: Tokenizer, images: int, rounds: int) -> dict[str, float]:
-    """Pictures a second of the encoder without its VAE, and of Pillow's bare decode, crop and resize."""
+    """Measure the encoder without its VAE against Pillow's plain decode, crop and resize."""
     files = make_pictures(images)
     raw = folder / "raw.tar"
     members = {"txt": b"a large red circle beside 3 small blue squares"}
     write_shard(raw, ({"__key__": f"{i:05d}".encode(), "jpg": d, **members} for i, d in enumerate(files)))
     small_vae = VaeConfig(latent_channels=CHANNELS, block_channels=(8, 8, 8, 8), layers_per_block=1, norm_groups=4)
-    build_vae(small_vae).save_pretrained(folder / "vae")
+    cast(Any, build_vae(small_vae)).save_pretrained(folder / "vae")
     config = EncoderConfig(tokenizer=str(tokenizer.path), vae=str(folder / "vae"), device="cpu", decode_threads=1)
     encoder = Encoder(config, has_pictures=True)
-    encoder.vae = InstantVae()
+    encoder.vae = cast(Any, InstantVae())
 
     def ours() -> None:
         write_shard(folder / "encoded.tar", encoder.records(read_raw(raw, str(raw), bad := BadRecords(0)), bad))
@@ -254,7 +263,7 @@ def measure_encoding(folder: Path, tokenizer: Tokenizer, images: int, rounds: in
 
 
 def make_pictures(count: int) -> list[bytes]:
-    """Return JPEG files of 640x480: soft shapes and noise, about as hard to decode as photographs."""
+    """Return JPEG files of 640x480: soft shapes and noise, about as costly to decode as photographs."""
     rng, files = np.random.default_rng(0), []
     for _ in range(count):
         small = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
@@ -267,7 +276,7 @@ def make_pictures(count: int) -> list[bytes]:
 
 
 def in_turns(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each way, the first round left out."""
+    """Return the median seconds of each way, without the first round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, way in ways.items():

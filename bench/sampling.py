@@ -1,12 +1,11 @@
-"""Measure sampling: pictures over a cached prefix against the same model without a cache, and pictures a second.
+"""Measure sampling: pictures with a cached prefix against the same model without a cache, and pictures per second.
 
 usage: python -m bench.sampling [--size 0.16b] [--layers 2] [--prefix 512] [--steps 6] [--device auto]
 
-Both ways draw the same pictures (they are compared) with the same sampler, guidance and precision: with the cache a
-step runs the picture's tokens alone, without it the whole prefix again, both guidance branches side by side in one
-forward either way. They take turns; the speedup is that of the medians, `cached_speedup` that of the largest batch.
-The last line is one JSON object. The defaults are for three minutes on two AVX2 cores; `--steps 50` takes eight times
-as long.
+Both ways draw the same pictures (which are compared) with the same sampler, guidance and precision. With the cache a
+step runs the picture's tokens only, without it the whole prefix again; both run the two guidance branches in one
+forward. They take turns; the speedup is of the medians, `cached_speedup` that of the largest batch. The last line is
+one JSON object. The defaults take three minutes on two AVX2 cores; `--steps 50` takes eight times as long.
 """
 
 import argparse
@@ -35,7 +34,7 @@ SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4)
 
 @torch.no_grad()
 def draw_without_cache(model: Transfusion, prompts: list[Prompt], config: SamplerConfig) -> Tensor:
-    """Return latents [R, C, h, w] by DDIM, running every token of both branches in every step."""
+    """Return latents [R, C, h, w] from DDIM that runs every token of both branches in every step."""
     device, draws, table = model.text_head.weight.device, SeededDraws(0), alphas_cumprod().tolist()
     shape = (model.config.latent_channels, *GRID)
     patches = GRID[0] * GRID[1] // model.config.patch_size**2
@@ -69,7 +68,7 @@ def draw_without_cache(model: Transfusion, prompts: list[Prompt], config: Sample
 
 
 def measure(model: Transfusion, rows: int, prefix: int, config: SamplerConfig, repeats: int) -> dict:
-    """Draw `rows` pictures both ways in turn; return the medians' ratio and how far the pictures are apart."""
+    """Draw `rows` pictures both ways in turn; return the medians' ratio and the pictures' largest difference."""
     generator = torch.Generator().manual_seed(0)
     caption = prefix - 2  # BOS and BOI belong to the prefix
     prompts = [Prompt([torch.randint(5, VOCAB, (caption,), generator=generator)], True, i) for i in range(rows)]
@@ -107,8 +106,8 @@ def main() -> int:
     parser.add_argument("--patches", choices=("linear", "unet"), default="linear", help="patcher (linear)")
     parser.add_argument("--prefix", type=int, default=512, help="tokens before the picture (512)")
     parser.add_argument("--steps", type=int, default=6, help="denoising steps (6)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="rows side by side (1 4)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed draws each way, in turn; the median counts (3)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="pictures per batch (1 4)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each way; the median counts (3)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is any")
     options = parser.parse_args()
     name = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"

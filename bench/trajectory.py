@@ -1,8 +1,8 @@
-"""A training that faults happen to, from its first start to its end, against one that nothing happened to.
+"""A training that faults strike, from its first start to its end, compared with an undisturbed one.
 
-After every fault: each checkpoint with its final name verifies but the one we harmed, nothing saved before is lost, the
-next start goes on from the newest that is intact, no process is left. At the end: the same rows, lanes and weights as
-the undisturbed run's, and the documents of the steps that count, read again from the lanes that each resume began with.
+After every fault: each checkpoint with its final name verifies except one that we damaged, nothing saved is lost, the
+next start resumes from the newest intact checkpoint, and no process is left. At the end: the same rows, lanes and
+weights as the undisturbed run, and the same documents, read again from the lanes that each resume started with.
 """
 
 import itertools
@@ -29,33 +29,33 @@ from train.config import load_config
 from train.pretrain_config import PretrainConfig
 
 WORLD_SIZE = 2  # of the undisturbed run
-# On other world sizes gradients are added up in another order, and Adam's first steps enlarge the last bits.
+# Another number of ranks sums gradients in another order, and Adam's first steps amplify the last bits.
 TOLERANCE = 1e-3  # of rows, relative; of weights, absolute
-LATE_S = 40.0  # that the first step may take, besides what its fault adds
-END_S = 120.0  # an undisturbed attempt that takes longer hangs
+LATE_S = 40.0  # limit for the first step, in addition to its fault's own delay
+END_S = 120.0  # an undisturbed attempt that takes longer is considered hung
 POLL_S = 0.003
 
 Lanes = dict[int, dict]  # states by lane
-Documents = Counter  # (source, epoch, shard, record) -> how often its first token was trained
+Documents = Counter[tuple[int, ...]]  # (source, epoch, shard, record) -> how often its first token was trained
 
 
 @dataclass
 class Entry:
-    """What came of one fault."""
+    """The outcome of one fault."""
 
     fault: Fault
     target: int
-    resumed: bool = False  # a later start went on from where it had to
-    half_written: bool = False  # a save was under way
-    seconds_to_first_step: float | None = None  # of the attempt it struck, from its start
+    resumed: bool = False  # a later start resumed from where it had to
+    half_written: bool = False  # a save was in progress
+    seconds_to_first_step: float | None = None  # of the struck attempt, from its start
     seconds_to_end: float | None = None  # of the other ranks
-    outwaited: bool = False  # the others of a frozen rank were still there after the timeout
+    outwaited: bool = False  # the peers of a frozen rank were still running after the timeout
     what: str | None = None  # why it was not survived
 
 
 @dataclass(frozen=True)
 class End:
-    """What a finished run leaves."""
+    """What a finished run leaves behind."""
 
     rows: list[dict[str, Any]]  # of training steps
     evaluations: list[dict[str, Any]]
@@ -73,11 +73,11 @@ class End:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """The run that nothing happened to, and how long its phases took."""
+    """The undisturbed run, and how long its phases took."""
 
     end: End
     documents: Documents
-    data: Callable[[], DataSet]  # opens it anew: one that read a vanished shard would go on reading what is gone
+    data: Callable[[], DataSet]  # opens it again: a data set that has read a vanished shard would keep reading it
     steps: int
     save_every: int
     paces: dict[str, float]  # seconds by phase
@@ -88,7 +88,7 @@ class Undisturbed:
         steps, save_every = job.settings["optim.steps"], job.settings["checkpoint.interval_steps"]
         with job.start(WORLD_SIZE) as attempt, FirstStep(job, attempt, 0) as first:
             statuses = attempt.wait(END_S)
-        if set(statuses) != {0}:
+        if set(statuses) != {0} or first.seconds is None:
             raise RuntimeError(f"the undisturbed run ended with {statuses}:\n{attempt.output}")
         config = load_config(PretrainConfig, job.argv())
         data, end = partial(open_data, config.data, config.seed, config.model.patch_size), End.of(job)
@@ -106,14 +106,14 @@ class Undisturbed:
 
 
 class FirstStep:
-    """Watch, while open, for the first row that an attempt adds to the metrics of a job that resumes from a step.
+    """Watches, while open, for the first row that an attempt adds to the metrics of a job resuming from a step.
 
-    Looks at the folder alone: of two threads that ask for a process's exit status, one would get a wrong answer.
+    It reads the folder only: if two threads ask for a process's exit status, one of them gets a wrong answer.
     """
 
     def __init__(self, job: Job, attempt: ProgramRanks, resume: int) -> None:
         self.job, self.started, self.resume = job, attempt.started, resume
-        self.seconds: float | None = None  # from the attempt's start; None: it never came
+        self.seconds: float | None = None  # from the attempt's start; None: no row so far
         self._inode, self._closed = job.inode(), False
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -131,28 +131,28 @@ class FirstStep:
     def _watch(self) -> None:
         ended = False
         while not ended and self.seconds is None:
-            ended = self._closed  # asked first: a last row may come in between
+            ended = self._closed  # read first: a last row may come in between
             if self.job.inode() != self._inode and self.job.last_step() > self.resume:
                 self.seconds = time.monotonic() - self.started
             time.sleep(POLL_S)
 
 
 class Trajectory:
-    """One training, from scratch, that faults strike one after another."""
+    """One training from scratch that faults strike one after another."""
 
     def __init__(self, job: Job, undisturbed: Undisturbed) -> None:
         self.job, self.undisturbed = job, undisturbed
         self.entries: list[Entry] = []
         self.world_sizes: set[int] = set()
-        self._resumes: list[tuple[int, Lanes]] = []  # (step, lanes) that each part of the final trajectory began with
-        self._harmed: set[int] = set()  # steps whose checkpoint we harmed
+        self._resumes: list[tuple[int, Lanes]] = []  # (step, lanes) that each part of the final trajectory started from
+        self._harmed: set[int] = set()  # steps whose checkpoint we damaged
 
     @property
     def same_world_size(self) -> bool:
         return self.world_sizes == {WORLD_SIZE}
 
     def strike(self, fault: Fault, target: int) -> Entry:
-        """Start the command, let the fault happen to it and check what is left."""
+        """Start the command, let the fault strike it and check what is left."""
         entry = Entry(fault, target)
         self.entries.append(entry)
         try:
@@ -162,11 +162,13 @@ class Trajectory:
         return entry
 
     def finish(self) -> tuple[list[str], Documents, Documents]:
-        """Start the command once more; return how the end differs from the undisturbed, documents lost, repeated."""
+        """Start the command once more; return how its end differs from the undisturbed run's, and the documents lost
+        and repeated."""
         self._attempt(max(self.world_sizes, default=WORLD_SIZE), None)
         end, expected = End.of(self.job), self.undisturbed.end
         differences = compare(end, expected, 0.0 if self.same_world_size else TOLERANCE)
-        data, documents, spans = self.undisturbed.data(), Documents(), [*self._resumes, (self.undisturbed.steps, {})]
+        documents: Documents = Counter()
+        data, spans = self.undisturbed.data(), [*self._resumes, (self.undisturbed.steps, {})]
         for (first, lanes), (last, _) in itertools.pairwise(spans):
             part, tokens = read_again(data, lanes, first, last)
             documents += part
@@ -177,7 +179,7 @@ class Trajectory:
         return differences, self.undisturbed.documents - documents, documents - self.undisturbed.documents
 
     def _attempt(self, world_size: int, entry: Entry | None) -> None:
-        """Run one attempt, struck or undisturbed; raise NotSurvived for what must not be."""
+        """Run one attempt, with a fault or without; raise NotSurvived for whatever must not happen."""
         job, resume, before = self.job, self.job.newest_intact(), self.job.rows()
         self.world_sizes.add(world_size)
         while self._resumes and self._resumes[-1][0] >= resume:
@@ -195,7 +197,7 @@ class Trajectory:
         check_rows(job.rows(), before, resume, first.has_come())
         if entry is not None:
             entry.seconds_to_first_step = first.seconds
-            if first.has_come() and first.seconds > LATE_S + KINDS[entry.fault.kind].delay_s:
+            if first.seconds is not None and first.seconds > LATE_S + KINDS[entry.fault.kind].delay_s:
                 raise NotSurvived(f"its first step came after {first.seconds:.0f} s")
         if first.has_come() or entry is None:
             for earlier in self.entries:
@@ -242,44 +244,44 @@ class Trajectory:
 
 
 def check_rows(rows: list[dict], before: list[dict], resume: int, trained: bool) -> None:
-    """Raise NotSurvived unless each step has one row, and an attempt that trained went on from step `resume`.
+    """Raise NotSurvived unless each step has one row, and an attempt that trained resumed from step `resume`.
 
-    `before` are the rows that were there when it started. Rows hold times, so that a step that was trained twice shows.
+    `before` are the rows at its start. Rows contain times, so a step that was trained twice shows.
     """
     if (steps := [row["step"] for row in rows]) != list(range(1, len(rows) + 1)):
         raise NotSurvived(f"metrics.jsonl has the steps {steps}")
     kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, rows, strict=False)))
     if trained and kept != min(resume, len(before)):
-        raise NotSurvived(f"went on from step {kept}, but {resume} is the newest intact checkpoint")
+        raise NotSurvived(f"resumed from step {kept}, but {resume} is the newest intact checkpoint")
 
 
 def compare(end: End, expected: End, tolerance: float) -> list[str]:
     """Return how the ends of two runs differ; a tolerance of 0 compares bits."""
-    differences = []
+    differences: list[str] = []
     for mine, theirs in ((end.rows, expected.rows), (end.evaluations, expected.evaluations)):
         if [row["step"] for row in mine] != [row["step"] for row in theirs]:
             differences.append(f"rows of steps {[row['step'] for row in mine]}")
-        for row, other in zip(mine, theirs, strict=False):
-            names = [name for name in other if name in NUMBERS or name.startswith("heldout/")]
+        for row, as_expected in zip(mine, theirs, strict=False):
+            names = [name for name in as_expected if name in NUMBERS or name.startswith("heldout/")]
             differences += [
-                f"step {row['step']}: {name} is {row[name]}, was {other[name]}"
+                f"step {row['step']}: {name} is {row[name]}, was {as_expected[name]}"
                 for name in names
-                if row[name] != other[name] and not _close(row[name], other[name], tolerance)
+                if row[name] != as_expected[name] and not _close(row[name], as_expected[name], tolerance)
             ]
     if end.tensors.keys() != expected.tensors.keys():
         differences.append("other tensors")
     for name in end.tensors.keys() & expected.tensors.keys():
-        mine, theirs = end.tensors[name], expected.tensors[name]
-        same = torch.allclose(mine, theirs, rtol=0, atol=tolerance) if tolerance else torch.equal(mine, theirs)
+        one, other = end.tensors[name], expected.tensors[name]
+        same = torch.allclose(one, other, rtol=0, atol=tolerance) if tolerance else torch.equal(one, other)
         if not same:
-            differences.append(f"{name} differs by up to {(mine - theirs).abs().max():.2g}")
+            differences.append(f"{name} differs by up to {(one - other).abs().max():.2g}")
     if (end.lanes, end.progress) != (expected.lanes, expected.progress):
         differences.append("other lanes or counters")
     return differences
 
 
 def _close(number: float | None, other: float | None, tolerance: float) -> bool:
-    return None not in (number, other) and abs(number - other) <= tolerance * abs(other)
+    return number is not None and other is not None and abs(number - other) <= tolerance * abs(other)
 
 
 def saved_lanes(job: Job, step: int) -> Lanes:
@@ -289,9 +291,10 @@ def saved_lanes(job: Job, step: int) -> Lanes:
 
 
 def read_again(data: DataSet, lanes: Lanes, first: int, last: int) -> tuple[Documents, list[int]]:
-    """Return the documents that steps `first` + 1 to `last` begin, from the lanes' states after `first`, and the tokens
+    """Return the documents begun in steps `first` + 1 to `last`, from the lanes' states after `first`, and the tokens
     of each step."""
-    documents, tokens = Documents(), [0] * (last - first)
+    documents: Documents = Counter()
+    tokens = [0] * (last - first)
     for number in range(data.settings.lanes):
         lane = Lane(number, data.sources, data.settings, lanes.get(number))
         before = begun(data.sources, number, lane.state())
@@ -303,8 +306,8 @@ def read_again(data: DataSet, lanes: Lanes, first: int, last: int) -> tuple[Docu
 
 
 def begun(sources: list[Source], lane: int, state: dict) -> Documents:
-    """Return the documents that a lane has begun to train: all it drew but those that wait whole."""
-    counts = Documents()
+    """Return the documents that a lane has begun to train: all that it drew, except those still pending uncut."""
+    counts: Documents = Counter()
     for number, (epoch, ordinal, _) in enumerate(state["cursors"]):
         for each in range(epoch + 1):
             for place in range(ordinal) if each == epoch else itertools.count():

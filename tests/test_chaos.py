@@ -98,7 +98,7 @@ def test_going_on_from_another_step_or_without_a_row_is_not_survival(finished: J
     before = [*rows[:20], *({**row, "step_s": -1.0} for row in rows[20:])]
     check_rows(rows, before, 20, True)
     check_rows(rows[:18], before, 16, False)
-    for found, resume, words in [(rows, 16, "went on from step 20, but 16 is"), (rows[1:], 20, "has the steps")]:
+    for found, resume, words in [(rows, 16, "resumed from step 20, but 16 is"), (rows[1:], 20, "has the steps")]:
         with pytest.raises(NotSurvived, match=words):
             check_rows(found, before, resume, True)
 
