@@ -1,4 +1,4 @@
-"""The page at wandb: whole after any stop, one for a run wherever it lies, and never in the training's way."""
+"""The page at wandb: complete after any stop, one per run wherever its folder is, and no obstacle to training."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.ranks import children, is_running
 from train.checkpoints.run_folder import RunFolder
 from train.distributed.ranks import alone
 from train.metrics import LogConfig, MetricsLog
@@ -26,7 +28,7 @@ BLOCK = 32768  # bytes of a block of LevelDB's log format, in which a .wandb fil
 
 @pytest.fixture(autouse=True)
 def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting and no key of this machine counts; wandb's process ends with the test."""
+    """Ignore this machine's settings and keys; end wandb's process with the test."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -67,32 +69,39 @@ def page(folder: Path) -> tuple[list[int], dict[str, Any], bool]:
 
 
 def signal_service(number: signal.Signals) -> None:
-    """Send a signal to wandb's service, a child of this process, and wait until it is gone."""
-    children = [
-        int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
-    ]
-    (found,) = [pid for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return found
+    """Send a signal to wandb's service, a child of this process, if it still runs, and wait until it is gone."""
+    for service in [pid for pid in children() if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]:
+        os.kill(service, number)
+        deadline = time.monotonic() + 30
+        while is_running(service):
+            assert time.monotonic() < deadline, f"wandb's service outlived {number}"
+            time.sleep(0.01)
+
+
+@contextmanager
+def open_log(path: Path, config: LogConfig) -> Iterator[MetricsLog]:
+    with RunFolder(path, alone()) as folder:
+        log = MetricsLog(config, folder, alone(), {})
+        yield log
+        log.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_that_reaches_wandb_too_costs_the_page_no_row(number: signal.Signals, tmp_path: Path) -> None:
-    """Slurm and systemd signal all processes of a job: before the last row, or after it; and it may die in between."""
-    with RunFolder(tmp_path / "run", alone()) as folder:
-        log = MetricsLog(LogConfig(wandb="offline"), folder, alone(), {})
+    """Slurm and systemd signal all processes of a job; before the last row, or after it."""
+    with open_log(tmp_path / "run", LogConfig(wandb="offline")) as log:
         for step in range(1, 7):
             if step in (3, 6):
                 signal_service(number)
             log.write({"step": step, "text_loss": 1 / step})
         signal_service(number)
-        log.close()
     steps, summary, finished = page(tmp_path / "run")
     assert steps == [1, 2, 3, 4, 5, 6] and finished
     assert summary["step"] == 6 and summary["text_loss"] == 1 / 6
 
 
 class Server(BaseHTTPRequestHandler):
-    """As much of wandb's server as one page needs: it keeps what has reached it, and says so to who resumes."""
+    """As much of wandb's server as one page needs: it keeps the rows that it receives and reports them on a resume."""
 
     protocol_version = "HTTP/1.1"
     rows: dict[int, str]
@@ -137,8 +146,7 @@ def test_online_too_what_did_not_reach_the_server_is_sent_again_and_nothing_twic
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    with RunFolder(tmp_path / "run", alone()) as folder:
-        log = MetricsLog(LogConfig(wandb="online"), folder, alone(), {})
+    with open_log(tmp_path / "run", LogConfig(wandb="online")) as log:
         for step in range(1, 13):
             log.write({"step": step})
             log.write({"step": step, "heldout/x/text_loss": 1 / step})
@@ -148,7 +156,6 @@ def test_online_too_what_did_not_reach_the_server_is_sent_again_and_nothing_twic
                     time.sleep(0.05)
             if step in (6, 12):
                 signal_service(signal.SIGTERM)
-        log.close()
     server.shutdown()
     assert [json.loads(Server.rows[n])["step"] for n in sorted(Server.rows)] == [n // 2 for n in range(2, 26)]
     assert json.loads(Server.summary)["heldout/x/text_loss"] == 1 / 12
@@ -156,10 +163,8 @@ def test_online_too_what_did_not_reach_the_server_is_sent_again_and_nothing_twic
 
 def test_a_run_has_its_page_wherever_it_lies_and_a_copy_may_have_its_own(tmp_path: Path) -> None:
     def page_of(path: Path) -> str:
-        with RunFolder(path, alone()) as folder:
-            log = MetricsLog(LogConfig(wandb="offline"), folder, alone(), {})
+        with open_log(path, LogConfig(wandb="offline")) as log:
             log.write({"step": 1})
-            log.close()
         return json.loads((path / ID_FILE).read_text())["id"]
 
     first, other = page_of(tmp_path / "a" / "my run: 1"), page_of(tmp_path / "b" / "my run: 1")
@@ -173,10 +178,8 @@ def test_a_run_has_its_page_wherever_it_lies_and_a_copy_may_have_its_own(tmp_pat
 
 def test_the_environment_counts_where_the_config_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def written(name: str, config: LogConfig) -> list[str]:
-        with RunFolder(tmp_path / name, alone()) as folder:
-            log = MetricsLog(config, folder, alone(), {})
+        with open_log(tmp_path / name, config) as log:
             log.write({"step": 1})
-            log.close()
         files = [path for path in tmp_path.glob("*/wandb/offline-run-*/*.wandb") if name in path.name]
         return [record.run.project for path in files for record in records(path) if record.HasField("run")]
 
@@ -201,10 +204,8 @@ def test_online_without_a_key_or_a_network_keeps_an_offline_page(
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", key)
-    with RunFolder(tmp_path / "run", alone()) as folder:
-        log = MetricsLog(LogConfig(wandb="online"), folder, alone(), {})
+    with open_log(tmp_path / "run", LogConfig(wandb="online")) as log:
         log.write({"step": 1})
-        log.close()
     assert page(tmp_path / "run")[0] == [1]
     assert "the page is kept offline" in caplog.text and f"offline, in {tmp_path / 'run'}" in capsys.readouterr().out
 
@@ -225,17 +226,16 @@ def test_no_failure_of_wandb_reaches_the_training(
         SimpleNamespace(Settings=dict, setup=dict, init=lambda **_: failing_run, teardown=_fails),
     ]
     rows = [{"step": step, "text_loss": 1.5} for step in (1, 2, 3)]
-    with RunFolder(tmp_path / "run", alone()) as folder:
-        for wandb in faults:
-            monkeypatch.setitem(sys.modules, "wandb", wandb)
-            caplog.clear()
-            log = MetricsLog(LogConfig(wandb="offline"), folder, alone(), {})
+    for wandb in faults:
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
+        caplog.clear()
+        with open_log(tmp_path / "run", LogConfig(wandb="offline")) as log:
             for row in rows:
                 log.write(row)
                 log.picture(tmp_path / "picture.png", row["step"])
-            log.close()
-            assert caplog.text.count("wandb is off") == 1
-        monkeypatch.setitem(sys.modules, "wandb", None)
-        MetricsLog(LogConfig(), folder, alone(), {}).picture(tmp_path / "picture.png", 1)  # disabled: not looked for
+        assert caplog.text.count("wandb is off") == 1
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with open_log(tmp_path / "run", LogConfig()) as log:  # disabled: wandb is not imported
+        log.picture(tmp_path / "picture.png", 1)
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert written == 3 * rows
