@@ -1,7 +1,8 @@
-"""Fixtures that many test files share: a tokenizer, and two small encoded data sets. None of them may be changed."""
+"""Fixtures that many test files share: a tokenizer, two small encoded data sets, runs. None of them may be changed."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
     from tests.runs import DrawingRun
 
 torch.set_num_threads(1)  # tensors are tiny: on busy cores threads only wait for each other
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and by all that is started
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs and their children ignore it
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Pictures this small go faster so, on a busy machine by far; and so the last bits are the same each time."""
+    """Compute on one thread: far faster for tiny pictures on a busy machine, and the last bits never change."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -77,9 +78,23 @@ def sources(pairs_folder: Path, texts_folder: Path) -> dict[str, Path]:
     return {"pairs": pairs_folder, "texts": texts_folder}
 
 
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """The folder of a run that has not started yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def arguments(run_dir: Path, tokenizer: Tokenizer, sources: dict[str, Path]) -> Callable[..., list[str]]:
+    """Makes the arguments of a small run in `run_dir` on both data sets; takes the changes to its settings."""
+    from tests.runs import settings
+
+    return partial(settings, run_dir, tokenizer, sources)
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, sources: dict[str, Path]) -> Path:
-    """A run on two ranks that nothing happened to."""
+    """A finished run on two ranks."""
     from tests.runs import finish, settings  # only now: it imports the trainer, which most tests do not need
 
     run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"

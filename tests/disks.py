@@ -22,8 +22,15 @@ def small_disk(path: Path, kib: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", path], check=True)
 
 
+def fill(path: Path) -> None:
+    """Write zeros to a file until the disk is full."""
+    with pytest.raises(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(1 << 16)):
+            pass
+
+
 def own_mounts() -> None:
-    """Give this process mounts of its own, as a node has; for a process that was forked for it. Needs root."""
+    """Give this process mounts of its own, like a node's; call it in a process forked for this. Needs root."""
     clone_newns, private = 0x00020000, ["mount", "--make-rprivate", "/"]
     if ctypes.CDLL(None, use_errno=True).unshare(clone_newns) or subprocess.run(private, check=False).returncode:
         raise PermissionError("no mounts of its own for this process")

@@ -1,6 +1,7 @@
 """Training runs small enough for a test (bench.job.SMALL_RUN): started, watched and compared."""
 
 import json
+import signal
 import time
 from collections.abc import Callable, Sequence, Set
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from train import pretrain
 from train.checkpoints import checkpoint
 from train.distributed.ranks import alone
 
+Arguments = Callable[..., list[str]]  # the fixture `arguments`
 STEPS = 24
 SAVE_EVERY = 5
 
@@ -44,12 +46,35 @@ def launch(argv: Sequence[str], world_size: int | None) -> ProgramRanks:
     return ProgramRanks(pretrain.main, argv, world_size, tokenizer.parent / f"{time.monotonic_ns()}.log")
 
 
-def finish(argv: Sequence[str], world_size: int | None) -> str:
-    """Run to the end, which must be a good one; return what was printed."""
+def finish(argv: Sequence[str], world_size: int | None, status: int = 0) -> str:
+    """Run until every rank has ended with `status`; return what was printed."""
     with launch(argv, world_size) as run:
-        statuses = run.wait()
-        assert set(statuses) == {0}, f"{statuses}\n{run.output}"
-        return run.output
+        return expect(run, status)
+
+
+def expect(run: ProgramRanks, status: int) -> str:
+    """Wait until every rank has ended with `status`, of an orderly end without a traceback; return what was printed."""
+    statuses = run.wait()
+    assert set(statuses) == {status} and "Traceback" not in run.output, f"{statuses}\n{run.output}"
+    return run.output
+
+
+def stop(
+    argv: Sequence[str], world_size: int | None, step: int, number: int, rank: int | None = None, status: int = 75
+) -> str:
+    """Run until `step` is logged and send a signal to one rank or all: they save and end with `status`.
+
+    Returns what was printed.
+    """
+    run_dir = [Path(argument.split("=")[1]) for argument in argv if argument.startswith("run_dir=")][-1]
+    with launch(argv, world_size) as run:
+        wait_for(reached(run_dir, step), run)
+        run.signal(number, rank)
+        output = expect(run, status)
+    saved = saved_steps(run_dir)[-1]
+    assert f"stopped by {signal.Signals(number).name} after step {saved}; saved" in output, output
+    assert rows(run_dir)[-1]["step"] == saved
+    return output
 
 
 def numbers(run_dir: Path) -> list[tuple]:

@@ -15,13 +15,15 @@ from data.dataset import open_data
 from data.loader import Loader
 from data.manifest import Manifest
 from data.tokenizer import Tokenizer, train_tokenizer
-from tests.disks import small_disk
+from tests.disks import fill, small_disk
 from tests.runs import (
     SAVE_EVERY,
     STEPS,
+    Arguments,
     DrawingRun,
     assert_refused,
     assert_same_end,
+    expect,
     finish,
     launch,
     numbers,
@@ -36,8 +38,6 @@ from tests.sources import make_source, pairs
 from train import pretrain
 from train.config import load_config
 from train.pretrain_config import PretrainConfig
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_what_cannot_work_is_refused_before_it_starts(
@@ -117,14 +117,13 @@ def _garble(folder: Path, records: dict[int, list[int]]) -> list[str]:
 
 
 def test_corrupt_records_are_skipped_counted_and_named_when_the_budget_is_spent(
-    tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
+    tmp_path: Path, run_dir: Path, tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
 ) -> None:
-    """P7: trained around, the same after a resume; past the budget all ranks stop in order, and what was trained is
-    saved, so that the run goes on when the budget is raised."""
+    """P7: skipped, and the same ones after a resume; past the budget all ranks save and stop in an orderly way, so that
+    the run continues once the budget is raised."""
     damaged = _copy(pairs_folder, tmp_path / "pairs")
     names = _garble(damaged, {0: [3, 4, 17], 1: [2], 2: [0, 21]})
     sources = {"pairs": damaged, "texts": texts_folder}
-    run_dir = tmp_path / "run"
     argv = settings(run_dir, tokenizer, sources, optim__steps=12)
     config = load_config(PretrainConfig, argv)
     data = open_data(config.data, config.seed, config.model.patch_size)
@@ -134,63 +133,55 @@ def test_corrupt_records_are_skipped_counted_and_named_when_the_budget_is_spent(
     skipped = [batch.num_skipped for batch in batches]
     states = [batch.lane_states.values() for batch in batches]
     documents = [len({tuple(place) for state in of for place in state["skipped_documents"]}) for of in states]
-    assert documents[-1] == 6 < skipped[-1], "each is met by several lanes"
+    assert documents[-1] == 6 < skipped[-1], "several lanes meet each of them"
 
-    budget = 3
-    with launch([*argv, f"data.max_bad_documents={budget}"], 2) as run:
-        assert run.wait() == [1, 1]
-    end = next(line for line in run.output.splitlines() if "more than data.max_bad_documents" in line)
-    stopped = max(i + 1 for i, count in enumerate(documents) if count <= budget)
+    output = finish([*argv, "data.max_bad_documents=3"], 2, status=1)
+    end = next(line for line in output.splitlines() if "more than data.max_bad_documents" in line)
+    stopped = max(i + 1 for i, count in enumerate(documents) if count <= 3)
     assert f"stopped after step {stopped}: {documents[stopped]} documents were skipped" in end
     assert any(name in end for name in names) and "checksum" in end
-    assert "Traceback" not in run.output and saved_steps(run_dir)[-1] == stopped
-    finish([*argv, "data.max_bad_documents=6"], 2)  # as many as there are: lanes' countings add up to more
+    assert saved_steps(run_dir)[-1] == stopped
+    finish([*argv, "data.max_bad_documents=6"], 2)  # the number of bad documents; the lanes' counts sum to more
     assert [row["skipped_documents"] for row in rows(run_dir)] == skipped
     assert saved_state(run_dir)[1] == {str(lane): state for lane, state in batches[-1].lane_states.items()}
 
 
 def test_a_shard_that_vanishes_is_bad_data_and_one_that_cannot_be_indexed_stops_all_ranks(
-    tmp_path: Path, tokenizer: Tokenizer, texts_folder: Path
+    tmp_path: Path, run_dir: Path, tokenizer: Tokenizer, texts_folder: Path
 ) -> None:
-    """P7: shards cut to nothing under a running job are counted and named; an unexpected fault of one rank's reader
-    is known to every rank, which save and leave in order with that reader's own message."""
+    """P7: shards truncated under a running job are counted and named; an unexpected error of one rank's reader makes
+    every rank save and leave in an orderly way, with that reader's message."""
     folder = _copy(texts_folder, tmp_path / "texts")
-    run_dir = tmp_path / "run"
     argv = settings(run_dir, tokenizer, {"texts": folder}, optim__steps=10**6, checkpoint__interval_steps=10**6)
     with launch([*argv, "data.max_bad_documents=10"], 2) as run:
         wait_for(reached(run_dir, 3), run)
         os.truncate(folder / "00000.tar", 0)
         (folder / "00001.tar").unlink()
         (folder / "00001.tar").write_bytes(b"")
-        assert run.wait() == [1, 1], run.output
-    assert "documents were skipped, more than" in run.output and f"{folder}/00000.tar#" in run.output
+        output = expect(run, 1)
+    assert "documents were skipped, more than" in output and f"{folder}/00000.tar#" in output
     assert saved_steps(run_dir) == [rows(run_dir)[-1]["step"]]
 
     folder = _copy(texts_folder, tmp_path / "unindexed")
     index = folder / "00001.tar.idx"
     index.write_bytes(index.read_bytes()[:-1] + b"\xff")
-    with launch(settings(tmp_path / "run2", tokenizer, {"texts": folder}), 2) as run:
-        assert run.wait() == [1, 1], run.output
-    end = [line for line in run.output.splitlines() if "stopped after step 0" in line]
-    assert len(end) == 1 and "cannot read its data" in end[0] and str(index) in end[0], run.output
+    output = finish(settings(tmp_path / "run2", tokenizer, {"texts": folder}), 2, status=1)
+    (end,) = [line for line in output.splitlines() if "stopped after step 0" in line]
+    assert "cannot read its data" in end and str(index) in end
 
 
-def test_a_killed_rank_takes_its_peers_down_with_a_clear_line(
-    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
-) -> None:
+def test_a_killed_rank_takes_its_peers_down_with_a_clear_line(run_dir: Path, arguments: Arguments) -> None:
     """At once, not at the timeout."""
-    run_dir = tmp_path / "run"
-    argv = settings(run_dir, tokenizer, sources, optim__steps=10**6)
-    with launch(argv, 3) as run:
+    with launch(arguments(optim__steps=10**6), 3) as run:
         wait_for((run_dir / "checkpoints" / f"step-{SAVE_EVERY:08d}").exists, run)
         run.signal(signal.SIGKILL, rank=1)
         killed = time.monotonic()
         assert run.wait() == [1, -signal.SIGKILL, 1]
         assert time.monotonic() - killed < 15
         for rank in (0, 2):
-            words = [line for line in run.logs[rank].read_text().splitlines() if "lost rank 1 at step " in line]
-            assert len(words) == 1 and f"rank {rank} of 3" in words[0]
-            assert "Traceback" not in run.logs[rank].read_text()
+            printed = run.logs[rank].read_text()
+            (line,) = [line for line in printed.splitlines() if "lost rank 1 at step " in line]
+            assert f"rank {rank} of 3" in line and "Traceback" not in printed
     assert saved_steps(run_dir)
 
 
@@ -202,13 +193,10 @@ def test_a_full_disk_stops_the_run_clearly_and_loses_nothing(
         run_dir, filler = disk / "run", disk / "filler"
         argv = settings(run_dir, tokenizer, sources)
         with launch(argv, 2) as run:
-            wait_for(lambda: (run_dir / "checkpoints" / f"step-{SAVE_EVERY:08d}").exists(), run)
-            with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
-                while file.write(bytes(1 << 16)):
-                    pass
-            assert run.wait() == [1, 1], run.output
-        assert run.output.count("No space left on device") >= 1 and "was not written" in run.output
-        assert "Traceback" not in run.output
+            wait_for((run_dir / "checkpoints" / f"step-{SAVE_EVERY:08d}").exists, run)
+            fill(filler)
+            output = expect(run, 1)
+        assert "No space left on device" in output and "was not written" in output
         assert saved_steps(run_dir)
         filler.unlink()
         finish(argv, 2)
@@ -216,55 +204,43 @@ def test_a_full_disk_stops_the_run_clearly_and_loses_nothing(
         assert_same_end(run_dir, undisturbed)
 
 
-def test_numbers_that_go_bad_stop_the_run_on_every_rank(
-    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
-) -> None:
-    """P8: a rate that throws the weights away; every skipped update is counted, and all ranks leave in order."""
-    run_dir = tmp_path / "run"
-    argv = settings(run_dir, tokenizer, sources, optim__learning_rate=1e30, guard__max_bad_in_a_row=3)
-    with launch(argv, 2) as run:
-        assert run.wait() == [1, 1], run.output
-    assert re.search(r"the updates of steps \d+ to \d+ were skipped for their gradients", run.output)
-    assert "Traceback" not in run.output
+def test_numbers_that_go_bad_stop_the_run_on_every_rank(run_dir: Path, arguments: Arguments) -> None:
+    """P8: with a learning rate that ruins the weights; every skipped update is counted."""
+    output = finish(arguments(optim__learning_rate=1e30, guard__max_bad_in_a_row=3), 2, status=1)
+    assert re.search(r"the updates of steps \d+ to \d+ were skipped for their gradients", output)
     skipped = [row["skipped_updates"] for row in rows(run_dir)]
     assert skipped[-3:] == [1, 2, 3] and not any(skipped[:-3])
 
 
 def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_from_scratch(
-    tmp_path: Path, undisturbed: Path, tokenizer: Tokenizer, sources: dict[str, Path]
+    run_dir: Path, arguments: Arguments, undisturbed: Path
 ) -> None:
-    """P5, P10: weeks of training are not overwritten without a word."""
-    run_dir = _copy(undisturbed, tmp_path / "run")
+    """P5, P10: weeks of training are not silently overwritten."""
+    _copy(undisturbed, run_dir)
     for folder in (run_dir / "checkpoints").iterdir():
         (folder / "meta.json").write_text("{}")
-    with launch(settings(run_dir, tokenizer, sources), 2) as run:
-        assert run.wait() == [2, 2]
-    assert "all 2 checkpoints" in run.output and "Traceback" not in run.output
+    assert "all 2 checkpoints" in finish(arguments(), 2, status=2)
     assert len(rows(run_dir)) == STEPS
 
 
-def test_a_stop_while_pictures_are_drawn_does_not_wait_for_them(tmp_path: Path, drawn: DrawingRun) -> None:
-    """P6: drawing them all would take minutes; the step is saved, and no half-made sheet stays."""
-    run_dir = tmp_path / "run"
+def test_a_stop_while_pictures_are_drawn_does_not_wait_for_them(run_dir: Path, drawn: DrawingRun) -> None:
+    """P6: drawing them all would take minutes; the step is saved, and no unfinished sheet remains."""
     prompts = "[" + ", ".join(f"circle {i}" for i in range(40)) + "]"
     argv = [*drawn.argv, f"run_dir={run_dir}", f"preview.prompts={prompts}", "preview.steps=1000"]
     with launch(argv, 2) as run:
         wait_for(reached(run_dir, 3), run)
         asked = time.monotonic()
         run.signal(signal.SIGTERM)
-        assert run.wait() == [75, 75], run.output
+        expect(run, 75)
         assert time.monotonic() - asked < 20
     assert saved_steps(run_dir) == [3] and list((run_dir / "previews").iterdir()) == []
 
 
-def test_a_scheduler_that_repeats_itself_does_not_turn_an_orderly_end_into_a_death(
-    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
-) -> None:
+def test_repeated_stop_signals_do_not_turn_an_orderly_end_into_a_death(run_dir: Path, arguments: Arguments) -> None:
     """P6: SIGTERM every few milliseconds until the processes are gone."""
-    run_dir = tmp_path / "run"
-    with launch(settings(run_dir, tokenizer, sources, optim__steps=10**6), 2) as run:
+    with launch(arguments(optim__steps=10**6), 2) as run:
         wait_for(reached(run_dir, 3), run)
         while run.running:
             run.signal(signal.SIGTERM)
             time.sleep(0.01)
-        assert run.wait() == [75, 75], run.output
+        expect(run, 75)

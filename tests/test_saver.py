@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from data.tokenizer import Tokenizer
-from tests.disks import small_disk
+from tests.disks import fill, small_disk
 from tests.ranks import run_ranks
 from tests.runs import SAVE_EVERY, assert_same_end, launch, numbers, saved_steps, settings, wait_for
 from train.checkpoints import checkpoint
@@ -109,9 +109,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(
         argv = settings(run_dir, tokenizer, sources, checkpoint__max_failures_in_a_row=1000)
         with launch(argv, 2) as run:
             wait_for((checkpoints / f"step-{SAVE_EVERY:08d}").exists, run)
-            with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
-                while file.write(bytes(1 << 16)):
-                    pass
+            fill(filler)
             wait_for(lambda: "the next save tries again (failure 1 of 1000)" in run.output, run)
             assert "No space left on device" in run.output
             filler.unlink()
