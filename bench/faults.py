@@ -191,7 +191,7 @@ def _expect_end_of_others(scene: Scene, victim: int, since: float | None) -> Non
     if early or late:
         return
     for rank in others:
-        said = scene.attempt.logs[rank].read_text("utf-8", errors="replace")
+        said = scene.attempt.logs[rank].read_text(encoding="utf-8", errors="replace")
         line = rf"^rank {rank} of {scene.fault.world_size} .* lost .*\brank {victim}\b.* at step \d+"
         if not re.search(line, said, re.MULTILINE):
             raise NotSurvived(f"rank {rank} does not say which rank was lost at which step: {said[-300:]!r}")

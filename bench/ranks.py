@@ -84,7 +84,7 @@ class Processes:
     @property
     def output(self) -> str:
         """What all ranks have printed so far."""
-        return "".join(path.read_text("utf-8", errors="replace") for path in self.logs if path.exists())
+        return "".join(path.read_text(encoding="utf-8", errors="replace") for path in self.logs if path.exists())
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """Send a signal to one rank, or to all, as far as they still run."""

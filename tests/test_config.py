@@ -3,8 +3,6 @@
 import ast
 import dataclasses
 import importlib
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ import pytest
 from omegaconf import MISSING
 
 from data.storage import Location
+from tests.say import say
 from train.config import help_text, load_config, options, to_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -297,80 +296,35 @@ def test_every_config_in_the_repository_loads(path: Path) -> None:
     }
 
 
-PROGRAM = '''
-"""Say the seed, or fail in the way that is asked for."""
-
-from dataclasses import dataclass
-
-from data.storage import Location
-from train.config import load_config, run_program
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProgramConfig:
-    seed: int = 0  # what to say
-    fail: str = ""  # how to fail
-
-
-CONFIG = ProgramConfig
-
-
-def main(argv: list[str]) -> int | None:
-    config = load_config(CONFIG, argv)
-    if config.fail == "value":
-        raise ValueError("seed=1: expected another")
-    if config.fail == "file":
-        raise FileNotFoundError("data folder a does not exist")
-    if config.fail == "bug":
-        raise RuntimeError("a bug")
-    if config.fail == "interrupt":
-        raise KeyboardInterrupt
-    print("seed", config.seed)
-    return 75 if config.seed == 75 else None
-
-
-if __name__ == "__main__":
-    run_program(main)
-'''
-
-
-def run(tmp_path: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
-    (tmp_path / "say.py").write_text(PROGRAM.lstrip())
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", **environment}
-    command = [sys.executable, str(tmp_path / "say.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_a_program_ends_with_the_status_of_what_happened(tmp_path: Path) -> None:
-    assert run(tmp_path, "seed=4") == (0, "seed 4\n", "")
-    assert run(tmp_path, "seed=75") == (75, "seed 75\n", "")
-    status, out, _ = run(tmp_path, "--help")
-    assert status == 0 and "python -m train.say" in out and "seed: int = 0\n      what to say" in out
-    status, _, error = run(tmp_path, "fail=interrupt")
+    assert say(tmp_path) == (0, "nobody\n", "")
+    assert say(tmp_path, "status=75") == (75, "nobody\n", "")
+    status, out, _ = say(tmp_path, "--help")
+    assert status == 0 and "python -m train.say" in out and "times: int = 1\n      how often" in out
+    status, _, error = say(tmp_path, "fail=interrupt")
     assert (status, error) == (130, "train.say: interrupted; the same command continues from here\n")
-    status, _, error = run(tmp_path, "fail=bug")
+    status, _, error = say(tmp_path, "fail=bug")
     assert status == 1 and "Traceback" in error
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("fail=value", "train.say: seed=1: expected another\n"),
+        ("fail=value", "train.say: times=1: expected another\n"),
         ("fail=file", "train.say: data folder a does not exist\n"),
-        ("sed=1", "train.say: command line: unknown key 'sed'; did you mean 'seed'? (--help lists the keys)\n"),
+        ("nam=1", "train.say: command line: unknown key 'nam'; did you mean 'name'? (--help lists the keys)\n"),
     ],
 )
 def test_a_refusal_is_one_message_without_a_traceback(tmp_path: Path, argument: str, message: str) -> None:
-    assert run(tmp_path, argument) == (2, "", message)
-    assert run(tmp_path, argument, RANK="3") == (2, "", f"[rank 3] {message}")
-    assert "Traceback" in run(tmp_path, argument, TRACEBACK="1")[2]
+    assert say(tmp_path, argument) == (2, "", message)
+    assert say(tmp_path, argument, RANK="3") == (2, "", f"[rank 3] {message}")
+    assert "Traceback" in say(tmp_path, argument, TRACEBACK="1")[2]
 
 
 def test_every_dataclass_of_options_is_frozen_and_keyword_only() -> None:
     """STYLE.md, config: read from the sources of what the programs compose."""
     for package in ("data", "model", "train"):
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
                     assert "frozen=True, kw_only=True" in ast.unparse(node.decorator_list[0]), f"{path}: {node.name}"

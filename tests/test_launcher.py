@@ -1,4 +1,4 @@
-"""What a launcher says of a rank, what it hears of its end, and what its own end means."""
+"""What a launcher tells a rank, what it learns of the rank's end, and what its own end means."""
 
 import json
 import os
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import tests.say
 from train.distributed import launcher
 from train.distributed.launcher import ERROR_FILE, OUTLIVE, Place
 from train.distributed.signals import StopKind, StopSignal
 
+ROOT = Path(__file__).parent.parent
 VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -87,7 +89,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("variables", [{}, {OUTLIVE: "1"}, {"TORCHELASTIC_RUN_ID": ""}])
 def test_the_end_of_torchrun_is_a_request_to_save_and_stop_unless_told_otherwise(variables: dict[str, str]) -> None:
-    """P6: `kill -9` of it leaves its ranks to nobody. A rank of another parent, as under nohup, goes on."""
+    """P6: `kill -9` of it orphans its ranks. A rank of another parent, as under nohup, continues."""
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", **variables}
     if environment["TORCHELASTIC_RUN_ID"] == "":
         del environment["TORCHELASTIC_RUN_ID"]
@@ -105,47 +107,19 @@ def test_a_parent_that_stays_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -
         assert stop.kind == StopKind.NONE
 
 
-PROGRAM = '''
-"""Refuse."""
-import os
-from dataclasses import dataclass
-from train.config import load_config, run_program
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    size: int = 3
-
-CONFIG = Config
-
-def main(argv):
-    config = load_config(CONFIG, argv)
-    assert os.environ["TORCHELASTIC_RUN_ID"]
-    if config.size == 7:
-        raise KeyError("seven")
-    raise ValueError(f"size={config.size}: expected an even one")
-
-if __name__ == "__main__":
-    run_program(main)
-'''
-
-
-def test_the_last_words_under_torchrun_are_the_reason(tmp_path: Path) -> None:
-    """Its report, which comes last, ends with what the rank said, not with where to read about tracebacks."""
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "program.py")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([*command, "size=5"], capture_output=True, text=True, env=environment, check=False)
+def test_the_last_words_under_torchrun_are_the_reason() -> None:
+    """torchrun's report, which comes last, ends with what the rank said, not with where to read about tracebacks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tests.say.__file__, "fail=run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1
     *_, last, border = done.stderr.strip().splitlines()
-    assert last.endswith("program: size=5: expected an even one") and set(border) == {"="}, done.stderr[-2000:]
+    assert last.endswith("train.say: this is run none") and set(border) == {"="}, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("size", "last"), [("5", "size=5: expected an even one"), ("7", "KeyError: 'seven'")])
-def test_whatever_ends_a_rank_is_left_where_torchrun_looks(tmp_path: Path, size: str, last: str) -> None:
-    (tmp_path / "program.py").write_text(PROGRAM)
-    environment = {**os.environ, ERROR_FILE: str(tmp_path / "error.json"), "TORCHELASTIC_RUN_ID": "x"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
-    command = [sys.executable, str(tmp_path / "program.py"), f"size={size}"]
-    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode in (1, 2)
+@pytest.mark.parametrize(("fail", "last"), [("value", "times=1: expected another"), ("bug", "RuntimeError: a bug")])
+def test_whatever_ends_a_rank_is_left_where_torchrun_looks(tmp_path: Path, fail: str, last: str) -> None:
+    environment = {ERROR_FILE: str(tmp_path / "error.json"), "TORCHELASTIC_RUN_ID": "x"}
+    assert tests.say.say(tmp_path, f"fail={fail}", **environment)[0] in (1, 2)
     left = json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"]
     assert left.strip().endswith(last)

@@ -124,7 +124,7 @@ def test_a_run_resumed_on_other_numbers_of_ranks_meets_the_same_batches(
 
 def test_stopped_started_again_prolonged_and_refused(run_dir: Path, arguments: Arguments) -> None:
     """P6, P10: the life of one run, started directly: Ctrl-C is 130 and a second start resumes, SIGUSR2 is 75, a
-    finished run does nothing, more steps continue it; rate and intervals may change, but not what decides the batches."""
+    finished run does nothing, more steps continue it; rate and intervals may change, but not the batches."""
     argv = arguments(optim__steps=30, log__interval_steps=4)
 
     def changed(**changes: Any) -> list[str]:
