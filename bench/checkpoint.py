@@ -28,22 +28,20 @@ import numpy as np
 import torch
 
 from bench.ranks import Processes
+from bench.step import backward, sharded_model
 from data.documents import Document, TextSegment
 from data.loader import draw_images
 from data.packing import PackedBatch, collate, lay_out, pack
 from data.tokenizer import SpecialIds
-from model.diffusion import DiffusionConfig
 from model.transformer import TransformerConfig
-from model.transfusion import Transfusion, TransfusionConfig
+from model.transfusion import TransfusionConfig
 from train.checkpoints.checkpoint import CheckpointConfig
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver
-from train.distributed.parallelize import ParallelConfig, initialize, parallelize
 from train.distributed.ranks import Ranks, init_ranks
 from train.optim.guard import GuardConfig
 from train.optim.optimizer import OptimConfig, Optimizer
 from train.state import TrainState
-from train.step import latent_stats, micro_step
 from train.streams import open_streams
 
 VOCAB, BLOCK = 4096, 4 << 20  # token ids; bytes per write of dd
@@ -100,28 +98,16 @@ class Trainee:
 
     def __init__(self, options: argparse.Namespace, ranks: Ranks) -> None:
         trunk = TransformerConfig(width=options.width, layers=options.layers, heads=options.width // 64)
-        self.config = TransfusionConfig(transformer=trunk)
-        with torch.device("meta"):
-            model = Transfusion(self.config, VOCAB)
-        parallelize(model, ParallelConfig(dtype="float32"), ranks)
-        initialize(model, 0, ranks.device)
+        model = sharded_model(TransfusionConfig(transformer=trunk), VOCAB, ranks)
         optimizer = Optimizer(model, OptimConfig(ema_half_lives=(1000,)), GuardConfig())
         self.state = TrainState(model, optimizer, lambda step: {}, "", {"latent_spec": None, "grids": []})
-        self.batch, self.ranks = random_batch(options.length, ranks.rank), ranks
+        self.model, self.batch, self.ranks = model, random_batch(options.length, ranks.rank), ranks
 
     def step(self) -> float:
         """Make one update and return the seconds it took."""
         start = time.perf_counter()
-        loss = micro_step(
-            self.state.model,
-            self.batch,
-            stats=latent_stats(None, self.config.latent_channels, self.ranks.device),
-            diffusion=DiffusionConfig(),
-            image_weight=5.0,
-            global_text_targets=self.batch.num_text_targets * self.ranks.world_size,
-            global_images=0,
-        )
-        loss.total.backward()
+        targets = self.batch.num_text_targets * self.ranks.world_size
+        backward(self.model, [self.batch], self.ranks, targets=targets, images=0)
         self.state.progress.step += 1
         self.state.optimizer.update(self.state.progress.step)
         return time.perf_counter() - start

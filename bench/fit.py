@@ -20,19 +20,19 @@ from typing import Literal
 
 import torch
 
+from bench.step import backward, sharded_model
 from data.dataset import DataConfig
 from model.transformer import SIZES, TransformerConfig
-from model.transfusion import Transfusion, TransfusionConfig
+from model.transfusion import TransfusionConfig
 from train.checkpoints.checkpoint import META
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver, Snapshot
-from train.distributed.parallelize import ParallelConfig, initialize, parallelize, set_micro_step
+from train.distributed.parallelize import ParallelConfig
 from train.distributed.ranks import Device, Ranks, init_ranks
 from train.optim.optimizer import OptimConfig, Optimizer
 from train.planning.estimate import GIB, largest_batches_of
 from train.planning.rehearsal import rehearse
 from train.pretrain_config import PretrainConfig
-from train.step import latent_stats, micro_step
 from train.streams import open_streams
 
 GRID, VOCAB = (32, 32), 32_768
@@ -73,29 +73,16 @@ def measure(device: Device) -> dict:
 
 def _train(config: PretrainConfig, vocab: int, ranks: Ranks) -> tuple[torch.nn.Module, Optimizer, dict]:
     """Take three steps over the fullest batches and measure the last."""
-    with torch.device("meta"):
-        model = Transfusion(config.model, vocab)
-    sharded = parallelize(model, config.parallel, ranks)
-    initialize(model, 0, ranks.device)
+    model = sharded_model(config.model, vocab, ranks, config.parallel)
     optimizer = Optimizer(model, config.optim, config.guard)
-    stats = latent_stats(None, config.model.latent_channels, ranks.device)
     for step in (1, 2, 3):
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         start, batches = time.perf_counter(), largest_batches_of(config, 1, [GRID])
-        for number, batch in enumerate(batches, start=1):
-            set_micro_step(sharded, config.parallel, is_last=number == len(batches))
-            loss = micro_step(
-                model,
-                batch.to(ranks.device),
-                stats=stats,
-                diffusion=config.diffusion,
-                image_weight=5.0,
-                global_text_targets=batch.num_text_targets,
-                global_images=max(batch.num_images, 1),
-            )
-            loss.total.backward()
+        targets = sum(batch.num_text_targets for batch in batches)
+        images = max(sum(batch.num_images for batch in batches), 1)
+        backward(model, batches, ranks, config.parallel, targets=targets, images=images)
         norm = optimizer.update(step).item()  # waits for the device
     assert norm > 0, norm
     measured = torch.cuda.max_memory_allocated() / GIB if ranks.device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Rows of 32,768 tokens: packed, masked by blocks, trained on; nothing of size S x S beside the CPU's dense mask."""
+"""Rows of 32,768 tokens: packed, masked by blocks, trained on; nothing of size S x S but the CPU's dense mask."""
 
 import resource
 import time
@@ -9,20 +9,19 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from bench.step import backward, sharded_model
 from data.dataset import open_data
 from data.documents import Document, ImageSegment, TextSegment
 from data.loader import Loader
 from data.packing import PackedSequence, lay_out, pack
 from data.tokenizer import SpecialIds, Tokenizer
 from model.attention import allowed, block_mask
-from model.diffusion import DiffusionConfig
 from model.transformer import TransformerConfig
-from model.transfusion import Transfusion, TransfusionConfig
+from model.transfusion import TransfusionConfig
 from tests.ranks import run_ranks
 from tests.sources import data_config, make_source, pairs, texts
-from train.distributed.parallelize import ParallelConfig, initialize, parallelize
+from train.distributed.parallelize import ParallelConfig
 from train.distributed.ranks import Ranks
-from train.step import latent_stats, micro_step
 
 S = 32_768
 SPECIAL = SpecialIds(pad=0, bos=1, eos=2, boi=4, eoi=5)
@@ -85,26 +84,17 @@ def _long_step(ranks: Ranks, folder: Path, tokenizer: Tokenizer) -> tuple[float,
     data = open_data(settings, 0, 2)
     trunk = TransformerConfig(width=16, layers=1, heads=1, ffn_multiple_of=8)
     config = ParallelConfig(dtype="float32", activation_checkpointing="selective")
-    with torch.device("meta"):
-        model = Transfusion(TransfusionConfig(transformer=trunk, latent_channels=2), data.tokenizer.vocab_size)
-    parallelize(model, config, ranks)
-    initialize(model, 0, ranks.device)
+    model = sharded_model(
+        TransfusionConfig(transformer=trunk, latent_channels=2), data.tokenizer.vocab_size, ranks, config
+    )
     loader = Loader(data, settings, rank=0, world_size=1, micro_batch_size=1)
     batch = loader.next(60)
     loader.close()
-    loss = micro_step(
-        model,
-        batch.micro_batches[0],
-        stats=latent_stats(data.latent_spec, 2, ranks.device),
-        diffusion=DiffusionConfig(),
-        image_weight=5.0,
-        global_text_targets=batch.num_text_targets,
-        global_images=batch.num_images,
-    )
-    loss.total.backward()
+    counts = {"targets": batch.num_text_targets, "images": batch.num_images}
+    loss = backward(model, batch.micro_batches, ranks, config, spec=data.latent_spec, **counts)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).full_tensor()
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return loss.total.item(), batch.num_tokens, norm.item(), peak_gib
+    return loss.item(), batch.num_tokens, norm.item(), peak_gib
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A checkpoint does not know the mesh that wrote it: HSDP and FSDP load each other's (P4)."""
+"""A checkpoint does not depend on the mesh that wrote it: HSDP and FSDP load each other's (P4)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,40 +8,35 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from bench.step import backward, sharded_model
 from data.dataset import open_data
 from data.loader import Loader
 from data.tokenizer import Tokenizer
-from model.diffusion import DiffusionConfig
-from model.transfusion import Transfusion
 from tests.ranks import run_ranks
 from tests.runs import settings
 from train.checkpoints import checkpoint
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver
 from train.config import load_config
-from train.distributed.parallelize import gather_weights, initialize, parallelize, set_micro_step
+from train.distributed.parallelize import gather_weights
 from train.distributed.ranks import Ranks, alone
 from train.nested import leaves
 from train.optim.optimizer import Optimizer
 from train.pretrain_config import PretrainConfig
 from train.state import Progress, TrainState
-from train.step import latent_stats, micro_step
 
 MESHES = {"1": (1, 1), "1x2": (2, 1), "2x1": (2, 2), "1x3": (3, 1), "1x4": (4, 1), "2x2": (4, 2)}  # ranks, dp_replicate
 LANES = 4
 
 
 class Trainee:
-    """A run without its loop: the state on a mesh, and steps over the same global batches on any."""
+    """A run without its loop: the state on a mesh, and steps over global batches that do not depend on the mesh."""
 
     def __init__(self, config: PretrainConfig, dp_replicate: int, ranks: Ranks, seed: int) -> None:
         self.config = replace(config, parallel=replace(config.parallel, dp_replicate=dp_replicate))
         self.ranks = ranks
         self.data = open_data(config.data, config.seed, config.model.patch_size)
-        with torch.device("meta"):
-            model = Transfusion(config.model, self.data.tokenizer.vocab_size)
-        parallelize(model, self.config.parallel, ranks)
-        initialize(model, seed, ranks.device)
+        model = sharded_model(config.model, self.data.tokenizer.vocab_size, ranks, self.config.parallel, seed)
         self.state = TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, self.data)
 
     def train(self, num_steps: int) -> list[float]:
@@ -58,20 +53,9 @@ class Trainee:
         )
         for _ in range(num_steps):
             batch = loader.next(30)
-            total = torch.zeros(())
-            for number, micro_batch in enumerate(batch.micro_batches, start=1):
-                set_micro_step(state.model, self.config.parallel, is_last=number == len(batch.micro_batches))
-                loss = micro_step(
-                    state.model,
-                    micro_batch,
-                    stats=latent_stats(self.data.latent_spec, 2, ranks.device),
-                    diffusion=DiffusionConfig(),
-                    image_weight=5.0,
-                    global_text_targets=100,
-                    global_images=10,
-                )
-                loss.total.backward()
-                total += loss.total.detach()
+            counts = {"targets": 100, "images": 10}
+            spec, parallel = self.data.latent_spec, self.config.parallel
+            total = backward(state.model, batch.micro_batches, ranks, parallel, spec=spec, **counts)
             torch.distributed.all_reduce(total)
             losses.append(total.item())
             state.optimizer.update(batch.step)

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.step import backward, sharded_model
 from data.dataset import open_data
 from data.loader import Loader
 from data.tokenizer import Tokenizer
@@ -26,10 +27,7 @@ from train.distributed.parallelize import (
     ParallelConfig,
     compute_dtype,
     gather_weights,
-    initialize,
     mesh_shape,
-    parallelize,
-    set_micro_step,
 )
 from train.distributed.ranks import Ranks
 from train.optim.guard import GuardConfig
@@ -42,19 +40,9 @@ MODEL = TransfusionConfig(
 VOCAB = 301  # divisible by no number of ranks
 
 
-def _initialized(
-    ranks: Ranks, config: ParallelConfig, vocab_size: int, of: TransfusionConfig = MODEL
-) -> torch.nn.Module:
-    with torch.device("meta"):
-        model = Transfusion(of, vocab_size)
-    parallelize(model, config, ranks)
-    initialize(model, 7, ranks.device)
-    return model
-
-
 def _initial_weights(ranks: Ranks, piece: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
     transfusion.PIECE = piece
-    model = _initialized(ranks, ParallelConfig(activation_checkpointing="full"), VOCAB)
+    model = sharded_model(MODEL, VOCAB, ranks, ParallelConfig(activation_checkpointing="full"), seed=7)
     parameters = dict(model.named_parameters())
     largest = sum(p.to_local().numel() for p in parameters.values()) / sum(p.numel() for p in parameters.values())
     return gather_weights(parameters), gather_weights(parameters, keep=False), largest
@@ -101,31 +89,18 @@ class Step:
 def _step_with(
     ranks: Ranks, options: dict[str, dict], data_settings: Any, of: TransfusionConfig = MODEL, count: bool = False
 ) -> dict[str, Step]:
-    """Make a step with each of `options`, of which `micro_batch_size` is the loader's."""
+    """Make a step with each of `options`; `micro_batch_size` among them is the loader's."""
     data = open_data(data_settings, 3, MODEL.patch_size)
     found = {}
     for name, changes in options.items():
-        rows = changes.get("micro_batch_size", 1)
-        changes = {key: value for key, value in changes.items() if key != "micro_batch_size"}
+        rows, changes = changes.get("micro_batch_size", 1), dict(changes)
+        changes.pop("micro_batch_size", None)
         config = ParallelConfig(**{"dtype": "float32", **changes})
-        model = _initialized(ranks, config, data.tokenizer.vocab_size, of)
+        model = sharded_model(of, data.tokenizer.vocab_size, ranks, config, seed=7)
         loader = Loader(data, data_settings, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=rows)
-        total, batches = torch.zeros(()), loader.next(30).micro_batches
-        collectives = CollectiveCounts()
+        batches, collectives = loader.next(30).micro_batches, CollectiveCounts()
         with collectives if count else nullcontext():
-            for number, micro_batch in enumerate(batches, start=1):
-                set_micro_step(model, config, is_last=number == len(batches))
-                loss = micro_step(
-                    model,
-                    micro_batch,
-                    stats=latent_stats(data.latent_spec, 2, ranks.device),
-                    diffusion=DiffusionConfig(),
-                    image_weight=5.0,
-                    global_text_targets=100,
-                    global_images=10,
-                )
-                loss.total.backward()
-                total += loss.total.detach()
+            total = backward(model, batches, ranks, config, spec=data.latent_spec, targets=100, images=10)
         loader.close()
         torch.distributed.all_reduce(total)
         parameters = dict(model.named_parameters())
@@ -240,7 +215,7 @@ def test_a_mesh_that_the_ranks_do_not_make_is_refused() -> None:
 
 def _refused_mesh(ranks: Ranks) -> str:
     with pytest.raises(ValueError) as refusal:
-        _initialized(ranks, ParallelConfig(dp_replicate=3), VOCAB)
+        sharded_model(MODEL, VOCAB, ranks, ParallelConfig(dp_replicate=3))
     return str(refusal.value)
 
 
@@ -250,7 +225,7 @@ def test_every_rank_refuses_a_wrong_mesh_alike() -> None:
 
 
 def _timeouts(ranks: Ranks) -> list[float]:
-    _initialized(ranks, ParallelConfig(dp_replicate=2), VOCAB)
+    sharded_model(MODEL, VOCAB, ranks, ParallelConfig(dp_replicate=2))
     ranks.set_timeout(40)
     groups = torch.distributed.distributed_c10d._world.pg_map
     return [group._get_backend(ranks.device).options._timeout.total_seconds() for group in groups]
@@ -295,7 +270,7 @@ def _kept_for_backward(ranks: Ranks, data_settings: Any) -> dict[str, tuple[int,
     loader.close()
     for choice in ("none", "selective", "full"):
         config = ParallelConfig(dtype="float32", activation_checkpointing=choice)
-        model = _initialized(ranks, config, data.tokenizer.vocab_size, of)
+        model = sharded_model(of, data.tokenizer.vocab_size, ranks, config, seed=7)
         settings = {"diffusion": DiffusionConfig(), "image_weight": 5.0, "global_text_targets": 9, "global_images": 9}
         with LiveTensors() as live:
             loss = micro_step(model, batch, stats=latent_stats(data.latent_spec, 2, ranks.device), **settings)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.step import sharded_model
 from data.dataset import DataSet, open_data
 from data.documents import Document, ImageSegment, OrderConfig, TextSegment
 from data.loader import LaneRows, Loader, draw_images
@@ -22,7 +23,7 @@ from model.unet import UNetConfig
 from model.vae import LatentStats
 from tests.ranks import run_ranks
 from tests.sources import data_config
-from train.distributed.parallelize import ParallelConfig, gather_weights, initialize, parallelize
+from train.distributed.parallelize import gather_weights
 from train.distributed.ranks import Ranks
 from train.distributed.vote import Ballot, PendingVote
 from train.step import micro_step
@@ -282,10 +283,7 @@ def _open(config: Any) -> DataSet:
 
 def _vote_and_step(ranks: Ranks, config: Any, micro_batch_sizes: list[int], steps: int) -> dict[int, list[tuple]]:
     """Return, by micro-batch size, each step's (text loss, image loss, targets, images, own images, gradients)."""
-    with torch.device("meta"):
-        model = Transfusion(MODEL, VOCAB)
-    parallelize(model, ParallelConfig(dtype="float32"), ranks)
-    initialize(model, SEED, ranks.device)
+    model = sharded_model(MODEL, VOCAB, ranks, seed=SEED)
     found: dict[int, list[tuple]] = {}
     for size in micro_batch_sizes:
         loader = Loader(_open(config), config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=size)

@@ -1,0 +1,61 @@
+"""A sharded model and the gradients of a step, made as in training but without its loop; for benchmarks and tests."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from data.manifest import LatentSpec
+from data.packing import PackedBatch
+from model.diffusion import DiffusionConfig
+from model.transfusion import Transfusion, TransfusionConfig
+from train.distributed.parallelize import ParallelConfig, initialize, parallelize, set_micro_step
+from train.distributed.ranks import Ranks
+from train.step import latent_stats, micro_step
+
+FLOAT32 = ParallelConfig(dtype="float32")
+
+
+def sharded_model(
+    config: TransfusionConfig, vocab_size: int, ranks: Ranks, parallel: ParallelConfig = FLOAT32, seed: int = 0
+) -> Transfusion:
+    """Return an initialized model, sharded over the ranks. Collective."""
+    with torch.device("meta"):
+        model = Transfusion(config, vocab_size)
+    parallelize(model, parallel, ranks)
+    initialize(model, seed, ranks.device)
+    return model
+
+
+def backward(
+    model: Transfusion,
+    batches: Sequence[PackedBatch],
+    ranks: Ranks,
+    parallel: ParallelConfig = FLOAT32,
+    *,
+    spec: LatentSpec | None = None,
+    targets: int,
+    images: int,
+) -> Tensor:
+    """Accumulate the gradients of a step's micro-batches; return this rank's share of the loss (float32 scalar).
+
+    `targets` and `images` are the global counts of text targets and images; without `spec` latents are not whitened.
+    """
+    total = torch.zeros((), device=ranks.device)
+    stats = latent_stats(spec, model.config.latent_channels, ranks.device)
+    for number, batch in enumerate(batches, start=1):
+        set_micro_step(cast(FSDPModule, model), parallel, is_last=number == len(batches))
+        loss = micro_step(
+            model,
+            batch.to(ranks.device),
+            stats=stats,
+            diffusion=DiffusionConfig(),
+            image_weight=5.0,
+            global_text_targets=targets,
+            global_images=images,
+        )
+        loss.total.backward()
+        total += loss.total.detach()
+    return total
