@@ -2,9 +2,9 @@
 
 usage: python -m bench.checkpoint [--width 768] [--layers 3] [--ranks 2] [--rounds 3] [--folder DIR]
 
-Ranks over gloo train a real model (weights, moments and EMA in float32) and save meanwhile. `stall_s` is how long the
-training loop is blocked by a save: staging, and waiting for an earlier save. `slowdown_s` is the extra time of the
-steps during the write. Shares are of the time between saves at the default interval. Writing is compared with one
+Ranks over gloo train a real model (weights, moments and EMA in float32) and save it. `stall_s` is how long a save
+blocks the training loop: staging, and waiting for an earlier save. `slowdown_s` is the extra time of the steps during
+the write. Shares are of the time between saves at the default interval. Writing is compared with one
 `dd conv=fsync` per rank, of as many bytes on the same disk, alternating with the saves; both are measured during
 training (`write_ratio_to_dd`) and with idle ranks. Medians of the rounds. The last line is one JSON object.
 """

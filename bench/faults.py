@@ -170,7 +170,7 @@ def freeze_rank(scene: Scene) -> None:
     else:
         scene.attempt.signal(signal.SIGCONT, victim)
         if scene.outwaited:
-            time.sleep(1.0)  # nobody was waiting for it: training continues, and is stopped in an orderly way
+            time.sleep(1.0)  # no rank was waiting for it: training continues, and is stopped in an orderly way
             scene.attempt.signal(signal.SIGTERM)
             scene.end({0, 1, 75, *_at_start(scene, signal.SIGTERM)})
             return

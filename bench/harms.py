@@ -47,7 +47,7 @@ def full_disk(job: Job, luck: random.Random) -> Iterator[None]:
 def read_only(job: Job, luck: random.Random) -> Iterator[None]:
     """Mount the folder of checkpoints read-only over itself; root ignores permission bits.
 
-    Via a second mount that nobody writes through: remounting one in use fails with "busy".
+    Via a second mount that is not written through: remounting one in use fails with "busy".
     """
     job.checkpoints.mkdir(parents=True, exist_ok=True)
     side = job.run_dir.with_name("side")

@@ -125,7 +125,7 @@ class Job:
 
 
 def pretrain_main() -> Main:
-    """Return the training program, which nobody imports."""
+    """Return the training program; programs are not imported at the top of a module."""
     return importlib.import_module("train.pretrain").main
 
 

@@ -1,4 +1,4 @@
-"""A sharded model and the gradients of a step, made as in training but without its loop; for benchmarks and tests."""
+"""A sharded model and the gradients of a step, as in training but without its loop; for benchmarks and tests."""
 
 from collections.abc import Sequence
 from typing import cast

@@ -1,4 +1,4 @@
-"""The benchmarks run whole on CPU at a tiny size, and refuse to pretend."""
+"""The benchmarks run completely on CPU at a tiny size, and refuse to run without the GPU that they need."""
 
 import importlib
 import json
@@ -59,7 +59,7 @@ def test_sampling_draws_the_same_with_and_without_its_cache(run_here):
 
 @pytest.mark.slow
 def test_the_data_side_is_measured_on_one_core():
-    """Figures that do not depend on the machine hold at this size too."""
+    """Figures that do not depend on the machine also hold at this size."""
     options = ("--pairs", "1024", "--texts", "1024", "--rounds", "1", "--images", "10")
     result = run_bench(*options, bench="loader")
     assert result.returncode == 0, result.stderr
@@ -71,8 +71,8 @@ def test_the_data_side_is_measured_on_one_core():
 
 
 @pytest.mark.slow
-def test_a_save_is_measured_beside_training(tmp_path: Path):
-    """Ranks of its own train, save and are compared with dd; what they wrote is gone afterwards."""
+def test_a_save_is_measured_during_training(tmp_path: Path):
+    """It starts ranks that train, save and are compared with dd; their files are removed afterwards."""
     options = ("--width", "64", "--layers", "1", "--length", "32", "--rounds", "1", "--steps", "2")
     result = run_bench(*options, "--folder", str(tmp_path), bench="checkpoint")
     assert result.returncode == 0, result.stderr

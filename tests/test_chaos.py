@@ -1,6 +1,6 @@
 """Faults of every kind, at random instants of a real training: nothing is lost (P4-P7, P10, P13).
 
-Slow, as test_pretrain.py and test_pretrain_faults.py hold the same at chosen instants.
+Slow; test_pretrain.py and test_pretrain_faults.py hold the same at chosen instants.
 """
 
 import random
@@ -20,7 +20,7 @@ from train.config import load_config
 from train.pretrain_config import PretrainConfig
 
 THREE, STEPS = ["kill_rank", "sigterm", "bit_flipped"], 28
-SEED = 292  # draws two ranks for all three; in a commit, an evaluation and a save
+SEED = 292  # draws two ranks for all three faults, which strike in a commit, an evaluation and a save
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def survived(folder: Path) -> dict[str, Any]:
-    """What came of three faults."""
+    """The result of three faults."""
     return survive(ChaosConfig(faults=3, kinds=THREE, steps=STEPS, faults_per_training=3, seed=SEED), folder)
 
 
@@ -77,7 +77,7 @@ def test_one_bit_of_one_weight_one_row_or_one_lane_is_a_difference(finished: Job
 
 @pytest.mark.slow
 def test_a_step_trained_twice_or_left_out_shows_in_the_documents(finished: Job) -> None:
-    """Lanes that lag behind the weights by a step, or are ahead of them."""
+    """With lanes that are one step behind the weights, or one ahead."""
     config = load_config(PretrainConfig, [f"config={finished.run_dir}/config.yaml"])
     data = open_data(config.data, config.seed, config.model.patch_size)
     whole, tokens = read_again(data, {}, 0, STEPS)
@@ -93,7 +93,7 @@ def test_a_step_trained_twice_or_left_out_shows_in_the_documents(finished: Job) 
 
 
 @pytest.mark.slow
-def test_going_on_from_another_step_or_without_a_row_is_not_survival(finished: Job) -> None:
+def test_resuming_from_another_step_or_without_a_row_is_not_survival(finished: Job) -> None:
     rows = finished.rows()
     before = [*rows[:20], *({**row, "step_s": -1.0} for row in rows[20:])]
     check_rows(rows, before, 20, True)

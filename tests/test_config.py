@@ -1,4 +1,4 @@
-"""The one door: what a person writes arrives typed and complete, or is refused by name, value and expectation."""
+"""Config files and arguments arrive typed and complete, or are refused with name, value and expectation."""
 
 import ast
 import dataclasses
@@ -162,7 +162,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
     assert f"config={path}: not readable as YAML" in refusal(f"config={path}")
     with pytest.raises(FileNotFoundError, match=r"config=.*none.yaml: no such file"):
         load(f"config={tmp_path / 'none.yaml'}")
-    assert load(yaml_file(path, "")) == load()  # an empty file says nothing
+    assert load(yaml_file(path, "")) == load()  # an empty file sets nothing
 
 
 def test_null_leaves_out_what_a_layer_below_names(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_every_option_of_every_program_is_explained(name: str) -> None:
     assert [key for key, _, _, comment in options(schema) if not comment] == []
 
 
-# Texts that name no file: what `~` and `$NAME` stand for in them is their reader's affair.
+# Texts that are not paths: `~` and `$NAME` are not expanded in them.
 TEXTS = {
     *("weights", "init_weights", "device", "prompt", "prompts", "preview.prompts", "title", "gpu", "log.project"),
     *("checkpoint.best_metric", "program", "gpus_per_node", "time", "array", "then", "setup", "env", "sbatch"),
@@ -276,7 +276,7 @@ def hints(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", [*(f"train.{name}" for name in programs()), "slurm.launch"])
 def test_every_text_among_the_options_is_a_path_or_is_not(name: str) -> None:
-    """A new option that names a file and is no Location would make a folder called `~`."""
+    """An option that names a file but is not a Location would create a folder called `~`."""
     for key, hint in hints(importlib.import_module(name).CONFIG):
         assert key in TEXTS or "'path'" in hint or "Literal" in hint or "str" not in hint.replace("dict[str, ", ""), key
 
@@ -287,7 +287,7 @@ def configs() -> list[Path]:
 
 @pytest.mark.parametrize("path", configs(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_in_the_repository_loads(path: Path) -> None:
-    """Its header says for which program, in the command."""
+    """The command in its header names the program."""
     command = next(line for line in path.read_text().splitlines() if "-m train." in line)
     name = command.split("-m train.")[1].split()[0]
     load_config(importlib.import_module(f"train.{name}").CONFIG, [f"config={path}"])
@@ -322,7 +322,7 @@ def test_a_refusal_is_one_message_without_a_traceback(tmp_path: Path, argument: 
 
 
 def test_every_dataclass_of_options_is_frozen_and_keyword_only() -> None:
-    """STYLE.md, config: read from the sources of what the programs compose."""
+    """STYLE.md, config: checked in the sources."""
     for package in ("data", "model", "train"):
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):

@@ -1,7 +1,7 @@
-"""What one Python writes the others read: a run goes on under another, and back, as if nothing had happened (P4).
+"""Python versions read each other's files: a run resumes under another Python, and back, with the same result (P4).
 
-Debian's own Python is the README's platform; python3.12 and python3.13 are taken where they are on PATH and can import
-what requirements.txt names.
+Debian's own Python is the README's platform; python3.12 and python3.13 are tested where they are on PATH and can import
+the packages of requirements.txt.
 """
 
 import json
@@ -35,13 +35,13 @@ export.main(take)
 
 
 def other_python(name: str) -> tuple[str, dict[str, str]]:
-    """Return an interpreter that is another than this one, and the environment in which it finds our packages."""
+    """Return an interpreter that is not this one, and the environment in which it finds our packages."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     asked = [name, "-c", "import sys; print(sys.version)"]
     found = subprocess.run(asked, capture_output=True, text=True) if shutil.which(name) else None
     if found is None or found.returncode or found.stdout.strip() == sys.version:
         pytest.skip(f"{name} is not installed, or is this Python")
-    if found.stdout.split(".")[:2] == sys.version.split(".")[:2]:  # what is compiled for one serves the other
+    if found.stdout.split(".")[:2] == sys.version.split(".")[:2]:  # compiled packages work for both
         environment["PYTHONPATH"] += f":{sysconfig.get_path('purelib')}"
     if subprocess.run([name, "-c", "import torch, omegaconf"], env=environment, capture_output=True).returncode:
         pytest.skip(f"{name} lacks the packages of requirements.txt")
@@ -58,7 +58,7 @@ def _from_step(step: int, run: Path, there: Path) -> Path:
 
 
 def _assert_same_end(run: Path, expected: Path) -> None:
-    """Weights to what another build of torch may differ by, lanes and counters exactly."""
+    """Compare weights within the tolerance between builds of torch, lanes and counters exactly."""
     (tensors, lanes, meta), (other_tensors, other_lanes, other_meta) = saved_state(run), saved_state(expected)
     assert tensors.keys() == other_tensors.keys() and lanes == other_lanes and meta["progress"]["step"] == 6
     assert meta["progress"] == other_meta["progress"] and meta["fingerprint"] == other_meta["fingerprint"]
@@ -67,7 +67,7 @@ def _assert_same_end(run: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PYTHONS)
-def test_a_run_goes_on_under_another_python_and_back(
+def test_a_run_continues_under_another_python_and_back(
     name: str, tmp_path: Path, tokenizer: Tokenizer, vae_folder: Path
 ) -> None:
     python, environment = other_python(name)

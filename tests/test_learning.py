@@ -1,4 +1,4 @@
-"""Every patcher, patch size, objective and order learns: both losses fall on a few real scenes and their captions."""
+"""Every patcher, patch size, objective and order learns: both losses fall on a few scenes and their captions."""
 
 from dataclasses import replace
 from typing import Any
@@ -34,15 +34,15 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def documents(tokenizer: Tokenizer, order: str) -> list[Document]:
-    """Scenes as they are drawn stand for latents: the mean of a posterior that is nearly certain."""
-    made = []
+    """Use scenes as latents: their pixels are the mean of a posterior with almost no variance."""
+    found = []
     for example in EXAMPLES:
         pixels = example.picture.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
         moments = np.concatenate([pixels, np.full_like(pixels, -10)]).astype(np.float16)
         image = ImageSegment(moments, before_caption=order == "image first")
         caption = TextSegment(tokenizer.encode(example.caption))
-        made.append(Document((caption, image) if order == "caption first" else (image, caption)))
-    return made
+        found.append(Document((caption, image) if order == "caption first" else (image, caption)))
+    return found
 
 
 def losses(
@@ -92,7 +92,7 @@ def assert_both_fall(curve: np.ndarray, image_to: float = 0.85) -> None:
 @pytest.mark.parametrize("patches", ["linear", "unet"])
 @pytest.mark.parametrize("patch_size", [2, 4, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 8))])
 def test_each_patcher_learns_at_each_patch_size(words: Tokenizer, patches: str, patch_size: int) -> None:
-    # A linear patch of 8x8x3 numbers does not fit into a width of 64: its noise is learnt slowly, and in part.
+    # A linear patch of 8x8x3 numbers does not fit into a width of 64: its noise is learned slowly and only in part.
     slow = patches == "linear" and patch_size == 8
     curve = losses(words, config(patches, patch_size), DiffusionConfig(), "caption first", STEPS * (6 if slow else 1))
     assert_both_fall(curve)
@@ -115,7 +115,7 @@ def test_each_objective_learns(words: Tokenizer, changes: dict) -> None:
 @pytest.mark.parametrize("order", ["caption first", "image first"])
 @pytest.mark.parametrize("switch", [{}, {"image_attention": "causal"}, {"timestep_after_patches": True}], ids=str)
 def test_each_order_learns_with_each_switch(words: Tokenizer, order: str, switch: dict) -> None:
-    """Images before their caption meet timesteps up to the cap alone, where eps is harder to tell."""
+    """Images before their caption only get timesteps up to the cap, where eps is harder to predict."""
     assert_both_fall(losses(words, config(**switch), DiffusionConfig(), order), image_to=0.95)
 
 

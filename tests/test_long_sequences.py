@@ -99,7 +99,7 @@ def _long_step(ranks: Ranks, folder: Path, tokenizer: Tokenizer) -> tuple[float,
 
 @pytest.mark.slow
 def test_a_step_of_32k_tokens_runs_on_a_cpu(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """P14: in 6.4 GiB, of which 4 are the dense mask [S, S] in float32; no scores are kept."""
+    """P14: in 6.4 GiB, 4 of them for the dense mask [S, S] in float32; no scores are kept."""
     documents = [*texts(20, lengths=(2000, 4000)), *pairs(60, grids=[(32, 32)])]
     folder = make_source(tmp_path / "data", tokenizer, documents)
     ((loss, tokens, norm, peak_gib),) = run_ranks(_long_step, 1, folder, tokenizer, timeout_s=280)

@@ -49,7 +49,7 @@ def _initial_weights(ranks: Ranks, piece: int) -> tuple[dict[str, torch.Tensor],
 
 
 def test_initial_weights_are_those_of_the_plain_model_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """P3: bit for bit, drawn in pieces that begin and end anywhere; and each rank holds its share of them, not all."""
+    """P3: bit for bit, drawn in pieces with arbitrary borders; and each rank holds only its share of them."""
     monkeypatch.setattr(transfusion, "PIECE", 500)
     plain = Transfusion(MODEL, VOCAB)
     init_weights(plain, 7)
@@ -76,7 +76,7 @@ class CollectiveCounts(TorchDispatchMode):
 
 @dataclass
 class Step:
-    """What one step made, the same on every rank."""
+    """The results of one step, the same on every rank."""
 
     loss: float
     grads: dict[str, torch.Tensor]
@@ -177,7 +177,7 @@ def test_any_mesh_and_any_split_into_micro_steps_make_the_update_of_one_rank(
 ) -> None:
     """P3: loss, summed gradients, their norm over the mesh and the clipped update, uneven shards included.
 
-    And each reduction is made as often as the option says: with four units and two micro-steps.
+    The number of reductions is what each option says, with four units and two micro-steps.
     """
     settings = data_config(tokenizer, {"pairs": pairs_folder, "texts": texts_folder}, lanes=8, sequence_length=64)
     expected = run_ranks(_step_with, 1, {"plain": {}}, settings)[0]["plain"]
@@ -231,15 +231,15 @@ def _timeouts(ranks: Ranks) -> list[float]:
     return [group._get_backend(ranks.device).options._timeout.total_seconds() for group in groups]
 
 
-def test_a_rank_that_hangs_is_noticed_on_every_axis_of_the_mesh() -> None:
+def test_a_hanging_rank_is_noticed_on_every_axis_of_the_mesh() -> None:
     """The groups of a mesh wait a little longer than the vote, not the half hour of torch's default."""
     for timeouts in run_ranks(_timeouts, 2):
-        assert sorted(timeouts)[:3] == [20, 20, 40], "those of saves as they were, then the vote's"
+        assert sorted(timeouts)[:3] == [20, 20, 40], "unchanged for saves, then the vote's"
         assert len(timeouts) > 4 and set(timeouts) == {20, 40, 50}
 
 
 class LiveTensors(TorchDispatchMode):
-    """Knows which of the memory that operators returned is still held, by Python, autograd or a checkpoint's cache."""
+    """Tracks which of the memory returned by operators is still held by Python, autograd or a checkpointing cache."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ def _kept_for_backward(ranks: Ranks, data_settings: Any) -> dict[str, tuple[int,
 
 
 def test_checkpointing_trades_memory_for_time_bit_for_bit(tokenizer: Tokenizer, pairs_folder: Path) -> None:
-    """What is recomputed has the same bits; full keeps least, selective less than nothing checkpointed."""
+    """Recomputation gives the same bits; full keeps the least memory, selective less than no checkpointing."""
     settings = data_config(tokenizer, {"pairs": pairs_folder}, lanes=2, sequence_length=256)
     (found,) = run_ranks(_kept_for_backward, 1, settings)
     (none, grads), (selective, _), (full, _) = (found[choice] for choice in ("none", "selective", "full"))
@@ -293,7 +293,7 @@ def test_checkpointing_trades_memory_for_time_bit_for_bit(tokenizer: Tokenizer, 
 def test_a_unet_gives_the_same_loss_and_gradients_however_it_is_sharded_and_recomputed(
     tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
 ) -> None:
-    """P3: 1, 2 and 3 ranks, of which some have no image, or images of fewer grids than others."""
+    """P3: on 1, 2 and 3 ranks, some without images or with fewer grid sizes than others."""
     settings = data_config(tokenizer, {"pairs": pairs_folder, "texts": texts_folder}, lanes=5, sequence_length=64)
     unet = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
     model = replace(MODEL, patches="unet", unet=unet)

@@ -1,4 +1,4 @@
-"""The training program as people and schedulers meet it: killed, stopped, resumed, starved for data."""
+"""The training program as people and schedulers use it: killed, stopped, resumed, starved of data."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""The training program when config, data, disk, ranks or numbers are wrong: a clear end, and nothing is lost."""
+"""The training program when config, data, disk, ranks or numbers are wrong: a clear end, and nothing lost."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Ranks that were not started alike say so, all of them and at once; so do those that cannot meet."""
+"""Ranks that were started with different settings, or that cannot meet, all say so at once."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ def argv(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, pairs_f
 def test_settings_and_data_that_differ_are_named_by_key_value_and_rank(
     argv: list[str], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """P10: before any collective; the model's sizes would break one, the rest would train on."""
+    """P10: before any collective; other sizes of the model would break one, other settings would go unnoticed."""
     data = make_source(tmp_path / "other", tokenizer, pairs(60, grids=[(4, 8), (4, 4)]), shard_sizes=[60])
     changed = {
         "optim.learning_rate": ("0.002", "optim.learning_rate is 0.001 on rank 0, 0.002 on rank 1"),
@@ -67,7 +67,7 @@ def test_a_refusal_of_one_rank_alone_reaches_the_others_before_they_wait(argv: l
 def test_paths_and_readers_of_each_rank_may_differ(
     argv: list[str], tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path
 ) -> None:
-    """What the paths hold is the same."""
+    """As long as their contents are the same."""
     (tmp_path / "copy").symlink_to(pairs_folder)
     (tmp_path / "t.model").write_bytes(Path(tokenizer.path).read_bytes())
     own = [*argv, f"data.sources.pairs.path={tmp_path / 'copy'}", f"data.tokenizer={tmp_path / 't.model'}"]
@@ -77,7 +77,7 @@ def test_paths_and_readers_of_each_rank_may_differ(
 
 
 def test_a_port_in_use_is_refused_by_name_on_all_ranks(argv: list[str], tmp_path: Path) -> None:
-    """A stranger who says nothing, where a store's handshake would wait for ever; rank 0 names it."""
+    """By a silent process, with which a store's handshake would wait forever; rank 0 names it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         own = {"MASTER_PORT": str(port)}
@@ -87,7 +87,7 @@ def test_a_port_in_use_is_refused_by_name_on_all_ranks(argv: list[str], tmp_path
 
 
 def test_the_store_of_another_run_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither one of another program, nor one that has a rank of this number already."""
+    """Neither that of another program, nor one that already has a rank of this number."""
     monkeypatch.setattr(rendezvous, "ANSWER_S", 1.0)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -1,4 +1,4 @@
-"""A packed, sharded step equals the slow one: documents one by one, masks by a double loop, sums by hand (P2, P3)."""
+"""A packed, sharded step equals a slow reference: document by document, masks by a double loop, plain sums (P2, P3)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -223,7 +223,7 @@ def test_a_packed_batch_equals_its_documents_one_by_one(rows: list[list[int]], c
     assert loss.text_nll.item() / targets == pytest.approx(text, rel=1e-5)
     assert loss.image_error.item() / images == pytest.approx(image, rel=1e-5)
     assert loss.total.item() == pytest.approx(text + 5 * image, rel=1e-5)
-    # What lies before a U-Net block's last convolution, zero at the start, has no gradient yet.
+    # Weights before a U-Net block's last convolution, which is zero at the start, have no gradient yet.
     trained = {name: grad for name, grad in grads.items() if grad.any()}
     assert changes == UNET or len(trained) == len(grads)
     found = gradients(model)
