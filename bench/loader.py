@@ -29,12 +29,13 @@ from PIL import Image
 
 from data.dataset import DataConfig, open_data
 from data.documents import document_sizes, encode_record
-from data.lanes import Lane, SourceConfig
+from data.lanes import Lane
 from data.loader import Loader, draw_images
 from data.manifest import LatentSpec, Manifest, shard_entry
 from data.packing import PackedSequence
 from data.raw import read_raw
 from data.shards import BadRecords, index_path, index_shard, write_shard
+from data.source import SourceConfig
 from data.storage import Store
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.vae import VaeConfig, build_vae
@@ -212,7 +213,7 @@ def measure_packing(folder: Path, tokenizer: Tokenizer) -> dict[str, float]:
         "fill": fill_of(rows),
         "fill_pairs_only": fill_of(rows_of_pairs),
         "attention_imbalance_8_ranks": round(float(pairs.max() / pairs.mean()), 3),
-        "state_bytes_1024_lanes": len(json.dumps({lane.number: lane.state() for lane in lanes})),
+        "state_bytes_1024_lanes": len(json.dumps({lane.number: lane.state().to_json() for lane in lanes})),
     }
 
 

@@ -22,8 +22,10 @@ from bench.faults import DAMAGES, GRACE_S, KINDS, Fault, NotSurvived, Scene, wai
 from bench.job import NUMBERS, Job, read_checkpoint
 from bench.ranks import ProgramRanks
 from data.dataset import DataSet, open_data
-from data.lanes import Lane, Source
+from data.lane_state import LaneState
+from data.lanes import Lane
 from data.packing import PADDING_DOCUMENT
+from data.source import Source
 from train.checkpoints import checkpoint
 from train.config import load_config
 from train.pretrain_config import PretrainConfig
@@ -35,7 +37,7 @@ LATE_S = 40.0  # limit for the first step, in addition to its fault's own delay
 END_S = 120.0  # an undisturbed attempt that takes longer is considered hung
 POLL_S = 0.003
 
-Lanes = dict[int, dict]  # states by lane
+Lanes = dict[int, LaneState]  # states by lane
 Documents = Counter[tuple[int, ...]]  # (source, epoch, shard, record) -> how often its first token was trained
 
 
@@ -287,7 +289,7 @@ def _close(number: float | None, other: float | None, tolerance: float) -> bool:
 def saved_lanes(job: Job, step: int) -> Lanes:
     """Return the lanes' states in a checkpoint."""
     lanes = json.loads(checkpoint.read_extra(job.folder_of(step), "lanes.json"))
-    return {int(lane): state for lane, state in lanes.items()}
+    return {int(lane): LaneState.from_json(state) for lane, state in lanes.items()}
 
 
 def read_again(data: DataSet, lanes: Lanes, first: int, last: int) -> tuple[Documents, list[int]]:
@@ -305,15 +307,15 @@ def read_again(data: DataSet, lanes: Lanes, first: int, last: int) -> tuple[Docu
     return documents, tokens
 
 
-def begun(sources: list[Source], lane: int, state: dict) -> Documents:
+def begun(sources: list[Source], lane: int, state: LaneState) -> Documents:
     """Return the documents that a lane has begun to train: all that it drew, except those still pending uncut."""
     counts: Documents = Counter()
-    for number, (epoch, ordinal, _) in enumerate(state["cursors"]):
-        for each in range(epoch + 1):
-            for place in range(ordinal) if each == epoch else itertools.count():
+    for number, cursor in enumerate(state.cursors):
+        for each in range(cursor.epoch + 1):
+            for place in range(cursor.ordinal) if each == cursor.epoch else itertools.count():
                 if (position := sources[number].position(each, lane, place)) is None:
                     break
                 counts[number, each, *position] += 1
-    for *position, cut in state["pending"]:
-        counts[tuple(position)] -= not cut
+    for pending in state.pending:
+        counts[pending.source, pending.epoch, pending.shard, pending.record] -= not pending.cut
     return counts

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from omegaconf import MISSING
 
 from data.documents import OrderConfig
-from data.lanes import LaneSettings, Position, Source, SourceConfig, sum_in_order
+from data.lane_state import Position
 from data.manifest import LatentSpec, Manifest
 from data.packing import patch_grid
 from data.shard_cache import CacheConfig
+from data.source import LaneSettings, Source, SourceConfig, sum_in_order
 from data.storage import Location
 from data.tokenizer import Tokenizer
 from data.too_long import find_too_long

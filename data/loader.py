@@ -21,7 +21,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from data.dataset import DataConfig, DataSet
 from data.documents import seed_from
-from data.lanes import Lane, Position, lanes_of_rank
+from data.lane_state import LaneState, Position
+from data.lanes import Lane, lanes_of_rank
 from data.packing import ImageDraws, PackedBatch, PackedSequence, collate, pack
 
 SHARED_MEMORY = Path("/dev/shm")  # where the semaphores of workers lie; rows go through pipes
@@ -33,7 +34,7 @@ class StepBatch:
 
     step: int  # counts from 1: the batch that makes the model's step-th update
     micro_batches: list[PackedBatch]
-    lane_states: dict[int, dict]
+    lane_states: dict[int, LaneState]
     documents: dict[int, list[Position]]  # of each lane's row, in the order of rows
     num_skipped: int  # documents skipped so far by this rank's lanes, each counted once a lane
     ended: bool  # no lane of this rank had anything left
@@ -69,14 +70,14 @@ def draw_images(seed: int, step: int, lane: int, row: PackedSequence) -> ImageDr
 class LaneRow:
     lane: int
     row: PackedSequence | None  # None: the lane has ended
-    state: dict  # after this row
+    state: LaneState  # after this row
     documents: list[Position]  # in this row
 
 
 class LaneRows(IterableDataset):
     """Yield, step by step, the rows of the lanes this process or worker owns."""
 
-    def __init__(self, data: DataSet, lanes: range, states: dict[int, dict]):
+    def __init__(self, data: DataSet, lanes: range, states: dict[int, LaneState]):
         self.data, self.lanes, self.states = data, lanes, states
 
     def __iter__(self) -> Iterator[list[LaneRow]]:
@@ -100,7 +101,7 @@ class Loader:
         world_size: int,
         micro_batch_size: int,
         first_step: int = 1,
-        states: dict[int, dict] | None = None,
+        states: dict[int, LaneState] | None = None,
         pin_memory: bool = False,
         worker_init_fn: Callable[[int], None] | None = None,  # runs first in each loader process
         may_idle: bool = False,  # more ranks than lanes: those without one get empty batches
@@ -203,7 +204,7 @@ class Loader:
             micro_batches=[batch.pin_memory() for batch in batches] if self.pin_memory else batches,
             lane_states={row.lane: row.state for row in rows},
             documents={row.lane: row.documents for row in rows},
-            num_skipped=sum(len(row.state["skipped_documents"]) for row in rows),
+            num_skipped=sum(len(row.state.skipped_documents) for row in rows),
             ended=all(row.row is None for row in rows),
         )
 
@@ -219,6 +220,6 @@ def shared_memory_full(workers: int) -> OSError:
     )
 
 
-def epochs(lane_states: dict[int, dict]) -> np.ndarray:
+def epochs(lane_states: dict[int, LaneState]) -> np.ndarray:
     """Return the epoch of each (lane, source), int64 [L, sources]: lanes advance on their own."""
-    return np.array([[cursor[0] for cursor in state["cursors"]] for state in lane_states.values()])
+    return np.array([[cursor.epoch for cursor in state.cursors] for state in lane_states.values()])

@@ -29,12 +29,13 @@ import numpy as np
 
 from data.dataset import DataSet, open_data
 from data.documents import Document, ImageSegment, OrderConfig, check_document, decode_document, document_sizes
-from data.lanes import Lane, SourceConfig
+from data.lanes import Lane
 from data.manifest import Manifest, shard_entry
 from data.packing import Piece
 from data.pictures import decode_picture
 from data.raw import read_raw
 from data.shards import BadRecord, BadRecords, ShardIndex, index_path, index_shard, read_at, read_shard, write_shard
+from data.source import SourceConfig
 from data.tokenizer import Tokenizer, train_tokenizer
 from tests import mutations
 from tests.mutations import Mutation, Shard
@@ -289,9 +290,9 @@ class Readers:
                 self.reasons["lane ended"] += 1
             state = lane.state()
             json.dumps(state)
-            check(set(state["skipped"]) <= REASONS, f"new reasons in {state['skipped']}")
-            check(all(len(name) <= MAX_MESSAGE for name in state["skipped_names"]), "a long name in a lane's state")
-            self.reasons.update(state["skipped"])
+            check(set(state.skipped) <= REASONS, f"new reasons in {state.skipped}")
+            check(all(len(name) <= MAX_MESSAGE for name in state.skipped_names), "a long name in a lane's state")
+            self.reasons.update(state.skipped)
         data.sources[0].manifest.store.forget()
 
     # ---- what must hold of a mutated file ----

@@ -4,6 +4,7 @@ Slow; test_pretrain.py and test_pretrain_faults.py hold the same at chosen insta
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_one_bit_of_one_weight_one_row_or_one_lane_is_a_difference(finished: Job
     other.rows[7]["text_loss"] *= 1 + 1e-15
     assert "step 8: text_loss" in compare(other, expected, 0.0)[0]
     other = End.of(finished)
-    other.lanes[3]["rows"] += 1
+    other.lanes[3] = replace(other.lanes[3], rows=other.lanes[3].rows + 1)
     assert compare(other, expected, 0.0) == ["other lanes or counters"]
 
 

@@ -25,11 +25,12 @@ from webdataset.tariterators import base_plus_ext
 
 from data.dataset import open_data
 from data.documents import MAX_SEGMENTS, decode_document, encode_record
-from data.lanes import Lane, SourceConfig
+from data.lanes import Lane
 from data.manifest import Manifest
 from data.pictures import MAX_SCANS, decode_picture
 from data.raw import MAX_MEMBER_BYTES, captions_of, read_raw
 from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record, ShardIndex, read_at, read_shard, write_shard
+from data.source import SourceConfig
 from data.tar import key_of
 from data.tokenizer import Tokenizer
 from tests import mutations
@@ -388,6 +389,6 @@ def test_a_damaged_index_is_skipped_with_and_without_reading_ahead(tmp_path: Pat
         lane = Lane(0, data.sources, data.settings)
         while lane.next_row() is not None:
             pass
-        skipped.append(lane.state()["skipped"])
+        skipped.append(lane.state().skipped)
     assert skipped == [{"unreadable index": 20}] * 2
     assert Manifest.load(folder).records == 60

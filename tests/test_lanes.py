@@ -3,25 +3,28 @@
 import itertools
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import data.lanes
+import data.source
 from data.dataset import DataConfig, DataSet, open_data
 from data.documents import OrderConfig, seed_from
-from data.lanes import Lane, Source, SourceConfig, lanes_of_rank, sum_in_order
+from data.lane_state import Cursor, LaneState, Pending
+from data.lanes import Lane, lanes_of_rank
 from data.manifest import Manifest
 from data.packing import IGNORE, PackedSequence
+from data.source import Source, SourceConfig, sum_in_order
 from data.tokenizer import Tokenizer
 from tests.sources import Content, data_config, interleaved, make_source, pairs, texts
 
 KEEP_CAPTIONS = OrderConfig(caption_first=0.5, caption_dropout=0)
 
 
-def open_lanes(config: DataConfig, seed: int = 0, states: list[dict] | None = None) -> tuple[DataSet, list[Lane]]:
+def open_lanes(config: DataConfig, seed: int = 0, states: list[LaneState] | None = None) -> tuple[DataSet, list[Lane]]:
     data = open_data(config, seed, patch_size=2)
     states = states or [None] * config.lanes
     return data, [Lane(number, data.sources, data.settings, states[number]) for number in range(config.lanes)]
@@ -131,7 +134,7 @@ def test_every_document_is_read_once_an_epoch(mixed: DataConfig, lanes: int) -> 
     data, _ = open_lanes(replace(mixed, lanes=lanes))
     sources = [Recording(s.number, s.config, s.manifest, s.settings, s.watch) for s in data.sources]
     readers = [Lane(number, sources, data.settings) for number in range(lanes)]
-    while min(cursor[0] for lane in readers for cursor in lane.state()["cursors"]) < 3:
+    while min(cursor.epoch for lane in readers for cursor in lane.state().cursors) < 3:
         for lane in readers:
             lane.next_row()
     assert set(reads.values()) == {1}
@@ -195,7 +198,7 @@ def test_a_lane_without_a_document_in_this_epoch_takes_part_in_the_next(tmp_path
     make_source(tmp_path / "a", tokenizer, texts(1, lengths=(5000, 5000)) + texts(9, lengths=(1, 1)))
     _, readers = open_lanes(data_config(tokenizer, {"a": tmp_path / "a"}))
     assert all(row is not None for row in (lane.next_row() for lane in readers))
-    assert max(cursor[0] for lane in readers for cursor in lane.state()["cursors"]) > 0
+    assert max(cursor.epoch for lane in readers for cursor in lane.state().cursors) > 0
 
 
 def test_caption_order_and_dropout_are_drawn_anew_each_epoch(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -204,7 +207,7 @@ def test_caption_order_and_dropout_are_drawn_anew_each_epoch(tmp_path: Path, tok
     order = OrderConfig(caption_first=0.5, caption_dropout=0.3)
     _, (lane,) = open_lanes(data_config(tokenizer, {"a": tmp_path / "a"}, lanes=1, order=order))
     row = lane.next_row()
-    while lane.state()["cursors"][0][0] < 10:
+    while lane.state().cursors[0].epoch < 10:
         row = lane.next_row()
     boi = tokenizer.special.boi
     assert len(row.images) > 3
@@ -305,7 +308,7 @@ def test_lanes_do_not_all_begin_with_the_same_source(
     config = data_config(tokenizer, {"a": pairs_folder, "b": texts_folder}, lanes=40)
     _, readers = open_lanes(config)
     stream(readers, 1)
-    begun = [lane.state()["pending"][0][0] for lane in readers]
+    begun = [lane.state().pending[0].source for lane in readers]
     assert 5 < sum(begun) < 35
 
 
@@ -328,13 +331,13 @@ def test_a_lane_continues_from_its_state_at_any_step(mixed: DataConfig) -> None:
     _, readers = open_lanes(mixed)
     expected, states = [], []
     for _ in range(30):
-        states.append(json.dumps([lane.state() for lane in readers]))
+        states.append(json.dumps([lane.state().to_json() for lane in readers]))
         expected += stream(readers, 1)
     for step in range(30):
-        assert (
-            stream(open_lanes(mixed, states=json.loads(states[step]))[1], 3) == expected[step : step + 3] or step > 27
-        )
-    assert stream(open_lanes(mixed, states=json.loads(states[11]))[1], 19) == expected[11:]
+        read_back = [LaneState.from_json(state) for state in json.loads(states[step])]
+        num_steps = 19 if step == 11 else min(3, 30 - step)
+        found = stream(open_lanes(mixed, states=read_back)[1], num_steps)
+        assert found == expected[step : step + num_steps], step
 
 
 def test_a_text_cut_many_times_is_continued_where_it_was_cut(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -345,18 +348,39 @@ def test_a_text_cut_many_times_is_continued_where_it_was_cut(tmp_path: Path, tok
     for _ in range(12):
         states.append([lane.state() for lane in readers])
         expected += stream(readers, 1)
-    assert max(pending[4] for state in states for lane in state for pending in lane["pending"]) > 2 * 64
+    assert max(pending.cut for state in states for lane in state for pending in lane.pending) > 2 * 64
     for step in range(12):
         assert stream(open_lanes(config, states=states[step])[1], 12 - step) == expected[step:]
 
 
-def test_a_state_does_not_change_when_its_lane_goes_on(mixed: DataConfig) -> None:
+def test_a_state_does_not_change_when_its_lane_continues(mixed: DataConfig) -> None:
     _, readers = open_lanes(mixed)
     stream(readers, 3)
     state = readers[0].state()
-    before = json.dumps(state)
+    before = json.dumps(state.to_json())
     stream(readers, 3)
-    assert json.dumps(state) == before != json.dumps(readers[0].state())
+    assert json.dumps(state.to_json()) == before != json.dumps(readers[0].state().to_json())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: 7, "TypeError"),
+        (lambda state: {**state, "rows": "3"}, "'3', expected a whole number"),
+        (lambda state: {**state, "skipped": {"checksum": None}}, "None, expected a whole number"),
+        (lambda state: {**state, "pending": [[0, 0, 0, 0.5, 0]]}, "0.5, expected a whole number"),
+        (lambda state: {**state, "cursors": [[0, 0, 0, 0]]}, "TypeError"),
+        (lambda state: {**state, "skipped_names": [1]}, "expected strings"),
+        (lambda state: {**state, "skipped_documents": [[0, 1]]}, "ValueError"),
+        (lambda state: {k: v for k, v in state.items() if k != "pending"}, "KeyError: 'pending'"),
+    ],
+)
+def test_a_damaged_state_is_refused(damage: Callable[[dict], object], message: str) -> None:
+    whole = LaneState(3, [Cursor(1, 2, -3)], [Pending(0, 1, 2, 3, 4)], {"checksum": 1}, ["a#1"], [(0, 2, 3)]).to_json()
+    assert LaneState.from_json(json.loads(json.dumps(whole))).to_json() == whole
+    with pytest.raises(ValueError, match=r"not the state of a lane \(.*it is damaged") as caught:
+        LaneState.from_json(damage(whole))
+    assert message in str(caught.value)
 
 
 def test_resume_reads_only_what_is_pending(mixed: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,10 +388,10 @@ def test_resume_reads_only_what_is_pending(mixed: DataConfig, monkeypatch: pytes
     stream(readers, 17)
     states = [lane.state() for lane in readers]
     reads = []
-    read_at = data.lanes.read_at
-    monkeypatch.setattr(data.lanes, "read_at", lambda *args: reads.append(args[2]) or read_at(*args))
+    read_at = data.source.read_at
+    monkeypatch.setattr(data.source, "read_at", lambda *args: reads.append(args[2]) or read_at(*args))
     _, resumed = open_lanes(mixed, states=states)
-    assert len(reads) == sum(len(state["pending"]) for state in states) <= 4 * mixed.look_ahead
+    assert len(reads) == sum(len(state.pending) for state in states) <= 4 * mixed.look_ahead
     assert stream(readers, 1) == stream(resumed, 1)
 
 
@@ -380,7 +404,7 @@ def test_the_states_of_1024_lanes_are_small(tmp_path: Path, tokenizer: Tokenizer
     stream(readers, 2)
     states = {}
     for lane in range(1024):
-        state = readers[lane % 64].state()
+        state = readers[lane % 64].state().to_json()
         state["pending"] = [[*p[:2], p[2] + 99_000, p[3] + 9_000, p[4]] for p in state["pending"]]
         state["cursors"] = [[*c[:2], c[2] + 10**9] for c in state["cursors"]]
         states[lane] = state
@@ -415,9 +439,7 @@ def damaged(tmp_path: Path, tokenizer: Tokenizer) -> tuple[DataConfig, list[Cont
 
 def skipped(lanes: list[Lane]) -> tuple[dict[str, int], list[str]]:
     states = [lane.state() for lane in lanes]
-    return dict(sum((Counter(s["skipped"]) for s in states), Counter())), [
-        n for s in states for n in s["skipped_names"]
-    ]
+    return dict(sum((Counter(s.skipped) for s in states), Counter())), [n for s in states for n in s.skipped_names]
 
 
 def test_a_corrupt_record_is_skipped_counted_and_named(
@@ -442,7 +464,7 @@ def test_a_resume_skips_what_was_skipped(damaged: tuple[DataConfig, list[Content
     for _ in range(12):
         states.append([lane.state() for lane in readers])
         rows += stream(readers, 1)
-    step = next(i for i, state in enumerate(states) if sum(sum(s["skipped"].values()) for s in state) == 2)
+    step = next(i for i, state in enumerate(states) if sum(sum(s.skipped.values()) for s in state) == 2)
     damage(Path(config.sources["a"].path), 0, [3])  # the same bit again: healed
     damage(Path(config.sources["a"].path), 1, [24])
     _, resumed = open_lanes(config, states=states[step])
@@ -507,7 +529,7 @@ def test_a_document_that_no_sequence_can_hold_is_known_from_the_start(
     assert data.too_long == names
     stream(readers, 30)
     assert skipped(readers)[0]["longer than a sequence"] > 4 and not caplog.text
-    assert all(lane.state()["skipped_documents"] == [] for lane in readers)
+    assert all(lane.state().skipped_documents == [] for lane in readers)
 
 
 def test_a_bad_document_counts_once_however_often_its_lane_meets_it(
@@ -520,13 +542,13 @@ def test_a_bad_document_counts_once_however_often_its_lane_meets_it(
     stream([lane], 20)
     _, (lane,) = open_lanes(config, states=[lane.state()])
     stream([lane], 60)
-    state = lane.state()
-    assert state["skipped"]["checksum"] > 2 and sorted(state["skipped_documents"]) == [[0, 0, 3], [0, 1, 24]]
+    state = lane.state().to_json()
+    assert state["skipped"]["checksum"] > 2 and sorted(state["skipped_documents"]) == [(0, 0, 3), (0, 1, 24)]
     assert len(caplog.records) == 2
     del state["skipped_documents"]
-    _, (lane,) = open_lanes(config, states=[state])
+    _, (lane,) = open_lanes(config, states=[LaneState.from_json(state)])
     stream([lane], 40)
-    assert len(lane.state()["skipped_documents"]) == 2
+    assert len(lane.state().skipped_documents) == 2
 
 
 def test_a_lane_with_nothing_left_to_read_stops_instead_of_searching(tmp_path: Path, tokenizer: Tokenizer) -> None:

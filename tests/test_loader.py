@@ -16,10 +16,11 @@ import torch
 
 from data.dataset import DataConfig, open_data
 from data.documents import seed_from
-from data.lanes import SourceConfig
+from data.lane_state import LaneState
 from data.loader import Loader, StepBatch, epochs
 from data.manifest import Manifest
 from data.packing import PADDING_DOCUMENT, PackedBatch
+from data.source import SourceConfig
 from data.tokenizer import Tokenizer, train_tokenizer
 from tests.disks import can_mount, own_mounts
 from tests.sources import data_config, interleaved, make_source, pairs, texts
@@ -77,8 +78,8 @@ def run(
     world_size: int = 1,
     micro: int = 2,
     first_step: int = 1,
-    states: dict[int, dict] | None = None,
-) -> tuple[list[dict[int, tuple]], list[dict[int, dict]]]:
+    states: dict[int, LaneState] | None = None,
+) -> tuple[list[dict[int, tuple]], list[dict[int, LaneState]]]:
     """Return the global batch of each step, and the states of all lanes after it."""
     options = {"first_step": first_step, "states": states}
     loaders = [make_loader(config, rank, world_size, micro, **options) for rank in range(world_size)]
@@ -140,9 +141,8 @@ def test_a_run_continues_with_the_next_batch_on_other_ranks_and_workers(mixed: D
     expected, states = run(config, 9)
     changes = [(1, 1, 0, 2), (4, 3, 1, 4), (7, 4, 0, 1), (3, 2, 3, 3), (5, 8, 0, 1), (2, 8, 1, 2)]
     for done, world_size, workers, micro in changes:
-        saved = {int(lane): state for lane, state in json.loads(json.dumps(states[done - 1])).items()}
         other = replace(config, num_workers=workers, prefetch_steps=1)
-        found, after = run(other, 9 - done, world_size, micro, done + 1, saved)
+        found, after = run(other, 9 - done, world_size, micro, done + 1, states[done - 1])
         assert found == expected[done:] and after == states[done:], (done, world_size, workers)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from data.lane_state import Cursor, LaneState
 from tests.ranks import run_ranks
 from train import metrics
 from train.console import Console
@@ -50,7 +51,7 @@ def _two_rows(ranks: Ranks) -> list[dict]:
     interval = Interval(flops, ranks, ["a", "b"])
     interval.peak_flops = 1e6  # of a device that is not here
     mine = ranks.rank + 1
-    states = {ranks.rank: {"cursors": [[ranks.rank, 5, 0], [3, 0, 0]]}}
+    states = {ranks.rank: LaneState(7, [Cursor(ranks.rank, 5, 0), Cursor(3, 0, 0)], [], {}, [], [])}
     rows = []
     for steps in (2, 1):
         for _ in range(steps):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data.dataset import open_data
+from data.lane_state import LaneState
 from data.loader import Loader
 from data.manifest import Manifest
 from data.tokenizer import Tokenizer, train_tokenizer
@@ -132,7 +133,7 @@ def test_corrupt_records_are_skipped_counted_and_named_when_the_budget_is_spent(
     loader.close()
     skipped = [batch.num_skipped for batch in batches]
     states = [batch.lane_states.values() for batch in batches]
-    documents = [len({tuple(place) for state in of for place in state["skipped_documents"]}) for of in states]
+    documents = [len({place for state in of for place in state.skipped_documents}) for of in states]
     assert documents[-1] == 6 < skipped[-1], "several lanes meet each of them"
 
     output = finish([*argv, "data.max_bad_documents=3"], 2, status=1)
@@ -143,7 +144,8 @@ def test_corrupt_records_are_skipped_counted_and_named_when_the_budget_is_spent(
     assert saved_steps(run_dir)[-1] == stopped
     finish([*argv, "data.max_bad_documents=6"], 2)  # the number of bad documents; the lanes' counts sum to more
     assert [row["skipped_documents"] for row in rows(run_dir)] == skipped
-    assert saved_state(run_dir)[1] == {str(lane): state for lane, state in batches[-1].lane_states.items()}
+    saved = {int(lane): LaneState.from_json(state) for lane, state in saved_state(run_dir)[1].items()}
+    assert saved == batches[-1].lane_states
 
 
 def test_a_shard_that_vanishes_is_bad_data_and_one_that_cannot_be_indexed_stops_all_ranks(

@@ -137,7 +137,7 @@ def test_a_copy_that_was_damaged_on_its_way_is_fetched_again(
     shutil.rmtree(tmp_path / "cache")
     server.requests.clear()
     _, states = run(config, 4)
-    assert any(state["skipped"] for state in states[-1].values())
+    assert any(state.skipped for state in states[-1].values())
     assert server.requests.count("GET /00001.tar") <= 2  # not once a record
 
 
@@ -160,9 +160,9 @@ def test_a_shard_that_vanishes_is_skipped_and_counted(folder: Path, server: Serv
     start = time.monotonic()
     rows = [lane.next_row() for _ in range(10) for lane in lanes]
     assert time.monotonic() - start < 20 and None not in rows
-    skipped = [lane.state()["skipped"] for lane in lanes]
+    skipped = [lane.state().skipped for lane in lanes]
     assert {reason for counts in skipped for reason in counts} == {"unreadable shard"}
-    names = [name for lane in lanes for name in lane.state()["skipped_names"]]
+    names = [name for lane in lanes for name in lane.state().skipped_names]
     assert all(f"{server.url}/00001.tar#" in name and "does not exist" in name for name in names)
     states = [lane.state() for lane in lanes]
     expected = [as_bytes(lane.next_row()) for lane in lanes]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data.dataset import open_data
+from data.lane_state import LaneState
 from data.loader import Loader
 from data.tokenizer import Tokenizer
 from model.transfusion import Transfusion
@@ -39,7 +40,7 @@ def _everything(state: TrainState) -> dict[str, torch.Tensor]:
     return gather_weights(tensors)
 
 
-def _save(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], dict[int, dict]]:
+def _save(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], dict[int, LaneState]]:
     state, data = _state(ranks, config, seed=1)
     loader = Loader(data, config.data, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=1)
     state.lane_states = loader.next(30).lane_states
@@ -56,7 +57,7 @@ def _save(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor]
     return _everything(state), state.lane_states
 
 
-def _load(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], dict[int, dict], Progress, list]:
+def _load(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], dict[int, LaneState], Progress, list]:
     state, _ = _state(ranks, config, seed=2)
     state.load(Path(config.run_dir) / "checkpoints" / "step-00000003", ranks)
     return _everything(state), state.lane_states, state.progress, state.optimizer.guard.counts.tolist()

@@ -17,10 +17,11 @@ import torch.distributed as dist
 
 from data.dataset import DataConfig, DataSet, open_data
 from data.documents import OrderConfig
-from data.lanes import Position, SourceConfig
+from data.lane_state import Position
 from data.loader import Loader
 from data.manifest import Manifest
 from data.packing import IGNORE, PackedBatch
+from data.source import SourceConfig
 from data.storage import Location
 from model.transfusion import Transfusion
 from model.vae import LatentStats

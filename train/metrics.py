@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data.lane_state import LaneState
 from data.loader import epochs
 from data.packing import PADDING_DOCUMENT
 from train.checkpoints.run_folder import RunFolder
@@ -94,7 +95,7 @@ class Interval:
         self._last = {"grad_norm": grad_norm, "skipped_documents": vote.documents_skipped}
         self.num_steps += 1
 
-    def row(self, lane_states: dict[int, dict]) -> dict[str, float]:
+    def row(self, lane_states: dict[int, LaneState]) -> dict[str, float]:
         """Return the interval's metrics, the same on every rank. Collective; waits for the device."""
         seconds = time.monotonic() - self._start
         sums = torch.cat([self._device_sums.cpu(), torch.tensor(list(self._sums.values()), dtype=torch.float64)])

@@ -41,11 +41,11 @@ class SkipBudget:
         if vote.documents_skipped <= max(self._passed, self._most - self._known):
             return
         states = [state for of_rank in ranks.gather(batch.lane_states) for state in of_rank.values()]
-        skipped = self._known + len({tuple(place) for state in states for place in state["skipped_documents"]})
+        skipped = self._known + len({place for state in states for place in state.skipped_documents})
         if skipped <= self._most:
             self._passed = vote.documents_skipped
             return
-        names = [name for state in states for name in state["skipped_names"]]
+        names = [name for state in states for name in state.skipped_names]
         raise CannotContinue(
             f"{skipped} documents were skipped, more than data.max_bad_documents={self._most}; among the last: "
             f"{'; '.join(names[:8])}. Repair the data set, or allow more"

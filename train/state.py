@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from data.dataset import DataSet
+from data.lane_state import LaneState
 from data.loader import StepBatch
 from data.manifest import LatentSpec
 from model.transfusion import Transfusion
@@ -58,7 +59,7 @@ class TrainState:
     config_yaml: str  # the resolved config
     data_facts: dict  # what a sampler must know of the data: `latent_spec`, `grids`
     progress: Progress = field(default_factory=Progress)
-    lane_states: dict[int, dict] = field(default_factory=dict)
+    lane_states: dict[int, LaneState] = field(default_factory=dict)
     back_to: int | None = None  # the step that `resume=STEP` went back to
     metrics: dict[str, float] = field(default_factory=dict)  # held-out losses at the current step
     trained: TrainedRecords | None = None  # what the run trains on
@@ -76,7 +77,7 @@ class TrainState:
 
     def snapshot(self, ranks: Ranks) -> Snapshot:
         """Return what a checkpoint of the current step holds; its tensors are the live ones. Collective."""
-        lanes = {lane: state for part in ranks.gather(self.lane_states) for lane, state in part.items()}
+        lanes = {lane: state.to_json() for part in ranks.gather(self.lane_states) for lane, state in part.items()}
         meta = {
             "progress": vars(self.progress),
             "guard": self.optimizer.guard.counts.tolist(),
@@ -129,7 +130,7 @@ class TrainState:
             log.warning("EMAs that start from the weights of %s: %s; dropped: %s", path, sorted(added), sorted(dropped))
         self.optimizer.guard.counts.copy_(torch.tensor(meta["guard"]))
         self.progress, self.back_to, self.metrics = Progress(**meta["progress"]), meta["back_to"], meta["metrics"]
-        self.lane_states = {int(lane): state for lane, state in lanes.items()}
+        self.lane_states = {int(lane): LaneState.from_json(state) for lane, state in lanes.items()}
         return stored_records(path)
 
     def _tensors(self) -> checkpoint.State:

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from data.lane_state import LaneState
 from train.checkpoints import checkpoint
 from train.checkpoints.storage import CheckedReader, read_index
 from train.nested import leaves
@@ -121,11 +122,12 @@ class CheckpointSummary:
         summary.metrics, summary.fingerprint = dict(meta.get("metrics", {})), dict(meta.get("fingerprint", {}))
         summary.config = differences(summary._parsed("config.yaml", _config))
         try:
-            lanes = summary._parsed("lanes.json", json.loads).values()
-            summary.lane_rows = [lane["rows"] for lane in lanes]
-            summary.skipped = sum((Counter(lane["skipped"]) for lane in lanes), Counter[str]())
-        except (AttributeError, KeyError, TypeError) as error:
-            summary.problems.append(f"lanes.json: not the states of lanes ({type(error).__name__}: {error})")
+            lanes = [LaneState.from_json(lane) for lane in summary._parsed("lanes.json", json.loads).values()]
+        except (AttributeError, ValueError) as error:  # no mapping, or a damaged state
+            summary.problems.append(f"lanes.json: {error}")
+        else:
+            summary.lane_rows = [lane.rows for lane in lanes]
+            summary.skipped = sum((Counter(lane.skipped) for lane in lanes), Counter[str]())
         try:
             index = read_index(folder)
         except (OSError, ValueError) as error:
