@@ -34,7 +34,8 @@ from data.loader import Loader, draw_images
 from data.manifest import LatentSpec, Manifest, shard_entry
 from data.packing import PackedSequence
 from data.raw import read_raw
-from data.shards import BadRecords, index_path, index_shard, write_shard
+from data.shard_index import index_path
+from data.shards import BadRecords, index_shard, write_shard
 from data.source import SourceConfig
 from data.storage import Store
 from data.tokenizer import Tokenizer, train_tokenizer

@@ -19,7 +19,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.shards import NPY_HEADER_BYTES, BadRecord, Record
+from data.shard_index import NPY_HEADER_BYTES
+from data.shards import BadRecord, Record
 
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '([<>=|]\w+)', 'fortran_order': False, "

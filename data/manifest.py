@@ -19,7 +19,8 @@ import numpy as np
 from data.durable import atomic_write
 from data.remote import shown
 from data.shard_cache import CacheConfig
-from data.shards import BadRecord, ShardIndex, index_name, index_path
+from data.shard_index import ShardIndex, index_name, index_path
+from data.shards import BadRecord
 from data.storage import Store
 
 FORMAT_VERSION = 2

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.documents import MAX_SEGMENTS
+from data.inputs import expand
 from data.remote import is_http, shown
 from data.shards import BadRecord, BadRecords, Record, read_shard
 from data.signatures import HEAD_BYTES, LFS_POINTER, looks_like
-from data.storage import expand, local_copy
+from data.storage import local_copy
 
 TAR, TEXT = ".tar", ".txt"
 SUFFIXES = (TAR, ".jsonl", ".jsonl.gz", ".jsonl.zst", TEXT)

@@ -7,13 +7,9 @@ record or an end-of-archive block follows; at the end of a file without one, if 
 Keys are valid UTF-8 and stay inside the archive: no `..`, no leading slash.
 """
 
-import io
 import os
-import struct
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -22,121 +18,13 @@ from xxhash import xxh3_64
 
 from data.bad_records import BadRecord, BadRecords
 from data.durable import atomic_write
-from data.npz import write_npz
+from data.shard_index import ShardIndex
 from data.signatures import HEAD_BYTES, looks_like
 from data.tar import MAX_RECORD_BYTES, Member, Read, key_of, left_out, members, name_problem
 
 Record = dict[str, bytes]  # extension -> contents, and "__key__" -> the key in UTF-8
 
-NPY_HEADER_BYTES = 128  # that np.save writes before an array of a few dimensions
 _PROBE_BYTES = 1 << 24  # a read of more asks for its last byte first
-# What zipfile and numpy raise for bytes that are no archive of arrays.
-_NOT_ARRAYS = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    RuntimeError,
-    OverflowError,
-    struct.error,
-    zipfile.BadZipFile,
-)
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where each record of a shard lies and how much it holds; all arrays have one row a record.
-
-    spans int64 [R, 3]: byte offset, byte length, crc32 of those bytes. text_tokens int64 [R].
-    grid_starts int64 [R + 1] into grids int32 [G, 2]: latent (h, w) of each record's images.
-    contents uint64 [R]: `content_key` of each record; None in an index that was written before there were such.
-    """
-
-    spans: np.ndarray
-    text_tokens: np.ndarray
-    grid_starts: np.ndarray
-    grids: np.ndarray
-    contents: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def save(self, path: Path) -> None:
-        with atomic_write(path) as file:
-            write_npz(file, {name: array for name, array in vars(self).items() if array is not None})
-
-    @property
-    def sums(self) -> np.ndarray:
-        """Return uint64 [R]: crc32 and length of each record's bytes, its name among them."""
-        return self.spans[:, 2].astype(np.uint64) << np.uint64(32) | self.spans[:, 1].astype(np.uint64)
-
-    @property
-    def keys(self) -> np.ndarray:
-        """Return uint64 [R]: what each record is known by, the best that there is."""
-        return self.sums if self.contents is None else self.contents
-
-    @classmethod
-    def parse(cls, data: bytes, where: str, crc32: int | None = None) -> "ShardIndex":
-        """Return the index that `save` wrote; raise BadRecord for what is torn, none or (if given) of another sum.
-
-        Never asks numpy to parse: its parser evaluates Python literals, takes memory for whatever shape is claimed and
-        unpacks what is compressed, so a few bytes exhaust it.
-        """
-        try:
-            if crc32 is not None and zlib.crc32(data) != crc32:
-                raise ValueError("its checksum differs from the manifest's")
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise ValueError("compressed arrays")
-                index = cls(
-                    spans=_saved_array(archive, "spans", "<i8", 3),
-                    text_tokens=_saved_array(archive, "text_tokens", "<i8"),
-                    grid_starts=_saved_array(archive, "grid_starts", "<i8"),
-                    grids=_saved_array(archive, "grids", "<i4", 2),
-                    contents=_saved_array(archive, "contents", "<u8") if "contents.npy" in archive.namelist() else None,
-                )
-            index._check()
-        except _NOT_ARRAYS as error:
-            raise BadRecord("unreadable index", where, str(error)) from None
-        return index
-
-    def _check(self) -> None:
-        records, images, starts = len(self.spans), len(self.grids), self.grid_starts
-        if len(self.text_tokens) != records:
-            raise ValueError(f"{len(self.text_tokens)} counts of text tokens for {records} records")
-        if self.contents is not None and len(self.contents) != records:
-            raise ValueError(f"{len(self.contents)} keys of contents for {records} records")
-        if len(starts) != records + 1 or starts[0] != 0 or starts[-1] != images or (np.diff(starts) < 0).any():
-            raise ValueError(f"grid_starts do not cut {images} images into {records} records")
-        cells = self.grids.astype(np.int64).prod(axis=1)
-        if (self.grids < 1).any() or not ((self.text_tokens >= 0) & (self.text_tokens <= MAX_RECORD_BYTES)).all():
-            raise ValueError("negative or absurd sizes")
-        if (cells > MAX_RECORD_BYTES).any():
-            raise ValueError("latent grids larger than any record")
-
-    def document_tokens(self, patch_size: int) -> np.ndarray:
-        """Return each record's length in tokens, int64 [R]: BOS, EOS, text, and BOI + patches + EOI an image."""
-        patches = (self.grids[:, 0] // patch_size) * (self.grids[:, 1] // patch_size) + 2
-        upto = np.concatenate([[0], np.cumsum(patches, dtype=np.int64)])
-        return 2 + self.text_tokens + upto[self.grid_starts[1:]] - upto[self.grid_starts[:-1]]
-
-
-def _saved_array(archive: zipfile.ZipFile, name: str, dtype: str, *row: int) -> np.ndarray:
-    """Return an array [n, *row] of an index, read-only; raise ValueError unless its bytes are those np.save writes."""
-    data, header = archive.read(f"{name}.npy"), io.BytesIO()
-    array = np.frombuffer(data, dtype, offset=min(NPY_HEADER_BYTES, len(data))).reshape(-1, *row)
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    if header.getvalue() != data[:NPY_HEADER_BYTES]:
-        raise ValueError(f"{name} is no array of {dtype}")
-    return array
-
-
-def index_path(shard: Path) -> Path:
-    return shard.with_name(index_name(shard.name))
-
-
-def index_name(shard: str) -> str:
-    return shard + ".idx"
 
 
 def write_shard(path: Path, records: Iterable[Record]) -> int:

@@ -34,7 +34,8 @@ from data.manifest import Manifest, shard_entry
 from data.packing import Piece
 from data.pictures import decode_picture
 from data.raw import read_raw
-from data.shards import BadRecord, BadRecords, ShardIndex, index_path, index_shard, read_at, read_shard, write_shard
+from data.shard_index import ShardIndex, index_path
+from data.shards import BadRecord, BadRecords, index_shard, read_at, read_shard, write_shard
 from data.source import SourceConfig
 from data.tokenizer import Tokenizer, train_tokenizer
 from tests import mutations
@@ -289,7 +290,7 @@ class Readers:
                 check(str(error).startswith("lane ") and raised_by_us(error), f"no refusal of ours: {error!r}")
                 self.reasons["lane ended"] += 1
             state = lane.state()
-            json.dumps(state)
+            json.dumps(state.to_json())
             check(set(state.skipped) <= REASONS, f"new reasons in {state.skipped}")
             check(all(len(name) <= MAX_MESSAGE for name in state.skipped_names), "a long name in a lane's state")
             self.reasons.update(state.skipped)

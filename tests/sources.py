@@ -14,7 +14,8 @@ import numpy as np
 from data.dataset import DataConfig
 from data.documents import document_sizes, encode_record
 from data.manifest import LatentSpec, Manifest, shard_entry
-from data.shards import BadRecords, Record, index_path, index_shard, read_shard, write_shard
+from data.shard_index import index_path
+from data.shards import BadRecords, Record, index_shard, read_shard, write_shard
 from data.source import SourceConfig
 from data.storage import Store
 from data.tokenizer import Tokenizer

@@ -29,7 +29,8 @@ from data.lanes import Lane
 from data.manifest import Manifest
 from data.pictures import MAX_SCANS, decode_picture
 from data.raw import MAX_MEMBER_BYTES, captions_of, read_raw
-from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record, ShardIndex, read_at, read_shard, write_shard
+from data.shard_index import ShardIndex
+from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record, read_at, read_shard, write_shard
 from data.source import SourceConfig
 from data.tar import key_of
 from data.tokenizer import Tokenizer

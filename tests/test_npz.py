@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from data.npz import write_npz
+from data.shard_index import write_npz
 
 ARRAYS = {
     "spans": np.arange(3000).reshape(-1, 3),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data.pictures import contact_sheet, encode_png
-from data.scenes import Shape, Verdict, caption, draw, score
+from data.scene_judge import Verdict, score
+from data.scenes import Shape, caption, draw
 from model.vae import VaeConfig, build_vae
 from tests.pages import Page
 from train.checkpoints.run_folder import RunFolder

@@ -15,7 +15,8 @@ from data.documents import Document, ImageSegment, TextSegment
 from data.loader import draw_images
 from data.manifest import Manifest
 from data.packing import IGNORE, collate, lay_out, pack
-from data.scenes import Shape, Verdict, held_out_examples, make_splits
+from data.scene_judge import Verdict
+from data.scenes import Shape, held_out_examples, make_splits
 from data.shards import write_shard
 from data.tokenizer import SpecialIds, Tokenizer
 from model.sampler import SamplerConfig

@@ -9,24 +9,20 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from data.scene_judge import UNCLEAR, Verdict, compare, judge, score
 from data.scene_texts import text_documents
 from data.scenes import (
     COLOURS,
     PAIR_WORDINGS,
     POSITIONS,
     SHAPES,
-    UNCLEAR,
     WORDINGS,
     Shape,
-    Verdict,
     caption,
-    compare,
     coverage,
     held_out_examples,
-    judge,
     make_splits,
     parse_caption,
-    score,
     training_example,
 )
 from train.scenes import main

@@ -21,14 +21,13 @@ import webdataset as wds
 import zstandard
 
 from data.documents import decode_document, document_sizes, encode_record
+from data.shard_index import ShardIndex, index_path
 from data.shards import (
     MAX_RECORD_BYTES,
     BadRecord,
     BadRecords,
     Record,
-    ShardIndex,
     atomic_write,
-    index_path,
     index_shard,
     parse_record,
     read_at,

@@ -20,9 +20,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from data.inputs import expand
 from data.remote import FileVersion, Retries, file_version, is_remote, retried, shown, warn_once
 from data.shard_cache import CacheConfig
-from data.storage import COPY_PREFIX, OPEN_FILES, READERS, Store, expand, local_copy
+from data.storage import COPY_PREFIX, OPEN_FILES, READERS, Store, local_copy
 from tests.disks import small_disk
 
 TAR = (".tar",)

@@ -11,7 +11,8 @@ import pytest
 
 from data.documents import encode_record
 from data.manifest import Manifest, shard_entry
-from data.shards import content_key, index_path
+from data.shard_index import index_path
+from data.shards import content_key
 from data.tokenizer import Tokenizer
 from tests.ranks import run_ranks
 from tests.runs import assert_refused, settings

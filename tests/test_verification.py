@@ -10,7 +10,8 @@ import pytest
 
 from data.documents import encode_record
 from data.manifest import Manifest, shard_entry
-from data.shards import BadRecords, index_path, index_shard, write_shard
+from data.shard_index import index_path
+from data.shards import BadRecords, index_shard, write_shard
 from data.tokenizer import Tokenizer
 from tests.sources import interleaved, make_source, pairs, texts
 from tests.test_encode import Capsys, arguments, contents_of, picture_record, raw_folder

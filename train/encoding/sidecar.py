@@ -15,7 +15,8 @@ import numpy as np
 
 from data.durable import atomic_write
 from data.manifest import LatentSums, Manifest, ShardEntry, shard_entry
-from data.shards import BadRecords, ShardIndex, index_path
+from data.shard_index import ShardIndex, index_path
+from data.shards import BadRecords
 from data.storage import Store
 from train.encoding.encoder import Encoder, WordCounts
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from data.inputs import expand
 from data.pictures import decode_picture
 from data.raw import TAR, captions_of, picture_of
-from data.scenes import Shape, Verdict, compare, parse_caption, score
+from data.scene_judge import Verdict, compare, score
+from data.scenes import Shape, parse_caption
 from data.shards import BadRecords, read_shard
-from data.storage import expand
 from model.sampler import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.inference.pipeline import Pipeline, Progress

@@ -22,7 +22,8 @@ from data.manifest import FILE_NAME, LatentSums, Manifest, ShardEntry
 from data.packing import patch_grid
 from data.pictures import from_unit
 from data.remote import shown
-from data.shards import BadRecord, BadRecords, Record, ShardIndex, read_at
+from data.shard_index import ShardIndex
+from data.shards import BadRecord, BadRecords, Record, read_at
 from data.tokenizer import Tokenizer
 from model.vae import decode
 from train.inference.saved_model import load_matching_vae

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from data.pictures import from_unit, to_unit
-from data.scenes import Verdict, judge, parse_caption, score
+from data.scene_judge import Verdict, judge, score
+from data.scenes import parse_caption
 from model.vae import decode, load_vae, moments
 from train.config import to_yaml
 from train.pages.metric_curves import draw_charts
