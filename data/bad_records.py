@@ -1,11 +1,11 @@
-"""What was skipped of the data, why, and whether it is more than a budget allows."""
+"""What was skipped of the data, why, and whether it exceeds a budget."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
 NAMES_KEPT = 20  # of bad records
-ENOUGH_BAD = 20  # records, from which on their share is judged before all of them were seen
-MAX_SHOWN = 500  # characters of a bad record's place and details: names in hostile shards have no end
+ENOUGH_BAD = 20  # records: from then on their share is judged before the end
+MAX_SHOWN = 500  # characters of an error's place and detail: names in hostile shards may be endless
 
 
 class BadRecord(ValueError):
@@ -19,9 +19,9 @@ class BadRecord(ValueError):
 
 @dataclass
 class BadRecords:
-    """Counts what was skipped by reason, remembers the first names, and stops past a share of all data.
+    """Counts what was skipped by reason, keeps the first names, and stops past a share of all data.
 
-    A file of which nothing can be read is a failed one: it is no record, and has a budget of its own.
+    A file in which nothing can be read is a failed file: it counts as no record and has a budget of its own.
     """
 
     max_fraction: float  # of all records seen, and of all bytes of files, in [0, 1]
@@ -30,9 +30,9 @@ class BadRecords:
     names: list[str] = field(default_factory=list)
     max_failed_files: int = 0
     failed: list[str] = field(default_factory=list)  # files, each with what it is
-    files: list[tuple[int, float]] = field(default_factory=list)  # bytes, and the share lost, of each that was read
-    noted: Counter = field(default_factory=Counter)  # what costs no record, by what it is
-    examples: dict[str, str] = field(default_factory=dict)  # of each kind of it
+    files: list[tuple[int, float]] = field(default_factory=list)  # (bytes, share lost) of each that was read
+    noted: Counter = field(default_factory=Counter)  # findings that cost no record, by kind
+    examples: dict[str, str] = field(default_factory=dict)  # of each kind noted
 
     def add(self, error: BadRecord) -> None:
         self.reasons[error.reason] += 1
@@ -40,7 +40,7 @@ class BadRecords:
             self.names.append(str(error))
 
     def note(self, what: str, where: str) -> None:
-        """Count what costs no record."""
+        """Count a finding that costs no record."""
         self.noted[what] += 1
         self.examples.setdefault(what, _printable(where[:MAX_SHOWN])[:MAX_SHOWN])
 
@@ -55,9 +55,9 @@ class BadRecords:
         self.examples = {**other.examples, **self.examples}
 
     def check(self, final: bool = False) -> None:
-        """Raise ValueError when more than `max_fraction` of the records seen were bad, and they are not just a few.
+        """Raise ValueError when more than `max_fraction` of the records seen were bad, once there are ENOUGH_BAD.
 
-        When `final`, few or many, of records or bytes; and when more than `max_failed_files` files gave nothing.
+        When `final`: however few, lost bytes included, or when more than `max_failed_files` files failed.
         """
         if final and len(self.failed) > self.max_failed_files:
             raise ValueError(
@@ -72,7 +72,7 @@ class BadRecords:
             raise ValueError(
                 f"{bad} of {self.seen} records are bad"
                 + (f"; with the bytes lost {100 * share:.3g} % of the data" if lost else "")
-                + (f", of which {cut} files that end too early count whole" if lost and cut else "")
+                + (f", in which {cut} files that end too early count as lost whole" if lost and cut else "")
                 + f", more than max_bad_fraction={self.max_fraction}: {self.summary()}"
                 + (f". First: {'; '.join(self.names[:3])}" if self.names else "")
             )
@@ -80,7 +80,7 @@ class BadRecords:
     def lost_share(self) -> float:
         """Return the share of all files' bytes that was lost.
 
-        How much a file lacks that was cut cannot be known: it counts as lost, and as no shorter than the mean.
+        How much of a cut file is missing is unknown: all of it counts as lost, and as no shorter than the mean.
         """
         if not self.files:
             return 0.0
@@ -93,7 +93,7 @@ class BadRecords:
         return ", ".join([*counts, *([f"failed files: {len(self.failed)}"] if self.failed else [])]) or "none"
 
     def remarks(self) -> list[str]:
-        """Return a line for each failed file, and for each kind of what cost no record."""
+        """Return a line for each failed file and each kind of finding that cost no record."""
         lines = [f"failed file {name}" for name in self.failed[:NAMES_KEPT]]
         for what, count in sorted(self.noted.items()):
             lines.append(f"{what}: {count}" + (f", such as {self.examples[what]}" if what in self.examples else ""))
@@ -101,5 +101,5 @@ class BadRecords:
 
 
 def _printable(text: str) -> str:
-    """Return a text that cannot move a terminal's cursor or begin a line of a log."""
+    """Escape what could move a terminal's cursor or begin a new line in a log."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -4,9 +4,8 @@ An encoded record holds `tokens.npy` (int32 [len], the caption or all its texts 
 [2C, h, w], the VAE posterior's mean and log variance) if it has an image, and `json` for people. An image with several
 captions has them end to end in `tokens.npy`, and `captions.npy` (int32 [n]) with the length of each. Any other document
 (interleaved) holds its images as `0.moments.npy`, `1.moments.npy` ... and `segments.npy` (int32 [n]): the length of
-each text, IMAGE for the next image. Which of several captions, which of caption and image comes first, and whether the
-caption is dropped, is drawn here from (seed, epoch, source, shard, record), so it belongs to the document and not to
-whoever reads it.
+each text, IMAGE for the next image. Caption choice, order and dropout are drawn here from (seed, epoch, source, shard,
+record), so they belong to the document and not to its reader.
 """
 
 import hashlib
@@ -29,9 +28,9 @@ _NPY_HEADER = re.compile(
 )
 
 IMAGE = -1  # in segments.npy
-MAX_SEGMENTS = 1 << 16  # of a document: as objects they take a hundred times their bytes
-LOGVAR_RANGE = (-30.0, 20.0)  # to which AutoencoderKL clamps its log variance; exp of more overflows training
-# The bits of the largest and the smallest mean and log variance that are allowed.
+MAX_SEGMENTS = 1 << 16  # of a document: as Python objects they take a hundred times their bytes
+LOGVAR_RANGE = (-30.0, 20.0)  # AutoencoderKL clamps log variances to it; exp of more would overflow in training
+# The bits of the largest and the smallest allowed mean and log variance.
 _MOST = np.array([np.finfo(np.float16).max, LOGVAR_RANGE[1]], "<f2").view(np.int16)
 _LEAST = np.array([np.finfo(np.float16).min, LOGVAR_RANGE[0]], "<f2").view(np.uint16)
 
@@ -50,7 +49,7 @@ class ImageSegment:
 @dataclass(frozen=True)
 class Document:
     segments: tuple[TextSegment | ImageSegment, ...]
-    captions: tuple[TextSegment, ...] = ()  # of an image that has several: all of them, `segments` holds the first
+    captions: tuple[TextSegment, ...] = ()  # all captions of an image that has several; `segments` holds the first
 
     @property
     def has_image(self) -> bool:
@@ -59,7 +58,7 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class OrderConfig:
-    # Share of image-caption documents that put the caption first, in [0, 1] (the paper's: 0.8).
+    # Share of image-caption documents that put the caption first, in [0, 1] (the paper: 0.8).
     caption_first: float = 0.8
     # Share of image-caption documents whose caption is dropped, in [0, 1] (ours: guidance needs it).
     caption_dropout: float = 0.1
@@ -71,7 +70,7 @@ class OrderConfig:
 
 
 def seed_from(*parts: int | str) -> int:
-    """Hash a tuple of ints and names to a 63-bit seed: the one source of every draw that must not depend on ranks."""
+    """Hash ints and names to a 63-bit seed: the source of every draw that must not depend on ranks."""
     return int.from_bytes(_digest(parts, 8), "little") >> 1
 
 
@@ -82,7 +81,7 @@ def uniforms(*parts: int | str, count: int) -> list[float]:
 
 
 def decode_document(record: Record, where: str) -> Document:
-    """Return the record's document, caption before image; raise BadRecord for contents that cannot be trained on."""
+    """Return the record's document, caption before image; raise BadRecord for unusable contents."""
     if "segments.npy" in record:
         return Document(tuple(_interleaved(record, where)))
     if "tokens.npy" not in record and "moments.npy" not in record:
@@ -144,10 +143,10 @@ def _image(record: Record, member: str, where: str) -> ImageSegment:
 
 
 def check_document(document: Document, vocab_size: int, channels: int, where: str) -> None:
-    """Raise BadRecord for token ids or latents that are none of the tokenizer's and VAE's of the manifest."""
+    """Raise BadRecord for token ids or latents that the manifest's tokenizer or VAE cannot have made."""
     for segment in document.segments + document.captions:
         if isinstance(segment, TextSegment):
-            if segment.token_ids.view(np.uint64).max() >= vocab_size:  # a negative id is a large one here
+            if segment.token_ids.view(np.uint64).max() >= vocab_size:  # viewed so, negative ids are large
                 raise BadRecord("token id out of range", where, f"expected 0...{vocab_size - 1}")
         elif len(segment.moments) != 2 * channels:
             raise BadRecord("wrong array", where, f"moments {segment.moments.shape}, expected {2 * channels} channels")
@@ -156,8 +155,8 @@ def check_document(document: Document, vocab_size: int, channels: int, where: st
 def encode_record(key: str, segments: Sequence[np.ndarray], info: bytes, captions: Sequence[np.ndarray] = ()) -> Record:
     """Return the encoded record of a document: its texts as token ids [len], its images as moments [2C, h, w].
 
-    An image and its caption are given caption first; a text alone or an image alone are fine. Empty texts vanish.
-    `captions` are all of an image that has several, in place of a text among `segments`.
+    An image and its caption are given caption first; a text alone or an image alone are fine. Empty texts are dropped.
+    An image with several captions has them all in `captions`, and no text among `segments`.
     """
     segments = [segment for segment in segments if segment.size]
     texts, images = ([s for s in segments if s.ndim == ndim] for ndim in (1, 3))
@@ -183,26 +182,29 @@ def document_sizes(record: Record) -> tuple[int, list[tuple[int, int]]]:
 
 
 def sizes_of(document: Document) -> tuple[int, list[tuple[int, int]]]:
-    """Return (text tokens, latent grid of each image) of a document; of several captions the longest counts."""
+    """Return (text tokens, latent grid of each image) of a document, with the longest of its captions."""
     texts = [len(s.token_ids) for s in document.segments if isinstance(s, TextSegment)]
     tokens = max((len(s.token_ids) for s in document.captions), default=sum(texts))
     return tokens, [s.moments.shape[1:] for s in document.segments if isinstance(s, ImageSegment)]
 
 
-def arrange(document: Document, config: OrderConfig, *origin: int) -> Document:
-    """Draw an image's caption, their order and caption dropout from `origin`; leave other documents as they are.
+def arrange(
+    document: Document, config: OrderConfig, *, seed: int, epoch: int, source: int, shard: int, record: int
+) -> Document:
+    """Draw an image's caption, their order and caption dropout; leave other documents unchanged.
 
-    `origin` is (seed, epoch, source, shard, record). An image that comes before its caption is marked: its noise may be
-    capped (the paper, section 4.3.4: captions are learnt from pictures one can see). So is that of a document which is
-    an image and then a text by itself; ours: in longer ones a text describes the image after it, and none is capped.
+    An image before its caption is marked, so that its noise may be capped (the paper, section 4.3.4: captions are
+    learnt from pictures one can see); so is the image of a document of one image and then one text. Ours: in longer
+    documents a text describes the image after it, and none is marked.
     """
-    kinds = [type(segment) for segment in document.segments]
-    if kinds == [ImageSegment, TextSegment]:
-        return Document((replace(document.segments[0], before_caption=True), document.segments[1]))
-    if kinds != [TextSegment, ImageSegment]:
-        return document
-    order_draw, dropout_draw, caption_draw = uniforms("caption", *origin, count=3)
-    caption, image = document.segments
+    match document.segments:
+        case ImageSegment() as image, TextSegment() as text:
+            return Document((replace(image, before_caption=True), text))
+        case TextSegment() as caption, ImageSegment() as image:
+            draws = uniforms("caption", seed, epoch, source, shard, record, count=3)
+        case _:
+            return document
+    order_draw, dropout_draw, caption_draw = draws
     if document.captions:
         caption = document.captions[int(caption_draw * len(document.captions))]
     if dropout_draw < config.caption_dropout:
@@ -220,11 +222,11 @@ def _digest(parts: tuple[int | str, ...], size: int) -> bytes:
 def _check_moments(moments: np.ndarray, where: str) -> None:
     """Raise BadRecord unless [2C, h, w] are finite and their log variances in range.
 
-    By their bits, 20 times faster than by numpy's float16: as int16 the positive numbers keep their order, as uint16
-    the negative ones theirs by magnitude, and infinities and NaNs come after all others in both.
+    Compares bits, 20 times faster than numpy's float16: as int16 positive numbers keep their order, as uint16 negative
+    ones are ordered by magnitude, and infinities and NaNs come last in both.
     """
     if moments.view(np.int16).max() <= _MOST[1] and moments.view(np.uint16).max() <= _LEAST[1]:
-        return  # means in that range, too
+        return  # all numbers are within the range of log variances
     parts = moments.reshape(2, -1)
     if (parts.view(np.int16).max(1) <= _MOST).all() and (parts.view(np.uint16).max(1) <= _LEAST).all():
         return
@@ -236,8 +238,8 @@ def _check_moments(moments: np.ndarray, where: str) -> None:
 def _load_array(data: bytes, where: str, dtype: str, ndim: int) -> np.ndarray:
     """Return the .npy array in `data`, read-only.
 
-    Takes only what np.save writes for our arrays and never asks numpy to parse: its parser evaluates Python literals
-    (a hostile header exhausts it), unpickles if told to, and takes longer than all the rest of a read.
+    Takes only what np.save writes for our arrays, without numpy's parser: that evaluates Python literals (a hostile
+    header exhausts it), can unpickle, and takes longer than the rest of a read.
     """
     layout = _npy_layout(data[:NPY_HEADER_BYTES])
     if layout is None:
@@ -253,7 +255,7 @@ def _load_array(data: bytes, where: str, dtype: str, ndim: int) -> np.ndarray:
 
 @lru_cache(4096)
 def _npy_layout(header: bytes) -> tuple[str, tuple[int, ...]] | None:
-    """Return (dtype, shape) of a .npy file's first bytes; None unless they are all of a plain header."""
+    """Return (dtype, shape) of a .npy file's first bytes; None unless they are a plain header."""
     match = _NPY_HEADER.fullmatch(header)
     if match is None:
         return None

@@ -1,6 +1,6 @@
 """The state of a lane: a few ints a source and the positions of pending documents, never contents.
 
-It rides with each batch and lies by lane in a checkpoint's lanes.json, so it does not depend on ranks or workers.
+It travels with each batch and is saved by lane in a checkpoint's lanes.json, so it does not depend on ranks or workers.
 """
 
 from dataclasses import astuple, dataclass
@@ -57,10 +57,10 @@ class LaneState:
                 pending=[Pending(*ints) for ints in value["pending"]],
                 skipped=dict(value["skipped"]),
                 skipped_names=list(value["skipped_names"]),
-                # Earlier versions kept none: their documents count when they are met again.
+                # Absent in older checkpoints: their skipped documents are counted when met again.
                 skipped_documents=[(s, shard, record) for s, shard, record in value.get("skipped_documents", [])],
             )
-            records = [*map(astuple, [*state.cursors, *state.pending]), *state.skipped_documents]
+            records = [*(astuple(each) for each in (*state.cursors, *state.pending)), *state.skipped_documents]
             numbers = [state.rows, *state.skipped.values(), *(number for record in records for number in record)]
             if wrong := [number for number in numbers if type(number) is not int]:
                 raise TypeError(f"{wrong[0]!r}, expected a whole number")

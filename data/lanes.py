@@ -24,19 +24,19 @@ log = logging.getLogger(__name__)
 
 
 class Lane:
-    """One lane: `next_row()` packs its next sequence, `state()` is all that is needed to go on from here."""
+    """One lane: `next_row()` packs its next sequence, `state()` is all that is needed to continue after it."""
 
     def __init__(self, number: int, sources: list[Source], settings: LaneSettings, state: LaneState | None = None):
         self.number, self.sources, self.settings = number, sources, settings
-        # A phase of up to one sequence, so that lanes do not all begin with the same source; each by itself, so that
-        # a source that is appended changes nothing for the others.
+        # A phase of up to one sequence, so that lanes do not all begin with the same source. Drawn per source, so that
+        # appending one changes nothing for the others.
         phases = [uniforms("mix", settings.seed, number, source.number, count=1)[0] for source in sources]
         self._phases = [phase * settings.sequence_length for phase in phases]
-        self._rows = 0  # made so far: the next one is that of step `_rows + 1`
+        self._rows = 0  # packed so far: the next one belongs to step `_rows + 1`
         self.documents: list[Position] = []  # in the last row
         self._skipped: Counter = Counter()
         self._skipped_names: list[str] = []
-        self._skipped_documents: dict[Position, None] = {}  # in the order in which they were met
+        self._skipped_documents: dict[Position, None] = {}  # a set that keeps their order
         self._cursors = [Cursor() for _ in sources]
         self._pending: list[tuple[Pending, Piece]] = []
         if state is not None:
@@ -54,10 +54,12 @@ class Lane:
             self._weights = weights
         self._rows += 1
         self.documents = []
-        length, chosen, space = self.settings.sequence_length, [], self.settings.sequence_length
+        chosen: list[Piece] = []
+        space = self.settings.sequence_length
         while space:
-            self._refill()
-            # The oldest opens a row whatever its length, so that a long text is not passed over for ever.
+            while len(self._pending) < self.settings.look_ahead and (drawn := self._draw()) is not None:
+                self._pending.append(drawn)
+            # The oldest document opens a row whatever its length, so that a long text is not passed over for ever.
             place = self._place_in(space) if chosen else 0
             if place is None or place == len(self._pending):
                 break
@@ -69,7 +71,7 @@ class Lane:
             chosen.append(piece)
             self.documents.append(pending.position)
             space -= len(piece)
-        return pack(chosen, length, self.settings.special.pad) if chosen else None
+        return pack(chosen, self.settings.sequence_length, self.settings.special.pad) if chosen else None
 
     def _place_in(self, space: int) -> int | None:
         """Return which pending document comes next: the oldest that fits, else the oldest that may be cut to fit."""
@@ -112,25 +114,21 @@ class Lane:
         return [weight / total for weight in weights]
 
     def _settle_accounts(self) -> None:
-        """Begin the accounts anew where weights change, each source keeping what it is ahead or behind."""
+        """Restart the accounts when weights change; each source keeps its lead or lag."""
         accounts = [cursor.tokens + phase for cursor, phase in zip(self._cursors, self._phases, strict=True)]
-        going = [n for n, weight in enumerate(self._weights) if weight and not self._has_ended(n)]
-        total, weights = (sum_in_order(values[n] for n in going) for values in (accounts, self._weights))
+        active = [n for n, weight in enumerate(self._weights) if weight and not self._has_ended(n)]
+        total, weights = (sum_in_order(values[n] for n in active) for values in (accounts, self._weights))
         for number, (cursor, phase) in enumerate(zip(self._cursors, self._phases, strict=True)):
-            owed = total * self._weights[number] / weights - accounts[number] if number in going else 0.0
-            cursor.tokens = round(-owed - phase)
+            lag = total * self._weights[number] / weights - accounts[number] if number in active else 0.0
+            cursor.tokens = round(-lag - phase)
 
     def _has_ended(self, number: int) -> bool:
         source, cursor = self.sources[number], self._cursors[number]
         return not source.config.repeat and source.position(cursor.epoch, self.number, cursor.ordinal) is None
 
     def _ratio(self, number: int) -> float:
-        """Return how far a source is with its share: tokens drawn by weight."""
+        """Return how much of its share a source has had: tokens drawn over weight."""
         return (self._cursors[number].tokens + self._phases[number]) / self._weights[number]
-
-    def _refill(self) -> None:
-        while len(self._pending) < self.settings.look_ahead and (drawn := self._draw()) is not None:
-            self._pending.append(drawn)
 
     def _draw(self) -> tuple[Pending, Piece] | None:
         """Draw the next good document of the source that is furthest behind its share; None when all have ended."""
@@ -152,7 +150,7 @@ class Lane:
         return None
 
     def _advance(self, number: int) -> Pending | None:
-        """Take the next position of a source, through empty ranges into the next epochs if it repeats."""
+        """Take the next position of a source; one that repeats skips epochs in which the lane's range is empty."""
         source, cursor = self.sources[number], self._cursors[number]
         for _ in range(1000):
             position = source.position(cursor.epoch, self.number, cursor.ordinal)
@@ -188,7 +186,7 @@ class Lane:
 
 
 def lanes_of_rank(rank: int, world_size: int, lanes: int, may_idle: bool = False) -> range:
-    """Return the lanes a rank owns; any world size up to the number of lanes, or with ranks that own none."""
+    """Return the lanes that a rank owns, nearly as many as any other; with `may_idle` some ranks may own none."""
     if world_size > lanes and not may_idle:
         raise ValueError(f"{world_size} ranks, but data.lanes={lanes}: use at most one rank a lane, or more lanes")
     return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)

@@ -1,9 +1,9 @@
-"""Lanes -> PackedBatch: workers, prefetch, pinned memory, the state that rides along, the random draws of each lane.
+"""Lanes -> PackedBatch: workers, prefetch, pinned memory, the lanes' states, the random draws of each lane.
 
 Workers own lanes and yield rows; a thread of the main process draws their noise (cheaper than sending it), collates
-them into micro-batches and keeps a step or two ready, so that a rank that waits for data can go on answering its
-peers. The state is ours, by lane, and does not depend on the number of workers; torchdata's loader runs the workers
-and its own state is not used.
+them into micro-batches and keeps a step or two ready, so that a rank waiting for data can still answer its peers.
+The saved state is the lanes' own and does not depend on the number of workers; torchdata's loader only runs the
+workers, and its own state is not used.
 """
 
 import errno
@@ -25,18 +25,18 @@ from data.lane_state import LaneState, Position
 from data.lanes import Lane, lanes_of_rank
 from data.packing import ImageDraws, PackedBatch, PackedSequence, collate, pack
 
-SHARED_MEMORY = Path("/dev/shm")  # where the semaphores of workers lie; rows go through pipes
+SHARED_MEMORY = Path("/dev/shm")  # holds the workers' semaphores; rows go through pipes
 
 
 @dataclass
 class StepBatch:
-    """One rank's share of a step, and the state of its lanes after it."""
+    """One rank's share of a step, and the states of its lanes after it."""
 
-    step: int  # counts from 1: the batch that makes the model's step-th update
+    step: int  # from 1: the batch of the model's step-th update
     micro_batches: list[PackedBatch]
     lane_states: dict[int, LaneState]
     documents: dict[int, list[Position]]  # of each lane's row, in the order of rows
-    num_skipped: int  # documents skipped so far by this rank's lanes, each counted once a lane
+    num_skipped: int  # documents skipped so far, each counted once a lane
     ended: bool  # no lane of this rank had anything left
 
     @property
@@ -75,7 +75,7 @@ class LaneRow:
 
 
 class LaneRows(IterableDataset):
-    """Yield, step by step, the rows of the lanes this process or worker owns."""
+    """Yield, step by step, the rows of the lanes that this process or worker owns."""
 
     def __init__(self, data: DataSet, lanes: range, states: dict[int, LaneState]):
         self.data, self.lanes, self.states = data, lanes, states
@@ -104,12 +104,12 @@ class Loader:
         states: dict[int, LaneState] | None = None,
         pin_memory: bool = False,
         worker_init_fn: Callable[[int], None] | None = None,  # runs first in each loader process
-        may_idle: bool = False,  # more ranks than lanes: those without one get empty batches
+        may_idle: bool = False,  # ranks without a lane get empty batches instead of a refusal
     ):
         self.data, self.config, self.pin_memory = data, config, pin_memory
         self._worker_init_fn = worker_init_fn
         self.lanes = lanes_of_rank(rank, world_size, config.lanes, may_idle)
-        most = -(-config.lanes // world_size)  # rows of the fullest rank: all ranks run as many micro-steps
+        most = -(-config.lanes // world_size)  # rows of the rank with the most lanes: all ranks run as many micro-steps
         self.micro_batch_size = min(micro_batch_size, most)
         self.micro_steps = -(-most // self.micro_batch_size)
         self._rows = LaneRows(data, self.lanes, states or {})
@@ -121,18 +121,18 @@ class Loader:
         self._thread.start()
 
     def next(self, timeout_seconds: float) -> StepBatch | None:
-        """Return the next step's batch, None if it is not there in time; raise what the reader raised."""
+        """Return the next step's batch, None if it is not ready in time; raise what the reader raised."""
         try:
             item = self._ready.get(timeout=timeout_seconds)
         except queue.Empty:
             return None
         if isinstance(item, BaseException):
-            self._ready.put(item)  # the reader is gone: every later call says so too
+            self._ready.put(item)  # the reader is gone: every later call raises the same
             raise item
         return item
 
     def close(self) -> None:
-        """Stop reading, and kill workers that do not: one that hangs in a read would keep this process from ending."""
+        """Stop reading and kill the workers: one that hangs in a read would keep this process from exiting."""
         self._closed.set()
         self._thread.join(timeout=5)
         for worker in self._workers:
@@ -144,7 +144,7 @@ class Loader:
                 self._hand_over(self._collate(step, sorted(rows, key=lambda row: row.lane)))
                 if self._closed.is_set():
                     return
-        except BaseException as error:  # whatever it is, `next` raises it in the trainer's thread
+        except BaseException as error:  # `next` raises it in the trainer's thread
             self._hand_over(error)
 
     def _hand_over(self, item: StepBatch | BaseException) -> None:
@@ -156,15 +156,15 @@ class Loader:
                 continue
 
     def _steps(self) -> Iterator[list[LaneRow]]:
-        """Yield the rows of all owned lanes, a step at a time, whatever the number of workers."""
+        """Yield the rows of all owned lanes, one step at a time, for any number of workers."""
         workers = min(self.config.num_workers, len(self.lanes))
         if not workers:
             yield from self._rows
             return
         from torchdata.stateful_dataloader import StatefulDataLoader
 
-        # Each worker yields one item a step (all its lanes), and items come in the workers' order. Forked, because
-        # open sources (caches, files) do not pickle.
+        # Each worker yields one item a step (all its lanes), and items come in the workers' order. Workers are forked
+        # because open sources (caches, files) do not pickle.
         try:
             items = iter(
                 StatefulDataLoader(
@@ -184,20 +184,19 @@ class Loader:
             while True:
                 yield [row for _ in range(workers) for row in next(items)]
         finally:
-            items._shutdown_workers()  # left to the garbage collector, it may find the workers' queues gone and wait
+            items._shutdown_workers()  # the garbage collector may do it too late and hang
 
     def _collate(self, step: int, rows: list[LaneRow]) -> StepBatch:
         settings = self.data.settings
         empty = pack([], settings.sequence_length, settings.special.pad)
         no_draws = ImageDraws(torch.zeros(0), [], [])
-        filled = [
-            (row.row, draw_images(settings.seed, step, row.lane, row.row)) if row.row is not None else (empty, no_draws)
-            for row in rows
-        ]
-        filled += [(empty, no_draws)] * (self.micro_steps * self.micro_batch_size - len(filled))
-        size = self.micro_batch_size
+        size, missing = self.micro_batch_size, self.micro_steps * self.micro_batch_size - len(rows)
+        sequences = [row.row or empty for row in rows] + [empty] * missing
+        draws = [draw_images(settings.seed, step, row.lane, row.row) if row.row else no_draws for row in rows]
+        draws += [no_draws] * missing
         batches = [
-            collate(*zip(*filled[i : i + size], strict=True), settings.patch_size) for i in range(0, len(filled), size)
+            collate(sequences[i : i + size], draws[i : i + size], settings.patch_size)
+            for i in range(0, len(sequences), size)
         ]
         return StepBatch(
             step=step,
@@ -210,16 +209,16 @@ class Loader:
 
 
 def shared_memory_full(workers: int) -> OSError:
-    """Return the refusal that says how much shared memory there is and how to have more."""
+    """Return the error that says how much shared memory there is and how to get more."""
     space = os.statvfs(SHARED_MEMORY)
     size, free = (blocks * space.f_frsize / 2**20 for blocks in (space.f_blocks, space.f_bavail))
     return OSError(
-        f"{SHARED_MEMORY} is too small for data.num_workers={workers}: {size:.3g} MiB, of which {free:.3g} are free. "
-        "Remove what fills it, give the container more (docker run --shm-size=1g or --ipc=host; in Kubernetes an "
-        "emptyDir of medium Memory mounted there), or use fewer workers; data.num_workers=0 needs none"
+        f"{SHARED_MEMORY} is too small for data.num_workers={workers}: {size:.3g} MiB, {free:.3g} of them free. "
+        "Free some, give the container more (docker run --shm-size=1g or --ipc=host; in Kubernetes an emptyDir of "
+        "medium Memory mounted there), or use fewer workers; data.num_workers=0 needs none"
     )
 
 
 def epochs(lane_states: dict[int, LaneState]) -> np.ndarray:
-    """Return the epoch of each (lane, source), int64 [L, sources]: lanes advance on their own."""
+    """Return the epoch of each (lane, source), int64 [L, sources]; lanes advance independently."""
     return np.array([[cursor.epoch for cursor in state.cursors] for state in lane_states.values()])

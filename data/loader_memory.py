@@ -1,7 +1,7 @@
-"""How much host memory a rank's loader may take: what lanes keep pending, what is read ahead, what is packed ahead.
+"""How much host memory a rank's loader may take: documents pending and read ahead, batches packed ahead.
 
-An upper bound from the manifests, printed at start, so that a node is not found too small after an hour. Contents of
-shuffle blocks are never held: a block is an order of positions.
+An upper bound from the manifests, printed at start, so that a node too small is noticed at once and not after hours.
+A shuffle block holds positions, never contents.
 """
 
 from data.dataset import DataConfig, DataSet
@@ -13,20 +13,20 @@ MOMENT_BYTES, DRAW_BYTES = 2, 4  # a latent cell's numbers: mean and log varianc
 
 
 def loader_bytes(data: DataSet, config: DataConfig, world_size: int) -> dict[str, int]:
-    """Return the most bytes that the fullest rank's loader and its workers hold, by what they are for."""
+    """Return the most bytes that the loader of the rank with the most lanes, and its workers, hold, by purpose."""
     lanes = max(len(lanes_of_rank(rank, world_size, config.lanes)) for rank in (0, world_size - 1))
     length, patch_size = config.sequence_length, data.settings.patch_size
     channels = data.latent_spec.channels if data.latent_spec is not None else 0
     cells = max((h * w for h, w in data.grids), default=0)
-    # The most latent cells in a sequence: images without a word between them.
+    # The most latent cells in a sequence: nothing but images.
     row_cells = min(cells, 1) * length * patch_size**2
     row = length * TOKEN_BYTES + row_cells * channels * 2 * MOMENT_BYTES
     batch = lanes * (length * TOKEN_BYTES + row_cells * channels * 2 * (MOMENT_BYTES + DRAW_BYTES) * 4 // 3)  # padded
     entries = [entry for source in data.sources for entry in source.manifest.shards]
     document = 4 * max(entry.largest_record for entry in entries)  # a token takes 4 bytes there, 16 laid out
     longest_index = INDEX_BYTES * max(entry.records for entry in entries)
-    # Batches: ready, in the trainer's hands, waiting to be handed over, being made of rows and noise. Workers have as
-    # many steps of rows ready and one in the making, each copied on its way.
+    # Batches: ready, in use by the trainer, waiting for the queue, being collated (twice: rows and noise). Workers
+    # hold as many steps of rows and one more in the making, each copied when it is sent.
     batches, rows = config.prefetch_steps + 4, 2 * (config.prefetch_steps + 1) if config.num_workers else 0
     ahead = [s.read_ahead for s in data.sources if s.manifest.store.is_remote and not config.cache_dir]
     return {

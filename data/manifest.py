@@ -1,7 +1,7 @@
 """The manifest of an encoded data set: which shards, how much they hold, and which tokenizer and VAE made them.
 
-`manifest.json` is rebuilt from the shards' sidecars, never edited; it is what a run trusts at start-up, so that a
-mismatch of tokenizer, VAE or latent grid is refused before the first step and not found in the samples.
+`manifest.json` is rebuilt from the shards' sidecars, never edited. A run trusts it at start-up, so that a mismatch of
+tokenizer, VAE or latent grid is refused before the first step and not discovered in the samples.
 """
 
 import errno
@@ -24,7 +24,7 @@ from data.shards import BadRecord
 from data.storage import Store
 
 FORMAT_VERSION = 2
-MAX_NAME_BYTES = 200  # of a shard, so that its index, its sidecar and their temporary files have names too
+MAX_NAME_BYTES = 200  # of a shard, which leaves room for the names of its index, sidecar and temporary files
 FILE_NAME = "manifest.json"
 
 
@@ -36,7 +36,7 @@ class LatentSpec:
     channels: int
     stride: int  # pixels a latent cell
     resolution: int  # pixels of the encoded pictures' shorter side
-    mean: tuple[float, ...]  # per channel, of sampled latents or as the VAE states; training whitens with these
+    mean: tuple[float, ...]  # per channel, measured on sampled latents or stated by the VAE; used to whiten
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -52,18 +52,18 @@ class LatentSpec:
 
     @classmethod
     def parse(cls, fields: dict) -> "LatentSpec":
-        """Return the spec of its fields as JSON gives them back."""
+        """Return the spec of these fields, as read from JSON."""
         return cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
 
     @property
     def statistics(self) -> dict[str, str]:
-        """Return what whitens these latents, by name, to six digits: weights know latents whitened alike only."""
+        """Return the whitening statistics by name, to six digits: weights fit only latents whitened by the same."""
         return {f"latent {name}": str([float(f"{x:.6g}") for x in getattr(self, name)]) for name in ("mean", "std")}
 
 
 @dataclass
 class LatentSums:
-    """Mean and deviation of latents drawn from posteriors, by channel: sums over cells of both moments."""
+    """Mean and deviation per channel of latents drawn from posteriors, as sums of both moments over cells."""
 
     sums: np.ndarray  # float64 [2, C]
     cells: int = 0
@@ -87,7 +87,7 @@ class LatentSums:
         self.cells += mean[0].size
 
     def whitened_by(self, spec: LatentSpec) -> float:
-        """Return the deviation, over all channels, of these latents once whitened by `spec`; 1 is right."""
+        """Return these latents' deviation over all channels once whitened by `spec`; it should be 1."""
         return float(np.sqrt(np.mean((self.std / np.array(spec.std)) ** 2)))
 
     @property
@@ -148,10 +148,10 @@ class Manifest:
         return hashlib.sha256(json.dumps(self._contents(), sort_keys=True).encode()).hexdigest()[:16]
 
     def grids(self) -> set[tuple[int, int]]:
-        return {tuple(map(int, grid.split("x"))) for shard in self.shards for grid in shard.grids}
+        return {(int(h), int(w)) for shard in self.shards for h, w in (grid.split("x") for grid in shard.grids)}
 
     def image_token_share(self, patch_size: int, captions_kept: float = 1.0) -> float:
-        """Return the share of patches among all tokens, with that share of the captions kept beside their image."""
+        """Return the share of patches among all tokens when the share `captions_kept` of captions is kept."""
         text_tokens = sum(shard.text_tokens for shard in self.shards)
         tokens = sum(shard.tokens(patch_size) for shard in self.shards) - (1 - captions_kept) * text_tokens
         return sum(shard.patches(patch_size) for shard in self.shards) / tokens
@@ -167,7 +167,7 @@ class Manifest:
         try:
             index = ShardIndex.parse(self.store.read_all(index_name(entry.name)), where, entry.index_crc32)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # this process's fault, and no index's
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # this process's fault, not the index's
                 raise
             raise BadRecord("unreadable index", where, error.strerror or str(error)) from None
         if len(index) != entry.records:
@@ -175,9 +175,9 @@ class Manifest:
         return index
 
     def check_files(self) -> None:
-        """Raise ValueError naming the first shard or index that is missing or has another size than recorded.
+        """Raise ValueError naming the first shard or index that is missing or not of the recorded size.
 
-        Of a remote data set only the first and the last: asking for each would take longer than many a training.
+        Of a remote data set it checks only the first and the last shard: checking each could take hours.
         """
         for entry in (self.shards[0], self.shards[-1]) if self.store.is_remote else self.shards:
             size = self.store.size(entry.name)
@@ -208,9 +208,9 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path, cache: CacheConfig | None = None, max_ahead: int = 64) -> "Manifest":
-        """Open the data set in a local folder or at a URL; raise FileNotFoundError or ValueError for what is none.
+        """Open the data set in a local folder or at a URL; raise FileNotFoundError or ValueError if it is none.
 
-        `cache` and `max_ahead` are those of its Store.
+        `cache` and `max_ahead` are passed to its Store.
         """
         store = Store(str(folder), cache=cache, max_ahead=max_ahead)
         path = store.path(FILE_NAME)
@@ -241,7 +241,7 @@ class Manifest:
 
 
 def shard_entry(path: Path, index: ShardIndex) -> ShardEntry:
-    """Describe a shard whose index is saved beside it."""
+    """Describe a shard whose index is saved next to it."""
     return ShardEntry(
         name=path.name,
         bytes=path.stat().st_size,
@@ -254,5 +254,5 @@ def shard_entry(path: Path, index: ShardIndex) -> ShardEntry:
 
 
 def count_grids(index: ShardIndex) -> dict[str, int]:
-    """Return how many images of each latent grid a shard holds, as its entry says it."""
+    """Return how many images of each latent grid a shard holds, in the form of its entry."""
     return dict(sorted(Counter(f"{h}x{w}" for h, w in index.grids.tolist()).items()))

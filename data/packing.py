@@ -1,13 +1,14 @@
 """Documents -> PackedSequence -> PackedBatch: the only place that knows the layout. Pure; no files, no randomness.
 
-A document is `BOS segment ... EOS`, an image inside it `BOI patches EOI`. Text targets are every text token, BOI and
-EOS: each exactly once, as the label of the token before it. No loss where the input is BOI or a patch (the paper,
-footnote 8), so EOI is no target either: the decoder appends it. Labels are shifted before a document is cut.
+A document is `BOS segment ... EOS`, an image inside it `BOI patches EOI`. Text targets are all text tokens, BOI and
+EOS, each exactly once, as the label of the token before it. There is no loss where the input is BOI or a patch (the
+paper, footnote 8), so EOI is no target: the decoder appends it. Labels are shifted before a document is cut.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from data.tokenizer import SpecialIds
 IGNORE = -100
 NO_IMAGE = -1  # image_ids of text
 PADDING_DOCUMENT = 0  # document_ids of padding; documents count from 1
-CAPTION_TOKENS = 256  # of the text before an image that stay with it when an interleaved document is cut
+CAPTION_TOKENS = 256  # tokens of text before an image that stay with it when an interleaved document is cut
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class PlacedImage:
 
 @dataclass(frozen=True)
 class Piece:
-    """One document laid out as tokens, or what is left of a cut one. Arrays are [len]."""
+    """One document laid out as tokens, or a part of a cut one. Arrays are [len]."""
 
     input_ids: np.ndarray  # int64
     labels: np.ndarray  # int64, IGNORE where there is no text target
     images: tuple[PlacedImage, ...]
-    cuts: tuple[tuple[int, int], ...]  # (first, last) places it may be cut at, in order; see `_cuts`
+    cuts: tuple[tuple[int, int], ...]  # (first, last) of each range of places it may be cut at; see `_cuts`
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -51,7 +52,7 @@ class Piece:
 
     @property
     def longest_uncut(self) -> int:
-        """Length of the longest part that remains when it is cut wherever it may be."""
+        """Length of the longest part when it is cut wherever it may be."""
         if not self.cuts:
             return len(self)
         before = [0, *(last for _, last in self.cuts)]
@@ -59,7 +60,7 @@ class Piece:
         return max(b - a for a, b in zip(before, after, strict=True))
 
     def cut_at(self, length: int) -> int:
-        """Return the longest head, of at most `length` tokens, that may be cut off; 0 if none may."""
+        """Return the length of the longest head of at most `length` tokens that may be cut off; 0 if none may."""
         place = 0
         for first, last in self.cuts:
             if first > length:
@@ -88,7 +89,7 @@ class PackedSequence:
     document_ids: np.ndarray  # int32
     image_ids: np.ndarray  # int32
     position_ids: np.ndarray  # int32, from 0 in each document
-    visible_until: np.ndarray  # int32, a key is seen by later queries up to here
+    visible_until: np.ndarray  # int32, later queries up to here see the key
     grid_positions: np.ndarray  # int32 [S, 2], (-1, -1) for text
     images: tuple[ImageSegment, ...]
     num_documents: int
@@ -149,7 +150,7 @@ class PackedBatch:
         return PackedBatch(**{**_map_tensors(self, change), "images": images})
 
 
-def _map_tensors(batch: PackedBatch | ImageBatch, change) -> dict:
+def _map_tensors(batch: PackedBatch | ImageBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
     return {name: change(v) if isinstance(v, torch.Tensor) else v for name, v in vars(batch).items()}
 
 
@@ -183,8 +184,8 @@ def lay_out(document: Document, special: SpecialIds, patch_size: int) -> Piece:
 def _cuts(document: Document, spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Return where a document may be cut: a text anywhere, an image with its caption nowhere.
 
-    In a longer document the text before an image describes it, its last CAPTION_TOKENS at least, and is not cut from
-    it: cuts fall right after an image or earlier in a text.
+    In a longer document the last CAPTION_TOKENS of the text before an image describe it and stay with it: cuts fall
+    right after an image or earlier in a text.
     """
     if not document.has_image:
         return ((1, spans[-1][1]),)
@@ -254,7 +255,7 @@ def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
 
 
 def capacity(count: int) -> int:
-    """Round up to a power of two or three quarters of one: few shapes to compile, at most a third wasted."""
+    """Round up to a power of two or three quarters of one: few shapes to compile, at most a third unused."""
     size = 1
     while size < count:
         size *= 2
@@ -282,11 +283,11 @@ def collate(rows: Sequence[PackedSequence], draws: Sequence[ImageDraws], patch_s
             group.append((image, drawn.u[i], drawn.noise[i], drawn.posterior_noise[i], first))
     images, token_index = {}, []
     for grid in sorted(groups):
-        rows_, columns = patch_grid(grid, patch_size)
-        images[grid], firsts = _image_batch(groups[grid])
-        valid = torch.arange(len(firsts)) < len(groups[grid])
-        patches = torch.arange(rows_ * columns)
-        token_index.append(((firsts[:, None] + patches) * valid[:, None]).flatten())
+        num_rows, num_columns = patch_grid(grid, patch_size)
+        images[grid], first_tokens = _image_batch(groups[grid])
+        valid = torch.arange(len(first_tokens)) < len(groups[grid])
+        patches = torch.arange(num_rows * num_columns)
+        token_index.append(((first_tokens[:, None] + patches) * valid[:, None]).flatten())
     return PackedBatch(
         **stack,
         grid_positions=torch.from_numpy(np.stack([row.grid_positions for row in rows])),
@@ -312,7 +313,7 @@ def _image_batch(group: list[tuple]) -> tuple[ImageBatch, torch.Tensor]:
         stacked = first.new_empty((slots, *first.shape))
         stacked[count:] = 0
         if isinstance(values[0], torch.Tensor):
-            torch.stack(values, out=stacked[:count])
+            torch.stack(tuple(values), out=stacked[:count])
         else:
             np.stack(values, out=stacked.numpy()[:count])
         return stacked

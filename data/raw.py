@@ -1,9 +1,9 @@
 """Raw data -> RawDocument: texts and still compressed pictures in order, as the encoder takes them.
 
-Three kinds of input file. A .tar holds a record a document (img2dataset's layout): a picture with its caption in .txt
-or in .json under "caption", there also a list of several; or, interleaved, a .json with "segments": texts and {"image":
-MEMBER} in order, MEMBER being what follows the key in the member's name (`0.jpg` of `000012.0.jpg`). A .jsonl (.gz,
-.zst) holds a text a line under "text". A .txt is one text. What cannot be used is counted by reason.
+Three kinds of input file. A .tar holds one document a record (img2dataset's layout): a picture with its caption in
+.txt, or with one or a list of several in .json under "caption"; or, interleaved, a .json with "segments": texts and
+{"image": MEMBER} in order, where MEMBER is what follows the key in the member's name (`0.jpg` of `000012.0.jpg`). A
+.jsonl (.gz, .zst) holds a text a line under "text". A .txt is one text. What cannot be used is counted by reason.
 """
 
 import gzip
@@ -14,9 +14,10 @@ import re
 import reprlib
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from data.documents import MAX_SEGMENTS
 from data.inputs import expand
@@ -28,17 +29,17 @@ from data.storage import local_copy
 TAR, TEXT = ".tar", ".txt"
 SUFFIXES = (TAR, ".jsonl", ".jsonl.gz", ".jsonl.zst", TEXT)
 PICTURES = ("jpg", "jpeg", "png", "webp")
-MAX_TEXT_BYTES = 1 << 26  # of one text; more is no document
+MAX_TEXT_BYTES = 1 << 26  # of one text
 MAX_PICTURES = 1000  # of a document
-MAX_MEMBER_BYTES = 1 << 24  # of a record's .txt or .json; lists in JSON take 25 times their bytes
-_ZST_BYTES = 1024  # fed at once: they may stand for 30,000 times as many
-_BOM = "\ufeff"  # a byte order mark, which editors put before a text
-_NOTHING = ("nan", "none", "null")  # how tables without a caption spell it
+MAX_MEMBER_BYTES = 1 << 24  # of a record's .txt or .json; as Python objects, lists in JSON take 25 times their bytes
+_ZST_BYTES = 1024  # decompressed at once: they may expand 30,000-fold
+_BOM = "\ufeff"  # the byte order mark that some editors put before a text
+_NOTHING = ("nan", "none", "null")  # how tables spell a missing caption
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeysConfig:
-    # Key of a picture's caption in its .json; null: the .txt counts or, where there is none, "caption" in the .json.
+    # Key of a picture's caption in its .json; null: the .txt or, without one, "caption" in the .json.
     caption_key: str | None = None
     text_key: str = "text"  # key of the text in a line of .jsonl
 
@@ -48,9 +49,9 @@ class RawDocument:
     key: str
     where: str
     segments: tuple[str | bytes, ...]  # text, or the bytes of a picture's file
-    info: dict[str, Any]  # what is kept for people
-    input_bytes: int  # of its input file, about
-    captions: tuple[str, ...] = ()  # of a picture that has several: all of them, of which `segments` holds the first
+    info: dict[str, Any]  # kept for people
+    input_bytes: int  # of its input file, roughly
+    captions: tuple[str, ...] = ()  # all captions of a picture that has several; `segments` holds the first
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -58,7 +59,7 @@ class RawDocument:
 
 
 def suffix_of(path: str) -> str:
-    """Return which of SUFFIXES a path or URL ends in, in any case, "" for none."""
+    """Return which of SUFFIXES a path or URL ends in, ignoring case; "" for none."""
     name = _without_query(path).lower()
     return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(s)), "")
 
@@ -85,7 +86,7 @@ def read_raw(file: Path, source: str, bad: BadRecords, names: KeysConfig | None 
         where = f"{shown(source)}/{key}"
         try:
             if key in keys:
-                raise BadRecord("duplicate key", where, "or its members do not follow each other")
+                raise BadRecord("duplicate key", where, "or its members are not consecutive")
             keys.add(key)
             yield _document(record, key, where, names.caption_key)
         except BadRecord as error:
@@ -108,15 +109,16 @@ def captions_of(record: Record, where: str, key: str | None = None) -> list[str]
     if key is None and "txt" in record:
         texts = _texts_of(_decoded(_member(record, "txt", where), "caption", where), "caption", where, "its .txt")
     elif "json" in record:
-        info = _parsed(_member(record, "json", where), "caption", where)
-        texts = _texts_of(*_value(info, key or "caption", "caption", where))
+        key = key or "caption"
+        value = _value(_member(record, "json", where), key, "caption", where)
+        texts = _texts_of(value, "caption", where, repr(key))
     else:
         raise BadRecord("no caption", where, f"no .{'json' if key else 'txt and no .json'} among {sorted(record)}")
     return [text.strip() for text in texts]
 
 
 def picture_of(record: Record, where: str) -> bytes:
-    """Return the file of a record's picture; raise BadRecord for none."""
+    """Return the bytes of a record's picture file; raise BadRecord for none."""
     extension = next((name for name in PICTURES if name in record), None)
     if extension is None:
         raise BadRecord("no picture", where, f"members {sorted(record)}")
@@ -124,7 +126,7 @@ def picture_of(record: Record, where: str) -> bytes:
 
 
 def _member(record: Record, name: str, where: str) -> bytes:
-    """Return a record's .txt or .json, an empty object where there is none; raise BadRecord for one without end."""
+    """Return a record's .txt or .json, an empty object if there is none; raise BadRecord for one too long."""
     data = record.get(name, b"{}")
     if len(data) > MAX_MEMBER_BYTES:
         raise BadRecord("oversized text", where, f"{len(data)} bytes in .{name}, more than {MAX_MEMBER_BYTES}")
@@ -180,7 +182,7 @@ def _read_texts(file: Path, source: str, bad: BadRecords, text_key: str) -> Iter
                 break
             except BadRecord as error:
                 bad.add(error)
-            except (OSError, EOFError, zlib.error) as error:  # of the compression: there is no more
+            except (OSError, EOFError, zlib.error) as error:  # damaged compression: nothing more can be read
                 bad.add(BadRecord("truncated", where, str(error)))
                 is_cut = True
             bad.seen += 1
@@ -191,11 +193,11 @@ def _read_texts(file: Path, source: str, bad: BadRecords, text_key: str) -> Iter
         bad.seen += 1
         bad.add(BadRecord("empty text", name))
     else:
-        bad.failed.append(f"{name}: no text; it is {what or 'of no lines'}")
+        bad.failed.append(f"{name}: no text; it is {what or 'without lines'}")
 
 
 def _other_kind(file: BinaryIO, suffix: str) -> str | None:
-    """Return what a text file is by its first bytes where that is not what its suffix says."""
+    """Return what a text file is by its first bytes if that contradicts its suffix, else None."""
     what = looks_like(os.pread(file.fileno(), HEAD_BYTES, 0))
     if suffix == TEXT:
         return what if what == LFS_POINTER else None
@@ -204,7 +206,7 @@ def _other_kind(file: BinaryIO, suffix: str) -> str | None:
 
 
 def _lines(text: BinaryIO, is_whole: bool) -> Iterator[bytes | None]:
-    """Yield the lines of a file, or all of it as one; None for a text that is too long to be one."""
+    """Yield the lines of a file, or all of it as one; None for each that is too long."""
     while line := text.read(MAX_TEXT_BYTES + 1) if is_whole else text.readline(MAX_TEXT_BYTES + 1):
         is_too_long = len(line) > MAX_TEXT_BYTES
         while is_too_long and line and not (line.endswith(b"\n") and not is_whole):
@@ -219,8 +221,8 @@ def _text(data: bytes | None, where: str, key: str | None) -> str:
     if key is None:
         (text,) = _texts_of(_decoded(data, "text", where), "text", where, "the file")
         return text
-    value, *said = _value(_parsed(data, "text", where), key, "text", where)
-    (text,) = _texts_of(None if isinstance(value, list) else value, *said)
+    value = _value(data, key, "text", where)
+    (text,) = _texts_of(None if isinstance(value, list) else value, "text", where, repr(key))
     return text
 
 
@@ -231,27 +233,24 @@ def _decoded(data: bytes, kind: str, where: str) -> str:
         raise BadRecord(f"undecodable {kind}", where, str(error)) from None
 
 
-def _parsed(data: bytes, kind: str, where: str) -> Any:
+def _value(data: bytes, key: str, kind: str, where: str) -> Any:
+    """Return what a JSON object holds under `key`; raise BadRecord if there is no object or no such key."""
     try:
-        return json.loads(data)  # with or without a byte order mark
+        info = json.loads(data)  # with or without a byte order mark
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"undecodable {kind}", where, f"no JSON: {error}") from None
-
-
-def _value(info: Any, key: str, kind: str, where: str) -> tuple[Any, str, str, str]:
-    """Return what a JSON object holds under `key`, and the rest of what `_texts_of` wants to know."""
     if not isinstance(info, dict):
         raise BadRecord(f"no {kind}", where, f"its JSON is {reprlib.repr(info)}, expected an object")
     if key not in info:
         found = f"{kind}_key=KEY chooses one of {sorted(info)[:20]}" if info else "the object is empty"
         raise BadRecord(f"no {kind}", where, f"no {key!r} in its JSON: {found}")
-    return info[key], kind, where, f"{key!r}"
+    return info[key]
 
 
 def _texts_of(value: Any, kind: str, where: str, what: str) -> list[str]:
-    """Return the texts that a value stands for, one or more; raise BadRecord for none. `what` names where it stood.
+    """Return the texts in a value, one or more; raise BadRecord for none. `what` names the value's origin.
 
-    A list stands for the texts in it. Numbers, null and how a table spells them are no text.
+    A list gives its texts. Numbers, null and the words that tables use for null are no text.
     """
     texts = [text.lstrip(_BOM) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     if texts and not any(map(str.strip, texts)):
@@ -265,42 +264,36 @@ def _texts_of(value: Any, kind: str, where: str, what: str) -> list[str]:
 
 
 def _is_text(value: str) -> bool:
-    return value.isascii() or not re.search("[\ud800-\udfff]", value)  # JSON can spell half a surrogate pair
+    return value.isascii() or not re.search("[\ud800-\udfff]", value)  # JSON can encode half a surrogate pair
 
 
-class _open_text:
+@contextmanager
+def _open_text(file: Path, suffix: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Open a text file, compressed or not: (the file itself, for its position; its contents, to read)."""
-
-    def __init__(self, file: Path, suffix: str):
-        self.raw = file.open("rb")
-        self.text: BinaryIO = self.raw
+    with file.open("rb") as raw:
         if suffix.endswith(".gz"):
-            self.text = gzip.GzipFile(fileobj=self.raw)
+            yield raw, cast(BinaryIO, gzip.GzipFile(fileobj=raw))
         elif suffix.endswith(".zst"):
-            self.text = io.BufferedReader(_Zst(self.raw), 1 << 20)
-
-    def __enter__(self) -> tuple[BinaryIO, BinaryIO]:
-        return self.raw, self.text
-
-    def __exit__(self, *_: object) -> None:
-        self.raw.close()
+            yield raw, io.BufferedReader(_Zst(raw), 1 << 20)
+        else:
+            yield raw, raw
 
 
 class _Zst(io.RawIOBase):
-    """Decompress zstd frames; raise EOFError where one is cut, which zstandard's own reader takes for the end."""
+    """Decompress zstd frames; raise EOFError for a cut one, which zstandard's own reader takes for the end."""
 
     def __init__(self, file: BinaryIO):
         import zstandard
 
         self._file, self._error = file, zstandard.ZstdError
         self._new = lambda: zstandard.ZstdDecompressor().decompressobj()
-        self._frame, self._left = self._new(), memoryview(b"")  # a view: taking a part of it copies nothing
+        self._frame, self._left = self._new(), memoryview(b"")  # slices of a view copy nothing
         self._is_open = False
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self._left:
             data = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:

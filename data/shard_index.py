@@ -26,11 +26,11 @@ _NOT_ARRAYS = (OSError, ValueError, KeyError, EOFError, RuntimeError, OverflowEr
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where each record of a shard lies and how much it holds; all arrays have one row a record.
+    """Where each record of a shard is and how much it holds; arrays have one row a record.
 
     spans int64 [R, 3]: byte offset, byte length, crc32 of those bytes. text_tokens int64 [R].
     grid_starts int64 [R + 1] into grids int32 [G, 2]: latent (h, w) of each record's images.
-    contents uint64 [R]: `content_key` of each record; None in an index that was written before there were such.
+    contents uint64 [R]: `content_key` of each record; None in indices of older versions.
     """
 
     spans: np.ndarray
@@ -48,20 +48,20 @@ class ShardIndex:
 
     @property
     def sums(self) -> np.ndarray:
-        """Return uint64 [R]: crc32 and length of each record's bytes, its name among them."""
+        """Return uint64 [R]: crc32 and length of each record's bytes, names included."""
         return self.spans[:, 2].astype(np.uint64) << np.uint64(32) | self.spans[:, 1].astype(np.uint64)
 
     @property
     def keys(self) -> np.ndarray:
-        """Return uint64 [R]: what each record is known by, the best that there is."""
+        """Return uint64 [R]: what identifies each record: its contents or, in older indices, its bytes."""
         return self.sums if self.contents is None else self.contents
 
     @classmethod
     def parse(cls, data: bytes, where: str, crc32: int | None = None) -> "ShardIndex":
-        """Return the index that `save` wrote; raise BadRecord for what is torn, none or (if given) of another sum.
+        """Return the index that `save` wrote; raise BadRecord for anything else, or a crc32 other than the one given.
 
-        Never asks numpy to parse: its parser evaluates Python literals, takes memory for whatever shape is claimed and
-        unpacks what is compressed, so a few bytes exhaust it.
+        numpy's parser is not used: it evaluates Python literals, allocates any shape that is claimed and decompresses,
+        so a few bytes exhaust it.
         """
         try:
             if crc32 is not None and zlib.crc32(data) != crc32:
@@ -102,10 +102,11 @@ class ShardIndex:
         return 2 + self.text_tokens + upto[self.grid_starts[1:]] - upto[self.grid_starts[:-1]]
 
 
-def _saved_array(archive: zipfile.ZipFile, name: str, dtype: str, *row: int) -> np.ndarray:
-    """Return an array [n, *row] of an index, read-only; raise ValueError unless its bytes are those np.save writes."""
+def _saved_array(archive: zipfile.ZipFile, name: str, dtype: str, columns: int | None = None) -> np.ndarray:
+    """Return an array [n] or [n, columns], read-only; raise ValueError unless its bytes are what np.save writes."""
     data, header = archive.read(f"{name}.npy"), io.BytesIO()
-    array = np.frombuffer(data, dtype, offset=min(NPY_HEADER_BYTES, len(data))).reshape(-1, *row)
+    shape = (-1,) if columns is None else (-1, columns)
+    array = np.frombuffer(data, dtype, offset=min(NPY_HEADER_BYTES, len(data))).reshape(shape)
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     if header.getvalue() != data[:NPY_HEADER_BYTES]:
         raise ValueError(f"{name} is no array of {dtype}")

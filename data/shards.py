@@ -1,10 +1,10 @@
 """Tar shards as records: scan, index, read at offsets, write.
 
-One reader serves raw and encoded shards. webdataset writes them and gives the key rule, but it does not read them
-here: it drops a truncated tail uncounted and hands on the cut sample without its later members. A record is the run
-of consecutive members that share a key. It is complete only if no bytes were lost on either side of it, and if another
-record or an end-of-archive block follows; at the end of a file without one, if an earlier record had just its members.
-Keys are valid UTF-8 and stay inside the archive: no `..`, no leading slash.
+One reader serves raw and encoded shards. webdataset writes them and defines keys, but is not used to read: it drops
+a truncated tail uncounted and yields the cut sample without its missing members. A record is a run of consecutive
+members that share a key. It is complete only if no bytes were lost on either side of it and another record or an
+end-of-archive block follows; in a file without such a block, the last record is complete if an earlier one had exactly
+its members. Keys are valid UTF-8 and stay inside the archive: no `..`, no leading slash.
 """
 
 import os
@@ -24,14 +24,14 @@ from data.tar import MAX_RECORD_BYTES, Member, Read, key_of, left_out, members, 
 
 Record = dict[str, bytes]  # extension -> contents, and "__key__" -> the key in UTF-8
 
-_PROBE_BYTES = 1 << 24  # a read of more asks for its last byte first
+_PROBE_BYTES = 1 << 24  # a longer read tries its last byte first
 
 
 def write_shard(path: Path, records: Iterable[Record]) -> int:
     """Write records as a tar through webdataset: same records, same bytes (times, owners and modes fixed).
 
-    Returns the file's inode, by which it is known from one that another process puts in its place.
-    Raises ValueError for a key that would not read back as it is, or that is the same as its predecessor's.
+    Returns the file's inode, which tells it from one that another process renames over it.
+    Raises ValueError for a key that would not read back unchanged or that equals its predecessor's.
     """
     import webdataset
 
@@ -54,7 +54,7 @@ def index_shard(
 ) -> ShardIndex:
     """Read a whole shard and return the index of its good records; bad ones are counted in `bad` and left out.
 
-    `sizes_of` gives a record's text tokens and image grids, or raises BadRecord: an index vouches for what it lists.
+    `sizes_of` returns a record's text tokens and image grids, or raises BadRecord: an index lists only valid records.
     """
     spans, text_tokens, counts, grids, contents = [], [], [0], [], []
     with open(path, "rb") as file:
@@ -79,7 +79,7 @@ def index_shard(
 
 
 def content_key(record: Record) -> int:
-    """Return a 64-bit hash of what a record holds: the same whatever its key and the JSON that is kept for people."""
+    """Return a 64-bit hash of a record's contents, its key and its JSON (kept for people) left out."""
     digest = xxh3_64()
     for name in sorted(record.keys() - {"__key__", "json"}):
         digest.update(f"{name} {len(record[name])} ".encode())
@@ -88,7 +88,7 @@ def content_key(record: Record) -> int:
 
 
 def read_at(read: Read, span: np.ndarray, where: str) -> Record:
-    """Read one record at its index span (offset, length, crc32); raise BadRecord unless the bytes are the indexed."""
+    """Read one record at its index span (offset, length, crc32); raise BadRecord unless its bytes match."""
     offset, length, crc32 = span.tolist()
     data = _read_span(read, offset, length, where)
     if zlib.crc32(data) != crc32:
@@ -97,9 +97,9 @@ def read_at(read: Read, span: np.ndarray, where: str) -> Record:
 
 
 def read_shard(path: Path, bad: BadRecords, name: str | None = None) -> Iterator[Record]:
-    """Yield a shard's good records in file order; what is bad or lost is counted in `bad`.
+    """Yield a shard's good records in file order; count in `bad` what is bad or lost.
 
-    `name` is what errors call the shard, where `path` is a copy of it.
+    `name` is the shard's name in errors, where `path` is a copy of it.
     """
     with open(path, "rb") as file:
         for _, _, record in _records(file, name or str(path), bad):
@@ -107,11 +107,11 @@ def read_shard(path: Path, bad: BadRecords, name: str | None = None) -> Iterator
 
 
 def _records(file: BinaryIO, name: str, bad: BadRecords) -> Iterator[tuple[int, int, Record]]:
-    """Yield (offset, length, record) of the good records of a shard; at its end count in `bad` what was lost of it."""
+    """Yield (offset, length, record) of a shard's good records; at its end count in `bad` the bytes lost."""
     size = os.fstat(file.fileno()).st_size
-    kinds: set[frozenset[str]] = set()  # the extensions of a record, of all records
+    kinds: set[frozenset[str]] = set()  # sets of extensions that records had
     lost, is_cut = 0, False
-    # Of what comes before the first record: a file without any counts as such, and for nothing else.
+    # Errors before the first record count only if there is one: a file without records is one failed file.
     counts, has_records = BadRecords(1), False
     for span in _scan(file, size, name, bad):
         if span.has_record and not has_records:
@@ -127,7 +127,7 @@ def _records(file: BinaryIO, name: str, bad: BadRecords) -> Iterator[tuple[int, 
             record = parse_record(_read_span(_reader(file), span.offset, span.length, where), where)
             if span.is_last and (is_cut := frozenset(record) not in kinds):
                 raise BadRecord(
-                    "truncated", where, "no end-of-archive block, nor an earlier record of just its members"
+                    "truncated", where, "no end-of-archive block, and no earlier record of the same members"
                 )
         except BadRecord as error:
             counts.add(error)
@@ -145,7 +145,7 @@ def _records(file: BinaryIO, name: str, bad: BadRecords) -> Iterator[tuple[int, 
 
 
 def parse_record(span: bytes, where: str) -> Record:
-    """Return the members of one record's bytes by extension, and its key; raise BadRecord for one we do not trust."""
+    """Return the members of one record's bytes by extension, and its key; raise BadRecord for an untrusted one."""
     record: Record = {}
     for member in members(lambda offset, size: span[offset : offset + size], len(span)):
         if not isinstance(member, Member):
@@ -164,21 +164,21 @@ def parse_record(span: bytes, where: str) -> Record:
 
 
 class _Span(NamedTuple):
-    """The bytes of a record, or (error) bytes that hold no whole one."""
+    """The bytes of a record, or, with an error, bytes that hold no whole one."""
 
     offset: int
     length: int
     error: BadRecord | None = None
-    has_record: bool = True  # also one that is not whole
+    has_record: bool = True  # whole or not
     is_last: bool = False  # and no end-of-archive block follows
     lost: int = 0  # bytes in which no member was found
     is_cut: bool = False  # the file ends too early
 
 
 def _scan(file: BinaryIO, size: int, name: str, bad: BadRecords) -> Iterator[_Span]:
-    """Yield each record's bytes in file order, and an error for bytes that were lost; note members of no record."""
+    """Yield each record's span in file order, and an error for bytes that were lost; note members of no record."""
     first = after = 0
-    key = torn = beside = None  # reasons: why bytes were lost before this record's first member, before the next one's
+    key = torn = lost_since = None  # the latter: why bytes were lost before this record, and before the next one
 
     def record(is_last: bool = False) -> _Span:
         detail = "its first members may be among the bytes lost before it"
@@ -192,7 +192,7 @@ def _scan(file: BinaryIO, size: int, name: str, bad: BadRecords) -> Iterator[_Sp
             elif part.key is not None and part.key != key:
                 if key is not None:
                     yield record()
-                first, key, torn, beside = part.offset, part.key, beside, None
+                first, key, torn, lost_since = part.offset, part.key, lost_since, None
             after = part.after
             continue
         if part.reason is not None:
@@ -200,7 +200,7 @@ def _scan(file: BinaryIO, size: int, name: str, bad: BadRecords) -> Iterator[_Sp
             detail = f"{part.detail}; {lost} bytes lost" + (f", and with them {key!r}" if key is not None else "")
             error = BadRecord(part.reason, f"{name}@{part.start}", detail)
             yield _Span(part.start, lost, error, key is not None, lost=lost, is_cut=part.is_cut)
-            beside = part.reason
+            lost_since = part.reason
         elif key is not None:
             yield record()
         key = None
@@ -215,7 +215,7 @@ def _reader(file: BinaryIO) -> Read:
 def _read_span(read: Read, offset: int, length: int, where: str) -> bytes:
     if not (0 <= offset < 1 << 62 and 0 <= length <= MAX_RECORD_BYTES):
         raise BadRecord("oversized record", where, f"{length} bytes at {offset}")
-    if length > _PROBE_BYTES and not read(offset + length - 1, 1):  # no memory is taken for what is not there
+    if length > _PROBE_BYTES and not read(offset + length - 1, 1):  # allocate nothing for bytes that are not there
         raise BadRecord("truncated", where, f"fewer than {length} bytes at {offset}")
     data = read(offset, length)
     if len(data) != length:

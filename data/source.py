@@ -30,9 +30,9 @@ from data.watch import ReadWatch
 class SourceConfig:
     path: Location = MISSING  # folder of encoded shards with its manifest.json
     weight: float = 1.0  # share of all tokens relative to the other sources, >= 0
-    # Other weights from given steps on, such as {20000: 0.5, 30000: 0}. A resume may change those of steps to come.
+    # Weights that take over from given steps on, such as {20000: 0.5, 30000: 0}. A resume may change future ones.
     weight_from: dict[str, float] = field(default_factory=dict)
-    repeat: bool = True  # start another epoch when one ends; else the share goes to the other sources
+    repeat: bool = True  # start another epoch when one ends; false: the others take over its share
 
     def __post_init__(self) -> None:
         for step, weight in self.weight_from.items():
@@ -42,14 +42,14 @@ class SourceConfig:
             raise ValueError(f"weight={self.weight}: expected more than 0; leave the source out instead")
 
     def weight_at(self, step: int) -> float:
-        """Return the weight that holds for the batch of `step`, counted from 1."""
+        """Return the weight in force at `step`, counted from 1."""
         since = max((int(s) for s in self.weight_from if int(s) <= step), default=0)
         return self.weight_from[str(since)] if since else self.weight
 
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """Everything that decides the order besides the data; resume refuses a change of any of it."""
+    """What decides the order besides the data; a resume refuses any change of it."""
 
     seed: int
     lanes: int
@@ -75,10 +75,10 @@ class Source:
         too_long: Iterable[tuple[int, int]] = (),
     ):
         self.number, self.config, self.manifest, self.settings, self.watch = number, config, manifest, settings, watch
-        self.read_ahead = read_ahead  # documents that each lane asks for before it reads them
-        self.too_long = frozenset(too_long)  # (shard, record) of those that are known to be, and named already
+        self.read_ahead = read_ahead  # documents that each lane requests in advance
+        self.too_long = frozenset(too_long)  # (shard, record), reported at start already
         self._shard_tokens = np.array([shard.tokens(settings.patch_size) for shard in manifest.shards], dtype=np.int64)
-        open_shards = 2 * settings.lanes + 16  # each lane's block lies in one or two
+        open_shards = 2 * settings.lanes + 16  # a lane's block touches one or two
         self._index = lru_cache(open_shards)(manifest.load_index)
         self._path = lru_cache(open_shards)(manifest.shard_path)
         self._reader = lru_cache(open_shards)(lambda shard: partial(manifest.store.read, manifest.shards[shard].name))
@@ -102,9 +102,9 @@ class Source:
         return shard, first + in_order - (ends[i - 1] if i else 0)
 
     def prefetch(self, lane: int, shard: int, record: int) -> None:
-        """Begin to fetch a document that the lane will read."""
+        """Start fetching a document that the lane will read."""
         self.watch.begin("lane %d: index of %s", lane, self._path(shard))
-        with suppress(BadRecord):  # of the index: it is counted when the document is read
+        with suppress(BadRecord):  # a damaged index is counted when the document is read
             offset, length, _ = self._index(shard).spans[record].tolist()
             self.manifest.store.prefetch(self.manifest.shards[shard].name, offset, length)
         self.watch.end()
@@ -119,16 +119,18 @@ class Source:
             self.watch.begin("lane %d: record %d of %s at byte %d", lane, record, path, span[0])
             members = self._members(shard, span, where)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # this process's fault, and no record's
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # this process's fault, not the record's
                 raise
-            self.manifest.store.forget()  # a stale handle would fail for ever
+            self.manifest.store.forget()  # a stale handle would keep failing
             raise BadRecord("unreadable shard", where, error.strerror or str(error)) from None
         finally:
             self.watch.end()
         settings = self.settings
         document = decode_document(members, where)
         check_document(document, self.manifest.vocab_size, self._channels, where)
-        document = arrange(document, settings.order, settings.seed, epoch, self.number, shard, record)
+        document = arrange(
+            document, settings.order, seed=settings.seed, epoch=epoch, source=self.number, shard=shard, record=record
+        )
         try:
             piece = lay_out(document, settings.special, settings.patch_size)
         except ValueError as error:
@@ -143,12 +145,12 @@ class Source:
         except BadRecord:
             if not self.manifest.store.drop_copy(self.manifest.shards[shard].name):
                 raise
-        return read_at(self._reader(shard), span, where)  # it may have been the cache's fault alone
+        return read_at(self._reader(shard), span, where)  # the cached copy may have been the only damage
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the epoch's order of shards [n], the token each starts at and the end [n + 1], each lane's range [L].
 
-        Lanes change ranges, so that none meets the same documents (or, in a small set, none at all) for ever.
+        Lanes change ranges each epoch, so that none keeps the same documents (or, in a small set, none at all).
         """
         generator = np.random.default_rng(seed_from("epoch", self.settings.seed, epoch, self.number))
         order = generator.permutation(len(self._shard_tokens))
@@ -156,7 +158,7 @@ class Source:
         return order, starts, generator.permutation(self.settings.lanes)
 
     def _cut_range(self, epoch: int, lane: int) -> tuple[list[tuple[int, int]], list[int]]:
-        """Return the lane's runs of records: [(shard, first record)] and the running count at each run's end."""
+        """Return the lane's runs of records as [(shard, first record)], and the record count up to each run's end."""
         order, starts, ranges = self._epoch(epoch)
         total, lanes, part = int(starts[-1]), self.settings.lanes, int(ranges[lane])
         low, high = total * part // lanes, total * (part + 1) // lanes
@@ -164,7 +166,7 @@ class Source:
         for place in range(np.searchsorted(starts, low, "right") - 1, np.searchsorted(starts, high, "left")):
             shard, start, stop = int(order[place]), int(starts[place]), int(starts[place + 1])
             first, last = 0, self.manifest.shards[shard].records
-            if start < low or stop > high:  # a border shard: a document belongs where its first token lies
+            if start < low or stop > high:  # a border shard: a document belongs to the range of its first token
                 begins = start + self._begins(shard)
                 first, last = np.searchsorted(begins, (low, high), "left").tolist()
             if last > first:
@@ -174,7 +176,7 @@ class Source:
         return spans, ends
 
     def _document_begins(self, shard: int) -> np.ndarray:
-        """Return int64 [R]: tokens of the shard before each of its documents."""
+        """Return int64 [R]: the number of tokens before each document of the shard."""
         tokens = self._index(shard).document_tokens(self.settings.patch_size)
         return np.cumsum(tokens) - tokens
 
@@ -184,5 +186,5 @@ class Source:
 
 
 def sum_in_order(values: Iterable[float]) -> float:
-    """Add from left to right. `sum` corrects for rounding from Python 3.12 on, and a resume must find the same bits."""
+    """Add from left to right: `sum` corrects rounding since Python 3.12, and a resume must find the same bits."""
     return reduce(operator.add, values, 0.0)

@@ -1,8 +1,8 @@
-"""Tar headers -> members: where each lies, which record it belongs to, and what is wrong with it.
+"""Tar headers -> members: where each is, which record it belongs to, and what is wrong with it.
 
-A walk over a tar's 512-byte blocks that trusts no size and no name, and goes on behind what is damaged. webdataset
-gives the rule by which a name becomes a key and an extension. Rejected: tarfile, which hides a broken tail and takes as
-long as all the rest of a read; it parses what our own fast parser does not recognise.
+Walks a tar's 512-byte blocks, trusts no size and no name, and resumes after damage. Names are split into key and
+extension by webdataset's rule. Rejected: tarfile alone, which hides a broken tail and takes as long as the rest of a
+read; it parses only headers that our own fast parser does not recognise.
 """
 
 import re
@@ -17,15 +17,15 @@ Read = Callable[[int, int], bytes]  # (offset, length) -> bytes of a shard, fewe
 TAR_BLOCK = 512
 MAX_RECORD_BYTES = 1 << 30  # a header that claims more is hostile or broken
 MAX_NAME_BYTES = 1 << 16
-_META_RULE = re.compile(r"__[^/]*__($|/)")  # webdataset's: members about the archive, part of no record
+_META_RULE = re.compile(r"__[^/]*__($|/)")  # webdataset's members about the archive, part of no record
 _FILE_TYPES = (b"0", b"\0", b"7")
-_LINK_OR_FOLDER_TYPES = (b"1", b"2", b"3", b"4", b"5", b"6")  # have no contents, whatever size they claim
+_LINK_OR_FOLDER_TYPES = (b"1", b"2", b"3", b"4", b"5", b"6")  # without contents, whatever size they claim
 _HEADER_TYPES = (b"x", b"L", b"g", b"K")  # describe the member after them (x and L: its name) or the archive
 _MAGIC, _MAGIC_PLACE = b"ustar", 257
-_SEARCH_BYTES = (1 << 13, 1 << 20)  # read at once, first and at most, where no header is: a multiple of a block
+_SEARCH_BYTES = (1 << 13, 1 << 20)  # read at once in search of a header: at first, at most
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
 _SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
-# A file of an ASCII name, no prefix: name, mode and owners, size, time, checksum, type "0", no link, ustar or GNU.
+# A file with an ASCII name and no prefix: name, mode, owners, size, time, checksum, type "0", no link, ustar or GNU.
 _PLAIN_HEADER = re.compile(
     rb"([\x20-\x7e]{1,100})\0*[0-7]{7}\0.{16}([0-7]{11})\0.{12}([0-7]{6})\0 0\0{100}ustar.{83}\0{155}",
     re.DOTALL,
@@ -33,7 +33,7 @@ _PLAIN_HEADER = re.compile(
 
 
 class Member(NamedTuple):
-    """One tar member: its first header's offset, where its contents start, their size, where the next header is."""
+    """One tar member: offset of its first header, start and size of its contents, offset of the next header."""
 
     key: str | None  # None: part of no record
     extension: str
@@ -46,13 +46,13 @@ class Member(NamedTuple):
 
 
 class Break(NamedTuple):
-    """Bytes [start, stop) without members: those that end an archive, or, with a reason, what could not be read."""
+    """Bytes [start, stop) without members: the end of an archive or, with a reason, what could not be read."""
 
     start: int
     stop: int
-    reason: str | None = None  # as BadRecord's
+    reason: str | None = None  # as in BadRecord
     detail: str = ""
-    is_cut: bool = False  # the file ends within them: how much more there was cannot be known
+    is_cut: bool = False  # the file ends within them, so the rest is missing
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class _Said:
     name: str | None = None
     size: int | None = None
     problem: str | None = None
-    error: tuple[str, str] | None = None  # reason and detail: they cannot be followed, so the member has no name
+    error: tuple[str, str] | None = None  # reason and detail: unusable, so the member has no name
 
 
 _NOTHING_SAID = _Said()
 
 
 def members(read: Read, end: int) -> Iterator[Member | Break]:
-    """Walk the tar headers in [0, end), on behind damage and behind the end of an archive (`cat` joins them).
+    """Walk the tar headers in [0, end), past damage and past the end of an archive (`cat` joins them).
 
-    Behind a damaged header the next member is at the first block with a tar header's magic and right checksum.
+    After a damaged header, the next member is at the first block with a tar header's magic and a right checksum.
     """
     offset = first = 0  # of this header, and of the first one that describes the same member
     said = _NOTHING_SAID
@@ -101,7 +101,7 @@ def members(read: Read, end: int) -> Iterator[Member | Break]:
             size = said.size
         after = start + -(-size // TAR_BLOCK) * TAR_BLOCK
         if kind not in _HEADER_TYPES and said.error is None:
-            # A member that is cut is handed on before the error: its name shows that the record before it is whole.
+            # A cut member is yielded before the error: its name shows that the record before it is whole.
             yield _member(kind, said.name or name, said.problem, first, start, size, after)
         if after > end:
             reason = "oversized member" if size > MAX_RECORD_BYTES else "truncated"
@@ -122,7 +122,7 @@ def members(read: Read, end: int) -> Iterator[Member | Break]:
 
 
 def _after_zeros(read: Read, offset: int, end: int) -> int:
-    """Return where the first block from `offset` on begins that is not all zeros."""
+    """Return the offset of the first block from `offset` on that is not all zeros."""
     length, most = _SEARCH_BYTES
     while chunk := read(offset, min(length, end - offset)):
         if rest := len(chunk.lstrip(b"\0")):
@@ -132,7 +132,7 @@ def _after_zeros(read: Read, offset: int, end: int) -> int:
 
 
 def _next_header(read: Read, offset: int, end: int) -> int:
-    """Return where the next block from `offset` on begins that is a tar header, or the zeros do that stand before it.
+    """Return the offset of the next tar header from `offset` on, or of the zeros right before it.
 
     Takes time in proportion to the bytes it passes, whatever they hold.
     """
@@ -143,7 +143,7 @@ def _next_header(read: Read, offset: int, end: int) -> int:
         return offset + -(-used // TAR_BLOCK) * TAR_BLOCK if used else stop
 
     while chunk := read(offset, min(length, end - offset)):
-        magic, block = chunk[_MAGIC_PLACE::TAR_BLOCK], -1  # the first letter of each block's
+        magic, block = chunk[_MAGIC_PLACE::TAR_BLOCK], -1  # the first byte of each block's
         while (block := magic.find(_MAGIC[:1], block + 1)) >= 0:
             place = block * TAR_BLOCK
             if _is_header(chunk[place : place + TAR_BLOCK]):
@@ -160,15 +160,15 @@ def _is_header(block: bytes) -> bool:
 
 
 def _has_sum(header: bytes, checksum: int) -> bool:
-    """Say whether a header's bytes have that sum, its own eight bytes counting as spaces.
+    """Return whether a header has that checksum, in which the checksum's own eight bytes count as spaces.
 
-    adler32's lower half is the sum of the bytes.
+    The lower half of adler32 is the sum of the bytes.
     """
     return not ((zlib.adler32(header) & 0xFFFF) - sum(header[148:156]) - 1 + 256 - checksum) % 65521
 
 
 def _after_sparse_map(read: Read, start: int, more: int) -> int:
-    """Return where the contents of an old GNU sparse member start: after the blocks of its map."""
+    """Return where the contents of an old GNU sparse member start: after its map's blocks."""
     while more:
         block = read(start, TAR_BLOCK)
         start, more = start + TAR_BLOCK, len(block) == TAR_BLOCK and block[504]
@@ -192,19 +192,19 @@ def _member(kind: bytes, name: str, problem: str | None, first: int, start: int,
 
 
 def left_out(name: str) -> str | None:
-    """Return what a member is that file managers write beside a folder's own files, None for any other."""
+    """Return what a file is that file managers add to folders, None for any other."""
     base = name.rpartition("/")[2]
     is_theirs = base.startswith("._") or base in _SYSTEM_FILES or ("__MACOSX" in name and "__MACOSX" in name.split("/"))
     return "file of macOS or Windows" if is_theirs else None
 
 
 def _plain_header(header: bytes) -> tuple[bytes, str, int] | None:
-    """Return (type, name, size) of a header such as TarWriter writes for a file, None for every other.
+    """Return (type, name, size) of a header such as TarWriter writes for files, None for any other.
 
     tarfile's own parser takes 30 us a header, more than all the rest of a read.
     """
     match = _PLAIN_HEADER.match(header)
-    if match is None or match.start(2) != 124:  # a name of another length than its field
+    if match is None or match.start(2) != 124:  # the name does not fill its field
         return None
     name, size, checksum = match.groups()
     if not _has_sum(header, int(checksum, 8)):
@@ -223,7 +223,7 @@ def _any_header(header: bytes) -> tuple[bytes, str, int]:
 
 
 def key_of(name: str) -> tuple[str | None, str]:
-    """Return (key, extension) of a member's name by webdataset's rules; key None where it is part of no record.
+    """Return (key, extension) of a member's name by webdataset's rules; key None for a member of no record.
 
     The key ends at the first dot after the last slash. Rejected: webdataset's own regular expression, which takes
     seconds for a name of many slashes.
@@ -237,14 +237,14 @@ def key_of(name: str) -> tuple[str | None, str]:
 
 
 def name_problem(name: str) -> str | None:
-    """Return what is wrong with a name that is not UTF-8 or would leave a folder it is unpacked in, else None."""
+    """Return what is wrong with a name that is not UTF-8 or escapes the folder it is unpacked in, else None."""
     if name[:1] == "/" or "\0" in name or (".." in name and ".." in name.split("/")):
         return "unsafe member name"
     return None if name.isascii() or not re.search("[\ud800-\udfff]", name) else "member name is not UTF-8"
 
 
 def _said_by(kind: bytes, size: int, read: Read, start: int, said: _Said) -> _Said:
-    """Return what is said of a member after one more GNU ("L") or pax ("x") header of it."""
+    """Return what is known of a member after one more GNU ("L") or pax ("x") header of it."""
     if size > MAX_NAME_BYTES:
         return replace(said, error=("oversized member", f"an extended header of {size} bytes"))
     if kind == b"L":
@@ -258,8 +258,8 @@ def _said_by_pax(contents: bytes, said: _Said) -> _Said:
         match = _PAX_RECORD.match(contents, place)
         end = place + int(match[1]) if match else 0
         value = contents[match.end() : end - 1] if match else b""
-        is_record = match is not None and match.end() < end <= len(contents) and contents[end - 1 : end] == b"\n"
-        if not is_record or (match[2] == b"size" and not re.fullmatch(rb"\d{1,20}", value)):
+        is_ended = match is not None and match.end() < end <= len(contents) and contents[end - 1 : end] == b"\n"
+        if match is None or not is_ended or (match[2] == b"size" and not re.fullmatch(rb"\d{1,20}", value)):
             return replace(said, error=("broken header", f"pax record {contents[place : place + 80]!r}"))
         if match[2] == b"path":
             said = replace(said, name=value.decode("utf-8", "surrogateescape"))

@@ -1,5 +1,5 @@
-"""Documents that no sequence can hold, found by the indices before the first step, so that they are named and counted
-once and not each time a lane meets them.
+"""Documents too long for any sequence, found by the indices before the first step, so that they are reported once and
+not each time a lane meets them.
 """
 
 from collections.abc import Iterator
@@ -14,34 +14,35 @@ from data.packing import lay_out
 from data.shards import BadRecord, read_at
 from data.tokenizer import SpecialIds
 
-LOOKED_INTO = 4096  # documents of a data set that are read to see whether they may be cut
+MAX_EXAMINED = 4096  # documents of a data set that are read to see whether they may be cut
 
 
 def find_too_long(
     manifest: Manifest, special: SpecialIds, patch_size: int, sequence_length: int
 ) -> Iterator[tuple[int, int]]:
-    """Yield (shard, record) of the documents that are longer than a sequence wherever they are cut.
+    """Yield (shard, record) of documents that are longer than a sequence wherever they are cut.
 
-    Only those with one image: text can be cut, and so can what stands between images. Not of remote data, where asking
-    would take longer than many a training. What is not found here is found when it is met.
+    Looks only at documents with one image, as others can be cut, and not at remote data, where it could take hours.
+    Whatever it misses is skipped when a lane meets it.
     """
     channels = manifest.latent_spec.channels if manifest.latent_spec is not None else 0
-    looked_into = 0
+    examined = 0
     for shard, entry in enumerate(() if manifest.store.is_remote else manifest.shards):
-        grids = [tuple(map(int, grid.split("x"))) for grid in entry.grids]
-        # Bytes of an image's moments and of as many token ids as do not fit beside it: most shards hold no such record.
-        texts = [sequence_length - 4 - (h // patch_size) * (w // patch_size) for h, w in grids]
-        least = [4 * (tokens + channels * h * w) for tokens, (h, w) in zip(texts, grids, strict=True)]
-        if not grids or entry.largest_record < min(least):
+        # Bytes of an image's moments and of as many token ids as fill the rest of a sequence: few shards hold more.
+        least = []
+        for grid in entry.grids:
+            h, w = map(int, grid.split("x"))
+            least.append(4 * (sequence_length - 4 - (h // patch_size) * (w // patch_size) + channels * h * w))
+        if not least or entry.largest_record < min(least):
             continue
-        with suppress(BadRecord):  # of the index: whoever needs it says so
+        with suppress(BadRecord):  # of the index: reported when it is needed
             index = manifest.load_index(shard)
             is_long = (index.document_tokens(patch_size) > sequence_length) & (np.diff(index.grid_starts) == 1)
             for record in np.flatnonzero(is_long).tolist():
-                if (looked_into := looked_into + 1) > LOOKED_INTO:
+                if (examined := examined + 1) > MAX_EXAMINED:
                     return
                 read = partial(manifest.store.read, entry.name)
-                with suppress(OSError, ValueError):  # a bad record is counted as one when it is met
+                with suppress(OSError, ValueError):  # a bad record is counted when it is met
                     document = decode_document(read_at(read, index.spans[record], entry.name), entry.name)
                     if lay_out(_at_its_longest(document), special, patch_size).longest_uncut > sequence_length:
                         yield shard, record

@@ -31,6 +31,10 @@ def npy(array: np.ndarray, **options: bool) -> bytes:
     return buffer.getvalue()
 
 
+def drawn_from(document: Document, config: OrderConfig, epoch: int, record: int = 0) -> Document:
+    return arrange(document, config, seed=0, epoch=epoch, source=0, shard=0, record=record)
+
+
 def layout(document: Document) -> str:
     return " ".join("text" if isinstance(segment, TextSegment) else "image" for segment in document.segments)
 
@@ -122,7 +126,7 @@ def test_an_interleaved_document_keeps_its_order() -> None:
         for segment, given in zip(document.segments, [s for s in segments if s.size], strict=True):
             found = segment.moments if isinstance(segment, ImageSegment) else segment.token_ids
             assert np.array_equal(found, given)
-        arranged = arrange(document, OrderConfig(caption_first=0, caption_dropout=1), 0, 0, 0, 0, 0)
+        arranged = drawn_from(document, OrderConfig(caption_first=0, caption_dropout=1), 0)
         assert layout(arranged) == expected, "nothing is dropped"
         capped = [s.before_caption for s in arranged.segments if isinstance(s, ImageSegment)]
         assert any(capped) == (expected == "image text"), "an image whose text follows it is before its caption"
@@ -145,9 +149,9 @@ def test_one_of_several_captions_is_drawn_each_time_and_the_longest_counts() -> 
     record = encode_record("key", [MOMENTS], b"{}", captions)
     document = decode_document(record, "here")
     assert layout(document) == "text image" and document_sizes(record) == (3, [(2, 6)])
-    drawn = [arrange(document, OrderConfig(), 0, epoch) for epoch in range(2000)]
+    drawn = [drawn_from(document, OrderConfig(), epoch) for epoch in range(2000)]
     alone = decode_document(encode_record("key", [TOKENS, MOMENTS], b"{}"), "here")
-    assert [layout(d) for d in drawn] == [layout(arrange(alone, OrderConfig(), 0, epoch)) for epoch in range(2000)]
+    assert [layout(d) for d in drawn] == [layout(drawn_from(alone, OrderConfig(), epoch)) for epoch in range(2000)]
     texts = [tuple(s.token_ids.tolist()) for d in drawn for s in d.segments if isinstance(s, TextSegment)]
     for caption in captions:
         assert abs(texts.count(tuple(caption.tolist())) - len(texts) / 3) < 4 * math.sqrt(len(texts) * 2 / 9)
@@ -174,7 +178,7 @@ def test_caption_order_and_dropout_have_the_papers_shares() -> None:
     """80 % captions first among those kept, 10 % dropped: within four standard deviations over 20,000 draws."""
     document = Document((TextSegment(TOKENS), ImageSegment(MOMENTS)))
     draws = 20_000
-    drawn = [arrange(document, OrderConfig(), 0, 0, 0, i // 100, i % 100) for i in range(draws)]
+    drawn = [drawn_from(document, OrderConfig(), i // 100, i % 100) for i in range(draws)]
     layouts = [layout(d) for d in drawn]
     kept = draws - layouts.count("image")
     for count, total, share in ((layouts.count("image"), draws, 0.1), (layouts.count("text image"), kept, 0.8)):
@@ -194,14 +198,14 @@ def test_caption_order_and_dropout_have_the_papers_shares() -> None:
 )
 def test_shares_of_zero_and_one_are_exact(config: OrderConfig, expected: str) -> None:
     document = Document((TextSegment(TOKENS), ImageSegment(MOMENTS)))
-    assert {layout(arrange(document, config, 0, i)) for i in range(500)} == {expected}
+    assert {layout(drawn_from(document, config, i)) for i in range(500)} == {expected}
 
 
 def test_other_documents_are_left_as_they_are() -> None:
     always = OrderConfig(caption_first=0, caption_dropout=1)
     text, image = TextSegment(TOKENS), ImageSegment(MOMENTS)
     for segments in ((text,), (image,), (text, image, text), (image, text, image), (text, image, image)):
-        assert arrange(Document(segments), always, 1) == Document(segments)
+        assert drawn_from(Document(segments), always, 1) == Document(segments)
 
 
 def test_draws_depend_on_every_part_of_their_origin_and_on_nothing_else() -> None:

@@ -454,7 +454,7 @@ def test_what_is_lost_counts_by_its_bytes_and_a_cut_file_whole(tmp_path: Path) -
     bad.files.append((10, 1.0))  # however few bytes are left of it
     assert bad.lost_share() == pytest.approx(1.49 / 99.99, rel=0.01)
     bad.files += [(5000, 1.0)] * 2
-    with pytest.raises(ValueError, match=r"1 of 1000 .* 10\.\d+ % of the data, of which 3 files that end too early"):
+    with pytest.raises(ValueError, match=r"1 of 1000 .* 10\.\d+ % of the data, in which 3 files that end too early"):
         bad.check(final=True)
 
 
