@@ -1,7 +1,7 @@
 """What a config's `data` section names: encoded sources, their mix, and whether this run can train on them.
 
 Opened and checked before anything else starts, so that a mismatch of tokenizer, VAE, latent grid or size is refused in
-one message (P10). Knows nothing of ranks or workers.
+one message (P10). Independent of ranks and workers.
 """
 
 from dataclasses import dataclass, field, replace
@@ -34,15 +34,15 @@ class DataConfig:
     shuffle_block: int = 1024  # documents a lane shuffles among
     look_ahead: int = 16  # documents a lane keeps pending to fill sequences from
     order: OrderConfig = field(default_factory=OrderConfig)
-    # Documents of each source whose bytes a lane asks for before it reads them: for remote data and network disks.
-    # null: 16 for remote data without a cache, else 0.
+    # Documents of each source that a lane requests in advance, for remote data and network disks. null: 16 for remote
+    # data without a cache, else 0.
     read_ahead: int | None = None
-    cache_dir: Location | None = None  # node-local folder for whole copies of remote shards, shared by a node's ranks
-    cache_gib: float = 100.0  # GiB that `cache_dir` may take
-    read_warning_s: float = 30.0  # seconds after which a read that has not come back is named in the log, > 0
+    cache_dir: Location | None = None  # local folder for whole copies of remote shards, shared by a node's ranks
+    cache_gib: float = 100.0  # GiB that `cache_dir` may hold
+    read_warning_s: float = 30.0  # seconds after which an unfinished read is named in the log, > 0
     num_workers: int = 0  # loader processes a rank; 0 reads in the rank's own prefetch thread
     prefetch_steps: int = 2  # steps a rank keeps ready, >= 1
-    max_bad_documents: int = 100  # skipped documents after which the run stops, each counted once
+    max_bad_documents: int = 100  # skipped documents above which the run stops, each counted once
 
     def __post_init__(self) -> None:
         for name in ("lanes", "sequence_length", "shuffle_block", "look_ahead", "prefetch_steps"):
@@ -76,13 +76,13 @@ class DataSet:
     grids: list[tuple[int, int]]  # latent grids that occur, sorted
 
     def name_of(self, position: Position) -> str:
-        """Return the name of a document in messages: its shard and its number there."""
+        """Return a document's name for messages: its shard and its number there."""
         source, shard, record = position
         return f"{self.sources[source].manifest.shard_path(shard)}#{record}"
 
     @property
     def too_long(self) -> list[str]:
-        """Name the documents that are known before the first step to be left out."""
+        """Name the documents that are known before the first step to be skipped."""
         places = [(source.number, *place) for source in self.sources for place in sorted(source.too_long)]
         return [f"{self.name_of(place)}: longer than a sequence" for place in places]
 
@@ -95,7 +95,7 @@ class DataSet:
         }
 
     def _sources_at(self, step: int) -> dict[str, str]:
-        """Return what decides the batches up to `step`, by source; those without a weight by then may be appended."""
+        """Return what decides the batches up to `step`, by source; sources without weight so far may be appended."""
 
         def weights(source: SourceConfig) -> str:
             changes = sorted((int(s), w) for s, w in source.weight_from.items() if int(s) <= step)
@@ -132,7 +132,9 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
     manifests = {name: Manifest.load(source.path, cache, most_ahead) for name, source in config.sources.items()}
     weights = source_weights(config, manifests, patch_size)
     watch = ReadWatch(config.read_warning_s)
-    sources, spec, grids = [], None, set()
+    sources: list[Source] = []
+    spec: LatentSpec | None = None
+    grids: set[tuple[int, int]] = set()
     for number, (name, source) in enumerate(config.sources.items()):
         manifest = manifests[name]
         manifest.check_files()
@@ -144,11 +146,11 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
                 f"data.sources.{name} was encoded with tokenizer {manifest.tokenizer_hash}, but {config.tokenizer} is "
                 f"{tokenizer.hash}; name the tokenizer it was encoded with, or encode it again"
             )
-        if spec is not None and manifest.latent_spec not in (None, spec):
+        if spec is not None and manifest.latent_spec is not None and manifest.latent_spec != spec:
             raise ValueError(
                 f"data.sources.{name} holds latents of VAE {manifest.latent_spec.vae_hash}, other sources those of "
-                f"{spec.vae_hash} (or other statistics); encode all sources with one VAE; where that is so, run the "
-                "train.encode command again with stats_from=FOLDER of another source: it rewrites the manifest alone"
+                f"{spec.vae_hash} (or other statistics); encode all sources with one VAE; if they are, run the "
+                "train.encode command again with stats_from=FOLDER of another source, which only rewrites the manifest"
             )
         if manifest.records < config.lanes:
             raise ValueError(
@@ -171,9 +173,9 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
 
 
 def source_weights(config: DataConfig, manifests: dict[str, Manifest], patch_size: int) -> dict[str, float]:
-    """Return each source's share of all tokens, up to a common factor: as given, or scaled to meet `image_share`.
+    """Return each source's share of all tokens, up to a common factor: as configured, or scaled to meet `image_share`.
 
-    Raises ValueError where no scaling can meet it.
+    Raises ValueError if no scaling can meet it.
     """
     weights = {name: source.weight for name, source in config.sources.items()}
     if config.image_share is None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-TEMPORARY_NAME = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")  # of files that a killed writer left: NAME.tmp-PID-RANDOM
+TEMPORARY_NAME = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")  # left by a killed writer: NAME.tmp-PID-RANDOM
 
 
 class atomic_write:
     """Open `<path>.tmp-...` for writing; on success fsync and rename to `path`, else leave nothing.
 
-    `exclusive`: nobody else writes `path`, so the temporary name is fixed and what a kill leaves is overwritten.
+    `exclusive`: there is no other writer, so the temporary name is fixed and a killed writer's file is overwritten.
     """
 
     def __init__(self, path: Path, *, exclusive: bool = False) -> None:
@@ -38,13 +38,13 @@ class atomic_write:
         finally:
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = str(self.path)
-            with contextlib.suppress(OSError):  # of a full disk; whoever got this far has flushed already
+            with contextlib.suppress(OSError):  # of a full disk; a successful write is flushed already
                 self.file.close()
             self.temporary.unlink(missing_ok=True)  # there only if something failed
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Replace the contents of `path`, which nobody else writes."""
+    """Replace the contents of `path`, which has no other writer."""
     with atomic_write(path, exclusive=True) as file:
         file.write(content)
 

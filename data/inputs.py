@@ -32,16 +32,16 @@ def expand(
 ) -> list[str]:
     """Return the files that inputs name: files, folders (their direct files), globs, braces; local or URLs.
 
-    Of folders and globs those with one of the suffixes in any case, sorted; a warning says what else is there, unless
-    `quiet`. A local name that exists is taken as it stands.
-    Raises FileNotFoundError for what is not there, PermissionError for what may not be read, ValueError for a file of
-    another kind or named twice, for a folder without any, and for what cannot be listed or is no name of a file.
+    Folders and globs give the files with one of the suffixes (ignoring case), sorted; unless `quiet`, a warning lists
+    what else is there. A local name that exists is no pattern.
+    Raises FileNotFoundError for what is missing, PermissionError for what is not readable, ValueError for a file of
+    another kind or named twice, for a folder without any, and for what cannot be listed or is no file.
     """
     names: list[str] = []
     for name in inputs:
         exists = not is_remote(name) and os.path.exists(local_name(name))
         names += [name] if exists else _braces(name)
-    with ThreadPoolExecutor(LISTERS) as pool:  # thousands of URLs, each asked for once
+    with ThreadPoolExecutor(LISTERS) as pool:  # there may be thousands of URLs
         found = list(pool.map(lambda name: _files_of(name, suffixes, retries, quiet), names))
     files = [file for some in found for file in some]
     if not files:
@@ -58,11 +58,11 @@ def _braces(name: str) -> list[str]:
     try:
         return list(braceexpand(name, escape=False))
     except ValueError:
-        raise ValueError(f"input {shown(name)}: braces do not match; expected such as {{00000..00099}}") from None
+        raise ValueError(f"input {shown(name)}: braces do not match; expected {{00000..00099}} or similar") from None
 
 
 def _files_of(name: str, suffixes: tuple[str, ...], retries: Retries, quiet: bool) -> list[str]:
-    """Return the files that one input names, after braces."""
+    """Return the files that one input names, braces expanded."""
     kinds, what = ", ".join(suffixes), f"input {shown(name)}"
     if is_remote(name):
         found = retried(lambda: _list_remote(name, what, retries.stall_s), what, retries)
@@ -79,16 +79,16 @@ def _files_of(name: str, suffixes: tuple[str, ...], retries: Retries, quiet: boo
         if not kept:
             raise ValueError(f"no {kinds} files in {[shown(name)]}" + (f", but {others}" if others else ""))
         if others and not quiet:
-            warn_once(f"{what}: {len(kept)} files are read; left out, as none of {kinds}: {others}")
+            warn_once(f"{what}: reading {len(kept)} files; left out, as none of {kinds}: {others}")
     as_who = {"effective_ids": os.access in os.supports_effective_ids}
     forbidden = [] if is_remote(name) else [file for file in kept if not os.access(file, os.R_OK, **as_who)]
     if forbidden:
-        raise PermissionError(f"{what}: {len(forbidden)} files may not be read, such as {forbidden[0]!r}; allow it")
+        raise PermissionError(f"{what}: {len(forbidden)} files are not readable, such as {forbidden[0]!r}; allow it")
     return kept
 
 
 def _others(names: Iterable[str]) -> str:
-    """Return how many of each kind of name there are, with an example; of folders, names that end in a slash."""
+    """Describe names: how many of each kind, with an example. A folder's name ends in a slash."""
     kinds: dict[str, list[str]] = {}
     for base in sorted(name.rstrip("/").rpartition("/")[2] + "/" * name.endswith("/") for name in names):
         suffix = re.search(r"[^.]((?:\.tar)?\.[^.]+)$", base.lower())
@@ -100,7 +100,7 @@ def _others(names: Iterable[str]) -> str:
 
 
 def _list_local(name: str, what: str) -> list[str] | None:
-    """Return what a folder or glob holds, None for a file; a slash ends the name of what is no file."""
+    """Return what a folder or glob holds, None for a file; names of what is no file end in a slash."""
     if os.path.isfile(name):
         return None
     if os.path.isdir(name):
@@ -116,7 +116,7 @@ def _list_local(name: str, what: str) -> list[str] | None:
 
 
 def _list_remote(name: str, what: str, stall_s: float) -> list[str] | None:
-    """Return what a remote folder or glob holds, None for a file; a slash ends the name of what is no file."""
+    """The same for a URL."""
     if is_http(name):
         path = name.partition("?")[0]
         if path.endswith("/") or "*" in path:
@@ -133,5 +133,5 @@ def _list_remote(name: str, what: str, stall_s: float) -> list[str] | None:
         if not (entries := files.glob(path, detail=True).values()):
             raise FileNotFoundError(f"{what} matches no file")
     if "::" in name:
-        raise ValueError(f"{what}: files in a chain of URLs are not listed; name each, with braces")
+        raise ValueError(f"{what}: files in a chain of URLs cannot be listed; name each, with braces")
     return sorted(files.unstrip_protocol(e["name"]).rstrip("/") + "/" * (e["type"] != "file") for e in entries)

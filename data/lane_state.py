@@ -60,8 +60,8 @@ class LaneState:
                 # Absent in older checkpoints: their skipped documents are counted when met again.
                 skipped_documents=[(s, shard, record) for s, shard, record in value.get("skipped_documents", [])],
             )
-            records = [*(astuple(each) for each in (*state.cursors, *state.pending)), *state.skipped_documents]
-            numbers = [state.rows, *state.skipped.values(), *(number for record in records for number in record)]
+            places = [*map(astuple, state.cursors), *map(astuple, state.pending), *state.skipped_documents]
+            numbers = [state.rows, *state.skipped.values(), *(number for place in places for number in place)]
             if wrong := [number for number in numbers if type(number) is not int]:
                 raise TypeError(f"{wrong[0]!r}, expected a whole number")
             if not all(isinstance(name, str) for name in state.skipped_names):

@@ -1,8 +1,8 @@
-"""The fullest batches that a data set can make: what a plan counts and a run tries before its first step.
+"""The largest batches that a data set can make: what a plan counts and a run tries before its first step.
 
-Image slots come in a few sizes (`packing.capacity`), and so do text targets; a batch is fullest where these are, not
-where the tokens are. Images cost more than text, so one batch has the most image slots that any images of the data
-could need, and text wherever is room; the other is text alone. Laid out by the real packing. Pure.
+Image slots and text targets come in a few sizes (`packing.capacity`), and these make a batch large, not its tokens.
+Images cost more than text, so one batch has the most image slots that any images of the data could need, and text in
+the remaining room; the other is text alone. Laid out by the real packing. Pure.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,20 @@ Grid = tuple[int, int]
 AROUND_IMAGE = AROUND_DOCUMENT = 2  # tokens: BOI and EOI, BOS and EOS
 
 
-def fullest_batches(
+def largest_batches(
     rows: int, sequence_length: int, grids: Sequence[Grid], channels: int, patch_size: int, special: SpecialIds
 ) -> tuple[PackedBatch, ...]:
     """Return micro-batches of `rows` full sequences: with the most image slots (if there are `grids`), and text alone.
 
-    `grids` are the latent grids (h, w) that occur. Noise, latents and timesteps are zero, every word is EOS: shapes
-    are what counts. `rows` full of images without a word between them may be more than the data holds, never less.
+    `grids` are the latent grids (h, w) that occur. Noise, latents and timesteps are zero and every word is EOS, as only
+    shapes matter. Rows full of images may hold more than the data's sequences, never less.
     """
-    placed: list[list[Grid]] = [[] for _ in range(rows)]
     batches = []
     if any(_tokens(grid, patch_size) <= sequence_length - AROUND_DOCUMENT for grid in grids):
         counts = _most_slots(rows, sequence_length, grids, patch_size)
         batches.append(_place(counts, rows, sequence_length, patch_size))
-    batches.append(placed)
-    return tuple(_batch(rows_, sequence_length, channels, patch_size, special) for rows_ in batches)
+    batches.append([[]] * rows)
+    return tuple(_batch(placed, sequence_length, channels, patch_size, special) for placed in batches)
 
 
 def _tokens(grid: Grid, patch_size: int) -> int:
@@ -41,9 +40,9 @@ def _tokens(grid: Grid, patch_size: int) -> int:
 
 
 def _most_slots(rows: int, sequence_length: int, grids: Sequence[Grid], patch_size: int) -> dict[Grid, int]:
-    """Return the number of images of each grid that needs the most latent cells of slots: a knapsack over tokens.
+    """Return how many images of each grid need the most latent cells of slots: a knapsack over tokens.
 
-    Rows are taken end to end here; `_place` puts back what a row's end cannot hold.
+    Treats the rows as one; `_place` leaves out what does not fit at a row's end.
     """
     room = sequence_length - AROUND_DOCUMENT
     budget = rows * room
@@ -51,7 +50,7 @@ def _most_slots(rows: int, sequence_length: int, grids: Sequence[Grid], patch_si
     for grid in grids:
         tokens = _tokens(grid, patch_size)
         highest = rows * (room // tokens)
-        # Only the least count of each capacity: more images fill slots that are there anyway.
+        # Only the least count of each capacity: more images would fill slots that exist anyway.
         counts = [n for n in range(1, highest + 1) if n == 1 or capacity(n) > capacity(n - 1)]
         better, choice = most.copy(), np.zeros(budget + 1, dtype=np.int64)
         for n in counts:
@@ -61,15 +60,15 @@ def _most_slots(rows: int, sequence_length: int, grids: Sequence[Grid], patch_si
             choice[n * tokens :][gained] = n
         most = better
         chosen.append(choice)
-    left, counts = int(most.argmax()), {}
+    left, found = int(most.argmax()), {}
     for grid, choice in reversed(list(zip(grids, chosen, strict=True))):
-        counts[grid] = int(choice[left])
-        left -= counts[grid] * _tokens(grid, patch_size)
-    return counts
+        found[grid] = int(choice[left])
+        left -= found[grid] * _tokens(grid, patch_size)
+    return found
 
 
 def _place(counts: dict[Grid, int], rows: int, sequence_length: int, patch_size: int) -> list[list[Grid]]:
-    """Return each row's images, the largest placed first; what fits nowhere is left out."""
+    """Return each row's images, placed largest first; those that fit nowhere are left out."""
     placed: list[list[Grid]] = [[] for _ in range(rows)]
     left = [sequence_length - AROUND_DOCUMENT] * rows
     for grid in sorted(counts, key=lambda grid: -_tokens(grid, patch_size)):
@@ -96,7 +95,7 @@ def _batch(
 def _row(
     grids: Sequence[Grid], sequence_length: int, channels: int, patch_size: int, special: SpecialIds
 ) -> PackedSequence:
-    """Return one document of images and then text to the end of the row."""
+    """Return one document: images, then text to the end of the row."""
     segments: list[TextSegment | ImageSegment] = [
         ImageSegment(np.zeros((2 * channels, *grid), dtype=np.float16)) for grid in grids
     ]

@@ -1,4 +1,4 @@
-"""Picture bytes -> pixels at the encoder's resolution, and back; contact sheets. Everything Pillow stays here."""
+"""Picture bytes -> pixels at the encoder's resolution, and back; contact sheets. The only user of Pillow."""
 
 import io
 import re
@@ -14,13 +14,13 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from data.shards import BadRecord
 
-MAX_PIXELS = 64 * 1024 * 1024  # a header that claims more is a decompression bomb
-MAX_SCANS = 100  # of a JPEG: each takes a pass over all pixels, were it a hundred bytes; usual are 1 to 12
+MAX_PIXELS = 64 * 1024 * 1024  # more is taken for a decompression bomb
+MAX_SCANS = 100  # of a JPEG: each is a pass over all pixels, however few its bytes; 1 to 12 are usual
 MARGIN, LINE, LINES = 6, 12, 3  # of a contact sheet: pixels, pixels, lines of text under a picture
-_TILE = 2048  # pixels a side that are made opaque at once
-_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of a segment, or the end; others stand in compressed data
+_TILE = 2048  # pixels a side that are made opaque at a time
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of a segment or the end; others occur in compressed data
 Size = tuple[int, int]  # pixels, (height, width)
-# What makes a picture of each EXIF orientation upright; 1 is.
+# How to turn a picture of each EXIF orientation upright; 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,23 +48,23 @@ def bucket_sizes(resolution: int, multiple: int, max_aspect: float = 2.0) -> tup
 def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray:
     """Return a picture file's pixels, uint8 [H, W, 3]: upright, resized to cover and centre cropped.
 
-    (H, W) is that of `sizes` whose aspect is nearest the picture's. Raises BadRecord for what does not decode.
+    (H, W) is the one of `sizes` with the nearest aspect. Raises BadRecord for what does not decode.
     """
     if not data:
         raise BadRecord("empty picture", where)
     _silence_pillow()
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise BadRecord("oversized picture", where, f"{picture.width}x{picture.height}")
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise BadRecord("oversized picture", where, f"{file.width}x{file.height}")
             if data.startswith(b"\xff\xd8") and (scans := _num_scans(data)) > MAX_SCANS:
                 raise BadRecord("oversized picture", where, f"{scans} scans")
-            picture = _to_rgb(_upright(picture))
+            picture = _to_rgb(_upright(file))
     except (BadRecord, MemoryError):  # the latter need not be the picture's fault
         raise
     except Image.DecompressionBombError as error:
         raise BadRecord("oversized picture", where, str(error)) from None
-    except Exception as error:  # Pillow's decoders share no error class, and what they raise is the picture's fault
+    except Exception as error:  # Pillow's decoders share no error class, and any error is the picture's fault
         raise BadRecord("undecodable picture", where, str(error)) from None
     height, width = min(sizes, key=lambda size: abs(np.log(size[1] / size[0] * picture.height / picture.width)))
     if picture.size != (width, height):
@@ -79,28 +79,28 @@ def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray
 
 @cache
 def _silence_pillow() -> None:
-    """Keep what Pillow tolerates (odd EXIF, large pictures) off the terminal: it is nobody's to act on.
+    """Silence Pillow's warnings about what it tolerates (odd EXIF, large pictures): there is nothing to do about them.
 
-    Once and for all: `catch_warnings` would change the filters under other threads.
+    Permanently: `catch_warnings` would change other threads' filters.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF asks, where that can be read.
+    """Turn a picture upright by its EXIF, if that is readable.
 
-    Not by ImageOps.exif_transpose: it writes the EXIF again, and cannot write all that it reads.
+    Rejected: ImageOps.exif_transpose, which rewrites the EXIF and cannot write all that it reads.
     """
-    picture.load()  # a PNG's EXIF may follow its pixels: their damage must not pass for the EXIF's
+    picture.load()  # a PNG's EXIF may follow its pixels, whose damage is not the EXIF's
     try:
-        turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation))
+        turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, OSError, struct.error):
-        return picture  # as viewers show it
+        return picture  # as viewers do
     return picture if turn is None else picture.transpose(turn)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Convert any mode; 16-bit greys keep their upper byte (Pillow clips them to white), transparency shows white."""
+    """Convert any mode; 16-bit greys keep their upper byte (Pillow clips to white), transparency becomes white."""
     if picture.mode == "RGB" and not picture.has_transparency_data:
         picture.load()
         return picture  # `convert` would copy it
@@ -110,7 +110,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
     opaque = Image.new("RGB", picture.size)
     for top, left in product(range(0, picture.height, _TILE), range(0, picture.width, _TILE)):
-        # Tile by tile: of the largest pictures each further copy would take a quarter of a GiB.
+        # Tile by tile: each whole copy of the largest pictures would take a quarter of a GiB.
         box = (left, top, min(left + _TILE, picture.width), min(top + _TILE, picture.height))
         tile = picture.crop(box).convert("RGBA")
         opaque.paste(Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile).convert("RGB"), box)

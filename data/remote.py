@@ -1,9 +1,9 @@
 """Bytes behind URLs: http(s) and any object store through fsspec, read with retries and back-off.
 
-http uses fsspec's session with requests of our own: fsspec calls every failure "not found", takes the whole body of a
-server that ignores Range for the span asked for, and gives up on any file that takes five minutes. Nothing is imported
-for URLs before one is met, nothing made before a fork is used after it, and no name is run: `pipe:` and unknown
-schemes are refused.
+http uses fsspec's session but our own requests: fsspec reports every failure as "not found", takes the whole body of a
+server that ignores Range for the requested span, and gives up on any file that takes five minutes. Client libraries
+are imported only when a URL is used, nothing created before a fork is used after it, and no name is executed: `pipe:`
+and unknown schemes are refused.
 """
 
 import errno
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from aiohttp import ClientResponse
     from fsspec import AbstractFileSystem
 
-PIECE_BYTES = 32 << 20  # asked of an object store at once when a whole file is fetched
+PIECE_BYTES = 32 << 20  # requested from an object store at once for a whole file
 _URL_RULE = re.compile(r"(?:[a-z][a-z0-9+.-]*::)*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _TRANSIENT_STATUS = (408, 425, 429)  # and all from 500
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _CLIENTS = {"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "http", "httpx", "requests", "urllib3"}
-# What tells that a file changed, the best first; spelt without case, dashes and underscores.
+# Keys of what identifies a file's version, best first; without case, dashes and underscores.
 _CHANGE_KEYS = ("etag", "generation", "contentmd5", "md5hash", "blobid", "lastmodified", "updated", "mtime", "created")
-_kept: dict[int, Any] = {}  # see filesystem
+_kept: dict[int, Any] = {}  # second references to file systems, see `filesystem`
 _Result = TypeVar("_Result")
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,9 @@ warn_once = lru_cache(1024)(log.warning)
 
 @dataclass(frozen=True)
 class Retries:
-    attempts: int = 6  # in a row that bring nothing, >= 1
+    attempts: int = 6  # consecutive ones without progress, >= 1
     first_delay_s: float = 0.5  # doubles each time: 15 s in all
-    stall_s: float = 60.0  # an http server that sends nothing for so long has failed; object stores have their own
+    stall_s: float = 60.0  # seconds of silence after which an http read fails; object stores have their own
 
 
 RETRIES = Retries()
@@ -48,27 +48,27 @@ RETRIES = Retries()
 @dataclass(frozen=True)
 class FileVersion:
     bytes: int
-    changed: str  # another one, other contents; "" where the server tells nothing
+    changed: str  # differs when the contents differ; "" if the server does not say
 
 
 class DiskError(OSError):
-    """What the disk says that a copy is written to; no matter of the file's source."""
+    """An error of the disk that a copy is written to, not of the file's source."""
 
 
 def is_remote(path: str) -> bool:
-    """Say whether a name is a URL, or a chain of them, other than of a local file."""
+    """Return whether a name is a URL, or a chain of them, other than of a local file."""
     match = _URL_RULE.match(path)
     return match is not None and (match[1].lower() not in ("file", "local") or "::" in match[0])
 
 
 def shown(text: str) -> str:
-    """Return a name or message without what its URLs hold of passwords, tokens and signatures."""
+    """Return a name or message without the passwords, tokens and signatures in its URLs."""
     text = re.sub(r"(https?://)[^/\s@]*@|(://)[^/\s@:]*:[^/\s@]*@", r"\1\2", text)
     return re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1?…", text)
 
 
 def local_name(path: str) -> str:
-    """Return the path that a local name stands for; raise ValueError for a command."""
+    """Return the path of a local name; raise ValueError for a command."""
     if path.startswith("pipe:"):
         raise ValueError(f"{path}: commands are not run; fetch the data first, or name its file or URL")
     match = _URL_RULE.match(path)
@@ -80,7 +80,7 @@ def is_http(path: str) -> bool:
 
 
 def file_version(path: str, retries: Retries = RETRIES) -> FileVersion:
-    """Return a file's size and what tells its contents from others; raise OSError where it cannot be had."""
+    """Return a file's size and what identifies its contents; raise OSError if it is not available."""
     if is_remote(path):
         return retried(lambda: _version(path, retries.stall_s), shown(path), retries)
     stat = os.stat(local_name(path))
@@ -90,15 +90,15 @@ def file_version(path: str, retries: Retries = RETRIES) -> FileVersion:
 def retried(
     action: Callable[[], _Result], what: str, retries: Retries = RETRIES, progress: Callable[[], int] = lambda: 0
 ) -> _Result:
-    """Return what `action` returns, trying again after errors that may pass; more `progress` starts the count anew.
+    """Return what `action` returns, retrying after transient errors; `progress` that grew resets the count.
 
-    Raises OSError that names `what` after the last attempt, and at once for what another attempt cannot change.
+    Raises an OSError that names `what` after the last attempt, and at once for errors that are not transient.
     """
     attempt, reached = 0, progress()
     while True:
         try:
             return action()
-        except Exception as error:  # each object store's client has errors of its own; none is swallowed
+        except Exception as error:  # each object store's client has its own errors; none is swallowed
             if not _is_transient(error):
                 if (final := _final_error(error, what)) is error:
                     raise
@@ -108,7 +108,7 @@ def retried(
             attempt += 1
             if attempt >= retries.attempts:
                 raise OSError(f"{what}: {_message(error)}; gave up after {attempt} attempts") from None
-            # Thousands of readers that failed together must not come back together.
+            # Jitter: thousands of readers that failed together must not retry together.
             delay = retries.first_delay_s * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.75, 1.25)
             log.warning("%s: %s; attempt %d in %.1f s", what, _message(error), attempt + 1, delay)
             time.sleep(delay)
@@ -125,14 +125,14 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """Return the HTTP status of an error or its cause, by any of the names that clients give it."""
+    """Return the HTTP status of an error or its cause, under any of the clients' names for it."""
     if error is None:
         return None
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")  # botocore
     elif type(error).__module__.startswith(("gcsfs", "google")):
-        status = getattr(error, "code", None)  # aiohttp has codes too: 400 for a body that was cut
+        status = getattr(error, "code", None)  # not aiohttp's: it has code 400 for a truncated body
     else:
         named = ((error, "status"), (error, "status_code"), (response, "status_code"))
         status = next((getattr(owner, name) for owner, name in named if hasattr(owner, name)), None)
@@ -147,7 +147,7 @@ def _message(error: Exception) -> str:
 
 
 def _final_error(error: Exception, what: str) -> Exception:
-    """Return an error that no further attempt can change as the OSError to raise; our own as they are."""
+    """Return the OSError to raise for an error that is not transient; our own errors stay as they are."""
     status = _status(error)
     if status in (404, 410) or (isinstance(error, FileNotFoundError) and what not in str(error)):
         return FileNotFoundError(f"{what} does not exist")
@@ -157,10 +157,10 @@ def _final_error(error: Exception, what: str) -> Exception:
 
 
 def filesystem(path: str) -> "tuple[AbstractFileSystem, str]":
-    """Return fsspec's file system of a URL, and the file's name there; raise ValueError for one it does not know."""
+    """Return fsspec's file system for a URL, and the file's name there; raise ValueError for an unknown one."""
     import fsspec
 
-    _begin_anew_in_children()
+    _reset_in_children()
     if is_http(path) and (files := _kept.get(os.getpid())) is not None:
         return files, path
     try:
@@ -174,15 +174,15 @@ def filesystem(path: str) -> "tuple[AbstractFileSystem, str]":
         raise ValueError(
             f"{shown(path)}: {error}; expected a local path, http(s):// or what fsspec reads, such as s3:// with s3fs"
         ) from None
-    # A forked child empties fsspec's own register. Were this not a second reference, closing the parent's session
-    # there would take its sockets out of the epoll set that a fork shares, and the parent would wait for a stall.
+    # A forked child empties fsspec's register. Without this second reference it would close the parent's session there,
+    # remove its sockets from the epoll set that both share, and make the parent wait until it detects a stall.
     _kept[key] = files
     return files, name
 
 
 @lru_cache(1)
-def _begin_anew_in_children() -> None:
-    """Let fsspec begin anew in forked processes: of the parent's event loop only the memory is left, not the thread."""
+def _reset_in_children() -> None:
+    """Reset fsspec in forked processes, where the parent's event loop has no thread."""
     import fsspec.asyn
 
     os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
@@ -193,13 +193,13 @@ def _version(path: str, stall_s: float) -> FileVersion:
     if info["type"] == "directory":
         raise IsADirectoryError(f"{shown(path)}: expected a file, found a folder")
     if info.get("size") is None:
-        raise ValueError(f"{shown(path)}: its size is not announced; copy it to a local folder first")
+        raise ValueError(f"{shown(path)}: the server does not tell its size; copy it to a local folder first")
     told = {key.lower().replace("-", "").replace("_", ""): value for key, value in info.items()}
     return FileVersion(int(info["size"]), next((str(told[key]) for key in _CHANGE_KEYS if told.get(key)), ""))
 
 
 def file_info(path: str, stall_s: float) -> dict[str, Any]:
-    """Return what the file system says of a file at present, among it its size and type."""
+    """Return what the file system knows of a file at present, such as its size and type."""
     if is_http(path):
         return _Http(path, stall_s).info()
     files, name = filesystem(path)
@@ -208,9 +208,9 @@ def file_info(path: str, stall_s: float) -> dict[str, Any]:
 
 
 def download(path: str, write: Callable[[bytes, int], None], retries: Retries) -> FileVersion:
-    """Hand a whole remote file to `write`, chunk by chunk with its position, and return its version.
+    """Pass a whole remote file to `write`, chunk by chunk with positions, and return its version.
 
-    After an error it goes on where it stopped, or from position 0 if the file is another by then.
+    After an error it resumes where it stopped, or from position 0 if the file has changed.
     """
     done, version = 0, None
 
@@ -219,16 +219,16 @@ def download(path: str, write: Callable[[bytes, int], None], retries: Retries) -
         write(chunk, done)
         done += len(chunk)
 
-    def go_on() -> FileVersion:
+    def resume() -> FileVersion:
         nonlocal done, version
         if (now := _version(path, retries.stall_s)) != version:
             done, version = 0, now
         _fetch(path, done, now.bytes - done, keep, retries.stall_s)
         if done != now.bytes:
-            raise OSError(f"{done} of {now.bytes} bytes came")
+            raise OSError(f"received {done} of {now.bytes} bytes")
         return now
 
-    return retried(go_on, shown(path), retries, progress=lambda: done)
+    return retried(resume, shown(path), retries, progress=lambda: done)
 
 
 def read_range(path: str, offset: int, length: int, retries: Retries) -> bytes:
@@ -244,7 +244,7 @@ def read_range(path: str, offset: int, length: int, retries: Retries) -> bytes:
 
 
 def _fetch(path: str, start: int, length: int, write: Callable[[bytes], None], stall_s: float) -> None:
-    """Hand the bytes [start, start + length) to `write` in order, fewer only where the file ends; no retries."""
+    """Pass the bytes [start, start + length) to `write` in order, fewer only at the file's end; no retries."""
     if length and is_http(path):
         _Http(path, stall_s).get(start, length, write)
         return
@@ -252,13 +252,13 @@ def _fetch(path: str, start: int, length: int, write: Callable[[bytes], None], s
     for begin in range(start, start + length, PIECE_BYTES):
         end = min(begin + PIECE_BYTES, start + length)
         try:
-            data = files.cat_file(name, start=begin, end=end)  # by name: s3fs has them in another place
-        except Exception as error:  # of whatever client; all but one are for `retried`
+            data = files.cat_file(name, start=begin, end=end)  # by keyword: s3fs orders them differently
+        except Exception as error:  # any client's; all but one are for `retried`
             if _status(error) == 416:  # past the end
                 return
             raise
         if len(data) > end - begin:
-            raise OSError(f"{len(data)} bytes came where {end - begin} were asked for")
+            raise OSError(f"received {len(data)} bytes, requested {end - begin}")
         write(data)
         if len(data) < end - begin:
             return
@@ -274,27 +274,26 @@ class _Http:
         self.timeout = aiohttp.ClientTimeout(sock_connect=stall_s, sock_read=stall_s)
 
     def info(self) -> dict[str, Any]:
-        return self._run(self._info)
-
-    def get(self, start: int, length: int, write: Callable[[bytes], None]) -> None:
-        self._run(self._get, start, length, write)
-
-    def _run(self, coroutine: Callable[..., Any], *arguments: Any) -> Any:
         from fsspec.asyn import sync
 
-        return sync(self.files.loop, coroutine, *arguments)
+        return sync(self.files.loop, self._info)
+
+    def get(self, start: int, length: int, write: Callable[[bytes], None]) -> None:
+        from fsspec.asyn import sync
+
+        sync(self.files.loop, self._get, start, length, write)
 
     async def _info(self) -> dict[str, Any]:
-        def told_by(response: "ClientResponse") -> dict[str, Any]:
+        def described_by(response: "ClientResponse") -> dict[str, Any]:
             if response.status != 416:  # 416: the file is empty
                 response.raise_for_status()
             return {**response.headers, "type": "file", "size": _content_range(response)[1]}
 
         async with await self._send("HEAD") as response:
             if response.status not in (403, 405, 501) and response.content_length is not None:
-                return told_by(response)
-        async with await self._send("GET", Range="bytes=0-0") as response:  # a URL signed for GET, or no HEAD there
-            return told_by(response)
+                return described_by(response)
+        async with await self._send("GET", Range="bytes=0-0") as response:  # signed for GET only, or no HEAD there
+            return described_by(response)
 
     async def _get(self, start: int, length: int, write: Callable[[bytes], None]) -> None:
         async with await self._send("GET", Range=f"bytes={start}-{start + length - 1}") as response:
@@ -303,10 +302,10 @@ class _Http:
             response.raise_for_status()
             begin, total = _content_range(response)
             if response.status != 206 and start:
-                warn_once(f"{response.url.host} ignores Range: each read fetches a file from its start; use a cache")
+                warn_once(f"{response.url.host} ignores Range: each read fetches the file from its start; use a cache")
             skip, left = start - begin, length
             if skip < 0:
-                raise OSError(f"bytes from {begin} came where {start} was asked for")
+                raise OSError(f"received bytes from {begin} on, requested {start}")
             async for chunk in response.content.iter_chunked(1 << 20):
                 wanted = chunk[skip : skip + left]
                 skip = max(skip - len(chunk), 0)
@@ -316,10 +315,10 @@ class _Http:
                 if not left:
                     break
             if total is not None and (missing := left - max(start + length - max(total, start), 0)) > 0:
-                raise OSError(f"the answer ends {missing} bytes short")
+                raise OSError(f"the answer is {missing} bytes short")
 
     async def _send(self, method: str, **headers: str) -> "ClientResponse":
-        """Ask for bytes as they are stored, not compressed for the way."""
+        """Request bytes as stored, without compression in transit."""
         options = {"timeout": self.timeout, "allow_redirects": True, "auto_decompress": False, **self.files.kwargs}
         headers = {**options.pop("headers", {}), "Accept-Encoding": "identity", **headers}
         session = await self.files.set_session()
@@ -327,10 +326,10 @@ class _Http:
 
 
 def _content_range(response: "ClientResponse") -> tuple[int, int | None]:
-    """Return the position in the file of an answer's first byte, and the file's size where it is told."""
+    """Return the position in the file of an answer's first byte, and the file's size if known."""
     if response.status not in (206, 416):
         return 0, response.content_length
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
     if match is None:
-        raise OSError("a part came that does not say which one it is")
+        raise OSError("the answer does not say which part of the file it is")
     return int(match[1] or 0), None if match[2] == "*" else int(match[2])

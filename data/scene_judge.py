@@ -56,12 +56,12 @@ def judge(picture: np.ndarray) -> tuple[Shape, ...]:
 
 
 def score(picture: np.ndarray, scene: tuple[Shape, ...]) -> Verdict:
-    """Compare what the judge sees in `picture` with what was asked for."""
+    """Compare the shapes that the judge sees in `picture` with those of `scene`."""
     return compare(judge(picture), scene)
 
 
 def compare(found: tuple[Shape, ...] | None, wanted: tuple[Shape, ...]) -> Verdict:
-    """Compare two scenes as sets, under the pairing of their shapes that agrees most; size is not compared."""
+    """Compare two scenes as sets, with their shapes paired so that most agrees; sizes are not compared."""
     if found is None or len(found) != len(wanted):
         return Verdict(False, False, False)
     verdicts = [
@@ -105,7 +105,7 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 def _identify(alpha: np.ndarray, colour: str) -> Shape:
     """Name the shape whose template of the same area and centre of mass overlaps `alpha` [H, W] best.
 
-    Each template is tried sharp and blurred, so that a soft picture loses no corners to the circle.
+    Each template is tried sharp and blurred, so that blurred corners are not taken for a circle's edge.
     """
     unit = CANVAS / len(alpha)
     ticks = (np.arange(len(alpha)) + 0.5) * unit

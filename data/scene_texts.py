@@ -1,10 +1,8 @@
 """Text-only documents in the words of the captions: short paragraphs about shapes, colours and places.
 
-They describe only scenes that training may show, and no sentence repeats a caption's wording, so that nothing held out
-by `data.scenes` leaks through text. Like the pictures, each is a pure function of (seed, index).
+They describe only scenes that training may show, and no sentence repeats a caption's wording, so that nothing that
+`data.scenes` holds out leaks through text. Like the pictures, each is a pure function of (seed, index).
 """
-
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -80,21 +78,16 @@ def text_document(splits: Splits, stream: int, index: int) -> str:
 def text_documents(splits: Splits, num_training: int, num_held_out: int) -> tuple[list[str], list[str]]:
     """Return (training, held-out) documents; no held-out one occurs in training."""
     training = [text_document(splits, 0, index) for index in range(num_training)]
-    seen, held_out = set(training), []
-    for document in _stream(splits, 1):
-        if len(held_out) == num_held_out:
-            return training, held_out
+    seen = set(training)
+    held_out: list[str] = []
+    index = 0
+    while len(held_out) < num_held_out:
+        document = text_document(splits, 1, index)
+        index += 1
         if document not in seen:
             seen.add(document)
             held_out.append(document)
-    raise AssertionError("the stream has no end")
-
-
-def _stream(splits: Splits, stream: int) -> Iterator[str]:
-    index = 0
-    while True:
-        yield text_document(splits, stream, index)
-        index += 1
+    return training, held_out
 
 
 def _some(rng: np.random.Generator, sentences: tuple[str, ...], number: int) -> list[str]:
@@ -102,7 +95,7 @@ def _some(rng: np.random.Generator, sentences: tuple[str, ...], number: int) -> 
 
 
 def _words(subject: Shape, rng: np.random.Generator) -> dict[str, str]:
-    """Return the words for the subject's own attributes, and others that it does not have."""
+    """Return words for the subject's attributes, and for others that it does not have."""
 
     def other(values: tuple[str, ...], own: str) -> str:
         return str(rng.choice([value for value in values if value != own]))

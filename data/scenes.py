@@ -1,13 +1,11 @@
-"""The embedded data set: drawn scenes with captions, and the judge that reads a picture back.
+"""The embedded data set: drawn scenes with captions, and which of them are held out.
 
 A scene is one or two shapes on a light ground. Everything is a pure function of (seed, index), so a data set is
-remade rather than shipped. The captions' grammar is one table that writes and reads: `parse_caption` accepts exactly
-what `caption` can say. The judge knows nothing of what was asked for; it segments by hue, takes area and centre of
-each blob and compares it with the three shapes of that area. Rejected: a learnt classifier as judge, which would be
-lenient in ways nobody can state.
+regenerated rather than shipped. One table of wordings both writes and parses captions: `parse_caption` accepts exactly
+what `caption` can write. data/scene_judge.py reads pictures back.
 
-Lengths are in canvas units: the picture is 32 wide whatever its resolution. A corner shape stays inside its quadrant,
-so two shapes in different corners never touch.
+Lengths are in canvas units: a picture is 32 wide whatever its resolution. A corner shape stays inside its quadrant, so
+two shapes in different corners never touch.
 """
 
 import hashlib
@@ -66,7 +64,7 @@ PAIR_WORDINGS = (
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """One shape of a scene; on its own it is also the *combination* of attributes that the splits speak of."""
+    """One shape of a scene, and the *combination* of attributes that splits are made of."""
 
     shape: str
     colour: str
@@ -75,7 +73,7 @@ class Shape:
 
     @property
     def combination(self) -> str:
-        """Name the combination, as the records do."""
+        """Name the combination, as in the records."""
         return f"{self.size} {self.colour} {self.shape} {self.position}"
 
 
@@ -93,7 +91,7 @@ class Example:
 
 
 def caption(shapes: tuple[Shape, ...], wording: int) -> str:
-    """Say `shapes` in one of WORDINGS (one shape) or PAIR_WORDINGS (two)."""
+    """Describe `shapes` in one of WORDINGS (one shape) or PAIR_WORDINGS (two)."""
     template = (WORDINGS, PAIR_WORDINGS)[len(shapes) - 1][wording]
     words = {
         f"{name}{i}": says[getattr(shape, attribute)]
@@ -104,11 +102,11 @@ def caption(shapes: tuple[Shape, ...], wording: int) -> str:
 
 
 def parse_caption(text: str) -> tuple[Shape, ...] | None:
-    """Read back what `caption` wrote; None for any other text. Case, spacing and a final full stop do not matter."""
+    """Parse what `caption` wrote; None for any other text. Case, spacing and a final full stop do not matter."""
     text = " ".join(text.lower().split()).removesuffix(".").rstrip()
     for pattern, placeholders in _GRAMMAR:
         if match := pattern.fullmatch(text):
-            values = [{}, {}]
+            values: list[dict[str, str]] = [{}, {}]
             for name, words in zip(placeholders, match.groups(), strict=True):
                 attribute, says = PHRASES[name[:-1]]
                 values[int(name[-1])][attribute] = next(value for value, said in says.items() if said == words)
@@ -133,7 +131,7 @@ class Splits:
     """What is trained and what is held out, for one seed.
 
     `held_out_wordings[combination]` are two wordings of a trained combination whose captions no training caption
-    repeats, not even as a part of itself.
+    contains.
     """
 
     seed: int
@@ -142,36 +140,37 @@ class Splits:
     held_out_wordings: dict[Shape, tuple[int, ...]] = field(repr=False)
 
     def trains(self, shapes: tuple[Shape, ...], wording: int) -> bool:
-        """Whether this scene with this wording may occur in training."""
+        """Return whether this scene with this wording may occur in training."""
         if any(shape not in self.held_out_wordings for shape in shapes) or self.holds_out_pair(shapes):
             return False
         said = caption(shapes, wording)
         return not any(caption((s,), w) in said for s in shapes for w in self.held_out_wordings[s])
 
     def holds_out_pair(self, shapes: tuple[Shape, ...]) -> bool:
-        """Whether these are two shapes that training never shows together: one pair in ten."""
+        """Return whether these are two shapes that training never shows together: one pair in ten."""
         return len(shapes) == 2 and _hash(self.seed, *sorted(shape.combination for shape in shapes)) % 10 == 0
 
 
 def make_splits(seed: int) -> Splits:
     """Hold out one in ten of shape x colour x position, in both sizes, and two wordings of each other combination.
 
-    Both sizes, because the judge does not compare them: in one size alone, a combination would be unseen in name only.
-    What is held out is spread evenly: no value of an attribute has more than its share, so each occurs in training.
+    Both sizes, because the judge does not compare them: held out in one size only, a combination would still be seen.
+    Held-out combinations are spread evenly: no attribute value has more than its share, so each occurs in training.
     """
     every = list(itertools.product(SHAPES, COLOURS, POSITIONS))
     number = len(every) // 10
-    held_out, taken = [], {}
+    held_out: list[tuple[str, str, str]] = []
+    taken: dict[str, int] = {}
     for values in sorted(every, key=lambda values: _hash(seed, *values)):
         shares = zip(values, (len(SHAPES), len(COLOURS), len(POSITIONS)), strict=True)
         if len(held_out) < number and all(taken.get(value, 0) < -(-number // share) for value, share in shares):
             held_out.append(values)
             taken.update({value: taken.get(value, 0) + 1 for value in values})
     trained = tuple(Shape(*values, size) for values in every if values not in held_out for size in SIZES)
-    wordings = {
-        shape: tuple(sorted(range(len(WORDINGS)), key=lambda w, s=shape: _hash(seed, s.combination, str(w)))[:2])
-        for shape in trained
-    }
+    wordings = {}
+    for shape in trained:
+        order = {wording: _hash(seed, shape.combination, str(wording)) for wording in range(len(WORDINGS))}
+        wordings[shape] = tuple(sorted(order, key=order.__getitem__)[:2])
     return Splits(seed, trained, tuple(sorted(Shape(*values, size) for values in held_out for size in SIZES)), wordings)
 
 
@@ -191,15 +190,16 @@ def held_out_examples(splits: Splits, resolution: int, num_two_shapes: int) -> I
     and `num_two_shapes` scenes of two trained combinations that training never shows together ("two_shapes").
     """
     rng = np.random.default_rng((splits.seed, 1))
-    asked = [("seen", (s,), w) for s, wordings in splits.held_out_wordings.items() for w in wordings]
-    asked += [("unseen", (s,), w) for s in splits.held_out for w in range(len(WORDINGS))]
-    pairs = {}
+    wanted: list[tuple[str, tuple[Shape, ...], int]] = []
+    wanted += [("seen", (s,), w) for s, wordings in splits.held_out_wordings.items() for w in wordings]
+    wanted += [("unseen", (s,), w) for s in splits.held_out for w in range(len(WORDINGS))]
+    pairs: dict[tuple[Shape, ...], tuple[Shape, Shape]] = {}
     while len(pairs) < num_two_shapes:
         pair = _random_pair(splits, rng)
         if splits.holds_out_pair(pair):
             pairs.setdefault(tuple(sorted(pair)), pair)
-    asked += [("two_shapes", pair, int(rng.integers(len(PAIR_WORDINGS)))) for pair in pairs.values()]
-    for split, shapes, wording in asked:
+    wanted += [("two_shapes", pair, int(rng.integers(len(PAIR_WORDINGS)))) for pair in pairs.values()]
+    for split, shapes, wording in wanted:
         yield split, Example(draw(shapes, rng, resolution), caption(shapes, wording), shapes, wording)
 
 
@@ -219,7 +219,7 @@ def _hash(seed: int, *parts: str) -> int:
 
 
 def draw(shapes: tuple[Shape, ...], rng: np.random.Generator, resolution: int) -> np.ndarray:
-    """Draw an anti-aliased picture, uint8 [H, W, 3]; `rng` jitters place, size, colour and ground."""
+    """Draw an anti-aliased picture, uint8 [H, W, 3]; `rng` jitters position, size, colour and ground."""
     picture = np.broadcast_to(rng.uniform(0.82, 0.96) + rng.uniform(-0.015, 0.015, 3), (resolution, resolution, 3))
     for shape in shapes:
         x, y = np.array(CENTRES[shape.position]) + rng.uniform(-0.6, 0.6, 2)

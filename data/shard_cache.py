@@ -1,6 +1,7 @@
-"""Whole copies of remote shards on a disk of the node, shared by its processes, within a limit.
+"""Whole copies of remote shards on a local disk, shared by the node's processes, within a size limit.
 
-Rejected: fsspec's caching file systems, which know no limit and no second process.
+data/durable.py is not used: a copy is a `.part` file under a lock, so that one process fetches it and the others wait.
+Rejected: fsspec's caching file systems, which know neither a limit nor other processes.
 """
 
 import errno
@@ -19,7 +20,7 @@ from data.remote import DiskError, FileVersion, Retries, download, is_remote
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Raise what the local disk says as DiskError."""
+    """Raise the local disk's errors as DiskError."""
     try:
         yield
     except OSError as error:
@@ -35,7 +36,7 @@ def write_at(descriptor: int, data: bytes, position: int) -> None:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[int]:
-    """Hold a file's lock against all other holders on the node, threads too; without `wait` raise OSError instead."""
+    """Hold a file's lock against all processes and threads of the node; without `wait` raise OSError if it is held."""
     with disk_errors():
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -44,13 +45,13 @@ def locked(path: Path, wait: bool = True) -> Iterator[int]:
         try:
             yield descriptor
         finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a child forked meanwhile has it open too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a forked child may have it open
     finally:
         os.close(descriptor)
 
 
 def unlink_if_free(path: Path, lock: Path) -> bool:
-    """Remove a file unless somebody holds its lock, and say whether it went."""
+    """Remove a file unless its lock is held, and return whether it was removed."""
     try:
         with locked(lock, wait=False):
             path.unlink(missing_ok=True)
@@ -61,8 +62,8 @@ def unlink_if_free(path: Path, lock: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    folder: str  # on a disk of the node; its processes and runs share it
-    max_gib: float  # of all copies in it, > 0; the longest unused make room for new ones
+    folder: str  # on a local disk, shared by the node's processes and runs
+    max_gib: float  # of all copies, > 0; the least recently used make room
 
     def __post_init__(self) -> None:
         if not self.folder or is_remote(self.folder):
@@ -72,11 +73,11 @@ class CacheConfig:
 
 
 class ShardCache:
-    """Whole copies of one folder's remote files, shared by all processes of a node; all folders' have one limit.
+    """Whole copies of one folder's remote files, shared by the node's processes; all folders share one limit.
 
-    `<home>/<name>` is a whole copy of the version noted in `.<name>.lock`; whoever fetches it holds that lock and
-    writes `.<name>.part`. Room is made under the folder's lock. Home folders bear a name of ours: nothing else in
-    `folder` is ever counted or removed.
+    `<home>/<name>` is a whole copy of the version noted in `.<name>.lock`; the fetching process holds that lock and
+    writes `.<name>.part`. Room is made under the folder's lock. Only home folders with our own prefix are ever counted
+    or emptied.
     """
 
     def __init__(self, config: CacheConfig, root: str):
@@ -84,11 +85,11 @@ class ShardCache:
         self.home = self.folder / f"transfusion-{hashlib.sha256(root.rstrip('/').encode()).hexdigest()[:16]}"
 
     def open(self, url: str, name: str, version: FileVersion, retries: Retries) -> tuple[int, FileVersion]:
-        """Return a descriptor of the file's copy, fetched if need be, and its version; raise DiskError for no room."""
+        """Return a descriptor of the file's copy, fetched if needed, and its version; raise DiskError if it fails."""
         copy, part = self.home / name, self.home / f".{name}.part"
         with disk_errors():
             self.home.mkdir(parents=True, exist_ok=True)
-        with locked(self.home / f".{name}.lock") as lock:  # others wait for the one that fetches
+        with locked(self.home / f".{name}.lock") as lock:  # others wait while one fetches
             with disk_errors(), suppress(FileNotFoundError):  # never fetched, or evicted
                 descriptor = os.open(copy, os.O_RDONLY)
                 if os.pread(lock, 1000, 0) == _note(version) and os.fstat(descriptor).st_size == version.bytes:
@@ -101,9 +102,9 @@ class ShardCache:
                 self._make_room(descriptor, version.bytes)
                 version = download(url, partial(write_at, descriptor), retries)
                 with disk_errors():
-                    os.ftruncate(descriptor, version.bytes)  # it may have changed since room was made
-                    os.fsync(descriptor)  # else a crash could leave a copy of zeros
-                    copy.unlink(missing_ok=True)  # before the note says of it what is true of the new one
+                    os.ftruncate(descriptor, version.bytes)  # the file may have changed since room was made
+                    os.fsync(descriptor)  # a crash could otherwise leave a copy of zeros
+                    copy.unlink(missing_ok=True)  # before the note describes the new one
                     os.ftruncate(lock, 0)
                     os.pwrite(lock, _note(version), 0)
                     touch(descriptor)
@@ -115,30 +116,30 @@ class ShardCache:
             return descriptor, version
 
     def _make_room(self, descriptor: int, size: int) -> None:
-        """Take the disk space of a new file, after evicting as many of the longest unused copies as it needs."""
+        """Allocate a new file's disk space, evicting as many of the least recently used copies as it needs."""
         with locked(self.folder / "transfusion.lock"), disk_errors():
             used, copies = self._usage()
             while True:
                 try:
                     if used + size > self.max_bytes:
-                        raise OSError(errno.ENOSPC, f"files being fetched hold {used} of its {self.max_bytes} bytes")
+                        raise OSError(errno.ENOSPC, f"downloads hold {used} of its {self.max_bytes} bytes")
                     if size:
                         os.posix_fallocate(descriptor, 0, size)
                     return
-                except OSError as error:  # ours, or the disk's that others fill as well
+                except OSError as error:  # our limit, or a disk that others fill as well
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not copies:
                         raise
                 _, freed, path = copies.pop()
-                path.unlink(missing_ok=True)  # who has it open can read on
+                path.unlink(missing_ok=True)  # processes that have it open keep reading
                 used -= freed
 
     def _usage(self) -> tuple[int, list[tuple[int, int, Path]]]:
-        """Return the bytes in use, and (last use, bytes, path) of copies, latest first; dead processes' parts go."""
+        """Return the bytes in use, and (last use, bytes, path) of copies, latest first; sweep dead downloads."""
         used, copies = 0, []
         for path in self.folder.glob("transfusion-*/*"):
             if path.suffix == ".lock" and path.name.startswith("."):
                 continue
-            with suppress(FileNotFoundError):  # another process fails or finishes meanwhile
+            with suppress(FileNotFoundError):  # another process may remove or rename it
                 stat = path.stat()
                 if not path.name.startswith("."):
                     copies.append((stat.st_mtime_ns, stat.st_size, path))
@@ -153,6 +154,6 @@ def _note(version: FileVersion) -> bytes:
 
 
 def touch(descriptor: int) -> None:
-    """Note now as a copy's last use; the kernel's own time of now is 4 ms coarse."""
+    """Set a copy's last use to now; the kernel's own clock for it has a resolution of 4 ms."""
     now = time.time_ns()
     os.utime(descriptor, ns=(now, now))

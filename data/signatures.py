@@ -1,14 +1,14 @@
-"""What a file is whose name promises something else, told by its first bytes: for messages, never to read it by."""
+"""What a file is by its first bytes, if its name promises something else: only for messages."""
 
 import re
 
-HEAD_BYTES = 512  # that tell
+HEAD_BYTES = 512  # enough to tell
 LFS_POINTER = "a Git LFS pointer: fetch the file itself with `git lfs pull`"
 
-_SIGNATURES = (  # of the first bytes, and what has them
+_SIGNATURES = (  # (first bytes, what has them)
     (rb"version https://git-lfs", LFS_POINTER),
-    (rb"(?i)\s*<(?:!doctype html|html|head)", "an HTML page: what a server says in place of the file"),
-    (rb"\s*<\?xml|\s*<Error>", "an XML page: what an object store says in place of the file"),
+    (rb"(?i)\s*<(?:!doctype html|html|head)", "an HTML page, sent by a server in place of the file"),
+    (rb"\s*<\?xml|\s*<Error>", "an XML page, sent by an object store in place of the file"),
     (rb"\x1f\x8b", "gzip"),
     (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd"),
     (rb"BZh[1-9]1AY&SY", "bzip2"),
@@ -22,7 +22,7 @@ _SIGNATURES = (  # of the first bytes, and what has them
 
 
 def looks_like(head: bytes) -> str | None:
-    """Return in words what a file is that begins with `head`, None for what has no known signature."""
+    """Describe a file that begins with `head`, None without a known signature."""
     if not head:
         return "an empty file"
     if not head.strip(b"\0"):

@@ -1,7 +1,7 @@
 """Where bytes come from: local files or URLs.
 
-Names are strings, for a URL is no path. `expand` finds files, `local_copy` fetches one to read from its start to its
-end, a `Store` reads spans of a data set's files in any order. What the bytes mean is data/shards' affair.
+`local_copy` fetches a file to be read from start to end, a `Store` reads spans of a data set's files in any order. What
+the bytes mean is decided in data/shards.py.
 """
 
 import fcntl
@@ -41,18 +41,18 @@ from data.remote import (
 )
 from data.shard_cache import CacheConfig, ShardCache, disk_errors, touch, unlink_if_free, write_at
 
-Location = Annotated[str, "path"]  # of a file or folder, or its URL; train/config_layers.py expands ~ and $NAME in it
+Location = Annotated[str, "path"]  # a file, a folder or a URL; train/config_layers.py expands ~ and $NAME
 OPEN_FILES = 64  # descriptors a store keeps
 READERS = 16  # threads that read ahead, for all stores of a process
-CACHE_PAUSE_S = 600  # without the cache, once its disk has failed
+CACHE_PAUSE_S = 600  # how long the cache is left alone after its disk failed
 COPY_PREFIX = "transfusion-copy~"  # of local_copy's files: PREFIX host ~ pid ~ random ~ name
 
 
 @contextmanager
 def local_copy(path: str, folder: Path | None = None, retries: Retries = RETRIES) -> Iterator[Path]:
-    """Give a local file as it is, a remote one as a copy in `folder` (default: the temporary one) while in use.
+    """Yield a local file's own path, or that of a remote file's temporary copy in `folder` (default: the system's).
 
-    The copy's name ends as the file's. Raises OSError for a file that cannot be had whole.
+    The copy's name ends like the file's. Raises OSError unless the file can be fetched whole.
     """
     if not is_remote(path):
         yield Path(local_name(path))
@@ -63,8 +63,8 @@ def local_copy(path: str, folder: Path | None = None, retries: Retries = RETRIES
     copy = folder / f"{COPY_PREFIX}{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}~{name}"
     descriptor = os.open(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with suppress(OSError):  # a disk without locks: then nobody sweeps there
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held as long as somebody uses the copy
+        with suppress(OSError):  # a disk without locks, where copies are not swept either
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while the copy is used
         download(path, partial(write_at, descriptor), retries)
         yield copy
     finally:
@@ -74,18 +74,18 @@ def local_copy(path: str, folder: Path | None = None, retries: Retries = RETRIES
 
 @lru_cache(64)
 def _sweep_copies(folder: Path) -> None:
-    """Remove, once a process, the copies that killed processes of this host left in a folder."""
+    """Remove, once per process, copies that killed processes of this host left in a folder."""
     for path in folder.glob(f"{COPY_PREFIX}{socket.gethostname()}~*"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > 60:  # a younger one's owner may be about to lock it
+            if time.time() - path.stat().st_mtime > 60:  # its owner may be about to lock a younger one
                 unlink_if_free(path, path)
 
 
 class Store:
     """The files of one data set's folder, local or remote; remote ones through a cache if one is given.
 
-    Threads may share it, and a fork may come at any time. Only files directly in the folder: a name with a slash or a
-    leading dot is a ValueError. Reading raises OSError; after one `forget` lets the next read start afresh.
+    Safe to share between threads and to fork at any time. Only files directly in the folder: a name with a slash or a
+    leading dot is a ValueError. Reading raises OSError; `forget` then makes the next read start afresh.
     """
 
     def __init__(self, root: str, *, cache: CacheConfig | None = None, retries: Retries = RETRIES, max_ahead: int = 64):
@@ -93,29 +93,29 @@ class Store:
         self.root = root if self.is_remote else local_name(root)
         self._retries, self._max_ahead = retries, max_ahead
         self._cache = ShardCache(cache, root) if cache is not None and self.is_remote else None
-        self._dropped: set[str] = set()  # names, see `drop_copy`
-        self._cache_from = 0.0  # monotonic time before which the cache rests
+        self._dropped: set[str] = set()  # see `drop_copy`
+        self._cache_from = 0.0  # monotonic time before which the cache is not used
         self._versions: dict[str, FileVersion] = {}  # of remote files, as they were when first read
         self._files: dict[str, _File] = {}
         self._clock = itertools.count()
-        self._touched = 0  # the clock when the cache was last told which copies are in use
+        self._touched = 0  # the clock when copies in use were last marked so
         self._process = _Process()
         if self.is_remote:
-            filesystem(root)  # an unknown scheme or a missing package is refused now
+            filesystem(root)  # refuses an unknown scheme or a missing package now
 
     def path(self, name: str) -> str:
-        """Return where a file is, for messages: without a URL's secrets."""
+        """Return a file's path or URL for messages, without a URL's secrets."""
         return shown(self._url(name))
 
     def size(self, name: str) -> int | None:
-        """Return a file's present size in bytes, None where there is none."""
+        """Return a file's present size in bytes, None if there is no such file."""
         try:
             return file_version(self._url(name), self._retries).bytes
         except FileNotFoundError:
             return None
 
     def read_all(self, name: str) -> bytes:
-        """Return a small file's contents, past the cache."""
+        """Return a small file's contents, bypassing the cache."""
         if not self.is_remote:
             return Path(self._url(name)).read_bytes()
         data = bytearray()
@@ -127,21 +127,22 @@ class Store:
         return bytes(data)
 
     def read(self, name: str, offset: int, length: int) -> bytes:
-        """Return `length` bytes at `offset`, fewer only where the file ends, as os.pread does."""
-        file = self._files.get(name)  # no lock: this is every record's way
+        """Return `length` bytes at `offset`, fewer only at the file's end, as os.pread does."""
+        file = self._files.get(name)  # without a lock: this happens for every record
         if file is None and (file := self._open(name)) is None:
             return self._read_remote(name, offset, length)
         file.used = next(self._clock)
         return os.pread(file.descriptor, length, offset)
 
     def prefetch(self, name: str, offset: int, length: int) -> None:
-        """Begin to fetch what `read` will be asked for with the same arguments; a hint that never fails or waits."""
+        """Start fetching what `read` will return for the same arguments; a hint that never fails or waits."""
         if (file := self._files.get(name)) is not None:
             with suppress(OSError, AttributeError):  # AttributeError: not on macOS
                 os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
         elif self.is_remote and self._cache is None:
-            once = replace(self._retries, attempts=1)  # the reader will try harder
-            process, future = self._of_process(), Future()
+            once = replace(self._retries, attempts=1)  # `read` will retry
+            process = self._of_process()
+            future: Future[bytes] = Future()
             with process.lock:
                 if (name, offset, length) in process.ahead:
                     return
@@ -151,9 +152,9 @@ class Store:
             _readers(process.pid).put((future, lambda: read_range(self._url(name), offset, length, once)))
 
     def drop_copy(self, name: str) -> bool:
-        """Remove the cached copy of a file whose contents are wrong; say whether there was one to remove.
+        """Remove the cached copy of a file whose contents are wrong; return whether there was one.
 
-        Once for each file and process: a file that is wrong at its source would be fetched for each of its records.
+        Only once per file and process: a file that is wrong at its source would be fetched again for every record.
         """
         if self._cache is None or name in self._dropped:
             return False
@@ -166,7 +167,7 @@ class Store:
         return False
 
     def forget(self) -> None:
-        """Drop open files, sizes and what was read ahead; reads that are under way are not disturbed."""
+        """Drop open files, versions and what was read ahead, without disturbing reads in progress."""
         process = self._of_process()
         with process.lock:
             self._files.clear()
@@ -184,7 +185,7 @@ class Store:
         return f"{folder}{quote(name) if is_http(folder) else name}{mark}{query}"
 
     def _of_process(self) -> "_Process":
-        if self._process.pid != os.getpid():  # forked: the lock may be held, the readers are gone
+        if self._process.pid != os.getpid():  # after a fork: the lock may be held, and the reader threads are gone
             self._process = _Process()
         return self._process
 
@@ -192,16 +193,15 @@ class Store:
         process = self._of_process()
         with process.lock:
             future = process.ahead.pop((name, offset, length), None)
-        if future is not None and not future.cancel():  # cancelled: nobody has begun, so this thread can as well
+        if future is not None and not future.cancel():  # if cancelled, no reader had begun it: read here
             with suppress(OSError, CancelledError):
                 return future.result()
         return read_range(self._url(name), offset, length, self._retries)
 
     def _open(self, name: str) -> "_File | None":
-        """Open a file or its cached copy; None where it is to be read from its source."""
-        if not self.is_remote:
-            descriptor = os.open(self._url(name), os.O_RDONLY)
-        elif self._cache is None or (descriptor := self._open_copy(name)) is None:
+        """Open a file or its cached copy; None if it must be read from its source."""
+        descriptor = self._open_copy(name) if self.is_remote else os.open(self._url(name), os.O_RDONLY)
+        if descriptor is None:
             return None
         with self._of_process().lock:
             while len(self._files) >= OPEN_FILES:
@@ -209,7 +209,7 @@ class Store:
             return self._files.setdefault(name, _File(descriptor, next(self._clock)))
 
     def _open_copy(self, name: str) -> int | None:
-        if time.monotonic() < self._cache_from:
+        if self._cache is None or time.monotonic() < self._cache_from:
             return None
         url = self._url(name)
         if (version := self._versions.get(name)) is None:
@@ -226,7 +226,7 @@ class Store:
             return None
 
     def _tend_copies(self) -> None:
-        """Mark open copies as used, and close evicted ones: their disk space is free only then."""
+        """Mark open copies as used, and close evicted ones, which frees their disk space."""
         with self._of_process().lock, disk_errors():
             for name, file in sorted(self._files.items(), key=lambda item: item[1].used):
                 if os.fstat(file.descriptor).st_nlink == 0:
@@ -238,7 +238,7 @@ class Store:
 
 @dataclass
 class _Process:
-    """What a store may use only in the process that made it."""
+    """What a store may use only in the process that created it."""
 
     pid: int = field(default_factory=os.getpid)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -246,7 +246,7 @@ class _Process:
 
 
 class _File:
-    """An open file; closed when its last user lets go, so that no thread reads from a number that was given away."""
+    """An open file, closed with its last reference, so that no thread reads from a descriptor that was reused."""
 
     __slots__ = ("descriptor", "used")
 
@@ -259,7 +259,7 @@ class _File:
 
 @lru_cache(1)
 def _readers(pid: int) -> SimpleQueue:
-    """Start this process's threads that read ahead; daemons, for no exit should wait for what nobody will use."""
+    """Start this process's threads that read ahead; daemons, so that an exit does not wait for unused reads."""
     tasks: SimpleQueue = SimpleQueue()
 
     def work() -> None:
@@ -268,7 +268,7 @@ def _readers(pid: int) -> SimpleQueue:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(action())
-                except Exception as error:  # raised again by result(), in the thread that wants the bytes
+                except Exception as error:  # result() raises it in the thread that wants the bytes
                     future.set_exception(error)
 
     for _ in range(READERS):

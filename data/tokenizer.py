@@ -1,8 +1,7 @@
 """SentencePiece: train, load, encode, decode; the special ids; the hash that ties shards to a tokenizer.
 
-`<boi>` and `<eoi>` are control pieces, so that no text can spell them; where a foreign model has them as symbols of
-its text they are made so on loading, under the same ids. One without them (Llama's) gets them appended after its own
-vocabulary.
+`<boi>` and `<eoi>` are control pieces, so that no text can spell them. Loading converts those of a foreign
+model that has them as text pieces, keeping their ids, and appends them to a vocabulary without them (Llama's).
 """
 
 import hashlib
@@ -25,7 +24,7 @@ class SpecialIds:
     eos: int
     boi: int
     eoi: int
-    pad: int  # fills image slots and padding; its embedding is never read
+    pad: int  # fills image slots and padding; its embedding is never used
 
 
 class Tokenizer:
@@ -47,7 +46,7 @@ class Tokenizer:
         if self.unknown not in (boi, eoi) and not all(map(self._processor.is_control, (boi, eoi))):
             model = _with_control(model, (boi, eoi))
             self._processor.LoadFromSerializedProto(model)
-        self.model = model  # as it is used
+        self.model = model  # as used, control pieces included
         if self.unknown in (boi, eoi):
             boi, eoi, size = size, size + 1, size + 2
         self.vocab_size = size
@@ -63,26 +62,26 @@ class Tokenizer:
         return np.array(self._processor.encode(text), dtype=np.int64)
 
     def piece(self, token_id: int) -> str:
-        """Return how the model's vocabulary spells an id."""
+        """Return the vocabulary's piece for an id."""
         return self._processor.id_to_piece(token_id)
 
     def unknown_in(self, text: str) -> list[str]:
-        """Return the parts of a text that no piece stands for, in order: the model cannot tell one from another."""
+        """Return the parts of a text, in order, that no piece covers: the model cannot tell them apart."""
         pieces = zip(self._processor.encode(text), self._processor.encode(text, out_type=str), strict=True)
         return [piece for token_id, piece in pieces if token_id == self.unknown]
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Return the text of ids; special and appended ids are left out."""
+        """Return the text of ids, leaving out special and appended ids."""
         pieces = self._processor.get_piece_size()
         ids = [int(i) for i in token_ids if int(i) < pieces and not self._processor.is_control(int(i))]
         return self._processor.decode(ids)
 
 
 def _with_control(model: bytes, ids: Iterable[int]) -> bytes:
-    """Return a SentencePiece model with these pieces out of any text's reach."""
-    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which hardly any model does
+    """Return a SentencePiece model with these pieces made control pieces, which no text can spell."""
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, so only where it must
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
     for i in ids:
         proto.pieces[i].type = proto.SentencePiece.CONTROL
     return proto.SerializeToString()
@@ -91,7 +90,7 @@ def _with_control(model: bytes, ids: Iterable[int]) -> bytes:
 def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
     """Train a BPE model with byte fallback; raise ValueError when the texts cannot fill `vocab_size`.
 
-    Text decodes to what was encoded: no normalisation, and line breaks and runs of spaces stay.
+    Text decodes to exactly what was encoded: no normalisation; line breaks and runs of spaces are kept.
     """
     model = io.BytesIO()
     try:

@@ -1,7 +1,7 @@
-"""A watch over reads: says which one has not come back, while it has not.
+"""A watch over reads: logs the one that has not returned, while it has not.
 
-A read that hangs in a network file system cannot be interrupted; what can be done is to name it, so that nobody has
-to guess why a run of hundreds of ranks stands still.
+A read that hangs in a network file system cannot be interrupted, but it can be named, so that it is clear why a run of
+hundreds of ranks stands still.
 """
 
 import logging

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.documents import Document, ImageSegment, TextSegment
-from data.largest_batch import fullest_batches
+from data.largest_batch import largest_batches
 from data.packing import PADDING_DOCUMENT, ImageDraws, PackedBatch, PackedSequence, collate, lay_out, pack
 from data.tokenizer import SpecialIds
 
@@ -34,7 +34,7 @@ def random_row(rng: np.random.Generator, length: int, grids: list[tuple[int, int
 @pytest.mark.parametrize("grids", [GRIDS[:1], GRIDS])
 @pytest.mark.parametrize(("rows", "length"), [(1, 64), (3, 96), (5, 257)])
 def test_no_batch_of_the_data_needs_more_latent_cells(rows: int, length: int, grids: list[tuple[int, int]]) -> None:
-    pictures, text = fullest_batches(rows, length, grids, 2, 2, SPECIAL)
+    pictures, text = largest_batches(rows, length, grids, 2, 2, SPECIAL)
     rng = np.random.default_rng(0)
     for _ in range(40):
         filled = [random_row(rng, length, grids) for _ in range(rows)]
@@ -53,5 +53,5 @@ def test_no_batch_of_the_data_needs_more_latent_cells(rows: int, length: int, gr
 
 
 def test_a_text_data_set_has_one_candidate_and_so_has_one_whose_images_do_not_fit() -> None:
-    assert len(fullest_batches(2, 32, [], 2, 2, SPECIAL)) == 1
-    assert len(fullest_batches(2, 32, [(16, 16)], 2, 2, SPECIAL)) == 1
+    assert len(largest_batches(2, 32, [], 2, 2, SPECIAL)) == 1
+    assert len(largest_batches(2, 32, [(16, 16)], 2, 2, SPECIAL)) == 1

@@ -260,7 +260,7 @@ def test_what_else_lies_in_a_folder_is_named(tmp_path: Path, caplog: pytest.LogC
         assert expand([name], TAR) == found
         (message,) = caplog.messages
         if name == str(tmp_path):  # a glob leaves out hidden files itself
-            assert message == f"input {name}: 2 files are read; left out, as none of .tar: {others}"
+            assert message == f"input {name}: reading 2 files; left out, as none of .tar: {others}"
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "new\nline.md").touch()
     with pytest.raises(ValueError, match=r"no .tar files in .*sub'\], but 1 .md \(such as 'new\\nline.md'\)$"):
@@ -280,7 +280,7 @@ def test_files_that_may_not_be_read_are_refused_before_work() -> None:
             Path(name, file).touch(mode)
         os.seteuid(65534)
         try:
-            with pytest.raises(PermissionError, match=r"1 files may not be read, such as '.*b.tar'; allow it"):
+            with pytest.raises(PermissionError, match=r"1 files are not readable, such as '.*b.tar'; allow it"):
                 expand([name], TAR)
         finally:
             os.seteuid(0)
@@ -338,7 +338,7 @@ def test_inputs_that_are_no_files_are_refused(tmp_path: Path, memory, server: Se
         f"{server.url}/": "lists no files; name them, with braces",
         f"{server.url}/*.tar": "lists no files; name them, with braces",
         f"{tmp_path}/{{a": "braces do not match",
-        "simplecache::memory://x/*.md": "chain of URLs are not listed",
+        "simplecache::memory://x/*.md": "chain of URLs cannot be listed",
         "pipe:cat a.tar": "commands are not run",
         "pipe:curl http://h/a.tar": "commands are not run",
         "pipe::http://h/a.tar": "Protocol not known: pipe; expected a local path",
@@ -394,7 +394,7 @@ def test_a_server_without_head_tells_versions_too(server: Server) -> None:
     assert file_version(f"{server.url}/empty", SOON) == FileVersion(0, "")
     server.sized = False
     server.ranges = False
-    with pytest.raises(ValueError, match="size is not announced; copy it to a local folder"):
+    with pytest.raises(ValueError, match="server does not tell its size; copy it to a local folder"):
         file_version(f"{server.url}/a", SOON)
 
 

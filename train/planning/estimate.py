@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from data.dataset import DataSet
-from data.largest_batch import Grid, fullest_batches
+from data.largest_batch import Grid, largest_batches
 from data.packing import PackedBatch
 from data.tokenizer import SpecialIds
 from model.transfusion import Transfusion, TransfusionConfig
@@ -58,7 +58,7 @@ def largest_batches_of(config: PretrainConfig, world_size: int, grids: Sequence[
     """Return the largest micro-batches of a run with images of latent `grids`."""
     rows, _ = rows_per_rank(config, world_size)
     model = config.model
-    return fullest_batches(rows, config.data.sequence_length, grids, model.latent_channels, model.patch_size, ANY_IDS)
+    return largest_batches(rows, config.data.sequence_length, grids, model.latent_channels, model.patch_size, ANY_IDS)
 
 
 def rehearse_largest(
