@@ -6,11 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import fsspec
 import pytest
 import torch
+from fsspec import AbstractFileSystem
 
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.vae import VaeConfig, build_vae
+from tests.servers import Server, serving
 from tests.sources import make_source, pairs, texts
 
 if TYPE_CHECKING:
@@ -27,6 +30,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A web server of this machine, for files given as bytes."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def memory() -> Iterator[AbstractFileSystem]:
+    """An object store in this process's memory."""
+    files = fsspec.filesystem("memory")
+    yield files
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,9 @@
 """Training data that lies elsewhere: the same batches as from a disk, whatever the server does; what hangs is named."""
 
-import http.server
 import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -14,61 +12,10 @@ import pytest
 from data.dataset import DataConfig, open_data
 from data.lanes import Lane
 from data.tokenizer import Tokenizer
+from tests.servers import Server
 from tests.sources import data_config, interleaved, make_source, pairs, texts
 from tests.test_lanes import as_bytes
 from tests.test_loader import run
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """A web server of one folder with Range requests, that counts them, fails and stalls as told."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.requests, self.fail_every, self.stall_s = folder, [], 0, 0.0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        server = self.server
-        server.requests.append(f"{self.command} {self.path}")
-        if self.path.endswith(".tar"):
-            time.sleep(server.stall_s)
-        path = server.folder / self.path.lstrip("/")
-        if server.fail_every and len(server.requests) % server.fail_every == 0:
-            self._answer(503, b"")
-        elif not path.is_file():
-            self._answer(404, b"")
-        elif (asked := self.headers.get("Range")) is not None:
-            data = path.read_bytes()
-            first, _, last = asked.removeprefix("bytes=").partition("-")
-            part = data[int(first) : int(last or len(data)) + 1]
-            self._answer(206, part, f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
-        else:
-            self._answer(200, path.read_bytes())
-
-    do_HEAD = do_GET
-
-    def _answer(self, status: int, body: bytes, content_range: str = "") -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", '"1"')
-        if content_range:
-            self.send_header("Content-Range", content_range)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -78,10 +25,14 @@ def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
 
 
 @pytest.fixture
-def server(folder: Path) -> Iterator[Server]:
-    server = Server(folder)
-    yield server
-    server.shutdown()
+def server(server: Server, folder: Path) -> Server:
+    server.files = {f"/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    server.etags = dict.fromkeys(server.files, '"1"')
+    return server
+
+
+def shards_fetched(server: Server) -> list[str]:
+    return sorted(path for method, path, _ in server.requests if method == "GET" and path.endswith(".tar"))
 
 
 def config_of(tokenizer: Tokenizer, path: str | Path, **changes: object) -> DataConfig:
@@ -113,12 +64,11 @@ def test_a_cache_asks_for_each_shard_once(tmp_path: Path, server: Server, tokeni
     config = config_of(tokenizer, server.url, cache_dir=str(tmp_path / "cache"), cache_gib=1.0)
     for _ in range(2):
         run(config, 12, world_size=2)
-    gets = [request for request in server.requests if request.startswith("GET") and request.endswith(".tar")]
-    assert sorted(gets) == [f"GET /0000{i}.tar" for i in range(3)]
+    assert shards_fetched(server) == [f"/0000{i}.tar" for i in range(3)]
 
 
 def test_a_copy_that_was_damaged_on_its_way_is_fetched_again(
-    tmp_path: Path, folder: Path, server: Server, tokenizer: Tokenizer
+    tmp_path: Path, server: Server, tokenizer: Tokenizer
 ) -> None:
     """Of the right length and version, and yet not the shard: checksums tell, and nothing is skipped."""
     config = config_of(tokenizer, server.url, cache_dir=str(tmp_path / "cache"), cache_gib=1.0)
@@ -129,16 +79,15 @@ def test_a_copy_that_was_damaged_on_its_way_is_fetched_again(
         copy.write_bytes(data)
     server.requests.clear()
     assert run(config, 4) == expected
-    gets = [request for request in server.requests if request.startswith("GET") and request.endswith(".tar")]
-    assert 1 <= len(gets) == len(set(gets)) <= 3
-    damaged = bytearray((folder / "00001.tar").read_bytes())
+    assert 1 <= len(shards_fetched(server)) == len(set(shards_fetched(server))) <= 3
+    damaged = bytearray(server.files["/00001.tar"])
     damaged[::700] = bytes(len(damaged[::700]))
-    (folder / "00001.tar").write_bytes(damaged)
+    server.files["/00001.tar"] = bytes(damaged)
     shutil.rmtree(tmp_path / "cache")
     server.requests.clear()
     _, states = run(config, 4)
     assert any(state.skipped for state in states[-1].values())
-    assert server.requests.count("GET /00001.tar") <= 2  # not once a record
+    assert shards_fetched(server).count("/00001.tar") <= 2  # not once a record
 
 
 def test_errors_that_pass_are_tried_again_and_nothing_is_skipped(
@@ -151,12 +100,12 @@ def test_errors_that_pass_are_tried_again_and_nothing_is_skipped(
     assert "503" in caplog.text and "attempt 2 in" in caplog.text
 
 
-def test_a_shard_that_vanishes_is_skipped_and_counted(folder: Path, server: Server, tokenizer: Tokenizer) -> None:
+def test_a_shard_that_vanishes_is_skipped_and_counted(server: Server, tokenizer: Tokenizer) -> None:
     """P7: a missing file is no matter of trying again; a resume skips the same."""
     data = open_data(config_of(tokenizer, server.url), 0, 2)
     lanes = [Lane(number, data.sources, data.settings) for number in range(4)]
     rows = [lane.next_row() for lane in lanes]
-    shutil.move(folder / "00001.tar", folder / "gone")
+    del server.files["/00001.tar"]
     start = time.monotonic()
     rows = [lane.next_row() for _ in range(10) for lane in lanes]
     assert time.monotonic() - start < 20 and None not in rows
@@ -177,13 +126,12 @@ def test_a_read_that_takes_too_long_is_named_while_it_takes(
     """Lane, shard, record and byte; then again after twice the time."""
     data = open_data(config_of(tokenizer, server.url, read_warning_s=0.2), 0, 2)
     lane = Lane(3, data.sources, data.settings)
-    server.stall_s = 1.0
+    server.stalls.append(1.0)
     with caplog.at_level(logging.WARNING):
         thread = threading.Thread(target=lane.next_row, daemon=True)
         thread.start()
         time.sleep(0.9)
         words = [record.getMessage() for record in caplog.records]
-        server.stall_s = 0.0
         thread.join()
     assert len(words) >= 2 and all(w.startswith("lane 3: record ") and "no answer for" in w for w in words)
     offsets = {f"at byte {o}:" for shard in range(3) for o in data.sources[0].manifest.load_index(shard).spans[:, 0]}
