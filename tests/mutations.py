@@ -25,29 +25,9 @@ from PIL import Image
 
 BLOCK = 512
 HOSTILE_NAMES = [
-    *(
-        b"../x.txt",
-        b"/etc/x.txt",
-        b"a/../../x.txt",
-        b"..",
-        b"x\0y.txt",
-        b"\xff\xfe.txt",
-        b"\xed\xa0\x80.txt",
-        b"x\n.txt",
-    ),
-    *(
-        b"",
-        b".",
-        b"/",
-        b"//.x",
-        b".x",
-        b"a.",
-        b"__meta__/x.txt",
-        b"x.__key__",
-        b"\x1b[31m.txt",
-        b"C:\\x.txt",
-        b"x" * 100,
-    ),
+    *(b"../x.txt", b"/etc/x.txt", b"a/../../x.txt", b"..", b"x\0y.txt", b"\xff\xfe.txt", b"\xed\xa0\x80.txt"),
+    *(b"x\n.txt", b"", b".", b"/", b"//.x", b".x", b"a.", b"__meta__/x.txt", b"x.__key__", b"\x1b[31m.txt"),
+    *(b"C:\\x.txt", b"x" * 100),
 ]
 LONG_NAMES = [b"a/" * 32_000, b"/." * 32_000, b"." * 65_000, b"a" * 65_000, b"__" * 30_000 + b"a", b"\xff" * 60_000]
 HOSTILE_SIZES = [
@@ -117,9 +97,8 @@ class Shard:
 def header(name: bytes, size: int | bytes, kind: bytes = b"0", prefix: bytes = b"", link: bytes = b"") -> bytes:
     """Return a tar header of any fields, with the checksum that belongs to them."""
     size = b"%011o\0" % size if isinstance(size, int) else size
-    start = (
-        name[:100].ljust(100, b"\0") + b"0000444\0" + b"0000000\0" * 2 + size[:12].ljust(12, b"\0") + b"0" * 11 + b"\0"
-    )
+    start = name[:100].ljust(100, b"\0") + b"0000444\0" + b"0000000\0" * 2
+    start += size[:12].ljust(12, b"\0") + b"0" * 11 + b"\0"
     rest = kind + link[:100].ljust(100, b"\0") + b"ustar\x0000" + bytes(80) + prefix[:155].ljust(155, b"\0") + bytes(12)
     return start + b"%06o\0 " % (sum(start) + sum(rest) + 8 * ord(" ")) + rest
 
@@ -158,9 +137,8 @@ def flip(rng: random.Random, data: bytes) -> tuple[str, bytes, list[int]]:
 
 
 def cut(rng: random.Random, data: bytes) -> tuple[str, bytes]:
-    end = rng.choice(
-        [rng.randrange(len(data)), rng.randrange(len(data)), rng.randrange(len(data) // BLOCK + 1) * BLOCK]
-    )
+    ends = [rng.randrange(len(data)), rng.randrange(len(data)), rng.randrange(len(data) // BLOCK + 1) * BLOCK]
+    end = rng.choice(ends)
     return f"cut at {end} of {len(data)}", data[:end]
 
 
@@ -267,9 +245,8 @@ def odd_member(rng: random.Random, shard: Shard, _: Shard) -> Mutation:
             noise = bytearray(header(name, 0))
             noise[rng.randrange(BLOCK)] = rng.randrange(256)
             blocks = bytes(noise)
-    return Mutation(
-        f"{what} before member {place}", tar([*shard.parts[:place], blocks, *shard.parts[place:]]), touched, refused
-    )
+    data = tar([*shard.parts[:place], blocks, *shard.parts[place:]])
+    return Mutation(f"{what} before member {place}", data, touched, refused)
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -299,15 +276,8 @@ def hostile_array(rng: random.Random) -> tuple[str, bytes]:
         return npy_of(f"{{'descr': '{descr}', 'fortran_order': {order}, 'shape': {shape}, }}", bytes(64))
 
     shapes = ["(1000000000000,)", "(-1,)", "(-4, 4, 4)", "(4, 4)", "(99999999999999999999,)", "(1,)" * 3, "(4, -4, -4)"]
-    shapes += [
-        "(9223372036854775807, 2, 2)",
-        "(1, 1, 9999999999999)",
-        "()",
-        "(True,)",
-        "(1.5,)",
-        "None",
-        f"({'1,' * 60})",
-    ]
+    shapes += ["(9223372036854775807, 2, 2)", "(1, 1, 9999999999999)", "()", "(True,)", "(1.5,)", "None"]
+    shapes += [f"({'1,' * 60})"]
     texts = ["__import__('os').mkdir('marker')", "(" * 100, "-" * 9000 + "1", "{" * 100, "1\n  2", "'''", "{'descr': ("]
     compressed = io.BytesIO()
     np.savez_compressed(compressed, tokens=np.zeros(100_000, np.int32))
@@ -334,24 +304,13 @@ def hostile_contents(rng: random.Random, shard: Shard, _: Shard) -> Mutation:
     number, part = rng.choice([(i, p) for i, p in enumerate(shard.parts) if p.extension.endswith("npy")])
     whole = np.load(io.BytesIO(part.data))
     if whole.dtype == np.float16:
-        cases = [
-            (f"moments of {value}", _with(rng, whole, value)) for value in (np.nan, np.inf, -np.inf, -65504, 65504)
-        ]
+        values = (np.nan, np.inf, -np.inf, -65504, 65504)
+        cases = [(f"moments of {value}", _with(rng, whole, value)) for value in values]
         cases += [("odd channels", npy(whole[:-1])), ("more channels", npy(np.concatenate([whole, whole])))]
         cases += [("no cells", npy(whole[:, :0]))]
     elif part.extension == "segments.npy":
-        lists = [
-            [],
-            [0],
-            [-2],
-            [2**31 - 1],
-            [-(2**31)],
-            [-1] * 50,
-            [*whole, 1],
-            [*whole, -1],
-            [1] * (1 << 20),
-            whole + 1,
-        ]
+        lists = [[], [0], [-2], [2**31 - 1], [-(2**31)], [-1] * 50, [*whole, 1], [*whole, -1]]
+        lists += [[1] * (1 << 20), whole + 1]
         cases = [(f"segments {np.array(values)[:5].tolist()}", npy(np.array(values, np.int32))) for values in lists]
     else:
         ids = (2**31 - 1, -1, -(2**31), 100_000)
@@ -549,20 +508,11 @@ def hostile_picture(rng: random.Random) -> tuple[str, bytes]:
 
 
 def hostile_text(rng: random.Random) -> tuple[str, bytes]:
-    return rng.choice(
-        [
-            ("a pickle", pickle.dumps(Bomb())),
-            ("not UTF-8", b"\xff\xfe\xfa"),
-            ("half a surrogate pair", b"\xed\xa0\x80"),
-            ("nothing", b" \n"),
-            ("deep lists", b"[" * 200_000),
-            ("deep dicts", b'{"a":' * 200_000),
-            ("a huge int", b'{"text": ' + b"1" * 200_000 + b"}"),
-            ("a number", b"7"),
-            ("a list", b"[]"),
-            ("other types", b'{"text": {}, "caption": [1], "segments": {"a": 1}}'),
-        ]
-    )
+    cases = [("a pickle", pickle.dumps(Bomb())), ("not UTF-8", b"\xff\xfe\xfa")]
+    cases += [("half a surrogate pair", b"\xed\xa0\x80"), ("nothing", b" \n")]
+    cases += [("deep lists", b"[" * 200_000), ("deep dicts", b'{"a":' * 200_000)]
+    cases += [("a huge int", b'{"text": ' + b"1" * 200_000 + b"}"), ("a number", b"7"), ("a list", b"[]")]
+    return rng.choice([*cases, ("other types", b'{"text": {}, "caption": [1], "segments": {"a": 1}}')])
 
 
 def hostile_json(rng: random.Random) -> tuple[str, bytes]:
@@ -570,9 +520,8 @@ def hostile_json(rng: random.Random) -> tuple[str, bytes]:
     if rng.randrange(40) == 0:
         return "a bomb of lists", b'{"segments": ["a"], "x": [' + b"[]," * 23_000_000 + b"1]}"
     cases: list[Any] = [*("a", {}, 7, None, [], [7], [None], [["a"]], ["\ud800"], ["a"] * 70_000)]
-    cases += [[{"image": name}] for name in ("9.jpg", 7, "__key__", "../../etc/passwd")] + [
-        [{"image": "0.png"}] * 70_000
-    ]
+    cases += [[{"image": name}] for name in ("9.jpg", 7, "__key__", "../../etc/passwd")]
+    cases += [[{"image": "0.png"}] * 70_000]
     chosen = rng.choice(cases)
     return f"segments {str(chosen)[:40]}", json.dumps({"segments": chosen}).encode()
 

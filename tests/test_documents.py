@@ -1,6 +1,5 @@
 """Documents keep the paper's shares of caption order, draws depend on their origin alone, bad arrays have names."""
 
-import io
 import math
 
 import numpy as np
@@ -20,15 +19,10 @@ from data.documents import (
     uniforms,
 )
 from data.shards import BadRecord, Record
+from tests.mutations import npy
 
 MOMENTS = (np.arange(4 * 2 * 6, dtype=np.float16) / 4).reshape(4, 2, 6)
 TOKENS = np.array([5, 6, 7])
-
-
-def npy(array: np.ndarray, **options: bool) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, **options)
-    return buffer.getvalue()
 
 
 def drawn_from(document: Document, config: OrderConfig, epoch: int, record: int = 0) -> Document:
@@ -87,16 +81,10 @@ def test_what_cannot_be_trained_on_is_refused_by_reason() -> None:
         )
     wrong = {
         "tokens.npy": [np.zeros(3), np.zeros(3, np.int64), np.zeros(3, ">i4"), np.zeros((3, 1), np.int32)],
-        "moments.npy": [
-            MOMENTS.astype(np.float32),
-            MOMENTS[0],
-            MOMENTS[None],
-            MOMENTS[:3],  # no pair of mean and log variance
-            MOMENTS[:0],
-            MOMENTS[:, :0],
-            MOMENTS.astype(">f2"),
-        ],
+        # MOMENTS[:3] holds no pairs of mean and log variance
+        "moments.npy": [MOMENTS[0], MOMENTS[None], MOMENTS[:3], MOMENTS[:0], MOMENTS[:, :0]],
     }
+    wrong["moments.npy"] += [MOMENTS.astype(kind) for kind in (np.float32, ">f2")]
     for name, arrays in wrong.items():
         for array in arrays:
             assert reason({**good, name: npy(array)}) == "wrong array", (name, array.dtype, array.shape)

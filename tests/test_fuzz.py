@@ -38,6 +38,7 @@ from tests import mutations
 from tests.fuzz import REASONS
 from tests.mutations import member, npy, npy_of, pax, tar
 from tests.sources import data_config, make_source, texts
+from tests.test_shards import reasons
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,13 +94,6 @@ def reason(call: Callable[[], Any]) -> str:
     return caught.value.reason
 
 
-def read(data: bytes, path: Path) -> tuple[list[str], dict[str, int]]:
-    """Return the keys that are read from a tar, and what is bad by reason."""
-    path.write_bytes(data)
-    bad = BadRecords(1.0)
-    return [record["__key__"].decode() for record in read_shard(path, bad)], dict(bad.reasons)
-
-
 def test_keys_are_webdatasets() -> None:
     """For all names of up to seven of these characters."""
     for name in ("".join(letters) for n in range(8) for letters in itertools.product("aB./", repeat=n)):
@@ -111,7 +105,7 @@ def test_a_name_of_many_slashes_takes_no_time(tmp_path: Path) -> None:
     """webdataset's rule as a regular expression took 7 s for each."""
     begun = time.process_time()
     parts = [member(name, b"1") for name in (b"a/" * 32_000, b"a/" * 32_000 + b"x.txt", b"a/" * 32_000 + b"y.txt") * 5]
-    keys, bad = read(tar(parts), tmp_path / "a.tar")
+    keys, bad = reasons(tar(parts), tmp_path / "a.tar")
     assert len(keys) == 10 and not bad and time.process_time() - begun < 1
 
 
@@ -121,29 +115,17 @@ def test_a_long_name_with_a_line_break_is_whole(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", records)
     assert list(read_shard(tmp_path / "a.tar", BadRecords(0))) == records
     other = pax(b"comment=7 path=no\n13 path=no.txt\n", b"path=yes.txt") + member(b"no.txt", b"1")
-    assert read(tar([other]), tmp_path / "b.tar") == (["yes"], {})
+    assert reasons(tar([other]), tmp_path / "b.tar") == (["yes"], {})
 
 
 @pytest.mark.parametrize(
-    ("broken", "expected"),
-    [
-        (pax(b"7 path=x.txt\n"), "broken header"),
-        (pax(b"99 path=x.txt\n"), "broken header"),
-        (pax(b"0 path=x.txt\n"), "broken header"),
-        (pax(b"9" * 60_000), "broken header"),
-        (pax(b"size=-5"), "broken header"),
-        (pax(b"size=1_0"), "broken header"),
-    ],
+    "record", [b"7 path=x.txt\n", b"99 path=x.txt\n", b"0 path=x.txt\n", b"9" * 60_000, b"size=-5", b"size=1_0"]
 )
-def test_a_pax_header_that_cannot_be_followed_costs_the_records_beside_it(
-    tmp_path: Path, broken: bytes, expected: str
-) -> None:
-    """Its member's name, size or contents would be others to other readers; so its record may be either."""
-    names = [b"a.txt", b"b.txt", b"c.txt", b"d.txt", b"e.txt"]
-    parts = [member(name, b"1") for name in names]
-    data = tar([*parts[:2], broken, *parts[2:]])
-    assert read(data, tmp_path / "a.tar") == (["a", "e"], {expected: 2})
-    assert read(tar([*parts[:2], broken]), tmp_path / "a.tar") == (["a"], {"broken header": 1})
+def test_a_pax_header_that_cannot_be_followed_costs_the_records_beside_it(tmp_path: Path, record: bytes) -> None:
+    """Other readers would see another name, size or contents of its member; so its record may be either."""
+    parts, broken = [member(name + b".txt", b"1") for name in (b"a", b"b", b"c", b"d", b"e")], pax(record)
+    assert reasons(tar([*parts[:2], broken, *parts[2:]]), tmp_path / "a.tar") == (["a", "e"], {"broken header": 2})
+    assert reasons(tar([*parts[:2], broken]), tmp_path / "a.tar") == (["a"], {"broken header": 1})
 
 
 def test_an_errors_message_is_short_and_of_one_line(tmp_path: Path) -> None:
@@ -188,17 +170,10 @@ def test_an_index_takes_no_more_memory_than_it_has_bytes() -> None:
     """Whatever shape it claims, and compressed or not; nor does it hold what is no array."""
     huge = npy_of("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000, 3), }", bytes(48))
     sparse = npy_of("{'descr': '|V0', 'fortran_order': False, 'shape': (1000000000000, 3), }")
-    for content in (
-        huge,
-        sparse,
-        b"",
-        b"no array",
-        npy(np.zeros((2, 3), ">i8")),
-        npy(np.asfortranarray(np.zeros((2, 3)))),
-    ):
-        assert (
-            reason(lambda content=content: ShardIndex.parse(index_of({"spans": content}), "here")) == "unreadable index"
-        )
+    others = [npy(np.zeros((2, 3), ">i8")), npy(np.asfortranarray(np.zeros((2, 3))))]
+    for content in (huge, sparse, b"", b"no array", *others):
+        spans = index_of({"spans": content})
+        assert reason(lambda spans=spans: ShardIndex.parse(spans, "here")) == "unreadable index"
     for contents in (np.zeros(3, np.uint64), np.zeros(2, np.int64), np.zeros((2, 2), np.uint64)):  # of two records
         keys = index_of({"contents": npy(contents)})
         assert reason(lambda keys=keys: ShardIndex.parse(keys, "here")) == "unreadable index"
@@ -223,15 +198,15 @@ def test_an_index_that_points_outside_itself_is_refused() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"text_tokens": np.array([1, -1])},
-        {"text_tokens": np.array([1, 1 << 62])},
-        {"grids": np.array([[0, 4]], np.int32)},
-        {"grids": np.array([[-4, -4]], np.int32)},
-        {"grids": np.array([[2**31 - 1, 2**31 - 1]], np.int32)},
+        *({"spans": spans} for spans in (np.zeros((2, 2), np.int64), np.zeros((3, 3), np.int64), np.zeros((2, 3)))),
+        *({"text_tokens": np.array(tokens)} for tokens in ([0, 0, 0], [1, -1], [1, 1 << 62])),
+        *({"grid_starts": np.array(starts)} for starts in ([0, 1, 2], [0, 2, 1])),
+        *({"grids": np.array([grid], np.int32)} for grid in ([0, 4], [-4, -4], [2**31 - 1, 2**31 - 1])),
+        {"grids": np.array([[object(), 1]])},
     ],
 )
-def test_an_index_of_absurd_sizes_is_refused(change: dict[str, np.ndarray]) -> None:
-    """Their sums overflow, and lanes would begin anywhere."""
+def test_an_index_of_inconsistent_or_absurd_arrays_is_refused(change: dict[str, np.ndarray]) -> None:
+    """The sums of absurd sizes overflow, and lanes would begin anywhere."""
     data = index_of({name: npy(array) for name, array in change.items()})
     assert reason(lambda: ShardIndex.parse(data, "here")) == "unreadable index"
 

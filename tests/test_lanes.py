@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,20 @@ def open_lanes(config: DataConfig, seed: int = 0, states: list[LaneState] | None
     return data, [Lane(number, data.sources, data.settings, states[number]) for number in range(config.lanes)]
 
 
+def open_source(
+    folder: Path,
+    tokenizer: Tokenizer,
+    documents: list[Content],
+    shards: list[int] | None = None,
+    repeat: bool = True,
+    **changes: Any,
+) -> tuple[DataSet, list[Lane]]:
+    """Write documents to `folder` / a, and open its lanes."""
+    make_source(folder / "a", tokenizer, documents, shard_sizes=shards)
+    source = SourceConfig(path=str(folder / "a"), repeat=repeat)
+    return open_lanes(data_config(tokenizer, {"a": source}, **changes))
+
+
 def as_bytes(row: PackedSequence | None) -> list | None:
     """All of a row, comparable."""
     if row is None:
@@ -40,6 +55,12 @@ def as_bytes(row: PackedSequence | None) -> list | None:
 
 def stream(lanes: list[Lane], steps: int) -> list[list]:
     return [[as_bytes(lane.next_row()) for lane in lanes] for _ in range(steps)]
+
+
+def recorded(lanes: list[Lane], steps: int) -> tuple[list[list[LaneState]], list[list]]:
+    """The lanes' states before each step, and their rows."""
+    pairs = [([lane.state() for lane in lanes], stream(lanes, 1)[0]) for _ in range(steps)]
+    return [states for states, _ in pairs], [rows for _, rows in pairs]
 
 
 def positions(source: Source, epoch: int, lane: int) -> list[tuple[int, int]]:
@@ -163,9 +184,7 @@ def test_a_text_longer_than_a_row_is_not_passed_over_for_ever(tmp_path: Path, to
     """Though documents that fill each row to its end always stand by."""
     short = [(np.full(6, 10, np.int32), None)] * 60  # 8 tokens each with BOS and EOS
     long = [(np.arange(20, 220, dtype=np.int32), None)]
-    make_source(tmp_path / "a", tokenizer, short[:30] + long + short[30:])
-    config = data_config(tokenizer, {"a": tmp_path / "a"}, lanes=1, shuffle_block=1)
-    _, (lane,) = open_lanes(config)
+    _, (lane,) = open_source(tmp_path, tokenizer, short[:30] + long + short[30:], lanes=1, shuffle_block=1)
     rows = [lane.next_row() for _ in range(12)]
     assert {int(t) for row in rows for t in row.labels} >= set(range(20, 220))
 
@@ -186,8 +205,8 @@ def test_rows_are_nearly_full_when_there_is_text(tmp_path: Path, tokenizer: Toke
 
 def test_pictures_alone_leave_less_than_a_picture_of_each_row_empty(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """A caption and its picture are one piece: 270 tokens of 4096 at most stay empty, less with the look-ahead."""
-    make_source(tmp_path / "pairs", tokenizer, pairs(80, grids=[(32, 32)], lengths=(5, 40), channels=1))
-    _, readers = open_lanes(data_config(tokenizer, {"a": tmp_path / "pairs"}, sequence_length=4096, look_ahead=16))
+    documents = pairs(80, grids=[(32, 32)], lengths=(5, 40), channels=1)
+    _, readers = open_source(tmp_path, tokenizer, documents, sequence_length=4096, look_ahead=16)
     fill = np.mean([np.mean(lane.next_row().document_ids > 0) for _ in range(8) for lane in readers])
     print(f"fill of pairs alone {fill:.4f}")
     assert 0.93 < fill < 1
@@ -195,17 +214,15 @@ def test_pictures_alone_leave_less_than_a_picture_of_each_row_empty(tmp_path: Pa
 
 def test_a_lane_without_a_document_in_this_epoch_takes_part_in_the_next(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """One text of 5,000 tokens and nine of one: in each epoch two of four lanes have nothing."""
-    make_source(tmp_path / "a", tokenizer, texts(1, lengths=(5000, 5000)) + texts(9, lengths=(1, 1)))
-    _, readers = open_lanes(data_config(tokenizer, {"a": tmp_path / "a"}))
+    _, readers = open_source(tmp_path, tokenizer, texts(1, lengths=(5000, 5000)) + texts(9, lengths=(1, 1)))
     assert all(row is not None for row in (lane.next_row() for lane in readers))
     assert max(cursor.epoch for lane in readers for cursor in lane.state().cursors) > 0
 
 
 def test_caption_order_and_dropout_are_drawn_anew_each_epoch(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """One picture, ten epochs: each of the three layouts comes."""
-    make_source(tmp_path / "a", tokenizer, pairs(1))
     order = OrderConfig(caption_first=0.5, caption_dropout=0.3)
-    _, (lane,) = open_lanes(data_config(tokenizer, {"a": tmp_path / "a"}, lanes=1, order=order))
+    _, (lane,) = open_source(tmp_path, tokenizer, pairs(1), lanes=1, order=order)
     row = lane.next_row()
     while lane.state().cursors[0].epoch < 10:
         row = lane.next_row()
@@ -261,10 +278,7 @@ def test_a_lane_continues_from_its_state_around_a_change_of_weights(mixed: DataC
     changed = replace(mixed.sources["pairs"], weight_from={"4": 0.25, "7": 8})
     config = replace(mixed, sources={**mixed.sources, "pairs": changed})
     _, readers = open_lanes(config)
-    states, expected = [], []
-    for _ in range(10):
-        states.append([lane.state() for lane in readers])
-        expected += stream(readers, 1)
+    states, expected = recorded(readers, 10)
     for step in range(10):
         assert stream(open_lanes(config, states=states[step])[1], 10 - step) == expected[step:], step
     _, readers = open_lanes(mixed)
@@ -329,12 +343,9 @@ def test_a_source_that_ends_hands_its_share_to_the_others(mixed: DataConfig) -> 
 def test_a_lane_continues_from_its_state_at_any_step(mixed: DataConfig) -> None:
     """The states went through JSON, and everything was opened anew."""
     _, readers = open_lanes(mixed)
-    expected, states = [], []
-    for _ in range(30):
-        states.append(json.dumps([lane.state().to_json() for lane in readers]))
-        expected += stream(readers, 1)
+    states, expected = recorded(readers, 30)
     for step in range(30):
-        read_back = [LaneState.from_json(state) for state in json.loads(states[step])]
+        read_back = [LaneState.from_json(json.loads(json.dumps(state.to_json()))) for state in states[step]]
         num_steps = 19 if step == 11 else min(3, 30 - step)
         found = stream(open_lanes(mixed, states=read_back)[1], num_steps)
         assert found == expected[step : step + num_steps], step
@@ -344,10 +355,7 @@ def test_a_text_cut_many_times_is_continued_where_it_was_cut(tmp_path: Path, tok
     make_source(tmp_path / "a", tokenizer, texts(12, lengths=(150, 400)))
     config = data_config(tokenizer, {"a": tmp_path / "a"})
     _, readers = open_lanes(config)
-    states, expected = [], []
-    for _ in range(12):
-        states.append([lane.state() for lane in readers])
-        expected += stream(readers, 1)
+    states, expected = recorded(readers, 12)
     assert max(pending.cut for state in states for lane in state for pending in lane.pending) > 2 * 64
     for step in range(12):
         assert stream(open_lanes(config, states=states[step])[1], 12 - step) == expected[step:]
@@ -439,7 +447,8 @@ def damaged(tmp_path: Path, tokenizer: Tokenizer) -> tuple[DataConfig, list[Cont
 
 def skipped(lanes: list[Lane]) -> tuple[dict[str, int], list[str]]:
     states = [lane.state() for lane in lanes]
-    return dict(sum((Counter(s.skipped) for s in states), Counter())), [n for s in states for n in s.skipped_names]
+    names = [name for state in states for name in state.skipped_names]
+    return dict(sum((Counter(state.skipped) for state in states), Counter())), names
 
 
 def test_a_corrupt_record_is_skipped_counted_and_named(
@@ -460,10 +469,7 @@ def test_a_resume_skips_what_was_skipped(damaged: tuple[DataConfig, list[Content
     """Even when the record can be read by then: its place in the order has passed."""
     config, _ = damaged
     _, readers = open_lanes(config)
-    states, rows = [], []
-    for _ in range(12):
-        states.append([lane.state() for lane in readers])
-        rows += stream(readers, 1)
+    states, rows = recorded(readers, 12)
     step = next(i for i, state in enumerate(states) if sum(sum(s.skipped.values()) for s in state) == 2)
     damage(Path(config.sources["a"].path), 0, [3])  # the same bit again: healed
     damage(Path(config.sources["a"].path), 1, [24])
@@ -475,9 +481,7 @@ def test_a_resume_skips_what_was_skipped(damaged: tuple[DataConfig, list[Content
 def test_a_vanished_shard_is_skipped_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Gone after the start-up check: its documents are counted one by one, the others come all."""
     documents = pairs(30, seed=7) + texts(30, seed=8)
-    make_source(tmp_path / "a", tokenizer, documents, shard_sizes=[20, 25, 15])
-    sources = {"a": SourceConfig(path=str(tmp_path / "a"), repeat=False)}
-    _, readers = open_lanes(data_config(tokenizer, sources, order=KEEP_CAPTIONS))
+    _, readers = open_source(tmp_path, tokenizer, documents, shards=[20, 25, 15], repeat=False, order=KEEP_CAPTIONS)
     (tmp_path / "a" / "00001.tar").unlink()
     rows = until_the_end(readers)
     assert content_of(rows) == content_of_documents(documents[:20] + documents[45:], tokenizer)
@@ -487,9 +491,7 @@ def test_a_vanished_shard_is_skipped_and_counted(tmp_path: Path, tokenizer: Toke
 
 def test_a_truncated_shard_loses_only_its_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
     documents = pairs(20, seed=7)
-    make_source(tmp_path / "a", tokenizer, documents)
-    sources = {"a": SourceConfig(path=str(tmp_path / "a"), repeat=False)}
-    data, readers = open_lanes(data_config(tokenizer, sources, order=KEEP_CAPTIONS))
+    data, readers = open_source(tmp_path, tokenizer, documents, repeat=False, order=KEEP_CAPTIONS)
     spans = data.sources[0].manifest.load_index(0).spans
     with open(tmp_path / "a" / "00000.tar", "r+b") as file:
         file.truncate(int(spans[17, 0]) + 600)
@@ -499,8 +501,7 @@ def test_a_truncated_shard_loses_only_its_end(tmp_path: Path, tokenizer: Tokeniz
 
 def test_a_lost_index_stops_the_lane_with_its_name(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Without it the order is not known, and another order would break every promise."""
-    make_source(tmp_path / "a", tokenizer, texts(20))
-    _, readers = open_lanes(data_config(tokenizer, {"a": tmp_path / "a"}))
+    _, readers = open_source(tmp_path, tokenizer, texts(20))
     (tmp_path / "a" / "00000.tar.idx").write_bytes(b"")
     with pytest.raises(ValueError, match=r"00000.tar.idx: unreadable index \(its checksum differs"):
         readers[0].next_row()
@@ -508,9 +509,7 @@ def test_a_lost_index_stops_the_lane_with_its_name(tmp_path: Path, tokenizer: To
 
 def test_documents_that_do_not_fit_a_sequence_are_skipped_by_name(tmp_path: Path, tokenizer: Tokenizer) -> None:
     long_caption = [(np.full(60, 9, np.int32), pairs(1)[0][1])]
-    make_source(tmp_path / "a", tokenizer, pairs(8) + long_caption)
-    config = data_config(tokenizer, {"a": tmp_path / "a"}, lanes=1, order=KEEP_CAPTIONS)
-    _, readers = open_lanes(config)
+    _, readers = open_source(tmp_path, tokenizer, pairs(8) + long_caption, lanes=1, order=KEEP_CAPTIONS)
     stream(readers, 5)
     assert set(skipped(readers)[0]) == {"longer than a sequence"}
 
@@ -521,9 +520,7 @@ def test_a_document_that_no_sequence_can_hold_is_known_from_the_start(
     """By what may not be cut, so no text; a lane that meets it neither counts it nor names it again."""
     (_, image), long_text = pairs(1)[0], np.full(70, 9, np.int32)
     documents = [*pairs(8), (long_text, image), (long_text, None), (image, long_text), (long_text[:54], image)]
-    make_source(tmp_path / "a", tokenizer, documents, shard_sizes=[5, 7])
-    config = data_config(tokenizer, {"a": tmp_path / "a"}, lanes=2, order=KEEP_CAPTIONS)
-    data, readers = open_lanes(config)
+    data, readers = open_source(tmp_path, tokenizer, documents, shards=[5, 7], lanes=2, order=KEEP_CAPTIONS)
     assert data.sources[0].too_long == {(1, 3), (1, 5)}  # the last is 54 + 4 patches + BOS, EOS, BOI, EOI: 62 of 64
     names = [f"{tmp_path / 'a'}/00001.tar#{record}: longer than a sequence" for record in (3, 5)]
     assert data.too_long == names
@@ -552,8 +549,7 @@ def test_a_bad_document_counts_once_however_often_its_lane_meets_it(
 
 
 def test_a_lane_with_nothing_left_to_read_stops_instead_of_searching(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    make_source(tmp_path / "a", tokenizer, texts(10))
-    _, readers = open_lanes(data_config(tokenizer, {"a": tmp_path / "a"}))
+    _, readers = open_source(tmp_path, tokenizer, texts(10))
     (tmp_path / "a" / "00000.tar").unlink()
     with pytest.raises(ValueError, match=r"lane 2 skipped 1000 documents in a row \({'unreadable shard': 1000}\)"):
         readers[2].next_row()

@@ -372,11 +372,6 @@ def test_an_image_longer_than_a_sequence_is_refused(pairs_folder: Path, tokenize
     assert "latent grid 4x4 is not a multiple of patch_size=3; choose another patch size" in refusal(config, 3)
 
 
-def test_more_ranks_than_lanes_are_refused(mixed: DataConfig) -> None:
-    with pytest.raises(ValueError, match=r"5 ranks, but data.lanes=4: use at most one rank a lane, or more lanes"):
-        make_loader(mixed, 4, 5)
-
-
 @pytest.mark.parametrize("name", ["lanes", "sequence_length", "shuffle_block", "look_ahead", "prefetch_steps"])
 def test_numbers_below_their_range_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"data.{name}=0: expected at least 1"):

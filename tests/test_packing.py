@@ -225,13 +225,8 @@ def test_an_interleaved_document_is_cut_only_between_captioned_images() -> None:
     first, after_first, third = 1 + 320 + 6, 1 + 320 + 6 + 2 + 5, 1 + 320 + 6 + 2 + 5 + 4
     last = third + 320 + 6
     spare = 320 - CAPTION_TOKENS
-    assert piece.cuts == (
-        (2, 1 + spare),
-        (first, first),
-        (after_first, after_first),
-        (third, third + spare),
-        (last, last + 2),
-    )
+    between = ((first, first), (after_first, after_first), (third, third + spare))
+    assert piece.cuts == ((2, 1 + spare), *between, (last, last + 2))
     assert piece.longest_uncut == CAPTION_TOKENS + 6 and len(piece) == last + 3
     assert [piece.cut_at(n) for n in (1, 2, 30, 300, first, first + 1, 9999)] == [0, 2, 30, 65, first, first, last + 2]
     allowed = {place for low, high in piece.cuts for place in range(low, high + 1)}

@@ -265,59 +265,19 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     data = path.read_bytes()
     crc32 = zlib.crc32(data)
     assert len(load_index(path, crc32)) == 5
-    rng = random.Random(0)
-    for _ in range(300):
-        damaged = bytearray(data)
-        damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        save(path, damaged)
-        with pytest.raises(BadRecord, match="unreadable index"):
-            load_index(path, crc32)
-        try:  # without the manifest's checksum some damage passes, but nothing else may happen
-            load_index(path)
-        except BadRecord as error:
-            assert error.reason == "unreadable index"
+    with pytest.raises(BadRecord, match="unreadable index"):
+        load_index(save(path, data[:100] + bytes([data[100] ^ 1]) + data[101:]), crc32)
     wrong = [b"", b"PK\x03\x04", data[:-30], pickle.dumps([1]), np.arange(3).tobytes()]
     for content in wrong:
         with pytest.raises(BadRecord, match="unreadable index"):
             load_index(save(path, content))
 
 
-def test_an_index_of_inconsistent_arrays_is_refused(tmp_path: Path) -> None:
-    good = {
-        "spans": np.zeros((2, 3), np.int64),
-        "text_tokens": np.zeros(2, np.int64),
-        "grid_starts": np.array([0, 1, 1]),
-        "grids": np.ones((1, 2), np.int32),
-    }
-    bad = [
-        {"spans": np.zeros((2, 2), np.int64)},
-        {"spans": np.zeros((3, 3), np.int64)},
-        {"spans": np.zeros((2, 3))},
-        {"text_tokens": np.zeros(3, np.int64)},
-        {"grid_starts": np.array([0, 1, 2])},
-        {"grid_starts": np.array([0, 2, 1])},
-        {"grids": np.array([[object(), 1]])},
-    ]
-    for change in bad:
-        path = tmp_path / "a.idx"
-        np.savez(path.open("wb"), **{**good, **change})
-        with pytest.raises(BadRecord, match="unreadable index"):
-            load_index(path)
-
-
 def test_hostile_members_cost_their_own_record_only(tmp_path: Path) -> None:
     """Each is counted by reason; their neighbours are read."""
-    cases = [
-        ("unsafe member name", [("../x.txt", b"1")]),
-        ("unsafe member name", [("/etc/x.txt", b"1")]),
-        ("unsafe member name", [("a/../../x.txt", b"1")]),
-        ("member is not a file", [("x.txt", special(tarfile.SYMTYPE, "/etc/passwd"))]),
-        ("member is not a file", [("x.txt", special(tarfile.LNKTYPE, "a.txt"))]),
-        ("member is not a file", [("x.txt", special(tarfile.FIFOTYPE))]),
-        ("member is not a file", [("x.txt", special(tarfile.CHRTYPE))]),
-        ("duplicate member", [("x.txt", b"1"), ("x.TXT", b"2")]),
-        ("duplicate member", [("x.txt", b"1"), ("x.__key__", b"2")]),
-    ]
+    cases = [("unsafe member name", [(name, b"1")]) for name in ("../x.txt", "/etc/x.txt", "a/../../x.txt")]
+    cases += [("duplicate member", [("x.txt", b"1"), (name, b"2")]) for name in ("x.TXT", "x.__key__")]
+    cases += [("member is not a file", [("x.txt", special(tarfile.SYMTYPE, "/etc/passwd"))])]
     for reason, hostile in cases:
         data = members(("a.txt", b"before"), *hostile, ("b.txt", b"after"))
         assert reasons(data, tmp_path / "a.tar") == (["a", "b"], {reason: 1}), hostile
@@ -382,30 +342,6 @@ def test_what_holds_no_record_is_a_failed_file_named_as_what_it_looks_like(
         else:
             with pytest.raises(ValueError, match=r"nothing .* from 1 of 2 input files, more than max_failed_files=0"):
                 bad.check(final=True)
-
-
-def test_damaged_shards_give_only_typed_errors(tmp_path: Path) -> None:
-    """300 mutated shards: flips, cuts, swapped blocks, random headers. What is read was a record or is counted."""
-    write_shard(tmp_path / "a.tar", raw_records(4))
-    data = (tmp_path / "a.tar").read_bytes()
-    rng = random.Random(0)
-    for _ in range(300):
-        damaged = bytearray(data)
-        for _ in range(rng.randrange(1, 4)):
-            match rng.randrange(4):
-                case 0:
-                    damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
-                case 1:
-                    del damaged[rng.randrange(512, len(damaged) + 1) :]
-                case 2:
-                    a, b = (rng.randrange(len(damaged) // 512) * 512 for _ in range(2))
-                    damaged[a : a + 512], damaged[b : b + 512] = damaged[b : b + 512], damaged[a : a + 512]
-                case 3:
-                    a = rng.randrange(len(damaged) // 512) * 512
-                    damaged[a + 124 : a + 136] = rng.choice(
-                        [b"77777777777\0", b"\xff" * 12, b"\x80" + bytes(10) + b"\1"]
-                    )
-        reasons(bytes(damaged), tmp_path / "b.tar")
 
 
 def test_pickled_arrays_are_refused_unread(tmp_path: Path) -> None:
@@ -544,9 +480,7 @@ def test_what_file_managers_write_is_left_out_by_name_and_counted(tmp_path: Path
     data = members(
         ("photos", special(tarfile.DIRTYPE)),
         *(member for some in members_of for member in some),
-        *((name, b"1") for name in odd),
-        ("README", b"1"),
-        ("__meta__/x.txt", b"1"),
+        *((name, b"1") for name in [*odd, "README", "__meta__/x.txt"]),
     )
     data = pax_global(b"comment=0123456789") + data
     records, bad = read_all(save(tmp_path / "a.tar", data), max_fraction=0)
@@ -589,18 +523,8 @@ def test_sizes_in_pax_headers_and_in_base_256_are_followed(tmp_path: Path) -> No
 
 def test_no_kind_of_member_is_silent_or_ends_a_shard(tmp_path: Path) -> None:
     """Links, devices, long names, names of any bytes: counted by reason, and the neighbours are read."""
-    kinds = [
-        tarfile.SYMTYPE,
-        tarfile.LNKTYPE,
-        tarfile.FIFOTYPE,
-        tarfile.CHRTYPE,
-        tarfile.BLKTYPE,
-        b"V",
-        b"D",
-        b"M",
-        b"Z",
-    ]
-    for number, kind in enumerate(kinds):
+    kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE]
+    for number, kind in enumerate([*kinds, b"V", b"D", b"M", b"Z"]):
         data = members(("a.txt", b"1"), ("b.txt", special(kind, "a.txt")), ("link", special(kind)), ("c.txt", b"3"))
         records, bad = read_all(save(tmp_path / f"{number}.tar", data))
         assert [record["__key__"] for record in records] == [b"a", b"c"], kind

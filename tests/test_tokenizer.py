@@ -13,10 +13,7 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from train.tokenizer import main
 
 TEXTS = [
-    "a large red circle",
-    "two\nlines\n\nand  two  spaces",
-    " leading, trailing ",
-    "tab\tand\r\n",
+    *("a large red circle", "two\nlines\n\nand  two  spaces", " leading, trailing ", "tab\tand\r\n"),
     "unseen letters: ümlaut Ж 中 🎉 e\u0301 \ufb01 ½ \0",
     "<boi> <eoi> <s> </s> <unk> <pad> <0x41>",
     "",
@@ -94,9 +91,7 @@ def test_a_model_without_bos_or_eos_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"none.model: no such file; train one with `python -m train.tokenizer`"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"none.model: no such file; train one with `python -m train.tok"):
         Tokenizer(tmp_path / "none.model")
     for content in (b"", b"no model", bytes(1000)):
         (tmp_path / "bad.model").write_bytes(content)
@@ -120,9 +115,7 @@ def test_long_texts_train_the_tokenizer_too(tmp_path: Path) -> None:
 
 
 def test_too_few_texts_for_the_vocabulary_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"could not train a tokenizer of vocab_size=5000: .*; give more or other text"
-    ):
+    with pytest.raises(ValueError, match=r"could not train .* vocab_size=5000: .*; give more or other text"):
         train_tokenizer(["few words"], tmp_path / "t.model", 5000)
     with pytest.raises(ValueError, match="could not train"):
         train_tokenizer([], tmp_path / "t.model", 300)
