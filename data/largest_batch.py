@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.documents import Document, ImageSegment, TextSegment
-from data.packing import ImageDraws, PackedBatch, PackedSequence, capacity, collate, lay_out, pack, patch_grid
+from data.packing import ImageDraws, PackedBatch, capacity, collate, lay_out, pack, patch_grid
 from data.tokenizer import SpecialIds
 
 Grid = tuple[int, int]
@@ -40,10 +40,8 @@ def _tokens(grid: Grid, patch_size: int) -> int:
 
 
 def _most_slots(rows: int, sequence_length: int, grids: Sequence[Grid], patch_size: int) -> dict[Grid, int]:
-    """Return how many images of each grid need the most latent cells of slots: a knapsack over tokens.
-
-    Treats the rows as one; `_place` leaves out what does not fit at a row's end.
-    """
+    """Return how many images of each grid need the most latent cells of slots: a knapsack over tokens."""
+    # The rows are treated as one; `_place` leaves out what does not fit at a row's end.
     room = sequence_length - AROUND_DOCUMENT
     budget = rows * room
     most, chosen = np.zeros(budget + 1), []  # latent cells of slots, by tokens spent
@@ -84,22 +82,16 @@ def _place(counts: dict[Grid, int], rows: int, sequence_length: int, patch_size:
 def _batch(
     placed: Sequence[Sequence[Grid]], sequence_length: int, channels: int, patch_size: int, special: SpecialIds
 ) -> PackedBatch:
-    rows = [_row(grids, sequence_length, channels, patch_size, special) for grids in placed]
-    draws = []
+    """Return a batch whose rows are each one document: these images, then text to the end of the row."""
+    rows, draws = [], []
     for grids in placed:
+        segments: list[TextSegment | ImageSegment] = [
+            ImageSegment(np.zeros((2 * channels, *grid), dtype=np.float16)) for grid in grids
+        ]
+        words = sequence_length - AROUND_DOCUMENT - sum(_tokens(grid, patch_size) for grid in grids)
+        if words > 0:
+            segments.append(TextSegment(np.full(words, special.eos, dtype=np.int64)))
+        rows.append(pack([lay_out(Document(tuple(segments)), special, patch_size)], sequence_length, special.pad))
         zeros = [torch.zeros(channels, *grid) for grid in grids]
         draws.append(ImageDraws(torch.zeros(len(grids)), zeros, zeros))
     return collate(rows, draws, patch_size)
-
-
-def _row(
-    grids: Sequence[Grid], sequence_length: int, channels: int, patch_size: int, special: SpecialIds
-) -> PackedSequence:
-    """Return one document: images, then text to the end of the row."""
-    segments: list[TextSegment | ImageSegment] = [
-        ImageSegment(np.zeros((2 * channels, *grid), dtype=np.float16)) for grid in grids
-    ]
-    words = sequence_length - AROUND_DOCUMENT - sum(_tokens(grid, patch_size) for grid in grids)
-    if words > 0:
-        segments.append(TextSegment(np.full(words, special.eos, dtype=np.int64)))
-    return pack([lay_out(Document(tuple(segments)), special, patch_size)], sequence_length, special.pad)

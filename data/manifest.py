@@ -208,10 +208,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path, cache: CacheConfig | None = None, max_ahead: int = 64) -> "Manifest":
-        """Open the data set in a local folder or at a URL; raise FileNotFoundError or ValueError if it is none.
-
-        `cache` and `max_ahead` are passed to its Store.
-        """
+        """Open the data set in a local folder or at a URL; raise FileNotFoundError or ValueError if it is none."""
         store = Store(str(folder), cache=cache, max_ahead=max_ahead)
         path = store.path(FILE_NAME)
         try:

@@ -79,18 +79,14 @@ def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray
 
 @cache
 def _silence_pillow() -> None:
-    """Silence Pillow's warnings about what it tolerates (odd EXIF, large pictures): there is nothing to do about them.
-
-    Permanently: `catch_warnings` would change other threads' filters.
-    """
+    """Silence Pillow's warnings about what it tolerates (odd EXIF, large pictures), as nothing can be done."""
+    # Permanently, as `catch_warnings` would change other threads' filters.
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """Turn a picture upright by its EXIF, if that is readable.
-
-    Rejected: ImageOps.exif_transpose, which rewrites the EXIF and cannot write all that it reads.
-    """
+    """Turn a picture upright by its EXIF, if that is readable."""
+    # Rejected: ImageOps.exif_transpose, which rewrites the EXIF and cannot write all that it reads.
     picture.load()  # a PNG's EXIF may follow its pixels, whose damage is not the EXIF's
     try:
         turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))

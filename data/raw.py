@@ -102,10 +102,7 @@ def read_texts(inputs: Sequence[str], bad: BadRecords, names: KeysConfig) -> Ite
 
 
 def captions_of(record: Record, where: str, key: str | None = None) -> list[str]:
-    """Return the captions in a record's .txt or, with a `key` or without a .txt, in its .json, one or more.
-
-    Raises BadRecord for none.
-    """
+    """Return a record's captions, from its .json with a `key` or without a .txt; raise BadRecord for none."""
     if key is None and "txt" in record:
         texts = _texts_of(_decoded(_member(record, "txt", where), "caption", where), "caption", where, "its .txt")
     elif "json" in record:

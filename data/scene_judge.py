@@ -103,10 +103,8 @@ def _grown(mask: np.ndarray) -> np.ndarray:
 
 
 def _identify(alpha: np.ndarray, colour: str) -> Shape:
-    """Name the shape whose template of the same area and centre of mass overlaps `alpha` [H, W] best.
-
-    Each template is tried sharp and blurred, so that blurred corners are not taken for a circle's edge.
-    """
+    """Name the shape whose template of the same area and centre of mass overlaps `alpha` [H, W] best."""
+    # Each template is tried sharp and blurred, so that blurred corners are not taken for a circle's edge.
     unit = CANVAS / len(alpha)
     ticks = (np.arange(len(alpha)) + 0.5) * unit
     total = alpha.sum()

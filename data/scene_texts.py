@@ -8,13 +8,8 @@ import numpy as np
 
 from data.scenes import COLOURS, PHRASES, POSITIONS, SHAPES, SIZES, Shape, Splits
 
-OPPOSITE = {
-    "centre": "centre",
-    "top left": "bottom right",
-    "top right": "bottom left",
-    "bottom left": "top right",
-    "bottom right": "top left",
-}
+CORNERS = POSITIONS[1:]
+OPPOSITE = dict(zip(CORNERS, reversed(CORNERS), strict=True))
 FACTS = (
     "A circle is round and has no corners.",
     "Every point on the edge of a circle is equally far from its centre.",

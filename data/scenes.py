@@ -22,13 +22,7 @@ POSITIONS = ("centre", "top left", "top right", "bottom left", "bottom right")
 SIZES = ("small", "large")
 
 CANVAS = 32.0
-CENTRES = {
-    "centre": (16, 16),
-    "top left": (8, 8),
-    "top right": (24, 8),
-    "bottom left": (8, 24),
-    "bottom right": (24, 24),
-}
+CENTRES = dict(zip(POSITIONS, ((16, 16), (8, 8), (24, 8), (8, 24), (24, 24)), strict=True))
 RADII = {"small": 5.2, "large": 6.9}
 HUES = {"red": 0.0, "green": 130.0, "blue": 222.0, "yellow": 50.0}  # degrees
 SQUARE_SIDE = 0.9  # half a square's side in radii: between equal box and equal area
@@ -128,15 +122,12 @@ _GRAMMAR = [_pattern(template) for template in WORDINGS + PAIR_WORDINGS]
 
 @dataclass(frozen=True)
 class Splits:
-    """What is trained and what is held out, for one seed.
-
-    `held_out_wordings[combination]` are two wordings of a trained combination whose captions no training caption
-    contains.
-    """
+    """What is trained and what is held out, for one seed."""
 
     seed: int
     trained: tuple[Shape, ...]
     held_out: tuple[Shape, ...]
+    # Two wordings of each trained combination, whose captions no training caption contains.
     held_out_wordings: dict[Shape, tuple[int, ...]] = field(repr=False)
 
     def trains(self, shapes: tuple[Shape, ...], wording: int) -> bool:

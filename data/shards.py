@@ -97,10 +97,7 @@ def read_at(read: Read, span: np.ndarray, where: str) -> Record:
 
 
 def read_shard(path: Path, bad: BadRecords, name: str | None = None) -> Iterator[Record]:
-    """Yield a shard's good records in file order; count in `bad` what is bad or lost.
-
-    `name` is the shard's name in errors, where `path` is a copy of it.
-    """
+    """Yield a shard's good records in file order, count the bad in `bad`; errors name `name` if `path` is a copy."""
     with open(path, "rb") as file:
         for _, _, record in _records(file, name or str(path), bad):
             yield record

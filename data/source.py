@@ -148,10 +148,8 @@ class Source:
         return read_at(self._reader(shard), span, where)  # the cached copy may have been the only damage
 
     def _lay_out_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the epoch's order of shards [n], the token each starts at and the end [n + 1], each lane's range [L].
-
-        Lanes change ranges each epoch, so that none keeps the same documents (or, in a small set, none at all).
-        """
+        """Return the epoch's order of shards [n], their first tokens and the end [n + 1], and each lane's range [L]."""
+        # Lanes change ranges each epoch, so that none keeps the same documents (or, in a small set, none at all).
         generator = np.random.default_rng(seed_from("epoch", self.settings.seed, epoch, self.number))
         order = generator.permutation(len(self._shard_tokens))
         starts = np.concatenate([[0], np.cumsum(self._shard_tokens[order])])

@@ -132,10 +132,7 @@ def _after_zeros(read: Read, offset: int, end: int) -> int:
 
 
 def _next_header(read: Read, offset: int, end: int) -> int:
-    """Return the offset of the next tar header from `offset` on, or of the zeros right before it.
-
-    Takes time in proportion to the bytes it passes, whatever they hold.
-    """
+    """Return the offset of the next tar header from `offset` on, or of the zeros right before it, in linear time."""
     stop, (length, most) = offset, _SEARCH_BYTES  # stop: after the last block that is not all zeros
 
     def after_last(chunk: bytes) -> int:
@@ -160,10 +157,8 @@ def _is_header(block: bytes) -> bool:
 
 
 def _has_sum(header: bytes, checksum: int) -> bool:
-    """Return whether a header has that checksum, in which the checksum's own eight bytes count as spaces.
-
-    The lower half of adler32 is the sum of the bytes.
-    """
+    """Return whether a header has that checksum, in which the checksum's own eight bytes count as spaces."""
+    # The lower half of adler32 is the sum of the bytes.
     return not ((zlib.adler32(header) & 0xFFFF) - sum(header[148:156]) - 1 + 256 - checksum) % 65521
 
 
@@ -199,10 +194,8 @@ def left_out(name: str) -> str | None:
 
 
 def _plain_header(header: bytes) -> tuple[bytes, str, int] | None:
-    """Return (type, name, size) of a header such as TarWriter writes for files, None for any other.
-
-    tarfile's own parser takes 30 us a header, more than all the rest of a read.
-    """
+    """Return (type, name, size) of a header such as TarWriter writes for files, None for any other."""
+    # tarfile's own parser takes 30 us a header, more than the rest of a read.
     match = _PLAIN_HEADER.match(header)
     if match is None or match.start(2) != 124:  # the name does not fill its field
         return None
