@@ -1,6 +1,6 @@
 """A lane: an endless, deterministic stream of packed sequences, mixed from all sources.
 
-Step s of lane l is the same sequence whoever computes it, so elasticity, determinism and resume are one thing:
+Step s of lane l is the same sequence on any rank, so elasticity, determinism and resume are one thing:
 assigning lanes to ranks. A lane continues from its state (data/lane_state.py) and reads only what is pending.
 Rejected: replay on resume, whose cost grows with the run.
 """

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _message(error: Exception) -> str:
 
 
 def _final_error(error: Exception, what: str) -> Exception:
-    """Return the OSError to raise for an error that is not transient; our own errors stay as they are."""
+    """Return the OSError to raise for an error that is not transient; our own are returned unchanged."""
     status = _status(error)
     if status in (404, 410) or (isinstance(error, FileNotFoundError) and what not in str(error)):
         return FileNotFoundError(f"{what} does not exist")
@@ -194,8 +194,8 @@ def _version(path: str, stall_s: float) -> FileVersion:
         raise IsADirectoryError(f"{shown(path)}: expected a file, found a folder")
     if info.get("size") is None:
         raise ValueError(f"{shown(path)}: the server does not tell its size; copy it to a local folder first")
-    told = {key.lower().replace("-", "").replace("_", ""): value for key, value in info.items()}
-    return FileVersion(int(info["size"]), next((str(told[key]) for key in _CHANGE_KEYS if told.get(key)), ""))
+    known = {key.lower().replace("-", "").replace("_", ""): value for key, value in info.items()}
+    return FileVersion(int(info["size"]), next((str(known[key]) for key in _CHANGE_KEYS if known.get(key)), ""))
 
 
 def file_info(path: str, stall_s: float) -> dict[str, Any]:
@@ -269,19 +269,17 @@ class _Http:
 
     def __init__(self, path: str, stall_s: float):
         import aiohttp
+        from fsspec.asyn import sync
 
         self.files, self.url = filesystem(path)
         self.timeout = aiohttp.ClientTimeout(sock_connect=stall_s, sock_read=stall_s)
+        self._run = partial(sync, self.files.loop)
 
     def info(self) -> dict[str, Any]:
-        from fsspec.asyn import sync
-
-        return sync(self.files.loop, self._info)
+        return self._run(self._info)
 
     def get(self, start: int, length: int, write: Callable[[bytes], None]) -> None:
-        from fsspec.asyn import sync
-
-        sync(self.files.loop, self._get, start, length, write)
+        self._run(self._get, start, length, write)
 
     async def _info(self) -> dict[str, Any]:
         def described_by(response: "ClientResponse") -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The judge: reads the shapes of a drawn scene back from any picture, and compares them with what was asked for.
+"""The judge: reads the shapes of a scene back from any picture, and compares them with the requested ones.
 
 It segments by hue, measures each blob's area and centre, and compares the blob with the three shapes of that area. It
-knows nothing of what was asked for. Rejected: a learnt classifier, which would be lenient in ways nobody can state.
+is independent of the request. Rejected: a learnt classifier, whose leniency nobody could specify.
 """
 
 import itertools

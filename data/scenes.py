@@ -81,9 +81,6 @@ class Example:
     wording: int
 
 
-# ---- captions
-
-
 def caption(shapes: tuple[Shape, ...], wording: int) -> str:
     """Describe `shapes` in one of WORDINGS (one shape) or PAIR_WORDINGS (two)."""
     template = (WORDINGS, PAIR_WORDINGS)[len(shapes) - 1][wording]
@@ -115,9 +112,6 @@ def _pattern(template: str) -> tuple[re.Pattern, list[str]]:
 
 
 _GRAMMAR = [_pattern(template) for template in WORDINGS + PAIR_WORDINGS]
-
-
-# ---- splits
 
 
 @dataclass(frozen=True)
@@ -204,9 +198,6 @@ def _random_pair(splits: Splits, rng: np.random.Generator) -> tuple[Shape, Shape
 
 def _hash(seed: int, *parts: str) -> int:
     return int.from_bytes(hashlib.blake2b("|".join((str(seed), *parts)).encode(), digest_size=8).digest(), "big")
-
-
-# ---- pictures
 
 
 def draw(shapes: tuple[Shape, ...], rng: np.random.Generator, resolution: int) -> np.ndarray:

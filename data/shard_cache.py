@@ -103,7 +103,7 @@ class ShardCache:
                 version = download(url, partial(write_at, descriptor), retries)
                 with disk_errors():
                     os.ftruncate(descriptor, version.bytes)  # the file may have changed since room was made
-                    os.fsync(descriptor)  # a crash could otherwise leave a copy of zeros
+                    os.fsync(descriptor)  # without it, a crash could leave a copy of zeros
                     copy.unlink(missing_ok=True)  # before the note describes the new one
                     os.ftruncate(lock, 0)
                     os.pwrite(lock, _note(version), 0)

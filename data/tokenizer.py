@@ -50,12 +50,10 @@ class Tokenizer:
         if self.unknown in (boi, eoi):
             boi, eoi, size = size, size + 1, size + 2
         self.vocab_size = size
-        if self._processor.bos_id() < 0 or self._processor.eos_id() < 0:
+        bos, eos, pad = (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
+        if bos < 0 or eos < 0:
             raise ValueError(f"tokenizer {path} has no BOS or no EOS piece, which every document needs; use another")
-        pad = self._processor.pad_id()
-        self.special = SpecialIds(
-            bos=self._processor.bos_id(), eos=self._processor.eos_id(), boi=boi, eoi=eoi, pad=max(pad, 0)
-        )
+        self.special = SpecialIds(bos=bos, eos=eos, boi=boi, eoi=eoi, pad=max(pad, 0))
 
     def encode(self, text: str) -> np.ndarray:
         """Return token ids int64 [len], without special ids."""

@@ -44,13 +44,8 @@ def find_too_long(
                 read = partial(manifest.store.read, entry.name)
                 with suppress(OSError, ValueError):  # a bad record is counted when it is met
                     document = decode_document(read_at(read, index.spans[record], entry.name), entry.name)
-                    if lay_out(_at_its_longest(document), special, patch_size).longest_uncut > sequence_length:
+                    if document.captions:
+                        longest = max(document.captions, key=lambda caption: len(caption.token_ids))
+                        document = Document((longest, *document.segments[1:]))
+                    if lay_out(document, special, patch_size).longest_uncut > sequence_length:
                         yield shard, record
-
-
-def _at_its_longest(document: Document) -> Document:
-    """Return a document with the longest of its captions."""
-    if not document.captions:
-        return document
-    longest = max(document.captions, key=lambda caption: len(caption.token_ids))
-    return Document((longest, *document.segments[1:]))

@@ -338,7 +338,7 @@ class Readers:
                     check(equal(found, piece), f"record {record} passed its checksum as what it never was")
 
     def _vouch(self, path: Path, index_bytes: bytes, index: ShardIndex | None = None) -> None:
-        """Put an index beside a shard, and its checksum into the manifest: a data set whose maker is hostile."""
+        """Write an index next to a shard, and its checksum into the manifest: a data set with a hostile maker."""
         with self.watch.off():
             index_path(path).write_bytes(index_bytes)
             manifest = Manifest.load(self.encoded)

@@ -51,7 +51,7 @@ class Bomb:
 class Mutation:
     what: str
     data: bytes
-    touched: frozenset[str] | None = frozenset()  # keys of records that may pass otherwise than they were; None: any
+    touched: frozenset[str] | None = frozenset()  # keys of records that may pass although changed; None: any
     refused: frozenset[str] = frozenset()  # keys of records that must not pass
     dropped: frozenset[str] = frozenset()  # keys of records that are not there any more
 
@@ -263,7 +263,7 @@ def npy_of(text: str, data: bytes = b"", version: bytes = b"\1\0") -> bytes:
 
 
 def hostile_array(rng: random.Random) -> tuple[str, bytes]:
-    """Return (what, file) of an array that no reader of ours may take, whatever is expected."""
+    """Return (what, file) of an array that no reader of ours may accept."""
     pickles = [
         ("a pickle", pickle.dumps(Bomb())),
         ("an object array", npy(np.array([Bomb()], dtype=object))),
@@ -535,7 +535,7 @@ def hostile_raw(rng: random.Random, shard: Shard, _: Shard) -> Mutation:
     if part.extension in ("json", "txt"):
         what, data = (hostile_json if part.extension == "json" and is_interleaved else hostile_text)(rng)
         if not is_interleaved and (part.extension == "json" or _is_caption(data)):
-            refused = frozenset()  # a json beside a caption is for people
+            refused = frozenset()  # a json next to a caption is for people
     elif rng.randrange(3) == 0:
         what, data = hostile_picture(rng)
         if what.startswith(("a PNG of one long", "a PNG at the limit", "a large PNG")):

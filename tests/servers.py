@@ -36,7 +36,7 @@ class Server(ThreadingHTTPServer):
         self.ranges = True  # False: Range is ignored
         self.head = True  # False: HEAD is refused
         self.sized = True  # False: Content-Length is left out
-        self.compresses = False  # True: whoever takes gzip gets it
+        self.compresses = False  # True: clients that accept gzip get it
         self.fail_every = 0  # above 0: each such answer is 503
         self.after_get: Callable[[], None] = lambda: None
         self.requests: list[tuple[str, str, str | None]] = []

@@ -1,4 +1,4 @@
-"""A lane is the same stream whoever reads it: order, exactly-once, equal ranges, mixing, resume, what is skipped."""
+"""A lane is the same stream on any rank: order, exactly-once, equal ranges, mixing, resume, what is skipped."""
 
 import itertools
 import json
@@ -341,7 +341,7 @@ def test_a_source_that_ends_hands_its_share_to_the_others(mixed: DataConfig) -> 
 
 
 def test_a_lane_continues_from_its_state_at_any_step(mixed: DataConfig) -> None:
-    """The states went through JSON, and everything was opened anew."""
+    """With states that went through JSON, and everything opened again."""
     _, readers = open_lanes(mixed)
     states, expected = recorded(readers, 30)
     for step in range(30):
@@ -532,7 +532,7 @@ def test_a_document_that_no_sequence_can_hold_is_known_from_the_start(
 def test_a_bad_document_counts_once_however_often_its_lane_meets_it(
     damaged: tuple[DataConfig, list[Content]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Through resumes too; a state of an earlier version, which names none, is read and counts anew."""
+    """Across resumes too; a state of an earlier version, which lists none, starts the count again."""
     config, _ = damaged
     config = replace(config, lanes=1, sources={"a": replace(config.sources["a"], repeat=True)})
     _, (lane,) = open_lanes(config)

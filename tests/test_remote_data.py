@@ -1,4 +1,4 @@
-"""Training data that lies elsewhere: the same batches as from a disk, whatever the server does; what hangs is named."""
+"""Remote training data: the same batches as from a disk, even from a failing server; reads that hang are named."""
 
 import logging
 import shutil

@@ -394,7 +394,7 @@ def test_what_is_lost_counts_by_its_bytes_and_a_cut_file_whole(tmp_path: Path) -
         bad.check(final=True)
 
 
-# ---- damaged, joined and otherwise odd archives ----
+# ---- damaged, joined and odd archives ----
 
 
 def pairs(count: int, first: int = 0) -> list[tuple[str, bytes]]:
@@ -428,7 +428,7 @@ def test_behind_the_end_of_an_archive_nothing_is_silent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damaged", [0, 1, 100, 101, 198, 199])
 def test_a_damaged_header_costs_the_records_beside_it(tmp_path: Path, damaged: int) -> None:
-    """Its own one, and the one beside it, of which members may be among the bytes lost; tarfile finds the rest."""
+    """Its own, and the neighbour that may have members among the lost bytes; tarfile finds the rest."""
     data = bytearray(members(*pairs(100)))
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         info = archive.getmembers()[damaged]
@@ -447,7 +447,7 @@ def test_a_damaged_header_costs_the_records_beside_it(tmp_path: Path, damaged: i
 
 
 def test_a_header_inside_a_members_contents_is_none(tmp_path: Path) -> None:
-    """Neither where all is well nor in a member that is cut; behind damage it cannot be told from one."""
+    """Neither in a whole archive nor in a cut member; only after damage can the two not be told apart."""
     inner = members(("inner.txt", b"1"), ("other.txt", b"2"))
     data = bytearray(members(("a.txt", b"1"), ("b.tar", inner), ("b.txt", b"2"), ("c.txt", b"3"), ("d.txt", b"4")))
     assert reasons(bytes(data), tmp_path / "a.tar") == (["a", "b", "c", "d"], {})

@@ -251,7 +251,7 @@ def test_a_fork_leaves_its_parents_connections_alone(server: Server) -> None:
     reading, writing = os.pipe()
 
     def child(store: Store) -> None:
-        gc.collect()  # would close, in a set of sockets that both share, what the parent goes on using
+        gc.collect()  # would close sockets that the parent still uses, in an epoll set that both share
         os.write(writing, b".")
         assert store.read("a", 1, 9) == DATA[1:10]
 

@@ -109,7 +109,7 @@ def test_training_is_deterministic_and_the_hash_names_the_model(tmp_path: Path, 
 
 
 def test_long_texts_train_the_tokenizer_too(tmp_path: Path) -> None:
-    """SentencePiece leaves out what is longer than 4 KB unless it is told otherwise."""
+    """By default SentencePiece leaves out texts longer than 4 KB."""
     train_tokenizer(["zqzq " * 2000, "some words"], tmp_path / "t.model", 275)
     assert len(Tokenizer(tmp_path / "t.model").encode("zqzq zqzq")) <= 4
 
