@@ -155,6 +155,11 @@ def index_of(changes: dict[str, bytes], form: int = zipfile.ZIP_STORED) -> bytes
     return buffer.getvalue()
 
 
+def refuse_index(data: bytes) -> None:
+    with pytest.raises(BadRecord, match=r"^here: unreadable index"):
+        ShardIndex.parse(data, "here")
+
+
 @pytest.mark.parametrize(
     "text", ["{'descr': (", "(\n  1", "-" * 9000 + "1", "'" * 9, "__import__('os').mkdir('executed')"]
 )
@@ -162,8 +167,7 @@ def test_an_index_is_never_parsed_as_python(text: str) -> None:
     """numpy raised TokenError and MemoryError for these, and they ended a run."""
     assert len(ShardIndex.parse(index_of({}), "here")) == 2
     for version in (b"\1\0", b"\2\0"):
-        data = index_of({"spans": npy_of(text, version=version)})
-        assert reason(lambda data=data: ShardIndex.parse(data, "here")) == "unreadable index"
+        refuse_index(index_of({"spans": npy_of(text, version=version)}))
 
 
 def test_an_index_takes_no_more_memory_than_it_has_bytes() -> None:
@@ -172,14 +176,11 @@ def test_an_index_takes_no_more_memory_than_it_has_bytes() -> None:
     sparse = npy_of("{'descr': '|V0', 'fortran_order': False, 'shape': (1000000000000, 3), }")
     others = [npy(np.zeros((2, 3), ">i8")), npy(np.asfortranarray(np.zeros((2, 3))))]
     for content in (huge, sparse, b"", b"no array", *others):
-        spans = index_of({"spans": content})
-        assert reason(lambda spans=spans: ShardIndex.parse(spans, "here")) == "unreadable index"
+        refuse_index(index_of({"spans": content}))
     for contents in (np.zeros(3, np.uint64), np.zeros(2, np.int64), np.zeros((2, 2), np.uint64)):  # of two records
-        keys = index_of({"contents": npy(contents)})
-        assert reason(lambda keys=keys: ShardIndex.parse(keys, "here")) == "unreadable index"
+        refuse_index(index_of({"contents": npy(contents)}))
     for form in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
-        bomb = index_of({"grids": npy(np.ones((1 << 20, 2), np.int32))}, form)
-        assert reason(lambda bomb=bomb: ShardIndex.parse(bomb, "here")) == "unreadable index"
+        refuse_index(index_of({"grids": npy(np.ones((1 << 20, 2), np.int32))}, form))
 
 
 def test_an_index_that_points_outside_itself_is_refused() -> None:
@@ -192,7 +193,7 @@ def test_an_index_that_points_outside_itself_is_refused() -> None:
     tail = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 4, 4, len(directory), data.index(b"PK\1\2"), 0)
     hostile = data[: data.index(b"PK\1\2")] + directory + tail
     assert zipfile.ZipFile(io.BytesIO(hostile)).infolist()[-1].header_offset == 1 << 63
-    assert reason(lambda: ShardIndex.parse(hostile, "here")) == "unreadable index"
+    refuse_index(hostile)
 
 
 @pytest.mark.parametrize(
@@ -207,8 +208,7 @@ def test_an_index_that_points_outside_itself_is_refused() -> None:
 )
 def test_an_index_of_inconsistent_or_absurd_arrays_is_refused(change: dict[str, np.ndarray]) -> None:
     """The sums of absurd sizes overflow, and lanes would begin anywhere."""
-    data = index_of({name: npy(array) for name, array in change.items()})
-    assert reason(lambda: ShardIndex.parse(data, "here")) == "unreadable index"
+    refuse_index(index_of({name: npy(array) for name, array in change.items()}))
 
 
 def test_a_span_takes_no_memory_for_what_is_not_there() -> None:

@@ -1,4 +1,4 @@
-"""The fullest batch is full, and no batch of the data needs more slots for its images."""
+"""The largest batch is full, and no batch of the data needs more slots for its images."""
 
 import numpy as np
 import pytest
@@ -45,9 +45,9 @@ def test_no_batch_of_the_data_needs_more_latent_cells(rows: int, length: int, gr
         batch = collate(filled, draws, 2)
         assert cells_of_slots(batch) <= cells_of_slots(pictures)
         assert len(batch.text_targets) <= len(text.text_targets)
-    for fullest in (pictures, text):
-        assert fullest.input_ids.shape == (rows, length)
-        assert not (fullest.document_ids == PADDING_DOCUMENT).any() and fullest.num_padding == 0
+    for largest in (pictures, text):
+        assert largest.input_ids.shape == (rows, length)
+        assert not (largest.document_ids == PADDING_DOCUMENT).any() and largest.num_padding == 0
     assert text.num_text_targets == rows * (length - 1)  # all but the row's last token have a label
     assert not text.images
 

@@ -69,7 +69,7 @@ def test_memory_stays_below_the_bound_and_flat_however_many_documents_are_read(
 
 
 def test_the_bound_grows_with_what_it_counts(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Each part with its setting; the ranks share the lanes, the fullest counts."""
+    """Each part with its setting; ranks share the lanes, and the one with most counts."""
     folder = make_source(tmp_path / "a", tokenizer, pairs(40, grids=[(8, 8)]), shard_sizes=[30, 10])
     config = data_config(tokenizer, {"a": folder}, lanes=10)
     data = open_data(config, 0, 2)

@@ -39,6 +39,11 @@ class ShortFiles(MemoryFileSystem):
         return super().cat_file(path, start, end)[: 200_000 if start < 800_000 else None]
 
 
+def copied(url: str, folder: Path) -> bytes:
+    with local_copy(url, folder, SOON) as path:
+        return path.read_bytes()
+
+
 def test_urls_are_remote_and_local_names_are_not() -> None:
     for path in ("http://h/a", "HTTPS://h/a", "s3://b/a", "simplecache::s3://b/a", "zip://a::file:///b.zip"):
         assert is_remote(path), path
@@ -145,11 +150,8 @@ def test_a_busy_server_is_asked_again_and_no_secret_is_logged(server: Server, ca
     server.statuses.extend([503, 429, 500])
     with caplog.at_level(logging.WARNING):
         assert Store(f"{server.url}?sig=secret", retries=SOON).read("a", 7, 3) == DATA[7:10]
-    assert [message.split("; ")[0].rpartition(": ")[2][:8] for message in caplog.messages] == [
-        "HTTP 503",
-        "HTTP 429",
-        "HTTP 500",
-    ]
+    said = [message.split("; ")[0].rpartition(": ")[2][:8] for message in caplog.messages]
+    assert said == ["HTTP 503", "HTTP 429", "HTTP 500"]
     assert [path for _, path, _ in server.requests] == ["/a?sig=secret"] * 4
     server.statuses.extend([503] * 4)
     with pytest.raises(OSError, match="HTTP 503 Service Unavailable; gave up after 4 attempts") as caught:
@@ -180,8 +182,7 @@ def test_a_remote_file_is_copied_whole_and_removed(tmp_path: Path, memory, serve
         with pytest.raises(KeyError), local_copy(url, tmp_path, SOON):
             raise KeyError
         assert list(tmp_path.iterdir()) == []
-    with local_copy(f"{server.url}/empty.tar", tmp_path, SOON) as path:
-        assert path.read_bytes() == b""
+    assert copied(f"{server.url}/empty.tar", tmp_path) == b""
     with pytest.raises(FileNotFoundError), local_copy(f"{server.url}/none", tmp_path, SOON):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -190,8 +191,7 @@ def test_a_remote_file_is_copied_whole_and_removed(tmp_path: Path, memory, serve
 def test_a_cut_download_goes_on_where_it_stopped(tmp_path: Path, server: Server) -> None:
     server.files["/a"] = DATA
     server.cuts.extend(range(100_000, 700_000, 100_000))  # more cuts than attempts, but each brings some
-    with local_copy(f"{server.url}/a", tmp_path, SOON) as path:
-        assert path.read_bytes() == DATA
+    assert copied(f"{server.url}/a", tmp_path) == DATA
     starts = [int(re.match(r"bytes=(\d+)", span)[1]) for span in server.gets()]
     assert len(starts) == 5 and starts == sorted(set(starts))  # 100 + 200 + 300 + 400 thousand, and the rest
 
@@ -199,15 +199,13 @@ def test_a_cut_download_goes_on_where_it_stopped(tmp_path: Path, server: Server)
 def test_a_cut_download_goes_on_with_a_server_that_ignores_ranges(tmp_path: Path, server: Server) -> None:
     server.files["/a"], server.ranges = DATA, False
     server.cuts.extend([100_000, 50_000, 200_000])
-    with local_copy(f"{server.url}/a", tmp_path, SOON) as path:
-        assert path.read_bytes() == DATA
+    assert copied(f"{server.url}/a", tmp_path) == DATA
 
 
 def test_an_object_stores_short_answers_are_no_whole_file(tmp_path: Path, memory) -> None:
     fsspec.register_implementation("short", ShortFiles, clobber=True)
     memory.pipe("/a", DATA)
-    with local_copy("short:///a", tmp_path, SOON) as path:
-        assert path.read_bytes() == DATA
+    assert copied("short:///a", tmp_path) == DATA
     store = Store("short:///", retries=SOON)
     assert store.read_all("a") == DATA
     assert store.read("a", len(DATA) - 3, 9) == DATA[-3:] and store.read("a", len(DATA), 9) == b""
@@ -229,23 +227,20 @@ def test_a_file_that_changes_under_way_is_never_mixed(tmp_path: Path, server: Se
         server.files["/a"], server.etags["/a"] = DATA[::-1], '"2"'
 
     server.after_get = change
-    with local_copy(f"{server.url}/a", tmp_path, SOON) as path:
-        assert path.read_bytes() == DATA[::-1]
+    assert copied(f"{server.url}/a", tmp_path) == DATA[::-1]
 
 
 def test_a_stalled_server_is_left_and_asked_again(tmp_path: Path, server: Server) -> None:
     server.files["/a"] = DATA
     server.stalls.append(1.0)
     start = time.monotonic()
-    with local_copy(f"{server.url}/a", tmp_path, SOON) as path:
-        assert path.read_bytes() == DATA
+    assert copied(f"{server.url}/a", tmp_path) == DATA
     assert time.monotonic() - start < 0.9
 
 
 def test_bytes_come_as_stored_although_the_server_calls_them_compressed(tmp_path: Path, server: Server) -> None:
     server.files["/a.gz"], server.headers["Content-Encoding"] = b"no gzip at all", "gzip"
-    with local_copy(f"{server.url}/a.gz", tmp_path, SOON) as path:
-        assert path.read_bytes() == b"no gzip at all"
+    assert copied(f"{server.url}/a.gz", tmp_path) == b"no gzip at all"
     assert Store(server.url, retries=SOON).read("a.gz", 3, 4) == b"gzip"
     server.headers.clear()
     server.compresses = True

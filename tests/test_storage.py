@@ -16,6 +16,12 @@ from data.storage import OPEN_FILES, READERS, Store
 from tests.servers import DATA, SOON, Server, fork, open_in, until, wait
 
 
+def served(server: Server, **options: int) -> Store:
+    """A store of one file, /a."""
+    server.files["/a"] = DATA
+    return Store(server.url, retries=SOON, **options)
+
+
 def test_local_reads_are_preads(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(DATA)
     for root in (str(tmp_path), f"file://{tmp_path}"):
@@ -63,8 +69,7 @@ def test_a_server_that_ignores_ranges_does_not_fool_a_reader(server: Server) -> 
 
 
 def test_a_body_that_is_cut_short_is_asked_for_again(server: Server) -> None:
-    server.files["/a"] = DATA
-    store = Store(server.url, retries=SOON)
+    store = served(server)
     server.cuts.extend([0, 10, 99])
     assert store.read("a", 1000, 100) == DATA[1000:1100]
     server.sized = False  # then only Content-Range tells
@@ -138,8 +143,7 @@ def test_the_least_recently_used_file_is_closed(tmp_path: Path) -> None:
 
 
 def test_what_was_read_ahead_is_not_asked_for_again(server: Server) -> None:
-    server.files["/a"] = DATA
-    store = Store(server.url, retries=SOON)
+    store = served(server)
     for offset in range(0, 1000, 100):
         store.prefetch("a", offset, 100)
         store.prefetch("a", offset, 100)
@@ -155,8 +159,7 @@ def test_what_was_read_ahead_is_not_asked_for_again(server: Server) -> None:
 
 
 def test_no_more_is_held_than_max_ahead(server: Server) -> None:
-    server.files["/a"] = DATA
-    store = Store(server.url, retries=SOON, max_ahead=3)
+    store = served(server, max_ahead=3)
     for offset in range(5):
         store.prefetch("a", offset, 1)
         until(lambda offset=offset: len(server.requests) == offset + 1)
@@ -188,8 +191,7 @@ def test_many_threads_may_meet_the_first_url_at_once(tmp_path: Path) -> None:
 
 
 def test_what_no_reader_has_begun_is_read_at_once(server: Server) -> None:
-    server.files["/a"] = DATA
-    store = Store(server.url, retries=SOON)
+    store = served(server)
     server.stalls.extend([0.25] * READERS)
     for offset in range(READERS + 1):
         store.prefetch("a", offset, 1)
@@ -200,8 +202,7 @@ def test_what_no_reader_has_begun_is_read_at_once(server: Server) -> None:
 
 
 def test_what_failed_ahead_is_asked_for_again(server: Server) -> None:
-    server.files["/a"] = DATA
-    store = Store(server.url, retries=SOON)
+    store = served(server)
     server.statuses.append(503)
     store.prefetch("a", 5, 9)
     until(lambda: len(server.requests) == 1)
@@ -209,8 +210,7 @@ def test_what_failed_ahead_is_asked_for_again(server: Server) -> None:
 
 
 def test_reading_ahead_never_fails_and_never_waits(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    server.files["/a"] = DATA
-    store = Store(server.url, retries=SOON)
+    store = served(server)
     server.stalls.extend([0.2] * 20)
     start = time.monotonic()
     for offset in range(20):
