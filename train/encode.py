@@ -19,11 +19,12 @@ from pathlib import Path
 
 from data.documents import document_sizes
 from data.durable import TEMPORARY_NAME
+from data.inputs import expand
 from data.manifest import FILE_NAME, MAX_NAME_BYTES, LatentSpec, Manifest
 from data.raw import SUFFIXES, TAR, RawDocument, input_name, read_raw, suffix_of
 from data.remote import file_version, is_remote, shown
 from data.shards import BadRecords, Record, index_shard, write_shard
-from data.storage import Location, expand, local_copy
+from data.storage import Location, local_copy
 from train.config import load_config, run_program
 from train.encoding.encoder import EXAMPLES_KEPT, Encoder, EncoderConfig
 from train.encoding.leases import Leases

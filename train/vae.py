@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from data.inputs import expand
 from data.pictures import decode_picture, to_unit
 from data.raw import TAR, picture_of
 from data.remote import file_version, is_remote, shown
 from data.shards import BadRecord, BadRecords, read_shard
-from data.storage import expand, local_copy
+from data.storage import local_copy
 from model.perceptual import load_lpips
 from model.vae import decode, kl_nats, moments, sample_latents, vae_hash
 from train.config import load_config, run_program

@@ -12,11 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data.documents import ImageSegment, check_document, decode_document, sizes_of
+from data.inputs import expand
 from data.manifest import LatentSpec, LatentSums, Manifest, count_grids
 from data.raw import TAR
 from data.remote import file_version
 from data.shards import BadRecord, BadRecords, Record, index_shard, read_at
-from data.storage import expand
 from train.distributed.launcher import place
 from train.encoding.encoder import Encoder, EncoderConfig
 from train.encoding.sidecar import Sidecar, build_manifest
