@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data.durable import atomic_write
 from data.manifest import Manifest
 from data.pictures import encode_png
-from data.scenes import Verdict
+from data.scene_judge import Verdict
 from data.storage import Location
 from model.sampler import SamplerConfig
 from train.checkpoints.trained_records import TrainedRecords
