@@ -17,7 +17,6 @@ from data.manifest import Manifest
 from data.packing import IGNORE, collate, lay_out, pack
 from data.scene_judge import Verdict
 from data.scenes import Shape, held_out_examples, make_splits
-from data.shards import write_shard
 from data.tokenizer import SpecialIds, Tokenizer
 from model.sampler import SamplerConfig
 from tests.ranks import run_ranks
@@ -30,7 +29,7 @@ from train.distributed.signals import StopSignal
 from train.heldout import KINDS, Heldout, HeldoutConfig, captions_alone
 from train.inference.pipeline import Pipeline, PipelineConfig
 from train.inference.scene_scores import SceneItem, judge_captions, judge_drawings, read_scenes, shares
-from train.scenes import _held_out_records
+from train.scenes import write_held_out
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     examples = list(held_out_examples(splits, 32, 3))
     chosen = [e for split in ("seen", "unseen", "two_shapes") for e in [e for e in examples if e[0] == split][:12]]
     for number, part in enumerate((chosen[:10], chosen[10:])):
-        write_shard(folder / f"{number}.tar", _held_out_records(splits, part))
+        write_held_out(folder / f"{number}.tar", splits.seed, part)
     return folder
 
 

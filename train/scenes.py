@@ -75,11 +75,7 @@ def main(argv: list[str]) -> None:
     splits = make_splits(config.seed)
     _draw_training(partial / "train", config)
     held_out = list(held_out_examples(splits, config.resolution, config.num_heldout_two_shapes))
-    records = (
-        _record(f"{0:05d}{index:04d}", example, seed=splits.seed, index=index, split=split)
-        for index, (split, example) in enumerate(held_out)
-    )
-    write_shard(partial / "heldout" / "00000.tar", records)
+    write_held_out(partial / "heldout" / "00000.tar", splits.seed, held_out)
     training_texts, held_out_texts = text_documents(splits, config.num_text, config.num_text_heldout)
     _write_texts(partial / "text", training_texts)
     _write_texts(partial / "text_heldout", held_out_texts)
@@ -120,6 +116,15 @@ def _draw_shard(folder: Path, config: ScenesConfig, shard: int) -> int:
     records = (_record(f"{shard:05d}{i - first:04d}", example, seed=splits.seed, index=i) for i, example in examples)
     write_shard(folder / f"{shard:05d}.tar", records)
     return len(indices)
+
+
+def write_held_out(path: Path, seed: int, examples: list[tuple[str, Example]]) -> None:
+    """Write held-out (split, example) pairs as one shard."""
+    records = (
+        _record(f"{0:05d}{index:04d}", example, seed=seed, index=index, split=split)
+        for index, (split, example) in enumerate(examples)
+    )
+    write_shard(path, records)
 
 
 def _record(key: str, example: Example, **extra: int | str) -> Record:
