@@ -1,8 +1,9 @@
 """The model: one transformer over text embeddings and image patches, with a text head and a noise head.
 
-`forward` takes index arrays of fixed capacity instead of lists of spans; unused slots point at index 0 and add zero.
-So shapes never change, the host never waits for the device, and the patchers always run: even in a batch without
-images every rank takes part in the same all-gathers and every parameter has a gradient.
+`forward` takes index arrays of a few capacities instead of lists of spans; unused slots point at index 0 and add zero.
+So only a few shapes ever occur, the host never waits for the device, and `self.patches` always runs: even in a batch
+without images every rank takes part in the same all-gathers and every parameter has a gradient.
+Shapes: B rows, S tokens a row, D width, V vocabulary, N images, P patches an image, latents [C, h, w].
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from model.transformer import Transformer, TransformerConfig
 from model.unet import UNetConfig, UNetPatches
 
 Grid = tuple[int, int]  # (h, w) of an image's latents
-PIECE = 1 << 20  # elements of a parameter drawn at once; changing it changes the initial weights
+INIT_CHUNK = 1 << 20  # elements of a parameter drawn at once; changing it changes the initial weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +35,16 @@ class TransfusionConfig:
     latent_channels: int = 8  # channels of the VAE's latents, >= 1
     # ours: add the timestep embedding after the patches' linear layer instead of before it as in the paper
     timestep_after_patches: bool = False
-    # what a patch attends to in its image: all patches, or those before it (the paper's ablation, table 5)
+    # what a patch attends to in its image: all patches, or itself and those before it (the paper's ablation, table 5)
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"
-    text_loss_chunk: int = 4096  # text targets whose logits exist at once, >= 1; affects memory, not the result
+    text_loss_chunk: int = 4096  # text targets whose logits are in memory at once, >= 1; does not change the result
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "latent_channels", "text_loss_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
         if self.patches == "unet":
-            self.unet.levels(self.patch_size)  # refuses a patch size that does not match its levels
+            self.unet.levels(self.patch_size)  # refuses a patch size that does not match the U-Net's levels
             if self.timestep_after_patches:
                 raise ValueError(
                     "model.timestep_after_patches=true with model.patches=unet: expected false; U-Net blocks add it"
@@ -51,7 +52,7 @@ class TransfusionConfig:
 
 
 class TransfusionOutput(NamedTuple):
-    """A NamedTuple, not a dataclass: FSDP2 hooks its backward to the tensors that pytree finds in the output."""
+    """A NamedTuple: FSDP2 hooks its backward to the tensors that pytree finds, and pytree skips dataclasses."""
 
     text_nll_sum: Tensor  # f32 scalar
     text_count: Tensor  # int64 scalar
@@ -154,7 +155,7 @@ def initial_value(
 def initial_pieces(
     name: str, shape: tuple[int, ...], config: TransfusionConfig, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
-    """Yield `initial_value`, flattened, PIECE elements at a time: a rank that keeps a slice never holds it all."""
+    """Yield `initial_value`, flattened, INIT_CHUNK elements at a time: a rank that keeps a slice never holds it all."""
     mean = 1.0 if name.endswith("norm.weight") else 0.0
     std = math.prod(shape[1:]) ** -0.5
     if name.endswith(("norm.weight", ".bias", ".conv_out.weight")):
@@ -164,8 +165,8 @@ def initial_pieces(
     elif name.endswith(("patches.to_patch.weight", "patches.to_latents.weight")):
         std *= 0.1
     size = math.prod(shape)
-    for start in range(0, size, PIECE):
-        piece = torch.full((min(PIECE, size - start),), mean)
+    for start in range(0, size, INIT_CHUNK):
+        piece = torch.full((min(INIT_CHUNK, size - start),), mean)
         yield piece.normal_(std=std, generator=generator) if std else piece
 
 

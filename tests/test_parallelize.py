@@ -41,7 +41,7 @@ VOCAB = 301  # divisible by no number of ranks
 
 
 def _initial_weights(ranks: Ranks, piece: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
-    transfusion.PIECE = piece
+    transfusion.INIT_CHUNK = piece
     model = sharded_model(MODEL, VOCAB, ranks, ParallelConfig(activation_checkpointing="full"), seed=7)
     parameters = dict(model.named_parameters())
     largest = sum(p.to_local().numel() for p in parameters.values()) / sum(p.numel() for p in parameters.values())
@@ -50,7 +50,7 @@ def _initial_weights(ranks: Ranks, piece: int) -> tuple[dict[str, torch.Tensor],
 
 def test_initial_weights_are_those_of_the_plain_model_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """P3: bit for bit, drawn in pieces with arbitrary borders; and each rank holds only its share of them."""
-    monkeypatch.setattr(transfusion, "PIECE", 500)
+    monkeypatch.setattr(transfusion, "INIT_CHUNK", 500)
     plain = Transfusion(MODEL, VOCAB)
     init_weights(plain, 7)
     expected = dict(plain.named_parameters())

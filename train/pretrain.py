@@ -1,15 +1,16 @@
 """Train a Transfusion model: `python -m train.pretrain config=FILE`, or under torchrun for several ranks.
 
 The same command again resumes from the newest intact checkpoint, on the same or another number of ranks.
-Exit status: 0 done, 75 saved after a stop signal (requeue me), 130 saved after Ctrl-C, 2 refused, 1 failed.
+Exit status: 0 done, 75 saved after a stop signal (to be requeued), 130 saved after Ctrl-C, 2 refused, 1 failed.
 
-Lanes: a global batch has one sequence from each of `data.lanes` lanes. A lane is an endless stream of packed sequences
-that depends on seed and data alone. Ranks divide the lanes among them; their number changes no batch (data/lanes.py).
-Vote: before each step the ranks add up the counts that the losses are divided by, and learn of any rank's stop signal,
-failed reader or failed save, so that all stop at the same step (train/next_batch.py). A run also stops after its last
-step, at the end of its data, and after too many bad documents (next_batch.py) or bad updates (train/rollback.py).
-Checkpoint: weights, optimizer, averages, lane positions, counters, config, hashes of the data (train/state.py); written
-in the background (train/checkpoints/saver.py). Losses: train/step.py, where a new one would go too.
+Lanes: a global batch has one sequence from each of `data.lanes` lanes. A lane is a stream of packed sequences that
+depends on seed and data alone. Ranks divide the lanes among themselves, which changes no batch (data/lanes.py).
+Vote: before each step, one all-reduce sums the counts that the losses are divided by and tells all ranks of any rank's
+stop signal, failed reader or failed save, so that all stop at the same step (train/next_batch.py). A run also stops
+after its last step, at the end of its data, and after too many bad documents or bad updates (train/rollback.py).
+Checkpoint: weights, optimizer, EMA weights, lane positions, counters, held-out losses, config, hashes of the data
+(train/state.py); written in the background every `checkpoint.interval_steps` and whenever a run ends.
+The losses, and how to add one: train/step.py.
 """
 
 import os
@@ -55,8 +56,8 @@ from train.step import StepLoss, forward_backward, latent_stats
 from train.training_data import facts_in_common, open_training_data
 
 CONFIG = PretrainConfig
-GROUP = True  # its ranks work together
-check = open_training_data  # what `--check` looks at, see train/config.py
+GROUP = True  # its ranks form one process group: one rank's refusal ends the others too (train/config.py)
+check = open_training_data  # what `--check` runs (train/config.py)
 
 
 def main(argv: list[str]) -> int:
@@ -64,12 +65,13 @@ def main(argv: list[str]) -> int:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
 
-    # Data and memory are checked before the ranks meet: most mistakes show on one rank, and are refused in seconds.
-    data = check(config)
+    # Data and memory are checked before the ranks meet: most mistakes can be found without communication, in seconds.
+    data = open_training_data(config)
     vocab_size, device = data.tokenizer.vocab_size, own_device(config.device)
-    too_large = check_memory(config, vocab_size, place().world_size, data.grids, device, warn=place().rank == 0)
+    memory_warning = check_memory(config, vocab_size, place().world_size, data.grids, device, warn=place().rank == 0)
 
-    # The ranks meet with what each of them has read, so that a difference in settings or data is refused by name.
+    # The ranks exchange summaries of their settings and data, so that a difference is refused by name. Timeouts are
+    # long until the first step has compiled; see `run_steps`.
     ranks = init_ranks(
         timeout_s=60 * max(config.startup_timeout_minutes, config.timeout_minutes),
         checkpoint_timeout_s=60 * config.checkpoint.timeout_minutes,
@@ -80,18 +82,19 @@ def main(argv: list[str]) -> int:
     lanes_of_rank(ranks.rank, ranks.world_size, config.data.lanes)  # raises ValueError for more ranks than lanes
     torch.use_deterministic_algorithms(config.deterministic)
 
-    # The lock comes before looking for checkpoints: two starts would find the same one, and both write the next.
-    # Stop signals are collected from here on and obeyed at the first vote.
+    # RunFolder locks the run before anyone looks for checkpoints: two starts would find the same one and both write the
+    # next. Stop signals are collected from here on and obeyed at the first evaluation or vote.
     with StopSignal() as stop, RunFolder(config.run_dir, ranks) as folder:
         run = start(config, data, ranks, folder, stop)
         if ranks.is_first:
-            warnings = [f"warning: {too_large}"] if too_large else []
+            warnings = [f"warning: {memory_warning}"] if memory_warning else []
             say("\n".join(f"pretrain: {line}" for line in [*run.describe(), *warnings]))
-        # Refusals are over: from here on an exception on one rank ends its process, so that its peers notice at once.
+        # Refusals are over: from here on an unexpected exception ends its rank's process at once, so that its peers
+        # notice. The three below are raised on every rank alike, and end the run in order.
         with last_words(ranks, lambda: f"step {run.state.progress.step + 1}"):
             try:
                 status = train(run)
-            except (CannotContinue, CheckpointError, RunTakenOver) as error:  # raised on every rank alike
+            except (CannotContinue, CheckpointError, RunTakenOver) as error:
                 status = DIED
                 words = f"train.pretrain: stopped after step {run.state.progress.step}: {error}"
                 report_to_torchrun(words)
@@ -104,7 +107,10 @@ def main(argv: list[str]) -> int:
 
 
 def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder, stop: StopSignal) -> Run:
-    """Put the run together, at the step where it starts. Collective; raises ValueError for what does not fit (P10)."""
+    """Put the run together, at the step where it starts. Collective.
+
+    Raises ValueError if config, data and checkpoint contradict each other (P10).
+    """
     # The model gets memory only after it is sharded, so that no rank ever holds all of it.
     with torch.device("meta"):
         model = Transfusion(config.model, data.tokenizer.vocab_size)
@@ -121,11 +127,11 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     else:
         initialize(model, config.seed, ranks.device)
 
-    # The optimizer comes after the weights, which its averages copy, and before the load, which fills its tensors.
+    # The optimizer comes after the weights, because EMAs copy them, and before the load, which fills its tensors.
     state = TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, data)
 
-    # Held-out data comes before the load, which can take minutes: a refusal should not. Only what earlier runs trained
-    # on is known after it.
+    # No held-out record may have been trained on. This run's own data is checked before the load, which can take
+    # minutes; the records that these weights saw in earlier runs are known only after it.
     state.trained = TrainedRecords.read([source.manifest for source in data.sources], config.evaluation.measured, ranks)
     heldout = Heldout.of_run(config, data, ranks)
     if origin.checkpoint is not None:
@@ -137,12 +143,13 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
         state.trained |= trained_before
 
     # Files are written after the load, which may refuse. Rows that a killed attempt logged after its last checkpoint
-    # are cut: their steps will be run and logged again.
+    # are cut: their steps will be run and logged again. (`evaluated`: the checkpoint has its step's held-out losses.)
     ranks.on_first(lambda: folder.cut_metrics(state.progress.step, evaluated=bool(state.metrics)))
     ranks.on_first(lambda: write_durably(folder.path / "config.yaml", state.config_yaml.encode()))
     ranks.on_first(lambda: write_durably(folder.path / TOKENIZER_FILE, data.tokenizer.path.read_bytes()))
 
     saver = Saver(folder, config.checkpoint, ranks)
+    # A checkpoint of this folder need not be saved again; one of another run is saved here by the first save.
     if origin.checkpoint is not None and origin.checkpoint.parent == folder.checkpoints:
         saver.saved_step = state.progress.step
     log = MetricsLog(config.log, folder, ranks, asdict(config))
@@ -167,7 +174,8 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
 def train(run: Run) -> int:
     """Run steps to the end, going back after bad updates; save; return the exit status."""
     config, state = run.config, run.state
-    # The dry run comes before the loader, so that no process reads data yet while blocks compile or memory runs out.
+    # The dry run makes the gradients of the largest batch and drops them: out-of-memory errors surface now rather than
+    # days in, and compilation happens here. It comes before the loader, so that nothing reads data meanwhile.
     if state.progress.step < config.optim.steps:
         is_resumed = state.progress.step > 0
         dry_run(state.model, state.optimizer, config, run.data.grids, run.stats, run.ranks, is_resumed=is_resumed)
@@ -176,10 +184,10 @@ def train(run: Run) -> int:
         while ended is None:
             try:
                 ended = run_steps(run)
-            except GoBack as reason:  # the loader is closed by now, and starts again from the state that is loaded
+            except GoBack as reason:  # the loader is closed by now, and starts again from the restored state
                 go_back(run, reason.bad_updates)
         run.save(final=True)
-    except CannotContinue as error:  # what was trained before is saved all the same
+    except CannotContinue as error:  # the weights are good (bad updates were skipped): save what was trained
         try:
             run.save(final=True)
         except CheckpointError as failure:
@@ -203,7 +211,7 @@ def run_steps(run: Run) -> tuple[str, int]:
     budget = SkipBudget(config.data.max_bad_documents, len(run.data.too_long))
     why, status = "done", 0
     with closing(run.loader()) as loader:
-        # A stop may have prevented the evaluation of the last step: it is caught up on now.
+        # If a stop cut short the evaluation of the step that we resume from, do it now, and save that step with it.
         stopped = run.evaluate(interval)
         if run.state.metrics and not run.saver.saved_step:
             interval.checkpoint_s += run.save()
@@ -214,30 +222,30 @@ def run_steps(run: Run) -> tuple[str, int]:
             # collectives while another stops.
             agreed = next_batch(loader, ranks, run.stop, run.saver.failed)
             if agreed.vote.ranks_write_failed:
-                run.saver.settle()
+                run.saver.settle()  # counts the failure on every rank; raises CheckpointError after several in a row
             if stopped := agreed.vote.stop:
                 break
             if agreed.vote.ranks_ended == ranks.world_size:
                 why = "the data ended"
                 break
             batch = agreed.batch
-            assert batch is not None  # only a stop leaves a rank without one
+            assert batch is not None  # only a stop leaves a rank without one; at the end of its data its rows are empty
             budget.check(agreed.vote, batch, ranks)
 
-            if progress.excludes(batch.step):  # by going back: it counts as a step and trains nothing
+            if progress.excludes(batch.step):  # by an earlier rollback: counted, not trained on
                 run.state.mark_done(batch)
             else:
                 losses, grad_norm = run_step(run, batch, agreed.vote)
                 interval.add(agreed, losses, grad_norm)
             run.profiler.after(progress.step)
             if progress.step == console.first_step + 1:
-                ranks.set_timeout(60 * config.timeout_minutes)  # compiled and warm: collectives are fast from here on
+                ranks.set_timeout(60 * config.timeout_minutes)  # compiled and warm: from here on collectives are fast
 
             # The log row comes before evaluation and save, which should not follow updates known to be bad.
             if progress.step % config.log.interval_steps == 0:
                 run.log_row(interval, console)
                 review_updates(run)
-            # Evaluation comes before the save: a checkpoint holds its step's metrics, which decide how long it is kept.
+            # Evaluation comes before the save: retention depends on the held-out losses that a checkpoint holds.
             stopped = run.evaluate(interval)
             if not stopped:
                 run.draw_previews(interval)
@@ -252,20 +260,22 @@ def run_steps(run: Run) -> tuple[str, int]:
 
 
 def run_step(run: Run, batch: StepBatch, vote: Vote) -> tuple[list[StepLoss], torch.Tensor]:
-    """Make the update of one step and count it; return the micro-batches' losses and the gradient norm. Collective."""
+    """Run the micro-batches of one step, update, advance the counters; return losses and gradient norm. Collective."""
     state, losses = run.state, []
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         loss = forward_backward(
             state.model,
             micro_batch.to(run.ranks.device),
-            run.config,
-            run.stats,
+            stats=run.stats,
+            diffusion=run.config.diffusion,
+            image_weight=run.config.loss.image_weight,
+            parallel=run.config.parallel,
             global_text_targets=vote.text_targets,
             global_images=vote.images,
             is_last=number == len(batch.micro_batches),
         )
         losses.append(loss)
-    grad_norm = state.optimizer.update(batch.step)
+    grad_norm = state.optimizer.update(batch.step)  # skipped on the device if the norm is not finite (P8)
     state.optimizer.guard.note(batch, losses, grad_norm)
     state.mark_done(batch)
     state.progress.images_seen += vote.images

@@ -1,16 +1,18 @@
 """PackedBatch -> loss: the one adapter between data and model.
 
-Latents are whitened, timesteps derived from u, and noise added, all before patchification. Both losses are sums divided
-by *global* counts, so ranks and micro-batches do not change them: LM + image_weight * DDPM (the paper, equation 4).
+Latents are whitened (per channel), timesteps made from the batch's uniform draws `u`, and noise added. Both losses are
+sums divided by *global* counts, so that splitting a batch over ranks or micro-batches changes nothing:
+LM + image_weight * DDPM (the paper, equation 4). Within its document a token attends to itself and earlier tokens,
+and a patch also to all patches of its image (model/attention.py).
 
-A new loss would be a sum added in `micro_step`, and its global count one more in the vote (train/distributed/vote.py).
-A token attends within its document: a patch to all of its image, any token to those before it (model/attention.py).
+To add a loss: return its sum from the model or model/losses.py; add it to `micro_step` and StepLoss, its weight
+to LossConfig; if its denominator is new, carry the count through PackedBatch, StepBatch and the vote
+(train/distributed/vote.py); log it in train/metrics.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -30,10 +32,7 @@ from model.diffusion import (
 from model.losses import noise_error
 from model.transfusion import Transfusion, TransfusionConfig
 from model.vae import LatentStats, sample_latents
-from train.distributed.parallelize import set_micro_step
-
-if TYPE_CHECKING:
-    from train.pretrain_config import PretrainConfig
+from train.distributed.parallelize import ParallelConfig, set_micro_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +46,15 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """This rank's sums over one micro-batch; divide by global counts for the reported losses."""
+    """This rank's losses of one micro-batch."""
 
     total: torch.Tensor  # [] what backward runs on, already divided by the global counts
     text_nll: torch.Tensor  # [] detached sum over text targets, nats
-    image_error: torch.Tensor  # [] detached sum over images of the mean squared error of the prediction
+    image_error: torch.Tensor  # [] detached sum over images of the weighted mean squared error of the prediction
 
 
 def latent_stats(spec: LatentSpec | None, channels: int, device: torch.device) -> LatentStats:
-    """Return the mean and std that whiten latents of `spec`; the identity without a spec."""
+    """Return the mean and std that whiten latents of `spec`; without one (text alone) mean 0 and std 1."""
     mean = spec.mean if spec is not None else (0.0,) * channels
     std = spec.std if spec is not None else (1.0,) * channels
     return LatentStats(torch.tensor(mean, device=device), torch.tensor(std, device=device))
@@ -64,22 +63,27 @@ def latent_stats(spec: LatentSpec | None, channels: int, device: torch.device) -
 def forward_backward(
     model: Transfusion,
     batch: PackedBatch,
-    config: "PretrainConfig",
-    stats: LatentStats,
     *,
+    stats: LatentStats,
+    diffusion: DiffusionConfig,
+    image_weight: float,
+    parallel: ParallelConfig,
     global_text_targets: int,
     global_images: int,
     is_last: bool,
 ) -> StepLoss:
-    """Add a micro-batch's gradients to the sharded model's; `is_last` of the step sums them over ranks. Collective."""
+    """Add a micro-batch's gradients to the sharded model's (one rank's is sharded too). Collective.
+
+    With `is_last`, the last micro-batch of the step, gradients are also summed over ranks.
+    """
     assert isinstance(model, FSDPModule)
-    set_micro_step(model, config.parallel, is_last=is_last)
+    set_micro_step(model, parallel, is_last=is_last)
     loss = micro_step(
         model,
         batch,
         stats=stats,
-        diffusion=config.diffusion,
-        image_weight=config.loss.image_weight,
+        diffusion=diffusion,
+        image_weight=image_weight,
         global_text_targets=global_text_targets,
         global_images=global_images,
     )
@@ -124,7 +128,7 @@ def micro_step(
     image_sum = torch.zeros((), device=batch.input_ids.device)
     for grid, pred in output.noise_pred.items():
         weight = loss_weights(timesteps[grid], table, diffusion)
-        image_sum = image_sum + noise_error(pred, targets[grid], valid[grid], weight)[0]
+        image_sum = image_sum + noise_error(pred, targets[grid], valid[grid], weight)[0]  # [1]: how many are valid
     text = output.text_nll_sum / max(global_text_targets, 1)
     image = image_sum / max(global_images, 1)
     return StepLoss(text + image_weight * image, output.text_nll_sum.detach(), image_sum.detach())

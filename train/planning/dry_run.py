@@ -36,8 +36,17 @@ def dry_run(
     try:
         reserve = torch.empty(moments if on_cuda and not is_resumed else 0, dtype=torch.uint8, device=ranks.device)
         for batch in largest_batches_of(config, ranks.world_size, grids):
-            batch = batch.to(ranks.device)
-            forward_backward(model, batch, config, stats, global_text_targets=1, global_images=1, is_last=True)
+            forward_backward(
+                model,
+                batch.to(ranks.device),
+                stats=stats,
+                diffusion=config.diffusion,
+                image_weight=config.loss.image_weight,
+                parallel=config.parallel,
+                global_text_targets=1,
+                global_images=1,
+                is_last=True,
+            )
     except torch.OutOfMemoryError as error:
         raise MemoryError(
             f"the largest batch does not fit: {config.micro_batch_size} x {config.data.sequence_length} "
