@@ -94,10 +94,9 @@ class BadRecords:
 
     def remarks(self) -> list[str]:
         """Return a line for each failed file and each kind of finding that cost no record."""
-        lines = [f"failed file {name}" for name in self.failed[:NAMES_KEPT]]
-        for what, count in sorted(self.noted.items()):
-            lines.append(f"{what}: {count}" + (f", such as {self.examples[what]}" if what in self.examples else ""))
-        return lines
+        examples = {what: f", such as {where}" for what, where in self.examples.items()}
+        failed = [f"failed file {name}" for name in self.failed[:NAMES_KEPT]]
+        return failed + [f"{what}: {count}{examples.get(what, '')}" for what, count in sorted(self.noted.items())]
 
 
 def _printable(text: str) -> str:

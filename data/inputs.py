@@ -21,6 +21,7 @@ from data.remote import (
     retried,
     shown,
     warn_once,
+    without_query,
 )
 from data.tar import left_out
 
@@ -37,10 +38,15 @@ def expand(
     Raises FileNotFoundError for what is missing, PermissionError for what is not readable, ValueError for a file of
     another kind or named twice, for a folder without any, and for what cannot be listed or is no file.
     """
+    from braceexpand import braceexpand
+
     names: list[str] = []
     for name in inputs:
         exists = not is_remote(name) and os.path.exists(local_name(name))
-        names += [name] if exists else _braces(name)
+        try:
+            names += [name] if exists else braceexpand(name, escape=False)
+        except ValueError:
+            raise ValueError(f"input {shown(name)}: braces do not match; expected {{00000..00099}} or alike") from None
     with ThreadPoolExecutor(LISTERS) as pool:  # there may be thousands of URLs
         found = list(pool.map(lambda name: _files_of(name, suffixes, retries, quiet), names))
     files = [file for some in found for file in some]
@@ -52,27 +58,17 @@ def expand(
     return files
 
 
-def _braces(name: str) -> list[str]:
-    from braceexpand import braceexpand
-
-    try:
-        return list(braceexpand(name, escape=False))
-    except ValueError:
-        raise ValueError(f"input {shown(name)}: braces do not match; expected {{00000..00099}} or similar") from None
-
-
 def _files_of(name: str, suffixes: tuple[str, ...], retries: Retries, quiet: bool) -> list[str]:
     """Return the files that one input names, braces expanded."""
     kinds, what = ", ".join(suffixes), f"input {shown(name)}"
     if is_remote(name):
         found = retried(lambda: _list_remote(name, what, retries.stall_s), what, retries)
     else:
-        name = local_name(name)
-        found = _list_local(name, what)
+        found = _list_local(name := local_name(name), what)
     if found is None:
-        if not (name.partition("?")[0] if is_http(name) else name).lower().endswith(suffixes):
-            raise ValueError(f"{what}: expected one of {kinds}, or a folder of them")
         kept = [name]
+        if not without_query(name).lower().endswith(suffixes):
+            raise ValueError(f"{what}: expected one of {kinds}, or a folder of them")
     else:
         kept = [file for file in found if file.lower().endswith(suffixes) and left_out(file) is None]
         others = _others(set(found) - set(kept))
@@ -118,20 +114,20 @@ def _list_local(name: str, what: str) -> list[str] | None:
 def _list_remote(name: str, what: str, stall_s: float) -> list[str] | None:
     """The same for a URL."""
     if is_http(name):
-        path = name.partition("?")[0]
+        path = without_query(name)
         if path.endswith("/") or "*" in path:
             raise ValueError(f"{what}: a web server lists no files; name them, with braces such as {{00000..00099}}")
         file_info(name, stall_s)
         return None
     files, path = filesystem(name)
-    if not has_magic(path):
-        if file_info(name, stall_s)["type"] != "directory":
-            return None
-        entries = files.ls(path, detail=True)
-    else:
+    if has_magic(path):
         files.invalidate_cache()
         if not (entries := files.glob(path, detail=True).values()):
             raise FileNotFoundError(f"{what} matches no file")
+    elif file_info(name, stall_s)["type"] != "directory":
+        return None
+    else:
+        entries = files.ls(path, detail=True)
     if "::" in name:
         raise ValueError(f"{what}: files in a chain of URLs cannot be listed; name each, with braces")
     return sorted(files.unstrip_protocol(e["name"]).rstrip("/") + "/" * (e["type"] != "file") for e in entries)

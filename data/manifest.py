@@ -43,10 +43,9 @@ class LatentSpec:
         numbers = (self.channels, self.stride, self.resolution)
         if any(type(number) is not int or number < 1 for number in numbers) or not isinstance(self.vae_hash, str):
             raise ValueError(f"latent channels, stride, resolution {numbers}: expected whole numbers, 1 or more")
-        if any(not isinstance(number, (int, float)) for number in (*self.mean, *self.std)):
-            raise ValueError(f"latent mean {self.mean}, std {self.std}: expected numbers")
-        if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(f"latent mean {self.mean}, std {self.std}: expected {self.channels} channels")
+        are_numbers = all(isinstance(number, (int, float)) for number in (*self.mean, *self.std))
+        if not (are_numbers and len(self.mean) == len(self.std) == self.channels):
+            raise ValueError(f"latent mean {self.mean}, std {self.std}: expected numbers of {self.channels} channels")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std) > 0):
             raise ValueError(f"latent mean {self.mean}, std {self.std}: expected finite numbers and std > 0")
 
@@ -69,12 +68,8 @@ class LatentSums:
     cells: int = 0
 
     @classmethod
-    def none(cls, channels: int) -> "LatentSums":
-        return cls(np.zeros((2, channels)))
-
-    @classmethod
-    def total(cls, channels: int, parts: Iterable["LatentSums"]) -> "LatentSums":
-        total = cls.none(channels)
+    def total(cls, channels: int, parts: Iterable["LatentSums"] = ()) -> "LatentSums":
+        total = cls(np.zeros((2, channels)))
         for part in parts:
             total.sums += part.sums
             total.cells += part.cells
@@ -126,8 +121,13 @@ class ShardEntry:
 
     def patches(self, patch_size: int) -> int:
         """Total number of image tokens, BOI and EOI left out."""
-        sizes = ((tuple(map(int, grid.split("x"))), count) for grid, count in self.grids.items())
+        sizes = zip(self.sizes, self.grids.values(), strict=True)
         return sum((h // patch_size) * (w // patch_size) * count for (h, w), count in sizes)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the latent grids' (height, width)."""
+        return [(int(h), int(w)) for h, w in (grid.split("x") for grid in self.grids)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(self._contents(), sort_keys=True).encode()).hexdigest()[:16]
 
     def grids(self) -> set[tuple[int, int]]:
-        return {(int(h), int(w)) for shard in self.shards for h, w in (grid.split("x") for grid in shard.grids)}
+        return {size for shard in self.shards for size in shard.sizes}
 
     def image_token_share(self, patch_size: int, captions_kept: float = 1.0) -> float:
         """Return the share of patches among all tokens when the share `captions_kept` of captions is kept."""
@@ -163,9 +163,10 @@ class Manifest:
     def load_index(self, shard: int) -> ShardIndex:
         """Load a shard's index; raise BadRecord unless it is the one the manifest was made with."""
         entry = self.shards[shard]
-        where = self.store.path(index_name(entry.name))
+        name = index_name(entry.name)
+        where = self.store.path(name)
         try:
-            index = ShardIndex.parse(self.store.read_all(index_name(entry.name)), where, entry.index_crc32)
+            index = ShardIndex.parse(self.store.read_all(name), where, entry.index_crc32)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # this process's fault, not the index's
                 raise
@@ -180,29 +181,24 @@ class Manifest:
         Of a remote data set it checks only the first and the last shard: checking each could take hours.
         """
         for entry in (self.shards[0], self.shards[-1]) if self.store.is_remote else self.shards:
-            size = self.store.size(entry.name)
+            path, size = self.store.path(entry.name), self.store.size(entry.name)
             if size != entry.bytes:
                 found = "missing" if size is None else f"{size} bytes, the manifest says {entry.bytes}"
-                raise ValueError(
-                    f"shard {self.store.path(entry.name)} is {found}; restore it, or encode the data set again"
-                )
+                raise ValueError(f"shard {path} is {found}; restore it, or encode the data set again")
             if self.store.size(index_name(entry.name)) is None:
-                raise ValueError(
-                    f"index {self.store.path(index_name(entry.name))} is missing; restore it, or make it again with "
-                    f"`python -m train.encode index={shown(self.store.root)}`"
-                )
+                remedy = f"restore it, or make it again with `python -m train.encode index={shown(self.store.root)}`"
+                raise ValueError(f"index {self.store.path(index_name(entry.name))} is missing; {remedy}")
 
     def save(self) -> None:
         with atomic_write(Path(self.store.root) / FILE_NAME) as file:
             file.write(json.dumps(self._contents(), indent=1).encode())
 
     def _contents(self) -> dict:
-        spec = asdict(self.latent_spec) if self.latent_spec is not None else None
         return {
             "format_version": FORMAT_VERSION,
             "tokenizer_hash": self.tokenizer_hash,
             "vocab_size": self.vocab_size,
-            "latent_spec": spec,
+            "latent_spec": asdict(self.latent_spec) if self.latent_spec is not None else None,
             "shards": [asdict(entry) for entry in self.shards],
         }
 
@@ -221,8 +217,7 @@ class Manifest:
             version = fields.pop("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
-            spec = fields.pop("latent_spec")
-            if spec is not None:
+            if (spec := fields.pop("latent_spec")) is not None:
                 spec = LatentSpec.parse(spec)
             shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
             manifest = cls(store=store, latent_spec=spec, shards=shards, **fields)

@@ -68,9 +68,8 @@ def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray
         raise BadRecord("undecodable picture", where, str(error)) from None
     height, width = min(sizes, key=lambda size: abs(np.log(size[1] / size[0] * picture.height / picture.width)))
     if picture.size != (width, height):
-        is_tall = picture.width * height <= picture.height * width
-        kept_width = picture.width if is_tall else picture.height * width / height
-        kept_height = picture.width * height / width if is_tall else picture.height
+        kept_width = min(picture.width, picture.height * width / height)
+        kept_height = min(picture.height, picture.width * height / width)
         left, top = (picture.width - kept_width) // 2, (picture.height - kept_height) // 2
         box = (left, top, left + kept_width, top + kept_height)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
@@ -152,8 +151,7 @@ def contact_sheet(pictures: Sequence[np.ndarray], titles: Sequence[str], columns
     for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
         left, top = MARGIN + i % columns * cell_w, MARGIN + i // columns * cell_h
         size = picture.shape[1] * scale, picture.shape[0] * scale
-        large = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
-        sheet.paste(large, (left, top))
+        sheet.paste(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC), (left, top))
         lines = textwrap.wrap(title, max(8, width * scale // 6))[:LINES]
         pen.multiline_text((left, top + height * scale + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     return sheet

@@ -14,14 +14,14 @@ import re
 import reprlib
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from data.documents import MAX_SEGMENTS
 from data.inputs import expand
-from data.remote import is_http, shown
+from data.remote import shown, without_query
 from data.shards import BadRecord, BadRecords, Record, read_shard
 from data.signatures import HEAD_BYTES, LFS_POINTER, looks_like
 from data.storage import local_copy
@@ -60,18 +60,14 @@ class RawDocument:
 
 def suffix_of(path: str) -> str:
     """Return which of SUFFIXES a path or URL ends in, ignoring case; "" for none."""
-    name = _without_query(path).lower()
+    name = without_query(path).lower()
     return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(s)), "")
 
 
 def input_name(path: str) -> str:
     """Return the file name of a path or URL without its suffix: the name of the shard made of it."""
-    name = _without_query(path).rsplit("/", 1)[-1]
+    name = without_query(path).rsplit("/", 1)[-1]
     return name[: len(name) - len(suffix_of(path))]
-
-
-def _without_query(path: str) -> str:
-    return path.split("?")[0] if is_http(path) else path
 
 
 def read_raw(file: Path, source: str, bad: BadRecords, names: KeysConfig | None = None) -> Iterator[RawDocument]:
@@ -131,7 +127,10 @@ def _member(record: Record, name: str, where: str) -> bytes:
 
 
 def _document(record: Record, key: str, where: str, caption_key: str | None) -> RawDocument:
-    info = _json_object(_member(record, "json", where))
+    info, data = {}, _member(record, "json", where)
+    with suppress(ValueError, RecursionError):
+        info = json.loads(data)
+    info = info if isinstance(info, dict) else {}
     size = sum(map(len, record.values()))
     if "segments" in info:
         return RawDocument(key, where, tuple(_segments(info["segments"], record, where)), info, size)
@@ -165,9 +164,9 @@ def _segments(listed: Any, record: Record, where: str) -> Iterator[str | bytes]:
 def _read_texts(file: Path, source: str, bad: BadRecords, text_key: str) -> Iterator[RawDocument]:
     key, suffix, name = input_name(source).replace(".", "_"), suffix_of(source), shown(source)  # a key ends at a dot
     is_whole, is_cut, number, read = suffix == TEXT, False, 0, 0
-    with _open_text(file, suffix) as (raw, text):
+    with file.open("rb") as raw:
         size, what = file.stat().st_size, _other_kind(raw, suffix)
-        lines = _lines(text, is_whole) if what is None else iter(())
+        lines = _lines(_decompressed(raw, suffix), is_whole) if what is None else iter(())
         while not is_cut:
             where = f"{name}:{number + 1}"
             try:
@@ -215,11 +214,9 @@ def _text(data: bytes | None, where: str, key: str | None) -> str:
     """Return the text in a line of JSON under `key`; without a key, `data` itself."""
     if data is None:
         raise BadRecord("oversized text", where, f"more than {MAX_TEXT_BYTES} bytes")
-    if key is None:
-        (text,) = _texts_of(_decoded(data, "text", where), "text", where, "the file")
-        return text
-    value = _value(data, key, "text", where)
-    (text,) = _texts_of(None if isinstance(value, list) else value, "text", where, repr(key))
+    value = _decoded(data, "text", where) if key is None else _value(data, key, "text", where)
+    what = "the file" if key is None else repr(key)
+    (text,) = _texts_of(None if isinstance(value, list) else value, "text", where, what)
     return text
 
 
@@ -264,16 +261,10 @@ def _is_text(value: str) -> bool:
     return value.isascii() or not re.search("[\ud800-\udfff]", value)  # JSON can encode half a surrogate pair
 
 
-@contextmanager
-def _open_text(file: Path, suffix: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a text file, compressed or not: (the file itself, for its position; its contents, to read)."""
-    with file.open("rb") as raw:
-        if suffix.endswith(".gz"):
-            yield raw, cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-        elif suffix.endswith(".zst"):
-            yield raw, io.BufferedReader(_Zst(raw), 1 << 20)
-        else:
-            yield raw, raw
+def _decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
+    if suffix.endswith(".gz"):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    return io.BufferedReader(_Zst(file), 1 << 20) if suffix.endswith(".zst") else file
 
 
 class _Zst(io.RawIOBase):
@@ -282,37 +273,26 @@ class _Zst(io.RawIOBase):
     def __init__(self, file: BinaryIO):
         import zstandard
 
-        self._file, self._error = file, zstandard.ZstdError
-        self._new = lambda: zstandard.ZstdDecompressor().decompressobj()
-        self._frame, self._left = self._new(), memoryview(b"")  # slices of a view copy nothing
-        self._is_open = False
+        self._zstandard, self._file = zstandard, file
+        self._frame: Any = None  # that is being decompressed
+        self._packed, self._left = b"", memoryview(b"")  # slices of a view copy nothing
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._left:
-            data = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame, self._is_open = self._new(), bool(data)
-            data = data or self._file.read(_ZST_BYTES)
-            if not data and self._is_open:
-                raise EOFError("a zstd frame is cut")
-            if not data:
+            packed = self._packed or self._file.read(_ZST_BYTES)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("a zstd frame is cut")
                 return 0
+            frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
             try:
-                self._left = memoryview(self._frame.decompress(data))
-            except self._error as error:
+                self._left = memoryview(frame.decompress(packed))
+            except self._zstandard.ZstdError as error:
                 raise OSError(f"no zstd: {error}") from None
-            self._is_open = not self._frame.eof
+            self._frame, self._packed = (None, frame.unused_data) if frame.eof else (frame, b"")
         size = min(len(buffer), len(self._left))
         buffer[:size], self._left = self._left[:size], self._left[size:]
         return size
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

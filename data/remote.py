@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 32 << 20  # requested from an object store at once for a whole file
 _URL_RULE = re.compile(r"(?:[a-z][a-z0-9+.-]*::)*([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-_TRANSIENT_STATUS = (408, 425, 429)  # and all from 500
-_FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _CLIENTS = {"aiohttp", "aiobotocore", "azure", "botocore", "gcsfs", "google", "http", "httpx", "requests", "urllib3"}
 # Keys of what identifies a file's version, best first; without case, dashes and underscores.
 _CHANGE_KEYS = ("etag", "generation", "contentmd5", "md5hash", "blobid", "lastmodified", "updated", "mtime", "created")
@@ -79,6 +77,10 @@ def is_http(path: str) -> bool:
     return path[:8].lower().startswith(("http://", "https://"))
 
 
+def without_query(path: str) -> str:
+    return path.partition("?")[0] if is_http(path) else path
+
+
 def file_version(path: str, retries: Retries = RETRIES) -> FileVersion:
     """Return a file's size and what identifies its contents; raise OSError if it is not available."""
     if is_remote(path):
@@ -116,12 +118,11 @@ def retried(
 
 def _is_transient(error: Exception) -> bool:
     if (status := _status(error)) is not None:
-        return status in _TRANSIENT_STATUS or status >= 500
-    if isinstance(error, OSError):
-        return not isinstance(error, (*_FINAL_ERRORS, DiskError))
-    if isinstance(error, ValueError):  # aiohttp's InvalidURL
+        return status in (408, 425, 429) or status >= 500
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, DiskError)):
         return False
-    return any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
+    is_of_client = any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
+    return isinstance(error, OSError) or (is_of_client and not isinstance(error, ValueError))  # aiohttp's InvalidURL
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -201,7 +202,8 @@ def _version(path: str, stall_s: float) -> FileVersion:
 def file_info(path: str, stall_s: float) -> dict[str, Any]:
     """Return what the file system knows of a file at present, such as its size and type."""
     if is_http(path):
-        return _Http(path, stall_s).info()
+        http = _Http(path, stall_s)
+        return http.wait_for(http.info)
     files, name = filesystem(path)
     files.invalidate_cache()
     return files.info(name)
@@ -246,7 +248,8 @@ def read_range(path: str, offset: int, length: int, retries: Retries) -> bytes:
 def _fetch(path: str, start: int, length: int, write: Callable[[bytes], None], stall_s: float) -> None:
     """Pass the bytes [start, start + length) to `write` in order, fewer only at the file's end; no retries."""
     if length and is_http(path):
-        _Http(path, stall_s).get(start, length, write)
+        http = _Http(path, stall_s)
+        http.wait_for(http.get, start, length, write)
         return
     files, name = filesystem(path)
     for begin in range(start, start + length, PIECE_BYTES):
@@ -273,15 +276,9 @@ class _Http:
 
         self.files, self.url = filesystem(path)
         self.timeout = aiohttp.ClientTimeout(sock_connect=stall_s, sock_read=stall_s)
-        self._run = partial(sync, self.files.loop)
+        self.wait_for: Callable[..., Any] = partial(sync, self.files.loop)
 
-    def info(self) -> dict[str, Any]:
-        return self._run(self._info)
-
-    def get(self, start: int, length: int, write: Callable[[bytes], None]) -> None:
-        self._run(self._get, start, length, write)
-
-    async def _info(self) -> dict[str, Any]:
+    async def info(self) -> dict[str, Any]:
         def described_by(response: "ClientResponse") -> dict[str, Any]:
             if response.status != 416:  # 416: the file is empty
                 response.raise_for_status()
@@ -293,7 +290,7 @@ class _Http:
         async with await self._send("GET", Range="bytes=0-0") as response:  # signed for GET only, or no HEAD there
             return described_by(response)
 
-    async def _get(self, start: int, length: int, write: Callable[[bytes], None]) -> None:
+    async def get(self, start: int, length: int, write: Callable[[bytes], None]) -> None:
         async with await self._send("GET", Range=f"bytes={start}-{start + length - 1}") as response:
             if response.status == 416:  # past the end
                 return

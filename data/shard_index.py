@@ -83,17 +83,13 @@ class ShardIndex:
 
     def _check(self) -> None:
         records, images, starts = len(self.spans), len(self.grids), self.grid_starts
-        if len(self.text_tokens) != records:
-            raise ValueError(f"{len(self.text_tokens)} counts of text tokens for {records} records")
-        if self.contents is not None and len(self.contents) != records:
-            raise ValueError(f"{len(self.contents)} keys of contents for {records} records")
+        if not len(self.text_tokens) == len(self.keys) == records:
+            raise ValueError(f"text tokens or contents of other than {records} records")
         if len(starts) != records + 1 or starts[0] != 0 or starts[-1] != images or (np.diff(starts) < 0).any():
             raise ValueError(f"grid_starts do not cut {images} images into {records} records")
-        cells = self.grids.astype(np.int64).prod(axis=1)
-        if (self.grids < 1).any() or not ((self.text_tokens >= 0) & (self.text_tokens <= MAX_RECORD_BYTES)).all():
-            raise ValueError("negative or absurd sizes")
-        if (cells > MAX_RECORD_BYTES).any():
-            raise ValueError("latent grids larger than any record")
+        sizes = np.concatenate([self.text_tokens, self.grids.astype(np.int64).prod(axis=1)])
+        if (self.grids < 1).any() or (sizes < 0).any() or (sizes > MAX_RECORD_BYTES).any():
+            raise ValueError("negative sizes, or larger than any record")
 
     def document_tokens(self, patch_size: int) -> np.ndarray:
         """Return each record's length in tokens, int64 [R]: BOS, EOS, text, and BOI + patches + EOI an image."""

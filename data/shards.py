@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from xxhash import xxh3_64
@@ -57,18 +57,17 @@ def index_shard(
     `sizes_of` returns a record's text tokens and image grids, or raises BadRecord: an index lists only valid records.
     """
     spans, text_tokens, counts, grids, contents = [], [], [0], [], []
-    with open(path, "rb") as file:
-        for offset, length, record in _records(file, str(path), bad):
-            try:
-                tokens, record_grids = sizes_of(record)
-            except BadRecord as error:
-                bad.add(error)
-                continue
-            spans.append((offset, length, zlib.crc32(_read_span(_reader(file), offset, length, str(path)))))
-            text_tokens.append(tokens)
-            contents.append(content_key(record))
-            grids.extend(record_grids)
-            counts.append(len(grids))
+    for offset, data, record in _records(path, str(path), bad):
+        try:
+            tokens, record_grids = sizes_of(record)
+        except BadRecord as error:
+            bad.add(error)
+            continue
+        spans.append((offset, len(data), zlib.crc32(data)))
+        text_tokens.append(tokens)
+        contents.append(content_key(record))
+        grids.extend(record_grids)
+        counts.append(len(grids))
     return ShardIndex(
         spans=np.array(spans, dtype=np.int64).reshape(-1, 3),
         text_tokens=np.array(text_tokens, dtype=np.int64),
@@ -98,46 +97,51 @@ def read_at(read: Read, span: np.ndarray, where: str) -> Record:
 
 def read_shard(path: Path, bad: BadRecords, name: str | None = None) -> Iterator[Record]:
     """Yield a shard's good records in file order, count the bad in `bad`; errors name `name` if `path` is a copy."""
-    with open(path, "rb") as file:
-        for _, _, record in _records(file, name or str(path), bad):
-            yield record
+    for _, _, record in _records(path, name or str(path), bad):
+        yield record
 
 
-def _records(file: BinaryIO, name: str, bad: BadRecords) -> Iterator[tuple[int, int, Record]]:
-    """Yield (offset, length, record) of a shard's good records; at its end count in `bad` the bytes lost."""
-    size = os.fstat(file.fileno()).st_size
+def _records(path: Path, name: str, bad: BadRecords) -> Iterator[tuple[int, bytes, Record]]:
+    """Yield (offset, bytes, record) of a shard's good records; at its end count in `bad` the bytes lost."""
     kinds: set[frozenset[str]] = set()  # sets of extensions that records had
     lost, is_cut = 0, False
     # Errors before the first record count only if there is one: a file without records is one failed file.
     counts, has_records = BadRecords(1), False
-    for span in _scan(file, size, name, bad):
-        if span.has_record and not has_records:
-            bad.update(counts)
-            counts, has_records = bad, True
-        lost += span.lost
-        is_cut |= span.is_cut
-        counts.seen += 1
-        try:
-            if span.error is not None:
-                raise span.error
+    with open(path, "rb") as file:
+
+        def read(offset: int, length: int) -> bytes:
+            return os.pread(file.fileno(), length, offset)
+
+        size = os.fstat(file.fileno()).st_size
+        for span in _scan(read, size, name, bad):
+            if span.has_record and not has_records:
+                bad.update(counts)
+                counts, has_records = bad, True
+            lost += span.lost
+            is_cut |= span.is_cut
+            counts.seen += 1
             where = f"{name}@{span.offset}"
-            record = parse_record(_read_span(_reader(file), span.offset, span.length, where), where)
-            if span.is_last and (is_cut := frozenset(record) not in kinds):
-                raise BadRecord(
-                    "truncated", where, "no end-of-archive block, and no earlier record of the same members"
-                )
-        except BadRecord as error:
-            counts.add(error)
-            counts.check()
-        else:
-            kinds.add(frozenset(record))
-            if span.is_last:
-                bad.note("file without an end-of-archive block, perhaps cut", name)
-            yield span.offset, span.length, record
+            try:
+                if span.error is not None:
+                    raise span.error
+                data = _read_span(read, span.offset, span.length, where)
+                record = parse_record(data, where)
+                if span.is_last and (is_cut := frozenset(record) not in kinds):
+                    detail = "no end-of-archive block, and no earlier record of the same members"
+                    raise BadRecord("truncated", where, detail)
+            except BadRecord as error:
+                counts.add(error)
+                counts.check()
+            else:
+                kinds.add(frozenset(record))
+                if span.is_last:
+                    bad.note("file without an end-of-archive block, perhaps cut", name)
+                yield span.offset, data, record
+        head = read(0, HEAD_BYTES)
     if has_records:
         bad.files.append((size, 1.0 if is_cut else lost / size))
     else:
-        what = looks_like(os.pread(file.fileno(), HEAD_BYTES, 0))
+        what = looks_like(head)
         bad.failed.append(f"{name}: no record" + (f"; it is {what}" if what else f" in {size} bytes"))
 
 
@@ -172,7 +176,7 @@ class _Span(NamedTuple):
     is_cut: bool = False  # the file ends too early
 
 
-def _scan(file: BinaryIO, size: int, name: str, bad: BadRecords) -> Iterator[_Span]:
+def _scan(read: Read, size: int, name: str, bad: BadRecords) -> Iterator[_Span]:
     """Yield each record's span in file order, and an error for bytes that were lost; note members of no record."""
     first = after = 0
     key = torn = lost_since = None  # the latter: why bytes were lost before this record, and before the next one
@@ -182,7 +186,7 @@ def _scan(file: BinaryIO, size: int, name: str, bad: BadRecords) -> Iterator[_Sp
         error = BadRecord(torn, f"{name}@{first}", f"{key!r}: {detail}") if torn else None
         return _Span(first, after - first, error, is_last=is_last)
 
-    for part in members(_reader(file), size):
+    for part in members(read, size):
         if isinstance(part, Member):
             if part.key is None and part.problem is not None:
                 bad.note(part.problem, f"{name}/{part.name}")
@@ -203,10 +207,6 @@ def _scan(file: BinaryIO, size: int, name: str, bad: BadRecords) -> Iterator[_Sp
         key = None
     if key is not None:
         yield record(is_last=True)
-
-
-def _reader(file: BinaryIO) -> Read:
-    return lambda offset, length: os.pread(file.fileno(), length, offset)
 
 
 def _read_span(read: Read, offset: int, length: int, where: str) -> bytes:

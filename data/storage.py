@@ -57,8 +57,7 @@ def local_copy(path: str, folder: Path | None = None, retries: Retries = RETRIES
     if not is_remote(path):
         yield Path(local_name(path))
         return
-    folder = Path(folder or tempfile.gettempdir())
-    _sweep_copies(folder)
+    _sweep_copies(folder := Path(folder or tempfile.gettempdir()))
     name = re.sub(r"[^\w.-]", "_", path.partition("?")[0].rpartition("/")[2])[-100:]
     copy = folder / f"{COPY_PREFIX}{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}~{name}"
     descriptor = os.open(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -245,13 +244,12 @@ class _Process:
     ahead: OrderedDict[tuple[str, int, int], Future] = field(default_factory=OrderedDict)
 
 
+@dataclass(slots=True)
 class _File:
     """An open file, closed with its last reference, so that no thread reads from a descriptor that was reused."""
 
-    __slots__ = ("descriptor", "used")
-
-    def __init__(self, descriptor: int, used: int):
-        self.descriptor, self.used = descriptor, used
+    descriptor: int
+    used: int  # when it was last, by the store's clock
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         close(self.descriptor)

@@ -65,16 +65,13 @@ class _Said:
     error: tuple[str, str] | None = None  # reason and detail: unusable, so the member has no name
 
 
-_NOTHING_SAID = _Said()
-
-
 def members(read: Read, end: int) -> Iterator[Member | Break]:
     """Walk the tar headers in [0, end), past damage and past the end of an archive (`cat` joins them).
 
     After a damaged header, the next member is at the first block with a tar header's magic and a right checksum.
     """
     offset = first = 0  # of this header, and of the first one that describes the same member
-    said = _NOTHING_SAID
+    said = _Said()
     while offset < end:
         header = read(offset, TAR_BLOCK)
         if header[:1] == b"\0" and not header.strip(b"\0"):
@@ -82,7 +79,7 @@ def members(read: Read, end: int) -> Iterator[Member | Break]:
                 yield Break(first, offset, "broken header", "it describes no member")
             after = _after_zeros(read, offset, end)
             yield Break(offset, after)
-            offset, first, said = after, after, _NOTHING_SAID
+            offset, first, said = after, after, _Said()
             continue
         if len(header) < TAR_BLOCK:
             yield Break(first, end, "truncated", f"{len(header)} of 512 bytes of a header", is_cut=True)
@@ -92,7 +89,7 @@ def members(read: Read, end: int) -> Iterator[Member | Break]:
         except ValueError as error:
             after = _next_header(read, offset + TAR_BLOCK, end)
             yield Break(first, after, "broken header", str(error))
-            offset, first, said = after, after, _NOTHING_SAID
+            offset, first, said = after, after, _Said()
             continue
         start = offset + TAR_BLOCK
         if kind == tarfile.GNUTYPE_SPARSE:
@@ -115,7 +112,7 @@ def members(read: Read, end: int) -> Iterator[Member | Break]:
         else:
             if said.error is not None:
                 yield Break(first, after, *said.error)
-            first, said = after, _NOTHING_SAID
+            first, said = after, _Said()
         offset = after
     if first < offset:
         yield Break(first, end, "truncated", "an extended header is the last", is_cut=True)

@@ -34,22 +34,22 @@ class Tokenizer:
         if not self.path.is_file():
             raise FileNotFoundError(f"tokenizer {path}: no such file; train one with `python -m train.tokenizer`")
         model = self.path.read_bytes()
+        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor()
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise ValueError(f"tokenizer {path} is not a SentencePiece model: {error}") from None
         self.hash = hashlib.sha256(model).hexdigest()[:16]
-        size = self._processor.get_piece_size()
+        self.model = model  # as used, control pieces included
+        self.vocab_size = self._processor.get_piece_size()
         self.unknown = self._processor.unk_id()
         boi, eoi = (self._processor.piece_to_id(piece) for piece in (BOI_PIECE, EOI_PIECE))
-        if self.unknown not in (boi, eoi) and not all(map(self._processor.is_control, (boi, eoi))):
-            model = _with_control(model, (boi, eoi))
-            self._processor.LoadFromSerializedProto(model)
-        self.model = model  # as used, control pieces included
         if self.unknown in (boi, eoi):
-            boi, eoi, size = size, size + 1, size + 2
-        self.vocab_size = size
+            boi, eoi = self.vocab_size, self.vocab_size + 1
+            self.vocab_size += 2
+        elif not all(map(self._processor.is_control, (boi, eoi))):
+            self.model = _with_control(model, (boi, eoi))
+            self._processor.LoadFromSerializedProto(self.model)
         bos, eos, pad = (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
         if bos < 0 or eos < 0:
             raise ValueError(f"tokenizer {path} has no BOS or no EOS piece, which every document needs; use another")

@@ -29,10 +29,9 @@ def find_too_long(
     examined = 0
     for shard, entry in enumerate(() if manifest.store.is_remote else manifest.shards):
         # Bytes of an image's moments and of as many token ids as fill the rest of a sequence: few shards hold more.
-        least = []
-        for grid in entry.grids:
-            h, w = map(int, grid.split("x"))
-            least.append(4 * (sequence_length - 4 - (h // patch_size) * (w // patch_size) + channels * h * w))
+        least = [
+            4 * (sequence_length - 4 - (h // patch_size) * (w // patch_size) + channels * h * w) for h, w in entry.sizes
+        ]
         if not least or entry.largest_record < min(least):
             continue
         with suppress(BadRecord):  # of the index: reported when it is needed

@@ -126,7 +126,7 @@ class Encoder:
             self.sizes = ((config.resolution, config.resolution),)
         self.given_spec, self.stats_source = self._given_spec(stats)
         # Of the current file.
-        self.latent_sums, self.words = LatentSums.none(self.channels), WordCounts()
+        self.latent_sums, self.words = LatentSums.total(self.channels), WordCounts()
         cores = len(os.sched_getaffinity(0)) // place().local_world_size
         self.num_threads = config.decode_threads or max(1, cores)
         self._threads = ThreadPoolExecutor(self.num_threads, "decode")
@@ -218,7 +218,7 @@ class Encoder:
     @torch.no_grad()
     def records(self, documents: Iterable[RawDocument], bad: BadRecords) -> Iterator[Record]:
         """Yield the encoded records of one input file's documents, in order; what is bad is counted and named."""
-        self.latent_sums, self.words = LatentSums.none(self.channels), WordCounts()
+        self.latent_sums, self.words = LatentSums.total(self.channels), WordCounts()
         waiting: deque[_Draft] = deque()  # for the VAE, in the order of the input
         batches: dict[tuple[int, int], list[_Picture]] = {}  # by size, not full yet
         running: deque[tuple[list[_Picture], torch.Tensor]] = deque()  # on the device

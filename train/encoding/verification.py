@@ -101,7 +101,7 @@ def index_folder(folder: Path, config: EncoderConfig, stats: LatentSpec | None, 
                 raise ValueError(f"{shard} was made with {name}={known}, not {given}: give the one it was made with")
         sidecar = Sidecar.read(shard, origin)
         if sidecar is None:
-            of_shard, latents = BadRecords(max_fraction=1), LatentSums.none(encoder.channels)
+            of_shard, latents = BadRecords(max_fraction=1), LatentSums.total(encoder.channels)
             index = index_shard(shard, partial(_checked_sizes, encoder, latents, shard), of_shard)
             if not len(index):  # a raw tar, perhaps
                 found = "; ".join(of_shard.failed) or f"{shard}: no record of an encoded shard: {of_shard.summary()}"

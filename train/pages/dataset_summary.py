@@ -127,7 +127,7 @@ class EncodedData:
 
         The same seed gives the same documents, in the order of the data.
         """
-        documents, sums = [], LatentSums.none(self._channels)
+        documents, sums = [], LatentSums.total(self._channels)
         load_index = lru_cache(1)(self.manifest.load_index)  # places come shard by shard
         for shard, number in tqdm(self._places(shards, n, seed), desc="view: documents", unit="document", delay=1):
             bad.seen += 1
