@@ -20,16 +20,9 @@ MARGIN, LINE, LINES = 6, 12, 3  # of a contact sheet: pixels, pixels, lines of t
 _TILE = 2048  # pixels a side that are made opaque at a time
 _JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of a segment or the end; others occur in compressed data
 Size = tuple[int, int]  # pixels, (height, width)
-# How to turn a picture of each EXIF orientation upright; 1 is upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# What turns pictures of EXIF orientations 2, 3, ... 8 upright; 1 is upright.
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+_UPRIGHT = {orientation: Image.Transpose[name] for orientation, name in enumerate(_TURNS, start=2)}
 
 
 def bucket_sizes(resolution: int, multiple: int, max_aspect: float = 2.0) -> tuple[Size, ...]:

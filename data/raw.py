@@ -61,7 +61,7 @@ class RawDocument:
 def suffix_of(path: str) -> str:
     """Return which of SUFFIXES a path or URL ends in, ignoring case; "" for none."""
     name = without_query(path).lower()
-    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(s)), "")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
 def input_name(path: str) -> str:

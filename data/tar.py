@@ -85,8 +85,8 @@ def members(read: Read, end: int) -> Iterator[Member | Break]:
             yield Break(first, end, "truncated", f"{len(header)} of 512 bytes of a header", is_cut=True)
             return
         try:
-            kind, name, size = _plain_header(header) or _any_header(header)
-        except ValueError as error:
+            kind, name, size = _parse_header(header)
+        except (ValueError, tarfile.HeaderError) as error:
             after = _next_header(read, offset + TAR_BLOCK, end)
             yield Break(first, after, "broken header", str(error))
             offset, first, said = after, after, _Said()
@@ -175,11 +175,10 @@ def _member(kind: bytes, name: str, problem: str | None, first: int, start: int,
     key, extension = key_of(name)
     if key is None:
         problem = "webdataset's meta data" if _META_RULE.match(name) else "name without extension"
+    elif problem is None and kind == tarfile.GNUTYPE_SPARSE:
+        problem = "sparse member"
     elif problem is None:
-        if kind == tarfile.GNUTYPE_SPARSE:
-            problem = "sparse member"
-        else:
-            problem = "member is not a file" if kind not in _FILE_TYPES else name_problem(name)
+        problem = name_problem(name) if kind in _FILE_TYPES else "member is not a file"
     return Member(key, extension, problem, name, first, start, size, after)
 
 
@@ -190,23 +189,13 @@ def left_out(name: str) -> str | None:
     return "file of macOS or Windows" if is_theirs else None
 
 
-def _plain_header(header: bytes) -> tuple[bytes, str, int] | None:
-    """Return (type, name, size) of a header such as TarWriter writes for files, None for any other."""
+def _parse_header(header: bytes) -> tuple[bytes, str, int]:
+    """Return (type, name, size) of a member; raise ValueError or tarfile's HeaderError for what is no header."""
     # tarfile's own parser takes 30 us a header, more than the rest of a read.
     match = _PLAIN_HEADER.match(header)
-    if match is None or match.start(2) != 124:  # the name does not fill its field
-        return None
-    name, size, checksum = match.groups()
-    if not _has_sum(header, int(checksum, 8)):
-        return None
-    return b"0", name.decode(), int(size, 8)
-
-
-def _any_header(header: bytes) -> tuple[bytes, str, int]:
-    try:
-        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        raise ValueError(str(error)) from None
+    if match and match.start(2) == 124 and _has_sum(header, int(match[3], 8)):  # name and zeros fill their field
+        return b"0", match[1].decode(), int(match[2], 8)
+    info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     if info.size < 0:
         raise ValueError(f"{info.size} bytes")
     return info.type, info.name, 0 if info.type in _LINK_OR_FOLDER_TYPES else info.size

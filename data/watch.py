@@ -34,8 +34,7 @@ class ReadWatch:
         warned, wait_s = None, self.warn_after_s
         while True:
             time.sleep(self.warn_after_s / 4)
-            reading = self._reading
-            if reading is None:
+            if (reading := self._reading) is None:
                 continue
             start, words, what = reading
             if reading is not warned:

@@ -21,21 +21,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.dataset import DataSet, open_data
-from data.documents import Document, ImageSegment, OrderConfig, check_document, decode_document, document_sizes
+from data.documents import ImageSegment, OrderConfig, check_document, decode_document, document_sizes
 from data.lanes import Lane
 from data.manifest import Manifest, shard_entry
 from data.packing import Piece
 from data.pictures import decode_picture
 from data.raw import read_raw
 from data.shard_index import ShardIndex, index_path
-from data.shards import BadRecord, BadRecords, index_shard, read_at, read_shard, write_shard
+from data.shards import BadRecord, BadRecords, Record, index_shard, read_at, read_shard, write_shard
 from data.source import SourceConfig
 from data.tokenizer import Tokenizer, train_tokenizer
 from tests import mutations
@@ -67,13 +66,10 @@ FORBIDDEN = (
 )
 
 
-class Failed(AssertionError):
-    """A reader did what it must not."""
-
-
 def check(condition: Any, what: str) -> None:
+    """Raise an error if a reader did what it must not."""
     if not condition:
-        raise Failed(what)
+        raise AssertionError(what)
 
 
 @dataclass
@@ -177,10 +173,10 @@ class Readers:
         self.reasons += bad.reasons + Counter({"failed file": len(bad.failed)})
         self.reasons += Counter(what for what in bad.noted if what.startswith("file without an end"))
 
-    def _document(self, make: Callable[[], Document]) -> bytes | None:
+    def _document(self, record: Record) -> bytes | None:
         """Return as bytes a document that may be trained on, None for a bad one."""
         try:
-            document = make()
+            document = decode_document(record, "here")
             check_document(document, self.tokenizer.vocab_size, 2, "here")
         except BadRecord as error:
             self.bad(error.reason, str(error))
@@ -205,7 +201,7 @@ class Readers:
         bad, found, read = BadRecords(1.0), {}, 0
         for record in read_shard(path, bad):
             read += 1
-            if (document := self._document(partial(decode_document, record, "here"))) is not None:
+            if (document := self._document(record)) is not None:
                 found.setdefault(record["__key__"].decode(), []).append(document)
         self._count(bad, read)
         return found
@@ -215,16 +211,10 @@ class Readers:
         found: dict[str, list[bytes]] = {}
         with path.open("rb") as file:
             for span in index.spans:
-                key = ""
-
-                def make(span: np.ndarray = span) -> Document:
-                    nonlocal key
+                with suppress_bad(self):
                     record = read_at(lambda offset, length: os.pread(file.fileno(), length, offset), span, "here")
-                    key = record.get("__key__", b"").decode()
-                    return decode_document(record, "here")
-
-                if (document := self._document(make)) is not None:
-                    found.setdefault(key, []).append(document)
+                    if (document := self._document(record)) is not None:
+                        found.setdefault(record.get("__key__", b"").decode(), []).append(document)
         return found
 
     def _from_raw(self, path: Path) -> dict[str, list[tuple]]:
@@ -254,14 +244,15 @@ class Readers:
         config = data_config(self.tokenizer, {"a": source}, lanes=2, sequence_length=192, order=order)
         return open_data(config, seed=0, patch_size=2)
 
-    def _start(self) -> DataSet | None:
-        """Start as a run does, None where it refuses."""
+    def _start(self, other_documents: bool = False) -> None:
+        """Start as a run does and, unless that is refused, read all lanes."""
         try:
-            return self._open()
+            data = self._open()
         except (ValueError, FileNotFoundError) as error:
             check(raised_by_us(error) and str(error), f"no refusal of ours: {error!r}")
             self.reasons["start refused"] += 1
-            return None
+        else:
+            self._read_lanes(data, other_documents)
 
     def _read_lanes(self, data: DataSet, other_documents: bool = False) -> None:
         """Read all lanes to their ends; no document but those of the whole files unless `other_documents`."""
@@ -296,26 +287,20 @@ class Readers:
         self._compare(found, whole, mutation, self.reasons.total() > before)
         self._by_old_index(path, number)
         self._read_lanes(self.data)  # damaged after the start
-        if (data := self._start()) is not None:
-            self._read_lanes(data)
+        self._start()
         bad = BadRecords(1.0)
         index = index_shard(path, document_sizes, bad)
         self._count(bad, len(index))
         buffer = io.BytesIO()
         np.savez(buffer, **vars(index))
         again = ShardIndex.parse(buffer.getvalue(), "here", zlib.crc32(buffer.getvalue()))
-        check(
-            all(np.array_equal(a, b) for a, b in zip(vars(index).values(), vars(again).values(), strict=True)), "index"
-        )
+        check(all(np.array_equal(array, vars(again)[name]) for name, array in vars(index).items()), "index")
         check(self._from_index(path, index) == found, "by an index of its own a shard is another")
         if len(index):
             self._vouch(path, buffer.getvalue(), index)
-            if (data := self._start()) is not None:
-                self._read_lanes(data, other_documents=True)
+            self._start(other_documents=True)
 
-    def _compare(
-        self, found: dict[str, list], whole: dict[str, list], mutation: Mutation, some_are_counted: bool
-    ) -> None:
+    def _compare(self, found: dict[str, list], whole: dict[str, list], mutation: Mutation, are_counted: bool) -> None:
         """Check what came without an index against what the whole file gives."""
         touched = mutation.touched
         for key, documents in found.items():
@@ -324,7 +309,7 @@ class Readers:
             check(is_known or touched is None or key in touched, f"{key} passed as what it never was")
         if touched is not None:
             lost = set(whole) - set(found) - touched - mutation.dropped
-            check(not lost or some_are_counted, f"{lost} neither passed nor are counted")
+            check(not lost or are_counted, f"{lost} neither passed nor are counted")
 
     def _by_old_index(self, path: Path, number: int) -> None:
         """By its old index every byte of a mutated shard is the old one, or an error."""
@@ -351,8 +336,7 @@ class Readers:
         with suppress_bad(self):
             ShardIndex.parse(mutation.data, "here", zlib.crc32(self.files[name]))
             check(mutation.data == self.files[name], "another index passed its checksum")
-        if (data := self._start()) is not None:
-            self._read_lanes(data)
+        self._start()
         with suppress_bad(self):
             index = ShardIndex.parse(mutation.data, "here")
             lengths = index.document_tokens(2)
@@ -361,16 +345,14 @@ class Readers:
                 is_known = all(document in self.documents[shard.name].get(key, []) for document in documents)
                 check(is_known, f"{key} passed as what it never was")
         self._vouch(shard, mutation.data)
-        if (data := self._start()) is not None:
-            self._read_lanes(data)
+        self._start()
 
     def through_manifest(self, _: str, __: Mutation) -> None:
         try:
             Manifest.load(self.encoded)
         except (ValueError, FileNotFoundError) as error:
             check(str(self.encoded) in str(error) and raised_by_us(error), f"no refusal of ours: {error!r}")
-        if (data := self._start()) is not None:
-            self._read_lanes(data)
+        self._start()
 
     def through_raw(self, name: str, mutation: Mutation) -> None:
         before = self.reasons.total()
@@ -453,12 +435,8 @@ def raw_records() -> list[dict[str, bytes]]:
         {"__key__": b"a", "jpg": mutations.picture(rng, "JPEG"), "txt": b" one"},
         {"__key__": b"b", "png": mutations.picture(rng, "PNG", "RGBA"), "json": b'{"caption": "two", "url": "u"}'},
         {"__key__": b"c", "webp": mutations.picture(rng, "WEBP"), "txt": "drei ü".encode(), "json": b'{"k": [1]}'},
-        {
-            "__key__": b"d",
-            "0.png": mutations.picture(rng, "PNG", "L"),
-            "1.jpg": mutations.picture(rng, "JPEG"),
-            "json": json.dumps({"segments": listed}).encode(),
-        },
+        {"__key__": b"d", "0.png": mutations.picture(rng, "PNG", "L"), "1.jpg": mutations.picture(rng, "JPEG")}
+        | {"json": json.dumps({"segments": listed}).encode()},
         {"__key__": b"e", "jpg": mutations.picture(rng, "JPEG", size=(9, 60)), "txt": b"five"},
     ]
 

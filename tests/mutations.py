@@ -111,13 +111,11 @@ def member(name: bytes, data: bytes, kind: bytes = b"0", **fields: bytes) -> byt
 
 def pax(*records: bytes, kind: bytes = b"x") -> bytes:
     """Return a pax header of records such as b"path=x"."""
-    lines = [record if record[:1].isdigit() else _pax_line(record) for record in records]
+    lines = []
+    for record in records:
+        length = next(n for n in range(1, 1 << 20) if len(b"%d %s\n" % (n, record)) == n)
+        lines.append(record if record[:1].isdigit() else b"%d %s\n" % (length, record))
     return member(b"PaxHeaders/x", b"".join(lines), kind)
-
-
-def _pax_line(record: bytes) -> bytes:
-    length = next(n for n in range(1, 1 << 20) if len(b"%d %s\n" % (n, record)) == n)
-    return b"%d %s\n" % (length, record)
 
 
 def tar(parts: Sequence[Part | bytes]) -> bytes:
@@ -255,6 +253,15 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def zipped(files: dict[str, bytes], form: int = zipfile.ZIP_STORED) -> bytes:
+    """Return a zip of files, each named NAME.npy."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", form) as archive:
+        for name, content in files.items():
+            archive.writestr(f"{name}.npy", content)
+    return buffer.getvalue()
+
+
 def npy_of(text: str, data: bytes = b"", version: bytes = b"\1\0") -> bytes:
     """Return a .npy file with any header."""
     body = text.encode().ljust(117) + b"\n"
@@ -277,26 +284,22 @@ def hostile_array(rng: random.Random) -> tuple[str, bytes]:
 
     shapes = ["(1000000000000,)", "(-1,)", "(-4, 4, 4)", "(4, 4)", "(99999999999999999999,)", "(1,)" * 3, "(4, -4, -4)"]
     shapes += ["(9223372036854775807, 2, 2)", "(1, 1, 9999999999999)", "()", "(True,)", "(1.5,)", "None"]
-    shapes += [f"({'1,' * 60})"]
+    shapes.append(f"({'1,' * 60})")
     texts = ["__import__('os').mkdir('marker')", "(" * 100, "-" * 9000 + "1", "{" * 100, "1\n  2", "'''", "{'descr': ("]
-    compressed = io.BytesIO()
-    np.savez_compressed(compressed, tokens=np.zeros(100_000, np.int32))
+    kinds = ["f8", "f4", ">f2", ">i4", "i8", "u4", "i2", "?", "c8", "U3", "S4", "M8[s]", "V5"]
+    odd_arrays = [np.zeros((2, 2, 2), kind) for kind in kinds]
+    odd_arrays += [np.zeros(3, [("a", "i4"), ("b", "f2")]), np.zeros(3, "i8")]
     cases = [
-        ("a zip", compressed.getvalue()),
+        ("a zip", zipped({"tokens": npy(np.zeros(100_000, np.int32))}, zipfile.ZIP_DEFLATED)),
         *((f"header {text[:30]}", npy_of(text)) for text in texts),
         *((f"header 2.0 {text[:30]}", npy_of(text, version=b"\2\0")) for text in texts),
         *((f"shape {shape[:30]} {dtype}", shaped(dtype, shape)) for shape in shapes for dtype in ("<i4", "<f2", "<i8")),
         *((f"Fortran order {order}", shaped("<f2", "(2, 2, 2)", order)) for order in ("True", "1")),
-        *((f"dtype {array.dtype}", npy(array)) for array in _odd_arrays()),
+        *((f"dtype {array.dtype}", npy(array)) for array in odd_arrays),
         ("nothing", b""),
         ("noise", rng.randbytes(300)),
     ]
     return rng.choice(cases)
-
-
-def _odd_arrays() -> list[np.ndarray]:
-    kinds = [*("f8", "f4", ">f2", ">i4", "i8", "u4", "i2", "?", "c8", "U3", "S4", "M8[s]", "V5")]
-    return [np.zeros((2, 2, 2), kind) for kind in kinds] + [np.zeros(3, [("a", "i4"), ("b", "f2")]), np.zeros(3, "i8")]
 
 
 def hostile_contents(rng: random.Random, shard: Shard, _: Shard) -> Mutation:
@@ -374,12 +377,7 @@ def hostile_index(rng: random.Random, data: bytes) -> Mutation:
         case _:
             what, files["../x"] = f"no {name}", b""
             del arrays[name]
-    files = {**{n: npy(a) for n, a in arrays.items()}, **files}
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", form) as archive:
-        for n, content in files.items():
-            archive.writestr(f"{n}.npy", content)
-    contents = buffer.getvalue()
+    contents = zipped({**{n: npy(a) for n, a in arrays.items()}, **files}, form)
     if rng.randrange(6) == 0:  # a central directory that points far away
         place = contents.rindex(b"PK\1\2")
         contents = contents[: place + 42] + b"\xff" * 4 + contents[place + 46 :]
@@ -441,22 +439,27 @@ def _replace_a_value(rng: random.Random, tree: Any) -> str:
 # ---- raw files ----
 
 
-def picture(rng: random.Random, form: str, mode: str = "RGB", size: tuple[int, int] = (40, 24)) -> bytes:
-    """Return a picture file of noise."""
-    channels = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}[mode]
-    noise = Image.frombytes(mode, size, rng.randbytes(size[0] * size[1] * channels))
-    buffer, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = rng.randrange(1, 9)
-    noise.save(buffer, form, exif=exif, **({"progressive": True} if form == "JPEG" and rng.randrange(2) else {}))
+def encoded(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
     return buffer.getvalue()
 
 
+def picture(rng: random.Random, form: str, mode: str = "RGB", size: tuple[int, int] = (40, 24)) -> bytes:
+    """Return a picture file of noise."""
+    noise = Image.frombytes(mode, size, rng.randbytes(size[0] * size[1] * len(mode)))  # a letter a channel
+    exif = Image.Exif()
+    exif[0x0112] = rng.randrange(1, 9)
+    return encoded(noise, form, exif=exif, **({"progressive": True} if form == "JPEG" and rng.randrange(2) else {}))
+
+
 def blank_png(
-    width: int, height: int, channels: int = 3, rows: int | None = None, *chunks: tuple[bytes, bytes]
+    width: int, height: int, channels: int = 3, rows: int | None = None, texts: Sequence[bytes] = ()
 ) -> bytes:
-    """Return a PNG of zeros that claims a size and holds `rows` (default: all) of it, and other chunks."""
+    """Return a PNG of zeros that claims a size and holds `rows` (default: all) of it, and other texts, compressed."""
     packed = zlib.compress(bytes((width * channels + 1) * (height if rows is None else rows)), 1)
-    first = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    first = struct.pack(">IIBBBBB", width, height, 8, {3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = [(b"zTXt", b"k\0\0" + zlib.compress(text, 1)) for text in texts]
     parts = [(b"IHDR", first), *chunks, (b"IDAT", packed), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
@@ -465,27 +468,20 @@ def blank_png(
 
 def many_scans(scans: int, size: tuple[int, int] = (2000, 2000)) -> bytes:
     """Return a progressive JPEG whose last scan comes again and again: each is a pass over all pixels."""
-    buffer = io.BytesIO()
-    Image.new("L", size, 128).save(buffer, "JPEG", progressive=True)
-    body = buffer.getvalue()[:-2]
+    body = encoded(Image.new("L", size, 128), "JPEG", progressive=True)[:-2]
     return body + body[body.rindex(b"\xff\xda") :] * scans + b"\xff\xd9"
 
 
 def wide_webp(width: int, height: int) -> bytes:
     """Return an animated WebP of one small frame on a canvas of any size."""
-    buffer = io.BytesIO()
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
-    data = bytearray(buffer.getvalue())
+    data = bytearray(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
     place = data.index(b"VP8X") + 12
     data[place : place + 6] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     return bytes(data)
 
 
 def hostile_picture(rng: random.Random) -> tuple[str, bytes]:
-    def bomb_of_text() -> bytes:
-        return blank_png(8, 8, 3, None, *[(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000), 1))] * 3)
-
     cases: list[tuple[str, Callable[[], bytes]]] = [
         ("a PNG that claims 2^31 pixels a side", lambda: blank_png(2**31 - 1, 2**31 - 1, rows=0)),
         ("a PNG that claims 0 pixels", lambda: blank_png(0, 5, rows=0)),
@@ -493,7 +489,7 @@ def hostile_picture(rng: random.Random) -> tuple[str, bytes]:
         ("a PNG at the limit, all but a row missing", lambda: blank_png(8192, 8192, rows=1)),
         ("a PNG of one long row", lambda: blank_png(1 << 20, 1)),
         ("a PNG of one long column", lambda: blank_png(1, 1 << 20)),
-        ("a PNG with a bomb of text", bomb_of_text),
+        ("a PNG with a bomb of text", lambda: blank_png(8, 8, texts=[bytes(50_000_000)] * 3)),
         ("a JPEG of many scans", lambda: many_scans(3000)),
         ("a WebP on a canvas of 2^24 a side", lambda: wide_webp(1 << 24, 255)),
         ("a WebP on a canvas of 16383 a side", lambda: wide_webp(16383, 16383)),
@@ -508,9 +504,8 @@ def hostile_picture(rng: random.Random) -> tuple[str, bytes]:
 
 
 def hostile_text(rng: random.Random) -> tuple[str, bytes]:
-    cases = [("a pickle", pickle.dumps(Bomb())), ("not UTF-8", b"\xff\xfe\xfa")]
-    cases += [("half a surrogate pair", b"\xed\xa0\x80"), ("nothing", b" \n")]
-    cases += [("deep lists", b"[" * 200_000), ("deep dicts", b'{"a":' * 200_000)]
+    cases = [("a pickle", pickle.dumps(Bomb())), ("not UTF-8", b"\xff\xfe\xfa"), ("half a surrogate", b"\xed\xa0\x80")]
+    cases += [("nothing", b" \n"), ("deep lists", b"[" * 200_000), ("deep dicts", b'{"a":' * 200_000)]
     cases += [("a huge int", b'{"text": ' + b"1" * 200_000 + b"}"), ("a number", b"7"), ("a list", b"[]")]
     return rng.choice([*cases, ("other types", b'{"text": {}, "caption": [1], "segments": {"a": 1}}')])
 
@@ -530,21 +525,20 @@ def hostile_raw(rng: random.Random, shard: Shard, _: Shard) -> Mutation:
     """Put something else where a picture, caption or json of a raw record belongs."""
     number = rng.randrange(len(shard.parts))
     part = shard.parts[number]
-    key = refused = frozenset([part.key])
     is_interleaved = any(p.key == part.key and p.extension == "0.png" for p in shard.parts)
     if part.extension in ("json", "txt"):
         what, data = (hostile_json if part.extension == "json" and is_interleaved else hostile_text)(rng)
-        if not is_interleaved and (part.extension == "json" or _is_caption(data)):
-            refused = frozenset()  # a json next to a caption is for people
+        # A json next to a caption is for people.
+        is_refused = is_interleaved or not (part.extension == "json" or _is_caption(data))
     elif rng.randrange(3) == 0:
         what, data = hostile_picture(rng)
-        if what.startswith(("a PNG of one long", "a PNG at the limit", "a large PNG")):
-            refused = frozenset()  # Pillow takes rows that are missing for black
+        # Pillow takes rows that are missing for black.
+        is_refused = not what.startswith(("a PNG of one long", "a PNG at the limit", "a large PNG"))
     else:
-        what, data = any_damage(rng, part.data)
-        refused = frozenset()
+        (what, data), is_refused = any_damage(rng, part.data), False
     parts = [*shard.parts[:number], part._replace(data=data), *shard.parts[number + 1 :]]
-    return Mutation(f"{what} in {part.key}.{part.extension}", tar(parts), key, refused)
+    key = frozenset([part.key])
+    return Mutation(f"{what} in {part.key}.{part.extension}", tar(parts), key, key if is_refused else frozenset())
 
 
 def _is_caption(data: bytes) -> bool:
@@ -603,7 +597,6 @@ def plain(data: bytes) -> bytes:
 
 def zst_bomb(size: int, window: int = 0x38) -> bytes:
     """Return a zstd frame of one byte `size` times, four bytes a block; `window` is the byte that claims its window."""
-    blocks = [
-        ((1 << 17) << 3 | 2 | (end >= size)).to_bytes(3, "little") + b"x" for end in range(1 << 17, size + 1, 1 << 17)
-    ]
+    ends = range(1 << 17, size + 1, 1 << 17)
+    blocks = [((1 << 17) << 3 | 2 | (end >= size)).to_bytes(3, "little") + b"x" for end in ends]
     return struct.pack("<IBB", 0xFD2FB528, 0, window) + b"".join(blocks)

@@ -117,7 +117,7 @@ def serving() -> Iterator[Server]:
         thread.join()
 
 
-def fork(action: Callable[[], None]) -> int:
+def fork(action: Callable[[], object]) -> int:
     """Run an action in a forked child, which ends with 0 if it holds; return its pid."""
     if (pid := os.fork()) == 0:
         try:
@@ -138,6 +138,10 @@ def wait(pid: int, limit_s: float = 10) -> int:
         if found:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
+    return kill(pid)
+
+
+def kill(pid: int) -> int:
     os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 

@@ -11,15 +11,9 @@ from PIL import Image, ImageOps
 
 from data.pictures import MAX_PIXELS, bucket_sizes, decode_picture, encode_png, from_unit, to_unit
 from data.shards import BadRecord
-from tests.mutations import blank_png
+from tests.mutations import blank_png, encoded
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
-
-
-def encoded(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def decode(data: bytes, resolution: int = 8) -> np.ndarray:
@@ -41,9 +35,10 @@ def halves(left: tuple, right: tuple, size: tuple[int, int] = (8, 8), mode: str 
     return picture
 
 
-def test_a_picture_of_the_right_size_keeps_every_pixel() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    assert np.array_equal(decode(encode_png(pixels)), pixels)
+def test_a_picture_of_the_right_size_keeps_every_pixel_and_another_the_mean() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert np.array_equal(decode(encode_png(pixels), 64), pixels)
+    assert np.abs(decode(encode_png(pixels), 16).mean((0, 1)) - pixels.mean((0, 1))).max() < 3
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
@@ -80,19 +75,12 @@ def test_a_bucket_is_the_nearest_aspect_and_keeps_the_most(size: tuple[int, int]
     """Cut only along the side that is too long, evenly, by a gradient that shows what was kept."""
     width, height = size
     ramp = np.broadcast_to(np.linspace(0, 255, width)[None, :, None], (height, width, 3)).astype(np.uint8)
+    kept = min(1.0, expected[1] / expected[0] * height / width)
     for pixels, wanted in ((ramp, expected), (ramp.swapaxes(0, 1), expected[::-1])):
         found = decode_picture(encode_png(np.ascontiguousarray(pixels)), bucket_sizes(16, 4), "here")
         assert found.shape == (*wanted, 3)
         assert abs(found.mean() - 127.5) < 3  # centred
-        kept = min(1.0, wanted[1] / wanted[0] * pixels.shape[0] / pixels.shape[1]) if pixels is ramp else None
-        if kept is not None:
-            assert abs(float(found[..., 0].max()) - float(found[..., 0].min()) - 255 * kept) < 255 / wanted[1] + 5
-
-
-def test_resizing_keeps_the_mean() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    small = decode(encode_png(pixels), 16)
-    assert np.abs(small.mean((0, 1)) - pixels.mean((0, 1))).max() < 3
+        assert abs(np.ptp(found.astype(float)) - 255 * kept) < 255 / expected[1] + 5
 
 
 def test_other_modes_become_rgb() -> None:

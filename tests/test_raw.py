@@ -17,7 +17,10 @@ NO_TEXT = [b"[]", b"7", b'"text"', b"{}", b'{"words": "a"}']
 NO_TEXT += [b'{"text": %s}' % value for value in (b"null", b"NaN", b"7", b'["a"]', b'{"en": "a"}', b"true", b'"None"')]
 
 
-def read(path: Path, **names: str) -> tuple[list[RawDocument], BadRecords]:
+def read(path: Path, content: bytes | None = None, **names: str) -> tuple[list[RawDocument], BadRecords]:
+    """Read a file, of these contents if some are given."""
+    if content is not None:
+        path.write_bytes(content)
     bad = BadRecords(max_fraction=1)
     return list(read_raw(path, str(path), bad, KeysConfig(**names))), bad
 
@@ -34,8 +37,7 @@ def test_each_line_of_a_jsonl_file_is_a_text_or_a_named_error(tmp_path: Path) ->
     path = tmp_path / "a.b.jsonl"
     good = ["one", "two\nlines", " ümlaut 🎉 ", "x" * 100_000]
     bad_lines = b"\n".join([*NOT_JSON, *NO_TEXT, b'{"text": " \\n"}'])
-    path.write_bytes(lines_of(good[:2]) + bad_lines + b"\n" + lines_of(good[2:])[:-1])  # no line end at the end
-    documents, bad = read(path)
+    documents, bad = read(path, lines_of(good[:2]) + bad_lines + b"\n" + lines_of(good[2:])[:-1])  # the last unended
     assert texts_of(documents) == good
     reasons = {"undecodable text": len(NOT_JSON), "no text": len(NO_TEXT), "empty text": 1}
     assert dict(bad.reasons) == reasons and bad.seen == len(good) + sum(reasons.values())
@@ -46,12 +48,9 @@ def test_each_line_of_a_jsonl_file_is_a_text_or_a_named_error(tmp_path: Path) ->
 
 
 def test_a_txt_file_is_one_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"one\ntwo\n")
-    assert texts_of(read(path)[0]) == ["one\ntwo\n"]
+    assert texts_of(read(tmp_path / "a.txt", b"one\ntwo\n")[0]) == ["one\ntwo\n"]
     for content, reason in ((b"\xff", "undecodable text"), (b" \n", "empty text"), (b"", "empty text")):
-        path.write_bytes(content)
-        documents, bad = read(path)
+        documents, bad = read(tmp_path / "a.txt", content)
         assert not documents and dict(bad.reasons) == {reason: 1} and bad.seen == 1
 
 
@@ -62,13 +61,11 @@ def test_compressed_lines_are_read_to_the_cut(tmp_path: Path, suffix: str) -> No
     texts = [f"line {i} " + "x" * (i % 50) for i in range(300)]
     whole = compress(lines_of(texts[:100])) + compress(lines_of(texts[100:]))
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(whole)
-    documents, bad = read(path)
+    documents, bad = read(path, whole)
     assert texts_of(documents) == texts and not bad.reasons and documents[0].key == "a-00000000"
     first = len(compress(lines_of(texts[:100])))
     for cut in {5, 60, first - 1, first + 1, first + 3, len(whole) // 2, len(whole) - 9, len(whole) - 1}:
-        path.write_bytes(whole[:cut])
-        documents, bad = read(path)
+        documents, bad = read(path, whole[:cut])
         assert texts_of(documents) == texts[: len(documents)], cut
         assert bad.reasons["truncated"] == 1 and bad.reasons.total() <= 2, (cut, bad.reasons)
         assert bad.lost_share() == 1 and (len(documents) >= 100 or cut < first)
@@ -92,19 +89,16 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1
     ],
 )
 def test_a_file_of_another_kind_is_a_failed_one(tmp_path: Path, name: str, content: bytes, what: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    documents, bad = read(tmp_path / name)
+    documents, bad = read(tmp_path / name, content)
     assert not documents and not bad.seen and len(bad.failed) == 1
     assert bad.failed[0].startswith(f"{tmp_path / name}: no ") and f"; it is {what}" in bad.failed[0]
 
 
 def test_a_text_without_end_is_refused_and_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.raw, "MAX_TEXT_BYTES", 1000)
-    (tmp_path / "a.jsonl").write_bytes(lines_of(["one", "x" * 5000, "two"]))
-    documents, bad = read(tmp_path / "a.jsonl")
+    documents, bad = read(tmp_path / "a.jsonl", lines_of(["one", "x" * 5000, "two"]))
     assert texts_of(documents) == ["one", "two"] and dict(bad.reasons) == {"oversized text": 1} and bad.seen == 3
-    (tmp_path / "a.txt").write_bytes(b"x\n" * 3000)
-    documents, bad = read(tmp_path / "a.txt")
+    documents, bad = read(tmp_path / "a.txt", b"x\n" * 3000)
     assert not documents and dict(bad.reasons) == {"oversized text": 1} and bad.seen == 1
 
 
@@ -145,13 +139,11 @@ def test_what_stands_for_no_caption_is_none_and_said_for_people(value: str) -> N
 def test_a_caption_or_text_under_another_key_is_found_by_the_option_that_the_message_names(tmp_path: Path) -> None:
     record = {"__key__": b"a", "jpg": b"x", "json": b'{"TEXT": "a cat", "url": "u"}'}
     write_shard(tmp_path / "a.tar", [record])
-    (tmp_path / "b.jsonl").write_bytes(b'{"content": "a line", "id": 1}\n')
     _, bad = read(tmp_path / "a.tar")
-    assert bad.names == [
-        f"{tmp_path / 'a.tar'}/a: no caption (no 'caption' in its JSON: caption_key=KEY chooses one of ['TEXT', 'url'])"
-    ]
+    message = "no caption (no 'caption' in its JSON: caption_key=KEY chooses one of ['TEXT', 'url'])"
+    assert bad.names == [f"{tmp_path / 'a.tar'}/a: {message}"]
     assert texts_of(read(tmp_path / "a.tar", caption_key="TEXT")[0])[0] == "a cat"
-    _, bad = read(tmp_path / "b.jsonl")
+    _, bad = read(tmp_path / "b.jsonl", b'{"content": "a line", "id": 1}\n')
     assert "no text (no 'text' in its JSON: text_key=KEY chooses one of ['content', 'id'])" in bad.names[0]
     assert texts_of(read(tmp_path / "b.jsonl", text_key="content")[0]) == ["a line"]
     with pytest.raises(BadRecord, match=r"no caption \(no \.txt and no \.json among \['jpg'\]\)"):
@@ -172,24 +164,18 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
     documents, bad = read(tmp_path / "a.tar")
     assert [d.texts for d in documents] == [("a cat",), ("a dog",), ("before",)]
     assert dict(bad.reasons) == {"empty caption": 1}
-    line = b'{"text": "a\\ufeffb"}\n'
-    (tmp_path / "b.jsonl").write_bytes(mark + line + mark + line)
-    (tmp_path / "c.txt").write_bytes(mark + b"whole")
-    assert texts_of(read(tmp_path / "b.jsonl")[0]) == ["a\ufeffb"] * 2
-    assert texts_of(read(tmp_path / "c.txt")[0]) == ["whole"]
+    line = mark + b'{"text": "a\\ufeffb"}\n'
+    assert texts_of(read(tmp_path / "b.jsonl", line + line)[0]) == ["a\ufeffb"] * 2
+    assert texts_of(read(tmp_path / "c.txt", mark + b"whole")[0]) == ["whole"]
 
 
 def test_interleaved_records_keep_their_order(tmp_path: Path) -> None:
     """By "segments" in the record's json; what it names must be there."""
     listed = ["first", {"image": "0.jpg"}, "", "second", {"image": "Extra.PNG"}, {"image": "0.jpg"}]
-    good = {"__key__": b"a", "0.jpg": b"JPG", "extra.png": b"PNG"}
+    pictures = {"0.jpg": b"JPG", "extra.png": b"PNG"}
     broken = [[], "text", {"image": "0.jpg"}, [7], [{"image": 7}], [{"picture": "0.jpg"}], ["\ud800"], [["a"]]]
-    records = [{**good, "json": json.dumps({"segments": listed, "url": "u"}).encode()}]
-    records += [
-        {**good, "__key__": f"b{i}".encode(), "json": json.dumps({"segments": segments}).encode()}
-        for i, segments in enumerate(broken)
-    ]
-    records += [{**good, "__key__": b"c", "json": b'{"segments": [{"image": "1.jpg"}]}'}]
+    members = [json.dumps({"segments": some, "url": "u"}) for some in [listed, *broken, [{"image": "1.jpg"}]]]
+    records = ({**pictures, "__key__": b"%d" % i, "json": text.encode()} for i, text in enumerate(members))
     write_shard(tmp_path / "a.tar", records)
     documents, bad = read(tmp_path / "a.tar")
     assert [d.segments for d in documents] == [("first", b"JPG", "second", b"PNG", b"JPG")]

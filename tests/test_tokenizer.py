@@ -31,24 +31,17 @@ def foreign_model(path: Path, **options: int | list[str]) -> Path:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_decodes_to_what_was_encoded(tokenizer: Tokenizer, text: str) -> None:
+def test_text_decodes_to_what_was_encoded_and_spells_no_special_id(tokenizer: Tokenizer, text: str) -> None:
     token_ids = tokenizer.encode(text)
     assert token_ids.dtype == np.int64 and token_ids.ndim == 1
     assert tokenizer.decode(token_ids) == text
+    assert not set(vars(tokenizer.special).values()) & set(token_ids.tolist())
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_no_text_spells_a_special_id(tokenizer: Tokenizer, text: str) -> None:
-    assert not set(vars(tokenizer.special).values()) & set(tokenizer.encode(text).tolist())
-
-
-def test_special_ids_are_distinct_and_inside_the_vocabulary(tokenizer: Tokenizer) -> None:
-    ids = list(vars(tokenizer.special).values())
-    assert len(set(ids)) == 5 and all(0 <= i < tokenizer.vocab_size for i in ids) and tokenizer.vocab_size == 300
-
-
-def test_special_ids_are_left_out_of_decoded_text(tokenizer: Tokenizer) -> None:
+def test_special_ids_are_distinct_inside_the_vocabulary_and_left_out_of_decoded_text(tokenizer: Tokenizer) -> None:
     special = tokenizer.special
+    ids = vars(special).values()
+    assert len(set(ids)) == 5 and all(0 <= i < tokenizer.vocab_size for i in ids) and tokenizer.vocab_size == 300
     text = tokenizer.encode("a red circle").tolist()
     assert tokenizer.decode([special.bos, *text, special.boi, special.pad, special.eoi, special.eos]) == "a red circle"
 
@@ -101,11 +94,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
 def test_training_is_deterministic_and_the_hash_names_the_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = [f"a large red circle beside {i} small blue squares" for i in range(200)]
-    for name in ("a", "b"):
-        train_tokenizer(texts, tmp_path / name / "t.model", 300)
-    train_tokenizer([*texts, "another text"], tmp_path / "c.model", 300)
-    assert Tokenizer(tmp_path / "a" / "t.model").hash == Tokenizer(tmp_path / "b" / "t.model").hash == tokenizer.hash
-    assert Tokenizer(tmp_path / "c.model").hash != tokenizer.hash
+    for trained_on, is_same in ((texts, True), (texts, True), ([*texts, "another text"], False)):
+        train_tokenizer(trained_on, tmp_path / "made" / "t.model", 300)
+        assert (Tokenizer(tmp_path / "made" / "t.model").hash == tokenizer.hash) == is_same
 
 
 def test_long_texts_train_the_tokenizer_too(tmp_path: Path) -> None:
@@ -123,26 +114,24 @@ def test_too_few_texts_for_the_vocabulary_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_program_trains_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "some words for number {i}"}}\n' for i in range(100)))
-    output = tmp_path / "made" / "t.model"
-    arguments = [f"inputs=[{tmp_path / 'a.jsonl'}]", f"output={output}", "vocab_size=300"]
-    main(arguments)
+    lines = "".join(f'{{"text": "some words for number {i}"}}\n' for i in range(100))
+    (tmp_path / "a.jsonl").write_text(lines)
+    output, inputs = tmp_path / "made" / "t.model", f"inputs=[{tmp_path / 'a.jsonl'}]"
+    main([inputs, f"output={output}", "vocab_size=300"])
     made = output.read_bytes()
     assert f"tokenizer: wrote {output}, vocabulary 300, hash {Tokenizer(output).hash}" in capsys.readouterr().out
-    main(arguments)
+    main([inputs, f"output={output}", "vocab_size=300"])
     assert output.read_bytes() == made and "delete it to train again" in capsys.readouterr().out
+    no_text = r"100 of 100 records are bad.*no text: 100\. First: .*text_key=KEY chooses one of \['text'\]"
     for arguments, message in (
-        ([f"inputs=[{tmp_path}]", f"output={tmp_path / 'b'}", "vocab_size=264"], "expected more than 264"),
-        (
-            [f"inputs=[{tmp_path / 'a.jsonl'}]", f"output={tmp_path / 'b'}", "text_key=words"],
-            r"100 of 100 records are bad.*no text: 100\. First: .*text_key=KEY chooses one of \['text'\]",
-        ),
-        ([f"output={tmp_path / 'b'}"], r"inputs=\[\] \(none given\)"),
+        ([inputs, "vocab_size=264"], "expected more than 264"),
+        ([inputs, "text_key=words"], no_text),
+        ([], r"inputs=\[\] \(none given\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            main(arguments)
-    (tmp_path / "a.jsonl").write_text("".join(f'{{"words": "some words for number {i}"}}\n' for i in range(100)) + "{}")
-    main([f"inputs=[{tmp_path / 'a.jsonl'}]", f"output={tmp_path / 'c'}", "vocab_size=300", "text_key=words"])
+            main([*arguments, f"output={tmp_path / 'b'}"])
+    (tmp_path / "a.jsonl").write_text(lines.replace('"text"', '"words"') + "{}")
+    main([inputs, f"output={tmp_path / 'c'}", "vocab_size=300", "text_key=words"])
     said = capsys.readouterr().out
     assert f"skipped {tmp_path / 'a.jsonl'}:101: no text" in said and (tmp_path / "c").read_bytes() == made
 
