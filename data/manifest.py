@@ -45,7 +45,7 @@ class LatentSpec:
             raise ValueError(f"latent channels, stride, resolution {numbers}: expected whole numbers, 1 or more")
         are_numbers = all(isinstance(number, (int, float)) for number in (*self.mean, *self.std))
         if not (are_numbers and len(self.mean) == len(self.std) == self.channels):
-            raise ValueError(f"latent mean {self.mean}, std {self.std}: expected numbers of {self.channels} channels")
+            raise ValueError(f"latent mean {self.mean}, std {self.std}: expected {self.channels} channels of numbers")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std) > 0):
             raise ValueError(f"latent mean {self.mean}, std {self.std}: expected finite numbers and std > 0")
 

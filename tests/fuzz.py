@@ -38,7 +38,7 @@ from data.shards import BadRecord, BadRecords, Record, index_shard, read_at, rea
 from data.source import SourceConfig
 from data.tokenizer import Tokenizer, train_tokenizer
 from tests import mutations
-from tests.mutations import Mutation, Shard
+from tests.mutations import Mutation, Shard, picture
 from tests.sources import data_config, interleaved, make_source, pairs, texts
 
 CPU_S = 2.0  # a case may take, in all readers together
@@ -430,14 +430,13 @@ def suppress_bad(readers: Readers) -> Iterator[None]:
 def raw_records() -> list[dict[str, bytes]]:
     """Return records of every kind that the encoder takes."""
     rng = random.Random(0)
-    listed = ["before", {"image": "0.png"}, "", {"image": "1.jpg"}, "end"]
+    listed = json.dumps({"segments": ["before", {"image": "0.png"}, "", {"image": "1.jpg"}, "end"]}).encode()
     return [
-        {"__key__": b"a", "jpg": mutations.picture(rng, "JPEG"), "txt": b" one"},
-        {"__key__": b"b", "png": mutations.picture(rng, "PNG", "RGBA"), "json": b'{"caption": "two", "url": "u"}'},
-        {"__key__": b"c", "webp": mutations.picture(rng, "WEBP"), "txt": "drei ü".encode(), "json": b'{"k": [1]}'},
-        {"__key__": b"d", "0.png": mutations.picture(rng, "PNG", "L"), "1.jpg": mutations.picture(rng, "JPEG")}
-        | {"json": json.dumps({"segments": listed}).encode()},
-        {"__key__": b"e", "jpg": mutations.picture(rng, "JPEG", size=(9, 60)), "txt": b"five"},
+        {"__key__": b"a", "jpg": picture(rng, "JPEG"), "txt": b" one"},
+        {"__key__": b"b", "png": picture(rng, "PNG", "RGBA"), "json": b'{"caption": "two", "url": "u"}'},
+        {"__key__": b"c", "webp": picture(rng, "WEBP"), "txt": "drei ü".encode(), "json": b'{"k": [1]}'},
+        {"__key__": b"d", "0.png": picture(rng, "PNG", "L"), "1.jpg": picture(rng, "JPEG"), "json": listed},
+        {"__key__": b"e", "jpg": picture(rng, "JPEG", size=(9, 60)), "txt": b"five"},
     ]
 
 

@@ -85,19 +85,13 @@ def members(*items: tuple[str, bytes | tarfile.TarInfo], form: int = tarfile.PAX
                 contents.name = name
                 archive.addfile(contents)
             else:
-                archive.addfile(sized(name, len(contents)), io.BytesIO(contents))
+                archive.addfile(header(tarfile.REGTYPE, name, len(contents)), io.BytesIO(contents))
     return buffer.getvalue()
 
 
-def sized(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+def header(kind: bytes, name: str = "", size: int = 0, target: str = "") -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
-    info.size, info.type = size, kind
-    return info
-
-
-def special(kind: bytes, target: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo()
-    info.type, info.linkname = kind, target
+    info.type, info.size, info.linkname = kind, size, target
     return info
 
 
@@ -144,12 +138,12 @@ def test_we_read_what_tarfile_writes_as_webdataset_does(tmp_path: Path, form: in
     """Folders, names without extension, upper case, webdataset's meta data and empty members included."""
     long = LONG if form != tarfile.USTAR_FORMAT else "folder/" * 20 + "x"
     data = members(
-        ("folder", special(tarfile.DIRTYPE)),
+        ("folder", header(tarfile.DIRTYPE)),
         ("README", b"no extension"),
         ("__meta__/about.txt", b"not a record"),
         ("folder/a.JPG", b"1" * 512),
         ("folder/a.txt", b""),
-        (long, special(tarfile.DIRTYPE)),
+        (long, header(tarfile.DIRTYPE)),
         (f"{long}/b.jpg", b"2" * 513),
         (f"{long}/b.seg.png", b"3"),
         (f"{long}/none", b"no extension"),
@@ -263,7 +257,7 @@ def test_hostile_members_cost_their_own_record_only(tmp_path: Path) -> None:
     """Each is counted by reason; their neighbours are read."""
     cases = [("unsafe member name", [(name, b"1")]) for name in ("../x.txt", "/etc/x.txt", "a/../../x.txt")]
     cases += [("duplicate member", [("x.txt", b"1"), (name, b"2")]) for name in ("x.TXT", "x.__key__")]
-    cases += [("member is not a file", [("x.txt", special(tarfile.SYMTYPE, "/etc/passwd"))])]
+    cases += [("member is not a file", [("x.txt", header(tarfile.SYMTYPE, target="/etc/passwd"))])]
     cases += [("member name is not UTF-8", [("x\udcff.txt", b"1")])]
     for reason, hostile in cases:
         data = members(("a.txt", b"before"), *hostile, ("b.txt", b"after"), form=tarfile.GNU_FORMAT)
@@ -272,16 +266,17 @@ def test_hostile_members_cost_their_own_record_only(tmp_path: Path) -> None:
 
 def test_headers_that_claim_absurd_sizes_are_refused_without_reading(tmp_path: Path) -> None:
     for size in (MAX_RECORD_BYTES + 1, 1 << 60):
-        data = members(("a.txt", b"1"))[:1024] + sized("x.txt", size).tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+        claim = header(tarfile.REGTYPE, "x.txt", size).tobuf(tarfile.GNU_FORMAT)
+        data = members(("a.txt", b"1"))[:1024] + claim + bytes(1024)
         assert reasons(data, tmp_path / "a.tar") == (["a"], {"oversized member": 1})
-    long_name = sized("././@LongLink", 1 << 29, tarfile.GNUTYPE_LONGNAME).tobuf()
+    long_name = header(tarfile.GNUTYPE_LONGNAME, "././@LongLink", 1 << 29).tobuf()
     data = members(("a.txt", b"1"), ("b.txt", b"2"))[:2048] + long_name + bytes(1024)
     assert reasons(data, tmp_path / "a.tar") == (["a"], {"truncated": 1})
 
 
 def test_a_link_or_folder_that_claims_contents_does_not_hide_what_follows(tmp_path: Path) -> None:
     """tarfile gives links and folders no contents, whatever their header says; nor do we."""
-    path = save(tmp_path / "a.tar", sized("folder", 512, tarfile.DIRTYPE).tobuf() + members(("a.txt", b"1")))
+    path = save(tmp_path / "a.tar", header(tarfile.DIRTYPE, "folder", 512).tobuf() + members(("a.txt", b"1")))
     assert read_all(path, max_fraction=0)[0] == by_webdataset(path) == [{"__key__": b"a", "txt": b"1"}]
 
 
@@ -446,7 +441,7 @@ def test_what_file_managers_write_is_left_out_by_name_and_counted(tmp_path: Path
     members_of = [[("photos/._" + name, b"\0\5\26\7"), (f"photos/{name}", contents)] for name, contents in pairs(3)]
     odd = ["photos/.DS_Store", "Thumbs.db", "a/desktop.ini", "__MACOSX/photos/._0000.png", "x/__MACOSX/0.txt"]
     data = members(
-        ("photos", special(tarfile.DIRTYPE)),
+        ("photos", header(tarfile.DIRTYPE)),
         *(member for some in members_of for member in some),
         *((name, b"1") for name in [*odd, "README", "__meta__/x.txt"]),
     )
@@ -465,7 +460,7 @@ def test_sizes_in_pax_headers_and_in_base_256_are_followed(tmp_path: Path) -> No
     """As tarfile does; a size of more than the file costs what follows, one of more than a record itself alone."""
     after = members(("b.txt", b"2"), ("c.txt", b"3"))
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
-        data = sized("a.txt", 1 << 33).tobuf(form)  # octal digits hold no more than 8 GiB
+        data = header(tarfile.REGTYPE, "a.txt", 1 << 33).tobuf(form)  # octal digits hold no more than 8 GiB
         assert reasons(data + after, tmp_path / "a.tar") == ([], {"oversized member": 1})
         with open(save(tmp_path / "a.tar", data), "r+b") as file:
             file.seek(len(data) + (1 << 33))
@@ -479,7 +474,8 @@ def test_no_kind_of_member_is_silent_or_ends_a_shard(tmp_path: Path) -> None:
     """Links, devices, long names, names of any bytes: counted by reason, and the neighbours are read."""
     kinds = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE]
     for number, kind in enumerate([*kinds, b"V", b"D", b"M", b"Z"]):
-        data = members(("a.txt", b"1"), ("b.txt", special(kind, "a.txt")), ("link", special(kind)), ("c.txt", b"3"))
+        odd = [("b.txt", header(kind, target="a.txt")), ("link", header(kind))]
+        data = members(("a.txt", b"1"), *odd, ("c.txt", b"3"))
         records, bad = read_all(save(tmp_path / f"{number}.tar", data))
         assert [record["__key__"] for record in records] == [b"a", b"c"], kind
         assert dict(bad.reasons) == {"member is not a file": 1} and bad.noted == {"name without extension": 1}
