@@ -16,6 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from model import cpu
 
+Mask = BlockMask | Tensor | None  # see `attend`
+
 BLOCK = 128  # tokens per side of a mask block: flex attention's own tile
 
 
@@ -98,28 +100,24 @@ def block_mask(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor, b
     A block is called empty or full only where its ids' minima and maxima prove it; any other is partial, and `mask_mod`
     decides there. So the classification may be coarse but is never wrong.
     """
-    length = document_ids.shape[1]
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        q_ids, k_ids = (document_ids[b, q], image_ids[b, q]), (document_ids[b, k], image_ids[b, k])
+        return allowed(q, k, q_ids, k_ids, visible_until[b, k])
+
     empty, full = _classify(document_ids, image_ids, visible_until, block)
-    kv_num_blocks, kv_indices = _ordered(~empty & ~full)
-    full_kv_num_blocks, full_kv_indices = _ordered(full)
+    partial, lengths = ~empty & ~full, (document_ids.shape[1], document_ids.shape[1])
     return BlockMask.from_kv_blocks(
-        kv_num_blocks,
-        kv_indices,
-        full_kv_num_blocks,
-        full_kv_indices,
-        BLOCK_SIZE=block,
-        mask_mod=_mask_mod(document_ids, image_ids, visible_until),
-        seq_lengths=(length, length),
+        *_ordered(partial), *_ordered(full), BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=lengths
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Return attention [B, Hq, S, K] of q [B, Hq, S, K] over k, v [B, Hkv, Skv, K]; `mask` None sees everything."""
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        attention: Callable[..., Tensor] = flex_attention
-        if q.is_cuda and not torch.compiler.is_compiling():  # else compiled with the block around it
-            attention = _compiled_flex()
+        compile_here = q.is_cuda and not torch.compiler.is_compiling()  # else it is compiled with the block around it
+        attention: Callable[..., Tensor] = _compiled_flex() if compile_here else flex_attention
         return attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and mask is not None and not grouped:
         return cpu.attend_bf16(q, k, v, additive_mask(mask, q.dtype))
@@ -131,21 +129,13 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _mask_mod(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor) -> Callable[..., Tensor]:
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        q_ids = document_ids[b, q], image_ids[b, q]
-        k_ids = document_ids[b, k], image_ids[b, k]
-        return allowed(q, k, q_ids, k_ids, visible_until[b, k])
-
-    return mask_mod
-
-
 def _classify(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Return bool (empty, full) [B, Q, Kv] of the block pairs; a short last block is never called full."""
     length = document_ids.shape[1]
     blocks = -(-length // block)
     index = torch.arange(blocks * block, device=document_ids.device).clamp(max=length - 1)  # repeats the last token
-    ends = torch.arange(blocks, device=document_ids.device)
+    first = torch.arange(blocks, device=document_ids.device) * block
+    last = first + block - 1
 
     def extremes(ids: Tensor) -> tuple[Tensor, Tensor]:  # [B, S] -> [B, blocks] twice
         blocked = ids[:, index].unflatten(1, (blocks, block))
@@ -156,12 +146,10 @@ def _classify(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor, bl
     # Over images only: text (-1) must not stretch the interval.
     first_image, _ = extremes(torch.where(image_ids >= 0, image_ids, torch.iinfo(torch.int32).max))
     until_min, until_max = extremes(visible_until)
-    q_first, q_last = ends[:, None] * block, (ends[:, None] + 1) * block - 1
-    k_first, k_last = ends[None, :] * block, (ends[None, :] + 1) * block - 1
+    (q_first, q_last), (k_first, k_last) = (first[:, None], last[:, None]), (first, last)
 
-    documents_meet = _intervals_meet(document_min, document_max, document_min, document_max)
-    images_meet = _intervals_meet(first_image, image_max, first_image, image_max)
     some_causal = (k_first <= q_last) & (q_first < until_max[:, None, :])
+    documents_meet, images_meet = _intervals_meet(document_min, document_max), _intervals_meet(first_image, image_max)
     empty = ~(documents_meet & (images_meet | some_causal))
 
     one_document = _same_constant(document_min, document_max)
@@ -171,8 +159,8 @@ def _classify(document_ids: Tensor, image_ids: Tensor, visible_until: Tensor, bl
     return empty, one_document & (one_image | all_causal) & whole
 
 
-def _intervals_meet(q_min: Tensor, q_max: Tensor, k_min: Tensor, k_max: Tensor) -> Tensor:
-    return (q_min[:, :, None] <= k_max[:, None, :]) & (k_min[:, None, :] <= q_max[:, :, None])
+def _intervals_meet(low: Tensor, high: Tensor) -> Tensor:  # [B, blocks] twice -> [B, Q, Kv], as is the next
+    return (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
 
 
 def _same_constant(low: Tensor, high: Tensor) -> Tensor:

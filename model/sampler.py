@@ -49,14 +49,12 @@ class SamplerConfig:
     prefill_chunk: int = 64  # prompt tokens per forward, >= 1
 
     def __post_init__(self) -> None:
+        lowest, highest = self.guidance_interval or (0, 0)
         expectations = {
             "steps": (self.steps >= 1, "at least 1"),
             "eta": (0 <= self.eta <= 1, "0...1"),
             "guidance": (self.guidance >= 0, "0 or more; 1 is no guidance"),
-            "guidance_interval": (
-                self.guidance_interval is None or 0 <= self.guidance_interval[0] <= self.guidance_interval[1],
-                "[lowest, highest] timestep, or null for all",
-            ),
+            "guidance_interval": (0 <= lowest <= highest, "[lowest, highest] timestep, or null for all"),
             "clip_x0": (self.clip_x0 is None or self.clip_x0 > 0, "a positive number, or null for none"),
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -68,11 +66,6 @@ class SamplerConfig:
         for name, (holds, expected) in expectations.items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
-
-    def guidance_at(self, t: int) -> float:
-        """Return the guidance scale at timestep `t`."""
-        lowest, highest = self.guidance_interval or (t, t)
-        return self.guidance if lowest <= t <= highest else 1.0
 
 
 @dataclass(frozen=True)
@@ -262,12 +255,13 @@ class _Decoding:
         config, table = self.config, alphas_cumprod(self.diffusion.num_timesteps).tolist()
         timesteps = sampling_timesteps(config.steps, config.spacing, self.diffusion.num_timesteps)
         stochastic = config.sampler == "ddpm" or (config.sampler == "ddim" and config.eta > 0)
+        lowest, highest = config.guidance_interval or (0, self.diffusion.num_timesteps)
         before: tuple[Tensor, float] | None = None
         x_t = self._noise(0)
         for step, t in enumerate(timesteps):
             last = step + 1 == len(timesteps)
             alpha, alpha_prev = table[t], 1.0 if last else table[timesteps[step + 1]]
-            pred = self.cached_model.predict(x_t, t, config.guidance_at(t))
+            pred = self.cached_model.predict(x_t, t, config.guidance if lowest <= t <= highest else 1.0)
             x0, eps = to_x0_and_eps(pred, x_t, alpha, self.diffusion.prediction)
             if config.clip_x0 is not None:
                 x0 = x0.clamp(-config.clip_x0, config.clip_x0)
@@ -286,10 +280,10 @@ class _Decoding:
         """Report progress since the last report, in rows; rows in image mode are `steps` into a picture."""
         config = self.config
         whole = max(1, config.max_new_tokens + max(1, config.max_images) * config.steps)
-        parts = [row.num_tokens + row.num_images * config.steps + steps * (row.mode == "image") for row in self.rows]
-        done = sum(
-            1.0 if row.mode == "done" else min(1.0, part / whole) for row, part in zip(self.rows, parts, strict=True)
-        )
+        done = 0.0
+        for row in self.rows:
+            part = row.num_tokens + row.num_images * config.steps + steps * (row.mode == "image")
+            done += 1.0 if row.mode == "done" else min(1.0, part / whole)
         self._progress(done - self._reported)
         self._reported = done
 

@@ -12,10 +12,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from model import cpu
-from model.attention import RotaryTables, additive_mask, apply_rope, attend, rotary_tables
+from model.attention import Mask, RotaryTables, additive_mask, apply_rope, attend, rotary_tables
 from model.cache import NextTokens
 
 CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> attention over all that the cache holds
@@ -96,13 +95,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: RotaryTables,
-        mask: BlockMask | Tensor | None,
-        cached: CachedAttention | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTables, mask: Mask, cached: CachedAttention | None = None) -> Tensor:
         """Return [B, S, D] of x [B, S, D]; with a cache, x are the next S tokens of each row and `mask` is not read."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, Hq + 2 Hkv, K]
         if self.q_norm is None or self.k_norm is None:
@@ -139,13 +132,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(
-        self,
-        h: Tensor,
-        rotary: RotaryTables,
-        mask: BlockMask | Tensor | None,
-        cached: CachedAttention | None = None,
-    ) -> Tensor:
+    def forward(self, h: Tensor, rotary: RotaryTables, mask: Mask, cached: CachedAttention | None = None) -> Tensor:
         h = h + self.attention(self.attention_norm(h), rotary, mask, cached)
         return h + self.ffn(self.ffn_norm(h))
 
@@ -162,7 +149,7 @@ class Transformer(nn.Module):
         h: Tensor,
         position_ids: Tensor,
         grid_positions: Tensor,
-        mask: BlockMask | Tensor | None,
+        mask: Mask,
         next_tokens: NextTokens | None = None,
     ) -> Tensor:
         """Return the normalised hidden states [B, S, D] of embeddings h [B, S, D].

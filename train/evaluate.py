@@ -28,7 +28,7 @@ from train.distributed.signals import StopSignal
 from train.heldout import Heldout, HeldoutConfig
 from train.inference.pipeline import BAR_FORMAT, Pipeline, PipelineConfig
 from train.inference.saved_model import SavedModel
-from train.inference.scene_scores import SceneItem, describe_scenes, judge_captions, judge_drawings, read_scenes, shares
+from train.inference.scene_scores import SceneItem, describe_scenes, judge, read_scenes, shares
 from train.output_folder import make_writable
 
 
@@ -111,8 +111,7 @@ def _scene_scores(
     ranks.require_alike({"scenes (contents)": str(zlib.crc32(repr([item.caption for item in items]).encode()))})
     total = 2 * -(-len(items) // ranks.world_size)
     with tqdm(desc="evaluate", total=total, bar_format=BAR_FORMAT, disable=not ranks.is_first, mininterval=1) as bar:
-        drawn = judge_drawings(pipeline, items, config, config.seed, ranks, bar.update)
-        described = judge_captions(pipeline, items, config, config.seed, ranks, bar.update)
+        drawn, described = judge(pipeline, items, config, config.seed, ranks, bar.update)
     if ranks.is_first:
         _write_examples(output, items, drawn, described)
     return {
@@ -146,10 +145,7 @@ def _refuse_trained(saved: SavedModel, heldout: dict[str, str], ranks: Ranks) ->
 
 
 def _write_examples(
-    output: Path,
-    items: list[SceneItem],
-    drawn: list[tuple[np.ndarray, Verdict]],
-    described: list[tuple[str, Verdict]],
+    output: Path, items: list[SceneItem], drawn: list[tuple[np.ndarray, Verdict]], described: list[tuple[str, Verdict]]
 ) -> None:
     """Write each scene's drawn and true pictures, its caption and both verdicts."""
     folder = output / "pictures"

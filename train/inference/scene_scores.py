@@ -23,8 +23,6 @@ from model.sampler import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.inference.pipeline import Pipeline, Progress
 
-GOALS = ("all", "colour", "shape", "position")
-
 
 @dataclass(frozen=True)
 class SceneItem:
@@ -50,12 +48,8 @@ def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem
                 raise ValueError(
                     f"scenes={folder}: {where} is not a scene of train.scenes; use heldout.NAME=FOLDER for encoded data"
                 ) from None
-            item = SceneItem(
-                info["split"],
-                captions_of(record, where)[0],
-                decode_picture(picture_of(record, where), [(resolution, resolution)], where),
-                shapes,
-            )
+            picture = decode_picture(picture_of(record, where), [(resolution, resolution)], where)
+            item = SceneItem(info["split"], captions_of(record, where)[0], picture, shapes)
             splits.setdefault(item.split, []).append(item)
     bad.check(final=True)
     counts = {split: min(per_split, len(items)) for split, items in splits.items()}
@@ -71,36 +65,17 @@ def describe_scenes(items: Sequence[SceneItem]) -> dict:
     return {"fingerprint": digest.hexdigest()[:16], "items": len(items), "items_of_split": dict(sorted(counts.items()))}
 
 
-def judge_drawings(
-    pipeline: Pipeline,
-    items: Sequence[SceneItem],
-    sampler: SamplerConfig,
-    seed: int,
-    ranks: Ranks,
-    progress: Progress,
-) -> list[tuple[np.ndarray, Verdict]]:
-    """Draw each item's caption; return the pictures and the judge's verdicts on them. Collective."""
+def judge(
+    pipeline: Pipeline, items: Sequence[SceneItem], sampler: SamplerConfig, seed: int, ranks: Ranks, progress: Progress
+) -> tuple[list[tuple[np.ndarray, Verdict]], list[tuple[str, Verdict]]]:
+    """Draw each item's caption and describe its true picture; return both with the judge's verdicts. Collective."""
     numbers = range(ranks.rank, len(items), ranks.world_size)
     mine = [items[number] for number in numbers]
     pictures = pipeline.draw([item.caption for item in mine], sampler, seed, progress, numbers)
-    found = [(picture, score(picture, item.shapes)) for item, picture in zip(mine, pictures, strict=True)]
-    return _in_order(ranks, found)
-
-
-def judge_captions(
-    pipeline: Pipeline,
-    items: Sequence[SceneItem],
-    sampler: SamplerConfig,
-    seed: int,
-    ranks: Ranks,
-    progress: Progress,
-) -> list[tuple[str, Verdict]]:
-    """Describe each item's true picture; return the captions and the judge's verdicts on them. Collective."""
-    numbers = range(ranks.rank, len(items), ranks.world_size)
-    mine = [items[number] for number in numbers]
+    drawn = [(picture, score(picture, item.shapes)) for item, picture in zip(mine, pictures, strict=True)]
     captions = pipeline.describe([item.picture for item in mine], sampler, seed, progress, numbers)
-    found = [(text, compare(parse_caption(text), item.shapes)) for item, text in zip(mine, captions, strict=True)]
-    return _in_order(ranks, found)
+    described = [(text, compare(parse_caption(text), item.shapes)) for item, text in zip(mine, captions, strict=True)]
+    return _in_order(ranks, drawn), _in_order(ranks, described)
 
 
 def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str, float | None]:
@@ -114,7 +89,7 @@ def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str,
         ]
         return sum(right) / len(right) if right else None
 
-    scores = {goal: share("seen", goal) for goal in GOALS}
+    scores = {goal: share("seen", goal) for goal in ("all", "colour", "shape", "position")}
     return {**scores, "all_unseen": share("unseen", "all"), "all_two_shapes": share("two_shapes", "all")}
 
 

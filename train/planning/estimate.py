@@ -18,7 +18,7 @@ from data.tokenizer import SpecialIds
 from model.transfusion import Transfusion, TransfusionConfig
 from train.flops import Flops
 from train.hardware import memory_of
-from train.planning.rehearsal import Collective, Rehearsal, rehearse, state_bytes
+from train.planning.rehearsal import Collective, Rehearsal, rehearse
 from train.pretrain_config import PretrainConfig
 
 # Parts of the model, by the first word of their parameters' names.
@@ -30,7 +30,6 @@ PROCESS_GIB = 3.0  # host memory of Python, torch and CUDA's libraries
 PAPER_GRID: Grid = (32, 32)  # latents of the paper's 256-pixel pictures
 CAPTION_TOKENS = 64  # assumed when the data is not available
 ROUGH_STATES, ROUGH_ACTIVATIONS = 32, 128  # bytes per parameter; bytes per token, channel and layer
-ANY_IDS = SpecialIds(bos=0, eos=0, boi=0, eoi=0, pad=0)  # sizes do not depend on the ids
 
 
 def parameters(config: TransfusionConfig, vocab_size: int) -> dict[str, int]:
@@ -56,16 +55,9 @@ def rows_per_rank(config: PretrainConfig, world_size: int) -> tuple[int, int]:
 
 def largest_batches_of(config: PretrainConfig, world_size: int, grids: Sequence[Grid]) -> tuple[PackedBatch, ...]:
     """Return the largest micro-batches of a run with images of latent `grids`."""
-    rows, _ = rows_per_rank(config, world_size)
-    model = config.model
-    return largest_batches(rows, config.data.sequence_length, grids, model.latent_channels, model.patch_size, ANY_IDS)
-
-
-def rehearse_largest(
-    config: PretrainConfig, vocab_size: int, world_size: int, grids: Sequence[Grid], *, cuda: bool
-) -> Rehearsal:
-    """Return the memory and traffic of a step with the largest batches."""
-    return rehearse(config, vocab_size, world_size, largest_batches_of(config, world_size, grids), cuda=cuda)
+    rows, length, model = rows_per_rank(config, world_size)[0], config.data.sequence_length, config.model
+    any_ids = SpecialIds(bos=0, eos=0, boi=0, eoi=0, pad=0)  # sizes do not depend on them
+    return largest_batches(rows, length, grids, model.latent_channels, model.patch_size, any_ids)
 
 
 def usable_bytes(memory_gib: float) -> float:
@@ -75,7 +67,7 @@ def usable_bytes(memory_gib: float) -> float:
 
 def refuse_unless_states_fit(config: PretrainConfig, vocab_size: int, world_size: int, memory_bytes: int) -> None:
     """Raise ValueError if a rank's states between steps exceed its device's memory (P10). Takes about a second."""
-    states = state_bytes(config, vocab_size, world_size)
+    states = rehearse(config, vocab_size, world_size, [], cuda=False).states
     total = sum(states.values())
     if total > memory_bytes:
         parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in states.items() if size)
@@ -93,7 +85,7 @@ def warning_unless_peak_fits(
 
     Takes some seconds. Every rank gets the same result, without communication.
     """
-    rehearsal = rehearse_largest(config, vocab_size, world_size, grids, cuda=cuda)
+    rehearsal = rehearse(config, vocab_size, world_size, largest_batches_of(config, world_size, grids), cuda=cuda)
     usable = usable_bytes(memory_bytes / GIB) if cuda else memory_bytes
     total = sum(rehearsal.peak.values())
     if total <= usable:
@@ -106,13 +98,7 @@ def warning_unless_peak_fits(
 
 
 def check_memory(
-    config: PretrainConfig,
-    vocab_size: int,
-    world_size: int,
-    grids: Sequence[Grid],
-    device: torch.device,
-    *,
-    warn: bool,
+    config: PretrainConfig, vocab_size: int, world_size: int, grids: Sequence[Grid], device: torch.device, *, warn: bool
 ) -> str | None:
     """Return a warning if a step is likely too large for this rank's device; called before process groups exist.
 

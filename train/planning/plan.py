@@ -23,17 +23,16 @@ from train.planning.estimate import (
     documents_of,
     flops_per_token,
     host_bytes,
+    largest_batches_of,
     parameters,
-    rehearse_largest,
     rows_per_rank,
     usable_bytes,
 )
-from train.planning.rehearsal import Rehearsal
+from train.planning.rehearsal import Rehearsal, rehearse
 from train.planning.suggestions import cheapest_fit
 from train.pretrain_config import PretrainConfig
 
 LLAMA_2 = 32_000 + 2  # Llama-2's pieces, BOI and EOI
-SECONDS_A_DAY = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +137,8 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[
         usable = memory_gib * GIB
 
     def rehearsed(config: PretrainConfig, world_size: int) -> Rehearsal:
-        return rehearse_largest(config, vocab_size, world_size, grids, cuda=gpu is not None)
+        batches = largest_batches_of(config, world_size, grids)
+        return rehearse(config, vocab_size, world_size, batches, cuda=gpu is not None)
 
     rehearsal = rehearsed(config, world_size)
     total = sum(rehearsal.peak.values())
@@ -196,6 +196,6 @@ def _communication(config: PlanConfig, rehearsal: Rehearsal, compute_s: float | 
         "communication_share_of_compute": seconds / compute_s,
         "step_s": step_s,
         "tokens_per_s": config.data.lanes * config.data.sequence_length / step_s,
-        "days": run_s / SECONDS_A_DAY,
+        "days": run_s / 86_400,
         "gpu_hours": run_s / 3600 * config.world_size,
     }

@@ -11,12 +11,12 @@ log-sums), and never S x S scores.
 """
 
 import sys
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -96,30 +96,17 @@ def rehearse(
 ) -> Rehearsal:
     """Return what a step of `config` takes on `world_size` ranks, using the most memory-hungry of `batches`.
 
-    Deep models are rehearsed at two depths and extrapolated linearly. Raises ValueError for a mesh that does not divide
-    the ranks. A process group that exists already must have this world size.
+    Without batches no step is run: only the states are known. Deep models are rehearsed at two depths and extrapolated
+    linearly. Raises ValueError for a mesh that does not divide the ranks. A process group that exists already must have
+    this world size.
     """
-    layers, least = config.model.transformer.layers, least_depth(config)
+    layers = config.model.transformer.layers
+    least = max(DEPTH, config.parallel.prefetch + 3)  # layers from which on each further one adds the same
     with _ranks_of(world_size) as ranks:
         if layers <= least + 1:
             return _Stage(config, layers, vocab_size, ranks, cuda).rehearse(batches)
         low, high = (_Stage(config, depth, vocab_size, ranks, cuda).rehearse(batches) for depth in (least, least + 1))
     return low.extended(high, layers - least)
-
-
-def least_depth(config: PretrainConfig) -> int:
-    """Return the number of layers from which on each further one adds the same."""
-    return max(DEPTH, config.parallel.prefetch + 3)
-
-
-def state_bytes(config: PretrainConfig, vocab_size: int, world_size: int) -> dict[str, float]:
-    """Return the bytes by kind (see STATES) that rank 0 holds between steps, gradients included, without a step."""
-    layers, least = config.model.transformer.layers, least_depth(config)
-    with _ranks_of(world_size) as ranks:
-        if layers <= least + 1:
-            return dict(_Stage(config, layers, vocab_size, ranks, cuda=False).states)
-        low, high = (_Stage(config, depth, vocab_size, ranks, cuda=False).states for depth in (least, least + 1))
-    return {kind: low[kind] + (layers - least) * (high[kind] - low[kind]) for kind in STATES}
 
 
 class _Stage:
@@ -159,6 +146,7 @@ class _Stage:
         self.states: dict[str, float] = {kind: _bytes(map(_local, self.held[kind])) for kind in STATES}
 
     def rehearse(self, batches: Sequence[PackedBatch]) -> Rehearsal:
+        collectives: dict[Collective, float] = {}
         schedule.cache_clear()  # real tensors must not mix with fake ones, here or in a later real step
         for batch in batches:
             with self.fake, self.live:
@@ -170,7 +158,7 @@ class _Stage:
             checkpoint=_bytes(saved),
             staged=_bytes(map(_local, saved)),
             largest_parameter=max(_bytes([parameter]) for parameter in self.parameters),
-            peaks={phase: self.live.peak(phase) for phase in ("forward", "backward", "update")},
+            peaks={phase: self.live.peak(phase) for phase in ("forward", "backward", "update") if batches},
             collectives=collectives,
         )
 
@@ -205,15 +193,11 @@ class _Stage:
             image_weight=self.config.loss.image_weight,
             global_text_targets=1,
             global_images=1,
-            mask_of=_no_mask if self.cuda else None,
+            mask_of=(lambda *_: None) if self.cuda else None,
         ).total
         self.live.phase = "backward"
         loss.backward()
         return self.live.taken()
-
-
-def _no_mask(*_: torch.Tensor) -> None:
-    return None
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -262,7 +246,8 @@ class _LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in collective_ops and func not in sync_ops:
             self._count(func, result, args, kwargs)
-        by_fsdp = _inside_fsdp()
+        callers = traceback.walk_stack(sys._getframe())
+        by_fsdp = any("_fully_shard" in frame.f_code.co_filename for frame, _ in callers)
         storages = [tensor.untyped_storage() for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
         new = [storage for storage in storages if storage._cdata not in self._allocations]
         for storage in new:
@@ -315,15 +300,6 @@ class _LiveBytes(TorchDispatchMode):
         group = CollectiveOp.get_process_group(func, args)
         what = Collective(self.phase, name, tuple(dist.get_process_group_ranks(group)))
         self._collectives[what] += CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
-
-
-def _inside_fsdp() -> bool:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if "_fully_shard" in frame.f_code.co_filename:
-            return True
-        frame = frame.f_back
-    return False
 
 
 @contextmanager
