@@ -116,8 +116,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Return attention [B, Hq, S, K] of q [B, Hq, S, K] over k, v [B, Hkv, Skv, K]; `mask` None sees everything."""
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        compile_here = q.is_cuda and not torch.compiler.is_compiling()  # else it is compiled with the block around it
-        attention: Callable[..., Tensor] = _compiled_flex() if compile_here else flex_attention
+        attention: Callable[..., Tensor] = flex_attention
+        if q.is_cuda and not torch.compiler.is_compiling():  # else compiled with the block around it
+            attention = _compiled_flex()
         return attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and mask is not None and not grouped:
         return cpu.attend_bf16(q, k, v, additive_mask(mask, q.dtype))

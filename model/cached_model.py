@@ -19,13 +19,7 @@ class CachedModel:
     """`rows` documents in one cache and, for guidance, as many copies of an unconditional prefix in the same batch."""
 
     def __init__(
-        self,
-        model: Transfusion,
-        rows: int,
-        length: int,
-        largest: int,
-        picture: int,
-        unconditional: Sequence[int] | None,
+        self, model: Transfusion, rows: int, length: int, largest: int, picture: int, unconditional: list[int] | None
     ) -> None:
         """Allocate for at most `length` tokens per row, `largest` per forward, `picture` per new picture."""
         trunk, weight = model.config.transformer, model.text_head.weight
@@ -39,7 +33,7 @@ class CachedModel:
         self._conditional = cache(length, largest)
         self._last_hidden = torch.zeros(rows, trunk.width, dtype=weight.dtype, device=self.device)
         if unconditional is not None:
-            prefix = torch.tensor([list(unconditional)] * rows, device=self.device)
+            prefix = torch.tensor([unconditional] * rows, device=self.device)
             counts = torch.full((rows,), len(unconditional), device=self.device)
             self._unconditional = cache(len(unconditional) + picture, 0)
             self._run_text(self._unconditional, prefix, counts)

@@ -23,7 +23,7 @@ from train.planning.estimate import (
     rows_per_rank,
     warning_unless_peak_fits,
 )
-from train.planning.rehearsal import Collective, state_bytes
+from train.planning.rehearsal import Collective, rehearse
 from train.planning.suggestions import cheapest_fit
 from train.pretrain_config import PretrainConfig
 
@@ -131,7 +131,7 @@ def test_states_that_cannot_fit_are_refused_and_a_peak_that_may_not_is_a_warning
     trunk = replace(config.model.transformer, width=64, layers=2, heads=2)
     data = replace(config.data, lanes=4, sequence_length=256, tokenizer="")
     config = replace(config, model=replace(config.model, transformer=trunk), data=data)
-    states = int(sum(state_bytes(config, 500, 2).values()))
+    states = int(sum(rehearse(config, 500, 2, [], cuda=False).states.values()))
     refuse_unless_states_fit(config, 500, 2, states)
     with pytest.raises(ValueError, match=r"a rank's states take .* more than .* use more ranks than 2"):
         refuse_unless_states_fit(config, 500, 2, states - 1)

@@ -28,7 +28,7 @@ from train.distributed.ranks import Ranks
 from train.distributed.signals import StopSignal
 from train.heldout import KINDS, Heldout, HeldoutConfig, captions_alone
 from train.inference.pipeline import Pipeline, PipelineConfig
-from train.inference.scene_scores import SceneItem, judge_captions, judge_drawings, read_scenes, shares
+from train.inference.scene_scores import SceneItem, judge, read_scenes, shares
 from train.scenes import write_held_out
 
 
@@ -73,8 +73,7 @@ def _judge(ranks: Ranks, scenes: Path) -> list[list[dict]]:
     items, sampler = read_scenes(scenes, 32, 100), SamplerConfig()
     found = []
     for shift in (0, 7):
-        drawn = judge_drawings(Knowing(items, shift), items, sampler, 0, ranks, print)
-        described = judge_captions(Knowing(items, shift), items, sampler, 0, ranks, print)
+        drawn, described = judge(Knowing(items, shift), items, sampler, 0, ranks, print)
         assert all(np.array_equal(p, items[(i + shift) % len(items)].picture) for i, (p, _) in enumerate(drawn))
         found.append([shares(items, [verdict for _, verdict in answers]) for answers in (drawn, described)])
     return found

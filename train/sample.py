@@ -9,7 +9,7 @@ Under torchrun the ranks divide the samples.
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from train.config import load_config, run_program
 from train.distributed.agreement import facts_of
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.shared_folder import require_shared
-from train.inference.pipeline import BAR_FORMAT, Part, Pipeline, PipelineConfig, one_picture, text_alone
+from train.inference.pipeline import BAR_FORMAT, Part, Pipeline, PipelineConfig, Progress, one_picture, text_alone
 from train.output_folder import make_writable
 
 IMAGE = "<image>"
@@ -99,9 +99,8 @@ def main(argv: list[str]) -> int | None:
             lines.append({**line, **made, "settings": settings})
             text = " ".join(part for part in parts if isinstance(part, str))
             drawn = [part for part in parts if isinstance(part, np.ndarray)]
-            given = [part for part in request.parts(pictures) if isinstance(part, np.ndarray)]
             shown += [(number, picture, f"{request.prompt or ''} {text}".strip()) for picture in drawn]
-            shown += [(number, picture, f"given: {text}") for picture in given[:1] if not drawn]
+            shown += [(number, pictures[name], f"given: {text}") for name in request.images[:1] if not drawn]
     _finish(output, lines, shown, step, ranks)
     ranks.close()
     return 0
@@ -144,7 +143,7 @@ def _sample(
     requests: list[Request],
     pictures: dict[str, np.ndarray],
     numbers: range,
-    progress: Callable[[float], object],
+    progress: Progress,
 ) -> Iterator[tuple[int, list[Part]]]:
     """Yield (number, result) of each of this rank's requests."""
     drawn = [number for number in numbers if requests[number].prompt is not None]

@@ -61,22 +61,20 @@ class SavedModel:
         """
         path = Path(path)
         if (path / EXPORT_MARK).is_file():
-            return read(cls._open(path, True))
+            return read(cls._open(path))
         return read_while_there(
             lambda: find_checkpoint(path, ranks, key),
-            lambda folder: read(ranks.on_first(lambda: cls._open(folder, False))),
+            lambda folder: read(ranks.on_first(lambda: cls._open(folder))),
             ranks,
         )
 
     @classmethod
-    def _open(cls, folder: Path, exported: bool) -> "SavedModel":
+    def _open(cls, folder: Path) -> "SavedModel":
         """Read everything but the weights."""
-        if exported:
-            meta = _read_mark(folder)
-        else:
+        exported = (folder / EXPORT_MARK).is_file()
+        if not exported:
             checkpoint.read_extra(folder, "config.yaml")  # verifies it
-            meta = json.loads(checkpoint.read_extra(folder, checkpoint.META))
-        config = read_config(folder / "config.yaml")
+        meta, config = _read_meta(folder), read_config(folder / "config.yaml")
         if exported:
             config = replace(config, vae=config.vae and str(folder / VAE_FOLDER))
         if (found := identity(folder)) is None:
@@ -142,17 +140,17 @@ def stored_spec(path: Path) -> LatentSpec | None:
 
     Raises FileNotFoundError if there is none, ValueError if it cannot be read.
     """
-    if (path / EXPORT_MARK).is_file():
-        meta = _read_mark(path)
-    else:
-        folder = next((root[-1] for root in map(checkpoint.saved, (path / "checkpoints", path)) if root), path)
-        meta = json.loads(checkpoint.read_extra(folder, checkpoint.META))
+    if not (path / EXPORT_MARK).is_file():
+        path = next((root[-1] for root in map(checkpoint.saved, (path / "checkpoints", path)) if root), path)
+    meta = _read_meta(path)
     return LatentSpec.parse(meta["latent_spec"]) if meta["latent_spec"] else None
 
 
-def _read_mark(folder: Path) -> dict[str, Any]:
-    """Return an export's export.json; raise ValueError for one that train.export would not write."""
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """Return SavedModel.meta; raise ValueError for an export.json that train.export would not write."""
     mark = folder / EXPORT_MARK
+    if not mark.is_file():
+        return json.loads(checkpoint.read_extra(folder, checkpoint.META))
     try:
         meta = json.loads(mark.read_text(encoding="utf-8"))
         if meta["settings"]["format"] == "llama":

@@ -18,7 +18,7 @@ from data.tokenizer import SpecialIds
 from model.transfusion import Transfusion, TransfusionConfig
 from train.flops import Flops
 from train.hardware import memory_of
-from train.planning.rehearsal import Collective, Rehearsal, rehearse
+from train.planning.rehearsal import Collective, rehearse
 from train.pretrain_config import PretrainConfig
 
 # Parts of the model, by the first word of their parameters' names.
@@ -26,7 +26,6 @@ PARTS = {"text_embedding": "embeddings", "transformer": "blocks", "patches": "pa
 GIB = 2**30
 # GPU memory that tensors cannot use: CUDA's context, NCCL's and cuBLAS's buffers; the share lost to fragmentation.
 CONTEXT_GIB, FRAGMENTED = 1.5, 0.05
-PROCESS_GIB = 3.0  # host memory of Python, torch and CUDA's libraries
 PAPER_GRID: Grid = (32, 32)  # latents of the paper's 256-pixel pictures
 CAPTION_TOKENS = 64  # assumed when the data is not available
 ROUGH_STATES, ROUGH_ACTIVATIONS = 32, 128  # bytes per parameter; bytes per token, channel and layer
@@ -113,16 +112,6 @@ def check_memory(
         return None
     refuse_unless_states_fit(config, vocab_size, world_size, memory)
     return warning_unless_peak_fits(config, vocab_size, world_size, grids, memory, cuda=cuda) if warn else None
-
-
-def host_bytes(rehearsal: Rehearsal, loader: dict[str, int]) -> dict[str, float]:
-    """Return a rank's largest host memory, by use."""
-    return {
-        "process": PROCESS_GIB * GIB,
-        "loader": sum(loader.values()),
-        "staged checkpoint": rehearsal.staged,  # pinned copies, written in the background
-        "largest parameter": rehearsal.largest_parameter,  # initialised on the CPU, one at a time
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

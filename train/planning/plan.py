@@ -22,7 +22,6 @@ from train.planning.estimate import (
     communication_seconds,
     documents_of,
     flops_per_token,
-    host_bytes,
     largest_batches_of,
     parameters,
     rows_per_rank,
@@ -142,7 +141,7 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[
 
     rehearsal = rehearsed(config, world_size)
     total = sum(rehearsal.peak.values())
-    host = host_bytes(rehearsal, loader_bytes(data, config.data, world_size) if data is not None else {})
+    loader = loader_bytes(data, config.data, world_size) if data is not None else {}
     plan: dict[str, Any] = {
         "fits": total <= usable,
         "peak_memory_gib": total / GIB,
@@ -151,7 +150,12 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[
         "device_memory_gib": memory_gib,
         "memory_at_peak_gib": {kind: size / GIB for kind, size in rehearsal.peak.items()},
         "states_gib": {kind: size / GIB for kind, size in rehearsal.states.items()},
-        "host_memory_gib": {name: size / GIB for name, size in host.items()},
+        "host_memory_gib": {  # of a rank, at most
+            "process": 3.0,  # assumed: Python, torch and CUDA's libraries
+            "loader": sum(loader.values()) / GIB,
+            "staged checkpoint": rehearsal.staged / GIB,  # pinned copies, written in the background
+            "largest parameter": rehearsal.largest_parameter / GIB,  # initialised on the CPU, one at a time
+        },
         "checkpoint_gib": rehearsal.checkpoint / GIB,
     }
     if not plan["fits"]:

@@ -14,9 +14,9 @@ TRIES = 24  # combinations tried, each some seconds
 
 @dataclass(frozen=True)
 class Switch:
-    words: str  # as on the command line
+    key: str  # as on the command line
+    value: bool | int | str
     cost: float  # rough increase of the step time, as a share of it
-    config: Callable[[PretrainConfig], PretrainConfig]
 
 
 def cheapest_fit(
@@ -36,48 +36,39 @@ def cheapest_fit(
             continue
         tried = combinations[:TRIES]
         best = next((switches for switches in tried if fits(_with(config, switches), ranks)), strongest)
-        return [*([f"world_size={ranks}"] if times > 1 else []), *(switch.words for switch in best)]
+        words = [f"{switch.key}={str(switch.value).lower()}" for switch in best]
+        return [f"world_size={ranks}", *words] if times > 1 else words
     return None
 
 
 def _with(config: PretrainConfig, switches: list[Switch]) -> PretrainConfig:
     for switch in switches:
-        config = switch.config(config)
+        section, _, name = switch.key.rpartition(".")
+        changes: dict[str, Any] = {name: switch.value}
+        if section:
+            changes = {section: replace(getattr(config, section), **changes)}
+        config = replace(config, **changes)
     return config
-
-
-def _parallel(cost: float, name: str, value: bool | int | str) -> Switch:
-    def change(config: PretrainConfig) -> PretrainConfig:
-        changes: dict[str, Any] = {name: value}
-        return replace(config, parallel=replace(config.parallel, **changes))
-
-    return Switch(f"parallel.{name}={str(value).lower()}", cost, change)
-
-
-def _micro_batch(cost: float, size: int) -> Switch:
-    return Switch(f"micro_batch_size={size}", cost, lambda config: replace(config, micro_batch_size=size))
 
 
 def _families(config: PretrainConfig, world_size: int) -> Iterator[list[Switch]]:
     """Yield lists of alternatives, the weakest first; a combination has at most one of each list."""
     parallel = config.parallel
     if not parallel.shard_blocks:
-        yield [_parallel(0.01, "shard_blocks", True)]
+        yield [Switch("parallel.shard_blocks", True, 0.01)]
     if parallel.reshard_after_forward is not True:
-        yield [_parallel(0.05, "reshard_after_forward", True)]
+        yield [Switch("parallel.reshard_after_forward", True, 0.05)]
     rows, _ = rows_per_rank(config, world_size)
-    halves = [rows >> n for n in range(1, rows.bit_length())]
-    if halves:
-        yield [_micro_batch(0.03 * (n + 1), size) for n, size in enumerate(halves)]
+    if rows > 1:
+        yield [Switch("micro_batch_size", rows >> n, 0.03 * n) for n in range(1, rows.bit_length())]
     levels = get_args(get_type_hints(ParallelConfig)["activation_checkpointing"])  # none first, full last
     costs = {"selective": 0.1, "full": 0.3}
     stronger = levels[levels.index(parallel.activation_checkpointing) + 1 :]
     if stronger:
-        yield [_parallel(costs[level], "activation_checkpointing", level) for level in stronger]
+        yield [Switch("parallel.activation_checkpointing", level, costs[level]) for level in stronger]
     if parallel.accumulate_unsharded:
-        yield [_parallel(0.1, "accumulate_unsharded", False)]
+        yield [Switch("parallel.accumulate_unsharded", False, 0.1)]
     if parallel.dp_replicate > 1:
-        yield [_parallel(0.2, "dp_replicate", 1)]
+        yield [Switch("parallel.dp_replicate", 1, 0.2)]
     if config.optim.state_dtype != "bfloat16":
-        low = replace(config.optim, state_dtype="bfloat16")
-        yield [Switch("optim.state_dtype=bfloat16", 0.25, lambda config: replace(config, optim=low))]
+        yield [Switch("optim.state_dtype", "bfloat16", 0.25)]
