@@ -59,10 +59,7 @@ def materialise(mask, length):
     rows = mask.kv_num_blocks.shape[0]
     dense = torch.zeros(rows, length, length, dtype=torch.bool)
     index = torch.arange(length)
-    kinds = [
-        (mask.kv_num_blocks, mask.kv_indices, False),
-        (mask.full_kv_num_blocks, mask.full_kv_indices, True),
-    ]
+    kinds = [(mask.kv_num_blocks, mask.kv_indices, False), (mask.full_kv_num_blocks, mask.full_kv_indices, True)]
     seen = [0, 0]
     for counts, indices, full in kinds:
         for b in range(rows):

@@ -35,15 +35,8 @@ CONFIG = PretrainConfig(
     micro_batch_size=2,
     data=DataConfig(tokenizer="", lanes=4, sequence_length=192),
 )
-PARALLEL = {
-    "sharded": {},
-    "replicated": {"dp_replicate": 2},
-}
-OPTIM = {
-    "averages": {},
-    "bfloat16": {"state_dtype": "bfloat16", "ema_half_lives": ()},
-    "muon": {"optimizer": "muon"},
-}
+PARALLEL = {"sharded": {}, "replicated": {"dp_replicate": 2}}
+OPTIM = {"averages": {}, "bfloat16": {"state_dtype": "bfloat16", "ema_half_lives": ()}, "muon": {"optimizer": "muon"}}
 
 
 def _variant(parallel: dict[str, Any], optim: dict[str, Any] | None = None) -> PretrainConfig:

@@ -185,10 +185,7 @@ def test_an_export_is_evaluated_where_its_training_data_is_not_and_still_knows_i
     statuses, said = _evaluate([*argv, f"heldout.fresh={held}"], tmp_path / "fresh.log")
     assert statuses == {0}, said
     data = json.loads((output / "evaluation.json").read_text())["data"]
-    assert data["training"]["pairs"] == {
-        "path": "/nowhere/data",
-        "fingerprint": Manifest.load(drawn.data).content_hash,
-    }
+    assert data["training"]["pairs"] == {"path": "/nowhere/data", "fingerprint": Manifest.load(drawn.data).content_hash}
     assert data["heldout"]["fresh"] == {"path": str(held), "fingerprint": Manifest.load(held).content_hash}
     statuses, said = _evaluate([*argv, f"heldout.twin={twin}"], tmp_path / "twin.log")
     assert statuses == {2} and "held-out source twin: 100 % of the documents" in said
