@@ -17,9 +17,7 @@ def llama_config(config: TransfusionConfig, vocab_size: int) -> dict[str, Any]:
     """Return the contents of config.json; raise ValueError for switches that Llama does not have."""
     trunk = config.transformer
     if trunk.qk_norm:
-        raise ValueError(
-            "model.transformer.qk_norm=true: transformers' Llama has no query and key norms; expected false"
-        )
+        raise ValueError("model.transformer.qk_norm=true: expected false; transformers' Llama has no such norms")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

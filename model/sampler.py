@@ -154,14 +154,9 @@ class _Row:
         else:
             self.output.append([token])
 
-    @property
-    def next_image(self) -> Tensor | None:
-        """Return the head of `pending` if it is an image."""
-        return self.pending[0] if self.pending and self.pending[0].ndim == 3 else None
-
     def take_text(self, count: int) -> list[int]:
         """Take at most `count` tokens from the head of `pending`, none if it is an image."""
-        if not self.pending or self.next_image is not None:
+        if not self.pending or self.pending[0].ndim == 3:
             return []
         piece = self.pending.popleft()
         if len(piece) > count:
@@ -203,15 +198,13 @@ class _Decoding:
             pieces = [row.take_text(chunk) for row in self.rows]
             if any(pieces):
                 self.cached_model.append_text(pieces, chunk)
-            images = [row.next_image for row in self.rows]
-            for shape in sorted({tuple(image.shape) for image in images if image is not None}):
-                chosen = [image is not None and image.shape == shape for image in images]
-                blank = torch.zeros(shape)
-                latents = [blank if image is None or image.shape != shape else image for image in images]
-                self.cached_model.append_images(torch.stack(latents).to(self.cached_model.device), chosen)
-                for row, take in zip(self.rows, chosen, strict=True):
-                    if take:
-                        row.pending.popleft()
+            images = {i: row.pending[0] for i, row in enumerate(self.rows) if row.pending and row.pending[0].ndim == 3}
+            for shape in sorted({tuple(image.shape) for image in images.values()}):
+                latents, chosen = torch.zeros(len(self.rows), *shape), [False] * len(self.rows)
+                for i, image in images.items():
+                    if image.shape == shape:
+                        latents[i], chosen[i] = self.rows[i].pending.popleft(), True
+                self.cached_model.append_images(latents.to(self.cached_model.device), chosen)
 
     def text_mode(self) -> None:
         """Sample tokens until every row has begun a picture or is done."""
@@ -236,15 +229,14 @@ class _Decoding:
 
     def image_mode(self) -> None:
         """Draw a picture in every row that has begun one, then append it and EOI to the cache."""
-        drawing = [row.mode == "image" for row in self.rows]
         latents = self._denoise()
         for i, (row, picture) in enumerate(zip(self.rows, latents, strict=True)):
-            if drawing[i]:
+            if row.mode == "image":
                 row.output.append(picture.cpu())
                 row.num_images += 1
                 has_room = row.num_tokens < self.config.max_new_tokens and self._fits(i, self.patches + 1)
                 row.mode = "text" if has_room else "done"
-        continuing = [drawn and row.mode == "text" for row, drawn in zip(self.rows, drawing, strict=True)]
+        continuing = [row.mode == "text" for row in self.rows]  # each was in image mode or done
         if any(continuing):
             self.cached_model.append_images(latents, continuing)
             self.cached_model.append_text([[self.special.eoi] if continues else [] for continues in continuing], 1)
@@ -325,9 +317,7 @@ class _Decoding:
         config = self.config
         if config.max_length is not None:
             if needed > config.max_length:
-                raise ValueError(
-                    f"max_length={config.max_length}: a prompt needs {needed} tokens; raise it or shorten the prompt"
-                )
+                raise ValueError(f"max_length={config.max_length}: a prompt needs {needed}; raise it or shorten that")
             return config.max_length
         images = max(config.max_images, int(any(first_pictures)))
         most = max(lengths) + config.max_new_tokens + images * (self.patches + 2)

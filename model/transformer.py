@@ -34,20 +34,15 @@ class TransformerConfig:
     qk_norm: bool = False  # RMSNorm of each query and key head (Chameleon); off in the paper
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "ffn_multiple_of"):
-            if getattr(self, name) < 1:
+        for name in ("width", "layers", "heads", "kv_heads", "ffn_hidden", "ffn_multiple_of"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
         if self.width % self.heads or self.head_dim % 2:
-            raise ValueError(
-                f"width={self.width}, heads={self.heads}: expected an even whole head dimension; "
-                f"choose heads so that width is a multiple of 2 * heads"
-            )
+            raise ValueError(f"width={self.width}, heads={self.heads}: expected width to be a multiple of 2 * heads")
         if self.rope_2d and self.head_dim % 8:
             raise ValueError(f"rope_2d with head dimension {self.head_dim}: expected a multiple of 8; change heads")
-        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+        if self.heads % self.num_kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads}: expected a divisor of heads={self.heads}, or null")
-        if self.ffn_hidden is not None and self.ffn_hidden < 1:
-            raise ValueError(f"ffn_hidden={self.ffn_hidden}: expected a positive number, or null for Llama's rule")
         if self.rope_theta <= 1 or self.norm_eps <= 0:
             raise ValueError(f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: expected > 1 and > 0")
 

@@ -104,26 +104,19 @@ def test_block_mask_holds_on_ids_that_are_in_no_order():
     assert torch.equal(dense, dense_mask(document_ids, image_ids, visible_until)[:, 0])
 
 
-def test_one_causal_document_is_full_below_the_diagonal_and_skipped_above():
-    document_ids = torch.ones(1, 1024, dtype=torch.int32)
-    mask = block_mask(document_ids, torch.full_like(document_ids, -1), torch.full_like(document_ids, 1024))
-    assert mask.full_kv_num_blocks.flatten().tolist() == list(range(8))
-    assert mask.kv_num_blocks.flatten().tolist() == [1] * 8
-
-
-def test_a_block_inside_one_image_is_full():
-    document_ids = torch.ones(1, 512, dtype=torch.int32)
-    image_ids = torch.zeros_like(document_ids)
-    mask = block_mask(document_ids, image_ids, torch.full_like(document_ids, 512))
-    assert mask.full_kv_num_blocks.flatten().tolist() == [4] * 4
-    assert mask.kv_num_blocks.sum() == 0
-
-
-def test_a_short_last_block_is_left_to_the_mask():
-    document_ids = torch.ones(1, 100, dtype=torch.int32)
-    mask = block_mask(document_ids, torch.full_like(document_ids, -1), torch.full_like(document_ids, 100), block=32)
-    assert mask.full_kv_num_blocks.flatten().tolist() == [0, 1, 2, 0]
-    assert mask.kv_num_blocks.flatten().tolist() == [1, 1, 1, 4]
+@pytest.mark.parametrize(
+    ("length", "image", "block", "full", "partial"),
+    [
+        (1024, -1, 128, [*range(8)], [1] * 8),  # text: full below the diagonal, skipped above
+        (512, 0, 128, [4] * 4, [0] * 4),  # inside one image: full
+        (100, -1, 32, [0, 1, 2, 0], [1, 1, 1, 4]),  # a short last block is left to the mask
+    ],
+)
+def test_blocks_of_one_document_are_full_where_that_is_proved(length, image, block, full, partial):
+    document_ids = torch.ones(1, length, dtype=torch.int32)
+    image_ids, until = torch.full_like(document_ids, image), torch.full_like(document_ids, length)
+    mask = block_mask(document_ids, image_ids, until, block=block)
+    assert mask.full_kv_num_blocks.flatten().tolist() == full and mask.kv_num_blocks.flatten().tolist() == partial
 
 
 def test_most_blocks_of_packed_documents_are_proved_empty_or_full():

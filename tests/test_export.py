@@ -18,11 +18,11 @@ from model.attention import dense_mask
 from model.sampler import SamplerConfig
 from model.vae import VaeConfig, build_vae
 from tests.runs import PROMPTS, DrawingRun
+from tests.test_pipeline import load
 from tests.test_tokenizer import foreign_model
 from train.checkpoints import checkpoint
 from train.distributed.ranks import alone
 from train.export import main, tokenizer_config
-from train.inference.pipeline import Pipeline, PipelineConfig
 from train.inference.saved_model import LoadedModel
 
 SAMPLER = SamplerConfig(sampler="ddim", steps=2, max_new_tokens=4)
@@ -31,10 +31,6 @@ SAMPLER = SamplerConfig(sampler="ddim", steps=2, max_new_tokens=4)
 def export(drawn: DrawingRun, output: Path, *more: str) -> Path:
     main([f"checkpoint={drawn.run_dir}", f"output={output}", *more])
     return output
-
-
-def load(path: Path, **settings: str) -> Pipeline:
-    return Pipeline.load(PipelineConfig(checkpoint=str(path), device="cpu", **settings), alone())
 
 
 def test_an_export_draws_the_same_bits_and_needs_nothing_else(drawn: DrawingRun, tmp_path: Path, capsys) -> None:

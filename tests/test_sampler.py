@@ -223,13 +223,14 @@ def test_draws_follow_the_sample_and_not_its_place():
     assert len({draws.noise(*place, (1,)).item() for draws, *place in places}) == 16
 
 
-def test_a_picture_costs_its_own_tokens_alone():
-    model, config = tiny_model(), settings(max_new_tokens=0, steps=5)
-    widths = []
-    model.transformer.register_forward_pre_hook(lambda module, inputs: widths.append(tuple(inputs[0].shape[:2])))
+@pytest.mark.parametrize(("interval", "branches"), [(None, [2] * 5), ((300, 700), [1, 2, 2, 1, 1])])
+def test_a_picture_costs_its_own_tokens_and_one_branch_outside_the_interval_of_guidance(interval, branches):
+    model, config = tiny_model(), settings(max_new_tokens=0, steps=5, guidance_interval=interval)
+    shapes = []
+    model.transformer.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape[:2])))
     run(model, [Prompt((text(*range(5, 12)),), draw=True)], config)
-    # The unconditional prefix, 9 prompt tokens in chunks of 3, then five steps of both branches and nothing else.
-    assert widths == [(1, 2)] + [(1, 3)] * 3 + [(2, PATCHES)] * 5
+    # The unconditional prefix, 9 prompt tokens in chunks of 3, then t = 800, 600, 400, 200, 0 and nothing else.
+    assert shapes == [(1, 2)] + [(1, 3)] * 3 + [(rows, PATCHES) for rows in branches]
 
 
 def test_guidance_one_is_the_conditional_branch_and_zero_ignores_the_prompt():
@@ -240,14 +241,6 @@ def test_guidance_one_is_the_conditional_branch_and_zero_ignores_the_prompt():
     assert torch.equal(first[0], second[0])
     first, second = run(model, prompts, settings(guidance=1.0, max_new_tokens=0))
     assert not torch.allclose(first[0], second[0], atol=1e-3)
-
-
-def test_outside_its_interval_guidance_costs_no_branch():
-    model, config = tiny_model(), settings(max_new_tokens=0, steps=5, guidance_interval=(300, 700))
-    rows = []
-    model.transformer.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[0]))
-    run(model, [Prompt((text(5),), draw=True)], config)
-    assert rows[2:] == [1, 2, 2, 1, 1]  # t = 800, 600, 400, 200, 0
 
 
 def test_progress_rises_to_the_number_of_prompts():
@@ -285,47 +278,30 @@ def test_limits_hold():
         run(model, [Prompt((text(*([5] * 4)),), draw=True)], settings(max_length=8))
 
 
-def lay_out(parts):
-    """Return the model's inputs for one row of token ids and (noisy latents, t) images, targets by the paper's rule."""
-    ids, images, grids, noisy, timesteps = [], [], [], [], []
-    for part in parts:
-        if isinstance(part, int):
-            ids, images, grids = [*ids, part], [*images, -1], [*grids, (-1, -1)]
-            continue
-        ids, images = ids + [0] * PATCHES, images + [len(noisy)] * PATCHES
-        grids += [(i, j) for i in range(2) for j in range(2)]
-        noisy.append(part[0])
-        timesteps.append(part[1])
-    is_image = torch.tensor(images) >= 0
-    follows = torch.tensor(ids[1:])
-    index = torch.nonzero(~is_image[:-1] & ~is_image[1:] & (follows != SPECIAL.eoi))[:, 0]
-    image_ids = torch.tensor([images], dtype=torch.int32)
+def lay_out(rows):
+    """Return the model's inputs for rows of equal length, each of token ids and a (noisy latents, t) image."""
+    images = [part for row in rows for part in row if not isinstance(part, int)]
+    flat = [[token for part in row for token in ([part] if isinstance(part, int) else [-1] * PATCHES)] for row in rows]
+    is_image = torch.tensor(flat) == -1
+    ids = torch.tensor(flat).clamp(min=0)
+    image_ids = is_image.int() - 1
+    grids = torch.full((*ids.shape, 2), -1)
+    grids[is_image] = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).repeat(len(images), 1)
+    follows = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], SPECIAL.eoi)), dim=1)  # no target after the last
+    is_target = ~is_image & ~is_image.roll(-1, dims=1) & (follows != SPECIAL.eoi)
     return {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.arange(len(ids))[None],
-        "grid_positions": torch.tensor([grids]),
-        "is_image": is_image[None],
-        "mask": dense_mask(torch.ones_like(image_ids), image_ids, torch.full_like(image_ids, len(ids))),
-        "text_target_index": index,
-        "text_targets": follows[index],
-        "noisy": {GRID: torch.stack(noisy)},
-        "timesteps": {GRID: torch.tensor(timesteps)},
-        "image_valid": {GRID: torch.ones(len(noisy), dtype=torch.bool)},
-        "image_token_index": torch.nonzero(is_image)[:, 0],
+        "input_ids": ids,
+        "position_ids": torch.arange(ids.shape[1]).expand_as(ids),
+        "grid_positions": grids,
+        "is_image": is_image,
+        "mask": dense_mask(torch.ones_like(image_ids), image_ids, torch.full_like(image_ids, ids.shape[1])),
+        "text_target_index": is_target.flatten().nonzero()[:, 0],
+        "text_targets": follows[is_target],
+        "noisy": {GRID: torch.stack([latents for latents, _ in images])},
+        "timesteps": {GRID: torch.tensor([t for _, t in images])},
+        "image_valid": {GRID: torch.ones(len(images), dtype=torch.bool)},
+        "image_token_index": is_image.flatten().nonzero()[:, 0],
     }
-
-
-def collate(rows):
-    """Stack one-row inputs of equal length; indices point into the flattened batch."""
-    length = rows[0]["input_ids"].shape[1]
-    batch = {}
-    for name, value in rows[0].items():
-        if isinstance(value, dict):
-            batch[name] = {GRID: torch.cat([row[name][GRID] for row in rows])}
-        else:
-            shift = length if name.endswith("_index") else 0
-            batch[name] = torch.cat([row[name] + i * shift if shift else row[name] for i, row in enumerate(rows)])
-    return batch
 
 
 def test_a_model_that_learned_two_pictures_draws_and_describes_each():
@@ -343,8 +319,8 @@ def test_a_model_that_learned_two_pictures_draws_and_describes_each():
         rows = []
         for i in range(8):
             caption, image = captions[i % 2], [SPECIAL.boi, (x_t[i], int(t[i])), SPECIAL.eoi]
-            rows.append(lay_out([SPECIAL.bos, *(caption + image if i < 4 else image + caption), SPECIAL.eos]))
-        output = model(**collate(rows))
+            rows.append([SPECIAL.bos, *(caption + image if i < 4 else image + caption), SPECIAL.eos])
+        output = model(**lay_out(rows))
         error = output.noise_pred[GRID] - training_target(x0, noise, t, table, "v")
         (output.text_nll_sum / output.text_count + 5 * error.square().mean()).backward()
         optimizer.step()

@@ -64,6 +64,11 @@ def main(argv: list[str]) -> int | None:
     assert saved is not None
     output = Path(config.output)
     ranks.on_first(lambda: make_writable(output))  # only rank 0 writes
+    trained = saved.meta["fingerprint"]  # exports of an earlier version have only the tokenizer's
+    training = {
+        name: {"path": source.path, "fingerprint": trained.get(f"source {number}", "unknown").split()[0]}
+        for number, (name, source) in enumerate(saved.config.data.sources.items())
+    }
     results: dict[str, Any] = {
         "checkpoint": str(saved.folder.resolve()),
         "step": saved.step,
@@ -72,7 +77,7 @@ def main(argv: list[str]) -> int | None:
         "seed": config.seed,
         "settings": {field.name: getattr(config, field.name) for field in fields(SamplerConfig)},
         "world_size": ranks.world_size,
-        "data": {"training": _training_data(saved)},
+        "data": {"training": training},
     }
     if config.heldout:
         results["data"]["heldout"] = {
@@ -117,15 +122,6 @@ def _scene_scores(
     return {
         "text_to_image": shares(items, [verdict for _, verdict in drawn]),
         "image_to_text": shares(items, [verdict for _, verdict in described]),
-    }
-
-
-def _training_data(saved: SavedModel) -> dict[str, dict[str, str]]:
-    """Return path and fingerprint of each source that the model was trained on."""
-    fingerprints = saved.meta["fingerprint"]  # exports of an earlier version have only the tokenizer's
-    return {
-        name: {"path": source.path, "fingerprint": fingerprints.get(f"source {number}", "unknown").split()[0]}
-        for number, (name, source) in enumerate(saved.config.data.sources.items())
     }
 
 

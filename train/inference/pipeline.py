@@ -97,8 +97,7 @@ class Pipeline:
                 config.steps,
                 factor,
             )
-        model = loaded.model.to(getattr(torch, config.dtype))
-        saved = loaded.saved
+        saved, model = loaded.saved, loaded.model.to(getattr(torch, config.dtype))
         pipeline = cls.of(model, loaded.tokenizer, loaded.config, saved.latent_spec, saved.grids, vae)
         return replace(pipeline, batch_size=config.batch_size, weights=loaded.weights, saved=saved)
 
@@ -132,11 +131,8 @@ class Pipeline:
         stride = stride_of(self.vae)
         unit = stride * self.model.config.patch_size
         if any(side < unit or side % unit for side in pixels):
-            raise ValueError(
-                f"size={list(pixels)}: expected multiples of {unit} pixels, the VAE's stride times a patch"
-            )
-        height, width = pixels
-        return replace(self, grid=(height // stride, width // stride))
+            raise ValueError(f"size={list(pixels)}: expected multiples of {unit}, the VAE's stride times a patch")
+        return replace(self, grid=(pixels[0] // stride, pixels[1] // stride))
 
     @torch.no_grad()
     def complete(

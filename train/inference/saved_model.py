@@ -109,8 +109,7 @@ class SavedModel:
                 return tokenizer
         tried = ", ".join(f"{place} ({found[place].hash if place in found else 'not there'})" for place in places)
         raise ValueError(
-            f"{self.folder} was trained with the tokenizer of hash {expected}, which is none of {tried}; name it with "
-            "tokenizer=FILE"
+            f"{self.folder} was trained with the tokenizer of hash {expected}, none of {tried}; set tokenizer=FILE"
         )
 
     def read(self, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks) -> str:

@@ -51,22 +51,13 @@ class PlanConfig(PretrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"vocab_size={self.vocab_size}: expected 1 or more, or null")
-        if self.world_size < 1 or self.gpus_per_node < 1:
-            raise ValueError(
-                f"world_size={self.world_size}, gpus_per_node={self.gpus_per_node}: expected 1 or more of both"
-            )
+        for name in ("vocab_size", "world_size", "gpus_per_node", "link_gb_per_s", "network_gb_per_s", "memory_gib"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
         if self.world_size > self.data.lanes:
-            raise ValueError(
-                f"world_size={self.world_size} is more than data.lanes={self.data.lanes}: use at most one rank per "
-                "lane, or more lanes"
-            )
+            raise ValueError(f"world_size={self.world_size} is more than data.lanes={self.data.lanes}: use fewer ranks")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"mfu={self.mfu}: expected a share in (0, 1]")
-        for name in ("link_gb_per_s", "network_gb_per_s", "memory_gib"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected more than 0, or null")
         if self.device != "cpu" and find(self.gpu) is None:
             known = ", ".join(gpu.name for gpu in GPUS)
             raise ValueError(

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -182,7 +181,6 @@ class _Stage:
         return dict(total)
 
     def _micro_step(self, batch: PackedBatch, *, is_last: bool) -> Counter[Collective]:
-        assert isinstance(self.model, FSDPModule)
         set_micro_step(self.model, self.config.parallel, is_last=is_last)
         self.live.phase = "forward"
         loss = micro_step(
