@@ -10,7 +10,7 @@ from PIL import Image
 from bench.ranks import ProgramRanks
 from data.pictures import encode_png
 from tests.ranks import assert_ranks_refuse
-from tests.runs import PROMPTS, DrawingRun
+from tests.runs import PROMPTS, DrawingRun, expect
 from train import sample
 
 
@@ -23,10 +23,9 @@ def _results(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
 
 
-def _run(argv: list[str], log: Path, ranks: int | None = None) -> str:
+def _run(argv: list[str], log: Path, ranks: int | None = None) -> None:
     with ProgramRanks(sample.main, argv, ranks, log) as run:
-        assert set(run.wait()) == {0}, run.output
-    return run.output
+        expect(run, 0)
 
 
 @pytest.fixture
@@ -89,11 +88,8 @@ def test_texts_are_taken_as_they_stand_and_an_earlier_calls_samples_go(drawn: Dr
 def test_two_ranks_share_the_samples_and_make_the_same(drawn: DrawingRun, given: Path, tmp_path: Path) -> None:
     for ranks, name in ((None, "one"), (2, "two")):
         argv = [*_argv(drawn, tmp_path / name), "n=3", "prompt=a circle", f"images=[{given}]", "batch_size=2"]
-        _run(
-            [*argv, "sampler=dpm++", "guidance=2", "guidance_interval=[100,900]", "size=[16,48]"],
-            tmp_path / f"log-{name}",
-            ranks,
-        )
+        argv += ["sampler=dpm++", "guidance=2", "guidance_interval=[100,900]", "size=[16,48]"]
+        _run(argv, tmp_path / f"log-{name}", ranks)
     one, two = (_results(tmp_path / name) for name in ("one", "two"))
     assert one == two and len(one) == 6
     for i in range(3):

@@ -57,12 +57,10 @@ def _memory(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
     if not plan["fits"]:
         switches = " ".join(plan["would_fit_with"] or ["none of the switches tried"])
         lines.append(f"  would fit with {switches}")
-    host = ", ".join(f"{name} {size:.2f}" for name, size in plan["host_memory_gib"].items() if size >= 0.005)
-    lines.append(
-        f"  host memory of a rank, at most            {sum(plan['host_memory_gib'].values()):>10.2f} GiB  {host}"
-    )
-    lines.append(f"  a checkpoint on disk                      {plan['checkpoint_gib']:>10.2f} GiB")
-    return lines
+    host = plan["host_memory_gib"]
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in host.items() if size >= 0.005)
+    lines.append(f"  host memory of a rank, at most            {sum(host.values()):>10.2f} GiB  {parts}")
+    return [*lines, f"  a checkpoint on disk                      {plan['checkpoint_gib']:>10.2f} GiB"]
 
 
 def _bar(share: float) -> str:

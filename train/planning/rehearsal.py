@@ -112,14 +112,10 @@ class _Stage:
     """Model and optimizer of `depth` layers on rank 0, after an update, so that every state exists."""
 
     def __init__(self, config: PretrainConfig, depth: int, vocab_size: int, ranks: Ranks, cuda: bool) -> None:
-        trunk = replace(config.model.transformer, layers=depth)
+        model = replace(config.model, transformer=replace(config.model.transformer, layers=depth))
         # Only a compiler knows what compiled blocks keep; and `auto` would depend on this machine.
         dtype = "bfloat16" if cuda and config.parallel.dtype == "auto" else config.parallel.dtype
-        self.config = replace(
-            config,
-            model=replace(config.model, transformer=trunk),
-            parallel=replace(config.parallel, compile=False, dtype=dtype),
-        )
+        self.config = replace(config, model=model, parallel=replace(config.parallel, compile=False, dtype=dtype))
         self.cuda, self.ranks, self.live, self.fake = cuda, ranks, _LiveBytes(), FakeTensorMode()
         with torch.device("meta"):
             self.model = Transfusion(self.config.model, vocab_size)
@@ -139,9 +135,8 @@ class _Stage:
         self.held["parameters"] = self.held["gradients"] = self.parameters
         for name, value in vars(self.optimizer).items():
             self.held["ema" if name.startswith("ema") else "optimizer"] += _tensors_in(value, known)
-        for kind in STATES:
-            if kind != "gradients":
-                self.live.name(kind, self.held[kind])
+        for kind in ("parameters", "optimizer", "ema"):
+            self.live.name(kind, self.held[kind])
         self.states: dict[str, float] = {kind: _bytes(map(_local, self.held[kind])) for kind in STATES}
 
     def rehearse(self, batches: Sequence[PackedBatch]) -> Rehearsal:
