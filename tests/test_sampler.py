@@ -229,8 +229,7 @@ def test_a_picture_costs_its_own_tokens_and_one_branch_outside_the_interval_of_g
 def test_guidance_one_is_the_conditional_branch_and_zero_ignores_the_prompt():
     model = tiny_model()
     prompts = [Prompt((text(5, 6),), draw=True), Prompt((text(7, 8, 9),), draw=True)]
-    free = settings(guidance=0.0, max_new_tokens=0)
-    first, second = run(model, prompts, free)
+    first, second = run(model, prompts, settings(guidance=0.0, max_new_tokens=0))
     assert torch.equal(first[0], second[0])
     first, second = run(model, prompts, settings(guidance=1.0, max_new_tokens=0))
     assert not torch.allclose(first[0], second[0], atol=1e-3)

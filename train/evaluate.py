@@ -83,7 +83,10 @@ def main(argv: list[str]) -> int | None:
         results["data"]["heldout"] = {
             name: {"path": path, "fingerprint": fingerprints[name]} for name, path in config.heldout.items()
         }
-        results["heldout"] = _heldout_losses(config, pipeline, saved, ranks)
+        _refuse_trained(saved, config.heldout, ranks)
+        heldout = Heldout(HeldoutConfig(heldout=config.heldout), pipeline.config, pipeline.latent_spec.vae_hash, ranks)
+        never = StopSignal()  # not installed: Ctrl-C ends the program
+        results["heldout"] = heldout.losses(pipeline.model, pipeline.stats, never)
     if config.scenes is not None:
         items = read_scenes(Path(config.scenes), pipeline.latent_spec.resolution, config.max_prompts)
         results["data"]["scenes"] = {"path": config.scenes, **describe_scenes(items)}
@@ -95,18 +98,6 @@ def main(argv: list[str]) -> int | None:
         print(json.dumps(results, indent=1))
     ranks.close()
     return 0
-
-
-def _heldout_losses(
-    config: EvaluateConfig, pipeline: Pipeline, saved: SavedModel, ranks: Ranks
-) -> dict[str, dict[str, Any]]:
-    """Return the losses on each held-out folder. Collective."""
-    _refuse_trained(saved, config.heldout, ranks)
-    sources = HeldoutConfig(heldout=config.heldout)
-    heldout = Heldout(sources, pipeline.config, pipeline.latent_spec.vae_hash, ranks)
-    losses = heldout.losses(pipeline.model, pipeline.stats, StopSignal())
-    assert isinstance(losses, dict)  # the signal is not installed: Ctrl-C ends the program
-    return losses
 
 
 def _scene_scores(
