@@ -87,29 +87,16 @@ class DataSet:
         return [f"{self.name_of(place)}: longer than a sequence" for place in places]
 
     def fingerprint(self, step: int) -> dict[str, str]:
-        """Return what a resume after `step` must find unchanged."""
-        return {
-            "tokenizer": self.tokenizer.hash,
-            **self._sources_at(step),
-            **{name: str(value) for name, value in vars(self.settings).items()},
-        }
-
-    def _sources_at(self, step: int) -> dict[str, str]:
-        """Return what decides the batches up to `step`, by source; sources without weight so far may be appended."""
-
-        def weights(source: SourceConfig) -> str:
-            changes = sorted((int(s), w) for s, w in source.weight_from.items() if int(s) <= step)
-            return "".join([str(source.weight), *(f" {w} from step {s}" for s, w in changes)])
-
-        begun = [
-            source
-            for source in self.sources
-            if any(source.config.weight_at(then) for then in (1, *map(int, source.config.weight_from)) if then <= step)
-        ]
-        return {
-            f"source {s.number}": f"{s.manifest.content_hash} weight {weights(s.config)} repeat {s.config.repeat}"
-            for s in begun
-        }
+        """Return what a resume after `step` must find unchanged; sources without weight so far may be appended."""
+        found = {"tokenizer": self.tokenizer.hash}
+        for source in self.sources:
+            config = source.config
+            changes = sorted((int(s), weight) for s, weight in config.weight_from.items() if int(s) <= step)
+            if any(weight for since, weight in [(1, config.weight), *changes] if since <= step):
+                weights = "".join([str(config.weight), *(f" {weight} from step {s}" for s, weight in changes)])
+                said = f"{source.manifest.content_hash} weight {weights} repeat {config.repeat}"
+                found[f"source {source.number}"] = said
+        return found | {name: str(value) for name, value in vars(self.settings).items()}
 
 
 def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:

@@ -91,7 +91,7 @@ def decode_document(record: Record, where: str) -> Document:
     if "tokens.npy" in record:
         token_ids = _load_array(record["tokens.npy"], where, "<i4", 1).astype(np.int64)
         if "captions.npy" in record:
-            captions = tuple(_captions(record, token_ids, where))
+            captions = _captions(record, token_ids, where)
             segments.append(captions[0])
         elif len(token_ids):
             segments.append(TextSegment(token_ids))
@@ -102,14 +102,11 @@ def decode_document(record: Record, where: str) -> Document:
     return Document(tuple(segments), captions)
 
 
-def _captions(record: Record, token_ids: np.ndarray, where: str) -> Iterator[TextSegment]:
+def _captions(record: Record, token_ids: np.ndarray, where: str) -> tuple[TextSegment, ...]:
     lengths = _load_array(record["captions.npy"], where, "<i4", 1).tolist()
     if not lengths or min(lengths) < 1 or sum(lengths) != len(token_ids) or "moments.npy" not in record:
         raise BadRecord("wrong captions", where, f"{lengths[:20]} of {len(token_ids)} tokens")
-    start = 0
-    for length in lengths:
-        yield TextSegment(token_ids[start : start + length])
-        start += length
+    return tuple(map(TextSegment, np.split(token_ids, np.cumsum(lengths[:-1]))))
 
 
 def _interleaved(record: Record, where: str) -> Iterator[TextSegment | ImageSegment]:
@@ -257,9 +254,7 @@ def _load_array(data: bytes, where: str, dtype: str, ndim: int) -> np.ndarray:
 def _npy_layout(header: bytes) -> tuple[str, tuple[int, ...]] | None:
     """Return (dtype, shape) of a .npy file's first bytes; None unless they are a plain header."""
     match = _NPY_HEADER.fullmatch(header)
-    if match is None:
-        return None
-    return match[1].decode(), tuple(map(int, match[2].split(b", ")))
+    return (match[1].decode(), tuple(map(int, match[2].split(b", ")))) if match else None
 
 
 def _save_array(array: np.ndarray) -> bytes:

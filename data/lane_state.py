@@ -3,7 +3,7 @@
 It travels with each batch and is saved by lane in a checkpoint's lanes.json, so it does not depend on ranks or workers.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 Position = tuple[int, int, int]  # (source, shard, record) of a document
@@ -35,12 +35,12 @@ class Pending:
 
 @dataclass(frozen=True)
 class LaneState:
-    rows: int  # sequences made so far
-    cursors: list[Cursor]  # by source
-    pending: list[Pending]  # oldest first
-    skipped: dict[str, int]  # documents by reason, counted whenever one is met
-    skipped_names: list[str]  # the last few
-    skipped_documents: list[Position]  # each once, in the order in which they were met
+    rows: int = 0  # sequences made so far
+    cursors: list[Cursor] = field(default_factory=list)  # by source
+    pending: list[Pending] = field(default_factory=list)  # oldest first
+    skipped: dict[str, int] = field(default_factory=dict)  # documents by reason, counted whenever one is met
+    skipped_names: list[str] = field(default_factory=list)  # the last few
+    skipped_documents: list[Position] = field(default_factory=list)  # each once, in the order in which they were met
 
     def to_json(self) -> dict[str, Any]:
         """Return what lanes.json holds of a lane."""

@@ -5,6 +5,7 @@ assigning lanes to ranks. A lane continues from its state (data/lane_state.py) a
 Rejected: replay on resume, whose cost grows with the run.
 """
 
+import itertools
 import logging
 from collections import Counter
 from dataclasses import replace
@@ -32,15 +33,21 @@ class Lane:
         # appending one changes nothing for the others.
         phases = [uniforms("mix", settings.seed, number, source.number, count=1)[0] for source in sources]
         self._phases = [phase * settings.sequence_length for phase in phases]
-        self._rows = 0  # packed so far: the next one belongs to step `_rows + 1`
         self.documents: list[Position] = []  # in the last row
-        self._skipped: Counter = Counter()
-        self._skipped_names: list[str] = []
-        self._skipped_documents: dict[Position, None] = {}  # a set that keeps their order
-        self._cursors = [Cursor() for _ in sources]
+        state = state or LaneState()
+        self._rows = state.rows  # packed so far: the next one belongs to step `_rows + 1`
+        self._cursors = [replace(cursor) for cursor in state.cursors]
+        self._cursors += [Cursor() for _ in sources[len(state.cursors) :]]  # appended since
+        self._skipped = Counter(state.skipped)
+        self._skipped_names = list(state.skipped_names)
+        self._skipped_documents = dict.fromkeys(state.skipped_documents)  # a set that keeps their order
+        for pending in state.pending:
+            if sources[pending.source].read_ahead:
+                sources[pending.source].prefetch(number, pending.shard, pending.record)
         self._pending: list[tuple[Pending, Piece]] = []
-        if state is not None:
-            self._restore(state)
+        for pending in state.pending:
+            if (piece := self._read(pending)) is not None:
+                self._pending.append((pending, piece.split(pending.cut)[1] if pending.cut else piece))
         self._weights = self._weights_at(max(self._rows, 1))  # of the last row, or the first
         for source, cursor in zip(sources, self._cursors, strict=True):
             for ordinal in range(cursor.ordinal, cursor.ordinal + source.read_ahead):
@@ -61,7 +68,7 @@ class Lane:
                 self._pending.append(drawn)
             # The oldest document opens a row whatever its length, so that a long text is not passed over for ever.
             place = self._place_in(space) if chosen else 0
-            if place is None or place == len(self._pending):
+            if place is None or not self._pending:
                 break
             pending, piece = self._pending.pop(place)
             if len(piece) > space:
@@ -75,13 +82,10 @@ class Lane:
 
     def _place_in(self, space: int) -> int | None:
         """Return which pending document comes next: the oldest that fits, else the oldest that may be cut to fit."""
-        for place, (_, piece) in enumerate(self._pending):
-            if len(piece.input_ids) <= space:
-                return place
-        for place, (_, piece) in enumerate(self._pending):
-            if piece.cut_at(space) >= MIN_CUT:
-                return place
-        return None
+        pieces = [piece for _, piece in self._pending]
+        fitting = (place for place, piece in enumerate(pieces) if len(piece) <= space)
+        cuttable = (place for place, piece in enumerate(pieces) if piece.cut_at(space) >= MIN_CUT)
+        return next(itertools.chain(fitting, cuttable), None)
 
     def state(self) -> LaneState:
         """Return a copy of the state."""
@@ -93,20 +97,6 @@ class Lane:
             skipped_names=list(self._skipped_names),
             skipped_documents=list(self._skipped_documents),
         )
-
-    def _restore(self, state: LaneState) -> None:
-        self._rows = state.rows
-        # Sources that were appended since keep their fresh cursors.
-        self._cursors[: len(state.cursors)] = [replace(cursor) for cursor in state.cursors]
-        self._skipped.update(state.skipped)
-        self._skipped_names = list(state.skipped_names)
-        self._skipped_documents = dict.fromkeys(state.skipped_documents)
-        for pending in state.pending:
-            if self.sources[pending.source].read_ahead:
-                self.sources[pending.source].prefetch(self.number, pending.shard, pending.record)
-        for pending in state.pending:
-            if (piece := self._read(pending)) is not None:
-                self._pending.append((pending, piece.split(pending.cut)[1] if pending.cut else piece))
 
     def _weights_at(self, step: int) -> list[float]:
         weights = [source.config.weight_at(step) for source in self.sources]

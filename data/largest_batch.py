@@ -47,11 +47,10 @@ def _most_slots(rows: int, sequence_length: int, grids: Sequence[Grid], patch_si
     most, chosen = np.zeros(budget + 1), []  # latent cells of slots, by tokens spent
     for grid in grids:
         tokens = _tokens(grid, patch_size)
-        highest = rows * (room // tokens)
-        # Only the least count of each capacity: more images would fill slots that exist anyway.
-        counts = [n for n in range(1, highest + 1) if n == 1 or capacity(n) > capacity(n - 1)]
         better, choice = most.copy(), np.zeros(budget + 1, dtype=np.int64)
-        for n in counts:
+        for n in range(1, rows * (room // tokens) + 1):
+            if n > 1 and capacity(n) == capacity(n - 1):
+                continue  # these would fill slots that exist anyway
             value = most[: budget + 1 - n * tokens] + capacity(n) * grid[0] * grid[1]
             gained = value > better[n * tokens :]
             better[n * tokens :][gained] = value[gained]
@@ -59,7 +58,7 @@ def _most_slots(rows: int, sequence_length: int, grids: Sequence[Grid], patch_si
         most = better
         chosen.append(choice)
     left, found = int(most.argmax()), {}
-    for grid, choice in reversed(list(zip(grids, chosen, strict=True))):
+    for grid, choice in zip(reversed(grids), reversed(chosen), strict=True):
         found[grid] = int(choice[left])
         left -= found[grid] * _tokens(grid, patch_size)
     return found

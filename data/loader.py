@@ -189,11 +189,10 @@ class Loader:
     def _collate(self, step: int, rows: list[LaneRow]) -> StepBatch:
         settings = self.data.settings
         empty = pack([], settings.sequence_length, settings.special.pad)
-        no_draws = ImageDraws(torch.zeros(0), [], [])
         size, missing = self.micro_batch_size, self.micro_steps * self.micro_batch_size - len(rows)
         sequences = [row.row or empty for row in rows] + [empty] * missing
-        draws = [draw_images(settings.seed, step, row.lane, row.row) if row.row else no_draws for row in rows]
-        draws += [no_draws] * missing
+        lanes = [row.lane for row in rows] + [0] * missing  # an empty sequence draws nothing
+        draws = [draw_images(settings.seed, step, *each) for each in zip(lanes, sequences, strict=True)]
         batches = [
             collate(sequences[i : i + size], draws[i : i + size], settings.patch_size)
             for i in range(0, len(sequences), size)

@@ -5,9 +5,9 @@ EOS, each exactly once, as the label of the token before it. There is no loss wh
 paper, footnote 8), so EOI is no target: the decoder appends it. Labels are shifted before a document is cut.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,20 +53,13 @@ class Piece:
     @property
     def longest_uncut(self) -> int:
         """Length of the longest part when it is cut wherever it may be."""
-        if not self.cuts:
-            return len(self)
         before = [0, *(last for _, last in self.cuts)]
         after = [*(first for first, _ in self.cuts), len(self)]
         return max(b - a for a, b in zip(before, after, strict=True))
 
     def cut_at(self, length: int) -> int:
         """Return the length of the longest head of at most `length` tokens that may be cut off; 0 if none may."""
-        place = 0
-        for first, last in self.cuts:
-            if first > length:
-                break
-            place = min(last, length)
-        return place
+        return max((min(last, length) for first, last in self.cuts if first <= length), default=0)
 
     def split(self, length: int) -> tuple["Piece", "Piece"]:
         assert any(first <= length <= last for first, last in self.cuts), (length, self.cuts)
@@ -92,7 +85,6 @@ class PackedSequence:
     visible_until: np.ndarray  # int32, later queries up to here see the key
     grid_positions: np.ndarray  # int32 [S, 2], (-1, -1) for text
     images: tuple[ImageSegment, ...]
-    num_documents: int
     num_attention_pairs: int  # (query, key) pairs that the mask allows
 
 
@@ -131,11 +123,11 @@ class PackedBatch:
     text_target_index: torch.Tensor  # int64 [T], padding slots repeat index 0
     text_targets: torch.Tensor  # int64 [T], IGNORE in padding slots
     image_token_index: torch.Tensor  # int64 [sum of N * P over `images`, in its order], padding slots 0
-    images: dict[tuple[int, int], ImageBatch] = field(default_factory=dict)
-    num_text_targets: int = 0
-    num_images: int = 0
-    num_padding: int = 0
-    num_attention_pairs: int = 0  # (query, key) pairs that the mask allows, padding left out: what FLOPs count
+    images: dict[tuple[int, int], ImageBatch]
+    num_text_targets: int
+    num_images: int
+    num_padding: int
+    num_attention_pairs: int  # (query, key) pairs that the mask allows, padding left out: what FLOPs count
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Copy to `device`; from pinned memory the copies do not block."""
@@ -158,26 +150,23 @@ def lay_out(document: Document, special: SpecialIds, patch_size: int) -> Piece:
     """Return the document's tokens; raise ValueError for a latent grid that patches do not tile."""
     images: list[PlacedImage] = []
     spans: list[tuple[int, int]] = []  # each segment's tokens, BOI and EOI included
-    stop = 1
+    tokens, targets = [np.array([special.bos])], []  # targets: of the tokens after BOS
+    start = 1
     for segment in document.segments:
-        start = stop
         if isinstance(segment, TextSegment):
-            stop += len(segment.token_ids)
+            tokens.append(segment.token_ids)
+            targets.append(segment.token_ids)
         else:
             rows, columns = patch_grid(segment.moments.shape[1:], patch_size)
             images.append(PlacedImage(segment, start + 1, rows, columns))
-            stop += rows * columns + 2
-        spans.append((start, stop))
-    input_ids = np.full(stop + 1, special.pad, dtype=np.int64)
-    labels = np.full(stop + 1, IGNORE, dtype=np.int64)
-    input_ids[0] = special.bos
-    for segment, (start, end) in zip(document.segments, spans, strict=True):
-        if isinstance(segment, TextSegment):
-            input_ids[start:end] = labels[start - 1 : end - 1] = segment.token_ids
-        else:
-            input_ids[start] = labels[start - 1] = special.boi
-            input_ids[end - 1] = special.eoi
-    input_ids[stop] = labels[stop - 1] = special.eos
+            tokens.append(np.full(rows * columns + 2, special.pad))
+            tokens[-1][[0, -1]] = special.boi, special.eoi
+            targets.append(np.full(rows * columns + 2, IGNORE))
+            targets[-1][0] = special.boi
+        spans.append((start, start + len(tokens[-1])))
+        start = spans[-1][1]
+    input_ids = np.concatenate([*tokens, [special.eos]])
+    labels = np.concatenate([*targets, [special.eos, IGNORE]])  # one place earlier than the token
     return Piece(input_ids, labels, tuple(images), _cuts(document, spans))
 
 
@@ -192,13 +181,13 @@ def _cuts(document: Document, spans: list[tuple[int, int]]) -> tuple[tuple[int, 
     if len(spans) <= 2:
         return ()
     cuts = []
-    follows = [isinstance(segment, ImageSegment) for segment in document.segments[1:]] + [False]
-    for i, (segment, (start, stop)) in enumerate(zip(document.segments, spans, strict=True)):
+    is_image = [*(isinstance(segment, ImageSegment) for segment in document.segments), False]
+    for i, (start, stop) in enumerate(spans):
         first = start if i else start + 1  # BOS alone is no head
-        if isinstance(segment, TextSegment):
-            last = stop - CAPTION_TOKENS if follows[i] else stop
+        if not is_image[i]:
+            last = stop - CAPTION_TOKENS if is_image[i + 1] else stop
             cuts.append((first, max(first, last) if i else last))
-        elif i and isinstance(document.segments[i - 1], ImageSegment):
+        elif i and is_image[i - 1]:
             cuts.append((first, first))
     return tuple((first, last) for first, last in cuts if first <= last)
 
@@ -209,12 +198,6 @@ def patch_grid(grid: Sequence[int], patch_size: int) -> tuple[int, int]:
     if h % patch_size or w % patch_size:
         raise ValueError(f"latent grid {h}x{w} is not a multiple of patch_size={patch_size}; choose another patch size")
     return h // patch_size, w // patch_size
-
-
-@lru_cache(64)
-def _patch_positions(rows: int, columns: int) -> np.ndarray:
-    """Return int32 [rows * columns, 2]: (row, column) of each patch, row by row."""
-    return np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T
 
 
 def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
@@ -237,7 +220,7 @@ def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
         for image in piece.images:
             patches = slice(start + image.start, start + image.start + image.rows * image.columns)
             image_ids[patches] = len(images)
-            grid_positions[patches] = _patch_positions(image.rows, image.columns)
+            grid_positions[patches] = np.indices((image.rows, image.columns)).reshape(2, -1).T
             images.append(image.segment)
         start = place.stop
     return PackedSequence(
@@ -249,7 +232,6 @@ def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
         visible_until=np.full(length, length, dtype=np.int32),
         grid_positions=grid_positions,
         images=tuple(images),
-        num_documents=len(pieces),
         num_attention_pairs=sum(piece.num_attention_pairs for piece in pieces),
     )
 
@@ -264,10 +246,8 @@ def capacity(count: int) -> int:
 
 def collate(rows: Sequence[PackedSequence], draws: Sequence[ImageDraws], patch_size: int) -> PackedBatch:
     """Stack rows into a batch; images are grouped by latent grid, each group padded to its capacity."""
-    stack = {
-        name: torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
-        for name in ("input_ids", "labels", "document_ids", "image_ids", "position_ids", "visible_until")
-    }
+    names = ("input_ids", "labels", "document_ids", "image_ids", "position_ids", "visible_until", "grid_positions")
+    stack = {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in names}
     flat_labels = stack["labels"].flatten()
     targets = torch.nonzero(flat_labels != IGNORE).flatten()
     slots = capacity(len(targets))
@@ -278,19 +258,19 @@ def collate(rows: Sequence[PackedSequence], draws: Sequence[ImageDraws], patch_s
     length = stack["input_ids"].shape[1]
     for row_number, (row, drawn) in enumerate(zip(rows, draws, strict=True)):
         firsts = row_number * length + np.flatnonzero((row.grid_positions == 0).all(axis=1))
-        for i, (image, first) in enumerate(zip(row.images, firsts.tolist(), strict=True)):
+        draws_of_images = zip(drawn.noise, drawn.posterior_noise, drawn.u, strict=True)
+        for image, numbers, first in zip(row.images, draws_of_images, firsts.tolist(), strict=True):
             group = groups.setdefault(tuple(image.moments.shape[1:]), [])
-            group.append((image, drawn.u[i], drawn.noise[i], drawn.posterior_noise[i], first))
+            group.append((image.moments, *numbers, image.before_caption, first))
     images, token_index = {}, []
-    for grid in sorted(groups):
-        num_rows, num_columns = patch_grid(grid, patch_size)
-        images[grid], first_tokens = _image_batch(groups[grid])
-        valid = torch.arange(len(first_tokens)) < len(groups[grid])
-        patches = torch.arange(num_rows * num_columns)
+    for grid, group in sorted(groups.items()):
+        moments, noise, posterior_noise, u, before_caption, first_tokens = map(_padded, zip(*group, strict=True))
+        images[grid] = ImageBatch(moments, noise, posterior_noise, u, before_caption, num_valid=len(group))
+        valid = torch.arange(len(first_tokens)) < len(group)
+        patches = torch.arange(math.prod(patch_grid(grid, patch_size)))
         token_index.append(((first_tokens[:, None] + patches) * valid[:, None]).flatten())
     return PackedBatch(
         **stack,
-        grid_positions=torch.from_numpy(np.stack([row.grid_positions for row in rows])),
         text_target_index=text_target_index,
         text_targets=text_targets,
         image_token_index=torch.cat(token_index) if token_index else torch.zeros(0, dtype=torch.int64),
@@ -302,28 +282,13 @@ def collate(rows: Sequence[PackedSequence], draws: Sequence[ImageDraws], patch_s
     )
 
 
-def _image_batch(group: list[tuple]) -> tuple[ImageBatch, torch.Tensor]:
-    """Return the padded batch and int64 [N]: each image's first token in the flattened batch."""
-    segments, u, noise, posterior_noise, firsts = zip(*group, strict=True)
-    count, slots = len(group), capacity(len(group))
-
-    def padded(values: Sequence) -> torch.Tensor:
-        """Stack equal tensors, arrays or numbers, each copied once."""
-        first = torch.as_tensor(np.array(values[0]))
-        stacked = first.new_empty((slots, *first.shape))
-        stacked[count:] = 0
-        if isinstance(values[0], torch.Tensor):
-            torch.stack(tuple(values), out=stacked[:count])
-        else:
-            np.stack(values, out=stacked.numpy()[:count])
-        return stacked
-
-    batch = ImageBatch(
-        moments=padded([segment.moments for segment in segments]),
-        noise=padded(noise),
-        posterior_noise=padded(posterior_noise),
-        u=padded(u),
-        before_caption=padded([segment.before_caption for segment in segments]),
-        num_valid=count,
-    )
-    return batch, padded(firsts)
+def _padded(values: Sequence) -> torch.Tensor:
+    """Stack equal tensors, arrays or numbers, each copied once, and zeros up to their capacity."""
+    first = torch.as_tensor(np.array(values[0]))
+    stacked = first.new_empty((capacity(len(values)), *first.shape))
+    stacked[len(values) :] = 0
+    if isinstance(values[0], torch.Tensor):
+        torch.stack(tuple(values), out=stacked[: len(values)])
+    else:
+        np.stack(values, out=stacked.numpy()[: len(values)])
+    return stacked

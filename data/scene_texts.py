@@ -73,16 +73,13 @@ def text_document(splits: Splits, stream: int, index: int) -> str:
 def text_documents(splits: Splits, num_training: int, num_held_out: int) -> tuple[list[str], list[str]]:
     """Return (training, held-out) documents; no held-out one occurs in training."""
     training = [text_document(splits, 0, index) for index in range(num_training)]
-    seen = set(training)
-    held_out: list[str] = []
+    seen = dict.fromkeys(training)
+    num_seen = len(seen)
     index = 0
-    while len(held_out) < num_held_out:
-        document = text_document(splits, 1, index)
+    while len(seen) < num_seen + num_held_out:
+        seen[text_document(splits, 1, index)] = None
         index += 1
-        if document not in seen:
-            seen.add(document)
-            held_out.append(document)
-    return training, held_out
+    return training, list(seen)[num_seen:]
 
 
 def _some(rng: np.random.Generator, sentences: tuple[str, ...], number: int) -> list[str]:

@@ -11,6 +11,7 @@ two shapes in different corners never touch.
 import hashlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -145,17 +146,17 @@ def make_splits(seed: int) -> Splits:
     every = list(itertools.product(SHAPES, COLOURS, POSITIONS))
     number = len(every) // 10
     held_out: list[tuple[str, str, str]] = []
-    taken: dict[str, int] = {}
+    taken: Counter[str] = Counter()
     for values in sorted(every, key=lambda values: _hash(seed, *values)):
         shares = zip(values, (len(SHAPES), len(COLOURS), len(POSITIONS)), strict=True)
-        if len(held_out) < number and all(taken.get(value, 0) < -(-number // share) for value, share in shares):
+        if len(held_out) < number and all(taken[value] < -(-number // share) for value, share in shares):
             held_out.append(values)
-            taken.update({value: taken.get(value, 0) + 1 for value in values})
+            taken.update(values)
     trained = tuple(Shape(*values, size) for values in every if values not in held_out for size in SIZES)
     wordings = {}
     for shape in trained:
-        order = {wording: _hash(seed, shape.combination, str(wording)) for wording in range(len(WORDINGS))}
-        wordings[shape] = tuple(sorted(order, key=order.__getitem__)[:2])
+        order = sorted(range(len(WORDINGS)), key=lambda wording: _hash(seed, shape.combination, str(wording)))
+        wordings[shape] = tuple(order[:2])
     return Splits(seed, trained, tuple(sorted(Shape(*values, size) for values in held_out for size in SIZES)), wordings)
 
 

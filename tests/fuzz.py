@@ -262,7 +262,7 @@ class Readers:
                 for rows in range(1000):
                     if (row := lane.next_row()) is None:
                         break
-                    ids = [row.input_ids[row.document_ids == i].tobytes() for i in range(1, row.num_documents + 1)]
+                    ids = [row.input_ids[row.document_ids == i].tobytes() for i in range(1, row.document_ids.max() + 1)]
                     check(0 <= row.input_ids.min() <= row.input_ids.max() < self.tokenizer.vocab_size, "token ids")
                     is_known = other_documents or all(any(i in tokens for tokens in self.tokens) for i in ids)
                     check(is_known and rows < 100, "a lane of documents that never were, or without end")

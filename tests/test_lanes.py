@@ -50,7 +50,7 @@ def as_bytes(row: PackedSequence | None) -> list | None:
     if row is None:
         return None
     arrays = [value.tobytes() for value in vars(row).values() if isinstance(value, np.ndarray)]
-    return [*arrays, [(image.moments.tobytes(), image.before_caption) for image in row.images], row.num_documents]
+    return [*arrays, [(image.moments.tobytes(), image.before_caption) for image in row.images]]
 
 
 def stream(lanes: list[Lane], steps: int) -> list[list]:

@@ -313,7 +313,7 @@ def _unpacked(data: DataSet, step: int, row: Any, lane: int) -> list[tuple[Items
     """Return a row's documents as the reference takes them."""
     special, draws = data.settings.special, draw_images(SEED, step, lane, row)
     documents = []
-    for number in range(1, row.num_documents + 1):
+    for number in range(1, row.document_ids.max() + 1):
         items, last_label = [], None
         for i in np.flatnonzero(row.document_ids == number):
             image = int(row.image_ids[i])
