@@ -5,7 +5,7 @@ except: no loss where the input is BOI or a patch (so EOI and patches are no tar
 """
 
 import itertools
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -33,17 +33,8 @@ PATCH = 2
 LENGTH = 64
 
 
-@dataclass
-class Slow:
-    """A row as lists, one entry a token."""
-
-    input_ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    document_ids: list[int] = field(default_factory=list)
-    image_ids: list[int] = field(default_factory=list)
-    position_ids: list[int] = field(default_factory=list)
-    grid_positions: list[tuple[int, int]] = field(default_factory=list)
-    images: list[ImageSegment] = field(default_factory=list)
+COLUMNS = ("input_ids", "labels", "document_ids", "image_ids", "position_ids", "grid_positions")
+FIELDS = (*COLUMNS[:-1], "visible_until", "grid_positions")
 
 
 def slow_tokens(document: Document, first_image: int = 0) -> list[tuple[int, int, tuple[int, int], bool]]:
@@ -62,27 +53,18 @@ def slow_tokens(document: Document, first_image: int = 0) -> list[tuple[int, int
     return [*tokens, (SPECIAL.eos, NO_IMAGE, (-1, -1), True)]
 
 
-def slow_row(documents: list[Document], length: int) -> Slow:
-    row = Slow()
+def slow_row(documents: list[Document], length: int) -> tuple[list[tuple], list[ImageSegment]]:
+    """Return the COLUMNS of each place, and the images."""
+    places, images = [], []
     for number, document in enumerate(documents, start=1):
-        tokens = slow_tokens(document, len(row.images))
+        tokens = slow_tokens(document, len(images))
         for place, (token, image, position, _) in enumerate(tokens):
-            row.input_ids.append(token)
             after = tokens[place + 1] if place + 1 < len(tokens) else None
-            row.labels.append(after[0] if after is not None and after[3] else IGNORE)
-            row.document_ids.append(number)
-            row.image_ids.append(image)
-            row.position_ids.append(place)
-            row.grid_positions.append(position)
-        row.images += [segment for segment in document.segments if isinstance(segment, ImageSegment)]
-    while len(row.input_ids) < length:
-        row.input_ids.append(SPECIAL.pad)
-        row.labels.append(IGNORE)
-        row.document_ids.append(PADDING_DOCUMENT)
-        row.image_ids.append(NO_IMAGE)
-        row.position_ids.append(0)
-        row.grid_positions.append((-1, -1))
-    return row
+            label = after[0] if after is not None and after[3] else IGNORE
+            places.append((token, label, number, image, place, position))
+        images += [segment for segment in document.segments if isinstance(segment, ImageSegment)]
+    padding = (SPECIAL.pad, IGNORE, PADDING_DOCUMENT, NO_IMAGE, 0, (-1, -1))
+    return places + [padding] * (length - len(places)), images
 
 
 def slow_pairs(row: PackedSequence) -> int:
@@ -153,13 +135,13 @@ def draws_of(rows: list[PackedSequence], seed: int = 0) -> list[ImageDraws]:
 
 
 def assert_is_slow_row(row: PackedSequence, documents: list[Document]) -> None:
-    slow = slow_row(documents, LENGTH)
-    for name in ("input_ids", "labels", "document_ids", "image_ids", "position_ids", "grid_positions"):
+    places, images = slow_row(documents, LENGTH)
+    for name, expected in zip(COLUMNS, zip(*places, strict=True), strict=True):
         array = getattr(row, name)
         assert array.dtype == (np.int64 if name in ("input_ids", "labels") else np.int32), name
-        assert array.tolist() == [list(v) if isinstance(v, tuple) else v for v in getattr(slow, name)], name
+        assert np.array_equal(array, expected), name
     assert row.visible_until.dtype == np.int32 and (row.visible_until == LENGTH).all()
-    assert [id(im) for im in row.images] == [id(im) for im in slow.images]
+    assert [id(im) for im in row.images] == [id(im) for im in images]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -245,16 +227,13 @@ def test_an_interleaved_document_is_cut_only_between_captioned_images() -> None:
             piece.split(cut)
 
 
-@pytest.mark.parametrize("length", [0, 22, 30])
-def test_a_cut_outside_a_piece_or_through_an_image_is_a_mistake(length: int) -> None:
-    piece = lay_out(Document((text(*range(10, 30)),)), SPECIAL, PATCH)
-    with pytest.raises(AssertionError):
-        piece.split(length)
-    with pytest.raises(AssertionError):
-        lay_out(DOCUMENTS["interleaved"], SPECIAL, PATCH).split(3)
-
-
-def test_pieces_longer_than_a_row_are_a_mistake() -> None:
+def test_a_cut_outside_a_piece_or_through_an_image_or_a_row_too_short_is_a_mistake() -> None:
+    plain, interleaved = (
+        lay_out(document, SPECIAL, PATCH) for document in (Document((text(*range(10, 30)),)), DOCUMENTS["interleaved"])
+    )
+    for piece, length in ((plain, 0), (plain, 22), (plain, 30), (interleaved, 3)):
+        with pytest.raises(AssertionError):
+            piece.split(length)
     piece = lay_out(DOCUMENTS["text"], SPECIAL, PATCH)
     assert pack([piece, piece], 10, SPECIAL.pad).document_ids.tolist() == [1] * 5 + [2] * 5
     with pytest.raises(AssertionError):
@@ -271,7 +250,7 @@ def test_a_batch_holds_its_rows_and_indexes_every_target_and_patch() -> None:
     _, rows = random_rows(9, seed=2)
     draws = draws_of(rows)
     batch = collate(rows, draws, PATCH)
-    for name in ("input_ids", "labels", "document_ids", "image_ids", "position_ids", "visible_until", "grid_positions"):
+    for name in FIELDS:
         assert np.array_equal(getattr(batch, name).numpy(), np.stack([getattr(row, name) for row in rows])), name
 
     places = [r * LENGTH + i for r, row in enumerate(rows) for i in range(LENGTH) if row.labels[i] != IGNORE]
@@ -316,10 +295,8 @@ def test_the_border_of_a_batch_is_as_designed() -> None:
     """DESIGN.md, what flows, row 3: dtypes and shapes."""
     _, rows = random_rows(4, seed=3)
     batch = collate(rows, draws_of(rows), PATCH)
-    names = ("input_ids", "labels", "document_ids", "image_ids", "position_ids", "visible_until", "grid_positions")
-    expected = [torch.int64] * 2 + [torch.int32] * 5
-    assert [getattr(batch, name).dtype for name in names] == expected
-    assert {tuple(getattr(batch, name).shape) for name in names[:-1]} == {(4, LENGTH)}
+    assert [getattr(batch, name).dtype for name in FIELDS] == [torch.int64] * 2 + [torch.int32] * 5
+    assert {tuple(getattr(batch, name).shape) for name in FIELDS[:-1]} == {(4, LENGTH)}
     assert batch.text_target_index.dtype == batch.text_targets.dtype == batch.image_token_index.dtype == torch.int64
     images = next(iter(batch.images.values()))
     assert images.moments.dtype == torch.float16 and images.before_caption.dtype == torch.bool
