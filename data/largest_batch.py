@@ -26,10 +26,8 @@ def largest_batches(
     `grids` are the latent grids (h, w) that occur. Noise, latents and timesteps are zero and every word is EOS, as only
     shapes matter. Rows full of images may hold more than the data's sequences, never less.
     """
-    batches = []
-    if any(_tokens(grid, patch_size) <= sequence_length - AROUND_DOCUMENT for grid in grids):
-        counts = _most_slots(rows, sequence_length, grids, patch_size)
-        batches.append(_place(counts, rows, sequence_length, patch_size))
+    counts = _most_slots(rows, sequence_length, grids, patch_size)
+    batches = [_place(counts, rows, sequence_length, patch_size)] if any(counts.values()) else []
     batches.append([[]] * rows)
     return tuple(_batch(placed, sequence_length, channels, patch_size, special) for placed in batches)
 

@@ -165,18 +165,17 @@ class Loader:
 
         # Each worker yields one item a step (all its lanes), and items come in the workers' order. Workers are forked
         # because open sources (caches, files) do not pickle.
+        loader = StatefulDataLoader(
+            self._rows,
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context="fork",
+            worker_init_fn=self._worker_init_fn,
+            prefetch_factor=self.config.prefetch_steps,
+            snapshot_every_n_steps=1 << 40,
+        )
         try:
-            items = iter(
-                StatefulDataLoader(
-                    self._rows,
-                    batch_size=None,
-                    num_workers=workers,
-                    multiprocessing_context="fork",
-                    worker_init_fn=self._worker_init_fn,
-                    prefetch_factor=self.config.prefetch_steps,
-                    snapshot_every_n_steps=1 << 40,
-                )
-            )
+            items = iter(loader)
         except OSError as error:
             raise shared_memory_full(workers) if error.errno == errno.ENOSPC else error from None
         self._workers = items._workers

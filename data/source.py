@@ -71,8 +71,8 @@ class Source:
         manifest: Manifest,
         settings: LaneSettings,
         watch: ReadWatch,
-        read_ahead: int = 0,
-        too_long: Iterable[tuple[int, int]] = (),
+        read_ahead: int,
+        too_long: Iterable[tuple[int, int]],
     ):
         self.number, self.config, self.manifest, self.settings, self.watch = number, config, manifest, settings, watch
         self.read_ahead = read_ahead  # documents that each lane requests in advance

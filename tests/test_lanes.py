@@ -17,7 +17,7 @@ from data.documents import OrderConfig, seed_from
 from data.lane_state import Cursor, LaneState, Pending
 from data.lanes import Lane, lanes_of_rank
 from data.manifest import Manifest
-from data.packing import IGNORE, PackedSequence
+from data.packing import IGNORE, PackedSequence, Piece
 from data.source import Source, SourceConfig, sum_in_order
 from data.tokenizer import Tokenizer
 from tests.sources import Content, data_config, interleaved, make_source, pairs, texts
@@ -143,23 +143,23 @@ def test_the_order_depends_on_the_seed_and_the_epoch(mixed: DataConfig) -> None:
 
 
 @pytest.mark.parametrize("lanes", [4, 6])
-def test_every_document_is_read_once_an_epoch(mixed: DataConfig, lanes: int) -> None:
+def test_every_document_is_read_once_an_epoch(mixed: DataConfig, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several epochs of two sources of unequal size and length, mixed: no epoch repeats or leaves out a document."""
     reads: Counter = Counter()
 
-    class Recording(Source):
-        def read(self, lane: int, epoch: int, shard: int, record: int):
-            reads[self.number, epoch, shard, record] += 1
-            return super().read(lane, epoch, shard, record)
+    read = Source.read
 
-    data, _ = open_lanes(replace(mixed, lanes=lanes))
-    sources = [Recording(s.number, s.config, s.manifest, s.settings, s.watch) for s in data.sources]
-    readers = [Lane(number, sources, data.settings) for number in range(lanes)]
+    def recorded_read(source: Source, lane: int, *place: int) -> Piece:
+        reads[source.number, *place] += 1
+        return read(source, lane, *place)
+
+    monkeypatch.setattr(Source, "read", recorded_read)
+    data, readers = open_lanes(replace(mixed, lanes=lanes))
     while min(cursor.epoch for lane in readers for cursor in lane.state().cursors) < 3:
         for lane in readers:
             lane.next_row()
     assert set(reads.values()) == {1}
-    for source in sources:
+    for source in data.sources:
         everything = {(s, r) for s, entry in enumerate(source.manifest.shards) for r in range(entry.records)}
         for epoch in range(3):
             assert {key[2:] for key in reads if key[:2] == (source.number, epoch)} == everything

@@ -43,12 +43,9 @@ def rate(verdicts: list[Verdict]) -> float:
 
 def blurred(picture: np.ndarray, sigma: float) -> np.ndarray:
     kernel = np.exp(-(np.arange(-4, 5) ** 2) / 2 / sigma**2)
-    kernel /= kernel.sum()
-    for axis in (0, 1):
-        width = [(4, 4) if a == axis else (0, 0) for a in range(picture.ndim)]
-        padded = np.pad(picture.astype(float), width, mode="edge")
-        picture = sum(w * np.take(padded, np.arange(32) + i, axis) for i, w in enumerate(kernel))
-    return picture
+    padded = np.pad(picture.astype(float), ((4, 4), (4, 4), (0, 0)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (9, 9), axis=(0, 1))
+    return windows @ kernel @ kernel / kernel.sum() ** 2
 
 
 def test_an_example_is_a_function_of_seed_and_index():
