@@ -20,27 +20,21 @@ CONFIG = ReportConfig
 def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
     inputs = gather(config, shlex.join(["python", "-m", "train.report", *argv]))
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    page, left_out = render(inputs)
-    with atomic_write(output) as file:
-        file.write(page.encode())
-    print(f"report: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
-    for line in [f"left out {reason}" for reason in left_out] + inputs.unreadable:
-        print(f"report: {line}")
-
-
-def render(inputs: ReportInputs) -> tuple[str, list[str]]:
-    """Return the page, and a line for each section left out, with the reason."""
     sections, left_out = [], []
     for name, title, write in SECTIONS:
         try:
             inside = write(inputs)
         except LeftOut as reason:
             inside = f'<p class="absent">{escape(str(reason))}</p>'
-            left_out.append(f"{title}: {reason}")
+            left_out.append(f"left out {title}: {reason}")
         sections.append((name, title, inside))
-    return document(inputs.config.title, _progress(inputs), sections), left_out
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output) as file:
+        file.write(document(config.title, _progress(inputs), sections).encode())
+    print(f"report: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
+    for line in left_out + inputs.unreadable:
+        print(f"report: {line}")
 
 
 def _progress(inputs: ReportInputs) -> dict[str, str]:

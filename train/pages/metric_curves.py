@@ -9,17 +9,14 @@ import io
 import re
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 POINTS = 600  # of a curve; more would not be seen
 # Matplotlib needs colours; each of these is replaced by one of the page.
-INK, LINE, ACCENT, SOFT = "#010203", "#010204", "#010205", "#010206"
-_PAGE = {INK: "currentColor", LINE: "var(--line)", ACCENT: "var(--accent)", SOFT: "var(--soft)"}
+COLOURS = {"#010203": "currentColor", "#010204": "var(--line)", "#010205": "var(--accent)", "#010206": "var(--soft)"}
+INK, LINE, ACCENT, SOFT = COLOURS
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,10 @@ CHARTS = (
 )
 
 
-def draw_charts(rows: list[dict[str, Any]], marks: dict[str, tuple[float, str]] | None = None) -> list[str]:
+def draw_charts(rows: list[dict[str, Any]], clip_norm: float | None = None) -> list[str]:
     """Return a `<figure>` for each chart that has at least two finite values in `rows` (each with its `step`).
 
-    `marks` draws a dashed level with its label into the chart of that key.
+    `clip_norm` is marked in the chart of the gradient norm.
     """
     figures = []
     for chart in CHARTS:
@@ -54,7 +51,7 @@ def draw_charts(rows: list[dict[str, Any]], marks: dict[str, tuple[float, str]] 
         if len(points) < 2:
             continue
         steps, values, rows_a_point = _thinned(np.array(points, dtype=np.float64))
-        svg = _svg(chart, steps, values, (marks or {}).get(chart.key))
+        svg = _draw(chart, steps, values, clip_norm if chart.key == "grad_norm" else None)
         note = f"; each point is the mean of {rows_a_point} rows" if rows_a_point > 1 else ""
         caption = f"<figcaption><b>{escape(chart.title)}</b>{escape(chart.unit + note)}</figcaption>"
         last = f"{chart.title}, {points[-1][1]:.4g} at step {points[-1][0]}"
@@ -70,44 +67,41 @@ def _thinned(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     return means[:, 0], means[:, 1], size
 
 
-def _svg(chart: Chart, steps: np.ndarray, values: np.ndarray, mark: tuple[float, str] | None) -> str:
+def _draw(chart: Chart, steps: np.ndarray, values: np.ndarray, clipped_above: float | None) -> str:
     """Return the curve as an `<svg>` for a page that may hold several: its ids begin with the chart's key."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": chart.key, "text.color": INK, "font.size": 9}
     style |= {"axes.edgecolor": LINE, "xtick.color": SOFT, "ytick.color": SOFT, "grid.color": LINE}
     with rc_context(style):
         drawing = Figure(figsize=(4.2, 2.3), layout="constrained")
-        _draw(chart, steps, values, mark, drawing.add_subplot(axisbelow=True))
+        axes = drawing.add_subplot(axisbelow=True)
+        axes.plot(steps, values, color=ACCENT, linewidth=1.6, solid_joinstyle="round")
+        shown = values
+        if clipped_above is not None:
+            shown = np.append(values, clipped_above)
+            axes.axhline(clipped_above, color=SOFT, linewidth=1, linestyle="--")
+            axes.annotate("clipped above", (1, clipped_above), (0, 3), xycoords=("axes fraction", "data"), ha="right",
+                          color=SOFT, textcoords="offset points", fontsize=8)  # fmt: skip
+        if chart.scale == "log":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if shown.max() < 20 * shown.min() else (1,)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(0, values.max() * 1.08 or 1)
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(_tick))
+        axes.set_xlabel("step", color=SOFT)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.6)
+        axes.tick_params(which="both", length=0)
         buffer = io.StringIO()
         drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _for_the_page(buffer.getvalue(), chart.key)
-
-
-def _draw(chart: Chart, steps: np.ndarray, values: np.ndarray, mark: tuple[float, str] | None, axes: "Axes") -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    axes.plot(steps, values, color=ACCENT, linewidth=1.6, solid_joinstyle="round")
-    if mark is not None:
-        axes.axhline(mark[0], color=SOFT, linewidth=1, linestyle="--")
-        axes.annotate(mark[1], (1, mark[0]), (0, 3), xycoords=("axes fraction", "data"), ha="right", color=SOFT,
-                      textcoords="offset points", fontsize=8)  # fmt: skip
-    if chart.scale == "log":
-        axes.set_yscale("log")
-        close = max(values.max(), mark[0] if mark else 0) < 20 * min(values.min(), mark[0] if mark else np.inf)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if close else (1,)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.set_ylim(0, values.max() * 1.08 or 1)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-    axes.set_xlabel("step", color=SOFT)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", linewidth=0.6)
-    axes.tick_params(which="both", length=0)
 
 
 def _tick(value: float, _: int) -> str:
@@ -117,14 +111,13 @@ def _tick(value: float, _: int) -> str:
 
 
 def _for_the_page(svg: str, key: str) -> str:
-    """Return only the drawing: no prologue, no metadata, no style rules that would reach the page around it."""
+    """Return only the drawing: no prologue, size, metadata, or style rules that would reach the page around it."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' (?:width|height)="[^"]*"', "", svg, count=2)
     svg = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'((?: id="|url\(#|href="#))', rf"\1{key}-", svg)
     svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
-    for colour, meant in _PAGE.items():
+    for colour, meant in COLOURS.items():
         svg = svg.replace(colour, meant)
     return svg

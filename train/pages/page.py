@@ -20,29 +20,40 @@ LOSSLESS = 64  # pixels; wider pictures are stored lossily, at twice their shown
 
 def document(title: str, facts: dict[str, Any], sections: Sequence[tuple[str, str, str]]) -> str:
     """Return the whole page; sections are (id, title, HTML)."""
-    links = "".join(f'<a href="#{name}">{escape(heading)}</a>' for name, heading, _ in sections)
-    body = "\n".join(
-        f'<section id="{name}"><h2>{escape(heading)}</h2>{html}</section>' for name, heading, html in sections
-    )
+    links, body = "", ""
+    for name, heading, html in sections:
+        links += f'<a href="#{name}">{escape(heading)}</a>'
+        body += f'<section id="{name}"><h2>{escape(heading)}</h2>{html}</section>\n'
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
         f"<style>\n{Path(__file__).with_suffix('.css').read_text(encoding='utf-8')}</style></head>\n<body>"
-        f"<header><h1>{escape(title)}</h1>{fact_list(facts)}<nav>{links}</nav></header>\n{body}\n</body></html>\n"
+        f"<header><h1>{escape(title)}</h1>{fact_list(facts)}<nav>{links}</nav></header>\n{body}</body></html>\n"
     )
 
 
 def fact_list(facts: dict[str, Any]) -> str:
-    """Return names and values side by side."""
-    pairs = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items())
+    pairs = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(fact))}</dd></div>" for name, fact in facts.items())
     return f'<dl class="facts">{pairs}</dl>'
 
 
 def note(text: str) -> str:
     """Return a paragraph in small print."""
     return f'<p class="note">{escape(text)}</p>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
+    """Return a table whose cells are HTML."""
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+    lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    return f'<table class="{kind}">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
+
+
+def block(kind: str, parts: Sequence[str]) -> str:
+    """Lay parts (HTML) out as the style of this kind says."""
+    return f'<div class="{kind}">{"".join(parts)}</div>'
 
 
 def read_picture(folder: Path, name: str) -> np.ndarray | None:
@@ -79,26 +90,14 @@ def mark(right: bool, what: str = "") -> str:
     return f'<span class="{kind}" title="{word}">{sign} {escape(what)}</span>'
 
 
-def card(head: str, text: str, verdict: dict[str, bool] | None, below: str = "") -> str:
+def card(head: str, text: str, verdict: dict[str, bool], below: str = "") -> str:
     """Return a picture (HTML) with its text and, if it was judged, a mark per attribute; failures stand out."""
-    verdict = verdict or {}
-    failed = not all(verdict.values())
-    marks = "".join(mark(bool(right), name) for name, right in verdict.items())
-    return (
-        f'<div class="card{" failed" if failed else ""}"><div class="head">{head}<div class="marks">{marks}</div></div>'
-        f"<p>{escape(text) or '<i>no text</i>'}</p>{below}</div>"
-    )
-
-
-def cards(items: Sequence[str]) -> str:
-    """Lay cards out in a grid."""
-    return f'<div class="cards">{"".join(items)}</div>'
+    marks = block("marks", [mark(right, name) for name, right in verdict.items()])
+    words = f"<p>{escape(text) or '<i>no text</i>'}</p>"
+    return block("card" if all(verdict.values()) else "card failed", [block("head", [head, marks]), words, below])
 
 
 def spread(items: Sequence, number: int) -> list:
     """Return at most `number` items at equal distances, the first and (from 2 on) the last among them."""
-    if len(items) <= number:
-        return list(items)
-    if number < 2:
-        return list(items[:number])
-    return [items[i * (len(items) - 1) // (number - 1)] for i in range(number)]
+    number = min(number, len(items))
+    return [items[i * (len(items) - 1) // max(number - 1, 1)] for i in range(number)]

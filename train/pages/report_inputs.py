@@ -55,35 +55,30 @@ def gather(config: ReportConfig, command: str) -> ReportInputs:
         raise ValueError(f"run={run}: not a run folder of train.pretrain: it has neither config.yaml nor metrics.jsonl")
     unreadable: list[str] = []
     recipe = read_config(run / "config.yaml") if (run / "config.yaml").is_file() else None
-    scores = Path(config.evaluation) / "evaluation.json" if config.evaluation else None
     evaluation = None
-    if scores is not None and scores.is_file():
+    if config.evaluation and (scores := Path(config.evaluation) / "evaluation.json").is_file():
         try:
             evaluation = json.loads(scores.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{scores}: damaged ({error}); run train.evaluate again") from None
+    marks = Path(config.stages).glob("*.json") if config.stages else []  # written by rename: all are whole
+    stages = {path.stem: json.loads(path.read_bytes()) for path in sorted(marks, key=lambda path: path.stat().st_mtime)}
     return ReportInputs(
         config=config,
         command=command,
         recipe=recipe,
-        rows=[row for row in read_json_lines(run / "metrics.jsonl", unreadable) if "step" in row],
+        rows=[row for row in _json_lines(config.run, "metrics.jsonl", unreadable) if "step" in row],
         evaluation=evaluation,
-        examples=read_json_lines(Path(config.evaluation) / "examples.jsonl", unreadable) if config.evaluation else [],
-        samples=read_json_lines(Path(config.samples) / "results.jsonl", unreadable) if config.samples else [],
-        seconds=_seconds(Path(config.stages)) if config.stages else {},
+        examples=_json_lines(config.evaluation, "examples.jsonl", unreadable),
+        samples=_json_lines(config.samples, "results.jsonl", unreadable),
+        seconds={name: mark["seconds"] for name, mark in stages.items() if "seconds" in mark},  # finished ones have it
         unreadable=unreadable,
     )
 
 
-def _seconds(folder: Path) -> dict[str, float]:
-    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)  # written by rename: all are whole
-    marks = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-    return {name: mark["seconds"] for name, mark in marks.items() if "seconds" in mark}  # unfinished stages have none
-
-
-def read_json_lines(path: Path, unreadable: list[str]) -> list[dict[str, Any]]:
+def _json_lines(folder: str | None, name: str, unreadable: list[str]) -> list[dict[str, Any]]:
     """Read one JSON object a line, none if there is no file; add a sentence to `unreadable` if lines are skipped."""
-    if not path.is_file():
+    if folder is None or not (path := Path(folder) / name).is_file():
         return []
     found, bad = [], 0
     for line in path.read_bytes().splitlines():

@@ -20,7 +20,7 @@ from data.scenes import parse_caption
 from model.vae import decode, load_vae, moments
 from train.config import to_yaml
 from train.pages.metric_curves import draw_charts
-from train.pages.page import card, cards, fact_list, image, mark, note, read_picture, spread
+from train.pages.page import block, card, fact_list, image, mark, note, read_picture, spread, table
 from train.pages.report_inputs import ReportConfig, ReportInputs
 
 SPLITS = {
@@ -28,7 +28,6 @@ SPLITS = {
     "unseen": ("Unseen combinations", "of colour, shape and position, in neither size"),
     "two_shapes": ("Two shapes", "in pairs that training never showed together"),
 }
-TASKS = (("text_to_image", "Text → image", "drawn_verdict"), ("image_to_text", "Image → text", "caption_verdict"))
 # Scores compare only at equal values of these.
 SETTINGS = (
     *("training_step", "sampler", "steps", "spacing", "eta", "guidance", "clip_x0"),
@@ -45,26 +44,25 @@ def _scores(inputs: ReportInputs) -> str:
     scores = inputs.evaluation
     if scores is None:
         raise LeftOut(_absent(inputs.config, "evaluation", "evaluation.json"))
-    html = []
-    for task, title, verdict in TASKS:
-        if task in scores:
-            tiles = "".join(_tile(inputs, scores[task], split, verdict) for split in SPLITS)
-            html.append(f'<h3>{title}: all right</h3><div class="tiles">{tiles}</div>')
-    if not html:
-        raise LeftOut("The evaluation had no scenes to judge (train.evaluate scenes=FOLDER).")
-    facts = {"training_step": scores["step"], "seed": scores["seed"], "weights": scores["weights"]}
-    settings = {**scores["settings"], **facts}
-    shown = {key.replace("_", " "): settings[key] for key in SETTINGS if settings.get(key) is not None}
-    explained = (
+    html = note(
         "A picture is right when a judge that never sees the prompt finds the requested colour, shape and position "
         "in it; a caption is right when it names them. Training never used these wordings. Ranges: 95\u00a0% (Wilson)."
     )
-    return note(explained) + "".join(html) + fact_list(shown)
+    if "text_to_image" not in scores:
+        raise LeftOut("The evaluation had no scenes to judge (train.evaluate scenes=FOLDER).")
+    tasks = {"text_to_image": ("Text → image", "drawn_verdict"), "image_to_text": ("Image → text", "caption_verdict")}
+    for task, (title, verdict) in tasks.items():
+        tiles = block("tiles", [_tile(inputs, scores[task], split, verdict) for split in SPLITS])
+        html += f"<h3>{title}: all right</h3>{tiles}"
+    settings = {**scores["settings"], "training_step": scores["step"]}
+    settings |= {"seed": scores["seed"], "weights": scores["weights"]}
+    shown = {key.replace("_", " "): settings[key] for key in SETTINGS if settings.get(key) is not None}
+    return html + fact_list(shown)
 
 
 def _tile(inputs: ReportInputs, shares: dict[str, float | None], split: str, verdict: str) -> str:
     """Return the share of right answers in large print, with the share of each attribute below."""
-    share = shares.get("all" if split == "seen" else f"all_{split}")
+    share = shares["all" if split == "seen" else f"all_{split}"]
     if share is None:
         return ""
     name, what = SPLITS[split]
@@ -72,12 +70,11 @@ def _tile(inputs: ReportInputs, shares: dict[str, float | None], split: str, ver
     number, goals = "number not recorded", ""
     if count := len(verdicts):
         number = f"{round(share * count)} of {count}, {_interval(share, count)}"
-        by_goal = {goal: sum(v[goal] for v in verdicts) / count for goal in verdicts[0]}
-        goals = "".join(f"<li>{escape(goal)}<span>{_percent(part)}</span></li>" for goal, part in by_goal.items())
-    return (
-        f'<div class="tile{" main" if split == "seen" else ""}"><span>{name}</span><b>{_percent(share)}</b>'
-        f"{note(number)}{note(what)}<ul>{goals}</ul></div>"
-    )
+        for goal in verdicts[0]:
+            part = sum(verdict[goal] for verdict in verdicts) / count
+            goals += f"<li>{escape(goal)}<span>{_percent(part)}</span></li>"
+    parts = [f"<span>{name}</span><b>{_percent(share)}</b>", note(number), note(what), f"<ul>{goals}</ul>"]
+    return block("tile main" if split == "seen" else "tile", parts)
 
 
 def _prompts(inputs: ReportInputs) -> str:
@@ -86,11 +83,10 @@ def _prompts(inputs: ReportInputs) -> str:
     drawn: dict[str, list[tuple[str, Verdict | None]]] = {}
     described = []
     for result in inputs.samples:
-        texts = " ".join(part["text"] for part in result["output"] if "text" in part)
         prompt = result["prompt"]
         if prompt is None:
-            path = Path(result["images"][0])
-            described.append(card(image(read_picture(path.parent, path.name), texts), texts, None))
+            path, texts = Path(result["images"][0]), " ".join(part["text"] for part in result["output"])
+            described.append(card(image(read_picture(path.parent, path.name), texts), texts, {}))
             continue
         for name in [part["image"] for part in result["output"] if "image" in part]:
             pixels = _picture(inputs.config.samples, name)
@@ -103,68 +99,66 @@ def _prompts(inputs: ReportInputs) -> str:
         "✓ and ✗ are the judge's verdicts, given where it understands the prompt."
     )
     for prompt, pictures in drawn.items():
-        verdicts = [verdict for _, verdict in pictures if verdict is not None]
-        tally = note(f"{sum(v.all_right for v in verdicts)} of {len(verdicts)} right") if verdicts else ""
-        figures = "".join(figure for figure, _ in pictures)
-        html += f'<div class="prompt"><div><p>{escape(prompt)}</p>{tally}</div><div class="row">{figures}</div></div>'
-    return html + (f"<h3>Described pictures</h3>{cards(described)}" if described else "")
+        verdicts = [verdict.all_right for _, verdict in pictures if verdict is not None]
+        tally = note(f"{sum(verdicts)} of {len(verdicts)} right") if verdicts else ""
+        row = block("row", [figure for figure, _ in pictures])
+        html += block("prompt", [f"<div><p>{escape(prompt)}</p>{tally}</div>", row])
+    return html + (f"<h3>Described pictures</h3>{block('cards', described)}" if described else "")
 
 
 def _curves(inputs: ReportInputs) -> str:
-    clip = inputs.recipe.optim.clip_norm if inputs.recipe else None
-    figures = draw_charts(inputs.rows, {"grad_norm": (clip, "clipped above")} if clip else {})
+    figures = draw_charts(inputs.rows, inputs.recipe.optim.clip_norm if inputs.recipe else None)
     if not figures:
         raise LeftOut(f"Fewer than two rows in {inputs.config.run}/metrics.jsonl yet: nothing to draw.")
-    return f'<div class="charts">{"".join(figures)}</div>'
+    return block("charts", figures)
 
 
 def _previews(inputs: ReportInputs) -> str:
     sheets = sorted((Path(inputs.config.run) / "previews").glob("step-*.png"))
     if not sheets:
         raise LeftOut("The run has saved no preview sheets (preview.interval_steps of train.pretrain).")
-    html = ""
+    figures = []
     for path in spread(sheets, inputs.config.num_previews):
         step = path.stem.removeprefix("step-").lstrip("0") or "0"
         sheet = image(read_picture(path.parent, path.name), f"pictures at step {step}", width=360)
-        html += f"<figure>{sheet}<figcaption>step {escape(step)}</figcaption></figure>"
-    shown = f"{min(len(sheets), inputs.config.num_previews)} of {len(sheets)} sheets."
-    return note(f"The same prompts and the same noise each time. {shown}") + f'<div class="sheets">{html}</div>'
+        figures.append(f"<figure>{sheet}<figcaption>step {escape(step)}</figcaption></figure>")
+    about = f"The same prompts and the same noise each time. {len(figures)} of {len(sheets)} sheets."
+    return note(about) + block("sheets", figures)
 
 
 def _drawings(inputs: ReportInputs) -> str:
-    def show(example: dict[str, Any], failed: bool) -> str:
-        pixels = _picture(inputs.config.evaluation, example["drawn"])
-        saw = note(f"judge sees {_seen(pixels)}") if failed and pixels is not None else ""
-        return card(image(pixels, example["prompt"]), example["prompt"], example["drawn_verdict"], saw)
-
-    return _by_split(inputs, "drawn_verdict", show)
+    return _by_split(inputs, "drawn", "prompt", "drawn_verdict")
 
 
 def _captions(inputs: ReportInputs) -> str:
-    def show(example: dict[str, Any], failed: bool) -> str:
-        pixels = _picture(inputs.config.evaluation, example["true"])
-        truth = note(f"true: {example['prompt']}") if failed else ""
-        return card(image(pixels, example["prompt"]), example["caption"], example["caption_verdict"], truth)
-
-    return _by_split(inputs, "caption_verdict", show)
+    return _by_split(inputs, "true", "caption", "caption_verdict")
 
 
-def _by_split(inputs: ReportInputs, verdict: str, show: Callable[[dict[str, Any], bool], str]) -> str:
-    """Return, for each split, every failure and then some right answers."""
+def _by_split(inputs: ReportInputs, picture: str, text: str, verdict: str) -> str:
+    """Return, for each split, every failure and then some right answers: these entries of the examples."""
+
+    def show(example: dict[str, Any]) -> str:
+        pixels, failed = _picture(inputs.config.evaluation, example[picture]), not all(example[verdict].values())
+        below = ""
+        if failed and text == "caption":
+            below = note(f"true: {example['prompt']}")
+        elif failed and pixels is not None:
+            below = note(f"judge sees {_seen(pixels)}")
+        return card(image(pixels, example["prompt"]), example[text], example[verdict], below)
+
     if not inputs.examples:
         raise LeftOut(_absent(inputs.config, "evaluation", "examples.jsonl"))
     html = ""
     for split in dict.fromkeys(example["split"] for example in inputs.examples):
         name, what = SPLITS.get(split, (split, ""))
         of_split = [example for example in inputs.examples if example["split"] == split]
-        failed = [example for example in of_split if not all(example[verdict].values())]
         right = [example for example in of_split if all(example[verdict].values())]
+        failed = [example for example in of_split if not all(example[verdict].values())]
         some = spread(right, inputs.config.num_right)
         html += f"<h3>{escape(name)}: {len(right)} of {len(of_split)} right</h3>{note(what)}"
-        if failed:
-            html += f"<h4>Every failure: {len(failed)}</h4>{cards([show(example, True) for example in failed])}"
-        if some:
-            html += f"<h4>Right: {len(some)} of {len(right)} shown</h4>{cards([show(e, False) for e in some])}"
+        headings = {f"Every failure: {len(failed)}": failed, f"Right: {len(some)} of {len(right)} shown": some}
+        for heading, examples in headings.items():
+            html += f"<h4>{heading}</h4>{block('cards', list(map(show, examples)))}" if examples else ""
     return html
 
 
@@ -175,64 +169,58 @@ def _codec(inputs: ReportInputs) -> str:
         raise LeftOut("No VAE is named (vae=FOLDER, or vae in the run's config).")
     if not inputs.examples:
         raise LeftOut("Its pictures come from the evaluation's examples, and there are none yet.")
-    originals = [
-        (example["prompt"], _picture(config.evaluation, example["true"]))
-        for example in spread(inputs.examples, config.num_reconstructions)
-    ]
     try:
         vae = load_vae(name)
     except (FileNotFoundError, ValueError) as error:
         raise LeftOut(f"The VAE could not be loaded: {error}") from None
-    items, verdicts = [], []
-    for prompt, original in originals:
+    cards, verdicts = [], []
+    for example in spread(inputs.examples, config.num_reconstructions):
+        prompt, original = example["prompt"], _picture(config.evaluation, example["true"])
         if original is None:
             continue
         with torch.no_grad():
             mean = moments(vae, torch.from_numpy(to_unit(original[None]))).chunk(2, dim=1)[0]
             copy = from_unit(decode(vae, mean).numpy())[0]
-        pair = f'<div class="pair">{image(original, "original")}{image(copy, "reconstruction")}</div>'
+        pair = block("pair", [image(original, "original"), image(copy, "reconstruction")])
         verdict = _judged(copy, prompt)
         verdicts += [] if verdict is None else [verdict.all_right]
         difference = np.abs(copy.astype(np.float64) - original).mean()
         below = note(f"mean absolute error {difference:.1f} of 255")
-        items.append(card(pair, prompt, None if verdict is None else vars(verdict), below))
+        cards.append(card(pair, prompt, {} if verdict is None else vars(verdict), below))
     about = "Original above, its reconstruction from the latent mean below; no drawing can be better than these."
     about += f" The judge finds {sum(verdicts)} of {len(verdicts)} reconstructions right." if verdicts else ""
-    return note(about) + cards(items)
+    return note(about) + block("cards", cards)
 
 
 def _heldout(inputs: ReportInputs) -> str:
     losses = (inputs.evaluation or {}).get("heldout")
     if not losses:
         raise LeftOut("No held-out losses were measured (train.evaluate heldout={NAME: FOLDER}).")
-    lines = ""
+    rows = []
     for name, loss in losses.items():
         # null where the data has none of that kind; evaluations of earlier versions have no captioning loss
-        text, picture, caption = (loss.get(kind) for kind in ("text_loss", "image_loss", "captioning_loss"))
-        perplexity = f"{math.exp(min(text, 100)):.3g}" if text else "—"
-        text, picture, caption = (f"{value:.4f}" if value else "—" for value in (text, picture, caption))
-        cells = "".join(f"<td>{cell}</td>" for cell in (text, perplexity, picture, caption))
-        lines += f"<tr><td>{escape(name)}</td>{cells}</tr>"
-    head = "<tr><th>data</th><th>text loss</th><th>perplexity</th><th>image loss</th><th>captioning loss</th></tr>"
+        kinds = [loss.get(kind) for kind in ("text_loss", "image_loss", "captioning_loss")]
+        text, picture, caption = (f"{value:.4f}" if value else "—" for value in kinds)
+        perplexity = f"{math.exp(min(kinds[0], 100)):.3g}" if kinds[0] else "—"
+        rows.append([escape(name), text, perplexity, picture, caption])
     about = (
         "Each held-out document once, caption first; the captioning loss is that of captions after their picture. Text "
         "in nats a target; images as mean squared error of the prediction over all timesteps, so they are not "
         "comparable with the curve above where its timesteps are capped."
     )
-    return note(about) + f"<table>{head}{lines}</table>"
+    head = ["data", "text loss", "perplexity", "image loss", "captioning loss"]
+    return note(about) + table(head, rows, "losses")
 
 
 def _seconds(inputs: ReportInputs) -> str:
     if not inputs.seconds:
         raise LeftOut("No finished stages are recorded (train.demo records them; stages=FOLDER).")
-    seconds = inputs.seconds
-    longest = max(*seconds.values(), 1e-9)
-    lines = ""
-    for name, taken in seconds.items():
-        bar = f'<i style="width:{100 * taken / longest:.1f}%"></i>'
-        lines += f"<tr><td>{escape(name)}</td><td>{taken:.1f}</td><td>{bar}</td></tr>"
-    total = f"<tr><td>total</td><td>{sum(seconds.values()):.1f}</td><td></td></tr>"
-    return f'<table class="bars"><tr><th>stage</th><th>seconds</th><th></th></tr>{lines}{total}</table>'
+    longest = max(*inputs.seconds.values(), 1e-9)
+    rows = []
+    for name, taken in inputs.seconds.items():
+        rows.append([escape(name), f"{taken:.1f}", f'<i style="width:{100 * taken / longest:.1f}%"></i>'])
+    rows.append(["total", f"{sum(inputs.seconds.values()):.1f}", ""])
+    return table(["stage", "seconds", ""], rows, "bars")
 
 
 def _settings(inputs: ReportInputs) -> str:
@@ -245,8 +233,7 @@ def _making(inputs: ReportInputs) -> str:
     versions = {"python": platform.python_version()}
     versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
     versions["platform"] = f"{platform.system()} {platform.machine()}"
-    skipped = "".join(note(line) for line in inputs.unreadable)
-    return f"<pre>{escape(inputs.command)}</pre>{fact_list(versions)}{skipped}"
+    return f"<pre>{escape(inputs.command)}</pre>{fact_list(versions)}{''.join(map(note, inputs.unreadable))}"
 
 
 def _absent(config: ReportConfig, what: str, file: str) -> str:
