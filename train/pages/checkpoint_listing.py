@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from train.checkpoints import checkpoint
 from train.checkpoints.checkpoint import CheckpointConfig
@@ -17,12 +17,12 @@ from train.checkpoints.storage import LISTING, WrittenFile, read_listing
 from train.distributed.ranks import alone
 from train.pretrain_config import read_config
 
+T = TypeVar("T")
 LEFTOVERS = {
     "tmp": "incomplete: a save in progress, or one that was killed; the next start removes it",
     "replaced": "moved away while another save of its step was committed; the next start restores or removes it",
     "removing": "being removed; the next start removes the rest",
 }
-ABANDONED = "abandoned: damaged, or the run went back before it"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ListedCheckpoint:
 
     @classmethod
     def of(cls, folder: Path) -> "ListedCheckpoint":
-        """Read the small files of a checkpoint; `verified` reads the rest."""
+        """Read the small files of a checkpoint."""
         try:
             files = read_listing(folder)
         except (OSError, ValueError):
@@ -69,10 +69,6 @@ class ListedCheckpoint:
         listing = folder / LISTING  # written last
         saved_at = (listing if listing.exists() else folder).stat().st_mtime
         return cls(folder, files, saved_at, meta.get("progress", {}), meta.get("metrics", {}))
-
-    def verified(self, on_read: Callable[[int], object]) -> "ListedCheckpoint":
-        """Read all bytes and return the checkpoint with what is wrong with it."""
-        return replace(self, problems=checkpoint.verify(self.folder, alone(), on_read))
 
 
 @dataclass(frozen=True)
@@ -98,9 +94,11 @@ class CheckpointListing:
                         listed.append(ListedCheckpoint.of(folder))
                 run = root.parent if root.name == "checkpoints" else None
                 remarks: list[str] = []
-                retention = _retention(run, remarks)
+                retention = _read(run, "config.yaml", lambda path: read_config(path).checkpoint, remarks)
                 surplus = checkpoint.surplus(root, retention) if retention is not None else []
-                return cls(listed, leftovers, _attempt(run, remarks), retention, surplus, remarks)
+                return cls(
+                    listed, leftovers, _read(run, "attempt.json", _attempt, remarks), retention, surplus, remarks
+                )
         if path.is_dir() and (_is_step(path) or (path / LISTING).is_file()):
             return cls([ListedCheckpoint.of(path)])
         raise FileNotFoundError(
@@ -122,11 +120,14 @@ class CheckpointListing:
 
         Checkpoints that the run removed in the meantime are left out: they are not damaged.
         """
-        verified = [one.verified(on_read) for one in self.checkpoints]
-        there = [one for one in verified if one.folder.exists()]
-        gone = [one.folder.name for one in verified if one not in there]
-        removed = [f"{', '.join(gone)}: removed by the run while this was read."] if gone else []
-        return replace(self, checkpoints=there, remarks=self.remarks + removed)
+        there, remarks = [], list(self.remarks)
+        for one in self.checkpoints:
+            problems = checkpoint.verify(one.folder, alone(), on_read)
+            if one.folder.exists():
+                there.append(replace(one, problems=problems))
+            else:
+                remarks.append(f"{one.folder.name}: removed by the run while this was read.")
+        return replace(self, checkpoints=there, remarks=remarks)
 
     def kept(self, one: ListedCheckpoint) -> str:
         """Return why retention keeps a checkpoint at the next save, or that it does not."""
@@ -157,29 +158,23 @@ def _size_on_disk(folder: Path) -> int:
 def _leftovers(root: Path) -> list[tuple[str, int, str]]:
     found = [(folder, meaning) for kind, meaning in LEFTOVERS.items() for folder in root.glob(f".{kind}-step-*")]
     if root.name == "checkpoints":
-        found += [(folder, ABANDONED) for folder in root.parent.glob("abandoned-*/step-*")]
+        abandoned = "abandoned: damaged, or the run went back before it"
+        found += [(folder, abandoned) for folder in root.parent.glob("abandoned-*/step-*")]
     return [(str(folder), _size_on_disk(folder), meaning) for folder, meaning in sorted(found)]
 
 
-def _attempt(run: Path | None, remarks: list[str]) -> dict[str, Any] | None:
-    """Return who started the run last, without the run folder's token."""
-    if run is None or not (run / "attempt.json").is_file():
+def _read(run: Path | None, name: str, parse: Callable[[Path], T], remarks: list[str]) -> T | None:
+    """Return what a file of the run says, None without it; a remark tells if it cannot be read."""
+    if run is None or not (run / name).is_file():
         return None
     try:
-        attempt = json.loads((run / "attempt.json").read_bytes())
-        return {name: attempt[name] for name in ("attempt", "started", "host", "pid")}
+        return parse(run / name)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        remarks.append(f"{run / 'attempt.json'} is damaged: {type(error).__name__}: {error}")
+        remarks.append(f"{run / name} cannot be read: {type(error).__name__}: {error}")
         return None
 
 
-def _retention(run: Path | None, remarks: list[str]) -> CheckpointConfig | None:
-    """Return what the run's own config says of retention."""
-    config = run / "config.yaml" if run is not None else None
-    if config is None or not config.is_file():
-        return None
-    try:
-        return read_config(config).checkpoint
-    except ValueError as error:
-        remarks.append(f"Which checkpoints retention keeps is unknown, as {config} cannot be read: {error}")
-        return None
+def _attempt(path: Path) -> dict[str, Any]:
+    """Return who started the run last, without the run folder's token."""
+    attempt = json.loads(path.read_bytes())
+    return {name: attempt[name] for name in ("attempt", "started", "host", "pid")}

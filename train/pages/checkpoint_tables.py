@@ -1,9 +1,7 @@
 """The tables that train.view prints of checkpoints: the run's list, then what one of them holds."""
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,6 +14,8 @@ from train.pages.terminal import Table, Value, View
 
 NAMED_PROBLEMS = 20
 EXTREMES = 3  # tensors listed for each kind of extreme
+
+progress_bar = partial(tqdm, unit="B", unit_scale=True, disable=None)  # on a terminal only
 
 
 def view_checkpoints(path: Path, verify: bool) -> View:
@@ -32,61 +32,47 @@ def view_checkpoints(path: Path, verify: bool) -> View:
         if not listed.checkpoints:
             raise FileNotFoundError(f"checkpoint={path}: the run has removed all checkpoints it held")
         if verify:
-            with _bar("verify", listing.num_bytes) as on_read:
-                listing = listing.verified(on_read)
+            with progress_bar(desc="verify", total=listing.num_bytes) as bar:
+                listing = listing.verified(bar.update)
         return (listing.resumes or [*listed.checkpoints, *listing.checkpoints][-1]).folder
 
     def read(folder: Path) -> CheckpointSummary:
         chosen = next((one for one in listing.checkpoints if one.folder == folder), None)
         if chosen is not None:
-            with _bar("read", chosen.num_bytes) as on_read:
-                found = CheckpointSummary.read(folder, chosen.damaged_files, on_read)
+            with progress_bar(desc="read", total=chosen.num_bytes) as bar:
+                found = CheckpointSummary.read(folder, chosen.damaged_files, bar.update)
             if not found.problems or folder.exists():
                 return found
         raise FileNotFoundError(folder)
 
     if listing.checkpoints:
         summary = read_while_there(choose, read, alone())
-    facts, remarks, tables = _facts(listing), _remarks(listing, verify), []
-    if listing.checkpoints:
-        tables.append(_list(listing))
-    if listing.leftovers:
-        tables.append(Table("leftovers", ["folder", "bytes", "what it is"], listing.leftovers))
+    facts, remarks = _facts(listing), list(listing.remarks)
+    tables = [_list(listing), Table("leftovers", ["folder", "bytes", "what it is"], listing.leftovers)]
+    for one in listing.checkpoints:
+        remarks += _first(one.problems or [], f"{one.folder.name} is damaged: ")
+    if not verify:
+        remarks.append("Not verified (verify=false): a resume reads every byte and passes over damaged checkpoints.")
     if summary is not None:
         facts |= _counters(summary)
-        nonfinite = [(one.name, one.sums.nonfinite) for one in summary.tensors if one.sums.nonfinite]
-        remarks += _first(summary.problems, f"{summary.folder.name}: ")
-        remarks += _first([f"{name} has {n:,} non-finite values" for name, n in nonfinite], f"{summary.folder.name}: ")
+        bad = [one for one in summary.tensors if one.sums.nonfinite]
+        for problems in (summary.problems, [f"{one.name} has {one.sums.nonfinite:,} non-finite values" for one in bad]):
+            remarks += _first(problems, f"{summary.folder.name}: ")
         tables += _contents(summary)
+    tables = [table for table in tables if table.rows]
     return View(facts, remarks, tables, damaged=any(one.problems for one in listing.checkpoints))
-
-
-@contextmanager
-def _bar(what: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar, on a terminal only, and yield the function that advances it."""
-    with tqdm(desc=what, total=num_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        yield bar.update
 
 
 def _facts(listing: CheckpointListing) -> dict[str, Value]:
     facts: dict[str, Value] = {"checkpoints": f"{len(listing.checkpoints)}, {listing.num_bytes / 1e6:,.1f} MB"}
-    verified = all(one.problems is not None for one in listing.checkpoints)
     if (resumes := listing.resumes) is not None:
-        facts["resume"] = f"from step {resumes.step:,}" + ("" if verified else ", if it verifies (verify=false)")
+        doubt = ", if it verifies (verify=false)" if resumes.problems is None else ""
+        facts["resume"] = f"from step {resumes.step:,}{doubt}"
     else:
         facts["resume"] = "refused: every checkpoint is damaged" if listing.checkpoints else "from scratch"
     if listing.attempt is not None:
         facts["attempts"] = "{attempt}, the last since {started} on {host} (pid {pid})".format(**listing.attempt)
     return facts
-
-
-def _remarks(listing: CheckpointListing, verify: bool) -> list[str]:
-    remarks = list(listing.remarks)
-    for one in listing.checkpoints:
-        remarks += _first(one.problems or [], f"{one.folder.name} is damaged: ")
-    if not verify:
-        remarks.append("Not verified (verify=false): a resume reads every byte and passes over damaged checkpoints.")
-    return remarks
 
 
 def _first(problems: list[str], before: str) -> list[str]:
@@ -103,8 +89,7 @@ def _list(listing: CheckpointListing) -> Table:
         resume = "from here" if one is listing.resumes else ""
         seen = (one.progress.get("tokens_seen"), one.progress.get("images_seen"))
         row: list[Value] = [one.step, _age(time.time() - one.saved_at), one.num_bytes, *seen, one.num_ranks]
-        row += [whole, resume, listing.kept(one), *(one.metrics.get(name) for name in metrics)]
-        rows.append(row)
+        rows.append([*row, whole, resume, listing.kept(one), *map(one.metrics.get, metrics)])
     head = ["step", "age", "bytes", "tokens", "images", "ranks", "whole", "resume", "kept", *metrics]
     return Table("checkpoints", head, rows)
 
@@ -119,12 +104,10 @@ def _age(seconds: float) -> str:
 def _counters(summary: CheckpointSummary) -> dict[str, Value]:
     """Return how far the run was when it saved the checkpoint."""
     facts: dict[str, Value] = {"described": summary.folder.name}
-    progress = dict(summary.progress)
-    excluded = progress.pop("excluded", [])  # [first, last step] each
-    facts |= {name.replace("_", " "): value for name, value in progress.items()}
+    facts |= {name.replace("_", " "): value for name, value in summary.progress.items() if name != "excluded"}
     if summary.back_to is not None:
         facts["went back"] = f"to step {summary.back_to:,}"
-    if excluded:
+    if excluded := summary.progress.get("excluded"):  # [first, last step] each
         facts["batches left out"] = "of steps " + ", ".join(f"{first:,} to {last:,}" for first, last in excluded)
     if summary.guard:
         skipped, in_a_row, _, mean = summary.guard
@@ -139,16 +122,15 @@ def _counters(summary: CheckpointSummary) -> dict[str, Value]:
 
 
 def _contents(summary: CheckpointSummary) -> list[Table]:
-    tables = [_entries(summary)] if summary.tensors else []
-    if weights := [one for one in summary.tensors if one.entry == "model" and one.sums.measured]:
-        tables.append(_extremes(weights))
-    if summary.config:
-        rows = [[key, str(default), str(stored)] for key, stored, default in summary.config]
-        tables.append(Table("config: differences from the defaults", ["key", "default", "stored"], rows))
-    if summary.fingerprint:
-        rows = [[name, str(value)] for name, value in summary.fingerprint.items()]
-        tables.append(Table("fingerprint: what must be the same on resume", ["name", "value"], rows))
-    return tables
+    weights = [one for one in summary.tensors if one.entry == "model" and one.sums.measured]
+    config = [[key, str(default), str(stored)] for key, stored, default in summary.config]
+    fingerprint = [[name, str(value)] for name, value in summary.fingerprint.items()]
+    return [
+        _entries(summary),
+        _extremes(weights),
+        Table("config: differences from the defaults", ["key", "default", "stored"], config),
+        Table("fingerprint: what must be the same on resume", ["name", "value"], fingerprint),
+    ]
 
 
 def _entries(summary: CheckpointSummary) -> Table:
