@@ -57,10 +57,8 @@ def make_evaluation(folder: Path, told: str | None = None) -> list[tuple[SceneIt
     pictures = [items[i - 1].picture if i % 5 == 0 or i >= 18 else item.picture for i, item in enumerate(items)]
     drawn = [(picture, score(picture, item.shapes)) for picture, item in zip(pictures, items, strict=True)]
     captions = [(told or "a fish" if i % 7 == 0 or i >= 18 else item.caption) for i, item in enumerate(items)]
-    described = [
-        (text, Verdict(*[text == item.caption and i < 18] * 3))
-        for i, (text, item) in enumerate(zip(captions, items, strict=True))
-    ]
+    right = [i < 18 and text == item.caption for i, (text, item) in enumerate(zip(captions, items, strict=True))]
+    described = [(text, Verdict(*[is_right] * 3)) for text, is_right in zip(captions, right, strict=True)]
     folder.mkdir()
     _write_examples(folder, items, drawn, described)
     settings = {"sampler": "ddim", "steps": 50, "guidance": 3.5, "clip_x0": None}
@@ -210,14 +208,9 @@ def test_reconstructions_are_shown_under_their_originals_and_judged(whole) -> No
 def test_previews_stages_and_losses_are_those_on_disk(whole) -> None:
     page = whole[0]
     assert re.findall(r"step (\d+)", page.section("previews").text) == ["100", "200", "400"]
-    assert re.findall(r"(scenes|pretrain|total)([\d.]+)", page.section("seconds").text) == [
-        ("scenes", "2.0"),
-        ("pretrain", "40.5"),
-        ("total", "42.5"),
-    ]
-    assert (
-        "1.25003.49—0.7500" in page.section("heldout").text
-    )  # exp(1.25); an image loss of 0 means there were no images
+    assert "scenes2.0pretrain40.5total42.5" in page.section("seconds").text
+    # exp(1.25); an image loss of 0 means there were no images
+    assert "1.25003.49—0.7500" in page.section("heldout").text
 
 
 def test_a_run_in_progress_is_reported_and_each_lack_explained(tmp_path: Path, capsys) -> None:
@@ -302,8 +295,3 @@ def test_a_long_run_is_averaged_and_says_so() -> None:
 def test_spread_keeps_the_first_and_the_last() -> None:
     assert spread(range(10), 4) == [0, 3, 6, 9]
     assert spread([1, 2], 4) == [1, 2] and spread([1, 2, 3], 1) == [1] and spread([1], 0) == []
-
-
-def test_the_demos_config_is_valid() -> None:
-    config = load_config(ReportConfig, ["config=configs/demo/report.yaml"])
-    assert config.run == "runs/demo/pretrain" and config.output == "runs/demo/report.html"

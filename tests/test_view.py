@@ -22,10 +22,11 @@ from data.shards import BadRecords, Record, write_shard
 from data.tokenizer import Tokenizer
 from model.vae import decode, load_vae
 from tests.sources import encoded_records, interleaved, make_source
-from train.config import options, run_program
+from train.config import run_program
 from train.encode import main as encode
-from train.pages.dataset_summary import CHARACTERS, PICTURES, EncodedData, caption_of, joined, quantiles
-from train.view import CONFIG, main
+from train.pages.dataset_summary import CHARACTERS, PICTURES, EncodedData, caption_of, joined
+from train.pages.dataset_tables import QUANTILES
+from train.view import main
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07 red\rgreen"
 
@@ -43,11 +44,8 @@ class Seen:
         self.facts: dict[str, Any] = record["facts"]
         self.remarks, self.tables = " ".join(record["remarks"]), record["tables"]
         self.documents: list[dict[str, Any]] = self.tables["example documents"]
-
-    @property
-    def keys(self) -> list[str]:
-        """The keys of the documents shown, which number through the data."""
-        return [document["key"] for document in self.documents]
+        self.keys = [document["key"] for document in self.documents]  # which number through the data
+        self.bad = {row["reason"]: row["count"] for row in self.tables.get("missing or damaged", [])}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,9 +71,6 @@ def raw_record(number: int) -> Record:
 
 def caption(number: int) -> str:
     return HOSTILE if number == 13 else f"a large red circle number {number}"
-
-
-# ---- what is shown ----
 
 
 def test_the_sheet_is_what_the_vae_decodes_from_the_posteriors_mean(
@@ -210,9 +205,6 @@ def test_interleaved_documents_are_decoded_up_to_a_number_of_pictures(
     assert max(counts) > PICTURES and 1 in counts
 
 
-# ---- what is counted ----
-
-
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_counts_equal_a_slow_count_over_the_records(
     pairs_folder: Path, tmp_path: Path, tokenizer: Tokenizer, patch_size: int, capsys: pytest.CaptureFixture[str]
@@ -233,18 +225,11 @@ def test_counts_equal_a_slow_count_over_the_records(
     found = {row["latent grid"]: row["images"] for row in seen.tables["image sizes, height x width"]}
     assert found == grids and list(found.values()) == sorted(grids.values(), reverse=True)
     for row, values in zip(seen.tables["tokens a document"], (lengths, words), strict=True):
-        quarters = np.quantile(values, [0, 0.25, 0.5, 0.75, 1], method="inverted_cdf").tolist()
-        assert [row[name] for name in ("shortest", "25 %", "median", "75 %", "longest")] == quarters
+        assert list(row.values())[1:] == np.quantile(values, list(QUANTILES.values()), method="inverted_cdf").tolist()
     rows = seen.tables["shards"]
     assert [row["shard"] for row in rows] == ["00000.tar", "00002.tar", "00001.tar"]  # the largest first
     totals = {name: sum(row[name] for row in rows) for name in ("documents", "images", "text tokens", "tokens")}
     assert totals == {"documents": 60, "images": 60, "text tokens": sum(words), "tokens": sum(lengths)}
-
-
-def test_quantiles_are_numpys() -> None:
-    values = np.random.default_rng(1).integers(0, 40, 237)
-    shares = [0, 0.05, 0.25, 0.5, 0.95, 0.99, 1]
-    assert quantiles(Counter(values.tolist()), shares) == np.quantile(values, shares, method="inverted_cdf").tolist()
 
 
 def test_all_of_the_latents_have_the_manifests_statistics(
@@ -270,9 +255,6 @@ def test_one_shard_is_viewed_by_itself(pairs_folder: Path, tmp_path: Path, capsy
             main([f"shards={pairs_folder / path}"])
 
 
-# ---- what is bad ----
-
-
 def test_a_corrupt_record_and_a_missing_index_are_named_and_the_rest_is_shown(
     pairs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,14 +266,10 @@ def test_a_corrupt_record_and_a_missing_index_are_named_and_the_rest_is_shown(
     (data / "00002.tar").write_bytes(contents)
     seen = Seen(capsys, data, tmp_path / "out", n=99)
     assert seen.keys == [f"{i:06d}" for i in range(60) if not 31 <= i < 38 and i != 42]
-    assert seen.facts["documents"] == 60 and bad(seen) == {"checksum": 1, "unreadable index": 1}
+    assert seen.facts["documents"] == 60 and seen.bad == {"checksum": 1, "unreadable index": 1}
     for text in (seen.remarks, seen.text):
         assert f"{data}/00002.tar#4: checksum" in text and f"{data}/00001.tar.idx: unreadable index" in text
         assert "7 of 60 documents are in shards whose index cannot be read" in text
-
-
-def bad(seen: Seen) -> dict[str, int]:
-    return {row["reason"]: row["count"] for row in seen.tables["missing or damaged"]}
 
 
 def test_a_cut_or_lost_shard_is_named(pairs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,7 +278,7 @@ def test_a_cut_or_lost_shard_is_named(pairs_folder: Path, tmp_path: Path, capsys
         file.truncate(5000)
     (data / "00002.tar").unlink()
     seen = Seen(capsys, data, tmp_path / "out", n=60)
-    assert bad(seen) == {"missing shard": 1, "shard of another size": 1, "truncated": 30, "unreadable shard": 22}
+    assert seen.bad == {"missing shard": 1, "shard of another size": 1, "truncated": 30, "unreadable shard": 22}
     assert f"{data}/00002.tar: missing shard" in seen.text and "00000.tar: shard of another size (5000" in seen.text
     assert re.search(r"Missing or damaged: \d+ more", seen.text)  # than are named
     assert seen.facts["longer than 4,096"] == "0 documents, 0 with images"
@@ -314,29 +292,16 @@ def test_where_nothing_can_be_read_it_is_refused(pairs_folder: Path, tmp_path: P
         main([f"shards={data}"])
 
 
-# ---- refusals ----
-
-
 def test_another_vae_or_tokenizer_is_refused(
     encoded: Path, texts_folder: Path, pairs_folder: Path, tmp_path: Path, tokenizer: Tokenizer, vae_folder: Path
 ) -> None:
     other = tmp_path / "other.model"
     other.write_bytes(tokenizer.path.read_bytes() + b"\x12\x00")  # an empty trainer spec: the same pieces
     cases = [
-        (
-            pairs_folder,
-            f"vae={vae_folder}",
-            ValueError,
-            r"vae=.* has hash .*, the data was encoded with aaaa",
-        ),
+        (pairs_folder, f"vae={vae_folder}", ValueError, r"vae=.* has hash .*, the data was encoded with aaaa"),
         (encoded, f"vae={tmp_path / 'none/vae'}", FileNotFoundError, "no such folder"),
         (texts_folder, f"vae={vae_folder}", ValueError, r"vae=.* holds only text; leave vae out"),
-        (
-            encoded,
-            f"tokenizer={other}",
-            ValueError,
-            rf"with tokenizer {tokenizer.hash}, but .*other.model is .*; give",
-        ),
+        (encoded, f"tokenizer={other}", ValueError, rf"with tokenizer {tokenizer.hash}, but .*other.model is .*; give"),
     ]
     for shards, option, kind, message in cases:
         with pytest.raises(kind, match=message):
@@ -372,7 +337,6 @@ def test_what_cannot_be_viewed_is_refused_with_a_remedy(
 def test_the_program_says_what_its_options_mean_and_refuses_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert all(comment for *_, comment in options(CONFIG))
     for arguments, status in (("--help", 0), (f"shards={tmp_path / 'none'}", 2)):
         monkeypatch.setattr(sys, "argv", ["view.py", arguments])
         with pytest.raises(SystemExit) as end:

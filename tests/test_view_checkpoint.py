@@ -1,5 +1,6 @@
 """A viewed run: which checkpoints are whole, which one a resume takes, what is in it to the last number (P5, P11)."""
 
+import ctypes
 import json
 import math
 import os
@@ -65,9 +66,6 @@ def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
-
-# ---- the run's list ----
 
 
 def test_each_checkpoint_is_a_line_with_what_the_run_had_seen(
@@ -141,9 +139,6 @@ def test_without_verification_nothing_is_called_whole(run: Path) -> None:
     assert [row["whole"] for row in table(view, "checkpoints")] == ["not verified"]
     assert "if it verifies" in str(view.facts["resume"]) and not view.damaged
     assert any("model.text_embedding.weight cannot be read: RuntimeError" in remark for remark in view.remarks)
-
-
-# ---- one checkpoint ----
 
 
 def test_every_number_is_that_of_the_saved_tensors(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,6 +218,7 @@ def test_nothing_executes_from_a_checkpoint(
 
 
 TENSORS, TENSOR_MIB = 48, 8
+M_MMAP_THRESHOLD = -3  # of malloc.h: larger blocks are mapped, and given back when they are freed
 
 
 def _save(_: Ranks, run_dir: Path) -> list[Path]:
@@ -235,6 +231,8 @@ def _save(_: Ranks, run_dir: Path) -> list[Path]:
 
 
 def _peak_growth_mib(_: Ranks, small: Path, large: Path) -> tuple[float, float]:
+    # glibc would put tensors of 8 MiB on its heap, whose gaps it keeps: by chance up to all of them.
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20) == 1
     CheckpointSummary.read(small, set(), int)  # imports, and what reading takes in any case
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     contents = CheckpointSummary.read(large, set(), int)
@@ -247,7 +245,7 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     (folders,) = run_ranks(_save, 1, tmp_path / "run")
     ((growth, norm),) = run_ranks(_peak_growth_mib, 1, *folders)
     assert norm == pytest.approx(math.sqrt(TENSORS * TENSOR_MIB * 2**18))
-    assert growth < TENSORS * TENSOR_MIB / 2, "what the allocator keeps for itself included"
+    assert growth < 6 * TENSOR_MIB, "a tensor, its pieces in float, and the reader's buffer"
 
 
 def test_where_no_checkpoint_is_the_refusal_says_what_was_expected(tmp_path: Path) -> None:

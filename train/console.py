@@ -9,8 +9,6 @@ from typing import Any
 from train.config import SIGNAL_DELAY
 from train.distributed.ranks import Ranks
 
-SHOWN_LAG = 0.1  # share of time that ranks wait for the slowest, from which the console names it
-
 
 def say(words: str) -> None:
     """Print a line for people; a standard output that cannot take it (a full disk) does not stop training (P13)."""
@@ -34,7 +32,7 @@ class Console:
         losses = [f"{kind} {row[f'{kind}_loss']:.4f}" for kind in ("text", "image") if row[f"{kind}_loss"] is not None]
         mfu = "" if row["mfu"] is None else f"MFU {row['mfu']:.1%}  "
         lag = ""
-        if row["slowest_lag_share"] > SHOWN_LAG:
+        if row["slowest_lag_share"] > 0.1:
             lag = f"  waits {row['slowest_lag_share']:.0%} for rank {row['slowest_rank']} on {row['slowest_host']}"
         say(
             f"step {row['step']}/{self.steps}  {'  '.join(losses)}  "

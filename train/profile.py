@@ -48,6 +48,7 @@ class Profiler:
         if ranks.rank not in config.ranks:
             self._steps = range(0)
         self._on_cuda = ranks.device.type == "cuda"
+        self._records_cuda_memory = self._on_cuda and config.memory
         self._profile: profile | None = None
         self._span: record_function | None = None  # of the current step, which names it in the trace
         self._first = self._last = 0  # steps recorded
@@ -57,8 +58,15 @@ class Profiler:
         if step not in self._steps:
             return
         if self._profile is None:
-            self._start()
             self._first = step
+            if self._records_cuda_memory:
+                torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+            self._profile = profile(
+                activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_cuda else [])],
+                record_shapes=self._config.shapes,
+                profile_memory=self._config.memory,
+            )
+            self._profile.start()
         self._last = step
         self._span = record_function(f"step {step}")
         self._span.__enter__()
@@ -85,20 +93,6 @@ class Profiler:
             log.warning("no profile of steps %d to %d: %s", self._first, self._last, error)
         if self._records_cuda_memory:
             torch.cuda.memory._record_memory_history(enabled=None)
-
-    @property
-    def _records_cuda_memory(self) -> bool:
-        return self._on_cuda and self._config.memory
-
-    def _start(self) -> None:
-        if self._records_cuda_memory:
-            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
-        self._profile = profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_cuda else [])],
-            record_shapes=self._config.shapes,
-            profile_memory=self._config.memory,
-        )
-        self._profile.start()
 
     def _write(self, finished: profile) -> None:
         self._folder.mkdir(exist_ok=True)

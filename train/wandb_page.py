@@ -8,7 +8,6 @@ whatever it inherits, in a session of its own.
     <run>/wandb-page.json   id of the page, which moves with the folder; without it the next start creates a new page
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -144,11 +143,8 @@ class WandbPage:
         kept = self._folder / ID_FILE
         if kept.is_file():
             return json.loads(kept.read_bytes())["id"]
-        path = self._folder.resolve()
-        name = re.sub(r"[^A-Za-z0-9_.-]", "-", path.name)
-        page = f"{name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # of runs that stored no id
-        if not any(self._folder.glob(f"wandb/*run-*-{page}")):
-            page = f"{name}-{uuid.uuid4().hex[:8]}"
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", self._folder.resolve().name)
+        page = f"{name}-{uuid.uuid4().hex[:8]}"
         write_durably(kept, json.dumps({"id": page}).encode())
         return page
 

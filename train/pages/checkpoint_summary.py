@@ -120,7 +120,7 @@ class CheckpointSummary:
         summary.progress, summary.back_to = dict(meta.get("progress", {})), meta.get("back_to")
         summary.guard = list(meta.get("guard", []))
         summary.metrics, summary.fingerprint = dict(meta.get("metrics", {})), dict(meta.get("fingerprint", {}))
-        summary.config = differences(summary._parsed("config.yaml", _config))
+        summary.config = list(summary._parsed("config.yaml", differences))
         try:
             lanes = [LaneState.from_json(lane) for lane in summary._parsed("lanes.json", json.loads).values()]
         except (AttributeError, ValueError) as error:  # no mapping, or a damaged state
@@ -140,24 +140,23 @@ class CheckpointSummary:
         """Return what `parse` makes of a small file; {} and a problem where it cannot be read."""
         try:
             return parse(checkpoint.read_extra(self.folder, name))
-        except (OSError, ValueError, RecursionError, OmegaConfBaseException) as error:
+        except (OSError, ValueError, RecursionError, OmegaConfBaseException, AttributeError) as error:
             self.problems.append(f"{name}: {error}")
             return {}
 
 
-def _config(content: bytes) -> dict[str, Any]:
-    """Return a config, nested. Interpolations stay text: they would read this machine's environment (P11)."""
-    config = OmegaConf.to_container(OmegaConf.create(content.decode()), resolve=False)
-    return cast(dict[str, Any], config) if isinstance(config, dict) else {}
+def differences(content: bytes) -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, value in a config.yaml, default) where they differ; "unknown" for what is no option today.
 
-
-def differences(stored: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (dotted key, stored value, default) where they differ; "unknown" for a key that is no option today."""
-    structured = OmegaConf.to_container(OmegaConf.structured(PretrainConfig), resolve=False)
-    defaults = dict(leaves(cast(dict[str, Any], structured)))
+    Interpolations stay text: they would read this machine's environment (P11).
+    """
+    stored, defaults = (
+        dict(leaves(cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))))
+        for config in (OmegaConf.create(content.decode()), OmegaConf.structured(PretrainConfig))
+    )
     defaults.pop("data.sources")
     found = []
-    for key, value in leaves(stored):
+    for key, value in stored.items():
         default = defaults.get(key, "" if key.startswith("data.sources.") else "unknown")
         if value != default:
             found.append((key, value, "required" if default == "???" else default))

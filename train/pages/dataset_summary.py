@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data.documents import Document, ImageSegment, check_document, decode_document, seed_from
-from data.manifest import FILE_NAME, LatentSums, Manifest, ShardEntry
+from data.manifest import FILE_NAME, LatentSums, Manifest
 from data.packing import patch_grid
 from data.pictures import from_unit
 from data.remote import shown
@@ -98,12 +98,12 @@ class EncodedData:
                 f"shards={shown(shards)} was encoded with tokenizer {manifest.tokenizer_hash}, but {tokenizer} is "
                 f"{words.hash}; give the tokenizer it was encoded with, or none to see the captions in its json"
             )
-        codec = None
-        if vae is not None:
-            if manifest.latent_spec is None:
-                raise ValueError(f"vae={vae}, but shards={shown(shards)} holds only text; leave vae out")
-            codec = cast("AutoencoderKL", load_matching_vae(vae, manifest.latent_spec).eval())
-        return cls(manifest, patch_size, words, codec)
+        if vae is None:
+            return cls(manifest, patch_size, words, None)
+        if manifest.latent_spec is None:
+            raise ValueError(f"vae={vae}, but shards={shown(shards)} holds only text; leave vae out")
+        codec = load_matching_vae(vae, manifest.latent_spec).eval()
+        return cls(manifest, patch_size, words, cast("AutoencoderKL", codec))
 
     def count(self, sequence_length: int, bad: BadRecords) -> Counts:
         """Count from the indices. Unreadable ones go into `bad`, and so do shards whose size is not the manifest's."""
@@ -112,8 +112,11 @@ class EncodedData:
             where = self.manifest.shard_path(shard)
             try:
                 counts.add(shard, self.manifest.load_index(shard), self.patch_size, sequence_length)
-                if not store.is_remote:  # that would cost a request a shard
-                    _check_size(entry, store.size(entry.name), where)
+                size = store.size(entry.name) if not store.is_remote else entry.bytes  # it would cost a request a shard
+                if size is None:
+                    raise BadRecord("missing shard", where)
+                if size != entry.bytes:
+                    raise BadRecord("shard of another size", where, f"{size} bytes, the manifest says {entry.bytes}")
             except BadRecord as error:
                 bad.add(error)
             except OSError as error:
@@ -248,13 +251,6 @@ def _open_manifest(shards: str) -> Manifest:
     if not chosen[0].records:
         raise ValueError(f"shards={shown(shards)} holds no records; name another shard")
     return replace(manifest, shards=chosen)
-
-
-def _check_size(entry: ShardEntry, size: int | None, where: str) -> None:
-    if size is None:
-        raise BadRecord("missing shard", where)
-    if size != entry.bytes:
-        raise BadRecord("shard of another size", where, f"{size} bytes, the manifest says {entry.bytes}")
 
 
 def _unreadable(where: str, error: OSError) -> BadRecord:
