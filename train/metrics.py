@@ -149,23 +149,21 @@ class MetricsLog:
 
     def __init__(self, config: LogConfig, folder: RunFolder, ranks: Ranks, run_config: dict[str, Any]):
         self.folder = folder
-        self._page = WandbPage(config.wandb, config.project, folder.path, run_config) if ranks.is_first else None
-        if self._page is not None and self._page.place is not None:
+        mode = config.wandb if ranks.is_first else "disabled"
+        self._page = WandbPage(mode, config.project, folder.path, run_config)
+        if self._page.place is not None:
             say(f"wandb: {self._page.place}")
 
     def write(self, row: dict[str, Any]) -> None:
         self.folder.append_metrics(row)
-        if self._page is not None:
-            self._page.log(row)
+        self._page.log(row)
 
     def picture(self, path: os.PathLike, step: int) -> None:
         """Show a saved picture on the wandb page."""
-        if self._page is not None:
-            self._page.picture(path, step)
+        self._page.picture(path, step)
 
     def close(self) -> None:
-        if self._page is not None:
-            self._page.close()
+        self._page.close()
 
 
 def _memory_gib() -> tuple[float, float]:

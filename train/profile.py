@@ -44,9 +44,8 @@ class Profiler:
                 f"{ranks.world_size - 1}"
             )
         self._config, self._folder, self._rank = config, run_dir / "profile", ranks.rank
-        self._steps = range(config.steps[0], config.steps[1] + 1) if config.steps else range(0)
-        if ranks.rank not in config.ranks:
-            self._steps = range(0)
+        first, last = config.steps if config.steps and ranks.rank in config.ranks else (1, 0)
+        self._steps = range(first, last + 1)
         self._on_cuda = ranks.device.type == "cuda"
         self._records_cuda_memory = self._on_cuda and config.memory
         self._profile: profile | None = None

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from model.vae import decode
 from train.inference.saved_model import load_matching_vae
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 CHARACTERS = 120  # of a text that are shown
 PICTURES = 4  # of a document that are decoded
@@ -102,8 +102,7 @@ class EncodedData:
             return cls(manifest, patch_size, words, None)
         if manifest.latent_spec is None:
             raise ValueError(f"vae={vae}, but shards={shown(shards)} holds only text; leave vae out")
-        codec = load_matching_vae(vae, manifest.latent_spec).eval()
-        return cls(manifest, patch_size, words, cast("AutoencoderKL", codec))
+        return cls(manifest, patch_size, words, load_matching_vae(vae, manifest.latent_spec).eval())
 
     def count(self, sequence_length: int, bad: BadRecords) -> Counts:
         """Count from the indices. Unreadable ones go into `bad`, and so do shards whose size is not the manifest's."""
