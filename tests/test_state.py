@@ -36,8 +36,7 @@ def _state(ranks: Ranks, config: PretrainConfig, seed: int) -> tuple[TrainState,
 
 
 def _everything(state: TrainState) -> dict[str, torch.Tensor]:
-    tensors = dict(leaves(state._tensors()))
-    return gather_weights(tensors)
+    return gather_weights(dict(leaves(state._tensors())))
 
 
 def _save(ranks: Ranks, config: PretrainConfig) -> tuple[dict[str, torch.Tensor], dict[int, LaneState]]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -126,25 +127,19 @@ def _previews(inputs: ReportInputs) -> str:
     return note(about) + block("sheets", figures)
 
 
-def _drawings(inputs: ReportInputs) -> str:
-    return _by_split(inputs, "drawn", "prompt", "drawn_verdict")
-
-
-def _captions(inputs: ReportInputs) -> str:
-    return _by_split(inputs, "true", "caption", "caption_verdict")
-
-
-def _by_split(inputs: ReportInputs, picture: str, text: str, verdict: str) -> str:
-    """Return, for each split, every failure and then some right answers: these entries of the examples."""
+def _by_split(inputs: ReportInputs, answer: str) -> str:
+    """Return, for each split, every failure and then some right answers: pictures `drawn`, or each `caption`."""
+    verdict = f"{answer}_verdict"
 
     def show(example: dict[str, Any]) -> str:
-        pixels, failed = _picture(inputs.config.evaluation, example[picture]), not all(example[verdict].values())
-        below = ""
-        if failed and text == "caption":
-            below = note(f"true: {example['prompt']}")
+        prompt, failed, below = example["prompt"], not all(example[verdict].values()), ""
+        pixels = _picture(inputs.config.evaluation, example["drawn" if answer == "drawn" else "true"])
+        if failed and answer == "caption":
+            below = note(f"true: {prompt}")
         elif failed and pixels is not None:
             below = note(f"judge sees {_seen(pixels)}")
-        return card(image(pixels, example["prompt"]), example[text], example[verdict], below)
+        text = prompt if answer == "drawn" else example["caption"]
+        return card(image(pixels, prompt), text, example[verdict], below)
 
     if not inputs.examples:
         raise LeftOut(_absent(inputs.config, "evaluation", "examples.jsonl"))
@@ -281,8 +276,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[ReportInputs], str]], ...] = (
     ("prompts", "Drawn from prompts", _prompts),
     ("curves", "Training", _curves),
     ("previews", "Pictures during training", _previews),
-    ("drawings", "Held-out prompts", _drawings),
-    ("captions", "Captions of held-out pictures", _captions),
+    ("drawings", "Held-out prompts", partial(_by_split, answer="drawn")),
+    ("captions", "Captions of held-out pictures", partial(_by_split, answer="caption")),
     ("codec", "What the VAE keeps", _codec),
     ("heldout", "Held-out losses", _heldout),
     ("seconds", "Seconds by stage", _seconds),
