@@ -127,14 +127,14 @@ def test_resume_cuts_the_rows_that_it_will_write_again(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"step": 6, "lo')
     with RunFolder(tmp_path, alone()) as run:
-        run.cut_metrics(last_step=3)
+        run.metrics.cut(last_step=3)
         assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
         run.append_metrics({"step": 4, "loss": 0.5})
         assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
         run.append_metrics({"step": 4, "heldout/x/text_loss": 0.6})
-        run.cut_metrics(last_step=4)
+        run.metrics.cut(last_step=4)
         assert len(path.read_text().splitlines()) == 5
-        run.cut_metrics(last_step=4, evaluated=False)  # the resumed run measures again
+        run.metrics.cut(last_step=4, evaluated=False)  # the resumed run measures again
         assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 

@@ -26,7 +26,6 @@ def read_initial_weights(
     """
 
     def read(stored: SavedModel) -> tuple[str, TrainedRecords | None]:
-        ranks.require_alike({"init_from (contents)": stored.identity})
         _refuse_other_meaning(stored, config, data)
         parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         with torch.no_grad():

@@ -144,7 +144,7 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
 
     # Files are written after the load, which may refuse. Rows that a killed attempt logged after its last checkpoint
     # are cut: their steps will be run and logged again. (`evaluated`: the checkpoint has its step's held-out losses.)
-    ranks.on_first(lambda: folder.cut_metrics(state.progress.step, evaluated=bool(state.metrics)))
+    ranks.on_first(lambda: folder.metrics.cut(state.progress.step, evaluated=bool(state.metrics)))
     ranks.on_first(lambda: write_durably(folder.path / "config.yaml", state.config_yaml.encode()))
     ranks.on_first(lambda: write_durably(folder.path / TOKENIZER_FILE, data.tokenizer.path.read_bytes()))
 

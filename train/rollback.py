@@ -66,7 +66,7 @@ def go_back(run: Run, bad_updates: list[BadUpdate]) -> None:
     state.progress.rollbacks, state.back_to = before.rollbacks + 1, back_to
     state.progress.excluded = [*before.excluded, (first, last)]
     run.saver.saved_step = state.progress.step if path.parent == run.folder.checkpoints else 0
-    run.ranks.on_first(lambda: run.folder.cut_metrics(state.progress.step, evaluated=bool(state.metrics)))
+    run.ranks.on_first(lambda: run.folder.metrics.cut(state.progress.step, evaluated=bool(state.metrics)))
     if run.ranks.is_first:
         say(
             f"pretrain: back to {path}; the batches of steps {first} to {last} are left out: they count as steps "

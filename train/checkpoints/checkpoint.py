@@ -125,7 +125,12 @@ def save(run: RunFolder, step: int, state: State, extra: Mapping[str, bytes], ra
     except (CheckpointException, OSError) as error:
         if ranks.is_first:  # every rank has reported its outcome, so none still writes
             shutil.rmtree(temporary, ignore_errors=True)
-        raise _same_error_everywhere(error, final) from None
+        failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
+        for cause, _ in failures.values():
+            if isinstance(cause, RunTakenOver):
+                raise RunTakenOver(str(cause)) from None
+        causes = "; ".join(f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(failures.items()))
+        raise CheckpointError(f"{final} was not written ({causes}); earlier checkpoints are unharmed") from None
     return final
 
 
@@ -221,18 +226,18 @@ def retain(root: Path, config: CheckpointConfig, ranks: Ranks) -> list[Path]:
 def surplus(root: Path, config: CheckpointConfig) -> list[Path]:
     """Return the checkpoints under `root` that no rule of `config` keeps, oldest step first."""
     folders, every, metric = saved(root), config.keep_every_steps, config.best_metric
-    scores = {folder: metrics_of(folder).get(metric) for folder in folders} if metric is not None else {}
+    scores = {folder: meta_of(folder).get("metrics", {}).get(metric) for folder in folders} if metric else {}
     measured = {folder: score for folder, score in scores.items() if score is not None and isfinite(score)}
     best = sorted(measured, key=lambda folder: measured[folder])[: config.keep_best]
     older = folders[: -config.keep_last]
     return [folder for folder in older if folder not in best and (not every or step_of(folder) % every)]
 
 
-def metrics_of(folder: Path) -> dict[str, float]:
-    """Return the held-out metrics of a checkpoint's step; empty if none were measured or the checkpoint is damaged."""
+def meta_of(folder: Path) -> dict[str, Any]:
+    """Return the counters, fingerprint and metrics of a checkpoint; empty if they are damaged."""
     try:
-        return json.loads(read_extra(folder, META))["metrics"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads(read_extra(folder, META))
+    except (OSError, ValueError):
         return {}
 
 
@@ -293,24 +298,12 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _same_error_everywhere(error: BaseException, final: Path) -> RuntimeError:
-    """Return the error that every rank raises for a failed save."""
-    failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
-    for cause, _ in failures.values():
-        if isinstance(cause, RunTakenOver):
-            return RunTakenOver(str(cause))
-    causes = "; ".join(f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(failures.items()))
-    return CheckpointError(f"{final} was not written ({causes}); earlier checkpoints are unharmed")
-
-
 def _misfits(index: Metadata, state: State) -> list[str]:
     """Return how tensors of `state` and a checkpoint differ: missing, left over, of another size or dtype."""
-    here, there, problems = dict(leaves(state)), index.state_dict_metadata, []
-    for name in sorted(here.keys() - there.keys()):
-        problems.append(f"{name} is not in the checkpoint")
-    for name in sorted(there.keys() - here.keys()):
-        if name.split(".")[0] in state:
-            problems.append(f"{name} is only in the checkpoint")
+    here, there = dict(leaves(state)), index.state_dict_metadata
+    left_over = sorted(name for name in there.keys() - here.keys() if name.split(".")[0] in state)
+    problems = [f"{name} is not in the checkpoint" for name in sorted(here.keys() - there.keys())]
+    problems += [f"{name} is only in the checkpoint" for name in left_over]
     for name in sorted(here.keys() & there.keys()):
         tensor, record = here[name], there[name]
         assert isinstance(record, TensorStorageMetadata), name  # index.py reads nothing else

@@ -35,9 +35,7 @@ class FolderLock:
                 log.warning("%s: taken over from %s, an earlier attempt of this job", folder, holder)
                 return
             self.close()
-            raise BlockingIOError(
-                f"folder {folder} is in use by {holder}: stop that run or wait for its end, or give another folder"
-            ) from None
+            raise BlockingIOError(f"folder {folder} is in use by {holder}: stop it, or give another folder") from None
         who = whoami()
         os.ftruncate(self._descriptor, 0)
         owner = f"pid {who['pid']} on {who['host']} since {who['started']}{_of_job()}\n"

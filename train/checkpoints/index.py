@@ -125,9 +125,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"expected an object with version and tensors ({type(error).__name__}: {error})") from None
     if version != VERSION or not isinstance(tensors, dict):
-        raise ValueError(
-            f"version={brief(version)}, tensors={brief(tensors)}: expected version {VERSION} and an object"
-        )
+        raise ValueError(f"version={brief(version)}, tensors={brief(tensors)}: expected {VERSION} and an object")
     return tensors
 
 
@@ -161,16 +159,9 @@ def _unpickled(content: bytes) -> dict[str, Any]:
 
 # What an unpickler raises for bytes that no pickler wrote, and what records of unexpected shapes lead to.
 _DAMAGED_PICKLE = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+    pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError,
+    TypeError, ValueError,
+)  # fmt: skip
 
 
 class _Record:
@@ -191,16 +182,10 @@ class _Unpickler(pickle.Unpickler):
         "torch.serialization": ["_get_layout"],
         "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
         "torch.distributed.checkpoint.metadata": [
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
         ],
-    }
+    }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a stand-in; raise UnpicklingError for anything that does not belong in an index."""

@@ -5,7 +5,6 @@ the run has saved a checkpoint since. Nothing is deleted: what a run leaves behi
 <run>/abandoned-<number>/, with a copy of its metrics.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -44,17 +43,14 @@ def find_resume_point(resume: str, folder: RunFolder, ranks: Ranks) -> ResumePoi
     checkpoint.clean(folder.checkpoints, ranks)
     saved = ranks.on_first(lambda: checkpoint.saved(folder.checkpoints))
     if resume == "none" and saved:
-        raise ValueError(
-            f"resume=none, but {folder.path} holds {len(saved)} checkpoints; give another run_dir, or move them away"
-        )
+        raise ValueError(f"resume=none, but {folder.path} holds {len(saved)} checkpoints; give another run_dir")
     step = _own_step(resume, folder)
     if step is not None and not ranks.on_first(lambda: _went_back_already(step, saved)):
         return ResumePoint(_go_back(step, saved, folder, ranks), back_to=step)
     newest = checkpoint.latest(folder.checkpoints, ranks)
     if newest is None and saved:
         raise ValueError(
-            f"all {len(saved)} checkpoints in {folder.checkpoints} are damaged; restore one, or remove them to start "
-            "from scratch"
+            f"all {len(saved)} checkpoints in {folder.checkpoints} are damaged; restore one, or remove them to restart"
         )
     if step is not None and ranks.is_first:
         log.warning(
@@ -94,11 +90,11 @@ def load_resume_point(
 def go_back_before(step: int, folder: RunFolder, ranks: Ranks) -> Path | None:
     """Put aside the checkpoints after the newest intact one before `step`, and return that, or None. Collective."""
     saved = ranks.on_first(lambda: checkpoint.saved(folder.checkpoints))
-    for path in reversed(saved):
-        if checkpoint.step_of(path) < step and not checkpoint.verify(path, ranks):
-            _put_later_aside(path, saved, folder, ranks)
-            return path
-    return None
+    older = (path for path in reversed(saved) if checkpoint.step_of(path) < step)
+    newest = next((path for path in older if not checkpoint.verify(path, ranks)), None)
+    if newest is not None:
+        ranks.on_first(lambda: _put_later_aside(newest, saved, folder))
+    return newest
 
 
 def _own_step(resume: str, folder: RunFolder) -> int | None:
@@ -112,14 +108,8 @@ def _own_step(resume: str, folder: RunFolder) -> int | None:
 
 def _went_back_already(step: int, saved: list[Path]) -> bool:
     """Return whether any checkpoint after `step` was saved after a `resume=step`."""
-
-    def origin(path: Path) -> int | None:
-        try:
-            return json.loads(checkpoint.read_extra(path, checkpoint.META))["back_to"]
-        except (OSError, ValueError, KeyError, TypeError):  # damaged
-            return None
-
-    return any(origin(path) == step for path in saved if checkpoint.step_of(path) > step)
+    later = (path for path in saved if checkpoint.step_of(path) > step)
+    return any(checkpoint.meta_of(path).get("back_to") == step for path in later)
 
 
 def _go_back(step: int, saved: list[Path], folder: RunFolder, ranks: Ranks) -> Path:
@@ -130,17 +120,16 @@ def _go_back(step: int, saved: list[Path], folder: RunFolder, ranks: Ranks) -> P
         raise FileNotFoundError(f"resume={step}: {folder.checkpoints} has no such step; expected one of {there}")
     if problems := checkpoint.verify(path, ranks):
         raise ValueError(f"resume={step}: {path} is damaged: {'; '.join(problems)}")
-    _put_later_aside(path, saved, folder, ranks)
+    ranks.on_first(lambda: _put_later_aside(path, saved, folder))
     return path
 
 
-def _put_later_aside(path: Path, saved: list[Path], folder: RunFolder, ranks: Ranks) -> None:
-    """Put aside what came after the checkpoint that the run goes back to. Collective."""
+def _put_later_aside(path: Path, saved: list[Path], folder: RunFolder) -> None:
+    """Put aside what came after the checkpoint that the run goes back to; rank 0 only."""
     step = checkpoint.step_of(path)
     later = [other for other in saved if checkpoint.step_of(other) > step]
-    has_rows_after = ranks.on_first(lambda: folder.has_rows_after(step))
-    if later or has_rows_after:
-        ranks.on_first(lambda: _put_aside(later, folder, f"what came after step {step}"))
+    if later or folder.metrics.has_rows_after(step):
+        _put_aside(later, folder, f"what came after step {step}")
 
 
 def _put_aside(paths: list[Path], folder: RunFolder, what: str) -> None:

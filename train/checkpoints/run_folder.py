@@ -45,7 +45,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._is_first = ranks.is_first
         self._lock: FolderLock | None = None
-        self._metrics = MetricsFile(self.path)
+        self.metrics = MetricsFile(self.path)  # for rank 0 alone
         self.attempt, self._token = ranks.on_first(self._claim)
         try:
             require_shared(self.path, "run_dir", ranks)
@@ -58,9 +58,7 @@ class RunFolder:
         owner = _read_attempt(self.path)
         if owner.get("token") != self._token:
             by = f"attempt {owner['attempt']} (pid {owner['pid']} on {owner['host']})" if owner else "another process"
-            raise RunTakenOver(
-                f"{self.path} was taken over from attempt {self.attempt} by {by}; this process writes nothing more"
-            )
+            raise RunTakenOver(f"{self.path} was taken over from attempt {self.attempt} by {by}; this one must end")
 
     def _is_current(self) -> bool:
         """Return whether this attempt may still write; the next commit reports a damaged attempt.json."""
@@ -72,7 +70,7 @@ class RunFolder:
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl (MetricsFile.append), on rank 0 alone."""
         if self._is_first and self._is_current():
-            self._metrics.append(row)
+            self.metrics.append(row)
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows to another `.jsonl` file of the folder, on rank 0 only. On a full disk the rows are lost."""
@@ -84,18 +82,9 @@ class RunFolder:
         except OSError as error:
             log.warning("%s: rows lost: %s", name, error)
 
-    def has_rows_after(self, step: int) -> bool:
-        """Return whether metrics.jsonl holds a row of a later step."""
-        return self._metrics.has_rows_after(step)
-
-    def cut_metrics(self, last_step: int, *, evaluated: bool = True) -> None:
-        """Drop the rows that the resumed run will write again (MetricsFile.cut), on rank 0 alone."""
-        if self._is_first:
-            self._metrics.cut(last_step, evaluated=evaluated)
-
     def close(self) -> None:
         """Release the lock; other ranks have none. Logs how many rows of metrics a full disk cost."""
-        self._metrics.close()
+        self.metrics.close()
         if self._lock is not None:
             self._lock.close()
 

@@ -48,10 +48,8 @@ def difference(facts_by_rank: Mapping[int, Mapping[str, str]]) -> str | None:
     if not differences:
         return None
     more = f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
-    return (
-        f"the ranks disagree: {'; '.join(differences[:MAX_DIFFERENCES])}{more}. Start all ranks with the same command, "
-        "code and data"
-    )
+    named = "; ".join(differences[:MAX_DIFFERENCES])
+    return f"the ranks disagree: {named}{more}. Start all ranks with the same command, code and data"
 
 
 def _shorten(value: str) -> str:

@@ -35,17 +35,10 @@ def place() -> Place:
     if set(given.values()) != {None} and not all(given.values()):
         state = {None: " is not set", "": " is empty"}
         stated = ", ".join(f"{name}{state.get(value, f'={value}')}" for name, value in given.items())
-        raise ValueError(
-            f"environment: {stated}: expected both, or neither for a run of one process (unset RANK WORLD_SIZE). "
-            f"{SETTERS}"
-        )
-    found = Place(
-        _number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
-    )
+        raise ValueError(f"environment: {stated}: expected both, or neither for a run of one process. {SETTERS}")
+    found = Place(_count("RANK", 0), _count("WORLD_SIZE", 1), _count("LOCAL_RANK", 0), _count("LOCAL_WORLD_SIZE", 1))
     if found.rank >= found.world_size:
-        raise ValueError(
-            f"environment: RANK={found.rank}, WORLD_SIZE={found.world_size}: expected RANK below WORLD_SIZE"
-        )
+        raise ValueError(f"environment: RANK={found.rank}, WORLD_SIZE={found.world_size}: expected a smaller RANK")
     return found
 
 
@@ -97,7 +90,7 @@ def report_to_torchrun(reason: str) -> None:
         print(f"{ERROR_FILE}={path}: {error.strerror}", file=sys.stderr)
 
 
-def _number(name: str, least: int) -> int:
+def _count(name: str, least: int) -> int:
     """Return a variable's value, `least` if it is not set."""
     value = os.environ.get(name, str(least))
     if not value.isdecimal() or int(value) < least:

@@ -7,7 +7,6 @@ form a mesh dp_replicate x dp_shard: dp_shard neighbours share one copy of the s
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -52,15 +51,12 @@ class ParallelConfig:
     accumulate_unsharded: bool = False
 
     def __post_init__(self) -> None:
-        if self.dp_replicate < 1 or self.prefetch < 0:
-            raise ValueError(
-                f"parallel.dp_replicate={self.dp_replicate}, prefetch={self.prefetch}: expected dp_replicate >= 1, "
-                "prefetch >= 0"
-            )
+        if self.dp_replicate < 1:
+            raise ValueError(f"parallel.dp_replicate={self.dp_replicate}: expected at least 1")
+        if self.prefetch < 0:
+            raise ValueError(f"parallel.prefetch={self.prefetch}: expected at least 0")
         if self.group_size is not None and self.group_size < 2:
-            raise ValueError(
-                f"parallel.reshard_after_forward={self.group_size}: expected true, false or at least 2 ranks"
-            )
+            raise ValueError(f"parallel.reshard_after_forward={self.group_size}: expected true, false or at least 2")
 
     @property
     def group_size(self) -> int | None:
@@ -97,10 +93,11 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> FSD
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(config, ranks.device), reduce_dtype=torch.float32)
     blocks = model.transformer.blocks
     if config.activation_checkpointing != "none":
-        recomputed = partial(_recomputed, selective=config.activation_checkpointing == "selective")
-        apply_activation_checkpointing(
-            model.patches, recomputed, check_fn=lambda module: isinstance(module, ResidualBlock)
-        )
+        recomputed = partial(checkpoint_wrapper, preserve_rng_state=False)  # modules draw no random numbers
+        if config.activation_checkpointing == "selective":
+            contexts = partial(create_selective_checkpoint_contexts, _recompute_policy)
+            recomputed = partial(recomputed, context_fn=contexts)
+        apply_activation_checkpointing(model.patches, recomputed, lambda module: isinstance(module, ResidualBlock))
         for i, block in enumerate(blocks):
             blocks[i] = recomputed(block)
     for block in blocks:
@@ -141,14 +138,6 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _recomputed(module: nn.Module, selective: bool) -> nn.Module:
-    """Return `module` wrapped so that backward recomputes it. It draws nothing, so no random state is restored."""
-    if not selective:
-        return checkpoint_wrapper(module, preserve_rng_state=False)
-    contexts = partial(create_selective_checkpoint_contexts, _recompute_policy)
-    return checkpoint_wrapper(module, preserve_rng_state=False, context_fn=contexts)
 
 
 def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
@@ -198,14 +187,8 @@ def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of forward and backward. A CPU without native bfloat16 would take ten times as long in it."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    native = device.type == "cuda" or any(flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16"))
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()  # as has every CPU with amx_bf16
     return torch.bfloat16 if native else torch.float32
-
-
-def _cpu_flags() -> set[str]:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 
 def plain_name(name: str) -> str:

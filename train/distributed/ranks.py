@@ -37,7 +37,6 @@ class Ranks:
 
     rank: int  # 0 ... world_size - 1
     world_size: int
-    local_rank: int  # on this machine
     device: torch.device
     vote_group: dist.ProcessGroup | None  # gloo, for the main thread
     checkpoint_group: dist.ProcessGroup | None  # gloo, for the main thread, with a timeout that allows for slow disks
@@ -160,7 +159,6 @@ def init_ranks(
     ranks = Ranks(
         rank=mine.rank,
         world_size=mine.world_size,
-        local_rank=mine.local_rank,
         device=own,
         vote_group=dist.new_group(backend="gloo", timeout=timeout),
         checkpoint_group=dist.new_group(backend="gloo", timeout=checkpoint_timeout),
@@ -174,8 +172,7 @@ def init_ranks(
 
 def alone(device: str | torch.device = "cpu") -> Ranks:
     """Return the only rank of a program that needs no process group, such as a viewer."""
-    device = torch.device(device)
-    return Ranks(rank=0, world_size=1, local_rank=0, device=device, vote_group=None, checkpoint_group=None)
+    return Ranks(rank=0, world_size=1, device=torch.device(device), vote_group=None, checkpoint_group=None)
 
 
 @contextmanager

@@ -10,12 +10,11 @@ import json
 import os
 import re
 import socket
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
@@ -23,8 +22,7 @@ from torch.distributed import distributed_c10d as c10d
 from train.distributed import launcher
 from train.distributed.agreement import difference
 from train.distributed.launcher import Place
-
-T = TypeVar("T")
+from train.distributed.roll_call import within
 
 # What gloo and NCCL say when a peer has failed; matched on RuntimeErrors only.
 LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|timed? ?out|no route to host", re.IGNORECASE)
@@ -167,10 +165,9 @@ def _join(place: Place, timeout_s: float) -> dist.Store:
     if not hosts:
         _wait_for_port(host, port, timeout_s)
     limit = timedelta(seconds=ANSWER_S)
+    open_store = partial(dist.TCPStore, host, port, is_master=hosts, wait_for_workers=False, timeout=limit)
     try:
-        return _within(
-            ANSWER_S, lambda: dist.TCPStore(host, port, is_master=hosts, wait_for_workers=False, timeout=limit)
-        )
+        return within(ANSWER_S, open_store)
     except (RuntimeError, TimeoutError) as error:
         what = str(error).splitlines()[0]
         if hosts and "EADDRINUSE" in str(error):
@@ -200,27 +197,6 @@ def _wait_for_port(host: str, port: int, timeout_s: float) -> None:
                     f"({error}): start it, or correct the address"
                 ) from None
             time.sleep(4 * POLL_S)
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Return what `work` returns, or raise TimeoutError: a handshake with a foreign server may never end."""
-    results: list[T] = []
-    errors: list[RuntimeError] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except RuntimeError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="rendezvous", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no answer in {seconds:.0f} seconds")
-    return results[0]
 
 
 def _listener(port: int) -> str | None:

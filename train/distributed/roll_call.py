@@ -8,11 +8,16 @@ step, which costs a message per step and cannot tell a blocked rank from a dead 
 
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from torch.distributed import Store
 
 CALLED = "roll-call"  # the key that asks all ranks to answer
-STORE_S = 60.0  # that a roll call may take: a store in a frozen process never answers
+STORE_S = 60.0  # that a roll call may take
+
+T = TypeVar("T")
 
 
 class RollCall:
@@ -31,20 +36,16 @@ class RollCall:
 
     def missing(self) -> list[int]:
         """Return the ranks that do not answer within about two seconds; empty if the store cannot be reached."""
-        found = [0] if self._kept_by_first else []
-        asking = threading.Thread(target=lambda: found.__setitem__(slice(None), self._ask()), daemon=True)
-        asking.start()
-        asking.join(STORE_S)
-        return found
+        try:
+            return within(STORE_S, self._ask)
+        except (RuntimeError, TimeoutError):  # torch's DistError: the rank that hosted the store is gone; or frozen
+            return [0] if self._kept_by_first else []
 
     def _ask(self) -> list[int]:
-        try:
-            self._store.set(CALLED, "")
-            self._store.set(f"{CALLED}/{self._rank}", "")
-            time.sleep(1.0 + 2 * self._period_s)
-            found = [rank for rank in range(self._world_size) if not self._store.check([f"{CALLED}/{rank}"])]
-        except RuntimeError:  # torch's DistError: the rank that hosted the store is gone
-            return [0] if self._kept_by_first else []
+        self._store.set(CALLED, "")
+        self._store.set(f"{CALLED}/{self._rank}", "")
+        time.sleep(1.0 + 2 * self._period_s)
+        found = [rank for rank in range(self._world_size) if not self._store.check([f"{CALLED}/{rank}"])]
         if self._kept_by_first and self._rank == 0:
             time.sleep(1.0)  # other ranks may have started their roll call a little later
         return found
@@ -60,3 +61,20 @@ class RollCall:
                     return
         except RuntimeError:  # as above; the collectives will say so too
             return
+
+
+def within(seconds: float, ask: Callable[[], T]) -> T:
+    """Return `ask()`, or raise TimeoutError: a store in a frozen process or a foreign server may never answer."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="store", daemon=True).start()  # unlike an executor, holds nothing up
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer in {seconds:.0f} seconds") from None

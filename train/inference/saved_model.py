@@ -61,7 +61,9 @@ class SavedModel:
         """
         path = Path(path)
         if (path / EXPORT_MARK).is_file():
-            return read(cls._open(path))
+            exported = cls._open(path)
+            ranks.require_alike({f"{key} (contents)": exported.identity})
+            return read(exported)
         return read_while_there(
             lambda: find_checkpoint(path, ranks, key),
             lambda folder: read(ranks.on_first(lambda: cls._open(folder))),
@@ -208,7 +210,6 @@ class LoadedModel:
 
     @classmethod
     def _read(cls, saved: SavedModel, ranks: Ranks, weights: str, tokenizer_path: str | None) -> "LoadedModel":
-        ranks.require_alike({"checkpoint (contents)": saved.identity})
         tokenizer = saved.tokenizer(tokenizer_path)
         config = replace(saved.config, data=replace(saved.config.data, tokenizer=str(tokenizer.path)))
         with torch.device("meta"):

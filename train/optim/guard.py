@@ -130,30 +130,23 @@ class _Step:
     micro_batches: list[tuple[StepLoss, int, int, dict]]  # text targets, images, positions of documents by lane
 
 
-@dataclass(frozen=True)
-class _Suspect:
-    """A micro-batch of a bad update."""
-
-    loss: float  # mean text loss + mean image loss
-    lanes: list[int]
-    documents: list[str]
-
-
 def _blame(bad: list[_Step], name_of: Callable[[tuple], str], ranks: Ranks) -> list[BadUpdate]:
     """Return who is to blame for each of the bad updates. Collective."""
     mine = [[_suspect(*micro_batch, name_of) for micro_batch in step.micro_batches] for step in bad]
     found = []
     for step, of_ranks in zip(bad, zip(*ranks.gather(mine), strict=True), strict=True):
         suspects = [suspect for of_rank in of_ranks for suspect in of_rank]
-        infinite = [suspect for suspect in suspects if not math.isfinite(suspect.loss)]
-        blamed = infinite or [max(suspects, key=lambda suspect: suspect.loss)]
-        lanes = [lane for suspect in blamed for lane in suspect.lanes]
-        documents = [name for suspect in blamed for name in suspect.documents]
+        infinite = [suspect for suspect in suspects if not math.isfinite(suspect[0])]
+        blamed = infinite or [max(suspects, key=lambda suspect: suspect[0])]
+        lanes = [lane for _, its_lanes, _ in blamed for lane in its_lanes]
+        documents = [name for _, _, names in blamed for name in names]
         found.append(BadUpdate(step.number, int(step.in_a_row), step.norm.item(), lanes, documents))
     return found
 
 
-def _suspect(loss: StepLoss, targets: int, images: int, documents: dict, name_of: Callable[[tuple], str]) -> _Suspect:
+def _suspect(
+    loss: StepLoss, targets: int, images: int, documents: dict, name_of: Callable[[tuple], str]
+) -> tuple[float, list[int], list[str]]:
+    """Return a micro-batch's mean text loss + mean image loss, its lanes and the names of its documents."""
     mean = loss.text_nll.item() / max(targets, 1) + loss.image_error.item() / max(images, 1)
-    names = [name_of(position) for positions in documents.values() for position in positions]
-    return _Suspect(mean, list(documents), names)
+    return mean, list(documents), [name_of(position) for positions in documents.values() for position in positions]

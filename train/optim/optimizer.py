@@ -46,15 +46,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_learning_rate <= self.learning_rate:
-            raise ValueError(
-                f"optim.min_learning_rate={self.min_learning_rate}: expected between 0 and "
-                f"learning_rate={self.learning_rate}"
-            )
-        if self.steps < 1 or self.warmup_steps < 0 or self.clip_norm <= 0:
-            raise ValueError(
-                f"optim.steps={self.steps}, warmup_steps={self.warmup_steps}, clip_norm={self.clip_norm}: expected "
-                "steps >= 1, warmup_steps >= 0, clip_norm > 0"
-            )
+            raise ValueError(f"optim.min_learning_rate={self.min_learning_rate}: expected in [0, learning_rate]")
+        if self.steps < 1 or self.warmup_steps < 0:
+            raise ValueError(f"optim.steps={self.steps}, warmup_steps={self.warmup_steps}: expected at least 1 and 0")
+        if self.clip_norm <= 0:
+            raise ValueError(f"optim.clip_norm={self.clip_norm}: expected more than 0")
         if not 0 <= self.decay_share <= 1:
             raise ValueError(f"optim.decay_share={self.decay_share}: expected a share of the steps, in [0, 1]")
         betas_fit = all(0 <= beta < 1 for beta in (self.beta1, self.beta2, self.muon_momentum))
