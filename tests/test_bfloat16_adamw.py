@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.ranks import run_ranks
+from tests.test_optimizer import set_gradients
 from train.distributed.parallelize import gather_weights
 from train.distributed.ranks import Ranks
 from train.optim.bfloat16_adamw import MOMENTS, BFloat16AdamW
@@ -72,12 +72,9 @@ def _train(ranks: Ranks, sharded: bool, config: OptimConfig) -> list[dict[str, t
         fully_shard(model, mesh=init_device_mesh("cpu", (ranks.world_size,)))
     optimizer, history = Optimizer(model, config, GuardConfig()), []
     for step in range(1, config.steps + 1):
-        generator = torch.Generator().manual_seed(step)
-        for p in model.parameters():
-            grad = torch.randn(p.shape, generator=generator) * (math.nan if step == BAD_STEP else 1.0)
-            if isinstance(p, DTensor):
-                grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
-            p.grad = grad
+        generator, scale = torch.Generator().manual_seed(step), math.nan if step == BAD_STEP else 1.0
+        grads = {n: scale * torch.randn(p.shape, generator=generator) for n, p in optimizer.parameters.items()}
+        set_gradients(optimizer.parameters, grads)
         optimizer.update(step)
         tensors = dict(optimizer.parameters)
         for name, p in optimizer.parameters.items():

@@ -90,8 +90,7 @@ def _load(ranks: Ranks, config: PretrainConfig, dp_replicate: int, roots: list[P
 
 
 @pytest.fixture
-def config(tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path) -> PretrainConfig:
-    sources = {"pairs": pairs_folder, "texts": texts_folder}
+def config(tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]) -> PretrainConfig:
     changes = {"data__lanes": LANES, "model__transformer__layers": 1}
     return load_config(PretrainConfig, settings(tmp_path / "run", tokenizer, sources, **changes))
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data.tokenizer import Tokenizer
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from tests.ranks import run_ranks
 from tests.runs import assert_same_end, finish, saved_state, settings
+from tests.test_optimizer import set_gradients
 from train.distributed.parallelize import gather_weights
 from train.distributed.ranks import Ranks
 from train.optim.guard import GuardConfig
@@ -122,11 +122,7 @@ def _train(ranks: Ranks, mesh_shape: tuple[int, ...] | None, config: OptimConfig
         fully_shard(model, mesh=mesh)
     optimizer, history, shapes = Optimizer(model, config, GuardConfig()), [], Transfusion(MODEL, 20)
     for step in range(1, config.steps + 1):
-        for name, grad in _gradients(step, shapes).items():
-            p = optimizer.parameters[name]
-            if isinstance(p, DTensor):
-                grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
-            p.grad = grad
+        set_gradients(optimizer.parameters, _gradients(step, shapes))
         optimizer.update(step)
         history.append(gather_weights(optimizer.parameters))
     return history
@@ -160,11 +156,10 @@ def test_sharded_matrices_get_the_update_of_whole_ones(
 
 
 def test_a_run_with_muon_low_moments_and_two_emas_resumes_to_the_bit(
-    tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
+    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
 ) -> None:
     """P4: all states are in the checkpoint, under parameters' names, in their dtypes."""
     changes = {"optim__optimizer": "muon", "optim__state_dtype": "bfloat16", "optim__ema_half_lives": [7, 3]}
-    sources = {"pairs": pairs_folder, "texts": texts_folder}
     argv = settings(tmp_path / "a", tokenizer, sources, optim__steps=6, checkpoint__interval_steps=3, **changes)
     finish(argv, 2)
     shutil.copytree(tmp_path / "a", tmp_path / "b")

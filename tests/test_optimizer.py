@@ -132,6 +132,13 @@ def _plain_loop(config: OptimConfig) -> tuple[list[dict], list[dict], list[float
     return history
 
 
+def set_gradients(parameters: dict[str, torch.Tensor], grads: dict[str, torch.Tensor]) -> None:
+    """Give each parameter, sharded or not, its part of a whole gradient."""
+    for name, p in parameters.items():
+        own = isinstance(p, DTensor)
+        p.grad = distribute_tensor(grads[name], p.device_mesh, p.placements, src_data_rank=None) if own else grads[name]
+
+
 def _run_optimizer(ranks: Ranks, sharded: bool) -> list[tuple[dict, dict, float, list[float], float]]:
     model = Small()
     model.load_state_dict(_start())
@@ -142,11 +149,7 @@ def _run_optimizer(ranks: Ranks, sharded: bool) -> list[tuple[dict, dict, float,
     optimizer = Optimizer(model, CONFIG, GuardConfig())
     history = []
     for step in range(1, CONFIG.steps + 1):
-        for name, p in model.named_parameters():
-            grad = _gradients(step)[name]
-            if isinstance(p, DTensor):
-                grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
-            p.grad = grad
+        set_gradients(optimizer.parameters, _gradients(step))
         norm = optimizer.update(step)
         assert all(p.grad is None for p in model.parameters())
         weights, average = gather_weights(optimizer.parameters), {}

@@ -23,12 +23,7 @@ from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
 from tests.ranks import run_ranks
 from tests.sources import data_config
-from train.distributed.parallelize import (
-    ParallelConfig,
-    compute_dtype,
-    gather_weights,
-    mesh_shape,
-)
+from train.distributed.parallelize import ParallelConfig, compute_dtype, gather_weights, mesh_shape
 from train.distributed.ranks import Ranks
 from train.optim.guard import GuardConfig
 from train.optim.optimizer import OptimConfig, Optimizer
@@ -139,11 +134,9 @@ OPTIONS = {
 }
 
 
-def test_options_change_memory_and_speed_but_not_the_result(
-    tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
-) -> None:
+def test_options_change_memory_and_speed_but_not_the_result(tokenizer: Tokenizer, sources: dict[str, Path]) -> None:
     """Within 1e-6 in float32; bfloat16 is close, and its weights and gradient sums are float32."""
-    settings = data_config(tokenizer, {"pairs": pairs_folder, "texts": texts_folder}, lanes=4, sequence_length=64)
+    settings = data_config(tokenizer, sources, lanes=4, sequence_length=64)
     found = run_ranks(_step_with, 2, OPTIONS, settings)[0]
     assert all(grad.any() for grad in found["plain"].grads.values())
     for name, step in found.items():
@@ -153,33 +146,29 @@ def test_options_change_memory_and_speed_but_not_the_result(
     assert found["bfloat16"].loss != found["plain"].loss
 
 
+ROW, SUMS, KEPT = {"micro_batch_size": 1}, {"accumulate_unsharded": True}, {"reshard_after_forward": False}
 MESHES = {
-    2: {"1x2": {}, "2x1": {"dp_replicate": 2}, "2x1, a row at a time": {"dp_replicate": 2, "micro_batch_size": 1}},
-    3: {"3x1": {"dp_replicate": 3}, "1x3, unsharded sums": {"accumulate_unsharded": True, "micro_batch_size": 1}},
+    2: {"1x2": {}, "2x1": {"dp_replicate": 2}, "2x1, a row at a time": {"dp_replicate": 2} | ROW},
+    3: {"3x1": {"dp_replicate": 3}, "1x3, unsharded sums": ROW | SUMS},
     4: {
         "2x2": {"dp_replicate": 2},
-        "2x2, a row at a time": {"dp_replicate": 2, "micro_batch_size": 1},
-        "2x2, unsharded sums": {"dp_replicate": 2, "micro_batch_size": 1, "accumulate_unsharded": True},
-        "2x2, kept": {"dp_replicate": 2, "micro_batch_size": 1, "reshard_after_forward": False},
-        "2x2, kept, unsharded sums": {
-            "dp_replicate": 2,
-            "micro_batch_size": 1,
-            "reshard_after_forward": False,
-            "accumulate_unsharded": True,
-        },
-        "1x4 in groups of two": {"reshard_after_forward": 2, "micro_batch_size": 1},
+        "2x2, a row at a time": {"dp_replicate": 2} | ROW,
+        "2x2, unsharded sums": {"dp_replicate": 2} | ROW | SUMS,
+        "2x2, kept": {"dp_replicate": 2} | ROW | KEPT,
+        "2x2, kept, unsharded sums": {"dp_replicate": 2} | ROW | KEPT | SUMS,
+        "1x4 in groups of two": {"reshard_after_forward": 2} | ROW,
     },
 }
 
 
 def test_any_mesh_and_any_split_into_micro_steps_make_the_update_of_one_rank(
-    tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
+    tokenizer: Tokenizer, sources: dict[str, Path]
 ) -> None:
     """P3: loss, summed gradients, their norm over the mesh and the clipped update, uneven shards included.
 
     The number of reductions is what each option says, with four units and two micro-steps.
     """
-    settings = data_config(tokenizer, {"pairs": pairs_folder, "texts": texts_folder}, lanes=8, sequence_length=64)
+    settings = data_config(tokenizer, sources, lanes=8, sequence_length=64)
     expected = run_ranks(_step_with, 1, {"plain": {}}, settings)[0]["plain"]
     steps = {}
     for world_size, options in MESHES.items():
@@ -291,10 +280,10 @@ def test_checkpointing_trades_memory_for_time_bit_for_bit(tokenizer: Tokenizer, 
 
 
 def test_a_unet_gives_the_same_loss_and_gradients_however_it_is_sharded_and_recomputed(
-    tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
+    tokenizer: Tokenizer, sources: dict[str, Path]
 ) -> None:
     """P3: on 1, 2 and 3 ranks, some without images or with fewer grid sizes than others."""
-    settings = data_config(tokenizer, {"pairs": pairs_folder, "texts": texts_folder}, lanes=5, sequence_length=64)
+    settings = data_config(tokenizer, sources, lanes=5, sequence_length=64)
     unet = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
     model = replace(MODEL, patches="unet", unet=unet)
     choices = {2: ("plain", "full", "selective"), 3: ("full", "bfloat16")}

@@ -69,9 +69,7 @@ def test_what_resume_asks_for_and_is_not_there_is_refused(
     steps = saved_steps(twin)
     (twin / "checkpoints" / f"step-{steps[0]:08d}" / "meta.json").write_text("{}")
     argv = settings(twin, tokenizer, sources)
-    assert_refused(
-        [([*argv, "resume=7"], ["resume=7", "expected one of 20, 24"])],
-    )
+    assert_refused([([*argv, "resume=7"], ["resume=7", "expected one of 20, 24"])])
     assert_refused([([*argv, f"resume={steps[0]}"], [f"resume={steps[0]}", "is damaged", "meta.json"])])
     assert_refused([([*argv, "resume=none"], ["resume=none", "holds 2 checkpoints", "give another run_dir"])])
     fresh = settings(tmp_path / "fresh", tokenizer, sources)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.ranks import is_running
 from train.distributed.signals import StopKind, StopSignal, shield_worker
 
 
@@ -61,10 +62,10 @@ with StopSignal() as stop:
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=10) == -signal.SIGINT
     for _ in range(500):
-        if not _runs(worker):
+        if not is_running(worker):
             break
         time.sleep(0.01)
-    assert not _runs(worker)
+    assert not is_running(worker)
 
 
 def test_a_worker_whose_parent_died_before_it_was_watched_ends_at_once() -> None:
@@ -74,11 +75,3 @@ def test_a_worker_whose_parent_died_before_it_was_watched_ends_at_once() -> None
         shield_worker(0, parent_pid=os.getppid() + 1)  # not the parent it has now
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 1
-
-
-def _runs(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

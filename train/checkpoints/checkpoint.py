@@ -40,6 +40,7 @@ from train.checkpoints.storage import (
     read_index,
     read_listing,
 )
+from train.distributed.agreement import first_few
 from train.distributed.ranks import Ranks
 from train.nested import leaves
 
@@ -48,7 +49,6 @@ log = logging.getLogger(__name__)
 State = dict[str, Any]  # nested dicts whose leaves are tensors or DTensors
 META = "meta.json"  # the extra file with counters, fingerprint and metrics
 MOST_MINUTES = 100_000  # of a timeout
-MAX_MISFITS = 8  # named in one message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +143,9 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
     _assert_only_tensors(state)
     index = ranks.on_first(lambda: read_index(folder))
     if misfits := _misfits(index, state):
-        more = f"; and {len(misfits) - MAX_MISFITS} more" if len(misfits) > MAX_MISFITS else ""
         raise ValueError(
-            f"checkpoint {folder} does not fit: {'; '.join(misfits[:MAX_MISFITS])}{more}. Resume with the "
-            "config stored in it, or start in a new run folder"
+            f"checkpoint {folder} does not fit: {first_few(misfits)}. Resume with the config stored in it, or start in "
+            "a new run folder"
         )
     with _group_of(ranks) as group:
         dcp.load(state, storage_reader=CheckedReader(folder, index), **group)

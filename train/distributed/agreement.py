@@ -17,7 +17,7 @@ import torch
 
 from train.nested import leaves
 
-MAX_DIFFERENCES, MAX_VALUE_LENGTH = 8, 100  # in one message; characters
+MAX_VALUE_LENGTH = 100  # characters
 
 
 def facts_of(config: Any, own: Collection[str] = ()) -> dict[str, str]:
@@ -47,9 +47,13 @@ def difference(facts_by_rank: Mapping[int, Mapping[str, str]]) -> str | None:
             differences.append(f"{name} is {', '.join(values)}")
     if not differences:
         return None
-    more = f"; and {len(differences) - MAX_DIFFERENCES} more" if len(differences) > MAX_DIFFERENCES else ""
-    named = "; ".join(differences[:MAX_DIFFERENCES])
-    return f"the ranks disagree: {named}{more}. Start all ranks with the same command, code and data"
+    return f"the ranks disagree: {first_few(differences)}. Start all ranks with the same command, code and data"
+
+
+def first_few(items: Sequence[str], separator: str = "; ", most: int = 8) -> str:
+    """Return the items for a message: `most` of them, and how many more there are."""
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])
 
 
 def _shorten(value: str) -> str:

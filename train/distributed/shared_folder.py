@@ -8,6 +8,7 @@ import time
 import uuid
 from pathlib import Path
 
+from train.distributed.agreement import first_few
 from train.distributed.ranks import Ranks
 
 SEE_S = 10.0  # that a network file system may take to show a file written by another host
@@ -27,9 +28,8 @@ def require_shared(folder: Path, key: str, ranks: Ranks) -> None:
     places = ranks.gather((seen, f"{socket.gethostname()}:{folder.absolute()}"))
     ranks.on_first(lambda: (folder / token).unlink(missing_ok=True))
     if blind := [f"rank {rank} ({place})" for rank, (seen, place) in enumerate(places) if not seen]:
-        more = f" and {len(blind) - 4} more ranks" if len(blind) > 4 else ""
         raise OSError(
-            f"{key}={folder}: {', '.join(blind[:4])}{more} cannot see there what rank 0 ({places[0][1]}) wrote: "
+            f"{key}={folder}: {first_few(blind, ', ', 4)} cannot see there what rank 0 ({places[0][1]}) wrote: "
             "expected a folder that all ranks share; across machines, one on a network file system"
         )
 

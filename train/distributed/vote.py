@@ -3,7 +3,7 @@
 Rejected: one all-reduce per quantity; a vote is a single message however many questions it answers.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ class Ballot:
     stop: StopKind = StopKind.NONE
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Vote:
     """The sums over all ranks, the same on every rank."""
 
@@ -61,5 +61,4 @@ class PendingVote:
         sums = self._sums.tolist()
         counts, kinds = sums[: -len(StopKind)], sums[-len(StopKind) :]
         stop = max(kind for kind, count in zip(StopKind, kinds, strict=True) if count)
-        names = [field.name for field in fields(Vote)]
-        return Vote(**dict(zip(names, [*counts, stop], strict=True)))
+        return Vote(*counts, stop)

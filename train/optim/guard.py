@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from data.loader import StepBatch
+from train.distributed.agreement import first_few
 from train.distributed.ranks import Ranks
 from train.step import StepLoss
 
 HORIZON = 100  # good updates over which the running mean of the gradient norm extends
-MAX_DOCUMENTS = 8  # named in one message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,8 @@ class BadUpdate:
     documents: list[str]
 
     def __str__(self) -> str:
-        more = f" and {len(self.documents) - MAX_DOCUMENTS} more" if len(self.documents) > MAX_DOCUMENTS else ""
-        documents = ", ".join(self.documents[:MAX_DOCUMENTS]) or "none"
-        return f"step {self.step} (gradient norm {self.grad_norm:.3g}; lanes {self.lanes}; documents {documents}{more})"
+        documents = first_few(self.documents, ", ") or "none"
+        return f"step {self.step} (gradient norm {self.grad_norm:.3g}; lanes {self.lanes}; documents {documents})"
 
 
 class Guard:

@@ -115,8 +115,7 @@ class Optimizer:
             settings |= {"lr": rate, "weight_decay": config.weight_decay}
             self.parts.append(muon.Muon(blocks, torch.bfloat16 if low else torch.float32, **settings))
         self.emas = {label(half_life): Ema(self.parameters, half_life) for half_life in config.ema_half_lives}
-        device = next(iter(self.parameters.values())).device
-        self.guard = Guard(guard, device)
+        self.guard = Guard(guard, next(iter(self.parameters.values())).device)
 
     @torch.no_grad()
     def update(self, step: int) -> torch.Tensor:
