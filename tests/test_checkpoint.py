@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, zeros
+from torch.distributed.tensor import Shard, zeros
 
 from tests.disks import small_disk
 from tests.ranks import FunctionRanks, run_ranks
 from train.checkpoints import checkpoint
 from train.checkpoints.checkpoint import CheckpointConfig, CheckpointError
 from train.checkpoints.run_folder import RunFolder, RunTakenOver
+from train.distributed.parallelize import gather_weights
 from train.distributed.ranks import LOST_PEER, Ranks, alone
 from train.nested import leaves
 
@@ -64,8 +65,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> checkpoint.Sta
 
 def _full(state: checkpoint.State) -> dict[str, torch.Tensor]:
     """Every tensor, gathered, by name."""
-    tensors = dict(leaves(state))
-    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
+    return gather_weights(dict(leaves(state)))
 
 
 def _same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -260,8 +260,7 @@ def test_retention_keeps_the_last_that_verifies(tmp_path: Path) -> None:
     config = CheckpointConfig(interval_steps=10, keep_last=1, keep_every_steps=40)
     assert checkpoint.retain(root, config, alone()) == [folders[0], folders[2]]
     assert checkpoint.latest(root, alone()) == folders[1]
-    for folder in folders[1:2]:
-        _flip(folder / "index.json", 0.5)
+    _flip(folders[1] / "index.json", 0.5)
     assert checkpoint.retain(root, CheckpointConfig(keep_last=1), alone()) == [], "with nothing whole, nothing goes"
     _saved_run(tmp_path, 60)
     checkpoint.retain(root, CheckpointConfig(keep_last=1), alone())
@@ -321,7 +320,10 @@ def test_killed_at_the_commit_the_previous_checkpoint_stays_the_newest_and_the_p
 
 
 def _save_despite_faults(ranks: Ranks, path: Path, filler: Path | None) -> tuple[str, list[str], list[str]]:
-    """Save; save again with a full disk, or with a limit on rank 1's files; take the fault away; save again."""
+    """Save; save again with a full disk, or with a limit on rank 1's files; take the fault away; save again.
+
+    Returns what the second save said, what it left there, and what is wrong with the other two.
+    """
     with RunFolder(path, ranks) as run:
         root = run.checkpoints
         checkpoint.save(run, 1, _sharded(ranks, 100_000), {}, ranks)
@@ -346,17 +348,13 @@ def _save_despite_faults(ranks: Ranks, path: Path, filler: Path | None) -> tuple
 def test_a_full_disk_harms_nothing_saved_before(tmp_path: Path) -> None:
     """P5: the same error on every rank, no hang, nothing half-written; with space again the next save succeeds."""
     with small_disk(tmp_path / "disk", kib=8 * 1024) as disk:
-        answers = run_ranks(_save_despite_faults, 2, disk / "run", disk / "filler", timeout_s=30)
-    message, left, problems = answers[0]
-    assert answers[1] == answers[0]
-    assert "step-00000002 was not written" in message and "No space left on device" in message
-    assert left == ["step-00000001"] and problems == []
+        first, second = run_ranks(_save_despite_faults, 2, disk / "run", disk / "filler", timeout_s=30)
+    assert second == first and first[1:] == (["step-00000001"], [])
+    assert "step-00000002 was not written" in first[0] and "No space left on device" in first[0]
 
 
 def test_a_fault_of_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
     """P5: rank 1 alone cannot write its file, and rank 0 says so in the same words."""
-    answers = run_ranks(_save_despite_faults, 2, tmp_path, None, timeout_s=30)
-    message, left, problems = answers[0]
-    assert answers[1] == answers[0]
-    assert "(rank 1: OSError: [Errno 27] File too large)" in message
-    assert left == ["step-00000001"] and problems == []
+    first, second = run_ranks(_save_despite_faults, 2, tmp_path, None, timeout_s=30)
+    assert second == first and first[1:] == (["step-00000001"], [])
+    assert "(rank 1: OSError: [Errno 27] File too large)" in first[0]

@@ -170,12 +170,8 @@ def test_going_back_on_request_and_by_itself_happens_once_and_abandoned_rows_are
     changes = {"guard__max_rollbacks": 2, "guard__exclude_before": 3, "checkpoint__interval_steps": 2, "resume": 4}
     argv = _argv(run_dir, tokenizer, poisoned, **changes)
     assert "going back as resume= says" in finish(argv, 1)
-    kept = {aside.name: saved_rows(aside) for aside in run_dir.glob("abandoned-*")}
+    kept = {aside.name: len(rows(aside)) for aside in run_dir.glob("abandoned-*")}
     assert kept["abandoned-1"] == END and len(kept) == 3, kept
     again = finish(argv, 1)
     assert "going back as resume= says" not in again and f"done after step {END}" in again
     assert len(list(run_dir.glob("abandoned-*"))) == 3
-
-
-def saved_rows(folder: Path) -> int:
-    return len((folder / "metrics.jsonl").read_text().splitlines())

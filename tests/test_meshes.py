@@ -42,20 +42,13 @@ class Trainee:
     def train(self, num_steps: int) -> list[float]:
         """Return the loss of each step, over all ranks."""
         state, ranks, losses = self.state, self.ranks, []
-        loader = Loader(
-            self.data,
-            self.config.data,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            micro_batch_size=1,
-            first_step=state.progress.step + 1,
-            states=state.lane_states,
-        )
+        place = {"rank": ranks.rank, "world_size": ranks.world_size, "micro_batch_size": 1}
+        start = {"first_step": state.progress.step + 1, "states": state.lane_states}
+        loader = Loader(self.data, self.config.data, **place, **start)
+        counts = {"spec": self.data.latent_spec, "targets": 100, "images": 10}
         for _ in range(num_steps):
             batch = loader.next(30)
-            counts = {"targets": 100, "images": 10}
-            spec, parallel = self.data.latent_spec, self.config.parallel
-            total = backward(state.model, batch.micro_batches, ranks, parallel, spec=spec, **counts)
+            total = backward(state.model, batch.micro_batches, ranks, self.config.parallel, **counts)
             torch.distributed.all_reduce(total)
             losses.append(total.item())
             state.optimizer.update(batch.step)

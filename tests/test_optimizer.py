@@ -25,15 +25,8 @@ from train.optim.guard import GuardConfig
 from train.optim.optimizer import OptimConfig, Optimizer, learning_rate
 
 BAD_STEPS = (3, 6, 7)
-CONFIG = OptimConfig(
-    learning_rate=1e-2,
-    min_learning_rate=1e-3,
-    warmup_steps=4,
-    steps=16,
-    weight_decay=0.3,
-    clip_norm=0.7,
-    ema_half_lives=(3, 1),
-)
+CONFIG = OptimConfig(learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=4, steps=16, weight_decay=0.3)
+CONFIG = replace(CONFIG, clip_norm=0.7, ema_half_lives=(3, 1))
 
 
 def test_the_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:
@@ -46,9 +39,8 @@ def test_the_rate_rises_linearly_and_falls_as_half_a_cosine() -> None:
     third = 4000 + 246_000 / 3
     assert learning_rate(int(third), paper) == pytest.approx(floor + (top - floor) * 0.75, rel=1e-12)
     assert learning_rate(1, OptimConfig(warmup_steps=0, steps=2)) == pytest.approx((top + floor) / 2)
-    assert learning_rate(5, OptimConfig(warmup_steps=10, steps=5)) == pytest.approx(top / 2), (
-        "warm-up longer than the run"
-    )
+    long_warmup = OptimConfig(warmup_steps=10, steps=5)
+    assert learning_rate(5, long_warmup) == pytest.approx(top / 2)
 
 
 def test_wsd_stays_at_the_peak_and_falls_in_its_last_part() -> None:
@@ -68,9 +60,7 @@ def test_a_wsd_run_extended_before_its_decay_is_the_longer_run() -> None:
     """P10: `steps` may change on resume; so may the whole schedule, as the rate depends on step and config alone."""
     short = OptimConfig(steps=1000, warmup_steps=100, schedule="wsd", decay_share=0.2)
     long = replace(short, steps=2000)
-    assert [learning_rate(step, short) for step in range(1, 801)] == [
-        learning_rate(step, long) for step in range(1, 801)
-    ]
+    assert all(learning_rate(step, short) == learning_rate(step, long) for step in range(1, 801))
     assert learning_rate(1600, long) == long.learning_rate and learning_rate(2000, long) == long.min_learning_rate
     warm = replace(short, warmup_steps=900)  # the decay does not begin before the warm-up ends
     assert learning_rate(900, warm) == warm.learning_rate and learning_rate(950, warm) == pytest.approx(1.575e-4)

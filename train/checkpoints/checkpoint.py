@@ -36,7 +36,7 @@ from train.checkpoints.storage import (
     HashingWriter,
     WrittenFile,
     problem_of,
-    read_checked,
+    read_extra,
     read_index,
     read_listing,
 )
@@ -154,11 +154,6 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
 def entries(folder: Path) -> set[str]:
     """Return the names of the saved top-level entries, such as `model`."""
     return {name.split(".")[0] for name in read_index(folder).state_dict_metadata}
-
-
-def read_extra(folder: Path, name: str) -> bytes:
-    """Return an extra file of a checkpoint; raises ValueError if it is not as written, FileNotFoundError if absent."""
-    return read_checked(folder, name)
 
 
 def saved(root: Path) -> list[Path]:

@@ -53,13 +53,8 @@ def find_resume_point(resume: str, folder: RunFolder, ranks: Ranks) -> ResumePoi
             f"all {len(saved)} checkpoints in {folder.checkpoints} are damaged; restore one, or remove them to restart"
         )
     if step is not None and ranks.is_first:
-        log.warning(
-            "resume=%s: an earlier start went back already and has saved %s since, so the run continues from there. To "
-            "go back again, move the checkpoints after step %d away",
-            resume,
-            newest,
-            step,
-        )
+        log.warning("resume=%s: an earlier start went back already; the run continues from there, %s", resume, newest)
+        log.warning("to go back again, move the checkpoints after step %d away", step)
     if newest is None and resume not in ("auto", "none"):
         if not Path(resume).exists():
             raise FileNotFoundError(f"resume={resume}: expected auto, none, a step of this run, or a path that exists")

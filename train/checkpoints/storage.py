@@ -82,8 +82,8 @@ def problem_of(folder: Path, expected: WrittenFile, on_read: Callable[[int], obj
     return None
 
 
-def read_checked(folder: Path, name: str) -> bytes:
-    """Return the content of a small file; raises ValueError if it differs from its checksum, OSError if it is gone."""
+def read_extra(folder: Path, name: str) -> bytes:
+    """Return a file that is no tensors'; raises ValueError if it differs from its checksum, OSError if it is gone."""
     content = (folder / name).read_bytes()
     found, expected = WrittenFile(name, len(content), xxh3_64_hexdigest(content)), read_listing(folder).get(name)
     if found != expected:
@@ -98,7 +98,7 @@ def read_index(folder: Path) -> Metadata:
     """
     listing = read_listing(folder)
     name = INDEX if INDEX in listing else PICKLED_INDEX
-    content = read_checked(folder, name)
+    content = read_extra(folder, name)
     try:
         return parse_index(content, name, {file.name: file.num_bytes for file in listing.values()})
     except ValueError as error:

@@ -80,8 +80,7 @@ def watched_parent() -> int | None:
 
 def report_to_torchrun(reason: str) -> None:
     """Write why this rank ends to the file that torchrun repeats at the end of its report."""
-    path = os.environ.get(ERROR_FILE)
-    if not path:
+    if not (path := os.environ.get(ERROR_FILE)):
         return
     message = {"message": reason, "extraInfo": {"py_callstack": reason, "timestamp": str(int(time.time()))}}
     try:

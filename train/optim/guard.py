@@ -85,11 +85,6 @@ class Guard:
         """Return how many updates were skipped since the last good one; waits for the device."""
         return int(self.counts[1])
 
-    @property
-    def good_updates(self) -> torch.Tensor:
-        """Return f32 [] on the device, the number of updates made since the run began."""
-        return self.counts[2]
-
     def note(self, batch: StepBatch, losses: list[StepLoss], norm: torch.Tensor) -> None:
         """Remember a step until the next review: device scalars, and the positions of its documents."""
         lanes, rows = list(batch.documents.items()), len(batch.micro_batches[0].input_ids)

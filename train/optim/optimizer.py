@@ -132,8 +132,9 @@ class Optimizer:
             part.found_inf, part.batch = skip, step
             part.step()
             part.zero_grad(set_to_none=True)
+        _, _, good_updates, _ = self.guard.counts
         for ema in self.emas.values():
-            ema.update(self.parameters, self.guard.good_updates, keep=1.0 - skip)
+            ema.update(self.parameters, good_updates, keep=1.0 - skip)
         return norm
 
     def preferred_weights(self) -> dict[str, torch.Tensor]:
