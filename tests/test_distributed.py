@@ -71,17 +71,20 @@ def test_a_plain_process_is_a_group_of_one_with_all_cores() -> None:
     assert num_threads == len(os.sched_getaffinity(0))
 
 
-def _fail_on_rank_1(ranks: Ranks, folder: Path) -> None:
+def _lose_rank_1(ranks: Ranks, folder: Path, frozen: bool) -> None:
     sys.stderr = (folder / f"{ranks.rank}.txt").open("w")
     with last_words(ranks, where=lambda: "step 7"):
-        if ranks.rank == 1:
+        if ranks.rank == 1 and frozen:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif ranks.rank == 1:
             raise IndexError("lane 5 is out of range")
+        ranks.set_timeout(2 if frozen else 20)
         PendingVote(Ballot(), ranks).wait()
 
 
 def test_a_rank_that_raises_ends_the_others_and_only_its_traceback_is_shown(tmp_path: Path) -> None:
     started = time.monotonic()
-    outcomes = FunctionRanks(_fail_on_rank_1, 3, tmp_path).outcomes()
+    outcomes = FunctionRanks(_lose_rank_1, 3, tmp_path, False).outcomes()
     assert [status for status, _ in outcomes] == [1, 1, 1]
     assert time.monotonic() - started < 15, "at once, not at the timeout"
     lost, culprit, also_lost = ((tmp_path / f"{rank}.txt").read_text() for rank in range(3))
@@ -91,18 +94,9 @@ def test_a_rank_that_raises_ends_the_others_and_only_its_traceback_is_shown(tmp_
         assert "lost rank 1 at step 7" in words and words.count("\n") == 1
 
 
-def _freeze_rank_1(ranks: Ranks, folder: Path) -> None:
-    sys.stderr = (folder / f"{ranks.rank}.txt").open("w")
-    with last_words(ranks, where=lambda: "step 7"):
-        if ranks.rank == 1:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        ranks.set_timeout(2)
-        PendingVote(Ballot(), ranks).wait()
-
-
 def test_a_frozen_rank_is_named_at_the_timeout(tmp_path: Path) -> None:
     """Two of the other three are merely blocked behind it. The timeout is the loop's, not that of the start."""
-    processes = FunctionRanks(_freeze_rank_1, 4, tmp_path, collective_timeout_s=300)
+    processes = FunctionRanks(_lose_rank_1, 4, tmp_path, True, collective_timeout_s=300)
     processes.wait(30, [0, 2, 3])
     for rank in (0, 2, 3):
         assert "lost rank 1 at step 7" in (tmp_path / f"{rank}.txt").read_text()

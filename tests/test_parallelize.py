@@ -88,9 +88,9 @@ def _step_with(
     data = open_data(data_settings, 3, MODEL.patch_size)
     found = {}
     for name, changes in options.items():
-        rows, changes = changes.get("micro_batch_size", 1), dict(changes)
-        changes.pop("micro_batch_size", None)
-        config = ParallelConfig(**{"dtype": "float32", **changes})
+        changes = {"dtype": "float32", **changes}
+        rows = changes.pop("micro_batch_size", 1)
+        config = ParallelConfig(**changes)
         model = sharded_model(of, data.tokenizer.vocab_size, ranks, config, seed=7)
         loader = Loader(data, data_settings, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=rows)
         batches, collectives = loader.next(30).micro_batches, CollectiveCounts()
@@ -300,13 +300,8 @@ def test_a_unet_gives_the_same_loss_and_gradients_however_it_is_sharded_and_reco
 def test_compiled_blocks_give_the_same_result(tokenizer: Tokenizer, pairs_folder: Path) -> None:
     """Needs a C++ compiler."""
     settings = data_config(tokenizer, {"pairs": pairs_folder}, lanes=2, sequence_length=64)
-    options = {
-        "plain": {},
-        "compiled": {"compile": True},
-        "full": {"compile": True, "activation_checkpointing": "full"},
-        "selective": {"compile": True, "activation_checkpointing": "selective"},
-    }
-    found = run_ranks(_step_with, 2, options, settings, timeout_s=240)[0]
+    compiled = {f"compiled, {name}": {"compile": True} | OPTIONS[name] for name in ("plain", "full", "selective")}
+    found = run_ranks(_step_with, 2, {"plain": {}} | compiled, settings, timeout_s=240)[0]
     for name, step in found.items():
         _assert_same(name, step, found["plain"], 1e-4)
 

@@ -124,14 +124,8 @@ def test_a_run_begins_with_the_weights_of_a_checkpoint_or_of_an_export_and_nothi
             assert torch.equal(tensors[name], kept[name.replace("model", kind, 1)]), (kind, name)
     assert "done after step 1" in finish([*argv, "init_from=/nowhere"], 1), "its own checkpoint counts now"
     wide = settings(tmp_path / "wide", tokenizer, sources, model__transformer__width=64)
-    assert_refused(
-        [
-            (
-                [*wide, f"init_from={undisturbed}", "init_weights=model"],
-                ["does not fit", "model.text_head.weight is [300, 32]"],
-            )
-        ]
-    )
+    words = ["does not fit", "model.text_head.weight is [300, 32]"]
+    assert_refused([([*wide, f"init_from={undisturbed}", "init_weights=model"], words)])
 
 
 def _whitened_differently(folder: Path, copy: Path) -> Path:

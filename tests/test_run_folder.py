@@ -36,9 +36,8 @@ time.sleep(60)
 @contextmanager
 def held(path: Path, **variables: str) -> Iterator[subprocess.Popen]:
     """Yield a process that holds the folder, with a forked child."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **variables}
-    options: dict = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True, "env": environment}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], **options) as holder:
+    options: dict = {"text": True, "start_new_session": True, "env": {**os.environ, **variables}}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=-1, **options) as holder:
         try:
             assert holder.stdout.readline() == "1\n"
             yield holder

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +16,17 @@ from data.shards import content_key
 from data.tokenizer import Tokenizer
 from tests.ranks import run_ranks
 from tests.runs import assert_refused, settings
-from tests.sources import Content, make_source, pairs, texts
+from tests.sources import make_source, pairs, texts
 from train import encode
 from train.checkpoints import trained_records
 from train.checkpoints.trained_records import TrainedRecords
 from train.distributed.ranks import Ranks, alone
+
+
+@pytest.fixture
+def source(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Path]:
+    """Makes a data set of a name from documents, in shards of the given sizes or in one."""
+    return lambda name, documents, *sizes: make_source(tmp_path / name, tokenizer, documents, shard_sizes=sizes)
 
 
 def _encoded(folder: Path, tokenizer: Tokenizer, lines: Sequence[str], files: int) -> Path:
@@ -72,15 +78,15 @@ def _check(ranks: Ranks, sources: list[Path], held: Path) -> tuple[bytes, str]:
 
 
 def test_a_record_in_a_hundred_is_chance_and_more_is_refused_alike_on_any_ranks(
-    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    source: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     documents = pairs(200) + texts(300, lengths=(20, 40))
-    train = [make_source(tmp_path / "a", tokenizer, documents[:200], shard_sizes=[7, 80, 113])]
-    train.append(make_source(tmp_path / "b", tokenizer, documents[200:]))
+    train = [source("a", documents[:200], 7, 80, 113)]
+    train.append(source("b", documents[200:]))
     fresh = texts(400, seed=9, lengths=(20, 40))
     for shared in (0, 4, 5):
         mixed = documents[198 : 198 + shared] + fresh[shared:]
-        held = make_source(tmp_path / f"held{shared}", tokenizer, mixed, shard_sizes=[100, 300])
+        held = source(f"held{shared}", mixed, 100, 300)
         found = _check(alone(), train, held)
         assert ("held: 1 % of its documents are training data too" in capsys.readouterr().out) == (shared == 4)
         assert shared != 5 or run_ranks(_check, 3, train, held) == [found] * 3
@@ -101,12 +107,9 @@ def _as_of_old(folder: Path) -> Path:
 
 
 def test_data_indexed_by_an_earlier_version_is_compared_by_what_its_index_says(
-    tmp_path: Path, tokenizer: Tokenizer
+    tmp_path: Path, source: Callable[..., Path]
 ) -> None:
     """Records under their old names, in any shards; and a sum that is equal by chance refuses nothing."""
-
-    def source(name: str, documents: list[Content], *sizes: int) -> Path:
-        return make_source(tmp_path / name, tokenizer, documents, shard_sizes=sizes)
 
     documents = pairs(150)
     old, new = _as_of_old(source("old", documents, 150)), source("new", documents, 150)
@@ -123,19 +126,19 @@ def test_data_indexed_by_an_earlier_version_is_compared_by_what_its_index_says(
 
 
 def test_a_sample_of_many_records_is_carried_and_knows_what_it_knows(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trained_records, "SAMPLE", 200)
     documents = texts(2000, lengths=(20, 30))
-    train = Manifest.load(make_source(tmp_path / "train", tokenizer, documents, shard_sizes=[1000, 1000]))
+    train = Manifest.load(source("train", documents, 1000, 1000))
     carried = TrainedRecords.from_bytes(TrainedRecords.read([train], {}, alone()).to_bytes())
     assert 150 < len(carried.keys) < 250 and carried.bound == pytest.approx(2**64 / 10)
-    half = make_source(tmp_path / "half", tokenizer, documents[500:900] + texts(400, seed=3, lengths=(20, 30)))
-    fresh = make_source(tmp_path / "fresh", tokenizer, texts(400, seed=4, lengths=(20, 30)))
+    half = source("half", documents[500:900] + texts(400, seed=3, lengths=(20, 30)))
+    fresh = source("fresh", texts(400, seed=4, lengths=(20, 30)))
     carried.check({"fresh": str(fresh)}, alone())
     with pytest.raises(ValueError, match=r"held-out source half: [3-7]\d % of the documents"):
         carried.check({"half": str(half)}, alone())
-    few = make_source(tmp_path / "few", tokenizer, documents[:9] + texts(400, seed=4, lengths=(20, 30)))
+    few = source("few", documents[:9] + texts(400, seed=4, lengths=(20, 30)))
     with pytest.raises(ValueError, match="held-out source few: 2 % of the documents"):  # the data itself knows them all
         TrainedRecords.read([train], {"few": str(few)}, alone())
 
@@ -155,9 +158,9 @@ def test_what_is_no_list_of_keys_is_refused() -> None:
 
 
 def test_a_shard_without_an_index_is_named_and_the_rest_compared(
-    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, source: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = make_source(tmp_path / "train", tokenizer, texts(40, lengths=(20, 30)), shard_sizes=[10, 30])
+    train = source("train", texts(40, lengths=(20, 30)), 10, 30)
     held = Path(shutil.copytree(train, tmp_path / "held"))
     (train / "00000.tar.idx").write_bytes(b"")
     with pytest.raises(ValueError, match="75 % of the documents"):

@@ -103,8 +103,7 @@ def read_index(folder: Path) -> Metadata:
         return parse_index(content, name, {file.name: file.num_bytes for file in listing.values()})
     except ValueError as error:
         raise ValueError(
-            f"checkpoint {folder}: {name} was not written by this trainer: {error}; restore the file, or use another "
-            "checkpoint"
+            f"checkpoint {folder}: {name} was not written by this trainer: {error}; restore it, or use another one"
         ) from None
 
 

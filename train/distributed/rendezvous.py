@@ -139,10 +139,8 @@ class _Meeting:
         """Mark the verdict as read; the rank that hosts the store waits until all have, `seconds` at most."""
         if self.place.rank:
             self.store.add("left", 1)
-        deadline = time.monotonic() + seconds
-        while _hosts_store(self.place) and self.store.add("left", 0) < self.place.world_size - 1:
-            if time.monotonic() > deadline:
-                return
+        deadline, others = time.monotonic() + seconds, self.place.world_size - 1
+        while _hosts_store(self.place) and self.store.add("left", 0) < others and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
     def _get(self, key: str, timeout_s: float) -> bytes:
