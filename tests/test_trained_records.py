@@ -81,8 +81,7 @@ def test_a_record_in_a_hundred_is_chance_and_more_is_refused_alike_on_any_ranks(
     source: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     documents = pairs(200) + texts(300, lengths=(20, 40))
-    train = [source("a", documents[:200], 7, 80, 113)]
-    train.append(source("b", documents[200:]))
+    train = [source("a", documents[:200], 7, 80, 113), source("b", documents[200:])]
     fresh = texts(400, seed=9, lengths=(20, 40))
     for shared in (0, 4, 5):
         mixed = documents[198 : 198 + shared] + fresh[shared:]

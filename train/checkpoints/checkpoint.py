@@ -119,9 +119,8 @@ def save(run: RunFolder, step: int, state: State, extra: Mapping[str, bytes], ra
 
     try:
         ranks.on_first(prepare)
-        writer = HashingWriter(temporary, extra, commit)
         with _group_of(ranks) as group:
-            dcp.save(state, storage_writer=writer, **group)
+            dcp.save(state, storage_writer=HashingWriter(temporary, extra, commit), **group)
     except (CheckpointException, OSError) as error:
         if ranks.is_first:  # every rank has reported its outcome, so none still writes
             shutil.rmtree(temporary, ignore_errors=True)

@@ -27,10 +27,9 @@ class MetricsFile:
         self._unwritten.append(json.dumps(row) + "\n")
         try:
             append_bytes(self.path, "".join(self._unwritten).encode())
+            self._unwritten.clear()
         except OSError as error:
             log.warning("metrics.jsonl: %d rows wait in memory: %s", len(self._unwritten), error)
-            return
-        self._unwritten.clear()
 
     def has_rows_after(self, step: int) -> bool:
         """Return whether the file holds a row of a later step."""

@@ -24,7 +24,6 @@ class Ema:
         self.half_life = half_life  # updates after which the influence of old weights has halved, >= 1
         self.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
-    @torch.no_grad()
     def restart(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Set the average to the current weights."""
         for name, parameter in parameters.items():

@@ -106,9 +106,8 @@ class Optimizer:
         adamw = BFloat16AdamW if low else partial(torch.optim.AdamW, fused=True)
         # Set before each update. A number, as for a tensor DTensor would run another variant of fused AdamW, which has
         # no fake kernel, on real tensors of the whole model's size: four copies of it per rank, at the first update.
-        rate = 0.0
-        groups = [group for group in groups if group["params"]]
-        self.adamw = adamw(groups, lr=rate, betas=(config.beta1, config.beta2), eps=config.eps)
+        rate, betas = 0.0, (config.beta1, config.beta2)
+        self.adamw = adamw([group for group in groups if group["params"]], lr=rate, betas=betas, eps=config.eps)
         self.parts: list[Any] = [self.adamw]  # torch optimizers with `found_inf` and `batch`
         if blocks:
             settings = {"momentum": config.muon_momentum, "update_rms": config.muon_update_rms}
