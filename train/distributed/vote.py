@@ -61,4 +61,4 @@ class PendingVote:
         sums = self._sums.tolist()
         counts, kinds = sums[: -len(StopKind)], sums[-len(StopKind) :]
         stop = max(kind for kind, count in zip(StopKind, kinds, strict=True) if count)
-        return Vote(*counts, stop)
+        return Vote(*[*counts, stop])
