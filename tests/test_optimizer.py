@@ -14,11 +14,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from bench.step import sharded_model
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from tests.ranks import run_ranks
 from tests.test_memory import Cost
-from train.distributed.parallelize import ParallelConfig, gather_weights, initialize, parallelize
+from train.distributed.parallelize import gather_weights
 from train.distributed.ranks import Ranks
 from train.optim.ema import choose
 from train.optim.guard import GuardConfig
@@ -207,18 +208,13 @@ def test_the_first_average_is_preferred_else_the_models_weights() -> None:
     plain, averaged = (Optimizer(Small(), config, GuardConfig()) for config in configs)
     assert plain.emas == {} and plain.preferred_weights() is plain.parameters
     assert averaged.preferred_weights() is averaged.emas["ema-9"].weights
-    for weights, kept, chosen in [
-        ("auto", ["ema-9", "ema-2", "model"], "ema-9"),
-        ("ema", ["ema-9", "ema-2", "model"], "ema-9"),
-        ("ema-2", ["ema-9", "ema-2", "model"], "ema-2"),
-        ("model", ["ema-9", "ema-2", "model"], "model"),
-        ("auto", ["model"], "model"),
-        ("ema", ["ema-2"], "ema-2"),
-    ]:
-        assert choose(weights, kept, Path("run")) == chosen
+    run = Path("run")
+    for weights, chosen in {"auto": "ema-9", "ema": "ema-9", "ema-2": "ema-2", "model": "model"}.items():
+        assert choose(weights, ["ema-9", "ema-2", "model"], run) == chosen
+    assert choose("auto", ["model"], run) == "model" and choose("ema", ["ema-2"], run) == "ema-2"
     for weights in ("ema-3", "best", "ema-", "Model"):
         with pytest.raises(ValueError, match=f"weights={weights}: run holds ema-9, model; use weights=ema-9"):
-            choose(weights, ["ema-9", "model"], Path("run"))
+            choose(weights, ["ema-9", "model"], run)
 
 
 @pytest.mark.parametrize(
@@ -237,10 +233,8 @@ def test_impossible_settings_are_refused_by_name(name: str, value: Any) -> None:
 
 def _first_update(ranks: Ranks) -> tuple[int, int]:
     """Return the bytes of the whole model, and of host memory that the first update takes on this rank."""
-    with torch.device("meta"):
-        model = Transfusion(TransfusionConfig(transformer=TransformerConfig(width=512, layers=4, heads=4)), 8000)
-    parallelize(model, ParallelConfig(), ranks)
-    initialize(model, 0, ranks.device)
+    config = TransfusionConfig(transformer=TransformerConfig(width=512, layers=4, heads=4))
+    model = sharded_model(config, 8000, ranks)
     optimizer = Optimizer(model, CONFIG, GuardConfig())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
