@@ -83,7 +83,7 @@ def problem_of(folder: Path, expected: WrittenFile, on_read: Callable[[int], obj
 
 
 def read_extra(folder: Path, name: str) -> bytes:
-    """Return a file that is no tensors'; raises ValueError if it differs from its checksum, OSError if it is gone."""
+    """Return a file without tensors; raises ValueError if it differs from its checksum, OSError if it is gone."""
     content = (folder / name).read_bytes()
     found, expected = WrittenFile(name, len(content), xxh3_64_hexdigest(content)), read_listing(folder).get(name)
     if found != expected:
