@@ -5,7 +5,6 @@ patch of a picture as real or generated. Ours: group norm where the original has
 batch would depend on how many ranks share it. Only through the norm's statistics does a score see beyond its patch.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -49,8 +48,7 @@ def generator_loss(fake_scores: Tensor) -> Tensor:
 def _convolution(inputs: int, outputs: int, stride: int, bias: bool) -> nn.Conv2d:
     """Return a 4x4 convolution with the paper's initial weights, N(0, 0.02)."""
     layer = nn.Conv2d(inputs, outputs, kernel_size=4, stride=stride, padding=1, bias=bias)
-    with torch.no_grad():
-        layer.weight.normal_(0, 0.02)
-        if layer.bias is not None:
-            layer.bias.zero_()
+    nn.init.normal_(layer.weight, 0, 0.02)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer

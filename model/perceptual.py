@@ -32,7 +32,7 @@ class Lpips(nn.Module):
         (the lpips package's `lpips=False`).
         """
         super().__init__()
-        self.num_convolutions, self.has_heads = len(convolutions), heads is not None
+        self.has_heads = heads is not None
         tensors = {"shift": torch.tensor(SHIFT)[:, None, None], "scale": torch.tensor(SCALE)[:, None, None]}
         for number, (weight, bias) in enumerate(convolutions):
             tensors |= {f"weight{number}": weight, f"bias{number}": bias}
@@ -62,11 +62,10 @@ class Lpips(nn.Module):
             if layer == "pool":
                 taps.append(x)
                 x = functional.max_pool2d(x, kernel_size=2)
-                continue
-            weight, bias = self.get_buffer(f"weight{number}"), self.get_buffer(f"bias{number}")
-            x = functional.conv2d(x, weight, bias, padding=1).relu()
-            number += 1
-        assert number == self.num_convolutions, (number, self.num_convolutions)
+            else:
+                weight, bias = self.get_buffer(f"weight{number}"), self.get_buffer(f"bias{number}")
+                x = functional.conv2d(x, weight, bias, padding=1).relu()
+                number += 1
         return [*taps, x]
 
 
@@ -87,13 +86,15 @@ def load_lpips(path: str | Path) -> Lpips:
         raise FileNotFoundError(
             f"lpips_weights={path}: no such file; make it with the snippet in model.perceptual.load_lpips"
         )
-    expected = _shapes_of_features()
+    expected: dict[str, tuple[int, ...]] = {}
+    widths = [layer for layer in LAYERS if isinstance(layer, int)]
+    for index, inputs, outputs in zip(INDICES, (3, *widths), widths, strict=False):
+        expected |= {f"features.{index}.weight": (outputs, inputs, 3, 3), f"features.{index}.bias": (outputs,)}
     heads = {f"lin{tap}.model.1.weight": (1, channels, 1, 1) for tap, channels in enumerate(TAP_CHANNELS)}
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            has_heads = not names.isdisjoint(heads)
-            expected |= heads if has_heads else {}
+            expected |= {} if names.isdisjoint(heads) else heads
             found = {name: file.get_tensor(name) for name in expected if name in names}
     except SafetensorError as error:
         raise ValueError(f"lpips_weights={path}: not a safetensors file ({error}); make it again") from None
@@ -109,15 +110,5 @@ def load_lpips(path: str | Path) -> Lpips:
             f"{'; '.join(wrong)}"
         )
     tensors = [tensor.float() for tensor in found.values()]
-    features = tensors[: len(_shapes_of_features())]
-    return Lpips(list(zip(features[::2], features[1::2], strict=True)), tensors[len(features) :] if has_heads else None)
-
-
-def _shapes_of_features() -> dict[str, tuple[int, ...]]:
-    """Return torchvision's names and shapes of the convolutions' tensors."""
-    widths = [layer for layer in LAYERS if isinstance(layer, int)]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for index, inputs, outputs in zip(INDICES, (3, *widths), widths, strict=False):
-        shapes[f"features.{index}.weight"] = (outputs, inputs, 3, 3)
-        shapes[f"features.{index}.bias"] = (outputs,)
-    return shapes
+    features, given_heads = tensors[: 2 * len(INDICES)], tensors[2 * len(INDICES) :]
+    return Lpips(list(zip(features[::2], features[1::2], strict=True)), given_heads or None)

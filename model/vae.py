@@ -93,12 +93,8 @@ class VaeLossConfig:
     @property
     def smallest_picture(self) -> int:
         """Pixels a side that every part of the loss can process."""
-        needed = [1]
-        if self.lpips_weight > 0:
-            needed.append(perceptual.SMALLEST_PICTURE)
-        if self.gan_weight > 0:
-            needed.append(discriminator.SMALLEST_PICTURE)
-        return max(needed)
+        lpips = perceptual.SMALLEST_PICTURE if self.lpips_weight > 0 else 1
+        return max(lpips, discriminator.SMALLEST_PICTURE if self.gan_weight > 0 else 1)
 
     def kl_weight_at(self, step: int) -> float:
         """Return the weight of the KL for update `step` (from 1)."""
@@ -163,12 +159,10 @@ def load_vae(folder_or_hub_id: str | Path) -> "AutoencoderKL":
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     source, reasons = find_vae(str(folder_or_hub_id)), []
-    options = {"variant": source.variant, "use_safetensors": True, "low_cpu_mem_usage": False}
-    for subfolder in (None, "vae") if source.is_hub_id else (None,):  # where a pipeline's repository has it
+    options = {"variant": source.variant, "low_cpu_mem_usage": False, "output_loading_info": True}
+    for folder in (None, "vae") if source.is_hub_id else (None,):  # where a pipeline's repository has it
         try:
-            vae, loading = AutoencoderKL.from_pretrained(
-                source.name, subfolder=subfolder, output_loading_info=True, **options
-            )
+            vae, loading = AutoencoderKL.from_pretrained(source.name, subfolder=folder, use_safetensors=True, **options)
             break
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             reasons.append(" ".join(str(error).split())[:400])

@@ -14,7 +14,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _VARIANT = re.compile(
     rf"{WEIGHTS}\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors|{WEIGHTS}\.safetensors\.index\.([\w-]+)\.json"
 )
-_OURS = "runs"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def find_vae(name: str) -> VaeSource:
             f"diffusers' AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER)"
         )
     owner = name.partition("/")[0]
-    if not _HUB_ID.fullmatch(name) or owner == _OURS or Path(owner).is_dir():
+    if not _HUB_ID.fullmatch(name) or owner == "runs" or Path(owner).is_dir():
         raise FileNotFoundError(
             f"vae={name}: no such folder; make one with `python -m train.vae`, or name one, or OWNER/NAME on the hub"
         )

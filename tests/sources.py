@@ -80,12 +80,7 @@ def make_source(
 
 
 def interleaved(
-    count: int,
-    *,
-    grid: tuple[int, int] = (4, 4),
-    images: int = 3,
-    lengths: tuple[int, int] = (0, 29),
-    seed: int = 0,
+    count: int, *, grid: tuple[int, int] = (4, 4), images: int = 3, lengths: tuple[int, int] = (0, 29), seed: int = 0
 ) -> list[Content]:
     """Return documents of texts and 1 to `images` images in turn; an empty text leaves two images in a row."""
     rng = np.random.default_rng((seed, 2))

@@ -105,8 +105,8 @@ def check(config: EncodeConfig) -> tuple[list[str], bool]:
     if is_remote(config.output):
         raise ValueError(f"output={config.output}: expected a local or shared folder; copy it to the store when done")
     sources, output = expand(config.inputs, SUFFIXES), Path(config.output)
-    has_pictures = any(suffix_of(source) == TAR for source in sources)
-    if has_pictures and any(suffix_of(source) != TAR for source in sources):
+    are_tars = {suffix_of(source) == TAR for source in sources}
+    if len(are_tars) > 1:
         raise ValueError("inputs mix .tar shards with text files: encode them into two folders")
     name, count = Counter(map(input_name, sources)).most_common(1)[0]
     if count > 1:
@@ -127,7 +127,7 @@ def check(config: EncodeConfig) -> tuple[list[str], bool]:
         raise ValueError(
             f"output={output}: {foreign[0]}.tar exists and was not made by train.encode; choose another folder"
         )
-    return sources, has_pictures
+    return sources, True in are_tars
 
 
 def given_spec(folder: str | None) -> LatentSpec | None:
@@ -213,24 +213,19 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
             print(f"encode: done; another worker wrote {output / FILE_NAME}")
             return
         time.sleep(WAIT_S)
-    sidecars = []
+    sidecars, bad = [], replace(mine, seen=0, reasons=Counter(), failed=[], files=[], noted=Counter())
     for task in tasks:
         if (sidecar := task.sidecar()) is None:
             raise ValueError(f"{task.source} or its shard changed during this job; start again")
         sidecars.append(sidecar)
-    bad = BadRecords(
-        mine.max_fraction, names=mine.names, max_failed_files=mine.max_failed_files, examples=mine.examples
-    )
-    for sidecar in sidecars:
         bad.update(sidecar.counted())
     for remark in bad.remarks():
         print(f"encode: {remark}")
     bad.check(final=True)
     manifest = build_manifest(encoder, sidecars, output)
-    made = {name for task in tasks for name in (task.shard.name, f"{task.shard.name}.idx", f"{task.shard.name}.json")}
+    made = {f"{task.shard.name}{suffix}" for task in tasks for suffix in ("", ".idx", ".json")}
     for leftover in output.glob("*.tmp-*"):  # of killed workers; one still writing will find its shard done
-        match = TEMPORARY_NAME.fullmatch(leftover.name)
-        if match and match[1] in {*made, FILE_NAME}:
+        if (match := TEMPORARY_NAME.fullmatch(leftover.name)) and match[1] in {*made, FILE_NAME}:
             leftover.unlink(missing_ok=True)
     others = {path.name for path in output.glob("*.tar.json")} - {sidecar_path(task.shard).name for task in tasks}
     if others:

@@ -24,7 +24,6 @@ from train.config import load_config, run_program
 from train.output_folder import OutputFolder
 
 FORMAT = 2  # of the folder and the drawing: changing it remakes finished folders
-DOCUMENTS_PER_FILE = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +41,9 @@ class ScenesConfig:
 
     def __post_init__(self) -> None:
         """Reject what cannot be drawn."""
-        limits = {
-            "seed": (0, 2**63 - 1),
-            "num_train": (1, 10**8),
-            "shard_size": (1, 10000),
-            "two_shapes_share": (0, 1),
-            "num_heldout_two_shapes": (0, 200),
-            "num_text": (1, 10**8),
-            "num_text_heldout": (1, 10**8),
-            "processes": (1, 1024),
-        }
+        limits = {"seed": (0, 2**63 - 1), "shard_size": (1, 10000), "processes": (1, 1024)}
+        limits |= {"two_shapes_share": (0, 1), "num_heldout_two_shapes": (0, 200)}
+        limits |= dict.fromkeys(("num_train", "num_text", "num_text_heldout"), (1, 10**8))
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {low}..{high}")
@@ -92,7 +84,9 @@ def _draw_training(folder: Path, config: ScenesConfig) -> None:
     shards = range(-(-config.num_train // config.shard_size))
     interval = 1 if sys.stdout.isatty() else 5  # seconds
     bar = tqdm(total=config.num_train, unit="picture", desc="train.scenes", mininterval=interval, file=sys.stdout)
-    with bar, ProcessPoolExecutor(config.processes, initializer=_ignore_interrupt) as pool:
+    # Ctrl-C reaches the whole group; the parent decides.
+    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    with bar, ProcessPoolExecutor(config.processes, **ignore) as pool:
         drawn = [pool.submit(_draw_shard, folder, config, shard) for shard in shards]
         try:
             for done in as_completed(drawn):
@@ -102,16 +96,10 @@ def _draw_training(folder: Path, config: ScenesConfig) -> None:
             raise
 
 
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-
-
 def _draw_shard(folder: Path, config: ScenesConfig, shard: int) -> int:
     """Write training shard `shard`; return its number of pictures."""
-    splits = make_splits(config.seed)
-    first = shard * config.shard_size
+    splits, first = make_splits(config.seed), shard * config.shard_size
     indices = range(first, min(first + config.shard_size, config.num_train))
-
     examples = ((i, training_example(splits, i, config.resolution, config.two_shapes_share)) for i in indices)
     records = (_record(f"{shard:05d}{i - first:04d}", example, seed=splits.seed, index=i) for i, example in examples)
     write_shard(folder / f"{shard:05d}.tar", records)
@@ -148,8 +136,8 @@ def _record(key: str, example: Example, **extra: int | str) -> Record:
 
 
 def _write_texts(folder: Path, documents: list[str]) -> None:
-    for number, first in enumerate(range(0, len(documents), DOCUMENTS_PER_FILE)):
-        lines = (json.dumps({"text": text}) + "\n" for text in documents[first : first + DOCUMENTS_PER_FILE])
+    for number, first in enumerate(range(0, len(documents), 2000)):
+        lines = (json.dumps({"text": text}) + "\n" for text in documents[first : first + 2000])
         (folder / f"{number:05d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

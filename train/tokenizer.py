@@ -39,7 +39,12 @@ def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
     output = Path(config.output)
     if output.is_file():
-        print(f"tokenizer: {output} exists (vocabulary {Tokenizer(output).vocab_size}); delete it to train again")
+        if (found := Tokenizer(output).vocab_size) != config.vocab_size:
+            raise ValueError(
+                f"output={output} exists with vocabulary {found}, expected vocab_size={config.vocab_size}: delete it to "
+                "train again, or name another file"
+            )
+        print(f"tokenizer: {output} exists (vocabulary {found}); delete it to train again")
         return
     bad = BadRecords(config.max_bad_fraction, max_failed_files=config.max_failed_files)
     try:

@@ -36,13 +36,7 @@ if TYPE_CHECKING:
 
 CONFIG = VaeTrainConfig
 GROUP = True  # its ranks form one process group
-OWN = (
-    "inputs",
-    "heldout",
-    "output",
-    "device",
-    "loss.lpips_weights",
-)  # may differ between ranks; contents may not
+OWN = ("inputs", "heldout", "output", "device", "loss.lpips_weights")  # may differ between ranks; contents may not
 # Settings that decide how the VAE is trained, not what comes out.
 HOW = ("output", "log_interval_steps", "state_interval_steps", "device", "timeout_minutes")
 

@@ -30,7 +30,11 @@ class VaeLoss:
         self.discriminator: PatchDiscriminator | None = None
         if config.gan_weight > 0:
             self.discriminator = PatchDiscriminator(config.gan_channels).to(device)
-            self.optimizer = Optimizer(self.discriminator, self._optim(optim), GuardConfig())
+            # The VAE's settings with the discriminator's learning rate and no weight average.
+            rate = config.gan_learning_rate or optim.learning_rate
+            least = optim.min_learning_rate * (rate / optim.learning_rate if optim.learning_rate > 0 else 0.0)
+            own = replace(optim, learning_rate=rate, min_learning_rate=least, ema_half_lives=())
+            self.optimizer = Optimizer(self.discriminator, own, GuardConfig())
 
     def backward(
         self, pixels: Tensor, reconstruction: Tensor, moments: Tensor, step: int, share: float
@@ -84,9 +88,3 @@ class VaeLoss:
 
     def _active(self, step: int) -> PatchDiscriminator | None:
         return self.discriminator if self.config.gan_weight_at(step) > 0 else None
-
-    def _optim(self, optim: OptimConfig) -> OptimConfig:
-        """Return the VAE's settings with the discriminator's learning rate and no weight average."""
-        rate = self.config.gan_learning_rate or optim.learning_rate
-        ratio = rate / optim.learning_rate if optim.learning_rate > 0 else 0.0
-        return replace(optim, learning_rate=rate, min_learning_rate=optim.min_learning_rate * ratio, ema_half_lives=())

@@ -31,7 +31,6 @@ from train.distributed.launcher import place
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-MAX_KEY_BYTES = 4096  # of a document's key, like a path's
 EXAMPLES_KEPT = 8  # unknown words kept per input file
 AHEAD = 8  # batches of pictures decoded ahead of the VAE, and batches of documents that may wait for a rare size
 
@@ -127,8 +126,7 @@ class Encoder:
         self.given_spec, self.stats_source = self._given_spec(stats)
         # Of the current file.
         self.latent_sums, self.words = LatentSums.total(self.channels), WordCounts()
-        cores = len(os.sched_getaffinity(0)) // place().local_world_size
-        self.num_threads = config.decode_threads or max(1, cores)
+        self.num_threads = config.decode_threads or max(1, len(os.sched_getaffinity(0)) // place().local_world_size)
         self._threads = ThreadPoolExecutor(self.num_threads, "decode")
 
     def close(self) -> None:
@@ -144,9 +142,7 @@ class Encoder:
             self.dtype = torch.bfloat16
         vae = load_vae(config.vae)
         self.vae_hash, self.channels, self.stride = vae_hash(vae), vae.config["latent_channels"], stride_of(vae)
-        self.vae = vae.to(device).eval()  # type: ignore[arg-type]  # a decorator hides `self`
-        if self.dtype != torch.float32:
-            self.vae.to(self.dtype)  # type: ignore[arg-type]
+        self.vae = vae.to(device, self.dtype).eval()  # type: ignore[arg-type]  # a decorator hides `self`
         multiple = config.bucket_multiple if config.crop == "buckets" else self.stride
         if config.resolution % self.stride or config.resolution % multiple:
             raise ValueError(
@@ -190,10 +186,8 @@ class Encoder:
 
     def latent_spec(self, sums: LatentSums) -> LatentSpec | None:
         """Return the spec of a data set from the sums of all its shards; None for text."""
-        if self.vae is None or self.given_spec is not None:
+        if self.vae is None or self.given_spec is not None or not sums.cells:
             return self.given_spec
-        if not sums.cells:
-            return None
         return self._spec(tuple(sums.mean.tolist()), tuple(sums.std.tolist()))
 
     @property
@@ -298,7 +292,7 @@ class Encoder:
         left = draft.pictures if captions else draft.segments
         segments = [self._tokens(s) if isinstance(s, str) else s.encoded for s in left]
         record = encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode(), captions)
-        if len(record["__key__"]) > MAX_KEY_BYTES or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:
+        if len(record["__key__"]) > 4096 or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:  # as paths may be
             raise BadRecord("oversized record", where)
         decode_document(record, where)  # records that indexing would refuse count as bad here
         for picture in draft.pictures:

@@ -78,23 +78,21 @@ class Sidecar:
     def origin_of(shard: Path) -> dict[str, Any] | None:
         """Return a shard's origin as its sidecar states it, None without a readable one."""
         try:
-            origin = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))["origin"]
+            return dict(json.loads(sidecar_path(shard).read_text(encoding="utf-8"))["origin"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return origin if isinstance(origin, dict) else None
 
     @classmethod
     def read(cls, shard: Path, origin: dict[str, Any]) -> "Sidecar | None":
         """Return a shard's sidecar, None unless shard and index are whole and have that origin."""
         try:
-            written = json.loads(sidecar_path(shard).read_text(encoding="utf-8"))
-            fields = {"words": {}, **written}  # older sidecars lack it
+            # Older sidecars lack `words`.
+            fields = {"words": {}, **json.loads(sidecar_path(shard).read_text(encoding="utf-8"))}
             parts = {"entry": ShardEntry(**fields["entry"]), "words": WordCounts(**fields["words"])}
             sidecar = cls(**{**fields, **parts})
-            if sidecar.origin != origin:
-                return None
-            is_whole = zlib.crc32(index_path(shard).read_bytes()) == sidecar.entry.index_crc32
-            return sidecar if is_whole and shard.stat().st_size == sidecar.entry.bytes else None
+            is_whole = sidecar.origin == origin and shard.stat().st_size == sidecar.entry.bytes
+            is_whole = is_whole and zlib.crc32(index_path(shard).read_bytes()) == sidecar.entry.index_crc32
+            return sidecar if is_whole else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
