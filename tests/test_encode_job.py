@@ -21,18 +21,18 @@ SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["train.encode", "diffusers.models.autoencoders.autoencoder_kl"])
 
 
-def _work(command: list[str], environment: dict[str, str]) -> None:
+def _work(command: list[str], threads: int, environment: dict[str, str]) -> None:
     import torch
 
     from train.encode import main
 
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     main(command)
 
 
-def start(command: list[str], **environment: str) -> multiprocessing.Process:
-    process = SPAWN.Process(target=_work, args=(command, environment), daemon=True)
+def start(command: list[str], threads: int = 1, **environment: str) -> multiprocessing.Process:
+    process = SPAWN.Process(target=_work, args=(command, threads, environment), daemon=True)
     process.start()
     return process
 
@@ -97,6 +97,18 @@ def test_killed_at_any_moment_and_started_with_other_workers_the_same_bytes_come
             assert all(expected[name] == content for name, content in done.items())  # whole or absent
     assert kills > 3 and exit_codes([start(command(out)) for _ in range(2)]) == [0, 0]
     assert contents_of(out) == expected
+
+
+def test_a_killed_job_started_again_gives_the_same_bytes(
+    tmp_path: Path, command: Callable[..., list[str]], expected: Contents
+) -> None:
+    """kill -9 once the first shard is done; it ran with another number of threads, too."""
+    out = tmp_path / "out"
+    first = start(command(out), threads=2)
+    while not (out / "00.tar.json").exists():
+        assert first.is_alive()
+    first.kill()
+    assert exit_codes([first, start(command(out))]) == [-signal.SIGKILL, 0] and contents_of(out) == expected
 
 
 def test_a_worker_that_was_cut_off_and_comes_back_harms_nothing(

@@ -85,8 +85,8 @@ def _draw_training(folder: Path, config: ScenesConfig) -> None:
     interval = 1 if sys.stdout.isatty() else 5  # seconds
     bar = tqdm(total=config.num_train, unit="picture", desc="train.scenes", mininterval=interval, file=sys.stdout)
     # Ctrl-C reaches the whole group; the parent decides.
-    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with bar, ProcessPoolExecutor(config.processes, **ignore) as pool:
+    pool = ProcessPoolExecutor(config.processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with bar, pool:
         drawn = [pool.submit(_draw_shard, folder, config, shard) for shard in shards]
         try:
             for done in as_completed(drawn):
