@@ -17,6 +17,7 @@ from data.tokenizer import Tokenizer
 from tests.disks import small_disk
 from tests.test_encode import Contents, arguments, contents_of, picture_record, raw_folder
 
+Command = Callable[..., list[str]]
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["train.encode", "diffusers.models.autoencoders.autoencoder_kl"])
 
@@ -52,7 +53,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(raw: Path, tokenizer: Tokenizer, vae_folder: Path) -> Callable[..., list[str]]:
+def command(raw: Path, tokenizer: Tokenizer, vae_folder: Path) -> Command:
     def build(output: Path, **options: object) -> list[str]:
         return arguments(raw, output, tokenizer, vae=vae_folder, batch_size=1, **options)
 
@@ -60,14 +61,14 @@ def command(raw: Path, tokenizer: Tokenizer, vae_folder: Path) -> Callable[..., 
 
 
 @pytest.fixture(scope="module")
-def expected(command: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Contents:
+def expected(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Contents:
     output = tmp_path_factory.mktemp("expected") / "out"
     assert exit_codes([start(command(output))]) == [0]
     return contents_of(output)
 
 
 def test_workers_at_once_share_the_work_and_give_the_bytes_of_one(
-    tmp_path: Path, command: Callable[..., list[str]], expected: Contents
+    tmp_path: Path, command: Command, expected: Contents
 ) -> None:
     """Ranks of torchrun, tasks of a Slurm array, and a worker that knows nothing of others, on one folder."""
     out = tmp_path / "out"
@@ -79,7 +80,7 @@ def test_workers_at_once_share_the_work_and_give_the_bytes_of_one(
 
 
 def test_killed_at_any_moment_and_started_with_other_workers_the_same_bytes_come_out(
-    tmp_path: Path, command: Callable[..., list[str]], expected: Contents
+    tmp_path: Path, command: Command, expected: Contents
 ) -> None:
     """kill -9 of one to three workers, again and again; the last ones finish."""
     rng = random.Random(0)
@@ -99,9 +100,7 @@ def test_killed_at_any_moment_and_started_with_other_workers_the_same_bytes_come
     assert contents_of(out) == expected
 
 
-def test_a_killed_job_started_again_gives_the_same_bytes(
-    tmp_path: Path, command: Callable[..., list[str]], expected: Contents
-) -> None:
+def test_a_killed_job_started_again_gives_the_same_bytes(tmp_path: Path, command: Command, expected: Contents) -> None:
     """kill -9 once the first shard is done; it ran with another number of threads, too."""
     out = tmp_path / "out"
     first = start(command(out), threads=2)
@@ -112,7 +111,7 @@ def test_a_killed_job_started_again_gives_the_same_bytes(
 
 
 def test_a_worker_that_was_cut_off_and_comes_back_harms_nothing(
-    tmp_path: Path, command: Callable[..., list[str]], expected: Contents
+    tmp_path: Path, command: Command, expected: Contents
 ) -> None:
     """SIGSTOP in the middle of a file, beyond its lease: another does the file too, then both finish."""
     out = tmp_path / "out"
@@ -128,7 +127,7 @@ def test_a_worker_that_was_cut_off_and_comes_back_harms_nothing(
 
 
 def test_two_jobs_with_other_settings_do_not_undo_each_other(
-    tmp_path: Path, command: Callable[..., list[str]], expected: Contents
+    tmp_path: Path, command: Command, expected: Contents
 ) -> None:
     """The second is refused while the first is alive, and may begin once it is gone, killed or done."""
     out = tmp_path / "out"
@@ -147,9 +146,7 @@ def test_two_jobs_with_other_settings_do_not_undo_each_other(
     assert exit_codes([start(command(out, resolution=16))]) == [0] and Manifest.load(out).grids() == {(4, 4)}
 
 
-def test_a_full_disk_stops_the_job_and_harms_nothing_done(
-    tmp_path: Path, command: Callable[..., list[str]], expected: Contents
-) -> None:
+def test_a_full_disk_stops_the_job_and_harms_nothing_done(tmp_path: Path, command: Command, expected: Contents) -> None:
     """A real small file system; with room again the same command continues."""
     size = sum(map(len, expected.values()))
     with small_disk(tmp_path / "disk", size // 1024 // 2) as disk:

@@ -122,6 +122,8 @@ def test_the_program_trains_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"tokenizer: wrote {output}, vocabulary 300, hash {Tokenizer(output).hash}" in capsys.readouterr().out
     main([inputs, f"output={output}", "vocab_size=300"])
     assert output.read_bytes() == made and "delete it to train again" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"t\.model exists with vocabulary 300, expected vocab_size=400: delete it"):
+        main([inputs, f"output={output}", "vocab_size=400"])
     no_text = r"100 of 100 records are bad.*no text: 100\. First: .*text_key=KEY chooses one of \['text'\]"
     for arguments, message in (
         ([inputs, "vocab_size=264"], "expected more than 264"),

@@ -41,8 +41,8 @@ def main(argv: list[str]) -> None:
     if output.is_file():
         if (found := Tokenizer(output).vocab_size) != config.vocab_size:
             raise ValueError(
-                f"output={output} exists with vocabulary {found}, expected vocab_size={config.vocab_size}: delete it to "
-                "train again, or name another file"
+                f"output={output} exists with vocabulary {found}, expected vocab_size={config.vocab_size}: delete it "
+                "to train again, or name another file"
             )
         print(f"tokenizer: {output} exists (vocabulary {found}); delete it to train again")
         return

@@ -267,11 +267,9 @@ class Encoder:
             document, segments = ahead.popleft()
             futures -= sum(isinstance(segment, Future) for segment in segments)
             try:
-                decoded = [s if isinstance(s, str) else _Picture(s.result()) for s in segments]
+                yield _Draft(document, [s if isinstance(s, str) else _Picture(s.result()) for s in segments])
             except BadRecord as error:
                 bad.add(error)
-            else:
-                yield _Draft(document, decoded)
 
         for document in documents:
             decode = partial(decode_picture, sizes=self.sizes, where=document.where)
