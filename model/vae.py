@@ -69,7 +69,6 @@ class VaeLossConfig:
     id_weight: float = 0.0  # weight of a distance between MoCo v2 features; not implemented, must be 0
 
     def __post_init__(self) -> None:
-        """Reject weights that are not a loss."""
         if self.kl_weight <= 0:
             raise ValueError(f"kl_weight={self.kl_weight}: expected more than 0 (without it latents are unbounded)")
         for name in ("kl_warmup_steps", "edge_weight", "lpips_weight", "gan_weight", "gan_start_step"):
@@ -113,7 +112,6 @@ class LatentStats:
     std: Tensor
 
     def __post_init__(self) -> None:
-        """Reject statistics that cannot whiten."""
         if self.mean.shape != self.std.shape or self.mean.ndim != 1:
             raise ValueError(f"latent mean {list(self.mean.shape)}, std {list(self.std.shape)}: expected [C] both")
         if not (torch.isfinite(self.mean).all() and torch.isfinite(self.std).all() and (self.std > 0).all()):
@@ -124,7 +122,6 @@ class LatentStats:
         return (latents.float() - self._per_channel(self.mean, latents)) / self._per_channel(self.std, latents)
 
     def unwhiten(self, latents: Tensor) -> Tensor:
-        """Undo `whiten`."""
         return latents.float() * self._per_channel(self.std, latents) + self._per_channel(self.mean, latents)
 
     @staticmethod

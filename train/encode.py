@@ -14,6 +14,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -81,17 +82,15 @@ def main(argv: list[str]) -> int | None:
     tasks = list_tasks(encoder, sources, output)
     say_what_changed(encoder, tasks)
     bad = config.bad_records()
-    try:
-        with Leases(output / LEASES, config.lease_timeout_s) as leases, Progress(tasks, bad) as progress:
-            refuse_other_settings(encoder, output, leases)
-            for task in claimed(tasks, leases, progress.waits_for):
-                encode_file(encoder, task, bad, progress)
-                bad.check()
-            for name in bad.names:
-                print(f"encode: skipped {name}")
-            finish(encoder, tasks, output, leases, bad)
-    finally:
-        encoder.close()
+    leases = Leases(output / LEASES, config.lease_timeout_s)
+    with closing(encoder), leases, closing(Progress(tasks, bad)) as progress:
+        refuse_other_settings(encoder, output, leases)
+        for task in claimed(tasks, leases, progress.waits_for):
+            encode_file(encoder, task, bad, progress)
+            bad.check()
+        for name in bad.names:
+            print(f"encode: skipped {name}")
+        finish(encoder, tasks, output, leases, bad)
     return None
 
 

@@ -23,6 +23,7 @@ from data.storage import Location
 from train.config import load_config, run_program
 from train.output_folder import OutputFolder
 
+DOCUMENTS_PER_FILE = 2000
 FORMAT = 2  # of the folder and the drawing: changing it remakes finished folders
 
 
@@ -40,7 +41,6 @@ class ScenesConfig:
     processes: int = 2  # processes that draw, without effect on what is drawn; 1 or more
 
     def __post_init__(self) -> None:
-        """Reject what cannot be drawn."""
         limits = {"seed": (0, 2**63 - 1), "shard_size": (1, 10000), "processes": (1, 1024)}
         limits |= {"two_shapes_share": (0, 1), "num_heldout_two_shapes": (0, 200)}
         limits |= dict.fromkeys(("num_train", "num_text", "num_text_heldout"), (1, 10**8))
@@ -55,7 +55,6 @@ CONFIG = ScenesConfig
 
 
 def main(argv: list[str]) -> None:
-    """Draw the data set, or reuse a complete one."""
     config = load_config(CONFIG, argv)
     settings = {name: value for name, value in asdict(config).items() if name not in ("output", "processes")}
     output = OutputFolder(config.output, "train.scenes", "scenes.json", {"format": FORMAT, **settings})
@@ -136,8 +135,8 @@ def _record(key: str, example: Example, **extra: int | str) -> Record:
 
 
 def _write_texts(folder: Path, documents: list[str]) -> None:
-    for number, first in enumerate(range(0, len(documents), 2000)):
-        lines = (json.dumps({"text": text}) + "\n" for text in documents[first : first + 2000])
+    for number, first in enumerate(range(0, len(documents), DOCUMENTS_PER_FILE)):
+        lines = (json.dumps({"text": text}) + "\n" for text in documents[first : first + DOCUMENTS_PER_FILE])
         (folder / f"{number:05d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

@@ -42,7 +42,6 @@ HOW = ("output", "log_interval_steps", "state_interval_steps", "device", "timeou
 
 
 def main(argv: list[str]) -> int | None:
-    """Train, resume, or reuse what is complete."""
     config = load_config(CONFIG, argv)
     files = expand(config.inputs, (TAR,))
     heldout_files = expand(config.heldout, (TAR,)) if config.heldout else []

@@ -81,7 +81,6 @@ class VaeLoss:
         return {"discriminator": self.discriminator.state_dict(), "adamw": self.optimizer.adamw.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self.optimizer.adamw.load_state_dict(state["adamw"])

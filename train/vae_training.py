@@ -57,7 +57,6 @@ class VaeTrainConfig:
     timeout_minutes: float = 10.0  # how long a rank waits for the others, more than 0
 
     def __post_init__(self) -> None:
-        """Reject what cannot be trained."""
         least = {"max_pictures": 1, "batch_size": 1, "log_interval_steps": 1, "state_interval_steps": 1}
         for name, low in {**least, "max_failed_files": 0, "seed": 0}.items():
             if getattr(self, name) < low:
@@ -210,6 +209,5 @@ class VaeTraining:
 
 
 def say_once(ranks: Ranks, words: str) -> None:
-    """Print a line on rank 0."""
     if ranks.is_first:
         say(f"train.vae: {words}")

@@ -15,7 +15,7 @@ from train.encoding.tasks import Task
 
 
 class Progress:
-    """A progress bar on rank 0, or an occasional line without a terminal; a context."""
+    """A progress bar on rank 0, or an occasional line without a terminal."""
 
     def __init__(self, tasks: Sequence[Task], bad: BadRecords):
         self._bytes = {sidecar_path(task.shard).name: task.bytes for task in tasks}
@@ -27,10 +27,7 @@ class Progress:
         self._bar = tqdm(desc="encode", initial=self._done()[0], total=sum(self._bytes.values()), unit="B",
                          unit_scale=True, smoothing=0, disable=place().rank > 0)  # fmt: skip
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._show()
         self._bar.close()
 
