@@ -8,18 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.tokenizer import Tokenizer
-from tests.runs import (
-    assert_refused,
-    assert_same_end,
-    finish,
-    launch,
-    numbers,
-    rows,
-    saved_state,
-    saved_steps,
-    settings,
-    wait_for,
-)
+from tests import runs
 from tests.sources import make_source, pairs, texts
 from train.heldout import KINDS
 
@@ -31,7 +20,7 @@ def heldout(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> P
 
 def _measured(run_dir: Path) -> dict[int, tuple[float, ...]]:
     names = [f"heldout/pairs/{kind}" for kind in KINDS]
-    return {row["step"]: tuple(row[name] for name in names) for row in rows(run_dir) if names[0] in row}
+    return {row["step"]: tuple(row[name] for name in names) for row in runs.rows(run_dir) if names[0] in row}
 
 
 def test_a_run_measures_itself_and_trains_the_same(
@@ -40,20 +29,20 @@ def test_a_run_measures_itself_and_trains_the_same(
     """Bit for bit; and the best checkpoint by the metric is kept in addition to the last."""
     best = {"checkpoint__keep_last": 1, "checkpoint__keep_best": 1, "checkpoint__interval_steps": 6}
     best |= {"checkpoint__best_metric": "heldout/pairs/text_loss", "optim__learning_rate": 0.1}
-    argv = settings(
+    argv = runs.settings(
         tmp_path / "worse", tokenizer, sources, evaluation__interval_steps=6, evaluation__heldout__pairs=heldout
     )
-    finish([*argv, *(f"{name.replace('__', '.')}={value}" for name, value in best.items())], 1)
+    runs.finish([*argv, *(f"{name.replace('__', '.')}={value}" for name, value in best.items())], 1)
     losses = {step: text for step, (text, *_) in _measured(tmp_path / "worse").items()}
     assert list(losses) == [6, 12, 18, 24]
-    assert set(saved_steps(tmp_path / "worse")) == {min(losses, key=losses.get), 24}
+    assert set(runs.saved_steps(tmp_path / "worse")) == {min(losses, key=losses.get), 24}
 
     two, one = tmp_path / "two", tmp_path / "one"
-    argv = settings(two, tokenizer, sources, evaluation__interval_steps=10, evaluation__heldout__pairs=heldout)
-    finish(argv, 2)
-    assert numbers(two) == numbers(undisturbed)
-    assert_same_end(two, undisturbed)
-    finish([*argv, f"run_dir={one}", "optim.steps=10"], 1)
+    argv = runs.settings(two, tokenizer, sources, evaluation__interval_steps=10, evaluation__heldout__pairs=heldout)
+    runs.finish(argv, 2)
+    assert runs.numbers(two) == runs.numbers(undisturbed)
+    runs.assert_same_end(two, undisturbed)
+    runs.finish([*argv, f"run_dir={one}", "optim.steps=10"], 1)
     assert list(_measured(two)) == [10, 20] and list(_measured(one)) == [10]
 
 
@@ -63,15 +52,15 @@ def test_a_stop_during_an_evaluation_ends_it_and_the_resumed_run_repeats_it(
     """P6: within a batch, not after thousands."""
     run_dir = tmp_path / "run"
     large = make_source(tmp_path / "large", tokenizer, pairs(8_000, seed=78))
-    argv = settings(run_dir, tokenizer, sources, evaluation__interval_steps=4, evaluation__heldout__pairs=large)
-    with launch([*argv, "optim.steps=4"], 2) as run:
-        wait_for(lambda: [row for row in rows(run_dir) if row["step"] == 4], run)
+    argv = runs.settings(run_dir, tokenizer, sources, evaluation__interval_steps=4, evaluation__heldout__pairs=large)
+    with runs.launch([*argv, "optim.steps=4"], 2) as run:
+        runs.wait_for(lambda: [row for row in runs.rows(run_dir) if row["step"] == 4], run)
         run.signal(signal.SIGTERM, rank=1)
         stopped = time.monotonic()
         assert run.wait() == [75, 75], run.output
         assert time.monotonic() - stopped < 20
-    assert saved_steps(run_dir) == [4] and saved_state(run_dir)[2]["metrics"] == {} and not _measured(run_dir)
-    finish([*argv, "optim.steps=4", "evaluation.max_batches=2"], 2)
+    assert runs.saved_steps(run_dir) == [4] and runs.saved_state(run_dir)[2]["metrics"] == {} and not _measured(run_dir)
+    runs.finish([*argv, "optim.steps=4", "evaluation.max_batches=2"], 2)
     assert list(_measured(run_dir)) == [4]
 
 
@@ -80,19 +69,19 @@ def test_what_cannot_be_measured_is_refused_at_the_start(
 ) -> None:
     """P10: held-out data inside training data, a metric that is not measured."""
     twin = Path(shutil.copytree(sources["pairs"], tmp_path / "twin"))
-    argv = settings(tmp_path / "run", tokenizer, sources, evaluation__interval_steps=4)
+    argv = runs.settings(tmp_path / "run", tokenizer, sources, evaluation__interval_steps=4)
     best = ["checkpoint.keep_best=1", "checkpoint.best_metric=heldout/pears/text_loss"]
     starts = [
         ([*argv, f"evaluation.heldout.twin={twin}"], ["held-out source twin", "are training data too"]),
         ([*argv, f"evaluation.heldout.pairs={heldout}", *best], ["best_metric=heldout/pears/text_loss"]),
         (argv, ["evaluation.interval_steps=4", "evaluation.heldout.NAME=FOLDER"]),
     ]
-    assert_refused(starts)
+    runs.assert_refused(starts)
     argv = [*argv, f"evaluation.heldout.texts={heldout}", "checkpoint.keep_best=1"]
     uneven = [*argv, "checkpoint.best_metric=heldout/texts/text_loss"]
-    assert_refused(
+    runs.assert_refused(
         [(uneven, ["checkpoint.interval_steps=5 and evaluation.interval_steps=4", "a multiple of the other"])]
     )
     text_only = make_source(tmp_path / "texts", tokenizer, texts(20, seed=79))
     silent = [*argv, f"evaluation.heldout.texts={text_only}", "checkpoint.best_metric=heldout/texts/image_loss"]
-    assert_refused([([*silent, "evaluation.interval_steps=5"], ["expected one of ['heldout/texts/text_loss']"])])
+    runs.assert_refused([([*silent, "evaluation.interval_steps=5"], ["expected one of ['heldout/texts/text_loss']"])])

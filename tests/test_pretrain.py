@@ -12,36 +12,21 @@ from typing import Any
 
 import pytest
 
+from tests import runs
 from tests.ranks import children, is_running
-from tests.runs import (
-    SAVE_EVERY,
-    STEPS,
-    Arguments,
-    assert_refused,
-    assert_same_end,
-    expect,
-    finish,
-    launch,
-    numbers,
-    reached,
-    rows,
-    saved_state,
-    saved_steps,
-    stop,
-    wait_for,
-)
+from tests.runs import SAVE_EVERY, STEPS, Arguments
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_a_run_reaches_its_end_and_leaves_what_it_promised(undisturbed: Path) -> None:
     """A row for each step, the last two checkpoints, the resolved config, and no unfinished files."""
-    assert [row["step"] for row in rows(undisturbed)] == list(range(1, STEPS + 1))
-    assert saved_steps(undisturbed) == [STEPS // SAVE_EVERY * SAVE_EVERY, STEPS]
+    assert [row["step"] for row in runs.rows(undisturbed)] == list(range(1, STEPS + 1))
+    assert runs.saved_steps(undisturbed) == [STEPS // SAVE_EVERY * SAVE_EVERY, STEPS]
     assert (undisturbed / "config.yaml").read_text().startswith(f"run_dir: {undisturbed}")
     names = {str(path.relative_to(undisturbed)) for path in undisturbed.rglob("*") if path.is_file()}
     assert not [name for name in names if "tmp" in name or name.endswith(".new")]
-    first, last = rows(undisturbed)[0], rows(undisturbed)[-1]
+    first, last = runs.rows(undisturbed)[0], runs.rows(undisturbed)[-1]
     assert last["idle_row_share"] == 3 / 8, "five lanes on two ranks are two micro-steps of two rows each"
     assert last["text_loss"] < first["text_loss"] and last["skipped_documents"] == 0
 
@@ -55,7 +40,7 @@ def test_killed_at_any_instant_a_run_ends_with_the_same_bits(
     instants = [
         lambda: True,  # during the start-up
         lambda: any(checkpoints.glob(".tmp-step-*/__*")),
-        reached(run_dir, SAVE_EVERY + 3),
+        runs.reached(run_dir, SAVE_EVERY + 3),
         lambda: any(checkpoints.glob(f"step-*{2 * SAVE_EVERY}")),
     ]
     _kill_and_finish(run_dir, arguments(), instants, undisturbed)
@@ -84,21 +69,21 @@ def _after(seconds: float) -> Callable[[], bool]:
 
 def _kill_and_finish(run_dir: Path, argv: list[str], instants: list[Callable[[], object]], expected: Path) -> None:
     """Kill all ranks at each instant in turn, then run to the end, which must equal the expected one."""
-    luck, runs = random.Random(4), []
+    luck, killed = random.Random(4), []
     for instant in instants:
-        with launch(argv, 2) as run:
-            runs.append(run)
+        with runs.launch(argv, 2) as run:
+            killed.append(run)
             while run.running and not instant():
                 time.sleep(0.002)
             time.sleep(0.03 * luck.random())
             run.signal(signal.SIGKILL)
             run.wait()
-        saved_steps(run_dir)  # each verifies
-    finish(argv, 2)
-    assert numbers(run_dir) == numbers(expected)
-    assert_same_end(run_dir, expected)
+        runs.saved_steps(run_dir)  # each verifies
+    runs.finish(argv, 2)
+    assert runs.numbers(run_dir) == runs.numbers(expected)
+    runs.assert_same_end(run_dir, expected)
     assert not list((run_dir / "checkpoints").glob(".*"))
-    assert not [pid for run in runs for pid in run.leftovers()], "a process outlived its run"
+    assert not [pid for run in killed for pid in run.leftovers()], "a process outlived its run"
 
 
 def test_a_run_resumed_on_other_numbers_of_ranks_meets_the_same_batches(
@@ -107,18 +92,18 @@ def test_a_run_resumed_on_other_numbers_of_ranks_meets_the_same_batches(
     """P3, P4, P6: 2 ranks, stopped by SIGTERM, then 1, stopped by SIGUSR1, then 3; the same losses as undisturbed."""
     argv = arguments()
     for world_size, until, number in [(2, 6, signal.SIGTERM), (1, 12, signal.SIGUSR1)]:
-        with launch(argv, world_size) as run:
-            wait_for(reached(run_dir, until), run)
-            before = len(rows(run_dir))
+        with runs.launch(argv, world_size) as run:
+            runs.wait_for(runs.reached(run_dir, until), run)
+            before = len(runs.rows(run_dir))
             run.signal(number, rank=world_size - 1)
-            output = expect(run, 75)
-        saved = saved_steps(run_dir)[-1]
+            output = runs.expect(run, 75)
+        saved = runs.saved_steps(run_dir)[-1]
         assert f"after step {saved}; saved" in output
-        assert rows(run_dir)[-1]["step"] == saved <= before + 3, "within a step"
-    finish(argv, 3)
-    for found, expected in zip(numbers(run_dir), numbers(undisturbed), strict=True):
+        assert runs.rows(run_dir)[-1]["step"] == saved <= before + 3, "within a step"
+    runs.finish(argv, 3)
+    for found, expected in zip(runs.numbers(run_dir), runs.numbers(undisturbed), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
-    (_, lanes, meta), (_, expected_lanes, expected_meta) = saved_state(run_dir), saved_state(undisturbed)
+    (_, lanes, meta), (_, expected_lanes, expected_meta) = runs.saved_state(run_dir), runs.saved_state(undisturbed)
     assert (lanes, meta) == (expected_lanes, expected_meta)
 
 
@@ -130,26 +115,26 @@ def test_stopped_started_again_prolonged_and_refused(run_dir: Path, arguments: A
     def changed(**changes: Any) -> list[str]:
         return [*argv, *(f"{name.replace('__', '.')}={value}" for name, value in changes.items())]
 
-    with launch(argv, None) as run:
-        wait_for((run_dir / "attempt.json").exists, run)
+    with runs.launch(argv, None) as run:
+        runs.wait_for((run_dir / "attempt.json").exists, run)
         run.signal(signal.SIGTERM)  # while the model is built: it takes effect at the first step
-        expect(run, 75)
-    assert saved_steps(run_dir) == [row["step"] for row in rows(run_dir)][-1:]
+        runs.expect(run, 75)
+    assert runs.saved_steps(run_dir) == [row["step"] for row in runs.rows(run_dir)][-1:]
     for number, status, after in [(signal.SIGINT, 130, 4), (signal.SIGUSR2, 75, 12)]:
-        stop(argv, None, after, number, status=status)
-        last = rows(run_dir)[-1]
+        runs.stop(argv, None, after, number, status=status)
+        last = runs.rows(run_dir)[-1]
         assert last["interval_steps"] == (last["step"] % 4 or 4), "no step is missing from the rows"
-    finish(changed(optim__learning_rate=5e-4, checkpoint__keep_last=1), None)
-    assert sum(row["interval_steps"] for row in rows(run_dir)) == 30
-    assert saved_steps(run_dir) == [30]
+    runs.finish(changed(optim__learning_rate=5e-4, checkpoint__keep_last=1), None)
+    assert sum(row["interval_steps"] for row in runs.rows(run_dir)) == 30
+    assert runs.saved_steps(run_dir) == [30]
 
     before = {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
-    assert "done after step 30" in finish(argv, None)
+    assert "done after step 30" in runs.finish(argv, None)
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert len(rows(run_dir)) == len({row["step"] for row in rows(run_dir)})
+    assert len(runs.rows(run_dir)) == len({row["step"] for row in runs.rows(run_dir)})
 
-    assert "from " in finish(changed(optim__steps=33, optim__schedule="wsd"), None)
-    assert saved_steps(run_dir) == [30, 33]
+    assert "from " in runs.finish(changed(optim__steps=33, optim__schedule="wsd"), None)
+    assert runs.saved_steps(run_dir) == [30, 33]
 
     changes = {
         "seed=1": "seed was 0, is 1",
@@ -163,7 +148,7 @@ def test_stopped_started_again_prolonged_and_refused(run_dir: Path, arguments: A
         "diffusion.prediction=v": "diffusion.prediction was eps, is v",
     }
     state = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and "attempt" not in path.name}
-    assert_refused([([*argv, *changes], list(changes.values()))])
+    runs.assert_refused([([*argv, *changes], list(changes.values()))])
     for path, content in state.items():
         assert path.read_bytes() == content or path.name == ".lock", f"{path} was touched"
 
@@ -173,44 +158,44 @@ def test_loader_workers_change_nothing_and_outlive_a_stop_signal(
 ) -> None:
     """P3, P6: two workers per rank, which get SIGTERM as from Slurm; then one worker per rank: the same bits."""
     argv = arguments()
-    with launch([*argv, "data.num_workers=2"], 2) as run:
-        wait_for(reached(run_dir, 4), run)
+    with runs.launch([*argv, "data.num_workers=2"], 2) as run:
+        runs.wait_for(runs.reached(run_dir, 4), run)
         workers = [child for process in run.processes for child in children(process.pid)]
         assert len(workers) == 4
         for worker in workers:
             os.kill(worker, signal.SIGTERM)
-        wait_for(reached(run_dir, 14), run)  # far beyond what was prefetched
+        runs.wait_for(runs.reached(run_dir, 14), run)  # far beyond what was prefetched
         run.signal(signal.SIGTERM)
-        expect(run, 75)
+        runs.expect(run, 75)
     assert not [pid for pid in workers if is_running(pid)]
-    finish([*argv, "data.num_workers=1"], 2)
-    assert numbers(run_dir) == numbers(undisturbed)
-    assert_same_end(run_dir, undisturbed)
+    runs.finish([*argv, "data.num_workers=1"], 2)
+    assert runs.numbers(run_dir) == runs.numbers(undisturbed)
+    runs.assert_same_end(run_dir, undisturbed)
 
 
 @pytest.mark.slow
 def test_ranks_that_starve_for_data_still_stop_and_save(run_dir: Path, arguments: Arguments) -> None:
     """P6: with one rank's reader frozen, a signal to the other rank saves and ends both, without waiting for data."""
-    with launch(arguments(optim__steps=10**6, data__num_workers=1, data__prefetch_steps=1), 2) as run:
-        wait_for(reached(run_dir, 4), run)
+    with runs.launch(arguments(optim__steps=10**6, data__num_workers=1, data__prefetch_steps=1), 2) as run:
+        runs.wait_for(runs.reached(run_dir, 4), run)
         (reader,) = children(run.processes[1].pid)
         os.kill(reader, signal.SIGSTOP)
-        wait_for(lambda: time.time() - (run_dir / "metrics.jsonl").stat().st_mtime > 1, run)
+        runs.wait_for(lambda: time.time() - (run_dir / "metrics.jsonl").stat().st_mtime > 1, run)
         started = time.monotonic()
         run.signal(signal.SIGTERM, rank=0)
-        expect(run, 75)
+        runs.expect(run, 75)
         assert time.monotonic() - started < 20
         assert not is_running(reader)
-    assert saved_steps(run_dir)[-1] == rows(run_dir)[-1]["step"]
+    assert runs.saved_steps(run_dir)[-1] == runs.rows(run_dir)[-1]["step"]
 
 
 def test_data_that_ends_ends_the_run_and_every_document_was_trained_once(run_dir: Path, arguments: Arguments) -> None:
     """repeat=false: the run is done when the last lane is, on two ranks whose lanes end at different steps."""
     once = {f"data__sources__{name}__repeat": "false" for name in ("pairs", "texts")}
-    assert "the data ended after step" in finish(arguments(optim__steps=1000, **once), 2)
-    last = rows(run_dir)[-1]
+    assert "the data ended after step" in runs.finish(arguments(optim__steps=1000, **once), 2)
+    last = runs.rows(run_dir)[-1]
     assert last["images_seen"] == 60
-    assert saved_steps(run_dir)[-1] == last["step"] < 100
+    assert runs.saved_steps(run_dir)[-1] == last["step"] < 100
 
 
 @pytest.mark.slow
@@ -222,4 +207,4 @@ def test_torchrun_starts_it_too(run_dir: Path, arguments: Arguments, undisturbed
     command += ["-m", "train.pretrain", *arguments(log__wandb="offline")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr.count("wandb is off") == 1, done.stderr
-    assert_same_end(run_dir, undisturbed)
+    runs.assert_same_end(run_dir, undisturbed)
