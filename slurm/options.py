@@ -5,12 +5,12 @@ sbatch's, and the rest is the program's, which refuses unknown keys. `then=PROGR
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from slurm.job import JobConfig
 from slurm.programs import Program, find_program
+from slurm.scheduler import seconds_of
 from train.config import load_config
 
 
@@ -95,25 +95,10 @@ class LaunchConfig:
         if self.array is None:
             return 1, 1
         count, _, limit = self.array.partition("%")
-        at_once = limit or str(AT_ONCE)
+        at_once = limit or "64"
         return (int(count), int(at_once)) if count.isdecimal() and at_once.isdecimal() else (0, 0)
 
 
-def seconds_of(time: str) -> int | None:
-    """Return the seconds of a time limit in sbatch's notation; None if unlimited or in another notation."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
-    if match is None:
-        return None
-    days, *rest = (int(part) if part is not None else None for part in match.groups())
-    given = [part for part in rest if part is not None]
-    if days is not None or len(given) == 3:  # DAYS-HOURS[:MINUTES[:SECONDS]], HOURS:MINUTES:SECONDS
-        hours, minutes, seconds = [*given, 0, 0][:3]
-        return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-    minutes, seconds = [*given, 0][:2]  # MINUTES[:SECONDS]
-    return minutes * 60 + seconds
-
-
-AT_ONCE = 64  # elements of an array that run at once, by default
 MOST = 100_000  # elements; each is a file first. sbatch itself takes 1,000, or its MaxArraySize
 # sbatch's long options that are compatible with these jobs (22.05 to 25.05).
 SBATCH_NAMES = """
@@ -145,10 +130,10 @@ TAKEN = {
     "wait": "the command that is printed follows the log",
 }
 # What a job of a chain does not inherit from the previous one.
-OWN = frozenset(("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "time", "array", "then", "program"))
-OWN_SBATCH = frozenset(
-    ("begin", "dependency", "job_name", "mem", "mem_per_cpu", "mem_per_gpu", "nodelist", "gres", "exclusive")
-)
+OWN = {
+    *("program", "nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "time", "array"),
+    *("begin", "dependency", "job_name", "mem", "mem_per_cpu", "mem_per_gpu", "nodelist", "gres", "exclusive"),
+}
 
 
 def read(argv: Sequence[str]) -> list[tuple[LaunchConfig, list[str]]]:
@@ -165,7 +150,7 @@ def read(argv: Sequence[str]) -> list[tuple[LaunchConfig, list[str]]]:
     for group in groups:
         ours, theirs = sort(group)
         jobs.append((load_config(LaunchConfig, [*inherited, *ours]), theirs))
-        inherited = [a for a in [*inherited, *ours] if not _is_own(a)]
+        inherited = [a for a in [*inherited, *ours] if a.partition("=")[0].removeprefix("sbatch.") not in OWN]
     return jobs
 
 
@@ -183,8 +168,3 @@ def sort(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             theirs.append(argument)
     return ours, theirs
-
-
-def _is_own(argument: str) -> bool:
-    key, _, _ = argument.partition("=")
-    return key in OWN or key.removeprefix("sbatch.") in OWN_SBATCH

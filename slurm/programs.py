@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from omegaconf import OmegaConf
 
@@ -94,6 +94,4 @@ def resolve(name: str, arguments: Sequence[str], *, check: bool = False) -> str:
 
 def read_resolved(resolved: str) -> dict[str, Any]:
     """Return a resolved config (YAML) as a mapping."""
-    config = OmegaConf.to_container(OmegaConf.create(resolved))
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(resolved)))

@@ -105,9 +105,16 @@ def requeue(job_id: str) -> None:
 
 def seconds_left(job_id: str) -> int | None:
     """Return the seconds to a running job's time limit, None without one."""
-    left = ask("squeue", "--noheader", "--format=%L", f"--jobs={job_id}")
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", left.strip())
+    return seconds_of(ask("squeue", "--noheader", "--format=%L", f"--jobs={job_id}").strip())
+
+
+def seconds_of(limit: str) -> int | None:
+    """Return the seconds of a time limit in Slurm's notation; None if unlimited or in another notation."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", limit)
     if match is None:
         return None
-    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    days, parts = int(match[1] or 0), [int(part) for part in match[2].split(":")]
+    if match[1] is None and len(parts) < 3:  # MINUTES[:SECONDS]; else DAYS-HOURS[:MINUTES[:SECONDS]], or H:M:S
+        parts.insert(0, 0)
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -13,12 +13,6 @@ from pathlib import Path
 
 from slurm.job import CONSOLE, LOGS
 
-# Variables of every rank, unless the submitting environment sets them.
-DEFAULTS = {
-    "NCCL_DEBUG": "WARN",  # why a collective failed, and little else
-    "PYTHONUNBUFFERED": "1",  # a log's last line is what happened last
-}
-
 
 def environment(given: Mapping[str, str], node_folder: str) -> dict[str, str]:
     """Return the variables to add to `given`, the environment from Slurm and slurm/job.py.
@@ -33,9 +27,12 @@ def environment(given: Mapping[str, str], node_folder: str) -> dict[str, str]:
         "LOCAL_RANK": local_rank,
         "LOCAL_WORLD_SIZE": str(tasks_by_node(given["SLURM_STEP_TASKS_PER_NODE"])[node]),
     }
-    defaults = dict(DEFAULTS)
-    defaults["TORCHINDUCTOR_CACHE_DIR"] = f"{node_folder}/inductor"
-    defaults["TRITON_CACHE_DIR"] = f"{node_folder}/triton"
+    defaults = {  # unless the submitting environment sets them
+        "NCCL_DEBUG": "WARN",  # why a collective failed, and little else
+        "PYTHONUNBUFFERED": "1",  # a log's last line is what happened last
+        "TORCHINDUCTOR_CACHE_DIR": f"{node_folder}/inductor",
+        "TRITON_CACHE_DIR": f"{node_folder}/triton",
+    }
     if "SLURM_CPUS_PER_TASK" in given:  # Slurm binds a task to its CPUs: they are all this rank's
         defaults["OMP_NUM_THREADS"] = given["SLURM_CPUS_PER_TASK"]
     if "NCCL_SOCKET_IFNAME" in given:  # gloo carries votes and checkpoints over the same network

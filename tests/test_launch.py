@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.tokenizer import Tokenizer
-from slurm import job, options, signal_delay, snapshot, srun
+from slurm import job, options, scheduler, signal_delay, snapshot, srun
 from slurm.options import LaunchConfig
 from slurm.programs import PROGRAMS, finished_shards, last_row, newest_checkpoint
 from slurm.record import INNOCENT, Attempt, Record
@@ -95,8 +95,8 @@ def test_invalid_options_are_refused_with_a_remedy(argv: list[str], words: str) 
 
 def test_time_limits_are_read_as_sbatch_reads_them() -> None:
     times = {"90": 5400, "1:30": 90, "2:00:00": 7200, "1-12": 129_600, "1-0:30": 88_200, "2-00:00:01": 172_801}
-    assert {time: options.seconds_of(time) for time in times} == times
-    assert options.seconds_of("UNLIMITED") is None
+    assert {time: scheduler.seconds_of(time) for time in times} == times
+    assert scheduler.seconds_of("UNLIMITED") is None
 
 
 def test_a_bad_config_or_missing_data_never_waits_in_a_queue(

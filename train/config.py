@@ -21,7 +21,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from train.config_layers import as_expanded, as_list, each, expanded, lay, parse, read_yaml
+from train.config_layers import as_expanded, as_list, each, expanded, lay_over, parse, read_yaml
 from train.distributed.launcher import report_to_torchrun
 from train.nested import leaves
 from train.streams import open_streams
@@ -30,7 +30,6 @@ Config = TypeVar("Config")
 
 RESOLVE, CHECK = "--resolve", "--check"  # print the resolved config and exit; first also check the input
 SIGNAL_DELAY = "TRANSFUSION_SIGNAL_DELAY_S"  # environment: seconds from the stop signal to the kill, if known
-HELP = {"--help", "-h", "help"}
 REFUSED = 2  # exit status of a program that refused its config or its input
 RULES = """A single value stands for a list of one. NAME=null removes the entry NAME that config=FILE put into a
 mapping, such as a data source. In paths ~ and $NAME are expanded."""
@@ -50,7 +49,9 @@ def load_config(schema: type[Config], argv: list[str], *, expand: bool = True) -
     layers = [(f"config={path}", read_yaml(path)) for path in files]
     layers += [("command line", _override(argument, schema)) for argument in overrides]
     layers = [(origin, each(layer, schema, as_list)) for origin, layer in layers]
-    given = lay(layers, schema)
+    given: dict = {}
+    for origin, layer in layers:
+        lay_over(given, layer, schema, f"{origin}: ")
     if expand:
         given = each(given, schema, as_expanded)
     merged = OmegaConf.structured(schema)
@@ -58,9 +59,7 @@ def load_config(schema: type[Config], argv: list[str], *, expand: bool = True) -
     try:
         merged = OmegaConf.merge(merged, given)
     except (OmegaConfBaseException, TypeError):
-        for origin, layer in layers:
-            for name, value in leaves(layer):  # one by one, so that the error can name its key
-                merged = _merge(merged, name, value, schema, origin)
+        merged = _merge_one_by_one(merged, layers, schema)
     _refuse_extreme_numbers(merged)
     try:
         return cast(Config, OmegaConf.to_object(merged))
@@ -105,7 +104,7 @@ def run_program(main: Callable[[list[str]], int | None], *, lasting: bool = Fals
     argv = sys.argv[1:]
     asked = {RESOLVE, CHECK} & set(argv)
     open_streams(lasting=lasting and not asked)
-    if HELP & set(argv):
+    if {"--help", "-h", "help"} & set(argv):
         print(help_text(f"python -m {name}", inspect.getdoc(module) or "", module.CONFIG))
         sys.exit(0)
     try:
@@ -216,14 +215,16 @@ def _nested(key: str, value: Any) -> dict:
     return value
 
 
-def _merge(merged: Any, key: str, value: Any, schema: type, origin: str) -> Any:
-    """Return `merged` with one value set; raise ValueError for an unknown key or a value of another type."""
-    try:
-        return OmegaConf.merge(merged, _nested(key, value))
-    except (OmegaConfBaseException, TypeError):
-        expected = _expected(schema, key)
-        problem = f"{key}={value!r}: expected {expected}" if expected else _unknown_key(schema, key)
-        raise ValueError(f"{origin}: {problem}") from None
+def _merge_one_by_one(merged: Any, layers: list[tuple[str, dict]], schema: type) -> Any:
+    """Return `merged` with the layers' values; raise ValueError for the first unknown key or value of another type."""
+    for origin, key, value in ((origin, *leaf) for origin, layer in layers for leaf in leaves(layer)):
+        try:
+            merged = OmegaConf.merge(merged, _nested(key, value))
+        except (OmegaConfBaseException, TypeError):
+            expected = _expected(schema, key)
+            problem = f"{key}={value!r}: expected {expected}" if expected else _unknown_key(schema, key)
+            raise ValueError(f"{origin}: {problem}") from None
+    return merged
 
 
 def _expected(schema: type, key: str) -> str | None:

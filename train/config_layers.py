@@ -9,7 +9,7 @@ import io
 import os
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
@@ -112,19 +112,11 @@ def as_expanded(value: Any, hint: Any, key: str) -> Any:
     return expanded(key, value) if is_path and isinstance(value, str) and value != MISSING else value
 
 
-def lay(layers: Sequence[tuple[str, dict]], schema: type) -> dict:
-    """Return the mapping that results from layers of (origin, mapping), each over those before it.
+def lay_over(below: dict, above: dict, hint: Any, where: str) -> None:
+    """Change the layers `below` by the one `above`, in which a null removes an entry, or all entries, of a mapping.
 
-    A null removes an entry, or all entries, of a mapping in the layers below; raises ValueError if there is no such
-    entry.
+    Raises ValueError, prefixed by `where`, if there is no such entry.
     """
-    laid: dict = {}
-    for origin, layer in layers:
-        _lay_over(laid, layer, schema, f"{origin}: ")
-    return laid
-
-
-def _lay_over(below: dict, above: dict, hint: Any, where: str) -> None:
     for name, value in above.items():
         if value is None and get_origin(_bare(hint)) is dict:
             if name not in below:
@@ -136,6 +128,6 @@ def _lay_over(below: dict, above: dict, hint: Any, where: str) -> None:
         elif isinstance(value, dict):
             if not isinstance(below.get(name), dict):
                 below[name] = {}
-            _lay_over(below[name], value, _child(hint, name), f"{where}{name}.")
+            lay_over(below[name], value, _child(hint, name), f"{where}{name}.")
         else:
             below[name] = value

@@ -24,8 +24,6 @@ from train.optim.optimizer import OptimConfig
 from train.profile import ProfileConfig
 from train.step import LossConfig
 
-LEAST_MINUTES = 0.01  # of a timeout
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
@@ -77,13 +75,11 @@ class PretrainConfig:
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size}: expected at least 1")
         for name in ("timeout_minutes", "startup_timeout_minutes"):
-            if not LEAST_MINUTES <= getattr(self, name) <= MOST_MINUTES:
-                raise ValueError(f"{name}={getattr(self, name)}: expected in [{LEAST_MINUTES}, {MOST_MINUTES}]")
-        if self.preview.interval_steps is not None and self.preview.steps > self.diffusion.num_timesteps:
-            raise ValueError(
-                f"preview.steps={self.preview.steps}: expected at most diffusion.num_timesteps="
-                f"{self.diffusion.num_timesteps}"
-            )
+            if not 0.01 <= getattr(self, name) <= MOST_MINUTES:
+                raise ValueError(f"{name}={getattr(self, name)}: expected in [0.01, {MOST_MINUTES}]")
+        steps, most = self.preview.steps, self.diffusion.num_timesteps
+        if self.preview.interval_steps is not None and steps > most:
+            raise ValueError(f"preview.steps={steps}: expected at most diffusion.num_timesteps={most}")
         if self.init_from is not None and self.resume not in ("auto", "none"):
             raise ValueError(f"init_from={self.init_from} and resume={self.resume}: expected only one of the two")
         best = self.checkpoint.best_metric
@@ -93,12 +89,11 @@ class PretrainConfig:
                 f"checkpoint.best_metric={best}: expected one of {names or 'evaluation.heldout.NAME=FOLDER'}, measured "
                 "every evaluation.interval_steps"
             )
-        intervals = sorted((self.checkpoint.interval_steps, self.evaluation.interval_steps or 1))
-        if best is not None and intervals[1] % intervals[0]:
+        saves, measures = self.checkpoint.interval_steps, self.evaluation.interval_steps or 1
+        if best is not None and max(saves, measures) % min(saves, measures):
             raise ValueError(
-                f"checkpoint.interval_steps={self.checkpoint.interval_steps} and evaluation.interval_steps="
-                f"{self.evaluation.interval_steps} with checkpoint.best_metric: expected one to be a multiple of the "
-                "other, so that checkpoints are of evaluated steps"
+                f"checkpoint.interval_steps={saves} and evaluation.interval_steps={measures} with checkpoint."
+                "best_metric: expected one to be a multiple of the other, so that checkpoints are of evaluated steps"
             )
 
 
