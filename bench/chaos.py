@@ -89,13 +89,11 @@ def main(argv: list[str]) -> int:
 def survive(config: ChaosConfig, folder: Path) -> dict[str, Any]:
     """Run all faults and return the JSON object."""
     settings = make_settings(folder, config.steps)
-    skipped: dict[str, str] = {}
-    kinds = config.kinds or list(KINDS)
-    if (reason := _cannot_mount(folder)) is not None:
-        skipped = {kind: reason for kind in kinds if KINDS[kind].needs_mount}
+    kinds, reason = config.kinds or list(KINDS), _cannot_mount(folder)
+    skipped = {kind: reason for kind in kinds if reason is not None and KINDS[kind].needs_mount}
     with ProgramRanks(pretrain_main(), ["--help"], 1, folder / "warm.log") as warm:  # the first start imports torch
         warm.wait(120)
-    undisturbed = Undisturbed.run(Job(folder / "undisturbed", settings, _made(folder / "logs" / "undisturbed")))
+    undisturbed = Undisturbed.run(Job(folder / "undisturbed", settings, folder / "logs" / "undisturbed"))
     waiting = plan(config, [kind for kind in kinds if kind not in skipped])
     trajectories: list[Trajectory] = []
     failures: list[dict[str, Any]] = []
@@ -105,13 +103,13 @@ def survive(config: ChaosConfig, folder: Path) -> dict[str, Any]:
         faults, waiting = waiting[: config.faults_per_training], waiting[config.faults_per_training :]
         name = f"{len(trajectories):03d}"
         with _disk(folder / name, any(KINDS[fault.kind].needs_mount for fault in faults)) as disk:
-            job = Job(disk / "run", settings, _made(folder / "logs" / name))
+            job = Job(disk / "run", settings, folder / "logs" / name)
             trajectory = Trajectory(job, undisturbed)
             trajectories.append(trajectory)
             for place, fault in enumerate(faults):
                 entry = trajectory.strike(fault, target_of(fault, place, job.newest_intact(), config))
-                done = fault.number
-                left = datetime.timedelta(seconds=round((time.monotonic() - start) / done * (config.faults - done)))
+                each_s = (time.monotonic() - start) / fault.number
+                left = datetime.timedelta(seconds=round(each_s * (config.faults - fault.number)))
                 print(f"{_line(entry, config, name)}  {left} left", file=sys.stderr, flush=True)
                 if entry.what is not None:
                     waiting = faults[place + 1 :] + waiting
@@ -122,7 +120,8 @@ def survive(config: ChaosConfig, folder: Path) -> dict[str, Any]:
                 identical += len(faults) * (trajectory.same_world_size and entry.what is None)
                 print(f"      training {name} {entry.what or 'ended as expected'}", file=sys.stderr, flush=True)
             if entry.what is not None:
-                failures.append({"seed": config.seed, **_described(entry), "logs": f"logs/{name}"})
+                failure = {"seed": config.seed, "number": fault.number, "kind": fault.kind, "phase": fault.phase}
+                failures.append({**failure, "step": entry.target, "what": entry.what, "logs": f"logs/{name}"})
                 if os.path.ismount(disk):
                     shutil.copytree(disk, folder / f"{name}-kept")
     return summary(trajectories, identical, documents, failures, skipped)
@@ -246,11 +245,6 @@ def _line(entry: Entry, config: ChaosConfig, name: str) -> str:
     )
 
 
-def _described(entry: Entry) -> dict[str, Any]:
-    fault = entry.fault
-    return {"number": fault.number, "kind": fault.kind, "phase": fault.phase, "step": entry.target, "what": entry.what}
-
-
 def _spread(seconds: list[float | None]) -> dict[str, float] | None:
     known = [value for value in seconds if value is not None]
     return {"median": round(statistics.median(known), 2), "max": round(max(known), 2)} if known else None
@@ -276,11 +270,6 @@ def _cannot_mount(folder: Path) -> str | None:
             return None
     except (OSError, subprocess.CalledProcessError) as error:
         return f"mounting is not allowed: {error}"
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
 
 
 def _commit() -> str:

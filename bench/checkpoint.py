@@ -18,9 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +44,7 @@ from train.state import TrainState
 from train.streams import open_streams
 
 VOCAB, BLOCK = 4096, 4 << 20  # token ids; bytes per write of dd
-POLL_S = 0.005
+POLL_S, LATE_S = 0.005, 600
 
 
 def main() -> int:
@@ -127,6 +126,7 @@ class Round:
     def __init__(self, trainee: Trainee, saver: Saver, run: RunFolder, ranks: Ranks) -> None:
         self.trainee, self.saver, self.run, self.ranks = trainee, saver, run, ranks
         self._dd_file = run.path / f"dd-{ranks.rank}"
+        self._beside = ThreadPoolExecutor(1)  # waits for what takes place during training
 
     def measure(self, num_steps: int) -> dict[str, float]:
         plain = [self.trainee.step() for _ in range(num_steps)]
@@ -138,14 +138,14 @@ class Round:
         self.saver.settle()
         size = self.ranks.on_first(lambda: sum(file.stat().st_size for file in final.iterdir()))
         dd = partial(self._dd, size // self.ranks.world_size)
-        found["dd_s"], _ = self._train_until(Watch(dd))
+        found["dd_s"], _ = self._train_until(self._beside.submit(dd))
         self._dd_file.unlink()
         self.trainee.step()  # another step to save
         _, write = self._start_save(self._final())
-        found["idle_write_s"] = self.ranks.gather(write.wait())[0]
+        found["idle_write_s"] = self.ranks.gather(write.result())[0]
         self.saver.settle()
         self.ranks.gather(None)
-        found["idle_dd_s"] = max(self.ranks.gather(Watch(dd).wait()))
+        found["idle_dd_s"] = max(self.ranks.gather(self._beside.submit(dd).result()))
         self._dd_file.unlink()
         found["bytes"] = size
         return found
@@ -153,20 +153,20 @@ class Round:
     def _final(self) -> Path:
         return self.run.checkpoints / f"step-{self.trainee.state.progress.step:08d}"
 
-    def _start_save(self, final: Path) -> tuple[float, "Watch"]:
-        """Return how long the slowest rank was blocked, and a watch that runs until the commit."""
+    def _start_save(self, final: Path) -> tuple[float, Future[float]]:
+        """Return how long the slowest rank was blocked, and the seconds until the commit."""
         self.ranks.gather(None)
         start = time.perf_counter()
         self.saver.start(self.trainee.state.snapshot(self.ranks))
-        write = Watch(lambda: _poll(final))
+        write = self._beside.submit(_poll, final)
         return max(self.ranks.gather(time.perf_counter() - start)), write
 
-    def _train_until(self, watch: "Watch") -> tuple[float, list[float]]:
-        """Train until `watch` has ended on every rank; return its seconds and those of the steps."""
+    def _train_until(self, seconds: Future[float]) -> tuple[float, list[float]]:
+        """Train until `seconds` are there on every rank; return the most and those of the steps."""
         steps = []
-        while not all(self.ranks.gather(watch.ended)):
+        while not all(self.ranks.gather(seconds.done())):
             steps.append(self.trainee.step())
-        return max(self.ranks.gather(watch.wait())), steps
+        return max(self.ranks.gather(seconds.result())), steps
 
     def _dd(self, num_bytes: int) -> float:
         """Write zeros with dd; return the seconds that it reports, without the start of its process."""
@@ -178,30 +178,11 @@ class Round:
         return float(seconds[1])
 
 
-class Watch:
-    """A thread that waits for something which takes place during training, and returns the seconds it took."""
-
-    def __init__(self, work: Callable[[], float]) -> None:
-        self._seconds = 0.0
-        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
-        self._thread.start()
-
-    @property
-    def ended(self) -> bool:
-        return not self._thread.is_alive()
-
-    def wait(self) -> float:
-        self._thread.join()
-        return self._seconds
-
-    def _run(self, work: Callable[[], float]) -> None:
-        self._seconds = work()
-
-
 def _poll(path: Path) -> float:
     """Return the seconds until `path` exists."""
     start = time.perf_counter()
     while not path.exists():
+        assert time.perf_counter() - start < LATE_S, f"{path} was not committed"
         time.sleep(POLL_S)
     return time.perf_counter() - start
 

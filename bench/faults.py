@@ -95,11 +95,16 @@ class Kind:
 def wait_for_instant(scene: Scene) -> None:
     """Return at the fault's instant, or once the attempt has ended; what earlier attempts left does not count."""
     job, target, fault = scene.job, scene.target, scene.fault
-    left_unfinished, left_saved = set(job.being_written().values()), _identities(job)
+
+    def identities() -> set[tuple[int, int]]:
+        """Return (step, inode) of the checkpoints: a replacement has the same name."""
+        return {(step, job.folder_of(step).stat().st_ino) for step in job.saved()}
+
+    left_unfinished, left_saved = set(job.being_written().values()), identities()
 
     def being_written(pattern: str) -> list[Path]:
         writing = [path for step, path in job.being_written().items() if step >= target and path not in left_unfinished]
-        return [file for path in writing for file in _files(path, pattern)]
+        return [file for path in writing for file in path.glob(pattern)]
 
     def reached() -> bool:
         return scene.has_trained() and job.last_step() >= target
@@ -109,11 +114,14 @@ def wait_for_instant(scene: Scene) -> None:
         target = min(-(-target // every), scene.steps // every) * every
     conditions = {
         "start": lambda: True,
-        "save": lambda: any(_size(file) for file in being_written("__*")),
-        "commit": lambda: being_written("checksums.json") or any(s >= target for s, _ in _identities(job) - left_saved),
+        "save": lambda: any(file.stat().st_size for file in being_written("__*")),
+        "commit": lambda: being_written("checksums.json") or any(s >= target for s, _ in identities() - left_saved),
     }
     condition = conditions.get(fault.phase, reached)
-    while not condition() and scene.attempt.running:
+    while scene.attempt.running:
+        with suppress(FileNotFoundError):  # renamed, or removed by retention, just now
+            if condition():
+                break
         time.sleep(POLL_S)
     if fault.kind in DAMAGES:
         while len(job.saved()) < 2 and scene.attempt.running:  # one remains to resume from
@@ -121,28 +129,6 @@ def wait_for_instant(scene: Scene) -> None:
     if fault.phase == "exit" and target < scene.steps:  # a signal ends it early
         scene.attempt.signal(signal.SIGTERM)
     time.sleep(scene.paces[fault.phase] * fault.moment)
-
-
-def _identities(job: Job) -> set[tuple[int, int]]:
-    """Return (step, inode) of the checkpoints: a replacement has the same name."""
-    found = set()
-    for step in job.saved():
-        with suppress(FileNotFoundError):  # removed by retention just now
-            found.add((step, job.folder_of(step).stat().st_ino))
-    return found
-
-
-def _size(file: Path) -> int:
-    with suppress(FileNotFoundError):  # renamed just now
-        return file.stat().st_size
-    return 0
-
-
-def _files(folder: Path, pattern: str) -> list[Path]:
-    try:
-        return list(folder.glob(pattern))
-    except FileNotFoundError:  # renamed just now
-        return []
 
 
 def kill_rank(scene: Scene) -> None:

@@ -53,11 +53,6 @@ class Layout:
     visible_until: Tensor  # int32 [B, S]
     image_starts: list[int]  # first patch of each image in a row
 
-    @property
-    def allowed_pairs(self) -> int:
-        """Return how many (query, key) pairs the mask allows, from which attention's useful FLOPs are counted."""
-        return int(dense_mask(self.document_ids, self.image_ids, self.visible_until).sum())
-
 
 def make_layout(rows: int, length: int, patches: int, device: torch.device) -> Layout:
     """Lay out half of each row as image-caption documents and the rest as one text."""
@@ -303,11 +298,12 @@ def _batch(config: TransfusionConfig, layout: Layout) -> tuple[dict, Tensor]:
 
 
 def _step_flops(model: Transfusion, batch: dict, layout: Layout) -> float:
-    """Return the FLOPs of a step; there is no padding."""
+    """Return the useful FLOPs of a step, of attention those of the pairs that its mask allows; there is no padding."""
     flops = Flops.of(model.config, VOCAB)
+    allowed_pairs = int(dense_mask(layout.document_ids, layout.image_ids, layout.visible_until).sum())
     return (
         flops.per_token * batch["input_ids"].numel()
-        + flops.per_pair * layout.allowed_pairs
+        + flops.per_pair * allowed_pairs
         + flops.per_text_target * len(batch["text_targets"])
         + flops.per_latent_cell * batch["noisy"][GRID][:, 0].numel()
     )

@@ -58,6 +58,7 @@ class Job:
         """Run the command; `changes` replace some of its settings."""
         self.attempts += 1
         self._claim = self._attempt_json()
+        self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{self.attempts:03d}.log"
         return ProgramRanks(pretrain_main(), self.argv(changes), world_size, log, environment)
 

@@ -18,10 +18,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ from train.streams import open_streams
 
 CHANNELS, GRID, PATCH, LENGTH = 8, (32, 32), 2, 4096  # the paper's: 256 patches an image, 4,096 tokens a sequence
 LANES, RANKS = 16, 8
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -128,21 +130,15 @@ def config_of(folder: Path, tokenizer: Tokenizer, *names: str, lanes: int = LANE
 
 def measure_reading(folder: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, float]:
     """Measure documents and tokens per second, alternating ours and webdataset's."""
-    seconds: dict[str, list[float]] = {}
-    counts: dict[str, tuple[int, int]] = {}
     ways = {
-        f"{who} {what}": (way, what)
+        f"{who} {what}": partial(way, folder, tokenizer, what)
         for what in ("pairs", "texts")
         for who, way in (("ours", read_ours), ("webdataset", read_webdataset))
     }
-    for round_ in range(args.rounds + 1):
-        for name, (way, what) in ways.items():
-            counts[name], elapsed = way(folder, tokenizer, what)
-            if round_:  # the first fills the page cache
-                seconds.setdefault(name, []).append(elapsed)
     per_s = {}
-    for name, times in seconds.items():
-        documents, tokens = counts[name]
+    for name, found in in_turns(ways, args.rounds).items():
+        documents, tokens, _ = found[0]
+        times = [elapsed for *_, elapsed in found]
         median = statistics.median(times)
         per_s[name] = documents / median, tokens / median
         print(
@@ -157,8 +153,8 @@ def measure_reading(folder: Path, tokenizer: Tokenizer, args: argparse.Namespace
     }
 
 
-def read_ours(folder: Path, tokenizer: Tokenizer, what: str) -> tuple[tuple[int, int], float]:
-    """Return (documents, tokens) of about one epoch, and the seconds it took from shards to packed batches."""
+def read_ours(folder: Path, tokenizer: Tokenizer, what: str) -> tuple[int, int, float]:
+    """Return the documents and tokens of about one epoch, and the seconds it took from shards to packed batches."""
     config = config_of(folder, tokenizer, what)
     data = open_data(config, 0, PATCH)
     wanted = data.sources[0].manifest.records
@@ -173,10 +169,10 @@ def read_ours(folder: Path, tokenizer: Tokenizer, what: str) -> tuple[tuple[int,
         tokens += batch.num_tokens
     elapsed = time.perf_counter() - start
     loader.close()
-    return (documents, tokens), elapsed
+    return documents, tokens, elapsed
 
 
-def read_webdataset(folder: Path, tokenizer: Tokenizer, what: str) -> tuple[tuple[int, int], float]:
+def read_webdataset(folder: Path, tokenizer: Tokenizer, what: str) -> tuple[int, int, float]:
     """Return the same for webdataset's plain pipeline: read, shuffle, decode the arrays, batch."""
     import webdataset as wds
 
@@ -190,7 +186,7 @@ def read_webdataset(folder: Path, tokenizer: Tokenizer, what: str) -> tuple[tupl
             torch.from_numpy(np.stack(batch[1]))
         documents += len(batch[0])
         tokens += sum(map(len, batch[0]))
-    return (documents, tokens), time.perf_counter() - start
+    return documents, tokens, time.perf_counter() - start
 
 
 def measure_packing(folder: Path, tokenizer: Tokenizer) -> dict[str, float]:
@@ -258,10 +254,11 @@ def measure_encoding(folder: Path, tokenizer: Tokenizer, images: int, rounds: in
             with Image.open(io.BytesIO(data)) as picture:
                 picture.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS, box=(80, 0, 560, 480))
 
-    seconds = in_turns({"ours": ours, "Pillow": pillow}, rounds)
-    for name, median in seconds.items():
+    ways = {"ours": partial(seconds, ours), "Pillow": partial(seconds, pillow)}
+    medians = {name: statistics.median(times) for name, times in in_turns(ways, rounds).items()}
+    for name, median in medians.items():
         print(f"encode, {name:8} {images / median:7,.1f} pictures/s of 640x480 to 256x256")
-    return {"encode_ratio_to_pillow": round(seconds["Pillow"] / seconds["ours"], 3)}
+    return {"encode_ratio_to_pillow": round(medians["Pillow"] / medians["ours"], 3)}
 
 
 def make_pictures(count: int) -> list[bytes]:
@@ -277,15 +274,16 @@ def make_pictures(count: int) -> list[bytes]:
     return files
 
 
-def in_turns(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each way, without the first round."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+def seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turns(ways: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """Return what each way gives in each round but the first, which fills the page cache."""
+    found = [{name: way() for name, way in ways.items()} for _ in range(rounds + 1)]
+    return {name: [one[name] for one in found[1:]] for name in ways}
 
 
 if __name__ == "__main__":

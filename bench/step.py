@@ -1,11 +1,9 @@
 """A sharded model and the gradients of a step, as in training but without its loop; for benchmarks and tests."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from data.manifest import LatentSpec
 from data.packing import PackedBatch
@@ -46,7 +44,7 @@ def backward(
     total = torch.zeros((), device=ranks.device)
     stats = latent_stats(spec, model.config.latent_channels, ranks.device)
     for number, batch in enumerate(batches, start=1):
-        set_micro_step(cast(FSDPModule, model), parallel, is_last=number == len(batches))
+        set_micro_step(model, parallel, is_last=number == len(batches))
         loss = micro_step(
             model,
             batch.to(ranks.device),

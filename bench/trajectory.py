@@ -81,13 +81,12 @@ class Undisturbed:
     documents: Documents
     data: Callable[[], DataSet]  # opens it again: a data set that has read a vanished shard would keep reading it
     steps: int
-    save_every: int
     paces: dict[str, float]  # seconds by phase
 
     @classmethod
     def run(cls, job: Job) -> "Undisturbed":
         """Train without a fault."""
-        steps, save_every = job.settings["optim.steps"], job.settings["checkpoint.interval_steps"]
+        steps = job.settings["optim.steps"]
         with job.start(WORLD_SIZE) as attempt, FirstStep(job, attempt, 0) as first:
             statuses = attempt.wait(END_S)
         if set(statuses) != {0} or first.seconds is None:
@@ -104,7 +103,7 @@ class Undisturbed:
             "exit": 4 * step_s[-1],
         }
         documents, _ = read_again(data(), {}, 0, steps)
-        return cls(end, documents, data, steps, save_every, paces)
+        return cls(end, documents, data, steps, paces)
 
 
 class FirstStep:
