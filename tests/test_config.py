@@ -72,13 +72,8 @@ def yaml_file(path: Path, text: str) -> str:
 def test_values_arrive_with_their_types() -> None:
     config = load(
         *("seed=5", "kind=two", "sizes=[3,4,5]", "inputs=[a,b=c]", "fast=true", "labels.x=y", "inner.width=7"),
-        *(
-            "inner.share=1e-3",
-            "inner.name=null",
-            "sources.pics.path=p",
-            "sources.words.path=w",
-            "sources.words.weight=2",
-        ),
+        *("inner.share=1e-3", "inner.name=null", "sources.pics.path=p", "sources.words.path=w"),
+        "sources.words.weight=2",
     )
     assert config == Config(
         run_dir="run",
@@ -111,10 +106,7 @@ def test_a_saved_config_loads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        (
-            "inner.widht=5",
-            "command line: unknown key 'inner.widht'; did you mean 'inner.width'? (--help lists the keys)",
-        ),
+        ("inner.widht=5", "command line: unknown key 'inner.widht'; did you mean 'inner.width'? (--help lists"),
         ("sources.x.pth=5", "command line: unknown key 'sources.x.pth'; did you mean 'sources.NAME.path'?"),
         ("nothing_like_it=5", "command line: unknown key 'nothing_like_it' (--help lists the keys)"),
         ("seed.x=1", "command line: unknown key 'seed.x'"),

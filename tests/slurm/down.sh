@@ -3,13 +3,10 @@
 #
 #   SLURM_TEST_DIR=DIR bash tests/slurm/down.sh
 #
-# Jobs are cancelled first, then each daemon is ended by the pid in its pid file
-# (after a check that the pid still is that daemon), then whatever a job left
-# behind: a process is only taken for one of ours when its environment has
-# this cluster's SLURM_CONF *and* a SLURM_JOB_ID, or it is a slurmstepd with this
-# cluster's SLURM_CONF.
-# Safe to run twice, or when nothing is up. SLURM_TEST_PURGE=1 removes the
-# directory; otherwise its logs stay.
+# Jobs are cancelled first, then each daemon is ended by the pid in its pid file (after a check that the pid still is
+# that daemon), then whatever a job left behind: a process is only taken for one of ours when its environment has this
+# cluster's SLURM_CONF *and* a SLURM_JOB_ID, or it is a slurmstepd with this cluster's SLURM_CONF. Safe to run twice, or
+# when nothing is up. SLURM_TEST_PURGE=1 removes the directory; otherwise its logs stay.
 
 set -uo pipefail
 export LC_ALL=C

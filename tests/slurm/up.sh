@@ -103,8 +103,7 @@ if (( ${#missing[@]} )); then
         done
         return $rc
     }
-    # Fresh package lists, unless some were fetched within the last day and know
-    # the package.
+    # Fresh package lists, unless some were fetched within the last day and know the package.
     if ! { [ -n "$(find /var/lib/apt/lists -maxdepth 1 -name '*_Packages*' -mtime -1 -print -quit 2>/dev/null)" ] &&
            apt-cache show slurmctld >/dev/null 2>&1; }; then
         apt_do "$D/log/apt-update.log" update || say "apt-get update complained (see $D/log/apt-update.log)"
@@ -136,8 +135,7 @@ chmod 700 "$D/state" "$D/db"
 exec 8< /etc/hosts
 flock -w 120 8 || { say "another cluster has been coming up for two minutes"; exit 2; }
 
-# The ports (controller, slurmdbd, one per node): the first hundred where nothing
-# listens on any of them.
+# The ports (controller, slurmdbd, one per node): the first hundred where nothing listens on any of them.
 base=
 for (( b = PORT0; b < PORT0 + 2000; b += 100 )); do
     free=1
@@ -165,9 +163,8 @@ cg_ok() {
 CGROUP=0
 if cg_ok; then CGROUP=1; fi
 
-# Daemons and srun can be told to bind to their own address, not to 0.0.0.0. They
-# take their host name's address then, while the others call 127.0.0.1: good only
-# where the two are the same.
+# Daemons and srun can be told to bind to their own address, not to 0.0.0.0. They take their host name's address then,
+# while the others call 127.0.0.1: good only where the two are the same.
 comm='# (this host name is not 127.0.0.1, so no CommunicationParameters=NoInAddrAny)'
 if [ "$(getent ahostsv4 "$(hostname)" 2>/dev/null | awk 'NR == 1 { print $1 }')" = 127.0.0.1 ]; then
     comm=CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
@@ -263,10 +260,8 @@ if (( CGROUP )); then
     printf '%s\n' CgroupPlugin=cgroup/v1 CgroupMountpoint=/sys/fs/cgroup CgroupAutomount=no \
         ConstrainRAMSpace=yes ConstrainSwapSpace=no ConstrainCores=no ConstrainDevices=no > "$D/cgroup.conf"
 fi
-# Stand-ins for /dev/nvidia*, so that Slurm hands out indices and sets
-# CUDA_VISIBLE_DEVICES: device nodes like /dev/null. Where mknod is refused,
-# plain files: slurmd grumbles, and the GPUs are only counted
-# (SLURM_GPUS_ON_NODE).
+# Stand-ins for /dev/nvidia*, so that Slurm hands out indices and sets CUDA_VISIBLE_DEVICES: device nodes like
+# /dev/null. Where mknod is refused, plain files: slurmd grumbles, and the GPUs are only counted (SLURM_GPUS_ON_NODE).
 mkdir -p "$D/dev"
 for (( i = 0; i < GPUS; i++ )); do
     mknod "$D/dev/nvidia$i" c 1 3 2>/dev/null || : > "$D/dev/nvidia$i"
@@ -279,12 +274,10 @@ export SLURM_CONF='$D/slurm.conf'
 EOF
 export SLURM_CONF=$D/slurm.conf
 
-# The daemons.
-# Descriptor 8 is a lock: no daemon may inherit it.
+# The daemons. Descriptor 8 is a lock: no daemon may inherit it.
 
-# A private MariaDB on a Unix socket, grants off, no fsync: the data is worth
-# nothing. The system tables come in with the first start (--init-file), which
-# saves a bootstrap run. Started first, as it takes longest.
+# A private MariaDB on a Unix socket, grants off, no fsync: the data is worth nothing. The system tables come in with
+# the first start (--init-file), which saves a bootstrap run. Started first, as it takes longest.
 for f in /usr/share/mysql/{mysql,mariadb}_system_tables.sql; do   # (named so in 10.x, 11.x)
     if [ -e "$f" ]; then
         { printf 'create database if not exists mysql;\nuse mysql;\n'; cat "$f"; } > "$D/etc/init.sql"
@@ -345,8 +338,7 @@ done
 wait_for "idle nodes" nodes_idle
 exec 8>&-
 
-# Does it really work?
-# One task on every node through srun, and (with a database) its record in sacct.
+# Does it really work? One task on every node through srun, and (with a database) its record in sacct.
 # shellcheck disable=SC2016
 out=$(timeout 30 srun -p main -N "$NODES" --ntasks-per-node=1 -t 1 --job-name=selftest \
         sh -c 'echo "$SLURMD_NODENAME"' 2> "$D/log/selftest.log" | sort | tr '\n' ' ')
