@@ -76,10 +76,11 @@ class Job:
 
 
 def main(argv: list[str]) -> int:
-    own = {field.name for field in fields(JobConfig)}
-    config = load_config(JobConfig, [argument for argument in argv if argument.partition("=")[0] in own])
+    names = {field.name for field in fields(JobConfig)}
+    own = [argument for argument in argv if argument.partition("=")[0] in names]
+    config = load_config(JobConfig, own)
     program = find_program(config.program)
-    resolved = resolve(config.program, [argument for argument in argv if argument.partition("=")[0] not in own])
+    resolved = resolve(config.program, [argument for argument in argv if argument not in own])
     jobs = program.jobs_folder(read_resolved(resolved))
     return supervise(
         Job(
@@ -110,8 +111,7 @@ def supervise(job: Job) -> int:
         return 1
     attempt = record.begin(Attempt(len(record.attempts) + 1, nodes, int(os.environ["SLURM_NTASKS"]), now(), at))
     tasks = f"{attempt.tasks} tasks" if attempt.tasks > 1 else "1 task"
-    start = f", from {at} {program.unit}" if at else ""
-    where = f"{tasks} on {' '.join(nodes)}{start}"
+    where = f"{tasks} on {' '.join(nodes)}" + (f", from {at} {program.unit}" if at else "")
     say(f"attempt {attempt.number} of job {job_id}: {job.program}, {where}; {attempt.began}")
     environment = job.environment(job_id)
     environment |= {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(free_port(f"{job_id} {attempt.number}"))}

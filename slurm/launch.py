@@ -122,8 +122,8 @@ def make_plan(launch: LaunchConfig, resolved: str) -> dict[str, Any]:
         file.write(resolved)
         file.flush()
         options = [f"world_size={launch.nodes * launch.tasks}", f"gpus_per_node={launch.tasks}", f"gpu={launch.gpu}"]
-        device = [] if launch.num_gpus else ["device=cpu"]
-        command = [sys.executable, "-m", "train.plan", f"config={file.name}", *options, *device, "json=true"]
+        options += ["json=true"] if launch.num_gpus else ["json=true", "device=cpu"]
+        command = [sys.executable, "-m", "train.plan", f"config={file.name}", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{launch.program}: {done.stderr.strip().removeprefix('train.plan: ')}")

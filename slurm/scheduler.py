@@ -58,8 +58,6 @@ def queue(job_id: str) -> tuple[str, str] | None:
     """Return (state, reason) of a job that is queued or running; None once it has ended."""
     try:
         line = ask("squeue", "--noheader", "--array", "--format=%T %r", f"--jobs={job_id}").strip()
-    except SlurmBusy:
-        raise
     except SlurmError as error:
         if "Invalid job id" not in str(error):
             raise

@@ -43,7 +43,7 @@ def warnings(config: dict[str, Any], plan: dict[str, Any] | None, launch: Launch
             f"warning: {needed}, signal_delay={launch.signal_delay} is less: give signal_delay={round(1.5 * seconds)}"
         )
     partition = launch.sbatch.get("partition", os.environ.get("SBATCH_PARTITION"))
-    grace_s = _grace_seconds(partition)
+    grace_s = _grace_seconds(partition) if partition is not None else None
     if grace_s is not None and seconds > grace_s:
         lines.append(
             f"warning: {needed}, and partition {partition} gives GraceTime={grace_s} s when it preempts: "
@@ -52,10 +52,8 @@ def warnings(config: dict[str, Any], plan: dict[str, Any] | None, launch: Launch
     return lines
 
 
-def _grace_seconds(partition: str | None) -> int | None:
+def _grace_seconds(partition: str) -> int | None:
     """Return the seconds from a partition's preemption signal to the kill; None if it never preempts or is unknown."""
-    if partition is None:
-        return None
     try:
         found = scheduler.describe("partition", partition)
     except SlurmError:

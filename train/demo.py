@@ -13,9 +13,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data.durable import atomic_write
+from data.durable import write_durably
 from data.storage import Location
 from train.config import load_config, run_program
 
@@ -94,12 +93,13 @@ def main(argv: list[str]) -> int:
             print(f"demo: {stage.name} ended with status {status}; {remedy}", file=sys.stderr)
             return status
         seconds[stage.name] = time.monotonic() - start
-        _write(marks[i], {**made_by, "seconds": seconds[stage.name]})
+        write_durably(marks[i], json.dumps({**made_by, "seconds": seconds[stage.name]}, indent=1).encode())
     scores = json.loads((folder / "evaluation/evaluation.json").read_text(encoding="utf-8"))
     summary = {key: scores[key] for key in ("text_to_image", "image_to_text", "heldout")}
     summary["seconds"] = {**seconds, "total": sum(seconds.values())}
-    _write(folder / "demo.json", summary)
-    print(f"{json.dumps(summary, indent=1)}\nreport: {folder / 'report.html'}")
+    text = json.dumps(summary, indent=1)
+    write_durably(folder / "demo.json", text.encode())
+    print(f"{text}\nreport: {folder / 'report.html'}")
     return 0
 
 
@@ -127,11 +127,6 @@ def _run(command: list[str], root: Path) -> int:
             return process.wait()
         except KeyboardInterrupt:
             print("demo: waiting for the stage to stop", file=sys.stderr, flush=True)
-
-
-def _write(path: Path, contents: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(contents, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -54,12 +54,8 @@ class Cluster:
 
     def state(self, job_id: str) -> str:
         """Return the state of a job's newest run: what the queue says, or accounting once it is over."""
-        return self.queue_state(job_id) or (self.history(job_id) or ["UNKNOWN"])[-1]
-
-    def queue_state(self, job_id: str) -> str | None:
-        """Return the state of a job in the queue; None once it has left that."""
         queued = run("squeue", "-h", "-j", job_id, "-o", "%T", check=False).split()
-        return queued[0] if queued else None
+        return queued[0] if queued else (self.history(job_id) or ["UNKNOWN"])[-1]
 
     def history(self, job_id: str) -> list[str]:
         """Return how each run of a job ended, in order, as accounting has it."""

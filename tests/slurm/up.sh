@@ -33,7 +33,6 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 MARK="# tests/slurm/up.sh $D"              # marks lines put into /etc/hosts
 export PATH=$PATH:/usr/sbin:/sbin          # munged, slurmd, ... live there
 
-# Helpers.
 say()  { printf 'slurm up: %s\n' "$*"; }
 skip() { say "SKIP: $*"; exit 77; }
 
@@ -67,7 +66,6 @@ listening() {                              # listening PORT: does anything, on a
     grep -qiE "$(printf '^ *[0-9]+: [0-9A-F]+:%04X [0-9A-F:]+ 0A ' "$1")" /proc/net/tcp
 }
 
-# Preliminaries.
 (( EUID == 0 )) || skip "needs root"
 (( ${#D} <= 70 )) || { say "SLURM_TEST_DIR is too long for Unix sockets: $D"; exit 2; }
 [[ $D == /* ]] || { say "SLURM_TEST_DIR must be absolute: $D"; exit 2; }
@@ -76,7 +74,6 @@ mkdir -p "$D"
 : > "$D/.transfusion-slurm"                # down.sh removes only what is marked
 chmod 755 "$D"
 
-# Install.
 need=(munge slurmctld slurmd slurm-client slurm-wlm-basic-plugins slurmdbd slurm-wlm-mysql-plugin mariadb-server-core)
 missing=()
 for p in "${need[@]}"; do
@@ -126,7 +123,6 @@ fi
 
 trap on_exit EXIT
 
-# Configuration.
 mkdir -p "$D"/{run,log,state,munge,etc} "$D"/db/{data,tmp}
 chmod 700 "$D/state" "$D/db"
 
