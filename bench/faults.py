@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,17 +186,13 @@ def _expect_end_of_others(scene: Scene, victim: int, since: float | None) -> Non
             raise NotSurvived(f"rank {rank} lost a peer and printed a traceback of its own: {said[-600:]!r}")
 
 
-def stop_in_order(number: int) -> Callable[[Scene], None]:
-    """Return the strike that sends a stop signal to one rank, or to all: the run saves and exits 75."""
-
-    def strike(scene: Scene) -> None:
-        one = scene.luck.randrange(scene.fault.world_size)
-        scene.attempt.signal(number, scene.luck.choice([None, one]))
-        scene.end({75, *_at_start(scene, number), *_at_exit(scene)})
-        if not _at_start(scene) and "Traceback" in scene.attempt.output:
-            raise NotSurvived("an orderly stop printed a traceback")
-
-    return strike
+def stop_in_order(scene: Scene, number: int) -> None:
+    """A stop signal to one rank, or to all: the run saves and exits 75."""
+    one = scene.luck.randrange(scene.fault.world_size)
+    scene.attempt.signal(number, scene.luck.choice([None, one]))
+    scene.end({75, *_at_start(scene, number), *_at_exit(scene)})
+    if not _at_start(scene) and "Traceback" in scene.attempt.output:
+        raise NotSurvived("an orderly stop printed a traceback")
 
 
 def _at_start(scene: Scene, number: int = signal.SIGKILL) -> set[int]:
@@ -209,18 +206,14 @@ def _at_exit(scene: Scene) -> set[int]:
     return {0, 1, 75} if scene.fault.phase == "exit" or finished else set()
 
 
-def damage(harm: Callable[[Path, random.Random], None]) -> Callable[[Scene], None]:
-    """Return the strike that kills all ranks and then damages a file of the newest checkpoint."""
-
-    def strike(scene: Scene) -> None:
-        kill_all(scene)
-        folder = scene.job.folder_of(max(scene.job.saved()))
-        files = sorted(path for path in folder.iterdir() if path.stat().st_size)
-        harm(scene.luck.choice(files), scene.luck)
-        if not scene.job.problems()[max(scene.job.saved())]:
-            raise NotSurvived(f"{folder} was damaged and still verifies")
-
-    return strike
+def damage(scene: Scene) -> None:
+    """All ranks are killed, and then a file of the newest checkpoint is damaged."""
+    kill_all(scene)
+    folder = scene.job.folder_of(max(scene.job.saved()))
+    files = sorted(path for path in folder.iterdir() if path.stat().st_size)
+    DAMAGES[scene.fault.kind](scene.luck.choice(files), scene.luck)
+    if not scene.job.problems()[max(scene.job.saved())]:
+        raise NotSurvived(f"{folder} was damaged and still verifies")
 
 
 def suffer(scene: Scene) -> None:
@@ -271,10 +264,10 @@ DAMAGES = {"bit_flipped": flip_bit, "file_truncated": truncate, "file_removed": 
 KINDS = {
     "kill_rank": Kind(ANY, kill_rank, least_ranks=2),
     "kill_all": Kind(ANY, kill_all),
-    "sigterm": Kind(ANY, stop_in_order(signal.SIGTERM)),
-    "sigusr2": Kind(ANY, stop_in_order(signal.SIGUSR2)),
+    "sigterm": Kind(ANY, partial(stop_in_order, number=signal.SIGTERM)),
+    "sigusr2": Kind(ANY, partial(stop_in_order, number=signal.SIGUSR2)),
     "sigstop": Kind(ANY, freeze_rank, timeout_s=6.0, least_ranks=2),
-    **{kind: Kind(TRAINING, damage(harm)) for kind, harm in DAMAGES.items()},
+    **dict.fromkeys(DAMAGES, Kind(TRAINING, damage)),
     "disk_full": Kind(OUTSIDE, suffer, full_disk, needs_mount=True),
     "read_only": Kind(OUTSIDE, suffer, read_only, needs_mount=True),
     # Rank 0 waits 20 s for wandb, and its peers wait for rank 0.

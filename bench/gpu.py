@@ -164,9 +164,8 @@ def measure_patches(config: TransfusionConfig, device: torch.device, images: int
 
     taken = seconds(step, device, repeats)
     flops = Flops.of(config, VOCAB).per_latent_cell * GRID[0] * GRID[1] * images
-    parameters = sum(parameter.numel() for parameter in model.patches.parameters())
     return {
-        "parameters": parameters,
+        "parameters": sum(parameter.numel() for parameter in model.patches.parameters()),
         "ms_an_image": _ms(taken / images),
         "achieved_tflops": round(flops / taken / 1e12, 2),
     }

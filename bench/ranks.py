@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -101,14 +102,8 @@ class Processes:
 
     def leftovers(self) -> list[int]:
         """Return the processes that still print to these logs: ranks and what they started."""
-        names, found = {str(path) for path in self.logs}, []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if os.readlink(process / "fd" / "1") in names:
-                    found.append(int(process.name))
-            except OSError:  # it ended while we looked
-                continue
-        return found
+        names = {str(path) for path in self.logs}
+        return processes(lambda process: os.readlink(process / "fd" / "1") in names)
 
 
 class ProgramRanks(Processes):
@@ -124,6 +119,16 @@ class ProgramRanks(Processes):
     ) -> None:
         arguments = [(main, list(argv))] * (world_size or 1)
         super().__init__(become_program, arguments, log, torchrun=world_size is not None, environment=environment)
+
+
+def processes(matches: Callable[[Path], bool]) -> list[int]:
+    """Return the processes of this machine of which `matches(/proc/PID)` is true."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended while we looked, or is another user's
+            if matches(process):
+                found.append(int(process.name))
+    return found
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -47,11 +47,9 @@ class LaunchConfig:
         if self.gpus_per_node is not None and self.num_gpus < 1:
             raise ValueError(f"gpus_per_node={self.gpus_per_node}: expected a count such as 8, or TYPE:8")
         if self.num_gpus and self.tasks_per_node not in (None, self.num_gpus):
-            raise ValueError(
-                f"tasks_per_node={self.tasks_per_node} with gpus_per_node={self.gpus_per_node}: expected one task a "
-                "GPU; leave tasks_per_node out"
-            )
-        limit_s = seconds_of(self.time) if self.time is not None else None
+            given = f"tasks_per_node={self.tasks_per_node} with gpus_per_node={self.gpus_per_node}"
+            raise ValueError(f"{given}: expected one task a GPU; leave tasks_per_node out")
+        limit_s = seconds_of(self.time or "")
         if limit_s is not None and limit_s <= self.signal_delay:
             raise ValueError(
                 f"time={self.time} is not longer than signal_delay={self.signal_delay} seconds: the job would be "
@@ -112,18 +110,13 @@ threads_per_core time_min tmp tres_bind tres_per_task use_min_nodes wait_all_nod
 SBATCH = frozenset(SBATCH_NAMES.split())
 # Those that would break a job, and the remedy.
 TAKEN = {
-    "ntasks": "give tasks_per_node or gpus_per_node",
-    "ntasks_per_node": "give tasks_per_node or gpus_per_node",
-    "ntasks_per_gpu": "give gpus_per_node, one task each",
-    "gpus": "give gpus_per_node, one task each",
+    **dict.fromkeys(("ntasks", "ntasks_per_node"), "give tasks_per_node or gpus_per_node"),
+    **dict.fromkeys(("ntasks_per_gpu", "gpus", "gpus_per_socket"), "give gpus_per_node, one task each"),
     "gpus_per_task": "give gpus_per_node, one task each: a GPU that its peers cannot see slows NCCL down",
-    "gpus_per_socket": "give gpus_per_node, one task each",
-    "output": "logs go into the run's folder",
-    "error": "logs go into the run's folder",
+    **dict.fromkeys(("output", "error"), "logs go into the run's folder"),
     "open_mode": "logs are appended to",
     "signal": "give signal_delay=SECONDS",
-    "requeue": "jobs may always be requeued; max_requeues bounds it",
-    "no_requeue": "jobs may always be requeued; max_requeues bounds it",
+    **dict.fromkeys(("requeue", "no_requeue"), "jobs may always be requeued; max_requeues bounds it"),
     "chdir": "paths are relative to the current folder: change to that folder first",
     "wrap": "give program=",
     "kill_on_invalid_dep": "a job whose predecessor failed is always cancelled",

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,9 @@ def stop_seconds(run_dir: Path, plan: dict[str, Any] | None) -> tuple[float, str
     measured = []
     path = run_dir / "metrics.jsonl"
     for line in path.read_text(errors="replace", encoding="utf-8").splitlines()[-ROWS:] if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:  # killed in the middle of a write
-            continue
-        measured += [row["stop_s"]] if row.get("stop_s") else []
-    if measured:
+        with suppress(ValueError):  # killed in the middle of a write
+            measured.append(json.loads(line).get("stop_s") or 0.0)
+    if any(measured):
         return max(measured), "measured"
     if plan is not None and "step_s" in plan:
         return plan["step_s"] + 2 * plan["checkpoint_gib"] / GIB_PER_S, f"planned, at {GIB_PER_S:g} GiB/s"

@@ -117,8 +117,8 @@ def assert_same_end(run_dir: Path, expected: Path, emas: Set[str] = frozenset({"
     assert lanes == other_lanes and meta == other_meta
 
 
-def assert_refused(starts: list[tuple[list[str], list[str]]], world_size: int | None = None) -> None:
-    """Each start, all side by side, exits 2 with its words in one message and without a traceback."""
+def assert_refused(*starts: tuple[list[str], list[str]], world_size: int | None = None) -> None:
+    """Each start (arguments, words), all side by side, exits 2 with its words in one message and no traceback."""
     with ExitStack() as stack:
         runs = [stack.enter_context(launch(argv, world_size)) for argv, _ in starts]
         statuses = [run.wait() for run in runs]

@@ -273,11 +273,7 @@ def test_every_text_among_the_options_is_a_path_or_is_not(name: str) -> None:
         assert key in TEXTS or "'path'" in hint or "Literal" in hint or "str" not in hint.replace("dict[str, ", ""), key
 
 
-def configs() -> list[Path]:
-    return sorted((ROOT / "configs").rglob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", configs(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_config_in_the_repository_loads(path: Path) -> None:
     """The command in its header names the program."""
     command = next(line for line in path.read_text().splitlines() if "-m train." in line)

@@ -76,12 +76,12 @@ def test_what_cannot_be_measured_is_refused_at_the_start(
         ([*argv, f"evaluation.heldout.pairs={heldout}", *best], ["best_metric=heldout/pears/text_loss"]),
         (argv, ["evaluation.interval_steps=4", "evaluation.heldout.NAME=FOLDER"]),
     ]
-    runs.assert_refused(starts)
+    runs.assert_refused(*starts)
     argv = [*argv, f"evaluation.heldout.texts={heldout}", "checkpoint.keep_best=1"]
     uneven = [*argv, "checkpoint.best_metric=heldout/texts/text_loss"]
-    runs.assert_refused(
-        [(uneven, ["checkpoint.interval_steps=5 and evaluation.interval_steps=4", "a multiple of the other"])]
-    )
+    words = ["checkpoint.interval_steps=5 and evaluation.interval_steps=4", "a multiple of the other"]
+    starts = [(uneven, words)]
     text_only = make_source(tmp_path / "texts", tokenizer, texts(20, seed=79))
     silent = [*argv, f"evaluation.heldout.texts={text_only}", "checkpoint.best_metric=heldout/texts/image_loss"]
-    runs.assert_refused([([*silent, "evaluation.interval_steps=5"], ["expected one of ['heldout/texts/text_loss']"])])
+    starts.append(([*silent, "evaluation.interval_steps=5"], ["expected one of ['heldout/texts/text_loss']"]))
+    runs.assert_refused(*starts)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -169,8 +170,6 @@ def test_a_task_gets_the_variables_that_torchrun_would_set() -> None:
 
 
 def test_two_jobs_on_a_node_get_two_ports() -> None:
-    import socket
-
     first = srun.free_port("17 1")
     assert srun.free_port("17 1") == first != srun.free_port("18 1")
     with socket.socket() as taken:

@@ -148,7 +148,7 @@ def test_stopped_started_again_prolonged_and_refused(run_dir: Path, arguments: A
         "diffusion.prediction=v": "diffusion.prediction was eps, is v",
     }
     state = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and "attempt" not in path.name}
-    runs.assert_refused([([*argv, *changes], list(changes.values()))])
+    runs.assert_refused(([*argv, *changes], list(changes.values())))
     for path, content in state.items():
         assert path.read_bytes() == content or path.name == ".lock", f"{path} was touched"
 

@@ -64,7 +64,7 @@ def test_what_cannot_work_is_refused_before_it_starts(
     }
     if not torch.cuda.is_available():
         refused_later["device=cuda, but torch finds no CUDA device"] = changed(device="cuda")
-    runs.assert_refused([(argv, [words]) for words, argv in refused_later.items()])
+    runs.assert_refused(*((argv, [words]) for words, argv in refused_later.items()))
     assert not list(tmp_path.glob("run*/checkpoints/*")) and not list(tmp_path.glob("run*/metrics.jsonl"))
 
 
@@ -79,12 +79,8 @@ def test_what_only_some_ranks_could_notice_is_refused_by_all_without_a_hang(
         "no VAE: set vae=FOLDER": runs.settings(tmp_path / "vae", tokenizer, sources, **previews),
         f"run folder {tmp_path}/file/run is not writable": runs.settings(tmp_path / "file" / "run", tokenizer, sources),
     }
-    runs.assert_refused([(argv, [words]) for words, argv in starts.items()], world_size=3)
+    runs.assert_refused(*((argv, [words]) for words, argv in starts.items()), world_size=3)
     assert not (tmp_path / "lanes").exists() and not list((tmp_path / "vae").glob("*/*"))
-
-
-def _copy(folder: Path, to: Path) -> Path:
-    return Path(shutil.copytree(folder, to))
 
 
 def _garble(folder: Path, records: dict[int, list[int]]) -> list[str]:
@@ -106,7 +102,7 @@ def test_corrupt_records_are_skipped_counted_and_named_when_the_budget_is_spent(
 ) -> None:
     """P7: skipped, and the same ones after a resume; past the budget all ranks save and stop in an orderly way, so that
     the run continues once the budget is raised."""
-    damaged = _copy(pairs_folder, tmp_path / "pairs")
+    damaged = shutil.copytree(pairs_folder, tmp_path / "pairs")
     names = _garble(damaged, {0: [3, 4, 17], 1: [2], 2: [0, 21]})
     sources = {"pairs": damaged, "texts": texts_folder}
     argv = runs.settings(run_dir, tokenizer, sources, optim__steps=12)
@@ -137,7 +133,7 @@ def test_a_shard_that_vanishes_is_bad_data_and_one_that_cannot_be_indexed_stops_
 ) -> None:
     """P7: shards truncated under a running job are counted and named; an unexpected error of one rank's reader makes
     every rank save and leave in an orderly way, with that reader's message."""
-    folder = _copy(texts_folder, tmp_path / "texts")
+    folder = shutil.copytree(texts_folder, tmp_path / "texts")
     argv = runs.settings(run_dir, tokenizer, {"texts": folder}, optim__steps=10**6, checkpoint__interval_steps=10**6)
     with runs.launch([*argv, "data.max_bad_documents=10"], 2) as run:
         runs.wait_for(runs.reached(run_dir, 3), run)
@@ -148,7 +144,7 @@ def test_a_shard_that_vanishes_is_bad_data_and_one_that_cannot_be_indexed_stops_
     assert "documents were skipped, more than" in output and f"{folder}/00000.tar#" in output
     assert runs.saved_steps(run_dir) == [runs.rows(run_dir)[-1]["step"]]
 
-    folder = _copy(texts_folder, tmp_path / "unindexed")
+    folder = shutil.copytree(texts_folder, tmp_path / "unindexed")
     index = folder / "00001.tar.idx"
     index.write_bytes(index.read_bytes()[:-1] + b"\xff")
     output = runs.finish(runs.settings(tmp_path / "run2", tokenizer, {"texts": folder}), 2, status=1)
@@ -202,7 +198,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_from_scratch(
     run_dir: Path, arguments: Arguments, undisturbed: Path
 ) -> None:
     """P5, P10: weeks of training are not silently overwritten."""
-    _copy(undisturbed, run_dir)
+    shutil.copytree(undisturbed, run_dir)
     for folder in (run_dir / "checkpoints").iterdir():
         (folder / "meta.json").write_text("{}")
     assert "all 2 checkpoints" in runs.finish(arguments(), 2, status=2)

@@ -57,13 +57,11 @@ def test_what_resume_asks_for_and_is_not_there_is_refused(
     steps = runs.saved_steps(twin)
     (twin / "checkpoints" / f"step-{steps[0]:08d}" / "meta.json").write_text("{}")
     argv = runs.settings(twin, tokenizer, sources)
-    runs.assert_refused([([*argv, "resume=7"], ["resume=7", "expected one of 20, 24"])])
-    runs.assert_refused([([*argv, f"resume={steps[0]}"], [f"resume={steps[0]}", "is damaged", "meta.json"])])
-    runs.assert_refused([([*argv, "resume=none"], ["resume=none", "holds 2 checkpoints", "give another run_dir"])])
     fresh = runs.settings(tmp_path / "fresh", tokenizer, sources)
-    runs.assert_refused(
-        [([*fresh, f"resume={tmp_path}/nowhere"], [f"resume={tmp_path}/nowhere", "a path that exists"])]
-    )
+    runs.assert_refused(([*fresh, f"resume={tmp_path}/nowhere"], [f"resume={tmp_path}/nowhere", "a path that exists"]))
+    runs.assert_refused(([*argv, "resume=7"], ["resume=7", "expected one of 20, 24"]))
+    runs.assert_refused(([*argv, f"resume={steps[0]}"], [f"resume={steps[0]}", "is damaged", "meta.json"]))
+    runs.assert_refused(([*argv, "resume=none"], ["resume=none", "holds 2 checkpoints", "give another run_dir"]))
 
 
 def test_a_run_begun_from_another_runs_checkpoint_ends_with_the_same_bits(
@@ -114,14 +112,8 @@ def test_a_run_begins_with_the_weights_of_a_checkpoint_or_of_an_export_and_nothi
             assert torch.equal(tensors[name], kept[name.replace("model", kind, 1)]), (kind, name)
     assert "done after step 1" in runs.finish([*argv, "init_from=/nowhere"], 1), "its own checkpoint counts now"
     wide = runs.settings(tmp_path / "wide", tokenizer, sources, model__transformer__width=64)
-    runs.assert_refused(
-        [
-            (
-                [*wide, f"init_from={undisturbed}", "init_weights=model"],
-                ["does not fit", "model.text_head.weight is [300, 32]"],
-            )
-        ]
-    )
+    wide += [f"init_from={undisturbed}", "init_weights=model"]
+    runs.assert_refused((wide, ["does not fit", "model.text_head.weight is [300, 32]"]))
 
 
 def _whitened_differently(folder: Path, copy: Path) -> Path:
@@ -146,10 +138,9 @@ def test_weights_meet_no_latents_whitened_differently_and_the_remedy_works(
     scaled = _whitened_differently(drawn.data, tmp_path / "scaled")
     resumed = [*drawn.argv, f"run_dir={shutil.copytree(drawn.run_dir, tmp_path / 'again')}", "log.wandb=disabled"]
     resume = [*resumed, f"data.sources.pairs.path={scaled}"]
-    starts.append(
-        (resume, ["latent std was [1.0, 1.0], is [3.0, 3.0]", "again with stats_from=", "alone. (Learning rate"])
-    )
-    runs.assert_refused(starts)
+    words = ["latent std was [1.0, 1.0], is [3.0, 3.0]", "again with stats_from=", "alone. (Learning rate"]
+    starts.append((resume, words))
+    runs.assert_refused(*starts)
     for stored in (drawn.run_dir, tmp_path / "export", checkpoint.saved(drawn.run_dir / "checkpoints")[-1]):
         encode_main(arguments(raw, latents, tokenizer, vae=vae_folder, stats_from=stored))
         assert Manifest.load(latents).latent_spec.std == (1.0, 1.0)
@@ -178,9 +169,9 @@ def test_data_that_is_added_later_changes_nothing_before_and_counts_from_its_ste
         if path.name > "step-00000010":
             shutil.rmtree(path)
     past = [*argv, *later[:2], "data.sources.more.weight_from={9: 2}"]
-    runs.assert_refused([(past, ["source 2 was absent, is ", "2.0 from step 9", "weight_from={11: "])])
+    runs.assert_refused((past, ["source 2 was absent, is ", "2.0 from step 9", "weight_from={11: "]))
     between = [*runs.settings(two, tokenizer, {"a": more, **sources}), "data.sources.a.weight=0"]
-    runs.assert_refused([([*between, "data.sources.a.weight_from={12: 2}"], ["source 0 was ", "is absent"])])
+    runs.assert_refused(([*between, "data.sources.a.weight_from={12: 2}"], ["source 0 was ", "is absent"]))
     runs.finish([*argv, *later], 1)
     assert runs.numbers(one) == runs.numbers(two)
     runs.assert_same_end(one, two)

@@ -49,7 +49,7 @@ def test_the_same_texts_from_another_number_of_files_are_refused(
     TrainedRecords.read([Manifest.load(train)], {"other": str(other)}, alone())
     argv = settings(tmp_path / "run", tokenizer, {"texts": train, "pairs": sources["pairs"]})
     argv += ["evaluation.interval_steps=4", f"evaluation.heldout.twin={held}"]
-    assert_refused([(argv, ["held-out source twin: 100 % of the documents", "training data too, such as document 0"])])
+    assert_refused((argv, ["held-out source twin: 100 % of the documents", "training data too, such as document 0"]))
 
 
 def test_a_key_is_that_of_the_contents() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench import ranks
 from data.tokenizer import Tokenizer
 from tests.runs import rows, settings
 from tests.slurm.cluster import wait_for
@@ -45,11 +46,4 @@ def tail(log: Path) -> str:
 
 def processes(program: str) -> list[int]:
     """Return the processes on this machine, and so on all nodes, that run a program."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"\0-m\0{program}\0".encode() in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-        except OSError:  # it ended while we looked
-            continue
-    return found
+    return ranks.processes(lambda process: f"\0-m\0{program}\0".encode() in (process / "cmdline").read_bytes())

@@ -66,7 +66,7 @@ def test_requeued_by_hand_and_by_its_own_signal_it_ends_with_the_same_bits(
     ranks = processes("train.pretrain")
     for pid in ranks:  # or a slow launch finds the job done
         os.kill(pid, signal.SIGSTOP)
-    _, printed = launch(*training_of(run_dir), "nodes=1", status=2)
+    _, printed = launch(f"config={run_dir}/config.yaml", "nodes=1", status=2)
     assert f"job {job_id} of {run_dir} is still there" in printed
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
@@ -178,20 +178,15 @@ def test_scancel_ends_it_with_a_checkpoint_and_other_nodes_go_on(
     (stopped,) = attempts(run_dir / "slurm", job_id)
     assert stopped["gained"] == saved_steps(run_dir)[-1] >= 10 and "CANCELLED" in stopped["reason"]
     assert "requeued" not in log.read_text()
-    (job_id,), _ = launch(*training_of(run_dir), "nodes=3", "plan=false")
+    (job_id,), _ = launch(f"config={run_dir}/config.yaml", "nodes=3", "plan=false")
     wait_for_step(run_dir, stopped["gained"] + 10, run_dir / "slurm" / f"{job_id}.log")
     cluster.signal(job_id, "INT")  # a person's stop: saved, not requeued
     assert cluster.wait(job_id) == "FAILED"
     assert attempts(run_dir / "slurm", job_id)[0]["reason"] == "stopped by a person"
-    (job_id,), _ = launch(*training_of(run_dir), "tasks_per_node=1", "plan=false")
+    (job_id,), _ = launch(f"config={run_dir}/config.yaml", "tasks_per_node=1", "plan=false")
     assert cluster.wait(job_id) == "COMPLETED"
     for mine, theirs in zip(numbers(run_dir), numbers(straight), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
-
-
-def training_of(run_dir: Path) -> list[str]:
-    """Return the options that continue a run: all of its resolved config."""
-    return [f"config={run_dir / 'config.yaml'}"]
 
 
 def test_a_job_that_gains_nothing_is_not_requeued_for_ever(
