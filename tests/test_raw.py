@@ -80,7 +80,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1
         ("a.jsonl", b"", "an empty file"),
         ("a.jsonl", LFS_POINTER, "a Git LFS pointer"),
         ("a.jsonl", b"<html>404</html>\n", "an HTML page"),
-        ("a.jsonl", gzip.compress(b'{"text": "a"}\n'), "gzip"),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}\n', mtime=0), "gzip"),
         ("a.jsonl.gz", b'{"text": "a"}\n', "JSON"),
         ("a.jsonl.gz", LFS_POINTER, "a Git LFS pointer"),
         ("a.jsonl.zst", b"no compressed file", "no zstd"),
