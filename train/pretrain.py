@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
 
 
 def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder, stop: StopSignal) -> Run:
-    """Put the run together. Collective; raises ValueError if config, data and checkpoint contradict each other (P10)."""
+    """Put the run together. Collective; raises ValueError where config, data and checkpoint contradict (P10)."""
     # The model gets memory only after it is sharded, so that no rank ever holds all of it.
     with torch.device("meta"):
         model = Transfusion(config.model, data.tokenizer.vocab_size)
