@@ -19,7 +19,7 @@ from data.documents import (
     uniforms,
 )
 from data.shards import BadRecord, Record
-from tests.mutations import npy
+from tests.arrays import npy
 
 MOMENTS = (np.arange(4 * 2 * 6, dtype=np.float16) / 4).reshape(4, 2, 6)
 TOKENS = np.array([5, 6, 7])

@@ -4,14 +4,11 @@ Mutated files go through every reader in a process of their own (tests/fuzz.py).
 got through: what they cost, whom they reach, and what must become of them.
 """
 
-import io
 import itertools
 import json
-import struct
 import subprocess
 import sys
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,15 +25,15 @@ from data.lanes import Lane
 from data.manifest import Manifest
 from data.pictures import MAX_SCANS, decode_picture
 from data.raw import MAX_MEMBER_BYTES, captions_of, read_raw
-from data.shard_index import ShardIndex
 from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record, read_at, read_shard, write_shard
 from data.source import SourceConfig
 from data.tar import key_of
 from data.tokenizer import Tokenizer
-from tests import mutations
-from tests.fuzz import REASONS
-from tests.mutations import member, npy, npy_of, pax, tar, zipped
+from tests import raw_files
+from tests.arrays import npy
+from tests.fuzz_readers import REASONS
 from tests.sources import data_config, make_source, texts
+from tests.tars import member, pax, tar
 from tests.test_shards import reasons
 
 ROOT = Path(__file__).parent.parent
@@ -138,74 +135,6 @@ def test_an_errors_message_is_short_and_of_one_line(tmp_path: Path) -> None:
     assert all(len(name) < 1100 and name.isprintable() and name.startswith("ümlaut.tar/") for name in bad.names)
 
 
-GOOD_INDEX = {
-    "spans": np.zeros((2, 3), np.int64),
-    "text_tokens": np.ones(2, np.int64),
-    "grid_starts": np.array([0, 1, 1], np.int64),
-    "grids": np.ones((1, 2), np.int32),
-}
-
-
-def index_of(changes: dict[str, bytes], form: int = zipfile.ZIP_STORED) -> bytes:
-    return zipped({**{name: npy(array) for name, array in GOOD_INDEX.items()}, **changes}, form)
-
-
-def refuse_index(data: bytes) -> None:
-    with pytest.raises(BadRecord, match=r"^here: unreadable index"):
-        ShardIndex.parse(data, "here")
-
-
-@pytest.mark.parametrize(
-    "text", ["{'descr': (", "(\n  1", "-" * 9000 + "1", "'" * 9, "__import__('os').mkdir('executed')"]
-)
-def test_an_index_is_never_parsed_as_python(text: str) -> None:
-    """numpy raised TokenError and MemoryError for these, and they ended a run."""
-    assert len(ShardIndex.parse(index_of({}), "here")) == 2
-    for version in (b"\1\0", b"\2\0"):
-        refuse_index(index_of({"spans": npy_of(text, version=version)}))
-
-
-def test_an_index_takes_no_more_memory_than_it_has_bytes() -> None:
-    """Whatever shape it claims, and compressed or not; nor does it hold what is no array."""
-    huge = npy_of("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000, 3), }", bytes(48))
-    sparse = npy_of("{'descr': '|V0', 'fortran_order': False, 'shape': (1000000000000, 3), }")
-    others = [npy(np.zeros((2, 3), ">i8")), npy(np.asfortranarray(np.zeros((2, 3))))]
-    for content in (huge, sparse, b"", b"no array", *others):
-        refuse_index(index_of({"spans": content}))
-    for contents in (np.zeros(3, np.uint64), np.zeros(2, np.int64), np.zeros((2, 2), np.uint64)):  # of two records
-        refuse_index(index_of({"contents": npy(contents)}))
-    for form in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
-        refuse_index(index_of({"grids": npy(np.ones((1 << 20, 2), np.int32))}, form))
-
-
-def test_an_index_that_points_outside_itself_is_refused() -> None:
-    """By a zip64 offset that fits no C integer."""
-    data = index_of({})
-    place, end = data.rindex(b"PK\1\2"), data.rindex(b"PK\5\6")
-    name = data[place + 46 : end]
-    entry = data[place : place + 30] + struct.pack("<H", 12) + data[place + 32 : place + 42] + b"\xff" * 4
-    directory = data[data.index(b"PK\1\2") : place] + entry + name + struct.pack("<HHQ", 1, 8, 1 << 63)
-    tail = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 4, 4, len(directory), data.index(b"PK\1\2"), 0)
-    hostile = data[: data.index(b"PK\1\2")] + directory + tail
-    assert zipfile.ZipFile(io.BytesIO(hostile)).infolist()[-1].header_offset == 1 << 63
-    refuse_index(hostile)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"spans": spans} for spans in (np.zeros((2, 2), np.int64), np.zeros((3, 3), np.int64), np.zeros((2, 3)))),
-        *({"text_tokens": np.array(tokens)} for tokens in ([0, 0, 0], [1, -1], [1, 1 << 62])),
-        *({"grid_starts": np.array(starts)} for starts in ([0, 1, 2], [0, 2, 1])),
-        *({"grids": np.array([grid], np.int32)} for grid in ([0, 4], [-4, -4], [2**31 - 1, 2**31 - 1])),
-        {"grids": np.array([[object(), 1]])},
-    ],
-)
-def test_an_index_of_inconsistent_or_absurd_arrays_is_refused(change: dict[str, np.ndarray]) -> None:
-    """The sums of absurd sizes overflow, and lanes would begin anywhere."""
-    refuse_index(index_of({name: npy(array) for name, array in change.items()}))
-
-
 def test_a_span_takes_no_memory_for_what_is_not_there() -> None:
     """Of a gigabyte that an index claims, the last byte is asked for first; and no offset is too large to ask for."""
     asked = []
@@ -262,7 +191,7 @@ def test_a_json_or_caption_without_end_is_refused_unparsed(tmp_path: Path) -> No
 def test_a_zstd_bomb_is_read_past_in_no_more_time_than_it_unpacks(tmp_path: Path) -> None:
     """Each read copied all that was left of 128 MB: 10 KB took 9 s."""
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(mutations.zst_bomb(300 << 20) + mutations.zst(b'\n{"text": "after"}\n'))
+    path.write_bytes(raw_files.zst_bomb(300 << 20) + raw_files.zst(b'\n{"text": "after"}\n'))
     bad, begun = BadRecords(1.0), time.process_time()
     assert [document.segments for document in read_raw(path, str(path), bad)] == [("after",)]
     assert dict(bad.reasons) == {"oversized text": 1} and time.process_time() - begun < 3
@@ -271,7 +200,7 @@ def test_a_zstd_bomb_is_read_past_in_no_more_time_than_it_unpacks(tmp_path: Path
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_a_compressed_file_of_nothing_is_a_failed_one(tmp_path: Path, suffix: str) -> None:
     """Compressed, no lines are some bytes all the same."""
-    path, pack = tmp_path / f"a{suffix}", mutations.gz if suffix.endswith("gz") else mutations.zst
+    path, pack = tmp_path / f"a{suffix}", raw_files.gz if suffix.endswith("gz") else raw_files.zst
     for content, expected in ((b"", "it is an empty file"), (pack(b""), "it is without lines")):
         path.write_bytes(content)
         bad = BadRecords(1.0)
@@ -281,7 +210,7 @@ def test_a_compressed_file_of_nothing_is_a_failed_one(tmp_path: Path, suffix: st
 
 def test_a_jpeg_of_endless_scans_is_refused() -> None:
     """Each of 95 bytes takes a pass over all pixels: a megabyte took minutes."""
-    whole, many, too_many, endless = (mutations.many_scans(n, (64, 48)) for n in (0, MAX_SCANS - 6, MAX_SCANS, 3000))
+    whole, many, too_many, endless = (raw_files.many_scans(n, (64, 48)) for n in (0, MAX_SCANS - 6, MAX_SCANS, 3000))
     hidden = b"\xff\xee" + (2 + 3000).to_bytes(2, "big") + b"\xff\xda" * 1500  # in a segment of an application
     for data in (whole, many, whole[:2] + hidden + whole[2:]):
         decode_picture(data, [(16, 16)], "here")
@@ -297,14 +226,14 @@ def test_a_lack_of_memory_is_not_the_pictures_fault(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Image.Image, "convert", exhausted)
     with pytest.raises(MemoryError):
-        decode_picture(mutations.blank_png(8, 8, 4), [(16, 16)], "here")
+        decode_picture(raw_files.blank_png(8, 8, 4), [(16, 16)], "here")
 
 
 def test_a_large_picture_with_alpha_takes_two_copies_of_its_pixels(tmp_path: Path) -> None:
     """Four would be a gigabyte in each of the encoder's threads; and the bits are those of the whole at once."""
     side = 5000
-    (tmp_path / "large.png").write_bytes(mutations.blank_png(side, side, 4))
-    (tmp_path / "small.png").write_bytes(mutations.blank_png(8, 8, 4))
+    (tmp_path / "large.png").write_bytes(raw_files.blank_png(side, side, 4))
+    (tmp_path / "small.png").write_bytes(raw_files.blank_png(8, 8, 4))
     program = """
 import re, sys
 from pathlib import Path
@@ -319,7 +248,7 @@ for path in sys.argv[1:]:
     noise = np.random.default_rng(0).integers(0, 256, (30, 4500, 4), dtype=np.uint8)
     white = Image.new("RGBA", (4500, 30), "white")
     expected = np.asarray(Image.alpha_composite(white, Image.fromarray(noise)).convert("RGB"))
-    data = mutations.encoded(Image.fromarray(noise))
+    data = raw_files.encoded(Image.fromarray(noise))
     assert np.array_equal(decode_picture(data, [(30, 4500)], "here"), expected)
 
 

@@ -1,6 +1,5 @@
 """A lane is the same stream on any rank: order, exactly-once, equal ranges, mixing, resume, what is skipped."""
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -13,12 +12,11 @@ import pytest
 
 import data.source
 from data.dataset import DataConfig, DataSet, open_data
-from data.documents import OrderConfig, seed_from
+from data.documents import OrderConfig
 from data.lane_state import Cursor, LaneState, Pending
 from data.lanes import Lane, lanes_of_rank
-from data.manifest import Manifest
 from data.packing import IGNORE, PackedSequence, Piece
-from data.source import Source, SourceConfig, sum_in_order
+from data.source import Source, SourceConfig
 from data.tokenizer import Tokenizer
 from tests.sources import Content, data_config, interleaved, make_source, pairs, texts
 
@@ -63,11 +61,6 @@ def recorded(lanes: list[Lane], steps: int) -> tuple[list[list[LaneState]], list
     return [states for states, _ in pairs], [rows for _, rows in pairs]
 
 
-def positions(source: Source, epoch: int, lane: int) -> list[tuple[int, int]]:
-    found = (source.position(epoch, lane, ordinal) for ordinal in itertools.count())
-    return list(itertools.takewhile(lambda position: position is not None, found))
-
-
 def until_the_end(lanes: list[Lane]) -> list[PackedSequence]:
     return [row for lane in lanes for row in iter(lane.next_row, None)]
 
@@ -99,40 +92,6 @@ def mixed(pairs_folder: Path, texts_folder: Path, tokenizer: Tokenizer) -> DataC
 
 
 # ---- the order ----
-
-
-@pytest.mark.parametrize("lanes", [1, 4, 6, 7])
-def test_each_epoch_gives_every_document_to_one_lane_by_its_first_token(
-    pairs_folder: Path, tokenizer: Tokenizer, lanes: int
-) -> None:
-    """Against the rule: permute the shards, lay documents end to end, cut at equal tokens, deal the ranges out."""
-    data, _ = open_lanes(data_config(tokenizer, {"a": pairs_folder}, lanes=lanes), seed=5)
-    source = data.sources[0]
-    lengths = {
-        shard: source.manifest.load_index(shard).document_tokens(2).tolist()
-        for shard in range(len(source.manifest.shards))
-    }
-    total = sum(map(sum, lengths.values()))
-    orders, dealt = set(), set()
-    for epoch in range(6):
-        order = np.random.default_rng(seed_from("epoch", 5, epoch, 0)).permutation(len(lengths)).tolist()
-        orders.add(tuple(order))
-        ranges: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]
-        begin = 0
-        for shard in order:
-            for record, length in enumerate(lengths[shard]):
-                ranges[next(n for n in range(lanes) if begin < total * (n + 1) // lanes)].append((shard, record))
-                begin += length
-        found = [positions(source, epoch, lane) for lane in range(lanes)]
-        parts = [ranges.index(sorted(lane, key=lambda place: (order.index(place[0]), place[1]))) for lane in found]
-        assert sorted(parts) == list(range(lanes))  # each range is one lane's
-        dealt.add(tuple(parts))
-        for lane, part in zip(found, parts, strict=True):
-            for block in range(0, len(lane), 8):  # shuffled, but only inside blocks
-                assert sorted(lane[block : block + 8]) == sorted(ranges[part][block : block + 8])
-            tokens = sum(lengths[shard][record] for shard, record in lane)
-            assert abs(tokens - total / lanes) <= max(map(max, lengths.values())) + 1
-    assert len(orders) > 1 and (len(dealt) > 1 or lanes == 1)
 
 
 def test_the_order_depends_on_the_seed_and_the_epoch(mixed: DataConfig) -> None:
@@ -288,26 +247,6 @@ def test_a_lane_continues_from_its_state_around_a_change_of_weights(mixed: DataC
     assert stream(open_lanes(config, states=[lane.state() for lane in readers])[1], 7) == expected[3:]
 
 
-def test_weights_add_up_to_the_same_bits_under_every_python() -> None:
-    """P2, P4: the mix depends on them and a resume compares them; `sum` gives 1.0 from Python 3.12 on."""
-    assert sum_in_order([0.1] * 10) == sum_in_order(iter([0.1] * 10)) == 0.9999999999999999
-    assert sum_in_order([]) == 0
-
-
-def test_weights_that_leave_nothing_to_read_are_refused(mixed: DataConfig) -> None:
-    both = {name: replace(source, weight_from={"5": 0}) for name, source in mixed.sources.items()}
-    with pytest.raises(ValueError, match="every weight is 0 from step 5 on; expected one above 0"):
-        replace(mixed, sources=both)
-    for step, weight in (("1", 1.0), ("x", 1.0), ("5", -1.0), ("5", float("nan"))):
-        with pytest.raises(ValueError, match="expected a step, 2 or more, and a weight, 0 or more"):
-            SourceConfig(path="a", weight_from={step: weight})
-    for value in (0, -1, float("nan")):
-        with pytest.raises(ValueError, match="leave the source out instead"):
-            SourceConfig(path="a", weight=value)
-    with pytest.raises(ValueError, match=r"image_share=0.5 and weight_from both decide the mix"):
-        replace(mixed, image_share=0.5, sources={"a": SourceConfig(path="a", weight_from={"5": 1})})
-
-
 def test_lanes_do_not_all_begin_with_the_same_source(
     pairs_folder: Path, texts_folder: Path, tokenizer: Tokenizer
 ) -> None:
@@ -395,133 +334,6 @@ def test_the_states_of_1024_lanes_are_small(tmp_path: Path, tokenizer: Tokenizer
     size = len(json.dumps(states))
     print(f"state of 1,024 lanes: {size} bytes")
     assert size < 1 << 20
-
-
-# ---- what is bad ----
-
-
-def damage(folder: Path, shard: int, records: list[int]) -> None:
-    """Flip a bit in the middle of each of a shard's records."""
-    manifest = Manifest.load(folder)
-    spans = manifest.load_index(shard).spans
-    data = bytearray(Path(manifest.shard_path(shard)).read_bytes())
-    for record in records:
-        data[int(spans[record, 0] + spans[record, 1] // 2)] ^= 1
-    Path(manifest.shard_path(shard)).write_bytes(data)
-
-
-@pytest.fixture
-def damaged(tmp_path: Path, tokenizer: Tokenizer) -> tuple[DataConfig, list[Content]]:
-    """A finite data set of 60 documents of which two are damaged, and the good ones."""
-    documents = pairs(30, seed=7) + texts(30, seed=8)
-    make_source(tmp_path / "a", tokenizer, documents, shard_sizes=[20, 25, 15])
-    damage(tmp_path / "a", 0, [3])
-    damage(tmp_path / "a", 1, [24])
-    config = data_config(tokenizer, {"a": SourceConfig(path=str(tmp_path / "a"), repeat=False)}, order=KEEP_CAPTIONS)
-    return config, [document for i, document in enumerate(documents) if i not in (3, 44)]
-
-
-def skipped(lanes: list[Lane]) -> tuple[dict[str, int], list[str]]:
-    states = [lane.state() for lane in lanes]
-    names = [name for state in states for name in state.skipped_names]
-    return dict(sum((Counter(state.skipped) for state in states), Counter())), names
-
-
-def test_a_corrupt_record_is_skipped_counted_and_named(
-    damaged: tuple[DataConfig, list[Content]], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
-    """P7: nothing else is lost, and the lane's next document takes its place."""
-    config, good = damaged
-    _, readers = open_lanes(config)
-    assert content_of(until_the_end(readers)) == content_of_documents(good, tokenizer)
-    counts, names = skipped(readers)
-    folder = config.sources["a"].path
-    assert counts == {"checksum": 2}
-    assert sorted(names) == [f"{folder}/00000.tar#3: checksum", f"{folder}/00001.tar#24: checksum"]
-    assert all(name in caplog.text for name in names)
-
-
-def test_a_resume_skips_what_was_skipped(damaged: tuple[DataConfig, list[Content]]) -> None:
-    """Even when the record can be read by then: its place in the order has passed."""
-    config, _ = damaged
-    _, readers = open_lanes(config)
-    states, rows = recorded(readers, 12)
-    step = next(i for i, state in enumerate(states) if sum(sum(s.skipped.values()) for s in state) == 2)
-    damage(Path(config.sources["a"].path), 0, [3])  # the same bit again: healed
-    damage(Path(config.sources["a"].path), 1, [24])
-    _, resumed = open_lanes(config, states=states[step])
-    assert stream(resumed, 12 - step) == rows[step:]
-    assert skipped(resumed) == skipped(readers)
-
-
-def test_a_vanished_shard_is_skipped_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Gone after the start-up check: its documents are counted one by one, the others come all."""
-    documents = pairs(30, seed=7) + texts(30, seed=8)
-    _, readers = open_source(tmp_path, tokenizer, documents, shards=[20, 25, 15], repeat=False, order=KEEP_CAPTIONS)
-    (tmp_path / "a" / "00001.tar").unlink()
-    rows = until_the_end(readers)
-    assert content_of(rows) == content_of_documents(documents[:20] + documents[45:], tokenizer)
-    counts, names = skipped(readers)
-    assert counts == {"unreadable shard": 25} and "00001.tar#" in names[0] and "No such file" in names[0]
-
-
-def test_a_truncated_shard_loses_only_its_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    documents = pairs(20, seed=7)
-    data, readers = open_source(tmp_path, tokenizer, documents, repeat=False, order=KEEP_CAPTIONS)
-    spans = data.sources[0].manifest.load_index(0).spans
-    with open(tmp_path / "a" / "00000.tar", "r+b") as file:
-        file.truncate(int(spans[17, 0]) + 600)
-    assert content_of(until_the_end(readers)) == content_of_documents(documents[:17], tokenizer)
-    assert skipped(readers)[0] == {"truncated": 3}
-
-
-def test_a_lost_index_stops_the_lane_with_its_name(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Without it the order is not known, and another order would break every promise."""
-    _, readers = open_source(tmp_path, tokenizer, texts(20))
-    (tmp_path / "a" / "00000.tar.idx").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"00000.tar.idx: unreadable index \(its checksum differs"):
-        readers[0].next_row()
-
-
-def test_a_document_that_no_sequence_can_hold_is_known_from_the_start(
-    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
-    """By what may not be cut, so no text; a lane that meets it neither counts it nor names it again."""
-    (_, image), long_text = pairs(1)[0], np.full(70, 9, np.int32)
-    documents = [*pairs(8), (long_text, image), (long_text, None), (image, long_text), (long_text[:54], image)]
-    data, readers = open_source(tmp_path, tokenizer, documents, shards=[5, 7], lanes=2, order=KEEP_CAPTIONS)
-    assert data.sources[0].too_long == {(1, 3), (1, 5)}  # the last is 54 + 4 patches + BOS, EOS, BOI, EOI: 62 of 64
-    names = [f"{tmp_path / 'a'}/00001.tar#{record}: longer than a sequence" for record in (3, 5)]
-    assert data.too_long == names
-    stream(readers, 30)
-    assert skipped(readers)[0]["longer than a sequence"] > 4 and not caplog.text
-    assert all(lane.state().skipped_documents == [] for lane in readers)
-
-
-def test_a_bad_document_counts_once_however_often_its_lane_meets_it(
-    damaged: tuple[DataConfig, list[Content]], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Across resumes too; a state of an earlier version, which lists none, starts the count again."""
-    config, _ = damaged
-    config = replace(config, lanes=1, sources={"a": replace(config.sources["a"], repeat=True)})
-    _, (lane,) = open_lanes(config)
-    stream([lane], 20)
-    _, (lane,) = open_lanes(config, states=[lane.state()])
-    stream([lane], 60)
-    state = lane.state().to_json()
-    assert state["skipped"]["checksum"] > 2 and sorted(state["skipped_documents"]) == [(0, 0, 3), (0, 1, 24)]
-    assert len(caplog.records) == 2
-    del state["skipped_documents"]
-    _, (lane,) = open_lanes(config, states=[LaneState.from_json(state)])
-    stream([lane], 40)
-    assert len(lane.state().skipped_documents) == 2
-
-
-def test_a_lane_with_nothing_left_to_read_stops_instead_of_searching(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    _, readers = open_source(tmp_path, tokenizer, texts(10))
-    (tmp_path / "a" / "00000.tar").unlink()
-    with pytest.raises(ValueError, match=r"lane 2 skipped 1000 documents in a row \({'unreadable shard': 1000}\)"):
-        readers[2].next_row()
 
 
 # ---- lanes and ranks ----

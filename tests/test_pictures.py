@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from data.pictures import MAX_PIXELS, bucket_sizes, decode_picture, encode_png, from_unit, to_unit
 from data.shards import BadRecord
-from tests.mutations import blank_png, encoded
+from tests.raw_files import blank_png, encoded
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
