@@ -51,8 +51,7 @@ def _trainee(ranks: Ranks, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, ranks: Ranks) -> None:
     for step in steps:
-        generator = torch.Generator().manual_seed(1000 * step + ranks.rank)
-        input_ids = torch.randint(13, (12,), generator=generator)
+        input_ids = torch.randint(13, (12,), generator=torch.Generator().manual_seed(1000 * step + ranks.rank))
         nn.functional.cross_entropy(model(input_ids), input_ids).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -69,9 +68,8 @@ def _full(state: checkpoint.State) -> dict[str, torch.Tensor]:
 
 
 def _same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[n].dtype == other[n].dtype and torch.equal(one[n], other[n]) for n in one
-    )
+    same = (one[n].dtype == other[n].dtype and torch.equal(one[n], other[n]) for n in one)
+    return one.keys() == other.keys() and all(same)
 
 
 def _train_and_save(ranks: Ranks, root: Path) -> dict[str, torch.Tensor]:
@@ -155,15 +153,11 @@ def _flip(path: Path, position: float) -> None:
     path.write_bytes(content)
 
 
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 DAMAGES = {
     "first bit": lambda path: _flip(path, 0.0),
     "bit in the middle": lambda path: _flip(path, 0.5),
     "last bit": lambda path: _flip(path, 1.0),
-    "truncated": _truncate,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "emptied": lambda path: path.write_bytes(b""),
     "missing": Path.unlink,
     "grown": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
@@ -174,8 +168,7 @@ DAMAGES = {
 def test_every_damage_is_found_and_latest_falls_back(tmp_path: Path, name: str, caplog: Any) -> None:
     """P5: any file, any damage; the damaged checkpoint is named, not deleted."""
     older, newer = _saved_run(tmp_path, 10, 20)
-    intact = tmp_path / "intact"
-    shutil.copytree(newer, intact)
+    intact = shutil.copytree(newer, tmp_path / "intact")
     assert checkpoint.latest(newer.parent, alone()) == newer
     for what, damage in DAMAGES.items():
         damage(newer / name)
@@ -191,8 +184,7 @@ def test_a_damaged_or_missing_listing_is_damage(tmp_path: Path) -> None:
     (folder,) = _saved_run(tmp_path, 10)
     listing = folder / "checksums.json"
     content = listing.read_bytes()
-    found = [content.replace(b"xxh3", b"xxh2", 1), content[:-3], b"[]", b'{"files": {}}', b"\xff"]
-    for damaged in found:
+    for damaged in (content.replace(b"xxh3", b"xxh2", 1), content[:-3], b"[]", b'{"files": {}}', b"\xff"):
         listing.write_bytes(damaged)
         assert len(checkpoint.verify(folder, alone())) == 1, damaged
     listing.unlink()
@@ -309,9 +301,7 @@ def test_killed_in_the_middle_of_a_save_the_previous_checkpoint_stays_the_newest
     _assert_next_start_is_clean(tmp_path)
 
 
-def test_killed_at_the_commit_the_previous_checkpoint_stays_the_newest_and_the_peer_does_not_hang(
-    tmp_path: Path,
-) -> None:
+def test_killed_at_the_commit_the_previous_checkpoint_stays_the_newest_and_no_peer_hangs(tmp_path: Path) -> None:
     started = time.monotonic()
     (killed, _), (_, answer) = FunctionRanks(_save_two, 2, tmp_path, 1000, True).outcomes()
     assert killed == -signal.SIGKILL and LOST_PEER.search(answer), answer

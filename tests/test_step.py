@@ -270,20 +270,15 @@ def test_a_batch_without_images_or_without_text_trains_the_rest_and_nothing_is_n
 # ---- the same over ranks, through lanes and loader ----
 
 
-def _open(config: Any) -> DataSet:
-    return open_data(config, SEED, MODEL.patch_size)
-
-
 def _vote_and_step(ranks: Ranks, config: Any, micro_batch_sizes: list[int], steps: int) -> dict[int, list[tuple]]:
     """Return, by micro-batch size, each step's (text loss, image loss, targets, images, own images, gradients)."""
-    model = sharded_model(MODEL, VOCAB, ranks, seed=SEED)
+    model, data = sharded_model(MODEL, VOCAB, ranks, seed=SEED), open_data(config, SEED, MODEL.patch_size)
     found: dict[int, list[tuple]] = {}
     for size in micro_batch_sizes:
-        loader = Loader(_open(config), config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=size)
+        loader = Loader(data, config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=size)
         for _ in range(steps):
             batch = loader.next(30)
-            ballot = Ballot(text_targets=batch.num_text_targets, images=batch.num_images)
-            vote = PendingVote(ballot, ranks).wait()
+            vote = PendingVote(Ballot(text_targets=batch.num_text_targets, images=batch.num_images), ranks).wait()
             losses = []
             for micro_batch in batch.micro_batches:
                 counts = {"global_text_targets": vote.text_targets, "global_images": vote.images}
@@ -328,15 +323,11 @@ def test_every_number_of_ranks_and_micro_batches_gives_the_loss_and_gradients_of
 ) -> None:
     """P2, P3: 7 lanes on 1, 2, 3 and 4 ranks, uneven counts of text and images, rows and ranks without any image."""
     steps, sizes = 2, [1, 3]
-    config = data_config(
-        tokenizer,
-        {"texts": texts_folder, "pairs": pairs_folder},
-        lanes=LANES,
-        sequence_length=48,
-        order=OrderConfig(caption_first=0.5, caption_dropout=0.2),
-    )
+    sources = {"texts": texts_folder, "pairs": pairs_folder}
+    order = OrderConfig(caption_first=0.5, caption_dropout=0.2)
+    config = data_config(tokenizer, sources, lanes=LANES, sequence_length=48, order=order)
     assert tokenizer.vocab_size == VOCAB
-    data = _open(config)
+    data = open_data(config, SEED, MODEL.patch_size)
     rows = iter(LaneRows(data, range(LANES), {}))
     expected = []
     for step in range(1, steps + 1):

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.shards import (
-    MAX_RECORD_BYTES,
-    write_shard,
-)
+from data.shards import MAX_RECORD_BYTES, write_shard
 from tests.tars import pax
 from tests.test_shards import by_webdataset, header, members, read_all, reasons, save
 
