@@ -12,9 +12,9 @@ import torch
 from data.manifest import Manifest
 from data.tokenizer import Tokenizer
 from tests import runs
+from tests.encoding.jobs import arguments, picture_record, raw_folder
 from tests.runs import SAVE_EVERY, STEPS, DrawingRun
 from tests.sources import make_source, pairs
-from tests.test_encode import arguments, picture_record, raw_folder
 from train import export
 from train.checkpoints import checkpoint
 from train.checkpoints.resume import find_resume_point

@@ -13,8 +13,8 @@ from data.manifest import Manifest, shard_entry
 from data.shard_index import index_path
 from data.shards import BadRecords, index_shard, write_shard
 from data.tokenizer import Tokenizer
+from tests.encoding.jobs import Capsys, arguments, contents_of, picture_record, raw_folder
 from tests.sources import interleaved, make_source, pairs, texts
-from tests.test_encode import Capsys, arguments, contents_of, picture_record, raw_folder
 from train.encode import main
 
 

@@ -10,10 +10,10 @@ import pytest
 from data.tokenizer import Tokenizer
 from slurm.options import LaunchConfig
 from slurm.signal_delay import warnings
+from tests.encoding.jobs import arguments, contents_of, picture_record, raw_folder
 from tests.runs import DrawingRun, assert_same_end, settings
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.launched import ROOT, attempts, launch, processes, tail, training, wait_for_step
-from tests.test_encode import arguments, contents_of, picture_record, raw_folder
 
 pytestmark = pytest.mark.slurm
 SMALL_VAE = ["model.latent_channels=2", "model.block_channels=[8,8,8]", "model.layers_per_block=1"]

@@ -15,7 +15,7 @@ import pytest
 from data.manifest import Manifest
 from data.tokenizer import Tokenizer
 from tests.disks import small_disk
-from tests.test_encode import Contents, arguments, contents_of, picture_record, raw_folder
+from tests.encoding.jobs import Contents, arguments, contents_of, picture_record, raw_folder
 
 Command = Callable[..., list[str]]
 SPAWN = multiprocessing.get_context("forkserver")
