@@ -3,15 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.diffusion import DiffusionConfig
 from model.sampler import SamplerConfig
 from model.transformer import SIZES as TRUNKS
+from model.vae import VaeConfig, VaeLossConfig, build_vae
 from train.config import load_config
 from train.optim.optimizer import OptimConfig, learning_rate
 from train.planning.estimate import parameters
 from train.pretrain_config import PretrainConfig
 from train.sample import SampleConfig
+from train.vae_training import VaeTrainConfig
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper"
 SIZES = {  # layers, width, heads; and the parameters of the blocks in Llama's form
@@ -101,3 +104,34 @@ def test_the_plan_counts_parameters_by_part(name: str) -> None:
     assert linear["patches"] < 0.005 * linear["total"]
     assert unet["patches"] == pytest.approx(0.27e9, rel=0.05)
     assert all(unet[part] == linear[part] for part in ("embeddings", "blocks", "heads"))
+
+
+def test_the_paper_vae_is_the_papers() -> None:
+    """Every number of the preset, and 83.7M parameters where the paper counts 86M."""
+    config = load_config(VaeTrainConfig, [f"config={PAPER / 'vae.yaml'}", "inputs=[/data]"])
+    assert config.model == VaeConfig(
+        latent_channels=8, block_channels=(128, 256, 512, 512), layers_per_block=2, norm_groups=32, mid_attention=True
+    )
+    assert config.resolution == 256 and config.model.stride == 8  # 32x32x8
+    assert config.loss == VaeLossConfig(
+        pixel_loss="absolute",
+        kl_weight=1e-6,
+        kl_warmup_steps=0,
+        edge_weight=0.0,
+        lpips_weight=1.0,
+        lpips_weights="runs/paper/lpips_vgg16.safetensors",
+        gan_weight=0.5,
+        gan_start_step=50_000,
+        gan_channels=64,
+        gan_learning_rate=None,
+        id_weight=0.0,  # the paper: 0.2
+    )
+    assert (config.loss.gan_weight_at(49_999), config.loss.gan_weight_at(50_000)) == (0.0, 0.5)
+    assert config.optim == OptimConfig(
+        learning_rate=1e-4, min_learning_rate=1e-6, warmup_steps=1000, steps=1_000_000,
+        beta1=0.5, beta2=0.9, weight_decay=0.0,
+    )  # fmt: skip
+    assert (config.batch_size, config.seed) == (96, 0)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in build_vae(config.model).parameters())
+    assert count == 83_709_419
