@@ -17,7 +17,7 @@ from train.config import load_config
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     program: str = "train.pretrain"  # what to run; its own options follow as key=value, config=FILE among them
-    nodes: int = 1
+    nodes: int = 1  # of the job
     gpus_per_node: str | None = None  # GPUs of a node, one task each: 8 or TYPE:8; null: none, tasks run on CPUs
     tasks_per_node: int | None = None  # null: one per GPU, or 1 without GPUs
     cpus_per_task: int | None = None  # cores of a task, including its data workers; null: the cluster's default
@@ -120,7 +120,7 @@ TAKEN = {
     "chdir": "paths are relative to the current folder: change to that folder first",
     "wrap": "give program=",
     "kill_on_invalid_dep": "a job whose predecessor failed is always cancelled",
-    "wait": "the command that is printed follows the log",
+    "wait": "after submission, run the tail -F command that is printed",
 }
 # What a job of a chain does not inherit from the previous one.
 OWN = {

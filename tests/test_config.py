@@ -215,7 +215,9 @@ def test_a_missing_value_is_asked_for() -> None:
 
 def test_help_lists_every_option_with_its_comment() -> None:
     text = help_text("python -m train.x", "Do something.", Config)
-    assert text.startswith("usage: python -m train.x [config=FILE.yaml] [key=value ...]\n\nDo something.\n")
+    assert text.startswith(
+        "usage: python -m train.x [--help | --resolve] [config=FILE.yaml] [key=value ...]\n\nDo something.\n"
+    )
     assert list(options(Config)) == [
         ("run_dir", "str", "(required)", "folder of the run"),
         ("seed", "int", "0", "of everything"),

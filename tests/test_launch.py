@@ -83,7 +83,7 @@ def test_a_chain_inherits_the_partition_and_not_the_size() -> None:
         (["sbatch.gpus-per-task=1"], "gpus-per-task=1: give gpus_per_node"),
         (["sbatch.nodes=2"], "nodes=2: give nodes= itself"),
         (["chdir=/tmp"], "chdir=/tmp: paths are relative to the current folder"),
-        (["wait=true"], "wait=true: the command that is printed follows the log"),
+        (["wait=true"], "wait=true: after submission, run the tail -F command"),
         (["env.A-B=1"], "env.A-B: not a valid name"),
         (["nodes"], "'nodes' is not of the form key=value"),
     ],

@@ -330,7 +330,7 @@ def test_what_cannot_be_viewed_is_refused_with_a_remedy(
         with pytest.raises(kind, match=message):
             main([f"{name}={value}" for name, value in ({"shards": pairs_folder} | changes).items()])
     for arguments in ([], [f"checkpoint={tmp_path}", f"shards={tmp_path}"]):
-        with pytest.raises(ValueError, match="exactly one of them"):
+        with pytest.raises(ValueError, match="expected one of the two"):
             main(arguments)
 
 

@@ -168,7 +168,7 @@ def _resolved(module: Any, argv: list[str], check: bool) -> str:
 
 def help_text(command: str, purpose: str, schema: type) -> str:
     """Return the usage and every option of `schema` with its type, default and comment."""
-    usage = f"usage: {command} [config=FILE.yaml] [key=value ...]"
+    usage = f"usage: {command} [--help | --resolve] [config=FILE.yaml] [key=value ...]"
     lines = [usage, "", purpose, "", RULES, "", "options (key: type = default):"]
     for key, type_name, default, comment in options(schema):
         lines.append(f"  {key}: {type_name} = {default}")

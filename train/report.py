@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
             inside = f'<p class="absent">{escape(str(reason))}</p>'
             left_out.append(f"left out {title}: {reason}")
         sections.append((name, title, inside))
-    output = Path(config.output)
+    output = Path(config.output or f"{config.run}/report.html")
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as file:
         file.write(document(config.title, _progress(inputs), sections).encode())

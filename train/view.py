@@ -40,8 +40,8 @@ class ViewConfig:
     def __post_init__(self) -> None:
         if (self.shards is None) == (self.checkpoint is None):
             raise ValueError(
-                f"shards={self.shards}, checkpoint={self.checkpoint}: expected exactly one of them; give shards=FOLDER "
-                "to look at data, or checkpoint=RUN to look at what training saved"
+                f"shards={self.shards}, checkpoint={self.checkpoint}: expected one of the two; give shards=FOLDER to "
+                "look at data, or checkpoint=RUN to look at what training saved"
             )
         if not 1 <= self.n <= MOST_DOCUMENTS:
             raise ValueError(f"n={self.n}: expected 1 to {MOST_DOCUMENTS}, so that the listing can be read")

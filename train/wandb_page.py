@@ -109,7 +109,9 @@ class WandbPage:
         except Exception as error:  # no key, no network
             if mode != "online":
                 raise
-            log.warning("wandb: %s; the page is kept offline, for `wandb sync`", " ".join(str(error).split()))
+            log.warning(
+                "wandb: %s; the page is kept offline, for `wandb sync`", " ".join(str(error).split()).rstrip(".")
+            )
             _forget()  # its process still holds the id
             wandb.setup(settings)
             run = wandb.init(mode="offline", **given)

@@ -61,7 +61,7 @@ def find_resume_point(resume: str, folder: RunFolder, ranks: Ranks) -> ResumePoi
         return ResumePoint(find_checkpoint(Path(resume), ranks, "resume"))
     if newest is not None and newest != saved[-1]:  # retention would count damaged ones as kept
         damaged = [path for path in saved if checkpoint.step_of(path) > checkpoint.step_of(newest)]
-        ranks.on_first(lambda: _put_aside(damaged, folder, f"damaged, after {newest}"))
+        ranks.on_first(lambda: _put_aside(damaged, folder, f"damaged; resuming from {newest}"))
     return ResumePoint(newest)
 
 
@@ -136,4 +136,4 @@ def _put_aside(paths: list[Path], folder: RunFolder, what: str) -> None:
         shutil.copy2(metrics, aside)
     for path in paths:
         path.rename(aside / path.name)
-    log.warning("put aside in %s: %s", aside, what)
+    log.warning("moved %s to %s: %s", ", ".join(path.name for path in paths), aside, what)

@@ -23,7 +23,7 @@ class ReportConfig:
     num_previews: int = 6  # preview sheets shown, from the first to the last, >= 2
     num_reconstructions: int = 8  # pictures passed through the VAE, 0 or more
     title: str = "Transfusion: training report"  # of the page
-    output: Location = "runs/demo/report.html"  # file to write
+    output: Location | None = None  # file to write; null: report.html in the run folder
 
     def __post_init__(self) -> None:
         for name, least in (("num_right", 0), ("num_previews", 2), ("num_reconstructions", 0)):

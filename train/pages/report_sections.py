@@ -190,7 +190,7 @@ def _codec(inputs: ReportInputs) -> str:
 def _heldout(inputs: ReportInputs) -> str:
     losses = (inputs.evaluation or {}).get("heldout")
     if not losses:
-        raise LeftOut("No held-out losses were measured (train.evaluate heldout={NAME: FOLDER}).")
+        raise LeftOut("No held-out losses were measured (train.evaluate heldout.NAME=FOLDER).")
     rows = []
     for name, loss in losses.items():
         # null where the data has none of that kind; evaluations of earlier versions have no captioning loss
