@@ -45,8 +45,6 @@ class EvaluateConfig(PipelineConfig):
         super().__post_init__()
         if self.max_prompts < 1:
             raise ValueError(f"max_prompts={self.max_prompts}: expected at least 1")
-        if not self.heldout and self.scenes is None:
-            raise ValueError("nothing to evaluate: give heldout.NAME=FOLDER or scenes=FOLDER")
 
 
 CONFIG = EvaluateConfig
