@@ -234,3 +234,11 @@ def test_config_refuses_what_makes_no_sense():
             DiffusionConfig(**settings)
     with pytest.raises(ValueError, match="1001 sampling steps"):
         sampling_timesteps(1001, "leading")
+
+
+def test_ddim_with_eta_one_is_ddpm():
+    x_t, pred, noise = draws().double()
+    alpha, alpha_prev = TABLE[600].item(), TABLE[560].item()
+    x0, eps = to_x0_and_eps(pred, x_t, alpha, "eps")
+    ancestral = ddpm_step(x_t, x0, alpha, alpha_prev, noise)
+    assert torch.allclose(ddim_step(x0, eps, alpha, alpha_prev, 1.0, noise), ancestral, atol=1e-12)

@@ -322,3 +322,14 @@ def test_ranks_own_every_lane_once_and_nearly_equal_shares() -> None:
     with pytest.raises(ValueError, match=r"5 ranks, but data.lanes=4: use at most one rank a lane, or more lanes"):
         lanes_of_rank(0, 5, 4)
     assert sorted(lane for rank in range(5) for lane in lanes_of_rank(rank, 5, 4, may_idle=True)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("weights", [(3, 1), (1, 1), (0.2, 5)])
+def test_tokens_are_shared_by_weight(mixed: DataConfig, weights: tuple[float, float]) -> None:
+    """By exact accounts: however long it runs, each lane is off by what is pending at most."""
+    named = zip(mixed.sources.items(), weights, strict=True)
+    config = replace(mixed, sources={name: replace(source, weight=weight) for (name, source), weight in named})
+    _, readers = open_lanes(config)
+    share = weights[0] / sum(weights)
+    for lane in readers:
+        assert abs(shares_of(lane, 100)[0] - share) < (mixed.look_ahead + 2) / 100

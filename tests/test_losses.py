@@ -93,3 +93,24 @@ def test_noise_error_sends_no_gradient_to_unused_slots():
     total, _ = noise_error(pred, torch.randn(2, 3, 2, 2), torch.tensor([True, False]))
     total.backward()
     assert pred.grad[0].ne(0).any() and pred.grad[1].eq(0).all()
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch < 2.13 has none")
+def test_cross_entropy_equals_torchs_own():
+    hidden, weight, targets = problem()
+    expected = F.linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction="sum")
+    total, _ = linear_cross_entropy(hidden, weight, targets, chunk=8)
+    assert torch.allclose(total, expected, rtol=1e-5)
+    for ours, theirs in zip(gradients(total, hidden, weight), gradients(expected, hidden, weight), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_gradients_pass_gradcheck_in_f64():
+    hidden, weight, targets = problem(tokens=6, width=3, vocab=5, dtype=torch.float64)
+
+    def reference(hidden, weight):
+        return F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")
+
+    total, _ = linear_cross_entropy(hidden, weight, targets, chunk=4)
+    for ours, theirs in zip(gradients(total, hidden, weight), gradients(reference(hidden, weight), hidden, weight)):  # noqa: B905
+        assert torch.allclose(ours, theirs, atol=1e-5)

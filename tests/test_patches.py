@@ -59,3 +59,9 @@ def test_timestep_after_adds_it_in_the_width_of_the_trunk():
     tokens, _ = patcher.encode(latents, timesteps)
     expected = patcher.to_width(patchify(latents, 2)) + patcher.timestep(timesteps)[:, None]
     assert torch.allclose(tokens, expected, atol=1e-6)
+
+
+def test_linear_patches_are_under_half_a_percent_of_7b():
+    with torch.device("meta"):
+        patcher = LinearPatches(width=4096, latent_channels=8, patch_size=8)
+    assert sum(parameter.numel() for parameter in patcher.parameters()) < 0.005 * 7e9

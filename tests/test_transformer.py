@@ -139,3 +139,15 @@ def test_compiled_blocks_equal_eager_ones_and_share_one_graph():
         block.compile(backend=backend, dynamic=False)
     assert torch.allclose(trunk(h, positions, None, mask), expected, atol=1e-6)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name,low,high", [("0.16b", 0.11e9, 0.16e9), ("0.76b", 0.65e9, 0.8e9), ("7b", 6.4e9, 7.2e9)])
+def test_block_parameters_come_to_about_the_size_in_the_name(name, low, high):
+    with torch.device("meta"):
+        trunk = Transformer(SIZES[name])
+    assert low < sum(parameter.numel() for parameter in trunk.parameters()) < high
+
+
+def test_meta_device_gives_no_buffers_to_lose():
+    with torch.device("meta"):
+        assert not list(small_trunk().buffers())
