@@ -13,7 +13,7 @@ class BadRecord(ValueError):
 
     def __init__(self, reason: str, where: str, detail: str = ""):
         message = f"{where[:MAX_SHOWN]}: {reason}" + (f" ({detail[:MAX_SHOWN]})" if detail else "")
-        super().__init__(_printable(message))
+        super().__init__(printable(message))
         self.reason, self.where = reason, where
 
 
@@ -42,7 +42,7 @@ class BadRecords:
     def note(self, what: str, where: str) -> None:
         """Count a finding that costs no record."""
         self.noted[what] += 1
-        self.examples.setdefault(what, _printable(where[:MAX_SHOWN])[:MAX_SHOWN])
+        self.examples.setdefault(what, printable(where[:MAX_SHOWN])[:MAX_SHOWN])
 
     def update(self, other: "BadRecords") -> None:
         """Add what another has counted."""
@@ -99,6 +99,6 @@ class BadRecords:
         return failed + [f"{what}: {count}{examples.get(what, '')}" for what, count in sorted(self.noted.items())]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Escape what could move a terminal's cursor or begin a new line in a log."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from data.bad_records import printable
+
 Value = str | int | float | None
 
 
@@ -57,5 +59,4 @@ def formatted(value: Value) -> str:
     """Return a value as people read it, on one line."""
     if isinstance(value, int | float):
         return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    text = " ".join((value or "").split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable(" ".join((value or "").split()))
