@@ -1,7 +1,6 @@
 """A viewed data set shows what its records hold: pictures as the VAE decodes them, captions, exact counts."""
 
 import json
-import re
 import shutil
 import sys
 from collections import Counter
@@ -270,18 +269,6 @@ def test_a_corrupt_record_and_a_missing_index_are_named_and_the_rest_is_shown(
     for text in (seen.remarks, seen.text):
         assert f"{data}/00002.tar#4: checksum" in text and f"{data}/00001.tar.idx: unreadable index" in text
         assert "7 of 60 documents are in shards whose index cannot be read" in text
-
-
-def test_a_cut_or_lost_shard_is_named(pairs_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = shutil.copytree(pairs_folder, tmp_path / "data")
-    with (data / "00000.tar").open("r+b") as file:
-        file.truncate(5000)
-    (data / "00002.tar").unlink()
-    seen = Seen(capsys, data, tmp_path / "out", n=60)
-    assert seen.bad == {"missing shard": 1, "shard of another size": 1, "truncated": 30, "unreadable shard": 22}
-    assert f"{data}/00002.tar: missing shard" in seen.text and "00000.tar: shard of another size (5000" in seen.text
-    assert re.search(r"Missing or damaged: \d+ more", seen.text)  # than are named
-    assert seen.facts["longer than 4,096"] == "0 documents, 0 with images"
 
 
 def test_where_nothing_can_be_read_it_is_refused(pairs_folder: Path, tmp_path: Path) -> None:
