@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask
 
 from data.manifest import LatentSpec
@@ -76,7 +75,6 @@ def forward_backward(
 
     With `is_last`, the last micro-batch of the step, gradients are also summed over ranks.
     """
-    assert isinstance(model, FSDPModule)
     set_micro_step(model, parallel, is_last=is_last)
     loss = micro_step(
         model,

@@ -21,28 +21,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from data.durable import sync_folder
+from train.checkpoints.listing import WrittenFile, problem_of, read_extra, read_listing
 from train.checkpoints.run_folder import RunFolder, RunTakenOver
-from train.checkpoints.storage import (
-    CheckedReader,
-    HashingWriter,
-    WrittenFile,
-    problem_of,
-    read_extra,
-    read_index,
-    read_listing,
-)
 from train.distributed.agreement import first_few
 from train.distributed.ranks import Ranks
 from train.nested import leaves
+
+if TYPE_CHECKING:  # DCP takes half a second to import: only the functions that move tensors do
+    from torch.distributed.checkpoint.metadata import Metadata
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +85,8 @@ def training_state(
     Loading a checkpoint into them loads the model. An optimizer that has not stepped yet gets its state first. Its
     hyper-parameters are left out: they come from the config, so a resume may change them.
     """
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
     optimizer_state = get_optimizer_state_dict(model, optimizers)["state"]
     return {"model": get_model_state_dict(model), "optimizer": optimizer_state}
 
@@ -105,6 +98,11 @@ def save(run: RunFolder, step: int, state: State, extra: Mapping[str, bytes], ra
     name then. Raises RunTakenOver if a later attempt owns the run. A checkpoint of the same step, damaged or left by
     an abandoned continuation, is replaced.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from train.checkpoints.storage import HashingWriter
+
     _assert_only_tensors(state)
     final = run.checkpoints / f"step-{step:08d}"
     temporary = run.checkpoints / f".tmp-{final.name}-{run.attempt}"
@@ -139,6 +137,10 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
     Pass a folder that `latest` or `verify` approved. `state` may have only some of the saved top-level entries (say,
     `model`), but each complete. Raises ValueError naming the tensors that do not fit, before any is changed.
     """
+    import torch.distributed.checkpoint as dcp
+
+    from train.checkpoints.storage import CheckedReader, read_index
+
     _assert_only_tensors(state)
     index = ranks.on_first(lambda: read_index(folder))
     if misfits := _misfits(index, state):
@@ -152,6 +154,8 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
 
 def entries(folder: Path) -> set[str]:
     """Return the names of the saved top-level entries, such as `model`."""
+    from train.checkpoints.storage import read_index
+
     return {name.split(".")[0] for name in read_index(folder).state_dict_metadata}
 
 
@@ -291,8 +295,10 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _misfits(index: Metadata, state: State) -> list[str]:
+def _misfits(index: "Metadata", state: State) -> list[str]:
     """Return how tensors of `state` and a checkpoint differ: missing, left over, of another size or dtype."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     here, there = dict(leaves(state)), index.state_dict_metadata
     left_over = sorted(name for name in there.keys() - here.keys() if name.split(".")[0] in state)
     problems = [f"{name} is not in the checkpoint" for name in sorted(here.keys() - there.keys())]

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-INDEX, PICKLED_INDEX = "index.json", ".metadata"
+from train.checkpoints.listing import PICKLED_INDEX
+
 VERSION = 1
 MOST_DIMS = 64  # torch's own limit
 

@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from train.checkpoints import checkpoint
-from train.checkpoints.storage import LISTING
+from train.checkpoints.listing import LISTING
 from train.distributed.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -49,6 +47,8 @@ def read_while_there(
     `first` is the first choice, if already known. Collective; `read` must fail on every rank if the checkpoint is gone.
     Raises FileNotFoundError when that happens MOST_CHOICES times.
     """
+    from torch.distributed.checkpoint.api import CheckpointException  # half a second: where something is read
+
     for _ in range(MOST_CHOICES):
         folder, first = first or choose(), None
         of_folder = partial(identity, folder)

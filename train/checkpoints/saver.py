@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from train.checkpoints import checkpoint
 from train.checkpoints.checkpoint import CheckpointConfig, CheckpointError, State
+from train.checkpoints.listing import read_listing
 from train.checkpoints.run_folder import RunFolder
-from train.checkpoints.storage import read_listing
 from train.console import say
+from train.distributed.local_shards import is_sharded
 from train.distributed.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -114,14 +114,14 @@ class Saver:
         }
 
     def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = tensor.to_local() if is_sharded(tensor) else tensor
         if name not in self._buffers:
             self._buffers[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
         buffer = self._buffers[name].copy_(local, non_blocking=True)
-        if not isinstance(tensor, DTensor):
+        if not is_sharded(tensor):
             return buffer
         mesh = self._on_host(tensor.device_mesh)
-        return DTensor.from_local(buffer, mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
+        return tensor.from_local(buffer, mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
 
     def _on_host(self, mesh: DeviceMesh) -> DeviceMesh:
         """Return a CPU mesh of the same ranks; its process groups are created at the first save."""

@@ -7,7 +7,7 @@ form a mesh dp_replicate x dp_shard: dp_shard neighbours share one copy of the s
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -16,14 +16,15 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from model.transfusion import Transfusion, initial_pieces, parameter_generator
 from model.unet import ResidualBlock
-from train.distributed.local_shards import first_element, local
+from train.distributed.local_shards import first_element, is_sharded, local
 from train.distributed.ranks import Ranks
+
+if TYPE_CHECKING:  # FSDP takes half a second to import: only the functions that need it do
+    from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +83,13 @@ def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
     return config.dp_replicate, dp_shard
 
 
-def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> FSDPModule:
+def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> "FSDPModule":
     """Wrap a meta-device model in place for `ranks`; gradients are summed over ranks, never averaged.
 
     Raises ValueError on every rank if their number does not allow the mesh.
     """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
     shape, names = mesh_shape(config, ranks.world_size), ("dp_replicate", "dp_shard")
     first = 1 if config.dp_replicate == 1 else 0  # one axis is plain FSDP, without an all-reduce
     mesh = init_device_mesh(ranks.device.type, shape[first:], mesh_dim_names=names[first:])
@@ -125,6 +128,8 @@ def set_micro_step(model: nn.Module, config: ParallelConfig, *, is_last: bool) -
     Earlier micro-steps' gradients are summed within dp_shard only, or not sent at all (`accumulate_unsharded`).
     Parameters that stay gathered until backward anyway stay so for the next micro-step: weights do not change between.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     assert isinstance(model, FSDPModule), "parallelize comes first"
     if config.accumulate_unsharded:
         model.set_requires_gradient_sync(is_last)
@@ -135,6 +140,8 @@ def set_micro_step(model: nn.Module, config: ParallelConfig, *, is_last: bool) -
 
 def reshard(model: nn.Module) -> None:
     """Free what a forward without a backward has left gathered, so that parameters are shards again."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -201,7 +208,7 @@ def gather_weights(weights: dict[str, torch.Tensor], keep: bool = True) -> dict[
     copies = {}
     for name, tensor in weights.items():
         tensor = tensor.detach()
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor() if is_sharded(tensor) else tensor
         if keep:
             copies[plain_name(name)] = full.cpu().clone()
     return copies

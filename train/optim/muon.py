@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from model.transformer import Attention, FeedForward
-from train.distributed.local_shards import first_element, local, rows, shard_dim
+from train.distributed.local_shards import first_element, is_sharded, local, rows, shard_dim
 from train.optim.stochastic_rounding import stochastic_bfloat16
 
 Parts = tuple[int, ...]  # rows of each of the matrices stacked in one parameter
@@ -62,7 +61,7 @@ class Muon(torch.optim.Optimizer):
         skip = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
         rate = group["lr"] * (1.0 - skip)  # on the device
         decay = 1.0 - rate * group["weight_decay"]
-        per_round = parameters[0].device_mesh.size() if isinstance(parameters[0], DTensor) else 1
+        per_round = parameters[0].device_mesh.size() if is_sharded(parameters[0]) else 1
         for start in range(0, len(parameters), per_round):
             dealt = parameters[start : start + per_round]
             directions = [self._direction(p, start + i, skip.bool()) for i, p in enumerate(dealt)]
@@ -86,7 +85,7 @@ class Muon(torch.optim.Optimizer):
     def _orthogonalized(self, dealt: list[torch.Tensor], directions: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return this rank's rows of the updates of one round, in which every rank owns one matrix or none."""
         first = dealt[0]
-        if not isinstance(first, DTensor) or (dim := shard_dim(first)) is None:
+        if not is_sharded(first) or (dim := shard_dim(first)) is None:
             return [orthogonalize(direction, self._parts[p]) for p, direction in zip(dealt, directions, strict=True)]
         mesh = first.device_mesh
         num_shards, group = mesh.size(dim), mesh.get_group(dim)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from train.distributed.local_shards import is_sharded
 from train.optim import muon
 from train.optim.bfloat16_adamw import BFloat16AdamW
 from train.optim.ema import Ema, label
@@ -121,7 +121,7 @@ class Optimizer:
         """Clip, update, average, clear the gradients. Returns the gradient norm before clipping, f32 []."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads, norm_type=2.0, foreach=True)
-        if isinstance(norm, DTensor):
+        if is_sharded(norm):
             norm = norm.full_tensor()  # sums over the mesh; every rank takes part
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm, foreach=True)
         skip = self.guard.judge(norm)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from train.checkpoints import checkpoint
 from train.checkpoints.checkpoint import CheckpointConfig
-from train.checkpoints.storage import LISTING, WrittenFile, read_listing
+from train.checkpoints.listing import LISTING, WrittenFile, read_listing
 from train.distributed.ranks import alone
 from train.pretrain_config import read_config
 

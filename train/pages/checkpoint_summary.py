@@ -13,20 +13,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from data.lane_state import LaneState
 from train.checkpoints import checkpoint
-from train.checkpoints.storage import CheckedReader, read_index
 from train.nested import leaves
 from train.pretrain_config import PretrainConfig
+
+if TYPE_CHECKING:  # DCP takes half a second to import: only the functions that read tensors do
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+    from train.checkpoints.storage import CheckedReader
 
 PIECE = 1 << 20  # elements measured at once
 MOMENT = re.compile(r"optimizer\..+\.(?P<kind>\w+)")
@@ -128,6 +129,8 @@ class CheckpointSummary:
         else:
             summary.lane_rows = [lane.rows for lane in lanes]
             summary.skipped = sum((Counter(lane.skipped) for lane in lanes), Counter[str]())
+        from train.checkpoints.storage import read_index
+
         try:
             index = read_index(folder)
         except (OSError, ValueError) as error:
@@ -164,9 +167,14 @@ def differences(content: bytes) -> list[tuple[str, Any, Any]]:
 
 
 def _measured(
-    folder: Path, index: Metadata, damaged: set[str], problems: list[str], on_read: Callable[[int], object]
+    folder: Path, index: "Metadata", damaged: set[str], problems: list[str], on_read: Callable[[int], object]
 ) -> Iterator[SavedTensor]:
     """Yield the tensors in the order of the index, each measured unless a damaged file holds some of it."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from train.checkpoints.storage import CheckedReader
+
     files: dict[str, set[str]] = {}
     for place, stored in index.storage_data.items():
         files.setdefault(place.fqn, set()).add(stored.relative_path)
@@ -187,8 +195,10 @@ def _measured(
     problems += [f"{count:,} tensors are not read: {file} is damaged" for file, count in unread.items()]
 
 
-def _read(reader: CheckedReader, name: str, record: TensorStorageMetadata) -> torch.Tensor:
+def _read(reader: "CheckedReader", name: str, record: "TensorStorageMetadata") -> torch.Tensor:
     """Return one tensor, assembled from the shards of the ranks that wrote it."""
+    import torch.distributed.checkpoint as dcp
+
     state = {name: torch.empty(record.size, dtype=record.properties.dtype)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -198,6 +208,8 @@ def _read(reader: CheckedReader, name: str, record: TensorStorageMetadata) -> to
 
 def _cause(error: BaseException) -> str:
     """Return the first line of the error that DCP wraps."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     if isinstance(error, CheckpointException):
         error = next((cause for cause, _ in error.failures.values()), error)
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

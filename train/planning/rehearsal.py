@@ -22,14 +22,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.packing import PackedBatch
 from model.transfusion import Transfusion
+from train.distributed.local_shards import is_sharded
 from train.distributed.parallelize import parallelize, set_micro_step
 from train.distributed.ranks import Ranks, alone
 from train.optim.optimizer import Optimizer
@@ -194,7 +193,7 @@ class _Stage:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -226,7 +225,14 @@ class _LiveBytes(TorchDispatchMode):
     """Track every tensor's storage from allocation to release; remember each phase's moment of most bytes."""
 
     def __init__(self) -> None:
+        # Together a second, which a program that only checks its config need not wait for.
+        from torch.distributed._tools import fake_collectives
+        from torch.distributed.tensor import DTensor
+
         super().__init__()
+        self._dtensor = DTensor
+        self._sizes = fake_collectives.CollectiveOp
+        self._collective_ops = fake_collectives.collective_ops - fake_collectives.sync_ops
         self.phase = "states"
         self._collectives: Counter[Collective] = Counter()
         self._allocations: dict[int, _Allocation] = {}  # by the address of the storage
@@ -234,10 +240,10 @@ class _LiveBytes(TorchDispatchMode):
         self._most: dict[str, tuple[int, list[tuple[_Allocation, int]]]] = {}  # by phase: total, parts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
+        if any(issubclass(kind, self._dtensor) for kind in types):
             return NotImplemented  # DTensor calls again with local tensors
         result = func(*args, **(kwargs or {}))
-        if func in collective_ops and func not in sync_ops:
+        if func in self._collective_ops:
             self._count(func, result, args, kwargs)
         callers = traceback.walk_stack(sys._getframe())
         by_fsdp = any("_fully_shard" in frame.f_code.co_filename for frame, _ in callers)
@@ -290,9 +296,9 @@ class _LiveBytes(TorchDispatchMode):
     def _count(self, func: Any, result: Any, args: tuple, kwargs: dict | None) -> None:
         operator = func.name().replace("allgather", "all_gather").replace("allreduce", "all_reduce")
         name = next(name for name in COLLECTIVES if name in operator.replace("alltoall", "all_to_all"))
-        group = CollectiveOp.get_process_group(func, args)
+        group = self._sizes.get_process_group(func, args)
         what = Collective(self.phase, name, tuple(dist.get_process_group_ranks(group)))
-        self._collectives[what] += CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
+        self._collectives[what] += self._sizes.get_comm_tensor_size(func, result, args, kwargs)
 
 
 @contextmanager
