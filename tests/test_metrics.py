@@ -1,6 +1,9 @@
 """Numbers that mean what their names say (P9), and a logger that cannot stop training (P13)."""
 
 import socket
+import time
+from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +12,10 @@ import torch
 
 from data.lane_state import Cursor, LaneState
 from tests.ranks import run_ranks
-from train import metrics
+from train import hardware, metrics
+from train.checkpoints.checkpoint import CheckpointConfig
+from train.checkpoints.run_folder import RunFolder
+from train.checkpoints.saver import Saver
 from train.console import Console
 from train.distributed.ranks import Ranks, alone
 from train.distributed.signals import StopKind
@@ -17,6 +23,8 @@ from train.distributed.vote import Vote
 from train.flops import Flops
 from train.metrics import Interval
 from train.next_batch import AgreedBatch
+from train.run import Run
+from train.state import Progress
 from train.step import StepLoss
 
 
@@ -105,6 +113,88 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
             assert row["mfu"] == pytest.approx(row["model_tflops_per_s_per_rank"] * 1e6, rel=1e-6)
             assert row["hfu"] / row["mfu"] == pytest.approx(1 + steps * 5 * 120 / flops, rel=1e-6)
             assert row["tokens_per_s"] == pytest.approx(120 * steps / per_s, rel=1e-6)
+
+
+def _timed_rows(ranks: Ranks, device_wait_s: float) -> tuple[float, list[dict]]:
+    """Return the seconds from the first interval's start to the third's, and two rows of a step each.
+
+    `device_wait_s`: how long a GPU, which is not here, still works when the host has launched all.
+    """
+    fetch = torch.Tensor.cpu
+
+    def slow_fetch(tensor: torch.Tensor) -> torch.Tensor:
+        time.sleep(device_wait_s)
+        return fetch(tensor)
+
+    torch.Tensor.cpu = slow_fetch  # in this process alone
+    interval, rows = Interval(Flops(10.0, 1.0, 100.0, 1000.0, 5.0), ranks, ["a", "b"]), []
+    start = interval._start
+    for _ in range(2):
+        batch = AgreedBatch(_batch(slots=50, pairs=7), _vote(tokens=120), data_wait_s=0.0, peers_wait_s=0.0)
+        interval.add(batch, [_loss(1.0, 1.0)], grad_norm=torch.tensor(2.5))
+        rows.append(interval.row({0: LaneState(7, [Cursor(0, 5, 0), Cursor(3, 0, 0)], [], {}, [], [])}))
+    return interval._start - start, rows
+
+
+def test_the_wait_for_the_device_is_part_of_the_interval() -> None:
+    """P9: a row's clock is read when the device has finished, and the next interval starts there."""
+    ((whole, rows),) = run_ranks(_timed_rows, 1, 0.5)
+    assert [row["tokens_per_s"] * row["step_s"] for row in rows] == pytest.approx([120, 120])
+    assert all(row["step_s"] >= 0.5 for row in rows)
+    assert sum(row["step_s"] for row in rows) == pytest.approx(whole), "no time is lost between two rows"
+
+
+def test_a_save_is_not_charged_for_the_steps_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first copy to the host waits for the GPU, which may still be at the last step."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: time.sleep(0.2))
+    ranks = replace(alone(), device=torch.device("cuda"))
+    with RunFolder(tmp_path, ranks) as folder:
+        parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(Run))
+        parts |= {"ranks": ranks, "saver": Saver(folder, CheckpointConfig(), ranks)}
+        run, start = Run(**parts | {"state": SimpleNamespace(progress=Progress())}), time.monotonic()
+        assert run.save() < 0.1 < time.monotonic() - start  # nothing to save before the first step
+
+
+def test_the_slowest_rank_is_that_of_the_slower_host_or_the_slower_gpu() -> None:
+    """Of 20 s: others wait 1 s for rank 1's host, and a quarter of the time for rank 2's GPU."""
+    wait_s = [1.0, 0.0, 1.0]
+    assert metrics._slowest(wait_s, [0.0, 0.0, 0.0], 20.0) == (1, 0.05)
+    assert metrics._slowest(wait_s, [0.003, 0.003, 0.004], 20.0) == (2, pytest.approx(0.25))
+    assert metrics._slowest(wait_s, [0.00300, 0.00301, 0.00305], 20.0) == (1, 0.05)
+
+
+def _probed_row(ranks: Ranks) -> dict:
+    metrics.probe_seconds = lambda device: 0.002 * (1 + ranks.rank)  # of a GPU that is not here; in this process alone
+    return _timed_rows(ranks, 0.0)[1][0]
+
+
+def test_every_rank_names_the_rank_of_the_slowest_gpu() -> None:
+    for row in run_ranks(_probed_row, 2):
+        assert row["slowest_rank"] == 1 and row["slowest_lag_share"] == pytest.approx(0.5)
+
+
+def test_the_probe_times_the_products_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(done)
+
+        def synchronize(self) -> None:
+            assert self.at == len(done)
+
+        def elapsed_time(self, end: "Event") -> float:
+            return float(end.at - self.at)  # ms: one a product
+
+    assert hardware.probe_seconds(torch.device("cpu")) == 0
+    linspace = torch.linspace
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: done.append("mm"))
+    monkeypatch.setattr(torch, "linspace", lambda *limits, device: linspace(*limits))
+    assert hardware.probe_seconds(torch.device("cuda")) == pytest.approx(hardware.PROBE_PRODUCTS / 1000)
 
 
 def console_row() -> dict[str, Any]:

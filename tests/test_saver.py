@@ -4,8 +4,11 @@ import json
 import math
 import shutil
 import signal
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from train.checkpoints import checkpoint
 from train.checkpoints.checkpoint import CheckpointConfig, CheckpointError
 from train.checkpoints.run_folder import RunFolder, RunTakenOver
 from train.checkpoints.saver import Saver, Snapshot
+from train.checkpoints.staging import Staging
 from train.distributed.ranks import Ranks, alone
 from train.nested import leaves
 
@@ -87,6 +91,74 @@ def test_all_ranks_see_a_failed_write_and_only_several_in_a_row_are_an_error(tmp
         for error, after in run_ranks(_fill_the_disk, 2, disk):
             assert "step-00000003 was not written" in error and "No space left on device" in error
             assert after == "[4]", "with space again the next save is whole, and the last kept"
+
+
+def _save_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Saver, list]:
+    """Save two steps as rank 5 of a machine with GPUs would, on tensors that are on the CPU; return what it asked of
+    CUDA, which is not here."""
+    asked: list = []
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the saver waits for a CUDA stream")
+
+    def lock(address: int, num_bytes: int, flags: int) -> int:
+        asked.append(("lock", num_bytes))
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", refuse)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lock))
+    for name in ("set_device", "synchronize"):
+        thread = threading.current_thread
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: asked.append((thread().name, name, device)))
+    ranks = replace(alone(), device=torch.device("cuda", 5))
+    with RunFolder(tmp_path, ranks) as folder:
+        saver = Saver(folder, CheckpointConfig(), ranks)
+        for step in (1, 2):
+            saver.start(Snapshot(step, {"model": {"a": torch.full((1000,), float(step))}}, {checkpoint.META: b"{}"}))
+        saver.settle(tolerate=False)
+        for step, path in enumerate(checkpoint.saved(folder.checkpoints), 1):
+            loaded = {"model": {"a": torch.zeros(1000)}}
+            checkpoint.load(path, loaded, alone())
+            assert loaded["model"]["a"].unique().tolist() == [step]
+    return saver, asked
+
+
+def test_the_saver_names_its_ranks_gpu_and_waits_for_no_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread's device is GPU 0 until it names another, so each rank of a machine would open a context there."""
+    device = torch.device("cuda", 5)
+    _, asked = _save_on_a_gpu(tmp_path, monkeypatch)
+    assert [what for what in asked if what[0] == "saver"] == [("saver", "set_device", device)] * 2
+    assert [what for what in asked if what[0] == "MainThread"] == [("MainThread", "synchronize", device)] * 2
+
+
+def test_a_save_locks_one_block_of_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, asked = _save_on_a_gpu(tmp_path, monkeypatch)
+    assert [what for what in asked if what[0] == "lock"] == [("lock", 4032)]  # 4,000 bytes, to whole cache lines
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
+    with pytest.raises(MemoryError, match=r"0\.0 GiB of states to page-locked host memory.*CUDA error 2"):
+        Staging(torch.device("cuda")).copy({"a": torch.zeros(3)})
+
+
+def test_staged_copies_share_one_block_and_no_storage() -> None:
+    """DCP would copy a view of a larger storage before it writes it."""
+    state = {
+        "a": torch.arange(5, dtype=torch.bfloat16),
+        "b": {"c": torch.tensor(7.0), "d": torch.zeros(0, 3), "e": torch.arange(40.0).view(4, 10).T},
+    }
+    staging = Staging(torch.device("cpu"))
+    staged = staging.copy(state)
+    copies = dict(leaves(staged))
+    for name, tensor in leaves(state):
+        assert torch.equal(copies[name], tensor) and copies[name].dtype == tensor.dtype
+        assert copies[name].untyped_storage().nbytes() == tensor.nbytes
+    assert staging.num_bytes == 64 + 64 + 0 + 192
+    starts = sorted(copy.data_ptr() for copy in copies.values() if copy.numel())
+    assert starts[-1] + 160 - starts[0] <= staging.num_bytes and all(start % 64 == starts[0] % 64 for start in starts)
+    state["b"]["c"].fill_(8.0)
+    assert staged["b"]["c"] == 7 and staging.copy(state)["b"]["c"].data_ptr() == copies["b.c"].data_ptr()
 
 
 def test_a_run_that_was_taken_over_ends(tmp_path: Path) -> None:

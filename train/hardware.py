@@ -10,6 +10,7 @@ import torch
 from train.distributed.launcher import place
 
 REACHED = 0.8  # share of a nominal bandwidth that large NCCL messages get
+PROBE_SIDE, PROBE_PRODUCTS = 2048, 64  # 1.1 TFLOP: about 2 ms on an H100
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,22 @@ def memory_of(device: torch.device) -> int:
 def find(name: str) -> Gpu | None:
     """Return the GPU of a short name (`h200`, `a100-40gb`) or of `torch.cuda.get_device_name()`, or None."""
     return next((gpu for gpu in GPUS if all(word in name.lower() for word in gpu.name.split())), None)
+
+
+def probe_seconds(device: torch.device) -> float:
+    """Return the device's seconds for matrix products that are the same on every rank; 0 for a CPU.
+
+    A slow GPU holds all ranks up alike inside their collectives, so that no clock around a step can name it.
+    """
+    if device.type != "cuda":
+        return 0.0
+    matrix = torch.linspace(-1, 1, PROBE_SIDE**2, device=device).to(torch.bfloat16).view(PROBE_SIDE, PROBE_SIDE)
+    product = torch.empty_like(matrix)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.mm(matrix, matrix, out=product)  # the first may load a kernel
+    start.record()
+    for _ in range(PROBE_PRODUCTS):
+        torch.mm(matrix, matrix, out=product)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000

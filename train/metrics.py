@@ -23,7 +23,7 @@ from train.checkpoints.run_folder import RunFolder
 from train.console import say
 from train.distributed.ranks import Ranks
 from train.flops import Flops
-from train.hardware import find
+from train.hardware import find, probe_seconds
 from train.next_batch import AgreedBatch
 from train.step import StepLoss
 from train.wandb_page import WandbPage
@@ -52,9 +52,9 @@ class Interval:
         on_cuda = ranks.device.type == "cuda"
         gpu = find(torch.cuda.get_device_name(ranks.device)) if on_cuda else None
         self.peak_flops = gpu and 1e12 * gpu.peak_tflops
-        self._reset()
+        self._reset(time.monotonic())
 
-    def _reset(self) -> None:
+    def _reset(self, now: float) -> None:
         self._device_sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # text nll, image error
         self._sums = dict.fromkeys(("slots", "rows", "idle_rows", "flops", "flops_again", "data_wait_s"), 0.0)
         self._global = dict.fromkeys(("text_targets", "images", "tokens"), 0)
@@ -67,7 +67,7 @@ class Interval:
         self.evaluation_s = 0.0  # it spent on evaluations and previews
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self._start = time.monotonic()
+        self._start = now
 
     def add(self, agreed: AgreedBatch, losses: list[StepLoss], grad_norm: torch.Tensor) -> None:
         """Add one step of this rank; the global counts are the vote's."""
@@ -97,16 +97,19 @@ class Interval:
 
     def row(self, lane_states: dict[int, LaneState]) -> dict[str, float]:
         """Return the interval's metrics, the same on every rank. Collective; waits for the device."""
-        seconds = time.monotonic() - self._start
         sums = torch.cat([self._device_sums.cpu(), torch.tensor(list(self._sums.values()), dtype=torch.float64)])
         dist.all_reduce(sums, group=self.ranks.vote_group)
+        now = time.monotonic()  # after the waits for device and peers, which are part of the steps
+        seconds = now - self._start
         text_nll, image_error, slots, rows, idle_rows, model_flops, flops_again, data_wait_s = sums.tolist()
         flops_per_s = model_flops / seconds / self.ranks.world_size
         hardware_share = (model_flops + flops_again) / max(model_flops, 1)
-        mine = (epochs(lane_states), self._documents, self._attention_pairs, self._peers_wait_s, socket.gethostname())
-        gathered = zip(*self.ranks.gather((*mine, *_memory_gib())), strict=True)
-        of_ranks, documents, pairs, peers_wait_s, hosts, host_gib, device_gib = gathered
-        epoch, slowest = np.concatenate(of_ranks), int(np.argmin(peers_wait_s))  # epoch [L, sources]
+        probe_s = probe_seconds(self.ranks.device)
+        mine = (epochs(lane_states), self._documents, self._attention_pairs, socket.gethostname(), *_memory_gib())
+        gathered = zip(*self.ranks.gather((*mine, self._peers_wait_s, probe_s)), strict=True)
+        of_ranks, documents, pairs, hosts, host_gib, device_gib, peers_wait_s, probes_s = gathered
+        epoch = np.concatenate(of_ranks)  # [L, sources]
+        slowest, lag_share = _slowest(peers_wait_s, probes_s, seconds)
         counts, world_size = self._global, self.ranks.world_size
         row = {
             "interval_steps": self.num_steps,  # that the sums and means below are over
@@ -125,9 +128,9 @@ class Interval:
             "mfu": self.peak_flops and flops_per_s / self.peak_flops,
             "hfu": self.peak_flops and flops_per_s * hardware_share / self.peak_flops,
             "attention_imbalance": max(pairs) / max(np.mean(pairs), 1),  # the largest rank's pairs over the mean
-            "slowest_rank": slowest,  # which waited least for the others
+            "slowest_rank": slowest,  # which waited least for the others, or whose GPU is slowest: see `_slowest`
             "slowest_host": hosts[slowest],
-            "slowest_lag_share": (max(peers_wait_s) - min(peers_wait_s)) / seconds,  # of the time that others waited
+            "slowest_lag_share": lag_share,  # of the time that others waited
             "host_memory_gib": max(host_gib),  # resident now, of the largest rank without its loader workers
             "device_memory_gib": max(device_gib),  # peak of the largest rank; 0 without CUDA
             "grad_norm": float(self._last["grad_norm"]),  # before clipping, of the last step
@@ -140,7 +143,7 @@ class Interval:
             **{f"documents/{n}": int(c) for n, c in zip(self.sources, np.sum(documents, axis=0), strict=True)},
             "time": time.time(),  # seconds since 1970
         }
-        self._reset()
+        self._reset(now)
         return row
 
 
@@ -164,6 +167,18 @@ class MetricsLog:
 
     def close(self) -> None:
         self._page.close()
+
+
+def _slowest(peers_wait_s: Sequence[float], probes_s: Sequence[float], seconds: float) -> tuple[int, float]:
+    """Return the rank that holds the others up most, and for what share of the time they wait for it.
+
+    By its host: it waits least for the others' batches. By its device: the same work takes longest (0: no GPU).
+    """
+    by_host = int(np.argmin(peers_wait_s)), (max(peers_wait_s) - min(peers_wait_s)) / seconds
+    if not max(probes_s):
+        return by_host
+    by_device = int(np.argmax(probes_s)), 1 - min(probes_s) / max(probes_s)
+    return max(by_host, by_device, key=lambda found: found[1])
 
 
 def _memory_gib() -> tuple[float, float]:

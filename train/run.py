@@ -17,6 +17,7 @@ from train.checkpoints.resume import ResumePoint
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver
 from train.console import Console, say
+from train.distributed.process import set_allocator, wait_for
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopKind, StopSignal, shield_worker
 from train.heldout import KINDS, Heldout, metric_name
@@ -63,7 +64,7 @@ class Run:
 
     def save(self, final: bool = False) -> float:
         """Start saving the current step, and wait for it if `final`; return the seconds spent here. Collective."""
-        start = time.monotonic()
+        start = self._clock()
         self.saver.settle()
         if self.saver.saved_step != self.state.progress.step:  # equal, 0, before the first update: nothing to save
             self.saver.start(self.state.snapshot(self.ranks))
@@ -73,9 +74,10 @@ class Run:
 
     def evaluate(self, interval: Interval) -> StopKind:
         """Measure held-out losses if they are due and not yet known; return what stopped that, if any. Collective."""
-        start, step = time.monotonic(), self.state.progress.step
+        step = self.state.progress.step
         if not step or self.heldout is None or not self.config.evaluation.due(step) or self.state.metrics:
             return StopKind.NONE
+        start = self._clock()
         measured = self.heldout.losses(self.state.model, self.stats, self.stop)
         interval.evaluation_s += time.monotonic() - start
         if isinstance(measured, StopKind):
@@ -91,10 +93,16 @@ class Run:
 
     def draw_previews(self, interval: Interval) -> None:
         """Draw previews with the current weights, if they are due. Collective."""
-        start, step = time.monotonic(), self.state.progress.step
+        step = self.state.progress.step
         if self.previews.due(step):
+            start = self._clock()
             self.previews.make(self.state.optimizer, step, self.stop)
             interval.evaluation_s += time.monotonic() - start
+
+    def _clock(self) -> float:
+        """Return the time once the steps so far are done: what follows must not be charged for them."""
+        wait_for(self.ranks.device)
+        return time.monotonic()
 
     def log_row(self, interval: Interval, console: Console) -> None:
         """Log the steps since the last row, if any made an update. Collective."""
@@ -129,5 +137,7 @@ class Run:
             f"{config.data.lanes} x {config.data.sequence_length} tokens a step, {config.optim.steps} steps, "
             f"{self.started_from}{ignored}; config in {self.folder.path / 'config.yaml'}"
         )
+        if ranks.device.type == "cuda":
+            yield f"CUDA's allocator: {set_allocator()}"
         if data.too_long:
             yield f"warning: {len(data.too_long)} documents are left out of training: {'; '.join(data.too_long[:8])}"

@@ -2,8 +2,7 @@
 
 The loop waits only for the copy to the host, and for an earlier save that is still being written. A failed write harms
 no earlier checkpoint: `failed` puts it into the next step's vote, `settle` counts it alike on every rank, the next
-interval tries again, and several failures in a row end the run. The buffers (one copy of the rank's shards, pinned if
-the model is on CUDA) are reused by every save.
+interval tries again, and several failures in a row end the run.
 Rejected: DCP's async_save, whose stager fails on CPU and whose executor would hide errors of our retention.
 """
 
@@ -13,14 +12,13 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from train.checkpoints import checkpoint
 from train.checkpoints.checkpoint import CheckpointConfig, CheckpointError, State
 from train.checkpoints.listing import read_listing
 from train.checkpoints.run_folder import RunFolder
+from train.checkpoints.staging import Staging
 from train.console import say
-from train.distributed.local_shards import is_sharded
 from train.distributed.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -47,8 +45,7 @@ class Saver:
         self.seconds: float | None = None
         self._folder, self._config, self._ranks = folder, config, ranks
         self._background = ranks.in_background()
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._host_meshes: dict[DeviceMesh, DeviceMesh] = {}
+        self._staging = Staging(ranks.device)
         self._thread: threading.Thread | None = None
         self._step = 0  # that the thread is writing
         self._error: Exception | None = None
@@ -65,9 +62,7 @@ class Saver:
         Raises CheckpointError if too many writes in a row have failed, RunTakenOver if a later attempt owns the run.
         """
         self.settle()
-        staged = self._staged(snapshot.tensors)
-        if self._ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+        staged = self._staging.copy(snapshot.tensors)
         self._step = snapshot.step
         self._thread = threading.Thread(target=self._write, args=(snapshot, staged), name="saver", daemon=True)
         self._thread.start()
@@ -95,6 +90,8 @@ class Saver:
         """Write the checkpoint and apply retention; the body of the thread, which runs on every rank."""
         start = time.monotonic()
         try:
+            if self._ranks.device.type == "cuda":  # a new thread's is GPU 0, where each peer would open a context
+                torch.cuda.set_device(self._ranks.device)
             path = checkpoint.save(self._folder, snapshot.step, staged, snapshot.extra, self._background)
             self.seconds = time.monotonic() - start
             checkpoint.retain(self._folder.checkpoints, self._config, self._background)
@@ -105,26 +102,3 @@ class Saver:
             self._error = CheckpointError(f"checkpoints that are no longer kept were not removed: {error}")
         except Exception as error:  # the main thread raises it
             self._error = error
-
-    def _staged(self, state: State, prefix: str = "") -> State:
-        """Return `state` with every tensor copied to the host, DTensors on a mesh of CPUs."""
-        return {
-            key: self._staged(value, f"{prefix}{key}.") if isinstance(value, dict) else self._copy(prefix + key, value)
-            for key, value in state.items()
-        }
-
-    def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        local = tensor.to_local() if is_sharded(tensor) else tensor
-        if name not in self._buffers:
-            self._buffers[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
-        buffer = self._buffers[name].copy_(local, non_blocking=True)
-        if not is_sharded(tensor):
-            return buffer
-        mesh = self._on_host(tensor.device_mesh)
-        return tensor.from_local(buffer, mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
-
-    def _on_host(self, mesh: DeviceMesh) -> DeviceMesh:
-        """Return a CPU mesh of the same ranks; its process groups are created at the first save."""
-        if mesh.device_type != "cpu" and mesh not in self._host_meshes:
-            self._host_meshes[mesh] = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
-        return self._host_meshes.get(mesh, mesh)

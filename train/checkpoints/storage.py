@@ -60,7 +60,9 @@ class HashingWriter(dcp.FileSystemWriter):
     """
 
     def __init__(self, folder: Path, extra: Mapping[str, bytes], commit: Callable[[], None]) -> None:
-        super().__init__(folder, thread_count=1, sync_files=True)  # DCP loses the errors of additional threads
+        # DCP loses the errors of additional threads. Its copies ahead would wait for the training's CUDA stream, though
+        # all tensors are on the host already.
+        super().__init__(folder, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
         self.fs = self._files = _HashingFiles()
         self._folder, self._extra, self._commit = folder, extra, commit
 

@@ -23,12 +23,14 @@ from torch.distributed import distributed_c10d as c10d
 
 from train.distributed.agreement import difference, program_facts
 from train.distributed.launcher import has_agent, place, refuse_lone_task, report_to_torchrun
+from train.distributed.process import allow_open_files, set_allocator
 from train.distributed.rendezvous import LOST_PEER, meet
 from train.distributed.roll_call import RollCall
 
 T = TypeVar("T")
 
 DIED = 1  # exit status
+GLOO_GROUPS = 3  # besides the default group; each connects all pairs of ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,7 @@ def own_device(device: Device) -> torch.device:
     Raises ValueError if there are fewer devices than ranks on this machine, or LOCAL_RANK is missing.
     """
     local_rank = place().local_rank
+    set_allocator()  # here because every program's first question about CUDA is this one
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch finds no CUDA device; use device=auto or device=cpu")
     if device == "cpu" or not torch.cuda.is_available():
@@ -141,20 +144,23 @@ def init_ranks(
 
     `facts` must be the same on all ranks, like the program's version and the kind of device (agreement.py). Collectives
     raise after `timeout_s`; on `checkpoint_group` and `background_group`, where the slowest disk decides, after
-    `checkpoint_timeout_s`. Also sets the number of CPU threads. Raises ValueError for a missing device, an inconsistent
-    environment, and ranks that disagree.
+    `checkpoint_timeout_s`. Also sets the number of CPU threads and the limit on open files. Raises ValueError for a
+    missing device, an inconsistent environment, a machine that allows too few files, and ranks that disagree.
     """
     refuse_lone_task()
     mine, own = place(), own_device(device)
     on_cuda = own.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(own)
+    hosts_store = mine.rank == 0 and not has_agent()
+    allow_open_files(mine.world_size, GLOO_GROUPS + (not on_cuda) + hosts_store)
     _set_cpu_threads(mine.local_world_size)
     store = meet(mine, {**(facts or {}), "kind of device": own.type, **program_facts()}, timeout_s)
     timeout, checkpoint_timeout = timedelta(seconds=timeout_s), timedelta(seconds=checkpoint_timeout_s)
     if on_cuda:
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives that the flight recorder keeps
-    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    # NCCL alone on CUDA: tensors on the CPU have groups of their own, and a gloo group takes a file for each peer.
+    backend = "nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=mine.rank, world_size=mine.world_size)
     ranks = Ranks(
         rank=mine.rank,

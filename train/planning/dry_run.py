@@ -13,6 +13,7 @@ from model.transfusion import Transfusion
 from model.vae import LatentStats
 from train.console import say
 from train.distributed.local_shards import local
+from train.distributed.process import wait_for
 from train.distributed.ranks import Ranks
 from train.optim.optimizer import Optimizer
 from train.planning.estimate import largest_batches_of
@@ -47,6 +48,7 @@ def dry_run(
                 global_images=1,
                 is_last=True,
             )
+        wait_for(ranks.device)
     except torch.OutOfMemoryError as error:
         raise MemoryError(
             f"the largest batch does not fit: {config.micro_batch_size} x {config.data.sequence_length} "
