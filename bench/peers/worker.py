@@ -77,7 +77,7 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise RuntimeError(f"bench.compare: {self.name} ended with status {self.process.wait()}:\n{tail}")
+            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}:\n{tail}")
         return json.loads(line)
 
     def order(self, **order: Any) -> dict[str, Any]:
