@@ -57,9 +57,9 @@ def case_text(name: str, case: dict[str, Any]) -> str:
         return _step_text(name, case)
     if name == "attention":
         return "\n".join(
-            f"attention {size}: flex {one['flex_over_causal']:.2f} x causal SDPA's time for {one['pairs_of_causal']:.0%}"
-            f" of its pairs, {one['blocks_skipped']:.0%} of blocks skipped, mask {one['mask_ms']:.2f} ms, "
-            f"{'right' if one['flex_is_right'] else 'WRONG'}"
+            f"attention {size}: flex takes {one['flex_over_causal']:.2f} x causal SDPA's time for "
+            f"{one['pairs_of_causal']:.0%} of its pairs, {one['blocks_skipped']:.0%} of blocks skipped, "
+            f"mask {one['mask_ms']:.2f} ms, {'right' if one['flex_is_right'] else 'WRONG'}"
             for size, one in case.items()
         )
     if "images_per_s" in case and isinstance(case["images_per_s"], dict):

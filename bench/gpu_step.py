@@ -38,8 +38,7 @@ from train.profile import ProfileConfig
 from train.run import Run
 from train.training_data import open_training_data
 
-WARM, TRACED = 3, 2  # steps
-TIMED = {"cpu": 2, "cuda": 8}
+WARM, TIMED, TRACED = {"cpu": 1, "cuda": 3}, {"cpu": 1, "cuda": 8}, {"cpu": 1, "cuda": 2}  # steps, by device
 
 
 class Steps:
@@ -98,9 +97,9 @@ def measure(setting: Setting, size: str, patches: Patcher, text_only: bool, save
     """Measure a run's step; `saves` also measures two saves of it."""
     name = "-".join([size, "text" if text_only else patches])
     run_dir = setting.folder / "runs" / name
-    config = setting.config(size, run_dir, patches, text_only=text_only)
-    config = replace(config, profile=ProfileConfig(steps=[WARM + TIMED[setting.device] + 1,
-                                                          WARM + TIMED[setting.device] + TRACED]))  # fmt: skip
+    first = WARM[setting.device] + TIMED[setting.device] + 1
+    recorded = ProfileConfig(steps=[first, first + TRACED[setting.device] - 1])
+    config = replace(setting.config(size, run_dir, patches, text_only=text_only), profile=recorded)
     data, device = open_training_data(config), own_device(config.device)
     vocab_size = data.tokenizer.vocab_size
     layers = config.model.transformer.layers
@@ -152,7 +151,8 @@ def largest_that_fits(
 
 def _measured(run: Run, vocab_size: int, plan: Rehearsal, saves: bool) -> dict[str, Any]:
     """Return the figures of the run's steps."""
-    config, device, found = run.config, run.ranks.device, {}
+    config, device = run.config, run.ranks.device
+    found: dict[str, Any] = {}
     start = time.perf_counter()
     dry_run(run.state.model, run.state.optimizer, config, run.data.grids, run.stats, run.ranks, is_resumed=False)
     largest_gib = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0
@@ -160,15 +160,15 @@ def _measured(run: Run, vocab_size: int, plan: Rehearsal, saves: bool) -> dict[s
         steps = Steps(run, loader, vocab_size)
         steps.take(1)
         first_step_s = time.perf_counter() - start
-        steps.take(WARM - 1)
-        graphs = _graphs()
-        timed = TIMED[device.type]
+        if more := WARM[device.type] - 1:
+            steps.take(more)
+        graphs, timed, traced = _graphs(), TIMED[device.type], TRACED[device.type]
         taken, row, _ = steps.take(timed)
         step_s, counts = taken / timed, {name: count / timed for name, count in steps.counts.items()}
         recompiled = _graphs() - graphs
         with gpu_trace.named_ranges():
-            traced_s, _, _ = steps.take(TRACED)
-        _, _, waits = steps.take(TRACED, watch_syncs=True)
+            traced_s, _, _ = steps.take(traced)
+        _, _, waits = steps.take(traced, watch_syncs=True)
         if saves:
             found["save"] = _saves(steps)
     (trace,) = (Path(config.run_dir) / "profile").glob("*.trace.json.gz")
@@ -176,7 +176,8 @@ def _measured(run: Run, vocab_size: int, plan: Rehearsal, saves: bool) -> dict[s
     window = shares.pop("window")
     peak = max(largest_gib, row["device_memory_gib"]) or None
     planned = sum(plan.peak.values()) / GIB
-    peak_tflops = gpu.peak_tflops if (gpu := find(torch.cuda.get_device_name(device)) if peak else None) else None
+    gpu = find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    peak_tflops = gpu and gpu.peak_tflops
     rate = counts["model_flops"] / step_s / 1e12
     found |= {
         "first_step_s": first_step_s,
@@ -191,8 +192,8 @@ def _measured(run: Run, vocab_size: int, plan: Rehearsal, saves: bool) -> dict[s
         "peak_memory_gib": peak,
         "planned_peak_gib": planned,
         "planned_over_measured": planned / peak if peak else None,
-        "traced_step_s": traced_s / TRACED,
-        "breakdown_ms": {kind: 1e3 * seconds / TRACED for kind, seconds in shares.items()},
+        "traced_step_s": traced_s / traced,
+        "breakdown_ms": {kind: 1e3 * seconds / traced for kind, seconds in shares.items()},
         "breakdown": {kind: seconds / window for kind, seconds in shares.items()},
         "graph_breaks": dict(counters["graph_break"]) if config.parallel.compile else None,
         "recompiled": recompiled if config.parallel.compile else None,

@@ -82,9 +82,8 @@ def _named(owner: Any, attribute: str, name: str) -> Iterator[None]:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the timed events of a trace file, compressed or not."""
-    opened = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
+    """Return the timed events of a compressed trace file."""
+    with gzip.open(path) as file:
         return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
 
 
