@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 # Model FLOPs utilization to reach on an H200, by size.
 MFU = {"7b": 0.55, "1.4b": 0.50, "0.16b": 0.40}
 MASK, DATA_STALL, OF_TEXT_ONLY, CLOCKS = 0.01, 0.005, 0.97, 0.02
-PLAN = (0.95, 1.3)  # planned over measured peak: a plan may be too careful, hardly too bold
+PLAN = (0.95, 1.4)  # planned over measured peak: compiled blocks keep less than planned, never much more
 
 
 class Check(NamedTuple):

@@ -20,10 +20,10 @@ from train.config import load_config
 from train.pretrain_config import PretrainConfig
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper"
-CHECKPOINTING = "selective"  # parallel.activation_checkpointing of every measured run
 VOCAB = 32_002  # Llama-2's pieces, BOI and EOI
-MICRO_STEPS = 4  # of a step
-ROWS = {"0.16b": 16, "0.76b": 8, "1.4b": 8, "7b": 2, "toy": 2}  # sequences a micro-step
+# Sequences a micro-step, and micro-steps of a step: enough that the update, which many GPUs would share, takes little.
+ROWS = {"0.16b": 16, "0.76b": 8, "1.4b": 8, "7b": 2, "toy": 2}
+MICRO_STEPS = {"0.16b": 2, "0.76b": 2, "1.4b": 2, "7b": 4, "toy": 2}
 TOY = TransformerConfig(width=32, layers=2, heads=2)
 TOY_UNET = UNetConfig(channels=(8, 8), blocks=1)
 PATCHES = GRID[0] * GRID[1] // PATCH**2  # tokens of an image
@@ -77,10 +77,9 @@ class Setting:
             "data.sources.pairs.path": self.folder / "pairs",
             "data.sources.texts.path": self.folder / "texts",
             "data.image_share": 0.5,
-            "data.lanes": rows * (MICRO_STEPS if self.on_cuda else 2),
+            "data.lanes": rows * MICRO_STEPS[size],
             "data.sequence_length": self.length,
             "model.patches": patches,
-            "parallel.activation_checkpointing": CHECKPOINTING,
         }
         if self.on_cuda:
             return [f"config={PAPER / f'{size}.yaml'}", *(f"{key}={value}" for key, value in shared.items())]

@@ -1,8 +1,8 @@
 """The trainer's own step on one GPU: its time, MFU and memory, where the time goes, and what must not happen in it.
 
 The run is put together by train.pretrain's own `start`, its batches come from the real loader with its processes, and
-each step is train.pretrain's `run_step` after the vote of `next_batch`. Where a model does not fit the device, blocks
-are left out until the plan says that it fits; the record says how many are left.
+each step is train.pretrain's `run_step` after the vote of `next_batch`. Where a model does not fit the device, layers
+are left out until the plan says that it fits with `selective` recomputation or none; the record says which and how many.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import warnings
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._dynamo.utils import counters
@@ -38,7 +38,9 @@ from train.profile import ProfileConfig
 from train.run import Run
 from train.training_data import open_training_data
 
-WARM, TIMED, TRACED = {"cpu": 1, "cuda": 3}, {"cpu": 1, "cuda": 8}, {"cpu": 1, "cuda": 2}  # steps, by device
+WARM, TIMED, TRACED = {"cpu": 1, "cuda": 3}, {"cpu": 1, "cuda": 5}, {"cpu": 1, "cuda": 2}  # steps, by device
+LEVELS: tuple[Literal["none", "selective"], ...] = ("none", "selective")  # of recomputation, the fastest first
+MARGIN = 0.92  # of the device's usable memory: a plan that is too bold must not cost the case
 
 
 class Steps:
@@ -134,18 +136,23 @@ def measure(setting: Setting, size: str, patches: Patcher, text_only: bool, save
 def largest_that_fits(
     config: PretrainConfig, vocab_size: int, device: torch.device
 ) -> tuple[PretrainConfig, Rehearsal]:
-    """Return the config with as many of its layers as the plan says fit the device, and the plan.
+    """Return the config with as many of its layers as the plan says fit the device, recomputing as little as that needs.
 
-    Raises MemoryError if not even one layer fits.
+    Also returns the plan. Raises MemoryError if not even one layer fits.
     """
     cuda, whole = device.type == "cuda", config.model.transformer.layers
-    usable = usable_bytes(memory_of(device) / GIB) if cuda else memory_of(device)
+    usable = MARGIN * usable_bytes(memory_of(device) / GIB) if cuda else memory_of(device)
     for layers in (whole, *(n for n in (24, 20, 16, 12, 8, 4, 2, 1) if n < whole)):
-        trunk = replace(config.model.transformer, layers=layers)
-        candidate = replace(config, model=replace(config.model, transformer=trunk))
-        plan = rehearse(candidate, vocab_size, 1, largest_batches_of(candidate, 1, [GRID]), cuda=cuda)
-        if sum(plan.peak.values()) <= usable:
-            return candidate, plan
+        for level in LEVELS:
+            trunk = replace(config.model.transformer, layers=layers)
+            candidate = replace(
+                config,
+                model=replace(config.model, transformer=trunk),
+                parallel=replace(config.parallel, activation_checkpointing=level),
+            )
+            plan = rehearse(candidate, vocab_size, 1, largest_batches_of(candidate, 1, [GRID]), cuda=cuda)
+            if sum(plan.peak.values()) <= usable:
+                return candidate, plan
     raise MemoryError(f"one layer of width {config.model.transformer.width} does not fit {usable / GIB:.1f} GiB")
 
 
