@@ -2,7 +2,7 @@
 
 The run is put together by train.pretrain's own `start`, its batches come from the real loader with its processes, and
 each step is train.pretrain's `run_step` after the vote of `next_batch`. Where a model does not fit the device, layers
-are left out until the plan says that it fits with `selective` recomputation or none; the record says which and how many.
+are left out until the plan says that it fits with `selective` recomputation or none; the record says what was left.
 """
 
 import importlib
@@ -136,9 +136,9 @@ def measure(setting: Setting, size: str, patches: Patcher, text_only: bool, save
 def largest_that_fits(
     config: PretrainConfig, vocab_size: int, device: torch.device
 ) -> tuple[PretrainConfig, Rehearsal]:
-    """Return the config with as many of its layers as the plan says fit the device, recomputing as little as that needs.
+    """Return the config with as many of its layers as the plan says fit the device, and the plan.
 
-    Also returns the plan. Raises MemoryError if not even one layer fits.
+    Recomputes as little as these layers allow. Raises MemoryError if not even one layer fits.
     """
     cuda, whole = device.type == "cuda", config.model.transformer.layers
     usable = MARGIN * usable_bytes(memory_of(device) / GIB) if cuda else memory_of(device)
