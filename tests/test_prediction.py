@@ -147,6 +147,7 @@ def test_a_plan_with_measured_kernels_has_a_row_for_each_number_of_gpus(
     found = json.loads(capsys.readouterr().out)
     rows = found["predicted"]
     assert [row["gpus"] for row in rows] == [2, 8, 16] and found["kernels_of"] == "NVIDIA H200"  # of 16 lanes
+    assert {row["activation_checkpointing"] for row in rows} == {"none"}
     assert [(row["rows"], row["micro_steps"]) for row in rows] == [(4, 2), (2, 1), (1, 1)]
     assert rows[0]["efficiency"] == 1 > rows[2]["efficiency"] and all(row["fits"] for row in rows)
     assert found["step_s"] == rows[0]["step_s"] and found["days"] == rows[0]["days"]

@@ -233,7 +233,7 @@ def _predicted(config: PlanConfig, kernels: Kernels, plan: dict[str, Any], data:
         documents_of(config, data),
         plan["parameters"]["total"],
         kernels.at(config.model.patches, config.model.transformer.width),
-        partial(_rehearsed, vocab_size, data, True),
+        lambda gpus: (config, _rehearsed(vocab_size, data, True, config, gpus)),
         also=config.world_size,
         usable=plan["usable_memory_gib"] * GIB,
         peak_tflops=gpu.peak_tflops,

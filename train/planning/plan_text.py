@@ -100,13 +100,15 @@ def _predicted(plan: dict[str, Any]) -> list[str]:
     """Return a table of steps on other numbers of GPUs."""
     lines = [
         f"  predicted from what one {plan['kernels_of']} reached",
-        "    GPUs   sequences   compute  exposed communication     step       tokens/s    MFU  efficiency     days",
+        "    GPUs   sequences  recomputes   compute  exposed communication     step       tokens/s    MFU  efficiency"
+        "     days",
     ]
     for row in plan["predicted"]:
-        lines.append(
-            f"  {row['gpus']:>6,}  {row['rows']:>5} x {row['micro_steps']:<3} {row['compute_s']:>8.2f} s"
-            f"  {row['exposed_communication_s']:>19.2f} s  {row['step_s']:>6.2f} s  {row['tokens_per_s']:>12,.0f}"
-            f"  {row['mfu']:>5.1%}  {row['efficiency']:>9.1%}  {row['days']:>7.1f}"
-            + ("" if row["fits"] else "  does not fit")
-        )
+        cells = [
+            f"  {row['gpus']:>6,}  {row['rows']:>5} x {row['micro_steps']:<3}",
+            f"{row['activation_checkpointing']:>10}  {row['compute_s']:>6.2f} s",
+            f"{row['exposed_communication_s']:>19.2f} s  {row['step_s']:>5.2f} s  {row['tokens_per_s']:>12,.0f}",
+            f"{row['mfu']:>5.1%}  {row['efficiency']:>9.1%}  {row['days']:>7.1f}",
+        ]
+        lines.append("  ".join(cells) + ("" if row["fits"] else "  does not fit"))
     return lines

@@ -30,6 +30,7 @@ class Prediction:
     gpus: int
     rows: int  # sequences a micro-step
     micro_steps: int
+    activation_checkpointing: str
     compute_s: float
     exposed_communication_s: float
     step_s: float
@@ -101,14 +102,17 @@ def predict(
     documents: Sequence[Documents],
     parameters: int,
     speeds: Speeds,
-    rehearsed: Callable[[PretrainConfig, int], Rehearsal],
+    rehearsed: Callable[[int], tuple[PretrainConfig, Rehearsal]],
     *,
     also: int,  # another number of GPUs
     usable: float,  # bytes of a GPU
     peak_tflops: float,
     bandwidths: tuple[int, float, float],  # GPUs a machine, GB/s within it and to others
 ) -> list[Prediction]:
-    """Return a prediction for each number of GPUs that lanes and mesh allow."""
+    """Return a prediction for each number of GPUs that lanes and mesh allow.
+
+    `rehearsed` returns the config and the rehearsal of a step on so many GPUs.
+    """
     step_tokens = config.data.lanes * config.data.sequence_length
     model_flops = step_tokens * flops_per_token(
         Flops.of(config.model, vocab_size), documents, config.data.sequence_length
@@ -117,8 +121,8 @@ def predict(
     for gpus in sorted({*GPUS, also}):
         if gpus > config.data.lanes or not _has_mesh(config, gpus):
             continue
-        rehearsal = rehearsed(config, gpus)
-        compute = compute_seconds(config, vocab_size, gpus, documents, parameters, speeds)
+        decided, rehearsal = rehearsed(gpus)
+        compute = compute_seconds(decided, vocab_size, gpus, documents, parameters, speeds)
         units = config.model.transformer.layers + 1 if config.parallel.shard_blocks else 1
         exposed = exposed_seconds(rehearsal.collectives, compute, units, *bandwidths)
         step_s = compute + exposed
@@ -130,6 +134,7 @@ def predict(
                 gpus=gpus,
                 rows=rows,
                 micro_steps=micro_steps,
+                activation_checkpointing=decided.parallel.activation_checkpointing,
                 compute_s=compute,
                 exposed_communication_s=exposed,
                 step_s=step_s,
