@@ -4,7 +4,8 @@ Needs neither data nor a GPU. planning/plan_text.py puts it into words.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from train.planning.estimate import (
     rows_per_rank,
     usable_bytes,
 )
+from train.planning.kernels import Kernels
+from train.planning.prediction import predict
 from train.planning.rehearsal import Rehearsal, rehearse
 from train.planning.suggestions import cheapest_fit
 from train.pretrain_config import PretrainConfig
@@ -43,7 +46,10 @@ class PlanConfig(PretrainConfig):
     world_size: int = 8  # ranks, one per GPU, >= 1
     gpu: str = "h100"  # a name in train/hardware.py, or torch's name of the device; not read with device=cpu
     gpus_per_node: int = 8  # ranks per machine, >= 1
-    mfu: float = 0.4  # assumed model FLOPs utilization, in (0, 1]; bench/gpu.sh measures it
+    mfu: float = 0.4  # assumed model FLOPs utilization, in (0, 1]; not read with kernels
+    # Record of bench/gpu.sh (bench/results/gpu-NAME.json): times are then predicted from what that GPU reached, also
+    # for 8 ... 1,024 of them. null: from `mfu`.
+    kernels: Location | None = None
     link_gb_per_s: float | None = None  # to GPUs of its machine, one direction, GB/s; null: 4/5 of the data sheet's
     network_gb_per_s: float | None = None  # per GPU to other machines, likewise; null: 4/5 of the data sheet's
     memory_gib: float | None = None  # memory of a device, GiB, > 0; null: the GPU's, or this machine's for device=cpu
@@ -72,6 +78,7 @@ class PlanConfig(PretrainConfig):
 
 def make_plan(config: PlanConfig) -> dict[str, Any]:
     """Return what the run needs and how long it takes; raise ValueError for sizes that torch cannot represent."""
+    kernels = _kernels(config)
     vocab_size, vocab_size_from = _vocab_size(config)
     try:
         counts = parameters(config.model, vocab_size)
@@ -81,7 +88,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     step_tokens = config.data.lanes * config.data.sequence_length
     memory, rehearsal = _memory(config, vocab_size, data)
     compute = _compute(config, vocab_size, data)
-    return {
+    plan = {
         "parameters": counts,
         "vocab_size": vocab_size,
         "vocab_size_from": vocab_size_from,
@@ -93,6 +100,20 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         **compute,
         **_communication(config, rehearsal, compute.get("compute_s_a_step")),
     }
+    return plan if kernels is None else plan | _predicted(config, kernels, plan, data)
+
+
+def _kernels(config: PlanConfig) -> Kernels | None:
+    """Return what the config's record of measured kernels holds; raise ValueError for another GPU's."""
+    if config.kernels is None:
+        return None
+    found = Kernels.read(config.kernels)
+    if config.gpu_type is None or find(found.device) is not config.gpu_type:
+        planned = "device=cpu" if config.gpu_type is None else f"gpu={config.gpu}"
+        raise ValueError(f"kernels={config.kernels} was measured on {found.device}, but {planned} is planned; give gpu="
+                         f"{found.device!r}, or the record of that GPU")  # fmt: skip
+    found.at(config.model.patches, config.model.transformer.width)  # raises for a patcher that was not measured
+    return found
 
 
 def _vocab_size(config: PlanConfig) -> tuple[int, str]:
@@ -117,7 +138,6 @@ def _data(config: PlanConfig) -> tuple[DataSet | None, str | None]:
 def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[dict[str, Any], Rehearsal]:
     """Return what a rank holds, and the rehearsal that says so."""
     gpu, world_size = config.gpu_type, config.world_size
-    grids = data.grids if data is not None else [PAPER_GRID]
     if gpu is not None:
         memory_gib = config.memory_gib or gpu.memory_gib
         usable = usable_bytes(memory_gib)
@@ -126,10 +146,7 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[
         memory_gib = config.memory_gib or free_gib / min(world_size, config.gpus_per_node)
         usable = memory_gib * GIB
 
-    def rehearsed(config: PretrainConfig, world_size: int) -> Rehearsal:
-        batches = largest_batches_of(config, world_size, grids)
-        return rehearse(config, vocab_size, world_size, batches, cuda=gpu is not None)
-
+    rehearsed = partial(_rehearsed, vocab_size, data, gpu is not None)
     rehearsal = rehearsed(config, world_size)
     total = sum(rehearsal.peak.values())
     loader = loader_bytes(data, config.data, world_size) if data is not None else {}
@@ -156,6 +173,11 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[
     return plan, rehearsal
 
 
+def _rehearsed(vocab_size: int, data: DataSet | None, cuda: bool, config: PretrainConfig, world_size: int) -> Rehearsal:
+    batches = largest_batches_of(config, world_size, data.grids if data is not None else [PAPER_GRID])
+    return rehearse(config, vocab_size, world_size, batches, cuda=cuda)
+
+
 def _compute(config: PlanConfig, vocab_size: int, data: DataSet | None) -> dict[str, Any]:
     """Return the work of a step and, for a GPU, the time it takes."""
     length = config.data.sequence_length
@@ -178,9 +200,7 @@ def _communication(config: PlanConfig, rehearsal: Rehearsal, compute_s: float | 
         ranks = len(what.ranks)
         sent[f"{what.name}_{what.phase}"] += what.passes * size * (ranks - 1) / ranks / 1e9
         if gpu is not None:
-            links = config.link_gb_per_s or REACHED * gpu.link_gb_per_s
-            network = config.network_gb_per_s or REACHED * gpu.network_gb_per_s
-            seconds += communication_seconds(what, size, config.gpus_per_node, links, network)
+            seconds += communication_seconds(what, size, *_bandwidths(config, gpu))
     found: dict[str, Any] = {"sent_gb_a_step_and_rank": dict(sent)}
     if compute_s is None:
         return found
@@ -193,4 +213,41 @@ def _communication(config: PlanConfig, rehearsal: Rehearsal, compute_s: float | 
         "tokens_per_s": config.data.lanes * config.data.sequence_length / step_s,
         "days": run_s / 86_400,
         "gpu_hours": run_s / 3600 * config.world_size,
+    }
+
+
+def _bandwidths(config: PlanConfig, gpu: Gpu) -> tuple[int, float, float]:
+    """Return the GPUs of a machine, and a GPU's GB/s to those and to others."""
+    links = config.link_gb_per_s or REACHED * gpu.link_gb_per_s
+    return config.gpus_per_node, links, config.network_gb_per_s or REACHED * gpu.network_gb_per_s
+
+
+def _predicted(config: PlanConfig, kernels: Kernels, plan: dict[str, Any], data: DataSet | None) -> dict[str, Any]:
+    """Return what a plan says of time, predicted from measured kernels, for its ranks and for other numbers of them."""
+    gpu = config.gpu_type
+    assert gpu is not None
+    vocab_size = plan["vocab_size"]
+    rows = predict(
+        config,
+        vocab_size,
+        documents_of(config, data),
+        plan["parameters"]["total"],
+        kernels.at(config.model.patches, config.model.transformer.width),
+        lambda gpus: (config, _rehearsed(vocab_size, data, True, config, gpus)),
+        also=config.world_size,
+        usable=plan["usable_memory_gib"] * GIB,
+        peak_tflops=gpu.peak_tflops,
+        bandwidths=_bandwidths(config, gpu),
+    )
+    mine = next(row for row in rows if row.gpus == config.world_size)
+    return {
+        "kernels_of": kernels.device,
+        "compute_s_a_step": mine.compute_s,
+        "communication_share_of_compute": plan["communication_s_a_step"] / mine.compute_s,
+        "step_s": mine.step_s,
+        "mfu": mine.mfu,
+        "tokens_per_s": mine.tokens_per_s,
+        "days": mine.days,
+        "gpu_hours": mine.days * 24 * mine.gpus,
+        "predicted": [asdict(row) for row in rows],
     }

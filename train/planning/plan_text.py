@@ -81,7 +81,10 @@ def _time(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
         f"  sent           {sum(sent.values()):.1f} GB per rank" + (f": {parts}" if parts else ""),
     ]
     total = f"{plan['steps']:,} steps, {plan['tokens'] / 1e9:,.1f}B tokens in all"
-    if "step_s" in plan:
+    if "predicted" in plan:
+        lines += _predicted(plan)
+        total += f": {plan['days']:,.1f} days, {plan['gpu_hours']:,.0f} GPU-hours"
+    elif "step_s" in plan:
         share, speed = plan["communication_share_of_compute"], plan["tokens_per_s"]
         bound = "hidden behind it where prefetching works" if share < 1 else "which cannot hide it: the limit"
         lines += [
@@ -91,3 +94,21 @@ def _time(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
         ]
         total += f": {plan['days']:,.1f} days, {plan['gpu_hours']:,.0f} GPU-hours"
     return [*lines, f"  documents      {plan['data_from']}", total]
+
+
+def _predicted(plan: dict[str, Any]) -> list[str]:
+    """Return a table of steps on other numbers of GPUs."""
+    lines = [
+        f"  predicted from what one {plan['kernels_of']} reached",
+        "    GPUs   sequences  recomputes   compute  exposed communication     step       tokens/s    MFU  efficiency"
+        "     days",
+    ]
+    for row in plan["predicted"]:
+        cells = [
+            f"  {row['gpus']:>6,}  {row['rows']:>5} x {row['micro_steps']:<3}",
+            f"{row['activation_checkpointing']:>10}  {row['compute_s']:>6.2f} s",
+            f"{row['exposed_communication_s']:>19.2f} s  {row['step_s']:>5.2f} s  {row['tokens_per_s']:>12,.0f}",
+            f"{row['mfu']:>5.1%}  {row['efficiency']:>9.1%}  {row['days']:>7.1f}",
+        ]
+        lines.append("  ".join(cells) + ("" if row["fits"] else "  does not fit"))
+    return lines
