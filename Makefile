@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slurm lint bench
+.PHONY: setup demo test test-slurm lint bench bench-gpu
 setup: .venv/installed
 
 .venv/installed: requirements.txt
@@ -27,5 +27,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What a CPU can measure, compared with bench/results/cpu.jsonl; fails if a figure is more than 10 % worse.
 bench: setup
+	$(BIN)/python -m bench.regressions
+
+bench-gpu: setup
 	bash bench/gpu.sh

@@ -6,7 +6,9 @@ Ranks over gloo train a real model (weights, moments and EMA in float32) and sav
 blocks the training loop: staging, and waiting for an earlier save. `slowdown_s` is the extra time of the steps during
 the write. Shares are of the time between saves at the default interval. Writing is compared with one
 `dd conv=fsync` per rank, of as many bytes on the same disk, alternating with the saves; both are measured during
-training (`write_ratio_to_dd`) and with idle ranks. Medians of the rounds. The last line is one JSON object.
+training (`write_ratio_to_dd`) and with idle ranks. Then train.pretrain itself is killed with -9 behind a save of the
+same model and started again: `restart` has the seconds to its first step, by part (bench/restart.py). Medians of the
+rounds. The last line is one JSON object.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +30,7 @@ import numpy as np
 import torch
 
 from bench.ranks import Processes
+from bench.restart import measure_restarts
 from bench.step import backward, sharded_model
 from data.documents import Document, TextSegment
 from data.loader import draw_images
@@ -64,8 +68,10 @@ def main() -> int:
         if any(statuses):
             print(f"bench.checkpoint: ranks ended with {statuses}", file=sys.stderr)
             return 1
+        shutil.rmtree(Path(folder) / "run")  # room for another of the size
+        record = json.loads(result.read_text(encoding="utf-8")) | measure_restarts(options, Path(folder))
         print(f"command: python -m bench.checkpoint {' '.join(sys.argv[1:])}")
-        print(result.read_text(encoding="utf-8"))
+        print(json.dumps(record))
     return 0
 
 

@@ -172,9 +172,11 @@ def train(run: Run) -> int:
     """Run steps to the end, going back after bad updates; save; return the exit status."""
     config, state = run.config, run.state
     # The dry run makes the gradients of the largest batch and drops them: out-of-memory errors surface now rather than
-    # days in, and compilation happens here. It comes before the loader, so that nothing reads data meanwhile.
-    if state.progress.step < config.optim.steps:
-        is_resumed = state.progress.step > 0
+    # days in, and compilation happens here. It comes before the loader, so that nothing reads data meanwhile. It takes
+    # two steps' time, and tells a resumed run on a CPU nothing new.
+    is_resumed = state.progress.step > 0
+    known = is_resumed and run.ranks.device.type == "cpu" and not config.parallel.compile
+    if state.progress.step < config.optim.steps and not known:
         dry_run(state.model, state.optimizer, config, run.data.grids, run.stats, run.ranks, is_resumed=is_resumed)
     try:
         ended: tuple[str, int] | None = None
