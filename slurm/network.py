@@ -21,7 +21,9 @@ def gloo_interface(nccl: str, present: list[str]) -> str | None:
     excludes, nccl = nccl.startswith("^"), nccl.removeprefix("^")
     exact, nccl = nccl.startswith("="), nccl.removeprefix("=")
     wanted = [name for item in nccl.split(",") if (name := item.partition(":")[0])]
-    matches = [[found for found in present if found == name or not exact and found.startswith(name)] for name in wanted]
+    matches = [
+        [found for found in present if found == name or (not exact and found.startswith(name))] for name in wanted
+    ]
     if excludes:
         matched = {found for of_name in matches for found in of_name}
         matches = [[found for found in present if found not in matched]]

@@ -34,7 +34,8 @@ UNET = TransfusionConfig(
 )
 PARALLEL = ParallelConfig(dtype="bfloat16", activation_checkpointing="selective")
 # On a GPU the host waits for each: their results' sizes or values are needed on the host, or the values are there.
-WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "lift_fresh"}
+WAITING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim"}
+WAITING |= {"lift_fresh"}
 
 
 class NoReads(TorchDispatchMode):

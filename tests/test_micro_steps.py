@@ -64,9 +64,7 @@ def _work_and_grads(ranks: Ranks, data_settings: Any, parallel: ParallelConfig, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_rank_casts_and_reduces_once_a_step(
-    dtype: Any, tokenizer: Tokenizer, sources: dict[str, Path]
-) -> None:
+def test_one_rank_casts_and_reduces_once_a_step(dtype: Any, tokenizer: Tokenizer, sources: dict[str, Path]) -> None:
     """Not in each of the four micro-steps, forward and backward; the gradients have the same bits."""
     config = data_config(tokenizer, sources, lanes=LANES, sequence_length=64)
     ((done, grads),) = run_ranks(_work_and_grads, 1, config, ParallelConfig(dtype=dtype))

@@ -6,8 +6,6 @@ to a power of two (105 GiB for the 75 GiB of a 7B model's states on one GPU); bu
 pages.
 """
 
-import math
-
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
