@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slurm.job import CONSOLE, LOGS
+from slurm.network import gloo_interface, interfaces
 
 
-def environment(given: Mapping[str, str], node_folder: str) -> dict[str, str]:
+def environment(given: Mapping[str, str], node_folder: str, present: list[str]) -> dict[str, str]:
     """Return the variables to add to `given`, the environment from Slurm and slurm/job.py.
 
-    They are torchrun's RANK and so on, thread counts, and compile caches in `node_folder`, which is on a local disk:
-    on a shared file system hundreds of ranks would wait for each other's locks.
+    They are torchrun's RANK and so on, thread counts, the network interface of those `present`, and compile caches in
+    `node_folder`, which is on a local disk: on a shared file system hundreds of ranks would wait for each other's
+    locks.
     """
     node, local_rank = int(given["SLURM_NODEID"]), given["SLURM_LOCALID"]
     own = {
@@ -35,8 +37,9 @@ def environment(given: Mapping[str, str], node_folder: str) -> dict[str, str]:
     }
     if "SLURM_CPUS_PER_TASK" in given:  # Slurm binds a task to its CPUs: they are all this rank's
         defaults["OMP_NUM_THREADS"] = given["SLURM_CPUS_PER_TASK"]
-    if "NCCL_SOCKET_IFNAME" in given:  # gloo carries votes and checkpoints over the same network
-        defaults["GLOO_SOCKET_IFNAME"] = given["NCCL_SOCKET_IFNAME"]
+    # gloo carries votes and checkpoints over the same network, if it is clear which that is.
+    if name := gloo_interface(given.get("NCCL_SOCKET_IFNAME", ""), present):
+        defaults["GLOO_SOCKET_IFNAME"] = name
     return own | {name: value for name, value in defaults.items() if name not in given}
 
 
@@ -57,7 +60,7 @@ def main(argv: list[str]) -> None:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
     node_folder = Path(tempfile.gettempdir()) / f"transfusion-{os.getuid()}"
-    os.environ.update(environment(os.environ, str(node_folder)))
+    os.environ.update(environment(os.environ, str(node_folder), interfaces()))
     os.execv(sys.executable, [sys.executable, "-m", *argv])
 
 

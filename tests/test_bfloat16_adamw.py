@@ -1,6 +1,7 @@
 """Moments stored in bfloat16: unbiased, the same on any world size, and as good as float32 ones (P3, P4, P8)."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from train.distributed.ranks import Ranks
 from train.optim.bfloat16_adamw import MOMENTS, BFloat16AdamW
 from train.optim.guard import GuardConfig
 from train.optim.optimizer import OptimConfig, Optimizer
-from train.optim.stochastic_rounding import stochastic_bfloat16
+from train.optim.stochastic_rounding import _compiled, _start, stochastic_bfloat16
 
 CONFIG = OptimConfig(state_dtype="bfloat16", warmup_steps=0, learning_rate=1e-2, clip_norm=1e9, steps=12)
 BAD_STEP = 7
@@ -111,3 +112,17 @@ def test_a_state_dict_keeps_the_moments_dtype() -> None:
     for name in MOMENTS:
         assert other.state[p][name].dtype == torch.bfloat16
         assert torch.equal(other.state[p][name], optimizer.state[p][name]) and other.state[p][name].any()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiled_rounding_has_the_same_bits_and_one_graph_for_all_shapes() -> None:
+    """What a GPU runs: one kernel instead of a dozen, not compiled again for each parameter and step."""
+    torch._dynamo.utils.counters.clear()
+    for number, shape in enumerate([(50, 7), (3000,), (64, 64), (2, 3, 5)]):
+        exact = torch.randn(shape, generator=torch.Generator().manual_seed(number)) * 1e-3
+        exact.view(-1)[:3] = torch.tensor([math.inf, math.nan, -0.0])
+        expected = stochastic_bfloat16(exact, number * 2**31, f"{number} 3 exp_avg")
+        start = _start(number * 2**31, f"{number} 3 exp_avg")
+        found = _compiled()(exact.flatten(), torch.full((), start, dtype=torch.int32)).view(shape)
+        assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), shape
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

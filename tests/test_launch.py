@@ -160,11 +160,12 @@ def test_a_signal_delay_too_short_for_a_step_and_its_saves_is_warned_of(tmp_path
 def test_a_task_gets_the_variables_that_torchrun_would_set() -> None:
     given = {"SLURM_PROCID": "13", "SLURM_NTASKS": "20", "SLURM_LOCALID": "5", "SLURM_NODEID": "1"}
     given |= {"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_CPUS_PER_TASK": "6", "NCCL_SOCKET_IFNAME": "ib0"}
-    variables = environment({**given, "TRITON_CACHE_DIR": "/mine"}, "/tmp/node")
+    variables = environment({**given, "TRITON_CACHE_DIR": "/mine"}, "/tmp/node", ["lo", "ib0"])
     assert {name: variables[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
         "RANK": "13", "WORLD_SIZE": "20", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8"
     }  # fmt: skip
     assert variables["OMP_NUM_THREADS"] == "6" and variables["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert "GLOO_SOCKET_IFNAME" not in environment(given, "/tmp/node", ["lo", "eth0"])
     assert variables["TORCHINDUCTOR_CACHE_DIR"].startswith("/tmp/node") and "TRITON_CACHE_DIR" not in variables
     assert tasks_by_node("3") == [3] and tasks_by_node("2(x3),1,4(x2)") == [2, 2, 2, 1, 4, 4]
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,16 @@ from tests.runs import PROMPTS, DrawingRun, saved_state
 from tests.test_tokenizer import foreign_model
 from train.checkpoints import checkpoint
 from train.checkpoints.lookup import find_checkpoint
+from train.checkpoints.run_folder import RunFolder
+from train.config import load_config
 from train.distributed.ranks import alone
-from train.inference.pipeline import Pipeline, PipelineConfig
+from train.distributed.signals import StopKind, StopSignal
+from train.inference.pipeline import Pipeline, PipelineConfig, Progress
+from train.metrics import MetricsLog
+from train.optim.optimizer import Optimizer
+from train.pretrain_config import PretrainConfig
+from train.previews import Previews
+from train.training_data import open_training_data
 
 SAMPLER = SamplerConfig(sampler="ddim", steps=3, guidance=2.0, max_new_tokens=6)
 
@@ -189,6 +198,33 @@ def test_previews_show_the_prompts_by_the_averaged_weights(drawn: DrawingRun, pi
     expected = np.asarray(contact_sheet(pictures, PROMPTS), dtype=int)
     found = np.asarray(Image.open(drawn.run_dir / "previews" / sheets[-1]), dtype=int)
     assert np.abs(found - expected).max() <= 1
+
+
+def test_previews_hold_a_model_only_while_they_draw(
+    drawn: DrawingRun, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole float32 copy on one device is no part of training; nor is it after a stop in the middle."""
+    config = load_config(PretrainConfig, [*drawn.argv, f"run_dir={tmp_path}", "log.wandb=disabled"])
+    ranks, held = alone(), []
+
+    def watch(self: Pipeline, prompts: Sequence[str], sampler: SamplerConfig, seed: int, poll: Progress) -> list:
+        held.append([parameter.device.type for parameter in self.model.parameters()])
+        return draw(self, prompts, sampler, seed, poll)
+
+    draw = Pipeline.draw
+    monkeypatch.setattr(Pipeline, "draw", watch)
+    with RunFolder(tmp_path, ranks) as folder, StopSignal() as stop:
+        log = MetricsLog(config.log, folder, ranks, {})
+        previews = Previews(config, open_training_data(config), ranks, folder, log)
+        optimizer = Optimizer(pipeline.model, replace(config.optim, ema_half_lives=()), config.guard)
+        for step, kind in ((3, StopKind.NONE), (6, StopKind.REQUEUE)):
+            stop._kind = kind
+            previews.make(optimizer, step, stop)
+            assert {parameter.device.type for parameter in previews._pipeline.model.parameters()} == {"meta"}
+    assert [set(devices) for devices in held] == [{"cpu"}] * 2
+    assert [path.name for path in (tmp_path / "previews").iterdir()] == ["step-00000003.png"]
+    sheets = [Image.open(root / "previews/step-00000003.png") for root in (tmp_path, drawn.run_dir)]
+    assert sheets[0].size == sheets[1].size
 
 
 def test_the_config_in_a_checkpoint_is_the_runs_and_meta_holds_nothing_else(drawn: DrawingRun) -> None:

@@ -15,14 +15,16 @@ from model.transfusion import Transfusion, TransfusionConfig
 from tests.ranks import run_ranks
 from train.checkpoints import checkpoint
 from train.checkpoints.run_folder import RunFolder
+from train.checkpoints.staging import Staging
 from train.distributed.local_shards import local
 from train.distributed.parallelize import ParallelConfig, initialize, parallelize, set_micro_step
 from train.distributed.ranks import Ranks
+from train.nested import leaves
 from train.optim.optimizer import OptimConfig, Optimizer
 from train.planning import rehearsal
-from train.planning.estimate import largest_batches_of
+from train.planning.estimate import largest_batches_of, parameters
 from train.planning.rehearsal import Rehearsal, rehearse
-from train.pretrain_config import PretrainConfig
+from train.pretrain_config import PretrainConfig, PreviewConfig
 from train.step import latent_stats, micro_step
 
 VOCAB, GRIDS = 301, [(8, 8), (8, 12)]
@@ -88,6 +90,32 @@ def test_states_are_the_real_ones_to_the_byte(world_size: int, parallel: str, op
     for i, config in enumerate(variants):
         fullest = {kind: max(found[i][kind] for found in ranks) for kind in rehearsal.STATES}
         assert rehearse(config, VOCAB, world_size, [], cuda=False).states == fullest, (config.parallel, config.optim)
+
+
+def _staged(ranks: Ranks, config: PretrainConfig) -> tuple[int, int]:
+    """Return the host memory that a save takes, and the number of tensors in it."""
+    model, optimizer = _trainee(config, ranks, VOCAB)
+    state = checkpoint.training_state(model, optimizer.adamw)
+    staging = Staging(ranks.device)
+    staging.copy(state)
+    return staging.num_bytes, len(list(leaves(state)))
+
+
+def test_a_save_takes_the_host_memory_that_is_planned() -> None:
+    """P10: up to a cache line a tensor, on the fullest rank."""
+    config = _variant(PARALLEL["sharded"], {"ema_half_lives": ()})
+    planned = rehearse(config, VOCAB, 2, [], cuda=False).staged
+    taken, num_tensors = max(run_ranks(_staged, 2, config))
+    assert 0 <= taken - planned <= 64 * num_tensors < 0.1 * planned
+
+
+def test_previews_hold_the_whole_model_between_steps() -> None:
+    config = replace(CONFIG, preview=PreviewConfig(interval_steps=5, prompts=["a circle"]))
+    batches = largest_batches_of(config, 2, GRIDS)[:1]
+    found = rehearse(config, VOCAB, 2, batches, cuda=True)
+    states = {kind: found.states[kind] for kind in ("parameters", "optimizer", "ema")}
+    assert found.peaks["preview"] == states | {"preview": 4 * parameters(config.model, VOCAB)["total"]}
+    assert "preview" not in rehearse(CONFIG, VOCAB, 2, batches, cuda=True).peaks
 
 
 def _real_peaks(ranks: Ranks, variants: list[tuple[PretrainConfig, bool]]) -> list[int]:
@@ -211,7 +239,7 @@ def test_attention_without_a_mask_keeps_what_flex_attention_keeps() -> None:
 
 def _save(ranks: Ranks, config: PretrainConfig, vocab_size: int, folder: str) -> None:
     model, optimizer = _trainee(config, ranks, vocab_size)
-    state = checkpoint.training_state(model, optimizer.parts)
+    state = checkpoint.training_state(model, optimizer.adamw)
     state |= {name: ema.weights for name, ema in optimizer.emas.items()}
     with RunFolder(folder, ranks) as run:
         checkpoint.save(run, 1, state, {}, ranks)

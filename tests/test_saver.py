@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,9 +94,9 @@ def test_all_ranks_see_a_failed_write_and_only_several_in_a_row_are_an_error(tmp
             assert after == "[4]", "with space again the next save is whole, and the last kept"
 
 
-def _save_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Saver, list]:
-    """Save two steps as rank 5 of a machine with GPUs would, on tensors that are on the CPU; return what it asked of
-    CUDA, which is not here."""
+def _save_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list:
+    """Save two steps as rank 5 of a machine with GPUs would, from the CPU; return what it asked of CUDA, which is not
+    here."""
     asked: list = []
 
     def refuse(*_: object) -> None:
@@ -108,9 +109,12 @@ def _save_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Sav
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", refuse)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lock))
+
+    def ask(name: str, device: torch.device) -> None:
+        asked.append((threading.current_thread().name, name, device))
+
     for name in ("set_device", "synchronize"):
-        thread = threading.current_thread
-        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: asked.append((thread().name, name, device)))
+        monkeypatch.setattr(torch.cuda, name, partial(ask, name))
     ranks = replace(alone(), device=torch.device("cuda", 5))
     with RunFolder(tmp_path, ranks) as folder:
         saver = Saver(folder, CheckpointConfig(), ranks)
@@ -121,21 +125,19 @@ def _save_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Sav
             loaded = {"model": {"a": torch.zeros(1000)}}
             checkpoint.load(path, loaded, alone())
             assert loaded["model"]["a"].unique().tolist() == [step]
-    return saver, asked
+    return asked
 
 
-def test_the_saver_names_its_ranks_gpu_and_waits_for_no_stream(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_saver_names_its_ranks_gpu_and_waits_for_no_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread's device is GPU 0 until it names another, so each rank of a machine would open a context there."""
     device = torch.device("cuda", 5)
-    _, asked = _save_on_a_gpu(tmp_path, monkeypatch)
+    asked = _save_on_a_gpu(tmp_path, monkeypatch)
     assert [what for what in asked if what[0] == "saver"] == [("saver", "set_device", device)] * 2
     assert [what for what in asked if what[0] == "MainThread"] == [("MainThread", "synchronize", device)] * 2
 
 
 def test_a_save_locks_one_block_of_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saver, asked = _save_on_a_gpu(tmp_path, monkeypatch)
+    asked = _save_on_a_gpu(tmp_path, monkeypatch)
     assert [what for what in asked if what[0] == "lock"] == [("lock", 4032)]  # 4,000 bytes, to whole cache lines
     monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
     with pytest.raises(MemoryError, match=r"0\.0 GiB of states to page-locked host memory.*CUDA error 2"):

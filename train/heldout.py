@@ -45,7 +45,9 @@ KINDS = ("text_loss", "image_loss", "captioning_loss")
 class HeldoutConfig:
     interval_steps: int | None = None  # steps between evaluations, >= 1; null: none during the run
     heldout: dict[str, Location] = field(default_factory=dict)  # encoded folders by name, never trained on
-    lanes: int = 8  # sequences per batch over all ranks, at most the source's documents; more ranks than that idle
+    # Sequences per batch over all ranks, at most the source's documents; more ranks than that idle. With
+    # parallel.compile, micro_batch_size of them for each rank need no further compilation.
+    lanes: int = 8
     max_batches: int | None = None  # per source and caption order, >= 1; null: each document once
 
     def __post_init__(self) -> None:
@@ -78,9 +80,12 @@ class Heldout:
         trained: "PretrainConfig",  # what the model was trained with
         vae_hash: str | None,  # of the training data's latents; None: text alone
         ranks: Ranks,
+        *,
+        rows: int | None = None,  # at most, of a rank's micro-batch; None: any number
+        like_training: bool = False,  # with gradients enabled, as compiled code otherwise differs and is compiled again
     ) -> None:
         """Raise ValueError for a source of another tokenizer or VAE; TrainedRecords refuses one that is trained on."""
-        self._config, self._ranks = config, ranks
+        self._config, self._ranks, self._rows, self._like_training = config, ranks, rows, like_training
         self._diffusion = replace(
             trained.diffusion, before_caption_max_timestep=None, timestep_sampling="uniform", min_snr_gamma=None
         )
@@ -112,7 +117,15 @@ class Heldout:
         """Open what a run on `data` measures itself on, None for nothing; also refuse a best_metric it cannot give."""
         if not config.evaluation.measured:
             return None
-        heldout = cls(config.evaluation, config, data.latent_spec.vae_hash if data.latent_spec else None, ranks)
+        heldout = cls(
+            config.evaluation,
+            config,
+            data.latent_spec.vae_hash if data.latent_spec else None,
+            ranks,
+            # Training's shapes, and thereby its compiled graphs, if a rank has as many rows; its memory in any case.
+            rows=min(config.micro_batch_size, -(-config.data.lanes // ranks.world_size)),
+            like_training=config.parallel.compile,
+        )
         best = config.checkpoint.best_metric
         if best is not None and best not in heldout.metrics:
             raise ValueError(
@@ -162,7 +175,7 @@ class Heldout:
         most = self._config.max_batches or math.inf
         documents: set[Position] = set()
         sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-        rows = config.lanes  # a rank's are one micro-batch
+        rows = self._rows or config.lanes
         loader = Loader(
             data, config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=rows, may_idle=True
         )
@@ -189,15 +202,16 @@ class Heldout:
 
     def _measure(self, model: Transfusion, batch: PackedBatch, stats: LatentStats) -> torch.Tensor:
         """Return f64 [4]: text nll, image error, text targets and images of a micro-batch."""
-        loss = micro_step(
-            model,
-            batch.to(self._ranks.device),
-            stats=stats,
-            diffusion=self._diffusion,
-            image_weight=1.0,
-            global_text_targets=1,
-            global_images=1,
-        )
+        with torch.set_grad_enabled(self._like_training):
+            loss = micro_step(
+                model,
+                batch.to(self._ranks.device),
+                stats=stats,
+                diffusion=self._diffusion,
+                image_weight=1.0,
+                global_text_targets=1,
+                global_images=1,
+            )
         counts = loss.text_nll.new_tensor([batch.num_text_targets, batch.num_images])
         return torch.cat([torch.stack([loss.text_nll, loss.image_error]), counts]).double()
 

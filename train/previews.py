@@ -25,7 +25,10 @@ class _Stopped(Exception):
 
 
 class Previews:
-    """Draws on rank 0 from gathered weights, while the other ranks wait."""
+    """Draws on rank 0 from gathered weights, while the other ranks wait.
+
+    Its model has weights only while it draws: a whole copy on one device, which train/planning counts.
+    """
 
     def __init__(self, config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder, log: MetricsLog):
         """Raise ValueError, on every rank, if previews are configured and cannot be decoded. Collective."""
@@ -33,9 +36,10 @@ class Previews:
         self._pipeline: Pipeline | None = None  # rank 0's
 
         def prepare() -> None:
-            model = Transfusion(config.model, data.tokenizer.vocab_size).to(ranks.device).eval()
+            with torch.device("meta"):
+                model = Transfusion(config.model, data.tokenizer.vocab_size).eval()
             spec, grids = data.latent_spec, data.grids
-            self._pipeline = Pipeline.of(model, data.tokenizer, config, spec, grids, config.vae)
+            self._pipeline = Pipeline.of(model, data.tokenizer, config, spec, grids, config.vae, ranks.device)
             (folder.path / "previews").mkdir(exist_ok=True)
 
         if config.preview.interval_steps is not None:
@@ -57,12 +61,15 @@ class Previews:
                 raise _Stopped
 
         assert self._pipeline is not None
-        self._pipeline.model.load_state_dict(weights)
-        config = self.config.preview
+        config, model = self.config.preview, self._pipeline.model
+        device = self.ranks.device
+        model.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
         try:
             pictures = self._pipeline.draw(config.prompts, config.sampler, self.config.seed, poll)
         except _Stopped:
             return
+        finally:
+            model.to("meta")
         path = self.folder.path / "previews" / f"step-{step:08d}.png"
         try:
             with atomic_write(path) as file:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -42,13 +43,15 @@ class ParallelConfig:
     shard_blocks: bool = True  # each block is its own FSDP unit; false: one unit for the whole (small) model
     # What happens to a block's gathered parameters between its forward and backward. true: freed; false: kept, also
     # between micro-steps; N: spread over groups of N neighbours, 1 < N < dp_shard and a divisor of it, so that backward
-    # gathers within the group (creates process groups for every block).
-    reshard_after_forward: bool | int = True
+    # gathers within the group (creates process groups for every block). null: freed; kept where a rank has all states
+    # to itself, as freeing would only repeat the cast to `dtype`.
+    reshard_after_forward: bool | int | None = None
     # Blocks whose parameters are gathered ahead of the running one, >= 0; each takes its size in `dtype`. 0: FSDP's
     # default order, one ahead in backward, and in forward as far as the host runs ahead of the device.
     prefetch: int = 1
     # Accumulate gradients over micro-steps before reducing them: one reduction per step instead of one per micro-step,
-    # at the cost of a whole float32 gradient (4 bytes per parameter of the model) on every rank.
+    # at the cost of a whole float32 gradient (4 bytes per parameter of the model) on every rank. A rank that has all
+    # states to itself always does: it costs nothing there.
     accumulate_unsharded: bool = False
 
     def __post_init__(self) -> None:
@@ -57,12 +60,18 @@ class ParallelConfig:
         if self.prefetch < 0:
             raise ValueError(f"parallel.prefetch={self.prefetch}: expected at least 0")
         if self.group_size is not None and self.group_size < 2:
-            raise ValueError(f"parallel.reshard_after_forward={self.group_size}: expected true, false or at least 2")
+            raise ValueError(
+                f"parallel.reshard_after_forward={self.group_size}: expected true, false, null or at least 2"
+            )
 
     @property
     def group_size(self) -> int | None:
         """Return over how many ranks a block's parameters are spread after its forward; None: dp_shard or 1."""
         return None if isinstance(self.reshard_after_forward, bool) else self.reshard_after_forward
+
+    def keeps_gathered(self, dp_shard: int) -> bool:
+        """Return whether states sharded over `dp_shard` ranks stay gathered from forward to backward."""
+        return self.reshard_after_forward is False or (self.reshard_after_forward is None and dp_shard == 1)
 
 
 def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
@@ -94,6 +103,7 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> "FS
     first = 1 if config.dp_replicate == 1 else 0  # one axis is plain FSDP, without an all-reduce
     mesh = init_device_mesh(ranks.device.type, shape[first:], mesh_dim_names=names[first:])
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(config, ranks.device), reduce_dtype=torch.float32)
+    reshards = config.group_size or not config.keeps_gathered(shape[1])
     blocks = model.transformer.blocks
     if config.activation_checkpointing != "none":
         recomputed = partial(checkpoint_wrapper, preserve_rng_state=False)  # modules draw no random numbers
@@ -105,9 +115,9 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> "FS
             blocks[i] = recomputed(block)
     for block in blocks:
         if config.compile:
-            block.compile()
+            block.compile(dynamic=False)
         if config.shard_blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
     # The patchers stay in the root's unit: they run once per image grid, a unit gathers at each run, and ranks may have
     # unequal numbers of grids.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -119,7 +129,18 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> "FS
             unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + config.prefetch])
             before = units[1:i] if i else units[1:]  # the root's backward runs first
             unit.set_modules_to_backward_prefetch(before[: -1 - config.prefetch : -1])
+    if ranks.device.type == "cuda" and shape[1] > 1:
+        separate_reductions(units[0])
     return units[0]
+
+
+def separate_reductions(model: FSDPModule) -> None:
+    """Give gradients a communicator of their own; NCCL runs the collectives of one in turn, gathers among them.
+
+    From torch 2.13 on. Collective.
+    """
+    if hasattr(model, "set_separate_reduce_scatter_group"):
+        model.set_separate_reduce_scatter_group()
 
 
 def set_micro_step(model: nn.Module, config: ParallelConfig, *, is_last: bool) -> None:
@@ -131,11 +152,12 @@ def set_micro_step(model: nn.Module, config: ParallelConfig, *, is_last: bool) -
     from torch.distributed.fsdp import FSDPModule
 
     assert isinstance(model, FSDPModule), "parallelize comes first"
-    if config.accumulate_unsharded:
+    dp_shard = dist.get_world_size() // config.dp_replicate
+    if config.accumulate_unsharded or dp_shard == 1:
         model.set_requires_gradient_sync(is_last)
     else:
         model.set_requires_all_reduce(is_last)
-    model.set_reshard_after_backward(is_last, recurse=config.reshard_after_forward is False)
+    model.set_reshard_after_backward(is_last, recurse=config.keeps_gathered(dp_shard))
 
 
 def reshard(model: nn.Module) -> None:

@@ -12,9 +12,10 @@ import torch
 
 # All versions of torch read the first; a user's setting under any name stands.
 ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-ALLOCATOR = "expandable_segments:True"  # segments grow in place, so that batches of other shapes do not fragment memory
+ALLOCATOR = "expandable_segments:True"  # segments grow in place: batches of other shapes do not fragment the memory
 OTHER_FILES = 64  # that a rank has open at least besides its connections to peers
-MOST_FILES = 1 << 16  # shards, caches and NCCL's sockets come on top; not more, as some programs close all up to the limit
+# Shards, caches and NCCL's sockets come on top. Not more, as some programs close every number up to the limit.
+MOST_FILES = 1 << 16
 
 
 def set_allocator() -> str:

@@ -27,6 +27,7 @@ from data.storage import Location
 from data.tokenizer import Tokenizer
 from model.vae import load_vae, moments, stated_stats, states_scaling, stride_of, vae_hash
 from train.distributed.launcher import place
+from train.distributed.process import set_allocator
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -309,6 +310,7 @@ class Encoder:
 
 def _device(name: str) -> torch.device:
     """Return the device of this process; raise ValueError for a missing one."""
+    set_allocator()
     if name == "auto":
         name = f"cuda:{place().local_rank}" if torch.cuda.is_available() else "cpu"
     try:

@@ -110,11 +110,12 @@ class Pipeline:
         spec: LatentSpec | None,
         grids: Sequence[tuple[int, int]],
         vae_path: str | None,
+        device: torch.device | None = None,  # None: the model's; of one whose weights come later, it must be given
     ) -> "Pipeline":
         """Combine a model with the VAE of its training data; raise ValueError for any other VAE, or for text alone."""
         if spec is None or not grids:
             raise ValueError("the model was trained on text alone: it draws no pictures")
-        device = next(model.parameters()).device
+        device = device or next(model.parameters()).device
         vae = load_matching_vae(vae_path, spec).to(device).eval()  # type: ignore[arg-type]  # diffusers' wrapper of `to`
         stats = latent_stats(spec, config.model.latent_channels, device)
         # The grid nearest to a square; among equals the largest.

@@ -6,6 +6,8 @@ neither on the world size nor on earlier draws, and a resume repeats it (P3, P4)
 """
 
 import zlib
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -16,23 +18,33 @@ _SPREAD, _FIRST, _SECOND = 0x9E3779B1 - (1 << 32), 0x7FEB352D, 0x846CA68B - (1 <
 def stochastic_bfloat16(exact: torch.Tensor, first_element: int, key: str) -> torch.Tensor:
     """Return float32 `exact`, of any shape, as bfloat16; its first element has the index `first_element`.
 
-    Unbiased. Values exact in bfloat16 do not change, nor do infinities and NaN. Takes three temporary copies.
+    Unbiased. Values exact in bfloat16 do not change, nor do infinities and NaN. On a CPU it takes three temporary
+    copies; on a GPU one kernel makes it, compiled once for all shapes, with the same bits.
     """
-    bits = exact.contiguous().view(torch.int32)
-    up = _uniform16(exact.numel(), first_element, key, exact.device).view(bits.shape)
-    return up.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    flat = exact.flatten()
+    start = torch.full((), _start(first_element, key), dtype=torch.int32, device=exact.device)
+    rounded = _compiled()(flat, start) if exact.is_cuda else _rounded(flat, start)
+    return rounded.view(exact.shape)
 
 
-def _uniform16(count: int, first_element: int, key: str, device: torch.device) -> torch.Tensor:
-    """Return int32 [count] in [0, 2^16): hashes of the indices from `first_element` on."""
-    start = _int32(first_element * _SPREAD + zlib.crc32(key.encode()))
-    x = torch.arange(count, dtype=torch.int32, device=device).mul_(_SPREAD).add_(start)  # wraps, as int32 does
+def _rounded(exact: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """Return float32 [n] as bfloat16; `start`, int32 [], is a tensor because a number would be compiled in."""
+    # int32 in [0, 2^16): hashes of the indices
+    x = torch.arange(len(exact), dtype=torch.int32, device=exact.device).mul_(_SPREAD).add_(start)  # wraps
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= _FIRST
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
     x *= _SECOND
-    return (x >> 16).bitwise_and_(0xFFFF)
+    up = (x >> 16).bitwise_and_(0xFFFF)
+    return up.add_(exact.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
-def _int32(number: int) -> int:
+@lru_cache
+def _compiled() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return torch.compile(_rounded, dynamic=True, fullgraph=True)
+
+
+def _start(first_element: int, key: str) -> int:
+    """Return what the hashes of indices from `first_element` on begin with, an int32."""
+    number = first_element * _SPREAD + zlib.crc32(key.encode())
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)

@@ -161,8 +161,9 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[
         "host_memory_gib": {  # of a rank, at most
             "process": 3.0,  # assumed: Python, torch and CUDA's libraries
             "loader": sum(loader.values()) / GIB,
-            "staged checkpoint": rehearsal.staged / GIB,  # pinned copies, written in the background
+            "staged checkpoint": rehearsal.staged / GIB,  # one page-locked block, written in the background
             "largest parameter": rehearsal.largest_parameter / GIB,  # initialised on the CPU, one at a time
+            "preview": rehearsal.peaks["preview"]["preview"] / GIB if "preview" in rehearsal.peaks else 0.0,  # rank 0
         },
         "checkpoint_gib": rehearsal.checkpoint / GIB,
     }

@@ -15,6 +15,7 @@ WORDS = {
     "backward": "temporaries of the backward pass",
     "update": "temporaries of the update",
     "batch": "the batch",
+    "preview": "the whole model, to draw previews",
 }
 
 

@@ -61,7 +61,7 @@ class Rehearsal:
     checkpoint: float  # size of a checkpoint: all ranks' states without gradients
     staged: float  # this rank's part of it
     largest_parameter: float  # unsharded, in float32: the most that initialization holds of the model
-    peaks: dict[str, dict[str, float]]  # by phase (forward, backward, update), by kind: at the moment of most bytes
+    peaks: dict[str, dict[str, float]]  # by phase (forward, backward, update, preview), by kind: at most bytes
     collectives: dict[Collective, float]  # of a step: bytes of the whole tensors
 
     @property
@@ -145,13 +145,17 @@ class _Stage:
             with self.fake, self.live:
                 collectives = self._step(batch)
         schedule.cache_clear()
-        saved = [tensor for kind in STATES if kind != "gradients" for tensor in self.held[kind]]
+        kept = [kind for kind in STATES if kind != "gradients"]  # between steps
+        saved = [tensor for kind in kept for tensor in self.held[kind]]
+        peaks = {phase: self.live.peak(phase) for phase in ("forward", "backward", "update") if batches}
+        if batches and self.config.preview.interval_steps is not None:  # rank 0 then draws with a whole model
+            peaks["preview"] = {kind: self.states[kind] for kind in kept} | {"preview": _bytes(self.parameters)}
         return Rehearsal(
             states=self.states,
             checkpoint=_bytes(saved),
             staged=_bytes(map(_local, saved)),
             largest_parameter=max(_bytes([parameter]) for parameter in self.parameters),
-            peaks={phase: self.live.peak(phase) for phase in ("forward", "backward", "update") if batches},
+            peaks=peaks,
             collectives=collectives,
         )
 

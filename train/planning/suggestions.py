@@ -56,7 +56,7 @@ def _families(config: PretrainConfig, world_size: int) -> Iterator[list[Switch]]
     parallel = config.parallel
     if not parallel.shard_blocks:
         yield [Switch("parallel.shard_blocks", True, 0.01)]
-    if parallel.reshard_after_forward is not True:
+    if parallel.group_size or parallel.keeps_gathered(world_size // parallel.dp_replicate):
         yield [Switch("parallel.reshard_after_forward", True, 0.05)]
     rows, _ = rows_per_rank(config, world_size)
     if rows > 1:
