@@ -1,0 +1,83 @@
+"""A run is refused, warned or given more recomputation by what its ranks' memory holds, on every rank alike (P10)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from train.distributed.parallelize import ParallelConfig
+from train.distributed.ranks import Ranks
+from train.planning import fit
+from train.planning.estimate import largest_batches_of
+from train.planning.fit import LEVELS, agree_on_memory, check_memory, choose_level, rehearse_levels
+from train.planning.rehearsal import Rehearsal, rehearse
+from train.pretrain_config import PretrainConfig
+
+VOCAB, RANKS, GRIDS, CPU = 500, 2, [(8, 8)], torch.device("cpu")
+
+
+def _config(**parallel: str) -> PretrainConfig:
+    config = PretrainConfig(run_dir="", micro_batch_size=2, parallel=ParallelConfig(**parallel))
+    trunk = replace(config.model.transformer, width=64, layers=2, heads=2)
+    data = replace(config.data, lanes=4, sequence_length=256, tokenizer="")
+    return replace(config, model=replace(config.model, transformer=trunk), data=data)
+
+
+def _rehearsed(config: PretrainConfig) -> Rehearsal:
+    return rehearse(config, VOCAB, RANKS, largest_batches_of(config, RANKS, GRIDS), cuda=False)
+
+
+def _agreed(ranks: Ranks, memory: list[int], found: dict[str, Rehearsal]) -> tuple[str, list[str]]:
+    fit.memory_of = lambda _: memory[ranks.rank]  # of a machine that is not here; in this process alone
+    config, lines = agree_on_memory(_config(), found if ranks.is_first else {}, ranks)
+    return config.parallel.activation_checkpointing, lines
+
+
+def test_auto_is_the_same_on_every_rank_and_fits_the_least_memory_of_any() -> None:
+    """Rank 0 rehearses before the ranks meet, only until one fits its own memory."""
+    peaks = {level: sum(_rehearsed(_config(activation_checkpointing=level)).peak.values()) for level in LEVELS}
+    assert peaks["none"] > peaks["selective"] > peaks["full"]
+    for limit, tried in (("none", 1), ("selective", 2), ("full", 3)):
+        found = rehearse_levels(_config(), peaks[limit], _rehearsed)
+        assert list(found) == list(LEVELS[:tried])
+        decided, why = choose_level(_config(), found, peaks[limit])
+        assert decided.parallel.activation_checkpointing == limit and f"{peaks[limit] / 2**30:.2f} of" in why
+    assert choose_level(_config(activation_checkpointing="full"), {}, 0)[0] == _config(activation_checkpointing="full")
+
+    cases = {  # by the memory of each rank
+        "none": ([int(peaks["none"])] * 2, ["none"]),
+        "selective": ([int(peaks["none"]), int(peaks["selective"])], ["none"]),
+        "full": ([int(peaks["selective"]), int(peaks["full"]) - 1], ["none", "selective", "full"]),
+    }
+    for level, (memory, tried) in cases.items():
+        found = {name: _rehearsed(_config(activation_checkpointing=name)) for name in tried}
+        (first, lines), (second, others) = run_ranks(_agreed, RANKS, memory, found)
+        assert first == second == level and lines == others
+        assert lines[0].startswith(f"activation checkpointing: {level} (")
+        assert len(lines) == (2 if level == "full" else 1)  # even so it does not fit: a warning
+    assert "warning: the largest step is estimated at" in lines[1]
+
+
+def test_a_cpu_far_from_its_limit_rehearses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "rehearse", lambda *_, **__: pytest.fail("a rehearsal"))
+    monkeypatch.setattr(fit, "memory_of", lambda _: 2**40)
+    assert check_memory(_config(), VOCAB, RANKS, GRIDS, CPU, first=True) == {}
+    decided, why = choose_level(_config(), {}, 2**40)
+    assert decided == _config(activation_checkpointing="none") and "by a rough count" in why
+
+
+def test_states_that_cannot_fit_are_refused_and_a_peak_that_may_not_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states = int(sum(_rehearsed(_config()).states.values()))
+    monkeypatch.setattr(fit, "memory_of", lambda _: states)
+    found = check_memory(_config(), VOCAB, RANKS, GRIDS, CPU, first=True)
+    assert list(found) == list(LEVELS)
+    assert "estimated at" in fit.warning_unless_peak_fits(found["full"], states)
+    assert fit.warning_unless_peak_fits(found["full"], 2**30) is None
+    assert check_memory(_config(), VOCAB, RANKS, GRIDS, CPU, first=False) == {}
+    monkeypatch.setattr(fit, "memory_of", lambda _: states - 1)
+    for first in (True, False):
+        with pytest.raises(ValueError, match=r"a rank's states take .* more than .* use more ranks than 2"):
+            check_memory(_config(), VOCAB, RANKS, GRIDS, CPU, first=first)
