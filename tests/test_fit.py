@@ -28,35 +28,39 @@ def _rehearsed(config: PretrainConfig) -> Rehearsal:
     return rehearse(config, VOCAB, RANKS, largest_batches_of(config, RANKS, GRIDS), cuda=False)
 
 
-def _agreed(ranks: Ranks, memory: list[int], found: dict[str, Rehearsal]) -> tuple[str, list[str]]:
-    fit.memory_of = lambda _: memory[ranks.rank]  # of a machine that is not here; in this process alone
-    config, lines = agree_on_memory(_config(), found if ranks.is_first else {}, ranks)
-    return config.parallel.activation_checkpointing, lines
+def _agreed(ranks: Ranks, cases: list[tuple[list[int], dict[str, Rehearsal]]]) -> list[tuple[str, list[str]]]:
+    """Return what is decided by the memory of each rank and rank 0's rehearsals."""
+    decided = []
+    for memory, found in cases:
+        fit.memory_of = lambda _, memory=memory: memory[ranks.rank]  # of machines not here; in this process alone
+        config, lines = agree_on_memory(_config(), found if ranks.is_first else {}, ranks)
+        decided.append((config.parallel.activation_checkpointing, lines))
+    return decided
 
 
 def test_auto_is_the_same_on_every_rank_and_fits_the_least_memory_of_any() -> None:
     """Rank 0 rehearses before the ranks meet, only until one fits its own memory."""
-    peaks = {level: sum(_rehearsed(_config(activation_checkpointing=level)).peak.values()) for level in LEVELS}
+    of_level = {level: _rehearsed(_config(activation_checkpointing=level)) for level in LEVELS}
+    peaks = {level: int(sum(rehearsal.peak.values())) for level, rehearsal in of_level.items()}
     assert peaks["none"] > peaks["selective"] > peaks["full"]
-    for limit, tried in (("none", 1), ("selective", 2), ("full", 3)):
-        found = rehearse_levels(_config(), peaks[limit], _rehearsed)
-        assert list(found) == list(LEVELS[:tried])
-        decided, why = choose_level(_config(), found, peaks[limit])
-        assert decided.parallel.activation_checkpointing == limit and f"{peaks[limit] / 2**30:.2f} of" in why
+    for number, level in enumerate(LEVELS, start=1):
+        found = rehearse_levels(_config(), peaks[level], lambda c: of_level[c.parallel.activation_checkpointing])
+        assert list(found) == list(LEVELS[:number])
+        decided, why = choose_level(_config(), found, peaks[level])
+        assert decided == _config(activation_checkpointing=level) and f"{peaks[level] / 2**30:.2f} of" in why
     assert choose_level(_config(activation_checkpointing="full"), {}, 0)[0] == _config(activation_checkpointing="full")
 
+    only_none = {"none": of_level["none"]}
     cases = {  # by the memory of each rank
-        "none": ([int(peaks["none"])] * 2, ["none"]),
-        "selective": ([int(peaks["none"]), int(peaks["selective"])], ["none"]),
-        "full": ([int(peaks["selective"]), int(peaks["full"]) - 1], ["none", "selective", "full"]),
+        "none": ([peaks["none"], peaks["none"]], only_none),
+        "selective": ([peaks["none"], peaks["selective"]], only_none),
+        "full": ([peaks["selective"], peaks["full"] - 1], of_level),
     }
-    for level, (memory, tried) in cases.items():
-        found = {name: _rehearsed(_config(activation_checkpointing=name)) for name in tried}
-        (first, lines), (second, others) = run_ranks(_agreed, RANKS, memory, found)
-        assert first == second == level and lines == others
-        assert lines[0].startswith(f"activation checkpointing: {level} (")
-        assert len(lines) == (2 if level == "full" else 1)  # even so it does not fit: a warning
-    assert "warning: the largest step is estimated at" in lines[1]
+    first, second = run_ranks(_agreed, RANKS, list(cases.values()))
+    assert first == second and [level for level, _ in first] == list(cases)
+    assert all(lines[0].startswith(f"activation checkpointing: {level} (") for level, lines in first)
+    assert [len(lines) for _, lines in first] == [1, 1, 2]
+    assert first[2][1][1].startswith("warning: the largest step is estimated at")
 
 
 def test_a_cpu_far_from_its_limit_rehearses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

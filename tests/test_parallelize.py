@@ -298,11 +298,14 @@ def test_a_unet_gives_the_same_loss_and_gradients_however_it_is_sharded_and_reco
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_result(tokenizer: Tokenizer, pairs_folder: Path) -> None:
+@pytest.mark.parametrize("patches", ["linear", "unet"])
+def test_compiled_blocks_give_the_same_result(patches: Any, tokenizer: Tokenizer, pairs_folder: Path) -> None:
     """Needs a C++ compiler."""
     settings = data_config(tokenizer, {"pairs": pairs_folder}, lanes=2, sequence_length=64)
-    compiled = {f"compiled, {name}": {"compile": True} | OPTIONS[name] for name in ("plain", "full", "selective")}
-    found = run_ranks(_step_with, 2, {"plain": {}} | compiled, settings, timeout_s=240)[0]
+    of = replace(MODEL, patches=patches, unet=UNetConfig(channels=(8, 12), blocks=2, timestep_width=16))
+    names = ("plain", "full", "selective") if patches == "linear" else ("full",)
+    compiled = {f"compiled, {name}": {"compile": True} | OPTIONS[name] for name in names}
+    found = run_ranks(_step_with, 2, {"plain": {}} | compiled, settings, of, timeout_s=280)[0]
     for name, step in found.items():
         _assert_same(name, step, found["plain"], 1e-4)
 

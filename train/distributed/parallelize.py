@@ -107,8 +107,10 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> FSD
         for i, block in enumerate(blocks):
             blocks[i] = recomputed(block)
     if config.compile:
-        # Residual blocks see every image grid and number of images, so their graphs are for sizes of any value. Each
-        # pair of widths takes a few: sizes of 1, and sizes that chance to equal a width, have graphs of their own.
+        # Residual blocks see every image grid and number of images, so their graphs are for sizes of any value: one for
+        # each pair of widths, if sizes that are equal by chance are not taken for the same size. Sizes of 1, and those
+        # that equal a width, may have graphs of their own.
+        torch.fx.experimental._config.use_duck_shape = False
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         outermost = CheckpointWrapper if recomputes else ResidualBlock
         for block in [module for module in model.patches.modules() if isinstance(module, outermost)]:
