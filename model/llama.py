@@ -40,9 +40,9 @@ def llama_weights(model: Transfusion) -> dict[str, Tensor]:
     """Return LlamaForCausalLM's state dict for the text embedding, trunk and text head of an unsharded model."""
     trunk = model.config.transformer
     weights = {
-        "model.embed_tokens.weight": model.text_embedding.weight,
+        "model.embed_tokens.weight": model.text_embedding.weight[: model.vocab_size],
         "model.norm.weight": model.transformer.norm.weight,
-        "lm_head.weight": model.text_head.weight,
+        "lm_head.weight": model.text_head.weight[: model.vocab_size],
     }
     sizes = [heads * trunk.head_dim for heads in (trunk.heads, trunk.num_kv_heads, trunk.num_kv_heads)]
     for number, block in enumerate(model.transformer.blocks):

@@ -3,6 +3,8 @@
 A mean here would be a mean of means over ranks and micro-batches, wrong wherever their counts differ.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +14,18 @@ from torch import Tensor
 IGNORE = -100  # target of an unused slot
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (f32 sum of -log softmax(hidden weight^T)[target], int64 number of targets that are not -100).
 
-    `hidden` [T, D], `weight` [V, D], `targets` int64 [T]. Logits exist for `chunk` rows at a time, with the softmax in
-    f32. The forward computes the gradients too, from each chunk's softmax, so no logits are kept or recomputed.
+    `hidden` [T, D], `weight` [V, D], `targets` int64 [T]. Rows of `weight` from `vocab_size` on are padding: products
+    run on them, but their probabilities and gradients are exactly 0. Logits exist for `chunk` rows at a time, with the
+    softmax in f32. The forward computes the gradients too, from each chunk's softmax, so no logits are kept or
+    recomputed.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk), (targets != IGNORE).sum()
+    total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, vocab_size or len(weight))
+    return total, (targets != IGNORE).sum()
 
 
 def noise_error(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -35,7 +42,8 @@ def noise_error(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | No
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, vocab_size: int) -> Tensor:
+        loss_of = compiled_chunk_loss() if hidden.is_cuda else chunk_loss_on_cpu
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # f32 even for bf16 weights: a sum over many chunks.
@@ -44,15 +52,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             x, target = hidden[part], targets[part]
-            log_probs = F.log_softmax((x @ weight.T).float(), dim=-1)  # [chunk, V]
-            total += F.nll_loss(log_probs, target, ignore_index=IGNORE, reduction="sum")
-            if grad_hidden is None and grad_weight is None:
+            logits = x @ weight.T  # [chunk, V]
+            nll, grad_logits = loss_of(logits, target, vocab_size, needs_hidden or needs_weight)
+            total += nll
+            if grad_logits is None:
                 continue
-            # d nll / d logits = softmax - onehot, 0 where the target is ignored.
-            trained = (target != IGNORE)[:, None]
-            grad_logits = log_probs.exp_()
-            grad_logits.scatter_add_(1, target.clamp(min=0)[:, None], -trained.to(torch.float32))
-            grad_logits = grad_logits.mul_(trained).to(x.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -61,11 +65,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         # One dimension, not none, so that the product with bf16 is computed in f32: 1 / count in bf16 is off by up to
         # 0.4 %, differently each step.
         scale = grad_total.reshape(1)
         grad_hidden, grad_weight = (
             None if grad is None else torch.mul(grad, scale, out=torch.empty_like(grad)) for grad in ctx.saved_tensors
         )
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
+
+
+def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Return (f32 sum of -log softmax, its gradient by the logits in their dtype, or None) of logits [T, V].
+
+    Written to be compiled: the two passes over the logits are all that touches memory, where eager ones make ten.
+    """
+    columns, trained = torch.arange(logits.shape[1], device=logits.device), targets != IGNORE
+    log_probs = F.log_softmax(torch.where(columns < vocab_size, logits.float(), -torch.inf), dim=-1)
+    nll = -log_probs.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    total = torch.where(trained, nll, 0.0).sum()
+    if not with_gradient:
+        return total, None
+    # d nll / d logits = softmax - onehot, 0 where the target is ignored.
+    onehot = (columns == targets[:, None]).float()
+    return total, ((log_probs.exp() - onehot) * trained[:, None]).to(logits.dtype)
+
+
+def chunk_loss_on_cpu(
+    logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `chunk_loss` does, with a one-hot matrix neither made nor subtracted, in place."""
+    if vocab_size < logits.shape[1]:
+        logits[:, vocab_size:] = -torch.inf
+    log_probs = F.log_softmax(logits.float(), dim=-1)
+    total = F.nll_loss(log_probs, targets, ignore_index=IGNORE, reduction="sum")
+    if not with_gradient:
+        return total, None
+    trained = (targets != IGNORE)[:, None]
+    gradient = log_probs.exp_()
+    gradient.scatter_add_(1, targets.clamp(min=0)[:, None], -trained.to(torch.float32))
+    return total, gradient.mul_(trained).to(logits.dtype)
+
+
+@functools.cache
+def compiled_chunk_loss() -> Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor | None]]:
+    """Return `chunk_loss` compiled for any number of rows: the last chunk, and other batches, are not traced again."""
+    compiled = torch.compile(chunk_loss, fullgraph=True)
+
+    def loss_of(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        for rows in (logits, targets):
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
+        return compiled(logits, targets, vocab_size, with_gradient)
+
+    return loss_of

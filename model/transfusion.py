@@ -37,10 +37,13 @@ class TransfusionConfig:
     timestep_after_patches: bool = False
     # what a patch attends to in its image: all patches, or itself and those before it (the paper's ablation, table 5)
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    # Rows of the text embedding and head are padded to a multiple of this, >= 1, with zeros that no logit, loss or draw
+    # sees; they stay zero. 64 makes the head's products fast on GPUs for any vocabulary.
+    vocab_multiple_of: int = 1
     text_loss_chunk: int = 4096  # text targets whose logits are in memory at once, >= 1; does not change the result
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "latent_channels", "text_loss_chunk"):
+        for name in ("patch_size", "latent_channels", "vocab_multiple_of", "text_loss_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
         if self.patches == "unet":
@@ -63,15 +66,16 @@ class Transfusion(nn.Module):
     def __init__(self, config: TransfusionConfig, vocab_size: int) -> None:
         super().__init__()
         width, channels = config.transformer.width, config.latent_channels
-        self.config = config
-        self.text_embedding = nn.Embedding(vocab_size, width)
+        self.config, self.vocab_size = config, vocab_size
+        rows = -(-vocab_size // config.vocab_multiple_of) * config.vocab_multiple_of
+        self.text_embedding = nn.Embedding(rows, width)
         self.patches: UNetPatches | LinearPatches
         if config.patches == "unet":
             self.patches = UNetPatches(width, channels, config.patch_size, config.unet)
         else:
             self.patches = LinearPatches(width, channels, config.patch_size, config.timestep_after_patches)
         self.transformer = Transformer(config.transformer)
-        self.text_head = nn.Linear(width, vocab_size, bias=False)
+        self.text_head = nn.Linear(width, rows, bias=False)
 
     def forward(
         self,
@@ -103,9 +107,8 @@ class Transfusion(nn.Module):
         hidden = self.trunk(h, position_ids, grid_positions, mask).flatten(0, 1)  # [B*S, D]
 
         # index_select, not indexing: its backward is one index_add instead of a sort.
-        nll_sum, count = linear_cross_entropy(
-            hidden.index_select(0, text_target_index), self.text_head.weight, text_targets, self.config.text_loss_chunk
-        )
+        at_targets, chunk = hidden.index_select(0, text_target_index), self.config.text_loss_chunk
+        nll_sum, count = linear_cross_entropy(at_targets, self.text_head.weight, text_targets, chunk, self.vocab_size)
         image_hidden = hidden.index_select(0, image_token_index).split([t[..., 0].numel() for t in valid_tokens])
         noise_pred = {}
         for (grid, (tokens, skips)), part in zip(encoded.items(), image_hidden, strict=True):
@@ -133,17 +136,21 @@ class Transfusion(nn.Module):
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Return [..., V] of hidden states [..., D]."""
-        return self.text_head(hidden)
+        return self.text_head(hidden)[..., : self.vocab_size]
 
     def predict_noise(self, hidden: Tensor, skips: Skips, timesteps: Tensor, h: int, w: int) -> Tensor:
         """Return the prediction [N, C, h, w] of the hidden states of images [N, P, D]."""
         return self.patches.decode(hidden, skips, timesteps, h, w)
 
+    def drawn_shape(self, name: str, parameter: Tensor) -> tuple[int, ...]:
+        """Return the shape of the first rows of parameter `name` that `initial_value` draws; the others are zero."""
+        return (self.vocab_size if name.startswith("text_") else parameter.shape[0], *parameter.shape[1:])
+
 
 def initial_value(
     name: str, shape: tuple[int, ...], config: TransfusionConfig, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return the full initial parameter `name` (as in `named_parameters`), f32 on CPU, drawn from `generator`.
+    """Return the initial parameter `name` (as in `named_parameters`) without padding, f32 on CPU, from `generator`.
 
     ours (the paper does not say): normal with std fan_in^-1/2; projections into the residual stream divided by
     sqrt(2 layers), so that its variance does not grow with depth; a small noise head, so that the first predictions are
@@ -180,5 +187,6 @@ def parameter_generator(seed: int, name: str) -> torch.Generator:
 def init_weights(model: Transfusion, seed: int) -> None:
     """Fill a plain, unsharded model with `initial_value`s."""
     for name, parameter in model.named_parameters():
-        value = initial_value(name, tuple(parameter.shape), model.config, parameter_generator(seed, name))
-        parameter.copy_(value)
+        drawn = model.drawn_shape(name, parameter)
+        value = initial_value(name, drawn, model.config, parameter_generator(seed, name))
+        parameter.zero_()[: len(value)] = value

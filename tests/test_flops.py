@@ -7,10 +7,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.step import backward, sharded_model
+from data.largest_batch import largest_batches
+from data.packing import PackedBatch
+from data.tokenizer import SpecialIds
 from model.attention import dense_mask
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from model.unet import UNetConfig
+from tests.ranks import run_ranks
+from train.distributed.parallelize import ParallelConfig
+from train.distributed.ranks import Ranks
 from train.flops import Flops
 
 TRUNK = TransformerConfig(width=32, layers=3, heads=4)
@@ -78,3 +85,29 @@ def test_pairs_are_those_of_the_mask_that_the_model_runs_under(image_attention: 
     others = flops.per_token * 20 + flops.per_latent_cell * (16 + 32)
     pairs = int(dense_mask(torch.ones_like(seen), seen, torch.full_like(seen, 20)).sum())
     assert flops.of_batch(batch) == (flops.per_pair * pairs + others, 0)
+
+
+def _products(ranks: Ranks, of: TransfusionConfig, batch: PackedBatch) -> dict[str, tuple[float, float]]:
+    """Return the FLOPs of a real step's matrix products and convolutions by kind of activation checkpointing."""
+    found = {}
+    for level in ("none", "selective", "full"):
+        config = ParallelConfig(dtype="float32", activation_checkpointing=level)
+        with FlopCounterMode(display=False) as counter:
+            backward(sharded_model(of, 50, ranks, config), [batch], ranks, config, targets=9, images=9)
+        counts = counter.get_flop_counts()["Global"]
+        found[level] = counts[torch.ops.aten.mm], counts.get(torch.ops.aten.convolution, 0)
+    return found
+
+
+def test_recomputed_flops_are_those_that_a_real_backward_repeats() -> None:
+    """Of blocks that are not compiled; tests/test_compile.py has the others. P9."""
+    unet = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
+    of = TransfusionConfig(transformer=TRUNK, latent_channels=2, patches="unet", unet=unet)
+    ids = SpecialIds(bos=0, eos=0, boi=0, eoi=0, pad=0)
+    batch = largest_batches(2, 64, [(8, 4)], 2, of.patch_size, ids)[0]
+    cells = sum(len(images.u) * grid[0] * grid[1] for grid, images in batch.images.items())
+    found = run_ranks(_products, 1, of, batch)[0]
+    for level, (products, convolutions) in found.items():
+        flops = Flops.of(of, 50, level)
+        assert products - found["none"][0] == flops.again_per_token * 2 * 64, level
+        assert convolutions - found["none"][1] == flops.again_per_latent_cell * cells, level

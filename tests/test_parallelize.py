@@ -32,12 +32,13 @@ from train.step import latent_stats, micro_step
 MODEL = TransfusionConfig(
     transformer=TransformerConfig(width=24, layers=3, heads=2, ffn_multiple_of=8, qk_norm=True), latent_channels=2
 )
-VOCAB = 301  # divisible by no number of ranks
+VOCAB = 301  # divisible by no number of ranks, as is 305
+PADDED = replace(MODEL, vocab_multiple_of=5)
 
 
 def _initial_weights(ranks: Ranks, piece: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
     transfusion.INIT_CHUNK = piece
-    model = sharded_model(MODEL, VOCAB, ranks, ParallelConfig(activation_checkpointing="full"), seed=7)
+    model = sharded_model(PADDED, VOCAB, ranks, ParallelConfig(activation_checkpointing="full"), seed=7)
     parameters = dict(model.named_parameters())
     largest = sum(p.to_local().numel() for p in parameters.values()) / sum(p.numel() for p in parameters.values())
     return gather_weights(parameters), gather_weights(parameters, keep=False), largest
@@ -46,7 +47,7 @@ def _initial_weights(ranks: Ranks, piece: int) -> tuple[dict[str, torch.Tensor],
 def test_initial_weights_are_those_of_the_plain_model_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """P3: bit for bit, drawn in pieces with arbitrary borders; and each rank holds only its share of them."""
     monkeypatch.setattr(transfusion, "INIT_CHUNK", 500)
-    plain = Transfusion(MODEL, VOCAB)
+    plain = Transfusion(PADDED, VOCAB)
     init_weights(plain, 7)
     expected = dict(plain.named_parameters())
     for world_size in (1, 2, 3):
@@ -297,11 +298,14 @@ def test_a_unet_gives_the_same_loss_and_gradients_however_it_is_sharded_and_reco
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_result(tokenizer: Tokenizer, pairs_folder: Path) -> None:
+@pytest.mark.parametrize("patches", ["linear", "unet"])
+def test_compiled_blocks_give_the_same_result(patches: Any, tokenizer: Tokenizer, pairs_folder: Path) -> None:
     """Needs a C++ compiler."""
     settings = data_config(tokenizer, {"pairs": pairs_folder}, lanes=2, sequence_length=64)
-    compiled = {f"compiled, {name}": {"compile": True} | OPTIONS[name] for name in ("plain", "full", "selective")}
-    found = run_ranks(_step_with, 2, {"plain": {}} | compiled, settings, timeout_s=240)[0]
+    of = replace(MODEL, patches=patches, unet=UNetConfig(channels=(8, 12), blocks=2, timestep_width=16))
+    names = ("plain", "full", "selective") if patches == "linear" else ("full",)
+    compiled = {f"compiled, {name}": {"compile": True} | OPTIONS[name] for name in names}
+    found = run_ranks(_step_with, 2, {"plain": {}} | compiled, settings, of, timeout_s=280)[0]
     for name, step in found.items():
         _assert_same(name, step, found["plain"], 1e-4)
 

@@ -22,7 +22,7 @@ from train.distributed.parallelize import gather_weights, initialize, paralleliz
 from train.distributed.ranks import Ranks
 from train.nested import leaves
 from train.optim.optimizer import Optimizer
-from train.pretrain_config import PretrainConfig
+from train.pretrain_config import PretrainConfig, read_config
 from train.state import Progress, TrainState, fingerprint
 
 
@@ -69,7 +69,10 @@ def config(tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path, texts_folde
 
 
 def test_everything_a_run_carries_comes_back_on_any_world_size(config: PretrainConfig) -> None:
-    """P4: weights, moments, averages, every lane, counters beyond 32 bits, skipped updates; extras are plain JSON."""
+    """P4: weights, moments, averages, every lane, counters beyond 32 bits, skipped updates; extras are plain JSON.
+
+    Embedding and head have rows that pad the vocabulary."""
+    config = replace(config, model=replace(config.model, vocab_multiple_of=64))
     saved = run_ranks(_save, 2, config)
     expected, lanes = saved[0][0], saved[0][1] | saved[1][1]
     assert set(lanes) == set(range(5)) and {name.split(".")[0] for name in expected} == {"model", "optimizer", "ema-7"}
@@ -108,8 +111,27 @@ def test_what_a_resume_compares_is_spelled_as_it_always_was(config: PretrainConf
         "model.transformer.qk_norm": "False",
         "model.transformer.rope_theta": "10000.0",
     }
-    found = fingerprint(config, open_data(config.data, config.seed, config.model.patch_size), 9)
+    data = open_data(config.data, config.seed, config.model.patch_size)
+    found = fingerprint(config, data, 9)
     assert {name: found.get(name) for name in expected} == expected
+    padded = fingerprint(replace(config, model=replace(config.model, vocab_multiple_of=64)), data, 9)
+    assert padded == found | {"model.vocab_multiple_of": "64"}
+
+
+def test_a_checkpoint_older_than_padding_and_auto_loads_as_it_is(config: PretrainConfig) -> None:
+    """P4: neither its config nor what a resume compares knows `vocab_multiple_of`; its weights have no such rows."""
+    ((expected, *_),) = run_ranks(_save, 1, config)
+    folder = Path(config.run_dir) / "checkpoints" / "step-00000003"
+    assert "vocab_multiple_of" not in json.loads((folder / "meta.json").read_text())["fingerprint"]
+    text = (folder / "config.yaml").read_text()
+    old = "".join(line for line in text.splitlines(True) if "vocab_multiple_of" not in line)
+    assert len(old) < len(text)
+    (Path(config.run_dir) / "old.yaml").write_text(
+        old.replace("activation_checkpointing: auto", "activation_checkpointing: none")
+    )
+    again = read_config(Path(config.run_dir) / "old.yaml")
+    ((tensors, *_),) = run_ranks(_load, 1, again)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 def _refusals(ranks: Ranks, config: PretrainConfig, changed: list[PretrainConfig]) -> list[str]:
@@ -126,12 +148,14 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_name_on_every_rank(config:
     """P10: all that changed in one message; what only costs memory or speed may change."""
     model = config.model
     wide = replace(model, transformer=replace(model.transformer, width=64, qk_norm=True), latent_channels=4)
+    wide = replace(wide, vocab_multiple_of=8)
     changed = {
         ("seed was 0, is 9", "or start another run with these weights: init_from="): replace(config, seed=9),
         (
             "Restore what it was. (Learning rate",
             "width was 32, is 64",
             "qk_norm was False, is True",
+            "model.vocab_multiple_of was absent, is 8",
             "latent_channels was 2, is 4",
         ): replace(config, model=wide),
         ("optim.optimizer was adamw, is muon", "optim.state_dtype was float32, is bfloat16"): replace(

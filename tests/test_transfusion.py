@@ -1,5 +1,7 @@
 """The whole model on tiny batches: assembly, losses, gradients, initial values."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,6 +163,22 @@ def test_a_model_built_on_meta_and_filled_equals_one_built_on_cpu():
     output = model(**tiny_batch())
     assert torch.equal(output.text_nll_sum, expected.text_nll_sum)
     assert torch.equal(output.noise_pred[4, 4][0], expected.noise_pred[4, 4][0])
+
+
+def test_padding_of_the_vocabulary_is_zero_and_changes_no_real_row_loss_or_logit():
+    plain, padded = tiny_model(1), Transfusion(replace(tiny_config(), vocab_multiple_of=64), VOCAB)
+    init_weights(padded, 1)
+    for (name, ours), theirs in zip(padded.named_parameters(), plain.parameters(), strict=True):
+        rows = VOCAB if name.startswith("text_") else len(ours)
+        assert torch.equal(ours[:rows], theirs) and not ours[rows:].any(), name
+        assert (len(ours) == 64 * -(-VOCAB // 64)) == name.startswith("text_"), name
+    outputs = [model(**tiny_batch()) for model in (padded, plain)]
+    assert outputs[0].text_nll_sum.item() == pytest.approx(outputs[1].text_nll_sum.item(), rel=1e-6)
+    outputs[0].text_nll_sum.backward()
+    assert padded.text_head.weight.grad[:VOCAB].any() and not padded.text_head.weight.grad[VOCAB:].any()
+    hidden = torch.randn(2, 16)
+    assert torch.allclose(padded.text_logits(hidden), plain.text_logits(hidden), atol=1e-6)
+    assert padded.text_logits(hidden).shape == (2, VOCAB)
 
 
 def test_initial_values_have_the_stated_spread():

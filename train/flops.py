@@ -24,18 +24,23 @@ class Flops:
     again_per_latent_cell: float = 0.0
 
     @classmethod
-    def of(cls, config: TransfusionConfig, vocab_size: int, activation_checkpointing: str = "none") -> "Flops":
-        """Return a model's FLOPs; `activation_checkpointing` as in train/distributed/parallelize.py."""
+    def of(
+        cls, config: TransfusionConfig, vocab_size: int, activation_checkpointing: str = "none", compiled: bool = False
+    ) -> "Flops":
+        """Return a model's FLOPs; the last two are `activation_checkpointing` and `compile` of ParallelConfig.
+
+        Selective recomputation repeats no product; but in blocks that are not compiled it cannot see flex attention.
+        """
         trunk = config.transformer
         kv_share = trunk.num_kv_heads / trunk.heads
         matrices = trunk.layers * (trunk.width**2 * (2 + 2 * kv_share) + 3 * trunk.width * trunk.hidden)
         cell = _patcher_weights_per_cell(config)
         again = {}
-        if activation_checkpointing == "full":  # one more forward, half as much as a backward
-            again = {"again_per_token": 2 * matrices, "again_per_pair": 4 * trunk.layers * trunk.width}
-            again["again_per_latent_cell"] = 2 * cell if config.patches == "unet" else 0.0
-        elif activation_checkpointing == "selective":  # SwiGLU's last product, whose output is not kept
-            again = {"again_per_token": 2 * trunk.layers * trunk.width * trunk.hidden}
+        if activation_checkpointing == "full":  # all of a block's forward but its last product, which nothing reads
+            again["again_per_token"] = 2 * (matrices - trunk.layers * trunk.width * trunk.hidden)
+            again["again_per_latent_cell"] = 2 * _recomputed_weights_per_cell(config, compiled)
+        if activation_checkpointing == "full" or (activation_checkpointing == "selective" and not compiled):
+            again["again_per_pair"] = 4 * trunk.layers * trunk.width
         return cls(
             **again,
             per_token=6 * matrices,
@@ -72,3 +77,14 @@ def _patcher_weights_per_cell(config: TransfusionConfig) -> float:
         if level:  # downsampling at this level's cells, upsampling at the finer level's
             weights += 9 * channels[level - 1] * c * (1 / 4**level + 1 / 4 ** (level - 1))
     return weights
+
+
+def _recomputed_weights_per_cell(config: TransfusionConfig, compiled: bool) -> float:
+    """Return the part of them in what full recomputation repeats of residual blocks: all but their last convolution.
+
+    A compiler also leaves out the shortcut, whose output only a sum reads.
+    """
+    if config.patches == "linear":
+        return 0.0
+    channels, blocks = config.unet.levels(config.patch_size), config.unet.blocks
+    return sum(blocks * (9 + 18 + (0 if compiled else 2)) * c**2 / 4**level for level, c in enumerate(channels))

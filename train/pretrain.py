@@ -45,7 +45,7 @@ from train.metrics import Interval, MetricsLog
 from train.next_batch import CannotContinue, SkipBudget, next_batch
 from train.optim.optimizer import Optimizer
 from train.planning.dry_run import dry_run
-from train.planning.estimate import check_memory
+from train.planning.fit import agree_on_memory, check_memory
 from train.pretrain_config import PretrainConfig
 from train.previews import Previews
 from train.profile import Profiler
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     # Data and memory are checked before the ranks meet: most mistakes can be found without communication, in seconds.
     data = open_training_data(config)
     vocab_size, device = data.tokenizer.vocab_size, own_device(config.device)
-    memory_warning = check_memory(config, vocab_size, place().world_size, data.grids, device, warn=place().rank == 0)
+    rehearsed = check_memory(config, vocab_size, place().world_size, data.grids, device, first=place().rank == 0)
 
     # The ranks exchange summaries of their settings and data, so that a difference is refused by name. Timeouts are
     # long until the first step has compiled; see `run_steps`.
@@ -80,6 +80,7 @@ def main(argv: list[str]) -> int:
         facts=facts_in_common(config, data),
     )
     lanes_of_rank(ranks.rank, ranks.world_size, config.data.lanes)  # raises ValueError for more ranks than lanes
+    config, remarks = agree_on_memory(config, rehearsed, ranks)
     torch.use_deterministic_algorithms(config.deterministic)
 
     # RunFolder locks the run before anyone looks for checkpoints: two starts would find the same one and both write the
@@ -87,8 +88,7 @@ def main(argv: list[str]) -> int:
     with StopSignal() as stop, RunFolder(config.run_dir, ranks) as folder:
         run = start(config, data, ranks, folder, stop)
         if ranks.is_first:
-            warnings = [f"warning: {memory_warning}"] if memory_warning else []
-            say("\n".join(f"pretrain: {line}" for line in [*run.describe(), *warnings]))
+            say("\n".join(f"pretrain: {line}" for line in [*run.describe(), *remarks]))
         # Refusals are over: from here on an unexpected exception ends its rank's process at once, so that its peers
         # notice. The three below are raised on every rank alike, and end the run in order.
         with last_words(ranks, lambda: f"step {run.state.progress.step + 1}"):
@@ -204,7 +204,8 @@ def train(run: Run) -> int:
 def run_steps(run: Run) -> tuple[str, int]:
     """Run steps until the last, a stop signal or the end of the data; return why it ended, and the exit status."""
     config, ranks, progress = run.config, run.ranks, run.state.progress
-    flops = Flops.of(config.model, run.data.tokenizer.vocab_size, config.parallel.activation_checkpointing)
+    recomputed, compiled = config.parallel.activation_checkpointing, config.parallel.compile
+    flops = Flops.of(config.model, run.data.tokenizer.vocab_size, recomputed, compiled)
     interval = Interval(flops, ranks, list(config.data.sources))
     console = Console(config.optim.steps, progress.step, ranks)
     budget = SkipBudget(config.data.max_bad_documents, len(run.data.too_long))

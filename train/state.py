@@ -155,6 +155,8 @@ def meaning(config: PretrainConfig) -> dict[str, str]:
     """Return the settings that decide what a run's weights compute."""
     model = asdict(config.model)
     del model["text_loss_chunk"]  # bounds memory, not the result
+    if model["vocab_multiple_of"] == 1:
+        del model["vocab_multiple_of"]  # checkpoints older than the setting have none
     return {
         **{f"model.transformer.{name}": str(value) for name, value in model.pop("transformer").items()},
         **{f"model.{name}": str(value) for name, value in model.items()},

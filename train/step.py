@@ -137,15 +137,15 @@ def noised_images(
 ) -> tuple:
     """Return (noisy, timesteps, targets, valid) by latent grid, and the image token index.
 
-    A batch without images gets one invalid image of a single patch, so that every rank runs the patchers and every
-    parameter has a gradient.
+    A batch without images gets two invalid ones of 2 x 2 patches, so that every rank runs the patchers and every
+    parameter has a gradient. (Two, because compiled residual blocks have graphs of their own for sizes of 1.)
     """
     device = batch.input_ids.device
     if not batch.images:
-        size = config.patch_size
-        zeros = torch.zeros((1, config.latent_channels, size, size), device=device)
-        key, index = (size, size), torch.zeros(1, dtype=torch.int64, device=device)
-        timestep = torch.zeros(1, dtype=torch.int64, device=device)
+        size = 2 * config.patch_size
+        zeros = torch.zeros((2, config.latent_channels, size, size), device=device)
+        key, index = (size, size), torch.zeros(2 * 4, dtype=torch.int64, device=device)
+        timestep = torch.zeros(2, dtype=torch.int64, device=device)
         return {key: zeros}, {key: timestep}, {key: zeros}, {key: timestep.bool()}, index
     table = schedule(diffusion.num_timesteps, device)
     noisy, timesteps, targets, valid = {}, {}, {}, {}

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
@@ -27,6 +28,8 @@ from train.distributed.ranks import Ranks
 if TYPE_CHECKING:  # FSDP takes half a second to import: only the functions that need it do
     from torch.distributed.fsdp import FSDPModule
 
+GRAPHS = 64  # that compiled blocks may have in all before torch runs further ones uncompiled; its own limit is 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -37,9 +40,11 @@ class ParallelConfig:
     # processor multiplies it natively (every CUDA device we support), else float32.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # What backward recomputes in each block and each residual block of a U-Net. none: nothing; full: everything;
-    # selective: all but the outputs of matrix products, convolutions and attention, which costs little time.
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False  # torch.compile each block (needs a C++ compiler on CPU, Triton on CUDA)
+    # selective: all but the outputs of matrix products, convolutions and attention, which costs little time. auto: the
+    # first of none, selective, full with which the plan's largest step fits the least memory of any rank (train.plan).
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    # torch.compile each block, and each residual block of a U-Net (needs a C++ compiler on CPU, Triton on CUDA)
+    compile: bool = False
     shard_blocks: bool = True  # each block is its own FSDP unit; false: one unit for the whole (small) model
     # What happens to a block's gathered parameters between its forward and backward. true: freed; false: kept, also
     # between micro-steps; N: spread over groups of N neighbours, 1 < N < dp_shard and a divisor of it, so that backward
@@ -105,7 +110,8 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> "FS
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(config, ranks.device), reduce_dtype=torch.float32)
     reshards = config.group_size or not config.keeps_gathered(shape[1])
     blocks = model.transformer.blocks
-    if config.activation_checkpointing != "none":
+    recomputes = config.activation_checkpointing in ("selective", "full")  # auto that no plan has decided: nothing
+    if recomputes:
         recomputed = partial(checkpoint_wrapper, preserve_rng_state=False)  # modules draw no random numbers
         if config.activation_checkpointing == "selective":
             contexts = partial(create_selective_checkpoint_contexts, _recompute_policy)
@@ -113,6 +119,15 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> "FS
         apply_activation_checkpointing(model.patches, recomputed, lambda module: isinstance(module, ResidualBlock))
         for i, block in enumerate(blocks):
             blocks[i] = recomputed(block)
+    if config.compile:
+        # Residual blocks see every image grid and number of images, so their graphs are for sizes of any value: one for
+        # each pair of widths, if sizes that are equal by chance are not taken for the same size. Sizes of 1, and those
+        # that equal a width, may have graphs of their own.
+        torch.fx.experimental._config.use_duck_shape = False
+        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        outermost = CheckpointWrapper if recomputes else ResidualBlock
+        for block in [module for module in model.patches.modules() if isinstance(module, outermost)]:
+            block.compile(dynamic=True)
     for block in blocks:
         if config.compile:
             block.compile(dynamic=False)
@@ -134,7 +149,7 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> "FS
     return units[0]
 
 
-def separate_reductions(model: FSDPModule) -> None:
+def separate_reductions(model: "FSDPModule") -> None:
     """Give gradients a communicator of their own; NCCL runs the collectives of one in turn, gathers among them.
 
     From torch 2.13 on. Collective.
@@ -204,12 +219,14 @@ def initialize(model: Transfusion, seed: int, device: torch.device) -> None:
     for name, parameter in model.named_parameters():
         mine, name = local(parameter).view(-1), plain_name(name)
         start = -first_element(parameter)  # of the next piece, relative to this rank's elements
-        for piece in initial_pieces(name, tuple(parameter.shape), model.config, parameter_generator(seed, name)):
+        drawn = model.drawn_shape(name, parameter)
+        for piece in initial_pieces(name, drawn, model.config, parameter_generator(seed, name)):
             overlap = piece[max(0, -start) : max(0, len(mine) - start)]
             mine[max(0, start) :][: len(overlap)] = overlap
             start += len(piece)
             if start >= len(mine):
                 break
+        mine[max(0, start) :].zero_()  # padding
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:

@@ -17,8 +17,7 @@ from data.packing import PackedBatch
 from data.tokenizer import SpecialIds
 from model.transfusion import Transfusion, TransfusionConfig
 from train.flops import Flops
-from train.hardware import memory_of
-from train.planning.rehearsal import Collective, rehearse
+from train.planning.rehearsal import Collective
 from train.pretrain_config import PretrainConfig
 
 # Parts of the model, by the first word of their parameters' names.
@@ -28,7 +27,6 @@ GIB = 2**30
 CONTEXT_GIB, FRAGMENTED = 1.5, 0.05
 PAPER_GRID: Grid = (32, 32)  # latents of the paper's 256-pixel pictures
 CAPTION_TOKENS = 64  # assumed when the data is not available
-ROUGH_STATES, ROUGH_ACTIVATIONS = 32, 128  # bytes per parameter; bytes per token, channel and layer
 
 
 def parameters(config: TransfusionConfig, vocab_size: int) -> dict[str, int]:
@@ -62,56 +60,6 @@ def largest_batches_of(config: PretrainConfig, world_size: int, grids: Sequence[
 def usable_bytes(memory_gib: float) -> float:
     """Return the memory that a GPU of `memory_gib` has for tensors."""
     return max(0.0, memory_gib * (1 - FRAGMENTED) - CONTEXT_GIB) * GIB
-
-
-def refuse_unless_states_fit(config: PretrainConfig, vocab_size: int, world_size: int, memory_bytes: int) -> None:
-    """Raise ValueError if a rank's states between steps exceed its device's memory (P10). Takes about a second."""
-    states = rehearse(config, vocab_size, world_size, [], cuda=False).states
-    total = sum(states.values())
-    if total > memory_bytes:
-        parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in states.items() if size)
-        raise ValueError(
-            f"a rank's states take {total / GIB:.2f} GiB ({parts}), more than the {memory_bytes / GIB:.2f} GiB of its "
-            f"device, before any activation; use more ranks than {world_size}, parallel.dp_replicate=1, fewer averages "
-            "or a smaller model (python -m train.plan says what would fit)"
-        )
-
-
-def warning_unless_peak_fits(
-    config: PretrainConfig, vocab_size: int, world_size: int, grids: Sequence[Grid], memory_bytes: int, *, cuda: bool
-) -> str | None:
-    """Return a warning if the peak of a step with the largest batch is likely to exceed the device's memory.
-
-    Takes some seconds. Every rank gets the same result, without communication.
-    """
-    rehearsal = rehearse(config, vocab_size, world_size, largest_batches_of(config, world_size, grids), cuda=cuda)
-    usable = usable_bytes(memory_bytes / GIB) if cuda else memory_bytes
-    total = sum(rehearsal.peak.values())
-    if total <= usable:
-        return None
-    parts = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in rehearsal.peak.items() if size >= 0.01 * total)
-    return (
-        f"the largest step is estimated at {total / GIB:.2f} GiB in {rehearsal.peak_phase} ({parts}), of "
-        f"{usable / GIB:.2f} GiB that the device has for tensors; python -m train.plan says what would fit"
-    )
-
-
-def check_memory(
-    config: PretrainConfig, vocab_size: int, world_size: int, grids: Sequence[Grid], device: torch.device, *, warn: bool
-) -> str | None:
-    """Return a warning if a step is likely too large for this rank's device; called before process groups exist.
-
-    Raises ValueError if the states alone are (see `refuse_unless_states_fit`). Skips the rehearsal for small runs on a
-    CPU, far from the limit by a rough count, and on ranks that would not `warn`.
-    """
-    cuda, memory = device.type == "cuda", memory_of(device)
-    trunk, (rows, _) = config.model.transformer, rows_per_rank(config, world_size)
-    states = ROUGH_STATES * parameters(config.model, vocab_size)["total"] * config.parallel.dp_replicate / world_size
-    activations = ROUGH_ACTIVATIONS * rows * config.data.sequence_length * trunk.width * trunk.layers
-    if not cuda and states + activations < memory / 4:
-        return None
-    refuse_unless_states_fit(config, vocab_size, world_size, memory)
-    return warning_unless_peak_fits(config, vocab_size, world_size, grids, memory, cuda=cuda) if warn else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from train.planning.estimate import (
     rows_per_rank,
     usable_bytes,
 )
+from train.planning.fit import choose_level, rehearse_levels
 from train.planning.kernels import Kernels
 from train.planning.prediction import predict
 from train.planning.rehearsal import Rehearsal, rehearse
@@ -86,7 +87,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         raise ValueError(f"model and vocab_size={vocab_size} are too large to count: {error}") from None
     data, assumed = _data(config)
     step_tokens = config.data.lanes * config.data.sequence_length
-    memory, rehearsal = _memory(config, vocab_size, data)
+    config, memory, rehearsal = _memory(config, vocab_size, data)
     compute = _compute(config, vocab_size, data)
     plan = {
         "parameters": counts,
@@ -135,8 +136,8 @@ def _data(config: PlanConfig) -> tuple[DataSet | None, str | None]:
         return None, f"the data is not here ({error}): {assumed}"
 
 
-def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[dict[str, Any], Rehearsal]:
-    """Return what a rank holds, and the rehearsal that says so."""
+def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[PlanConfig, dict[str, Any], Rehearsal]:
+    """Return the config with its activation checkpointing decided, what a rank holds, and the rehearsal of that."""
     gpu, world_size = config.gpu_type, config.world_size
     if gpu is not None:
         memory_gib = config.memory_gib or gpu.memory_gib
@@ -147,13 +148,17 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[
         usable = memory_gib * GIB
 
     rehearsed = partial(_rehearsed, vocab_size, data, gpu is not None)
-    rehearsal = rehearsed(config, world_size)
+    found = rehearse_levels(config, usable, lambda config: rehearsed(config, world_size))
+    config, why = choose_level(config, found, usable)
+    rehearsal = found[config.parallel.activation_checkpointing]
     total = sum(rehearsal.peak.values())
     loader = loader_bytes(data, config.data, world_size) if data is not None else {}
     plan: dict[str, Any] = {
         "fits": total <= usable,
         "peak_memory_gib": total / GIB,
         "peak_in": rehearsal.peak_phase,
+        "activation_checkpointing": config.parallel.activation_checkpointing,
+        "activation_checkpointing_because": why,
         "usable_memory_gib": usable / GIB,
         "device_memory_gib": memory_gib,
         "memory_at_peak_gib": {kind: size / GIB for kind, size in rehearsal.peak.items()},
@@ -171,7 +176,7 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[
         plan["would_fit_with"] = cheapest_fit(
             config, world_size, lambda config, ranks: sum(rehearsed(config, ranks).peak.values()) <= usable
         )
-    return plan, rehearsal
+    return config, plan, rehearsal
 
 
 def _rehearsed(vocab_size: int, data: DataSet | None, cuda: bool, config: PretrainConfig, world_size: int) -> Rehearsal:

@@ -27,10 +27,11 @@ def plan_text(config: PlanConfig, plan: dict[str, Any]) -> str:
 
 def _parameters(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
     trunk, counts = config.model.transformer, plan["parameters"]
-    size = config.model.patch_size
+    size, rows = config.model.patch_size, counts["embeddings"] // trunk.width
+    padded = f", padded to {rows:,}" if rows > plan["vocab_size"] else ""
     notes = {
         "total": "",
-        "embeddings": f"{plan['vocab_size']:,} token ids ({plan['vocab_size_from']})",
+        "embeddings": f"{plan['vocab_size']:,} token ids{padded} ({plan['vocab_size_from']})",
         "blocks": f"{trunk.layers} layers of width {trunk.width}, {trunk.heads} heads",
         "patches": f"{config.model.patches}, {size}x{size} latent pixels per token",
         "heads": "the text head; the noise head is among the patches",
@@ -58,6 +59,9 @@ def _memory(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
     if not plan["fits"]:
         switches = " ".join(plan["would_fit_with"] or ["none of the switches tried"])
         lines.append(f"  would fit with {switches}")
+    lines.append(
+        f"  recomputed in backward: {plan['activation_checkpointing']} ({plan['activation_checkpointing_because']})"
+    )
     host = plan["host_memory_gib"]
     parts = ", ".join(f"{name} {size:.2f}" for name, size in host.items() if size >= 0.005)
     lines.append(f"  host memory of a rank, at most            {sum(host.values()):>10.2f} GiB  {parts}")

@@ -3,10 +3,10 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from train.distributed.parallelize import ParallelConfig
 from train.planning.estimate import rows_per_rank
+from train.planning.fit import LEVELS
 from train.pretrain_config import PretrainConfig
 
 TRIES = 24  # combinations tried, each some seconds
@@ -61,9 +61,8 @@ def _families(config: PretrainConfig, world_size: int) -> Iterator[list[Switch]]
     rows, _ = rows_per_rank(config, world_size)
     if rows > 1:
         yield [Switch("micro_batch_size", rows >> n, 0.03 * n) for n in range(1, rows.bit_length())]
-    levels = get_args(get_type_hints(ParallelConfig)["activation_checkpointing"])  # none first, full last
-    costs = {"selective": 0.1, "full": 0.3}
-    stronger = levels[levels.index(parallel.activation_checkpointing) + 1 :]
+    costs, level = {"selective": 0.1, "full": 0.3}, parallel.activation_checkpointing
+    stronger = LEVELS[LEVELS.index(level) + 1 :] if level != "auto" else ()
     if stronger:
         yield [Switch("parallel.activation_checkpointing", level, costs[level]) for level in stronger]
     if parallel.accumulate_unsharded:
