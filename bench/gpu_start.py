@@ -25,11 +25,13 @@ def first_step(setting: Setting, size: str, name: str, environment: dict[str, st
     """Return the seconds until a new process has logged its first step; raise RuntimeError if it never does."""
     run_dir = setting.folder / "runs" / f"start-{name}"
     argv = [*setting.arguments(size, run_dir), "log.interval_steps=1", "optim.steps=1000", "optim.warmup_steps=1"]
-    log = setting.folder / f"start-{name}.log"
+    log, environment = setting.folder / f"start-{name}.log", os.environ | environment
+    if setting.on_cuda:
+        environment.pop("OMP_NUM_THREADS", None)  # one thread is for the cases' own processes
     with log.open("wb") as output:
         start = time.monotonic()
         command = [sys.executable, "-m", "train.pretrain", *argv]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=os.environ | environment)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=environment)
         try:
             while not rows(run_dir):
                 if process.poll() is not None or time.monotonic() - start > limit_s:

@@ -26,6 +26,7 @@ RANGES = {
     "mask": ("bench mask",),
     "data": ("bench copies of the batch",),
     "cross_entropy": ("_LinearCrossEntropy",),
+    "attention": ("_DocumentAttention",),  # on a CPU; on a GPU its kernels have names
     "fsdp": ("FSDP::",),
 }
 FUSED = re.compile(r"^triton_(poi|red|per)_")  # inductor's elementwise kernels and reductions, whatever they are of
@@ -61,7 +62,7 @@ def named_ranges() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_named(Optimizer, "update", "bench optimizer"))
         stack.enter_context(_named(PackedBatch, "to", "bench copies of the batch"))
-        for mask in ("block_mask", "dense_mask"):
+        for mask in [name for name in vars(train.step) if name.endswith("_mask")]:  # those that build one
             stack.enter_context(_named(train.step, mask, "bench mask"))
         yield
 

@@ -5,15 +5,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import gpu, gpu_report, gpu_trace
+from bench import gpu, gpu_report, gpu_step, gpu_trace
 from bench.gpu import Case
+from bench.gpu_ceiling import Ceiling, roofline_s
 from bench.gpu_setting import Setting
+from model.transformer import TransformerConfig
+from model.transfusion import TransfusionConfig
 from train.planning.kernels import Kernels
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +96,32 @@ def _dies(_: Setting) -> dict[str, Any]:
 
 def _answers(_: Setting) -> dict[str, Any]:
     return {"answer": 42}
+
+
+def test_layers_are_left_out_until_the_plan_fits_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device with the memory that one layer needs; with less than that the case is refused."""
+    config, cpu = Setting(tmp_path, "cpu").config("toy", tmp_path / "run"), torch.device("cpu")
+    whole, _ = gpu_step.largest_that_fits(config, 512, cpu)
+    assert whole.model.transformer.layers == 2 and whole.parallel.activation_checkpointing == "none"
+    shallow = replace(config, model=replace(config.model, transformer=replace(config.model.transformer, layers=1)))
+    needed = sum(gpu_step.largest_that_fits(shallow, 512, cpu)[1].peak.values())
+    monkeypatch.setattr(gpu_step, "memory_of", lambda _: needed)
+    fitted, plan = gpu_step.largest_that_fits(config, 512, cpu)
+    assert fitted.model.transformer.layers == 1 and sum(plan.peak.values()) <= needed
+    monkeypatch.setattr(gpu_step, "memory_of", lambda _: needed // 4)
+    with pytest.raises(MemoryError, match="one layer of width 32 does not fit"):
+        gpu_step.largest_that_fits(config, 512, cpu)
+
+
+def test_a_roofline_is_products_attention_and_bytes() -> None:
+    """Closed form: 100 GFLOP of attention at 50 TFLOP/s, 2 micro-steps of 3 ms, bytes at 1,000 GB/s."""
+    config = TransfusionConfig(transformer=TransformerConfig(width=64, layers=2, heads=2, ffn_hidden=128))
+    ceiling = Ceiling(gemm_tflops=50.0, gemm_s=0.003, copy_gb_per_s=1000.0)
+    least = roofline_s(
+        ceiling, config, micro_steps=2, tokens=1000, attention_flops=1e11, parameters=10**6, element_bytes=2
+    )
+    moved = 1000 * 2 * 3 * 2 * (14 * 64 + 3 * 128) + 32 * 10**6
+    assert least == pytest.approx(0.006 + 0.002 + moved / 1e12)
 
 
 def _event(cat: str, name: str, start: float, duration: float, **args: Any) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def case(speeds: Speeds, width: int = 128, **changes: Any) -> dict[str, Any]:
         "transformer": trunk,
         "vocab_size": VOCAB,
         "activation_checkpointing": "none",
+        "compiled": True,
         "parameters": PARAMETERS,
         "counts": counts,
         "breakdown_ms": {kind: 1e3 * seconds for kind, seconds in taken.items()} | {"idle": 9e9},
