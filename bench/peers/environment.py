@@ -47,7 +47,7 @@ def make(folder: Path) -> None:
     venv.create(folder, with_pip=True, clear=True)
     ours = Path(torch.__file__).parents[1]
     (packages_of(folder) / "ours.pth").write_text(f"{ours}\n", encoding="utf-8")
-    command = [python_of(folder), "-m", "pip", "install", "--quiet", "--retries", "1", f"{PACKAGE}=={VERSION}"]
+    command = [str(python_of(folder)), "-m", "pip", "install", "--quiet", "--retries", "1", f"{PACKAGE}=={VERSION}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not is_made(folder):
         lines = done.stderr.splitlines()

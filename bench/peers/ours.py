@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.peers.works import CHANNELS, PATCH, Size, Work, rows_of
+from bench.peers.works import CHANNELS, PATCH, Sample, Size, Work, rows_of
 from bench.step import FLOAT32, sharded_model
 from data.documents import Document, ImageSegment, TextSegment
 from data.loader import draw_images
@@ -96,8 +96,8 @@ class Ours:
         self.ranks.close()
 
 
-def _document(sample: Any) -> Document:
+def _document(sample: Sample) -> Document:
     # The variance of a latent is e^-30: every contestant sees the same latents.
     moments = np.concatenate([sample.latents, np.full_like(sample.latents, -30.0)]).astype(np.float16)
-    segments = [TextSegment(sample.caption), ImageSegment(moments)]
-    return Document((*segments, TextSegment(sample.tail)) if len(sample.tail) else tuple(segments))
+    tail = (TextSegment(sample.tail),) if len(sample.tail) else ()
+    return Document((TextSegment(sample.caption), ImageSegment(moments), *tail))
