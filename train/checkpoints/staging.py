@@ -65,10 +65,10 @@ class Staging:
             if isinstance(value, dict):
                 copies[key] = self._like(value, f"{name}.")
                 continue
-            copies[key] = self._buffers[name]
+            copies[key] = buffer = self._buffers[name]
             if is_sharded(value):
-                mesh, shape = self._on_host(value.device_mesh), {"shape": value.shape, "stride": value.stride()}
-                copies[key] = value.from_local(self._buffers[name], mesh, value.placements, **shape)
+                mesh = self._on_host(value.device_mesh)
+                copies[key] = value.from_local(buffer, mesh, value.placements, shape=value.shape, stride=value.stride())
         return copies
 
     def _on_host(self, mesh: DeviceMesh) -> DeviceMesh:
