@@ -66,10 +66,10 @@ class Staging:
             if isinstance(value, dict):
                 copies[key] = self._like(value, f"{name}.")
                 continue
-            copies[key] = self._buffers[name]
+            copies[key] = copy = self._buffers[name]
             if isinstance(value, DTensor):
-                mesh, shape = self._on_host(value.device_mesh), {"shape": value.shape, "stride": value.stride()}
-                copies[key] = DTensor.from_local(self._buffers[name], mesh, value.placements, **shape)
+                mesh, shape, stride = self._on_host(value.device_mesh), value.shape, value.stride()
+                copies[key] = DTensor.from_local(copy, mesh, value.placements, shape=shape, stride=stride)
         return copies
 
     def _on_host(self, mesh: DeviceMesh) -> DeviceMesh:
