@@ -123,6 +123,6 @@ def test_compiled_rounding_has_the_same_bits_and_one_graph_for_all_shapes() -> N
         exact.view(-1)[:3] = torch.tensor([math.inf, math.nan, -0.0])
         expected = stochastic_bfloat16(exact, number * 2**31, f"{number} 3 exp_avg")
         start = _start(number * 2**31, f"{number} 3 exp_avg")
-        found = _compiled()(exact.flatten(), torch.full((), start, dtype=torch.int32)).view(shape)
+        found = _compiled()(exact.flatten().data, torch.full((), start, dtype=torch.int32)).view(shape)
         assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), shape
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -1,5 +1,6 @@
 """A checkpoint is written while training continues; a failing disk is reported and survived, or ends the run (P5)."""
 
+import gc
 import json
 import math
 import shutil
@@ -108,7 +109,8 @@ def _save_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", refuse)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lock))
+    runtime = SimpleNamespace(cudaHostRegister=lock, cudaHostUnregister=lambda _: asked.append(("unlock",)))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
 
     def ask(name: str, device: torch.device) -> None:
         asked.append((threading.current_thread().name, name, device))
@@ -139,6 +141,8 @@ def test_the_saver_names_its_ranks_gpu_and_waits_for_no_stream(tmp_path: Path, m
 def test_a_save_locks_one_block_of_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = _save_on_a_gpu(tmp_path, monkeypatch)
     assert [what for what in asked if what[0] == "lock"] == [("lock", 4032)]  # 4,000 bytes, to whole cache lines
+    gc.collect()
+    assert asked[-1] == ("unlock",)  # with the saver: else CUDA refuses to lock these addresses for another
     monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
     with pytest.raises(MemoryError, match=r"0\.0 GiB of states to page-locked host memory.*CUDA error 2"):
         Staging(torch.device("cuda")).copy({"a": torch.zeros(3)})

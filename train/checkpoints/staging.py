@@ -6,6 +6,8 @@ to a power of two (105 GiB for the 75 GiB of a 7B model's states on one GPU); bu
 pages.
 """
 
+import weakref
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -48,6 +50,7 @@ class Staging:
         block = torch.empty(self.num_bytes, dtype=torch.uint8)
         if self._device.type == "cuda" and self.num_bytes:
             _lock(block)
+            weakref.finalize(self, _unlock, block.data_ptr()).atexit = False  # before its addresses are used again
         memory, start, buffers = block.numpy(), 0, {}
         for name, tensor in live.items():
             if tensor.numel():
@@ -86,3 +89,7 @@ def _lock(block: torch.Tensor) -> None:
             f"a save copies this rank's {block.nbytes / 2**30:.1f} GiB of states to page-locked host memory, which the "
             f"system refused (CUDA error {error}): give the rank more host memory, or use more ranks"
         )
+
+
+def _unlock(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)

@@ -21,7 +21,7 @@ def stochastic_bfloat16(exact: torch.Tensor, first_element: int, key: str) -> to
     Unbiased. Values exact in bfloat16 do not change, nor do infinities and NaN. On a CPU it takes three temporary
     copies; on a GPU one kernel makes it, compiled once for all shapes, with the same bits.
     """
-    flat = exact.flatten()
+    flat = exact.flatten().data  # no view to torch, which compiles anew for views of another number of axes
     start = torch.full((), _start(first_element, key), dtype=torch.int32, device=exact.device)
     rounded = _compiled()(flat, start) if exact.is_cuda else _rounded(flat, start)
     return rounded.view(exact.shape)
