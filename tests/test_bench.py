@@ -15,8 +15,8 @@ import torch
 from bench import gpu, gpu_report, gpu_step, gpu_trace
 from bench.gpu import Case
 from bench.gpu_ceiling import Ceiling, roofline_s
-from bench.gpu_setting import Setting
-from model.transformer import TransformerConfig
+from bench.gpu_setting import MICRO_STEPS, Setting
+from model.transformer import SIZES, TransformerConfig
 from model.transfusion import TransfusionConfig
 from train.planning.kernels import Kernels
 
@@ -122,6 +122,18 @@ def test_a_roofline_is_products_attention_and_bytes() -> None:
     )
     moved = 1000 * 2 * 3 * 2 * (14 * 64 + 3 * 128) + 32 * 10**6
     assert least == pytest.approx(0.006 + 0.002 + moved / 1e12)
+
+
+def test_on_a_gpu_the_cases_are_the_papers_presets(tmp_path: Path) -> None:
+    """Compiled, at 4,096 tokens, with the loader's processes; their sizes, sequences and micro-steps as stated."""
+    for case in gpu.GPU_CASES:
+        if case.work is gpu_step.measure:
+            size, patches, text_only, _ = case.arguments
+            config = Setting(tmp_path, "cuda").config(size, tmp_path / "run", patches, text_only=text_only)
+            assert config.model.transformer == SIZES[size] and config.model.patches == patches
+            assert config.parallel.compile and config.data.sequence_length == 4096 and config.data.num_workers == 4
+            assert config.data.lanes == config.micro_batch_size * MICRO_STEPS[size]
+            assert config.data.sources.keys() == ({"texts"} if text_only else {"pairs", "texts"})
 
 
 def _event(cat: str, name: str, start: float, duration: float, **args: Any) -> dict[str, Any]:
