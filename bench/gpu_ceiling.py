@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.gpu_setting import wait_for
 from model.transfusion import TransfusionConfig
+from train.distributed.process import wait_for
 
 # Passes over a tensor of width D (the residual stream and its like) or H (SwiGLU's) that no fusion saves, forward; the
 # backward pass takes twice as many. Norms: 2 x (read, write); residual sums: 2 x (read 2, write); rotary positions:

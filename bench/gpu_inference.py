@@ -8,7 +8,7 @@ import torch
 
 from bench import sampling
 from bench.gpu_ceiling import seconds
-from bench.gpu_setting import Setting, wait_for
+from bench.gpu_setting import Setting
 from bench.loader import CHANNELS, GRID, make_pictures
 from data.raw import RawDocument
 from data.shards import BadRecords, write_shard
@@ -17,6 +17,7 @@ from model.draws import SeededDraws
 from model.sampler import Prompt, SamplerConfig, generate
 from model.transfusion import Transfusion, init_weights
 from model.vae import VaeConfig, build_vae, moments
+from train.distributed.process import wait_for
 from train.encoding.encoder import Encoder, EncoderConfig
 
 

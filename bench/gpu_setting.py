@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import sentencepiece
-import torch
 
 from bench.loader import GRID, PATCH, make_data
 from data.tokenizer import BOI_PIECE, EOI_PIECE
@@ -112,9 +111,3 @@ def make_tokenizer(path: Path, vocab_size: int) -> None:
             pad_id=3,
             minloglevel=2,
         )
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait for all work of a CUDA device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

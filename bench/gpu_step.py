@@ -18,12 +18,13 @@ import torch
 from torch._dynamo.utils import counters
 
 from bench import gpu_ceiling, gpu_trace
-from bench.gpu_setting import Patcher, Setting, wait_for
+from bench.gpu_setting import Patcher, Setting
 from bench.loader import GRID
 from data.loader import Loader
 from data.packing import PackedBatch
 from train.checkpoints.run_folder import RunFolder
 from train.distributed.parallelize import compute_dtype
+from train.distributed.process import wait_for
 from train.distributed.ranks import init_ranks, own_device
 from train.distributed.signals import StopSignal
 from train.flops import Flops
@@ -48,7 +49,8 @@ class Steps:
 
     def __init__(self, run: Run, loader: Loader, vocab_size: int) -> None:
         self.run, self.loader = run, loader
-        self.flops = Flops.of(run.config.model, vocab_size, run.config.parallel.activation_checkpointing)
+        parallel = run.config.parallel
+        self.flops = Flops.of(run.config.model, vocab_size, parallel.activation_checkpointing, parallel.compile)
         self.run_step = importlib.import_module("train.pretrain").run_step  # a program: not imported at the top
         self.batches: list[PackedBatch] = []  # of the last `take`
 

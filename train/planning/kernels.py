@@ -86,7 +86,7 @@ def _speeds(case: dict[str, Any]) -> Speeds:
     """Return the speeds of one measured step."""
     trunk = TransformerConfig(**case["transformer"])
     config = TransfusionConfig(transformer=trunk)  # the patcher's FLOPs are counted apart
-    flops = Flops.of(config, case["vocab_size"], case["activation_checkpointing"])
+    flops = Flops.of(config, case["vocab_size"], case["activation_checkpointing"], case["compiled"])
     counts, taken = case["counts"], {kind: ms / 1e3 for kind, ms in case["breakdown_ms"].items()}
     busy = sum(seconds for kind, seconds in taken.items() if kind != "idle")
     products = (flops.per_token + flops.again_per_token) * counts["tokens"]

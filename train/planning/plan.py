@@ -87,6 +87,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         raise ValueError(f"model and vocab_size={vocab_size} are too large to count: {error}") from None
     data, assumed = _data(config)
     step_tokens = config.data.lanes * config.data.sequence_length
+    asked = config
     config, memory, rehearsal = _memory(config, vocab_size, data)
     compute = _compute(config, vocab_size, data)
     plan = {
@@ -101,7 +102,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         **compute,
         **_communication(config, rehearsal, compute.get("compute_s_a_step")),
     }
-    return plan if kernels is None else plan | _predicted(config, kernels, plan, data)
+    return plan if kernels is None else plan | _predicted(asked, kernels, plan, data)
 
 
 def _kernels(config: PlanConfig) -> Kernels | None:
@@ -232,16 +233,22 @@ def _predicted(config: PlanConfig, kernels: Kernels, plan: dict[str, Any], data:
     """Return what a plan says of time, predicted from measured kernels, for its ranks and for other numbers of them."""
     gpu = config.gpu_type
     assert gpu is not None
-    vocab_size = plan["vocab_size"]
+    vocab_size, usable = plan["vocab_size"], plan["usable_memory_gib"] * GIB
+
+    def decided(gpus: int) -> tuple[PlanConfig, Rehearsal]:
+        found = rehearse_levels(config, usable, lambda config: _rehearsed(vocab_size, data, True, config, gpus))
+        of_gpus, _ = choose_level(config, found, usable)
+        return of_gpus, found[of_gpus.parallel.activation_checkpointing]
+
     rows = predict(
         config,
         vocab_size,
         documents_of(config, data),
         plan["parameters"]["total"],
         kernels.at(config.model.patches, config.model.transformer.width),
-        lambda gpus: (config, _rehearsed(vocab_size, data, True, config, gpus)),
+        decided,
         also=config.world_size,
-        usable=plan["usable_memory_gib"] * GIB,
+        usable=usable,
         peak_tflops=gpu.peak_tflops,
         bandwidths=_bandwidths(config, gpu),
     )

@@ -51,7 +51,7 @@ def compute_seconds(
 ) -> float:
     """Return the seconds in which the rank with the most lanes computes a step."""
     model, length = config.model, config.data.sequence_length
-    flops = Flops.of(model, vocab_size, config.parallel.activation_checkpointing)
+    flops = Flops.of(model, vocab_size, config.parallel.activation_checkpointing, config.parallel.compile)
 
     def of_a_token(**parts: float) -> float:
         """Return the FLOPs of an average token of these parts alone."""
