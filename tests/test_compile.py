@@ -191,8 +191,8 @@ def test_residual_blocks_have_few_graphs_for_any_grids(
 ) -> None:
     """One for each pair of widths, here two, beside the trunk's; torch traces one of them twice, before it runs.
 
-    So a batch with other grids and other numbers of images, or with none, has no graphs of its own. (Numbers that are 1
-    or equal a width, may have.)
+    So a batch with other grids and other numbers of images, or with none, has no graphs of its own. (Numbers that are
+    1, or equal a width, may have.)
     """
     batches = _batches(tmp_path, tokenizer, [(4, 4), (4, 8)], [], [(8, 4), (6, 6)], patch_size=1)
     found = _of_levels(UNET, batches, 1, levels, dtype="float32")

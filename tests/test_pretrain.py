@@ -129,7 +129,10 @@ def test_stopped_started_again_prolonged_and_refused(run_dir: Path, arguments: A
     assert runs.saved_steps(run_dir) == [30]
 
     before = {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
-    assert "done after step 30" in runs.finish(argv, None)
+    output = runs.finish(argv, None)
+    assert "done after step 30" in output
+    assert "pretrain: activation checkpointing: none (far from the limit of memory by a rough count)" in output
+    assert "activation_checkpointing: none" in (run_dir / "config.yaml").read_text(), "what ran, not auto"
     assert all(path.read_bytes() == content for path, content in before.items())
     assert len(runs.rows(run_dir)) == len({row["step"] for row in runs.rows(run_dir)})
 

@@ -123,8 +123,11 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> "FS
         # Residual blocks see every image grid and number of images, so their graphs are for sizes of any value: one for
         # each pair of widths, if sizes that are equal by chance are not taken for the same size. Sizes of 1, and those
         # that equal a width, may have graphs of their own.
-        torch.fx.experimental._config.use_duck_shape = False
-        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        from torch._dynamo import config as tracing
+        from torch.fx.experimental import _config as symbolic_sizes
+
+        symbolic_sizes.use_duck_shape = False
+        tracing.recompile_limit = max(GRAPHS, tracing.recompile_limit)
         outermost = CheckpointWrapper if recomputes else ResidualBlock
         for block in [module for module in model.patches.modules() if isinstance(module, outermost)]:
             block.compile(dynamic=True)
