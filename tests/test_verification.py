@@ -91,7 +91,7 @@ def test_ranks_share_the_shards(whole: Path, capsys: Capsys, monkeypatch: pytest
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         found.append(verify(whole, capsys)[1])
-    assert "17 records in 2 shards" in found[0] and "13 records in 1 shards" in found[1]
+    assert "17 records in 2 shards" in found[0] and "13 records in 1 shard" in found[1]
 
 
 def test_lost_indices_are_made_again_byte_for_byte(
@@ -136,7 +136,7 @@ def test_foreign_shards_are_indexed_but_for_what_is_bad(
         main(settings)
     main([*settings, "max_bad_fraction=0.3"])
     printed = capsys.readouterr().out
-    assert "index: 8 records in 1 shards" in printed and "no tokens and no moments: 1" in printed
+    assert "index: 8 records in 1 shard" in printed and "no tokens and no moments: 1" in printed
     manifest = Manifest.load(folder)
     good = [record["moments.npy"] for i, record in enumerate(records) if i not in (3, 5)]
     kept = np.stack([np.frombuffer(data[-512:], "<f2").reshape(4, 8, 8) for data in good])

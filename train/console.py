@@ -16,6 +16,11 @@ def say(words: str) -> None:
         print(words, flush=True)
 
 
+def plural(count: int, noun: str) -> str:
+    """Return "1 rank", "2 ranks"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class Console:
     """One line per log interval on rank 0: step, losses, speed, time left. Warns once if a stop may take too long."""
 

@@ -10,11 +10,12 @@ folder, skip what is done, and take over from dead workers; the bytes written ar
 import json
 import os
 import socket
+import sys
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from data.remote import file_version, is_remote, shown
 from data.shards import BadRecords, Record, index_shard, write_shard
 from data.storage import Location, local_copy
 from train.config import load_config, run_program
+from train.console import plural
+from train.distributed.launcher import place
 from train.encoding.encoder import EXAMPLES_KEPT, Encoder, EncoderConfig
 from train.encoding.leases import Leases
 from train.encoding.progress import Progress
@@ -90,7 +93,8 @@ def main(argv: list[str]) -> int | None:
             bad.check()
         for name in bad.names:
             print(f"encode: skipped {name}")
-        finish(encoder, tasks, output, leases, bad)
+        with redirect_stdout(None if place().rank else sys.stdout):  # once for the ranks of a launcher
+            finish(encoder, tasks, output, leases, bad)
     return None
 
 
@@ -229,13 +233,15 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
     others = {path.name for path in output.glob("*.tar.json")} - {sidecar_path(task.shard).name for task in tasks}
     if others:
         print(
-            f"encode: {output} also holds {len(others)} shards of other inputs ({min(others).removesuffix('.json')} "
-            "...), which are not in the manifest: name all inputs of a data set in each call"
+            f"encode: {output} also holds {plural(len(others), 'shard')} of other inputs "
+            f"({min(others).removesuffix('.json')} ...), which are not in the manifest: name all inputs of a data set "
+            "in each call"
         )
     if encoder.vae is not None:
         print(f"encode: latent statistics: {encoder.stats_source}")
     warn_of_unknown(sidecars, encoder.config.tokenizer)
-    print(f"encode: {manifest.records} records in {len(manifest.shards)} shards in {output}; skipped {bad.summary()}")
+    counts = f"{plural(manifest.records, 'record')} in {plural(len(manifest.shards), 'shard')}"
+    print(f"encode: {counts} in {output}; skipped {bad.summary()}")
 
 
 def warn_of_unknown(sidecars: Sequence[Sidecar], tokenizer: str) -> None:

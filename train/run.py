@@ -16,7 +16,7 @@ from model.vae import LatentStats
 from train.checkpoints.resume import ResumePoint
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver
-from train.console import Console, say
+from train.console import Console, plural, say
 from train.distributed.process import set_allocator, wait_for
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopKind, StopSignal, shield_worker
@@ -126,18 +126,19 @@ class Run:
             tokens = sum(shard.tokens(config.model.patch_size) for shard in source.manifest.shards)
             later = "".join(f", {w:.3g} from step {step}" for step, w in source.config.weight_from.items())
             weight = f"weight {source.config.weight:.3g}{later}"
-            yield f"source {name}: {source.manifest.records:,} documents, {tokens:,} tokens, {weight}"
+            yield f"source {name}: {plural(source.manifest.records, 'document')}, {tokens:,} tokens, {weight}"
         memory = loader_bytes(data, config.data, ranks.world_size)
         parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in memory.items() if size >= 2**16)
         yield f"data takes at most {sum(memory.values()) / 2**20:,.1f} MiB of host memory a rank: {parts or 'tables'}"
         ignored = " (init_from counts only without checkpoints)" if config.init_from and self.origin.checkpoint else ""
         num_parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
         yield (
-            f"{num_parameters / 1e6:.2f}M parameters, {ranks.world_size} ranks on {ranks.device.type}, "
+            f"{num_parameters / 1e6:.2f}M parameters, {plural(ranks.world_size, 'rank')} on {ranks.device.type}, "
             f"{config.data.lanes} x {config.data.sequence_length} tokens a step, {config.optim.steps} steps, "
             f"{self.started_from}{ignored}; config in {self.folder.path / 'config.yaml'}"
         )
         if ranks.device.type == "cuda":
             yield f"CUDA's allocator: {set_allocator()}"
         if data.too_long:
-            yield f"warning: {len(data.too_long)} documents are left out of training: {'; '.join(data.too_long[:8])}"
+            count = plural(len(data.too_long), "document")
+            yield f"warning: left out of training: {count}: {'; '.join(data.too_long[:8])}"

@@ -147,7 +147,7 @@ def test_interleaved_documents_keep_their_order(encode: Encode, tokenizer: Token
 
 
 def test_a_list_of_captions_becomes_several_and_what_is_none_is_counted(
-    encode: Encode, tokenizer: Tokenizer, capsys: Capsys
+    encode: Encode, tokenizer: Tokenizer, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From JSON under a key of its own to what training draws; a job in which the key is missing names it."""
     values: list[object] = [["a red circle", "a round thing"], float("nan"), 7, "null", "a square"]
@@ -156,7 +156,13 @@ def test_a_list_of_captions_becomes_several_and_what_is_none_is_counted(
     with pytest.raises(ValueError, match=r"no caption: 5.*caption_key=KEY chooses one of \['TEXT'\]"):
         encode(raw)
     encode(raw, caption_key="TEXT", max_bad_fraction=0.6)
-    assert "2 records in 1 shards" in (said := capsys.readouterr().out) and "skipped no caption: 3" in said
+    said, warned = capfd.readouterr()
+    assert "2 records in 1 shard in" in said and "skipped no caption: 3" in said
+    assert "kept in float32" not in warned, "diffusers' warning of an empty list"
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    encode(raw, caption_key="TEXT", max_bad_fraction=0.6)
+    assert "records in" not in capfd.readouterr().out, "torchrun's ranks print the totals once"
     several, one = (decode_document(r, "here") for r in encoded_records(OUT))
     assert [tokenizer.decode(s.token_ids) for s in several.captions] == values[0] and not one.captions
     data = open_data(data_config(tokenizer, {"a": OUT}, lanes=1), 0, patch_size=2)

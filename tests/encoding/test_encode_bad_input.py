@@ -58,7 +58,7 @@ def test_bad_pictures_and_captions_are_counted_by_reason_and_named(encode: Encod
         "duplicate key: 1, empty caption: 1, empty document: 1, no caption: 1, no picture: 1, oversized record: 1, "
         "too many pictures: 1, undecodable caption: 1, undecodable picture: 2"
     )
-    assert f"3 records in 1 shards in {OUT}; skipped {counts}" in printed
+    assert f"3 records in 1 shard in {OUT}; skipped {counts}" in printed
     assert f"encode: skipped {raw / 'a.tar'}/00001: undecodable picture" in printed
     # A second run has nothing to do, and still says what is missing.
     encode(raw, max_bad_fraction=0.8)
@@ -120,7 +120,7 @@ def test_everything_that_the_web_holds_is_counted_and_nothing_leaves_the_folder(
         "duplicate key: 2, duplicate member: 1, empty picture: 1, member is not a file: 1, no caption: 1, "
         "no picture: 1, oversized picture: 1, undecodable caption: 1, undecodable picture: 1, unsafe member name: 2"
     )
-    assert f"8 records in 1 shards in {OUT}; skipped {counts}" in printed
+    assert f"8 records in 1 shard in {OUT}; skipped {counts}" in printed
     made = {OUT, *(OUT / name for name in ("a.tar", "a.tar.idx", "a.tar.json", "manifest.json"))}
     assert set(Path().rglob("*")) - before == made
 
@@ -136,7 +136,7 @@ def test_nothing_is_removed_or_overwritten_that_is_not_the_jobs_own(encode: Enco
     assert contents_of(other) == before
     capsys.readouterr()
     encode(raw / "a.tar")
-    assert "also holds 1 shards of other inputs" in capsys.readouterr().out
+    assert "also holds 1 shard of other inputs" in capsys.readouterr().out
     with pytest.raises(ValueError, match="output=s3://bucket/x: expected a local or shared folder"):
         encode(raw, "s3://bucket/x")
     encode(raw, resolution=16)

@@ -143,7 +143,7 @@ class Encoder:
             self.dtype = torch.bfloat16
         vae = load_vae(config.vae)
         self.vae_hash, self.channels, self.stride = vae_hash(vae), vae.config["latent_channels"], stride_of(vae)
-        self.vae = vae.to(device, self.dtype).eval()  # type: ignore[arg-type]  # a decorator hides `self`
+        self.vae = torch.nn.Module.to(vae, device, self.dtype).eval()  # diffusers' own `to` warns of a list of nothing
         multiple = config.bucket_multiple if config.crop == "buckets" else self.stride
         if config.resolution % self.stride or config.resolution % multiple:
             raise ValueError(

@@ -17,6 +17,7 @@ from data.manifest import LatentSpec, LatentSums, Manifest, count_grids
 from data.raw import TAR
 from data.remote import file_version
 from data.shards import BadRecord, BadRecords, Record, index_shard, read_at
+from train.console import plural
 from train.distributed.launcher import place
 from train.encoding.encoder import Encoder, EncoderConfig
 from train.encoding.sidecar import Sidecar, build_manifest
@@ -42,14 +43,16 @@ def verify_folder(folder: str) -> int:
                 progress.set_postfix_str(f"bad {bad.summary()}")
     for name in bad.names:
         print(f"verify: {name}")
-    share = f"{len(shards)} shards ({total / 1e9:.2f} GB)" + (f", rank {rank} of {ranks}" if ranks > 1 else "")
+    share = f"{plural(len(shards), 'shard')} ({total / 1e9:.2f} GB)" + (
+        f", rank {rank} of {ranks}" if ranks > 1 else ""
+    )
     if damaged:
         print(
             f"verify: {bad.reasons.total()} problems in {len(damaged)} of {share}: {bad.summary()}; damaged: "
             f"{', '.join(damaged[:20])}. Remove these shards' .json sidecars and encode again"
         )
         return 1
-    print(f"verify: {bad.seen} records in {share} match the manifest")
+    print(f"verify: {plural(bad.seen, 'record')} in {share} match the manifest")
     return 0
 
 
@@ -118,7 +121,8 @@ def index_folder(folder: Path, config: EncoderConfig, stats: LatentSpec | None, 
     manifest = build_manifest(encoder, sidecars, folder)
     for name in bad.names:
         print(f"index: left out {name}")
-    print(f"index: {manifest.records} records in {len(manifest.shards)} shards in {folder}; left out {bad.summary()}")
+    counts = f"{plural(manifest.records, 'record')} in {plural(len(manifest.shards), 'shard')}"
+    print(f"index: {counts} in {folder}; left out {bad.summary()}")
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from train.console import plural
 from train.planning.plan import PlanConfig
 
 BAR = 40  # characters for all memory at the peak
@@ -79,7 +80,7 @@ def _time(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in sent.items() if size >= 0.05)
     tokens, tflop = plan["tokens_a_step"], plan["step_tflop"]
     lines = [
-        f"a step of {config.world_size} ranks on {machines} machine{'s' if machines > 1 else ''}",
+        f"a step of {plural(config.world_size, 'rank')} on {plural(machines, 'machine')}",
         f"  batch          {tokens:,} tokens: {config.data.lanes} sequences of {config.data.sequence_length}; "
         f"micro-steps per rank: {plan['micro_steps']}",
         f"  work           {tflop:,.0f} TFLOP, {tflop * 1e12 / tokens:.3g} FLOP per token",
