@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import cpu
-from model.attention import Mask, RotaryTables, additive_mask, apply_rope, attend, rotary_tables
+from model import attention, cpu
+from model.attention import RotaryTables, additive_mask, apply_rope, attend, rotary_tables
 from model.cache import NextTokens
+from model.document_attention import DocumentMask, attend_documents
 
+Mask = attention.Mask | DocumentMask
 CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> attention over all that the cache holds
 
 
@@ -93,6 +95,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: RotaryTables, mask: Mask, cached: CachedAttention | None = None) -> Tensor:
         """Return [B, S, D] of x [B, S, D]; with a cache, x are the next S tokens of each row and `mask` is not read."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, Hq + 2 Hkv, K]
+        if isinstance(mask, DocumentMask) and cached is None:
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+                qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2)
+            return self.out(attend_documents(qkv, rotary, mask, self.heads, self.kv_heads))
         if self.q_norm is None or self.k_norm is None:
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
             q, k = apply_rope(qk, rotary).split((self.heads, self.kv_heads), dim=2)
@@ -100,6 +107,7 @@ class Attention(nn.Module):
             q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
             q, k = apply_rope(self.q_norm(q), rotary), apply_rope(self.k_norm(k), rotary)
         if cached is None:
+            assert not isinstance(mask, DocumentMask)
             mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, Hq, S, K]
         else:
             mixed = cached(q.transpose(1, 2), k, v)
@@ -115,7 +123,10 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate_up = self.gate_up(x)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.down(cpu.swiglu(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
@@ -150,8 +161,8 @@ class Transformer(nn.Module):
         """Return the normalised hidden states [B, S, D] of embeddings h [B, S, D].
 
         `position_ids` int [B, S]; `grid_positions` int [B, S, 2], (-1, -1) for text, read only with rope_2d; `mask`
-        from `attention.block_mask` or `attention.dense_mask`, or None to see everything. With `next_tokens`, h is
-        appended to caches, which have their own masks, and `mask` is not read.
+        from `attention.block_mask`, `attention.dense_mask` or `document_mask`, or None to see everything. With
+        `next_tokens`, h is appended to caches, which have their own masks, and `mask` is not read.
         """
         grid = grid_positions if self.config.rope_2d else None
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, grid)
