@@ -17,6 +17,7 @@ from model import attention, cpu
 from model.attention import RotaryTables, additive_mask, apply_rope, attend, rotary_tables
 from model.cache import NextTokens
 from model.document_attention import DocumentMask, attend_documents
+from model.linear import Linear
 
 Mask = attention.Mask | DocumentMask
 CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> attention over all that the cache holds
@@ -87,8 +88,8 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(self.heads * self.head_dim, config.width, bias=False)
+        self.qkv = Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.out = Linear(self.heads * self.head_dim, config.width)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
@@ -119,8 +120,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
-        self.down = nn.Linear(config.hidden, config.width, bias=False)
+        self.gate_up = Linear(config.width, 2 * config.hidden)
+        self.down = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)

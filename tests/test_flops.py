@@ -11,6 +11,7 @@ from bench.step import backward, sharded_model
 from data.largest_batch import largest_batches
 from data.packing import PackedBatch
 from data.tokenizer import SpecialIds
+from model import linear
 from model.attention import dense_mask
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
@@ -89,7 +90,7 @@ def test_pairs_are_those_of_the_mask_that_the_model_runs_under(image_attention: 
 
 def _products(ranks: Ranks, of: TransfusionConfig, batch: PackedBatch) -> dict[str, tuple[float, float]]:
     """Return the FLOPs of a real step's matrix products and convolutions by kind of activation checkpointing."""
-    found = {}
+    linear.HAS_ONEDNN, found = False, {}  # in this process alone: the counter knows torch's own products
     for level in ("none", "selective", "full"):
         config = ParallelConfig(dtype="float32", activation_checkpointing=level)
         with FlopCounterMode(display=False) as counter:

@@ -196,8 +196,9 @@ def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> Checkpoin
     attention is a separate compiled function, which the policy cannot see: it is recomputed.
     """
     aten = torch.ops.aten
-    if operator is aten.mm.default:
-        narrows = args[1].shape[1] < args[1].shape[0]
+    if operator is aten.mm.default or str(operator) == "mkldnn._linear_pointwise.default":  # model/linear.py
+        inputs, outputs = args[1].shape if operator is aten.mm.default else args[1].T.shape
+        narrows = outputs < inputs
         return CheckpointPolicy.PREFER_RECOMPUTE if narrows else CheckpointPolicy.MUST_SAVE
     expensive = operator in (
         aten.addmm.default,
