@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from model.cache import NextTokens
+from model.linear import Linear
 from model.losses import linear_cross_entropy
 from model.patches import LinearPatches, Skips
 from model.transformer import Transformer, TransformerConfig
@@ -75,7 +76,7 @@ class Transfusion(nn.Module):
         else:
             self.patches = LinearPatches(width, channels, config.patch_size, config.timestep_after_patches)
         self.transformer = Transformer(config.transformer)
-        self.text_head = nn.Linear(width, rows, bias=False)
+        self.text_head = Linear(width, rows)
 
     def forward(
         self,
