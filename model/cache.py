@@ -1,10 +1,12 @@
 """The keys and values of tokens already seen: preallocated, a length per row, several caches side by side.
 
-Attention spans a fixed number of slots, whatever the rows' lengths, so a row's bits depend on shapes and not on how
-long its neighbours are. Rejected: paging (rows are few and of similar length) and growing (the bits would change).
+Attention over a row spans its own tokens, rounded up, so a row pays for its own length, and its bits depend on nothing
+but that. Rejected: one span for all rows (short rows pay for long ones), paging (rows are few) and growing.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -12,12 +14,18 @@ from torch import Tensor
 from model.attention import additive_mask, attend
 
 
-class KVCache:
-    """Keys and values of every layer; slots past a row's length are never seen.
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host, which does not wait for the device, as it would to copy from pageable memory."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
-    A forward of n tokens writes slots [length, length + n) of each row. Only `advance` keeps them: without it the next
-    forward overwrites them, which is how denoising steps share a prefix. Attention looks at the first `span` slots;
-    those from there to `capacity` absorb what idle rows write past their end.
+
+class KVCache:
+    """Keys and values of every layer; tokens past a row's length are never seen.
+
+    A forward of n tokens writes [length, length + n) of its rows. Only `advance` keeps them: without it the next
+    forward overwrites them, which is how denoising steps share a prefix. Attention spans multiples of `step` tokens.
     """
 
     def __init__(
@@ -29,55 +37,98 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        span: int | None = None,
+        step: int = 64,
     ) -> None:
-        # Zeros, not empty: a masked slot still enters the product with weight 0, and 0 * nan is nan.
-        shape = (layers, rows, capacity, kv_heads, head_dim)
-        self.span = capacity if span is None else span
+        # Zeros, not empty: a masked token still enters the product with weight 0, and 0 * nan is nan.
+        shape = (layers, rows, -(-capacity // step) * step, kv_heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._row_index = torch.arange(rows, device=device)[:, None]
+        self.lengths = [0] * rows  # on the host: nothing waits for the device to know them
+        self.step = step
 
-    def slots(self, count: int) -> Tensor:
-        """Return the next `count` slots of each row, int64 [rows, count]: also their positions in the document."""
-        return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+    def span(self, row: int, count: int) -> int:
+        """Return over how many tokens `count` new ones attend."""
+        return -(-(self.lengths[row] + count) // self.step) * self.step
 
-    def mask(self, count: int, causal: bool) -> Tensor:
-        """Return bool [rows, 1, count, span] for the next `count` tokens: text (causal), or one image (not)."""
-        last_visible = self.slots(count) if causal else (self.lengths + count - 1)[:, None].expand(-1, count)
-        return (torch.arange(self.span, device=self.lengths.device) <= last_visible[..., None])[:, None]
+    def advance(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        """Keep the first `counts` of the tokens written last to `rows`."""
+        for row, count in zip(rows, counts, strict=True):
+            self.lengths[row] += count
 
-    def advance(self, counts: Tensor) -> None:
-        """Keep the first `counts` int [rows] of the slots written last."""
-        self.lengths += counts
+    def swap(self, a: int, b: int) -> None:
+        """Exchange the contents of two rows."""
+        longest = max(self.lengths[a], self.lengths[b])
+        for part in (self.keys, self.values):
+            part[:, [a, b], :longest] = part[:, [b, a], :longest]
+        self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [rows, n, Hkv, K] to the next slots; return what attention spans, [rows, Hkv, span, K]."""
-        at = self._row_index, self.slots(k.shape[1])
+
+@dataclass
+class _Run:
+    """Neighbouring rows with the same span, attended to in one call."""
+
+    keys: Tensor  # [layers, rows, span, Hkv, K], a part of a cache
+    values: Tensor
+    at: tuple[Tensor | slice, Tensor | slice]  # (rows, tokens) of the run that the new tokens take
+    mask: Tensor | None  # additive, [rows, 1, count or 1, span]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
-        keys[at], values[at] = k.to(keys.dtype), v.to(values.dtype)
-        return keys[:, : self.span].transpose(1, 2), values[:, : self.span].transpose(1, 2)
+        keys[self.at], values[self.at] = k.to(keys.dtype), v.to(values.dtype)
+        return attend(q, keys.transpose(1, 2), values.transpose(1, 2), self.mask)
 
 
 class NextTokens:
-    """The next `count` tokens of all rows of `caches` in one forward: the rows of the first cache, then of the second.
+    """The next `count` tokens, text (causal) or one image (not), of some rows of several caches in one forward.
 
-    Each cache spans no more than it needs: guidance's unconditional branch holds two tokens and a picture, the
-    conditional one the prompt too.
+    After them come `padding` rows that belong to no cache; attention gives them zeros.
     """
 
-    def __init__(self, caches: Sequence[KVCache], count: int, causal: bool) -> None:
-        self.position_ids = torch.cat([cache.slots(count) for cache in caches])  # [R, count]
-        self._caches = caches
-        self._masks = [additive_mask(cache.mask(count, causal), cache.keys.dtype) for cache in caches]
-        self._rows = [len(cache.lengths) for cache in caches]
+    def __init__(
+        self, parts: Sequence[tuple[KVCache, Sequence[int]]], count: int, causal: bool, padding: int = 0
+    ) -> None:
+        device = parts[0][0].keys.device
+        lengths = [cache.lengths[row] for cache, rows in parts for row in rows] + [0] * padding
+        starts = to_device(torch.tensor(lengths), device)
+        self.position_ids = starts[:, None] + torch.arange(count, device=device)
+        # On CPU torch's kernel aligns its scratch memory for even numbers of queries only: with an odd number the last
+        # bits depend on the thread. So a query is repeated there.
+        self._extra = count % 2 if device.type == "cpu" else 0
+        self._runs: list[_Run] = []
+        for cache, rows in parts:
+            # Without a mask where none is needed, by the row alone: its bits may not depend on the run it is in.
+            kinds = [(cache.span(row, count), cache.lengths[row] + count < cache.span(row, count)) for row in rows]
+            for _, group in groupby(range(len(rows)), key=lambda i: (kinds[i], rows[i] - i)):
+                self._add_run(cache, [rows[i] for i in group], count, causal)
+
+    def _add_run(self, cache: KVCache, rows: list[int], count: int, causal: bool) -> None:
+        first, length, span = rows[0], cache.lengths[rows[0]], cache.span(rows[0], count)
+        part = slice(first, first + len(rows))
+        start = sum(len(run.keys[0]) for run in self._runs)
+        positions = self.position_ids[start : start + len(rows)]  # [r, count]
+        at: tuple[Tensor | slice, Tensor | slice] = slice(None), slice(length, length + count)
+        if any(cache.lengths[row] != length for row in rows):
+            at = torch.arange(len(rows), device=positions.device)[:, None], positions
+        mask = None
+        if span > length + count or (causal and count > 1):
+            last_visible = positions if causal else positions[:, -1:]
+            if self._extra and last_visible.shape[1] > 1:
+                last_visible = torch.cat((last_visible, last_visible[:, -1:]), dim=1)
+            index = torch.arange(span, device=positions.device)
+            mask = additive_mask((index <= last_visible[..., None])[:, None], cache.keys.dtype)
+        self._runs.append(_Run(cache.keys[:, part, :span], cache.values[:, part, :span], at, mask))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k, v [R, count, Hkv, K]; return attention [R, Hq, count, K] of q over all that each row holds."""
-        outputs = []
-        rows = zip(q.split(self._rows), k.split(self._rows), v.split(self._rows), strict=True)
-        for cache, mask, (q_part, k_part, v_part) in zip(self._caches, self._masks, rows, strict=True):
-            keys, values = cache.write(layer, k_part, v_part)
-            outputs.append(attend(q_part, keys, values, mask))
-        return torch.cat(outputs)
+        count = q.shape[2]
+        if self._extra:
+            q = torch.cat((q, q[:, :, -1:]), dim=2)
+        sizes = [run.keys.shape[1] for run in self._runs]
+        padding = len(q) - sum(sizes)
+        parts = [tensor.split([*sizes, padding]) for tensor in (q, k, v)]
+        outputs = [run.attend(layer, *run_parts) for run, *run_parts in zip(self._runs, *parts, strict=False)]
+        if padding:
+            outputs.append(torch.zeros_like(parts[0][-1]))
+        by_token = [output.transpose(1, 2) for output in outputs]  # in memory too: cheap to join, and to flatten later
+        joined = torch.cat(by_token) if len(by_token) > 1 else by_token[0]
+        return joined[:, :count].transpose(1, 2)

@@ -1,95 +1,189 @@
 """The model over a cache: rows of unequal length, appended to side by side, with pictures denoised at their ends.
 
-The sampler decides what to append. Each call is one forward of all rows and a fixed number of tokens, idle rows
-included (they append nothing), so the bits of a row depend on shapes and never on what its neighbours hold. Rejected:
-shrinking the batch to the active rows, which saves time only where rows diverge and makes no picture reproducible;
-left padding, which moves a row when a longer one joins.
+The sampler decides what to append; only those rows run. The bits of a row depend on its own contents, never on which
+rows or how many run beside it (P12). Two things make that so: attention spans a row's own length (model/cache.py), and
+the matrix products have shapes that give a row the same bits (`_padding`). Rejected: running idle rows along, where the
+last row of a batch costs as much as all of it; left padding, which moves a row when a longer one joins.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from model.cache import KVCache, NextTokens
-from model.transfusion import Transfusion
+from model.cache import KVCache, NextTokens, to_device
+from model.linear import HAS_ONEDNN
+from model.transfusion import Grid, Transfusion
+
+# Tokens of a forward, more or less (twice as many with guidance): enough to fill a GPU, few enough that on CUDA, where
+# every forward has as many rows, a last row alone does not cost what a large batch does.
+TOKENS = 2048
 
 
 class CachedModel:
-    """`rows` documents in one cache and, for guidance, as many copies of an unconditional prefix in the same batch."""
+    """`rows` documents in one cache and, for guidance, an unconditional prefix in another."""
 
     def __init__(
-        self, model: Transfusion, rows: int, length: int, largest: int, picture: int, unconditional: list[int] | None
+        self,
+        model: Transfusion,
+        rows: int,
+        length: int,
+        chunk: int,
+        picture: int,
+        unconditional: list[int] | None,
+        batch: int,
     ) -> None:
-        """Allocate for at most `length` tokens per row, `largest` per forward, `picture` per new picture."""
-        trunk, weight = model.config.transformer, model.text_head.weight
-        self.model, self.device = model, weight.device
-        self.lengths = [0] * rows
+        """Allocate for at most `length` tokens per row, `chunk` of text per forward, `picture` per new picture.
 
-        def cache(span: int, idle: int) -> KVCache:
-            shape = (trunk.layers, rows, span + idle, trunk.num_kv_heads, trunk.head_dim)
-            return KVCache(*shape, weight.dtype, self.device, span)
-
-        self._conditional = cache(length, largest)
-        self._last_hidden = torch.zeros(rows, trunk.width, dtype=weight.dtype, device=self.device)
-        if unconditional is not None:
-            prefix = torch.tensor([unconditional] * rows, device=self.device)
-            counts = torch.full((rows,), len(unconditional), device=self.device)
-            self._unconditional = cache(len(unconditional) + picture, 0)
-            self._run_text(self._unconditional, prefix, counts)
-
-    @torch.no_grad()
-    def append_text(self, pieces: Sequence[Sequence[int]], width: int) -> None:
-        """Append each row's tokens, at most `width` and perhaps none."""
-        # The padding of a short piece is written past the row's length, where attention does not look.
-        padded = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
-        counts = torch.tensor([len(piece) for piece in pieces], device=self.device)
-        hidden = self._run_text(self._conditional, torch.tensor(padded, device=self.device), counts)
-        self._last_hidden = torch.where((counts > 0)[:, None], hidden, self._last_hidden)
-        self.lengths = [length + len(piece) for length, piece in zip(self.lengths, pieces, strict=True)]
-
-    @torch.no_grad()
-    def append_images(self, latents: Tensor, chosen: Sequence[bool]) -> None:
-        """Append clean latents f32 [R, C, h, w], at t = 0, to the chosen rows."""
-        count = self._run_image([self._conditional], latents, 0)[1]
-        self._conditional.advance(torch.tensor(chosen, device=self.device) * count)
-        self.lengths = [length + count * take for length, take in zip(self.lengths, chosen, strict=True)]
-
-    @torch.no_grad()
-    def logits(self) -> Tensor:
-        """Return f32 [R, V] for the token after each row's last."""
-        return self.model.text_logits(self._last_hidden).float()
-
-    @torch.no_grad()
-    def predict(self, x_t: Tensor, t: int, guidance: float) -> Tensor:
-        """Return the noise head's prediction f32 [R, C, h, w] for a picture at the end of each row; keep nothing.
-
-        unconditional + guidance * (conditional - unconditional) (Ho & Salimans 2021), both in one forward; with
-        guidance 1 the unconditional branch is not run.
+        `batch` is the rows of a full batch, of which there may be fewer here.
         """
-        if guidance == 1:
-            return self._run_image([self._conditional], x_t, t)[0]
-        caches = [self._conditional, self._unconditional]
-        conditional, unconditional = self._run_image(caches, x_t.repeat(2, 1, 1, 1), t)[0].chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+        trunk, weight = model.config.transformer, model.text_head.weight
+        self.model, self.device, self.batch = model, weight.device, batch
+        self._multiple = 2 if HAS_ONEDNN and weight.dtype == torch.float32 else 8  # of a text's products
+        self._convolves = model.config.patches == "unet"
+        self._slots = list(range(rows))  # of each row in the cache
 
-    def _run_text(self, cache: KVCache, input_ids: Tensor, counts: Tensor) -> Tensor:
-        """Keep `counts` [R] of input_ids [R, n]; return [R, D], the hidden state of each row's last kept token."""
-        rows, width = input_ids.shape
-        no_grid = torch.full((1, width, 2), -1, device=self.device).expand(rows, -1, -1)
-        tokens = NextTokens([cache], width, causal=True)
-        hidden = self.model.trunk(self.model.embed_text(input_ids), tokens.position_ids, no_grid, None, tokens)
-        cache.advance(counts)
-        return hidden[torch.arange(rows, device=self.device), (counts - 1).clamp(min=0)]
+        def cache(rows: int, capacity: int, step: int) -> KVCache:
+            shape = (trunk.layers, rows, capacity, trunk.num_kv_heads, trunk.head_dim)
+            return KVCache(*shape, weight.dtype, self.device, step)
 
-    def _run_image(self, caches: Sequence[KVCache], latents: Tensor, t: int) -> tuple[Tensor, int]:
-        """Return (prediction f32 [R, C, h, w], tokens per image) for images in each row's next slots; keep nothing."""
-        h, w = latents.shape[2:]
-        timesteps = torch.full((len(latents),), t, device=self.device)
-        embedded, skips = self.model.embed_images(latents, timesteps)
-        count, columns = embedded.shape[1], w // self.model.config.patch_size
-        index = torch.arange(count, device=self.device)
-        grid = torch.stack((index // columns, index % columns), dim=-1).expand(len(latents), -1, -1)
-        tokens = NextTokens(caches, count, causal=self.model.config.image_attention == "causal")
-        hidden = self.model.trunk(embedded, tokens.position_ids, grid, None, tokens)
-        return self.model.predict_noise(hidden, skips, timesteps, h, w).float(), count
+        self._conditional = cache(rows, length + chunk, 64)
+        self._last_hidden = torch.zeros(rows, trunk.width, dtype=weight.dtype, device=self.device)
+        self._unconditional: KVCache | None = None
+        if unconditional is not None:
+            copies = min(rows, self._most_rows(picture))
+            self._unconditional = cache(copies, len(unconditional) + picture, 1)
+            self._run_text(self._unconditional, [0], [unconditional], len(unconditional))
+            for part in (self._unconditional.keys, self._unconditional.values):
+                part[:, 1:] = part[:, :1]
+            self._unconditional.lengths = [len(unconditional)] * copies
+
+    def length(self, row: int) -> int:
+        return self._conditional.lengths[self._slots[row]]
+
+    def chunks(self, rows: Sequence[int], count: int) -> list[list[int]]:
+        """Return `rows` in the order and the portions in which they run `count` tokens each."""
+        order, most = self._arrange(rows, count), self._most_rows(count)
+        return [order[start : start + most] for start in range(0, len(order), most)]
+
+    @torch.no_grad()
+    def append_text(self, pieces: Mapping[int, Sequence[int]], width: int) -> None:
+        """Append to the rows their tokens, 1...width each."""
+        for rows in self.chunks(list(pieces), width):
+            slots = [self._slots[row] for row in rows]
+            hidden = self._run_text(self._conditional, slots, [pieces[row] for row in rows], width)
+            self._last_hidden[to_device(torch.tensor(rows), self.device)] = hidden
+
+    @torch.no_grad()
+    def append_images(self, images: Mapping[int, Tensor]) -> None:
+        """Append to the rows their clean latents f32 [C, h, w], all of one shape, at t = 0."""
+        grid: Grid = next(iter(images.values())).shape[1:]  # type: ignore[assignment]  # torch.Size
+        count = self._num_patches(grid)
+        for rows in self.chunks(list(images), count):
+            slots = [self._slots[row] for row in rows]
+            latents = torch.stack([images[row] for row in rows]).to(self.device)
+            self._run_image(self._image_tokens([(self._conditional, slots)], grid), latents, 0)
+            self._conditional.advance(slots, [count] * len(slots))
+
+    @torch.no_grad()
+    def logits(self, rows: Sequence[int]) -> Tensor:
+        """Return f32 [r, V] for the token after the last of each of `rows`."""
+        chosen = [*rows, *[rows[0]] * self._padding(len(rows), 1, multiple=self._multiple)]
+        hidden = self._last_hidden[to_device(torch.tensor(chosen), self.device)]
+        return self.model.text_logits(hidden)[: len(rows)].float()
+
+    def denoiser(self, rows: Sequence[int], grid: Grid) -> Callable[[Tensor, int, float], Tensor]:
+        """Return (x_t f32 [r, C, h, w], t, guidance) -> the noise head's prediction f32 [r, C, h, w].
+
+        For pictures at the end of `rows`, one of `chunks`, while nothing is appended to them; nothing is kept. The
+        prediction is unconditional + guidance * (conditional - unconditional) (Ho & Salimans 2021), both in one
+        forward; with guidance 1 the unconditional branch is not run.
+        """
+        parts = [(self._conditional, [self._slots[row] for row in rows])]
+        alone = self._image_tokens(parts, grid)
+        both = None
+        if self._unconditional is not None:
+            both = self._image_tokens([*parts, (self._unconditional, range(len(rows)))], grid)
+
+        @torch.no_grad()
+        def predict(x_t: Tensor, t: int, guidance: float) -> Tensor:
+            if guidance == 1:
+                return self._run_image(alone, x_t, t)
+            assert both is not None, "guidance without an unconditional prefix"
+            conditional, unconditional = self._run_image(both, x_t.repeat(2, 1, 1, 1), t).chunk(2)
+            return unconditional + guidance * (conditional - unconditional)
+
+        return predict
+
+    @torch.no_grad()
+    def _run_text(self, cache: KVCache, slots: Sequence[int], pieces: Sequence[Sequence[int]], width: int) -> Tensor:
+        """Append `pieces`; return [r, D], the hidden state of each one's last token."""
+        padding = self._padding(len(slots), width, multiple=self._multiple)
+        # What pads a short piece is written past the row's length, where attention does not look.
+        padded = [[*piece, *[0] * (width - len(piece))] for piece in [*pieces, *[[]] * padding]]
+        tokens = NextTokens([(cache, slots)], width, causal=True, padding=padding)
+        no_grid = torch.full((1, width, 2), -1, device=self.device).expand(len(padded), -1, -1)
+        embedded = self.model.embed_text(to_device(torch.tensor(padded), self.device))
+        hidden = self.model.trunk(embedded, tokens.position_ids, no_grid, None, tokens)
+        counts = [len(piece) for piece in pieces]
+        cache.advance(slots, counts)
+        last = to_device(torch.tensor(counts), self.device) - 1
+        return hidden[torch.arange(len(counts), device=self.device), last]
+
+    def _image_tokens(self, parts: Sequence[tuple[KVCache, Sequence[int]]], grid: Grid) -> NextTokens:
+        count, rows = self._num_patches(grid), len(parts[0][1])
+        causal = self.model.config.image_attention == "causal"
+        return NextTokens(parts, count, causal, self._padding(rows, count, len(parts)))
+
+    def _run_image(self, tokens: NextTokens, latents: Tensor, t: int) -> Tensor:
+        """Return the prediction f32 [R, C, h, w] for images [R, C, h, w] in the next places of their rows."""
+        (rows, _, h, w), (forward_rows, count) = latents.shape, tokens.position_ids.shape
+        timesteps = torch.full((1,), t, device=self.device)  # of all: one row in any forward, so always the same bits
+        padded = torch.cat((latents, latents.new_zeros(forward_rows - rows, *latents.shape[1:])))
+        # On a CPU a convolution gives an image the same bits among 2...15 others; its rows are even (`_padding`).
+        together = 8 if self.device.type == "cpu" and self._convolves else forward_rows
+        portions = padded.split(together)
+        embedded, skips = zip(*[self.model.embed_images(portion, timesteps) for portion in portions], strict=True)
+        index, columns = torch.arange(count, device=self.device), w // self.model.config.patch_size
+        grid = torch.stack((index // columns, index % columns), dim=-1).expand(forward_rows, -1, -1)
+        hidden = self.model.trunk(torch.cat(embedded), tokens.position_ids, grid, None, tokens)
+        states = zip(hidden.split(together), skips, strict=True)
+        return torch.cat([self.model.predict_noise(*state, timesteps, h, w) for state in states])[:rows].float()
+
+    def _padding(self, rows: int, count: int, branches: int = 1, multiple: int = 8) -> int:
+        """Return how many rows to add to `branches * rows` of `count` tokens, so that their number changes no bits.
+
+        On a CPU a product's row has the same bits in any product of a `multiple` of 8 rows and, by oneDNN (see
+        model/linear.py), in any of two or more; MKL gives it others among 1, 2 to 3, and 5 to 7 rows (f32 and bf16, 1
+        to 32 threads; tests/test_cached_model.py). On CUDA kernels differ from shape to shape: there every forward of
+        a kind has one.
+        """
+        if self.device.type == "cpu":
+            unit = multiple // math.gcd(multiple, count)
+            return -branches * rows % max(unit, 2 if self._convolves else 1)
+        return branches * (min(self.batch, self._most_rows(count)) - rows)
+
+    def _most_rows(self, count: int) -> int:
+        return max(1, TOKENS // count)
+
+    def _num_patches(self, grid: Grid) -> int:
+        return grid[0] * grid[1] // self.model.config.patch_size**2
+
+    def _arrange(self, rows: Sequence[int], count: int) -> list[int]:
+        """Move `rows` to the first slots, those of equal span side by side, with few copies; return them in order."""
+        cache, slots = self._conditional, self._slots
+        spans = {row: cache.span(slots[row], count) for row in rows}
+        order: list[int] = []
+        for span in sorted(set(spans.values()), reverse=True):
+            members = [row for row in rows if spans[row] == span]
+            region = range(len(order), len(order) + len(members))
+            placed = {slots[row]: row for row in members if slots[row] in region}
+            moving = iter([row for row in members if slots[row] not in region])
+            order += [placed[slot] if slot in placed else next(moving) for slot in region]
+        for slot, row in enumerate(order):
+            if slots[row] != slot:
+                other = slots.index(slot)
+                cache.swap(slots[row], slot)
+                slots[row], slots[other] = slot, slots[row]
+        return order

@@ -66,7 +66,7 @@ class LinearPatches(nn.Module):
         self.to_patch = nn.Linear(width, patch_dim)
 
     def encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skips]:
-        """Return (tokens [N, P, D], None) of noisy latents [N, C, h, w] at timesteps [N]."""
+        """Return (tokens [N, P, D], None) of noisy latents [N, C, h, w] at timesteps [N] or [1]."""
         patches = patchify(latents, self.patch_size).to(self.to_width.weight.dtype)
         embedding = self.timestep(timesteps)[:, None]
         if self.timestep_after:

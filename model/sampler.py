@@ -1,8 +1,9 @@
 """Decoding: text mode samples tokens until BOI, image mode denoises P patch slots, and the two alternate.
 
-The paper, section 3 (inference), batched: rows are grouped by mode. Everything before an image stays in the cache and
-is never recomputed: each denoising step overwrites the image's slots, both guidance branches in one forward (the
-unconditional one has the prefix `BOS BOI`), and the clean image is written last, at t = 0, for the text after it.
+The paper, section 3 (inference), batched: rows are grouped by mode, and those that wait or are done run no forward.
+Everything before an image stays in the cache and is never recomputed: each denoising step overwrites the image's slots,
+both guidance branches in one forward (the unconditional one has the prefix `BOS BOI`), and the clean image is written
+last, at t = 0, for the text after it.
 """
 
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.cache import to_device
 from model.cached_model import CachedModel
 from model.diffusion import (
     DiffusionConfig,
@@ -25,6 +27,7 @@ from model.diffusion import (
     to_x0_and_eps,
 )
 from model.draws import SeededDraws
+from model.nucleus import sample_tokens
 from model.transfusion import Grid, Transfusion
 
 
@@ -43,8 +46,7 @@ class SamplerConfig:
     top_p: float = 1.0  # text tokens are drawn from the smallest set that holds this probability, (0, 1]
     max_new_tokens: int = 256  # text tokens sampled per row, 0 or more
     max_images: int = 1  # pictures drawn per row, 0 or more
-    # Tokens a row may hold, prompt included; null: what the longest row of the batch can need, in steps of 64. Only
-    # with a fixed number are a row's bits fully independent of the length of its neighbours' prompts.
+    # Tokens a row may hold, prompt included; null: what the longest row of the batch can need.
     max_length: int | None = None
     prefill_chunk: int = 64  # prompt tokens per forward, >= 1
 
@@ -99,16 +101,18 @@ def generate(
     grid: Grid,
     draws: SeededDraws,
     progress: Callable[[float], object] = lambda rows: None,
+    batch: int | None = None,
 ) -> list[list[Tensor]]:
     """Return for each prompt what follows it: text int64 [len] without special tokens, and latents f32 [C, h, w].
 
     The model is unsharded; `grid` is the latent size (h, w) of new pictures. `progress(rows)` is called with the
-    fraction of rows that each forward completed; the sum is the number of prompts. Raises ValueError for a prompt that
-    does not fit in `max_length`.
+    fraction of rows that each forward completed; the sum is the number of prompts. `batch` is the rows of a full batch,
+    if these are its incomplete last one: on CUDA, bits are the same at the same `batch`. Raises ValueError for a prompt
+    that does not fit in `max_length`.
     """
     if not prompts:
         return []
-    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws, progress)
+    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws, progress, batch or len(prompts))
     decoding.prefill()
     while not all(row.mode == "done" for row in decoding.rows):
         decoding.text_mode()
@@ -124,18 +128,6 @@ def first_step_error(config: SamplerConfig, diffusion: DiffusionConfig) -> float
     error, none = torch.ones(1), torch.zeros(1)
     x0, eps = to_x0_and_eps(error, none, table[first], "eps")
     return ddim_step(x0, eps, table[first], table[rest[0]] if rest else 1.0, 0.0, None).abs().item()
-
-
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Return int64 [R] from logits [R, V]: nucleus sampling by inverting the cumulative at `uniforms` f32 [R]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs, order = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    cumulative = probs.cumsum(-1)
-    kept = (cumulative - probs < top_p).sum(-1, keepdim=True)  # at least one
-    threshold = uniforms.double()[:, None] * cumulative.gather(1, kept - 1)
-    choice = (cumulative <= threshold).sum(-1, keepdim=True)
-    return order.gather(1, torch.minimum(choice, kept - 1))[:, 0]
 
 
 @dataclass
@@ -178,6 +170,7 @@ class _Decoding:
         grid: Grid,
         draws: SeededDraws,
         progress: Callable[[float], object],
+        batch: int,
     ) -> None:
         self._progress, self._reported = progress, 0.0
         self.config, self.diffusion, self.special, self.draws = config, diffusion, special, draws
@@ -186,113 +179,126 @@ class _Decoding:
         self.patches = self._num_patches(self.shape)
         self.rows = [self._start(prompt) for prompt in prompts]
         self.max_length = self._max_length()
-        images = [self._num_patches(part.shape) for row in self.rows for part in row.pending if part.ndim == 3]
-        largest = max(config.prefill_chunk, self.patches, *images)
         unconditional = None if config.guidance == 1 else [special.bos, special.boi]
-        self.cached_model = CachedModel(model, len(self.rows), self.max_length, largest, self.patches, unconditional)
+        sizes = (self.max_length, config.prefill_chunk, self.patches)
+        self.cached_model = CachedModel(model, len(self.rows), *sizes, unconditional, batch)
+        never = torch.zeros(model.vocab_size, dtype=torch.bool)
+        never[[special.bos, special.eoi, *special.never]] = True
+        self._never = never.to(self.cached_model.device)
 
     def prefill(self) -> None:
         """Append all prompts, rows side by side: text in chunks, images whole."""
         chunk = self.config.prefill_chunk
         while any(row.pending for row in self.rows):
-            pieces = [row.take_text(chunk) for row in self.rows]
-            if any(pieces):
+            pieces = {i: piece for i, row in enumerate(self.rows) if (piece := row.take_text(chunk))}
+            if pieces:
                 self.cached_model.append_text(pieces, chunk)
-            images = {i: row.pending[0] for i, row in enumerate(self.rows) if row.pending and row.pending[0].ndim == 3}
-            for shape in sorted({tuple(image.shape) for image in images.values()}):
-                latents, chosen = torch.zeros(len(self.rows), *shape), [False] * len(self.rows)
-                for i, image in images.items():
-                    if image.shape == shape:
-                        latents[i], chosen[i] = self.rows[i].pending.popleft(), True
-                self.cached_model.append_images(latents.to(self.cached_model.device), chosen)
+            by_shape: dict[torch.Size, dict[int, Tensor]] = {}
+            for i, row in enumerate(self.rows):
+                if row.pending and row.pending[0].ndim == 3:
+                    by_shape.setdefault(row.pending[0].shape, {})[i] = row.pending.popleft()
+            for images in by_shape.values():
+                self.cached_model.append_images(images)
 
     def text_mode(self) -> None:
-        """Sample tokens until every row has begun a picture or is done."""
-        while any(row.mode == "text" for row in self.rows):
-            pieces: list[list[int]] = [[] for _ in self.rows]
-            for i, (row, token) in enumerate(zip(self.rows, self._next_tokens(), strict=True)):
-                if row.mode != "text":
-                    continue
-                full = row.num_tokens == self.config.max_new_tokens or not self._fits(i, 1)
-                if full or token == self.special.eos:
+        """Sample tokens until every row has begun a picture or is done. The host waits for the device once a token."""
+        while True:
+            for i, row in enumerate(self.rows):
+                if row.mode == "text" and (row.num_tokens == self.config.max_new_tokens or not self._fits(i, 1)):
+                    row.mode = "done"
+            active = [i for i, row in enumerate(self.rows) if row.mode == "text"]
+            if not active:
+                return self._report()
+            pieces: dict[int, list[int]] = {}
+            for i, token in zip(active, self._next_tokens(active), strict=True):
+                row = self.rows[i]
+                if token == self.special.eos:
                     row.mode = "done"
                     continue
                 row.num_tokens += 1
-                pieces[i].append(token)
                 if token == self.special.boi:
                     row.mode = "image"
                 else:
                     row.add_token(token)
-            if any(pieces):
+                if token == self.special.boi or row.num_tokens < self.config.max_new_tokens:
+                    pieces[i] = [token]  # else nothing follows it
+            if pieces:
                 self.cached_model.append_text(pieces, 1)
             self._report()
 
     def image_mode(self) -> None:
         """Draw a picture in every row that has begun one, then append it and EOI to the cache."""
-        latents = self._denoise()
-        for i, (row, picture) in enumerate(zip(self.rows, latents, strict=True)):
-            if row.mode == "image":
-                row.output.append(picture.cpu())
+        drawing = [i for i, row in enumerate(self.rows) if row.mode == "image"]
+        continuing: dict[int, Tensor] = {}
+        for chosen in self.cached_model.chunks(drawing, self.patches):
+            latents = self._denoise(chosen)
+            for i, picture, copy in zip(chosen, latents, latents.cpu(), strict=True):
+                row = self.rows[i]
+                row.output.append(copy)
                 row.num_images += 1
                 has_room = row.num_tokens < self.config.max_new_tokens and self._fits(i, self.patches + 1)
                 row.mode = "text" if has_room else "done"
-        continuing = [row.mode == "text" for row in self.rows]  # each was in image mode or done
-        if any(continuing):
-            self.cached_model.append_images(latents, continuing)
-            self.cached_model.append_text([[self.special.eoi] if continues else [] for continues in continuing], 1)
+                if has_room:
+                    continuing[i] = picture
+        if continuing:
+            self.cached_model.append_images(continuing)
+            self.cached_model.append_text({i: [self.special.eoi] for i in continuing}, 1)
         self._report()
 
-    def _denoise(self) -> Tensor:
-        """Return clean latents f32 [R, C, h, w], denoised after each row's prefix; the cache keeps nothing of them."""
+    def _denoise(self, chosen: Sequence[int]) -> Tensor:
+        """Return clean latents f32 [r, C, h, w], denoised after the chosen rows; the cache keeps nothing of them."""
         config, table = self.config, alphas_cumprod(self.diffusion.num_timesteps).tolist()
         timesteps = sampling_timesteps(config.steps, config.spacing, self.diffusion.num_timesteps)
         stochastic = config.sampler == "ddpm" or (config.sampler == "ddim" and config.eta > 0)
         lowest, highest = config.guidance_interval or (0, self.diffusion.num_timesteps)
+        predict = self.cached_model.denoiser(chosen, self.shape[1:])
         before: tuple[Tensor, float] | None = None
-        x_t = self._noise(0)
+        x_t = self._noise(chosen, 0)
         for step, t in enumerate(timesteps):
             last = step + 1 == len(timesteps)
             alpha, alpha_prev = table[t], 1.0 if last else table[timesteps[step + 1]]
-            pred = self.cached_model.predict(x_t, t, config.guidance if lowest <= t <= highest else 1.0)
+            pred = predict(x_t, t, config.guidance if lowest <= t <= highest else 1.0)
             x0, eps = to_x0_and_eps(pred, x_t, alpha, self.diffusion.prediction)
             if config.clip_x0 is not None:
                 x0 = x0.clamp(-config.clip_x0, config.clip_x0)
                 _, eps = to_x0_and_eps(x0, x_t, alpha, "x0")
-            noise = self._noise(step + 1) if stochastic and not last else None
+            noise = self._noise(chosen, step + 1) if stochastic and not last else None
             if config.sampler == "ddpm":
                 x_t = ddpm_step(x_t, x0, alpha, alpha_prev, noise)
             elif config.sampler == "ddim":
                 x_t = ddim_step(x0, eps, alpha, alpha_prev, config.eta, noise)
             else:
                 x_t, before = dpmpp_step(x_t, x0, alpha, alpha_prev, before), (x0, alpha)
-            self._report(steps=step + 1)
+            self._report(chosen, step + 1)
         return x_t
 
-    def _report(self, steps: int = 0) -> None:
-        """Report progress since the last report, in rows; rows in image mode are `steps` into a picture."""
+    def _report(self, drawing: Sequence[int] = (), steps: int = 0) -> None:
+        """Report progress since the last report, in rows; rows that are `drawing` are `steps` into a picture."""
         config = self.config
         whole = max(1, config.max_new_tokens + max(1, config.max_images) * config.steps)
         done = 0.0
-        for row in self.rows:
-            part = row.num_tokens + row.num_images * config.steps + steps * (row.mode == "image")
+        for i, row in enumerate(self.rows):
+            part = row.num_tokens + row.num_images * config.steps + steps * (i in drawing)
             done += 1.0 if row.mode == "done" else min(1.0, part / whole)
         self._progress(done - self._reported)
         self._reported = done
 
-    def _noise(self, step: int) -> Tensor:
-        rows = [self.draws.noise(row.index, row.num_images, step, self.shape) for row in self.rows]
-        return torch.stack(rows).to(self.cached_model.device)
+    def _noise(self, chosen: Sequence[int], step: int) -> Tensor:
+        rows = [self.rows[i] for i in chosen]
+        noise = torch.stack([self.draws.noise(row.index, row.num_images, step, self.shape) for row in rows])
+        return to_device(noise, self.cached_model.device)
 
-    def _next_tokens(self) -> list[int]:
-        config, logits = self.config, self.cached_model.logits()
-        logits[:, [self.special.bos, self.special.eoi, *self.special.never]] = -torch.inf
+    def _next_tokens(self, active: Sequence[int]) -> list[int]:
+        config, logits = self.config, self.cached_model.logits(active)
+        logits.masked_fill_(self._never, -torch.inf)
+        rows = [self.rows[i] for i in active]
         no_picture = [
             row.num_images >= config.max_images or not self._fits(i, 1 + self.patches)
-            for i, row in enumerate(self.rows)
+            for i, row in zip(active, rows, strict=True)
         ]
-        logits[torch.tensor(no_picture, device=logits.device), self.special.boi] = -torch.inf
-        uniforms = torch.tensor([self.draws.uniform(row.index, row.num_tokens) for row in self.rows])
-        return sample_tokens(logits, uniforms.to(logits.device), config.temperature, config.top_p).tolist()
+        logits[:, self.special.boi].masked_fill_(to_device(torch.tensor(no_picture), logits.device), -torch.inf)
+        uniforms = torch.tensor([self.draws.uniform(row.index, row.num_tokens) for row in rows])
+        return sample_tokens(logits, to_device(uniforms, logits.device), config.temperature, config.top_p).tolist()
 
     def _start(self, prompt: Prompt) -> _Row:
         tokens: list[int] = [self.special.bos]
@@ -320,11 +326,10 @@ class _Decoding:
                 raise ValueError(f"max_length={config.max_length}: a prompt needs {needed}; raise it or shorten that")
             return config.max_length
         images = max(config.max_images, int(any(first_pictures)))
-        most = max(lengths) + config.max_new_tokens + images * (self.patches + 2)
-        return -(-most // 64) * 64  # coarse, so that prompts of similar length share a shape
+        return max(lengths) + config.max_new_tokens + images * (self.patches + 2)
 
     def _fits(self, row: int, count: int) -> bool:
-        return self.cached_model.lengths[row] + count <= self.max_length
+        return self.cached_model.length(row) + count <= self.max_length
 
     def _num_patches(self, shape: Sequence[int]) -> int:
         return shape[1] * shape[2] // self.patch_size**2

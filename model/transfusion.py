@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.cache import NextTokens
+from model.linear import Linear
 from model.losses import linear_cross_entropy
 from model.patches import LinearPatches, Skips
 from model.transformer import Mask, Transformer, TransformerConfig
@@ -74,7 +75,7 @@ class Transfusion(nn.Module):
         else:
             self.patches = LinearPatches(width, channels, config.patch_size, config.timestep_after_patches)
         self.transformer = Transformer(config.transformer)
-        self.text_head = nn.Linear(width, rows, bias=False)
+        self.text_head = Linear(width, rows)
 
     def forward(
         self,

@@ -1,51 +1,56 @@
-"""The cache's slots, and caches side by side against each by itself."""
+"""The cache's rows, and caches side by side, against plain attention over the kept tokens of each row."""
 
+import pytest
 import torch
 
 from model.attention import attend
 from model.cache import KVCache, NextTokens
 
 
-def test_cache_appends_at_each_rows_own_length_and_overwrites_until_advanced():
-    cache = KVCache(layers=1, rows=2, capacity=8, kv_heads=1, head_dim=2, span=7)
-    k = torch.arange(12, dtype=torch.float32).view(2, 3, 1, 2)
-    cache.write(0, k, -k)
-    cache.advance(torch.tensor([3, 1]))
-    keys, values = cache.write(0, k + 100, -k)
-    assert keys.shape == (2, 1, 7, 2)
-    assert torch.equal(keys[0, 0, 3:6], k[0, :, 0] + 100)
-    assert torch.equal(keys[1, 0, 1:4], k[1, :, 0] + 100)
-    assert torch.equal(values[1, 0, 1:4], -k[1, :, 0])
-    keys, _ = cache.write(0, k + 200, -k)
-    assert torch.equal(keys[0, 0, :6], torch.cat((k[0, :, 0], k[0, :, 0] + 200)))
-    assert cache.mask(2, causal=True)[:, 0].sum(-1).tolist() == [[4, 5], [2, 3]]
-    assert cache.mask(2, causal=False)[:, 0].sum(-1).tolist() == [[5, 5], [3, 3]]
+def make(rows: int, capacity: int, step: int, lengths: list[int], seed: int = 0) -> tuple[KVCache, list[torch.Tensor]]:
+    """Return a cache whose rows hold `lengths` tokens, and those tokens, [length, Hkv, K] each; values are -keys."""
+    cache = KVCache(layers=2, rows=rows, capacity=capacity, kv_heads=2, head_dim=4, step=step)
+    held = []
+    for row, length in enumerate(lengths):
+        tokens = torch.randn(length, 2, 4, generator=torch.Generator().manual_seed(100 * seed + row))
+        cache.keys[1, row, :length], cache.values[1, row, :length] = tokens, -tokens
+        cache.advance([row], [length])
+        held.append(tokens)
+    return cache, held
 
 
-def test_an_idle_rows_writes_past_its_end_are_not_seen():
-    cache = KVCache(layers=1, rows=1, capacity=6, kv_heads=1, head_dim=2, span=4)
-    cache.write(0, torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1, 2))
-    cache.advance(torch.tensor([3]))
-    keys, _ = cache.write(0, torch.full((1, 3, 1, 2), 9.0), torch.zeros(1, 3, 1, 2))  # slots 3, 4, 5
-    assert keys.shape[2] == 4 and cache.mask(3, causal=False).shape == (1, 1, 3, 4)
+def expected(q: torch.Tensor, k: torch.Tensor, held: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Return attention [Hq, n, K] of one row's n new tokens q [Hq, n, K], k [n, Hkv, K]; values are -keys."""
+    keys = torch.cat((held, k)).transpose(0, 1)
+    count, total = len(k), len(held) + len(k)
+    mask = torch.ones(count, total, dtype=torch.bool)
+    return attend(q[None], keys[None], -keys[None], mask.tril(total - count) if causal else mask)[0]
 
 
-def test_caches_side_by_side_attend_as_each_alone():
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_chosen_rows_of_two_caches_attend_as_each_row_alone(count: int, causal: bool) -> None:
+    """Rows of equal and of other lengths, with and without room to the end of their span, in any order; padding."""
+    lengths = [[3, 3, 7, 9, 0], [2, 2]]
+    (first, held), (second, held_too) = make(5, 30, 8, lengths[0]), make(2, 2 + count, 1, lengths[1], seed=1)
+    parts = [(first, [0, 1, 3, 2]), (second, [0, 1])]
+    all_held = [held[0], held[1], held[3], held[2], *held_too]
+    generator = torch.Generator().manual_seed(5)
+    q, k = (torch.randn(8, count, 2, 4, generator=generator) for _ in range(2))
+    for attempt in range(2):  # what is not kept is overwritten
+        tokens = NextTokens(parts, count, causal, padding=2)
+        k = k + attempt
+        ours = tokens.attend(1, q.transpose(1, 2), k, -k)
+    assert ours.shape == (8, 2, count, 4) and not ours[6:].any()
+    for i, tokens_held in enumerate(all_held):
+        assert torch.allclose(ours[i], expected(q[i].transpose(0, 1), k[i], tokens_held, causal), atol=1e-6), i
+    starts = torch.tensor([len(tokens_held) for tokens_held in all_held] + [0, 0])
+    assert torch.equal(tokens.position_ids, starts[:, None] + torch.arange(count))
+    assert torch.equal(first.keys[1, 4], torch.zeros(32, 2, 4)), "a row that was not chosen is not written"
 
-    def make(span: int) -> KVCache:
-        cache = KVCache(layers=2, rows=2, capacity=span, kv_heads=2, head_dim=4)
-        filled = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(span))
-        for layer in range(2):
-            cache.write(layer, filled, -filled)
-        cache.advance(torch.tensor([3, 2]))
-        return cache
 
-    q, k, v = (torch.randn(4, 5, 2, 4, generator=generator) for _ in range(3))
-    q = q.transpose(1, 2)
-    both, alone = NextTokens([make(12), make(8)], 5, causal=True), [make(12), make(8)]
-    ours = both.attend(1, q, k, v)
-    for cache, part in zip(alone, [slice(0, 2), slice(2, 4)], strict=True):
-        mask = cache.mask(5, causal=True)
-        assert torch.allclose(ours[part], attend(q[part], *cache.write(1, k[part], v[part]), mask), atol=1e-6)
-    assert torch.equal(both.position_ids, torch.cat([cache.slots(5) for cache in alone]))
+def test_rows_change_places_with_all_that_they_hold() -> None:
+    cache, (first, second) = make(2, 16, 8, [3, 7])
+    cache.swap(0, 1)
+    assert cache.lengths == [7, 3]
+    assert torch.equal(cache.keys[1, 0, :7], second) and torch.equal(cache.values[1, 1, :3], -first)

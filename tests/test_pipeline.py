@@ -65,6 +65,8 @@ def test_a_picture_depends_on_its_prompt_number_and_seed_and_not_on_its_neighbou
     assert [picture.shape for picture in first] == [(32, 32, 3)] * 5 and first[0].dtype == np.uint8
     again = small.draw(["c", "d", "b", PROMPTS[1]], SAMPLER, seed=1, numbers=[7, 8, 3, 1])
     assert np.array_equal(again[2], first[3]) and np.array_equal(again[3], first[1])
+    large = pipeline.draw([*PROMPTS, "a", "b", PROMPTS[0]], SAMPLER, seed=1)
+    assert all(np.array_equal(*pair) for pair in zip(first, large, strict=True)), "in one batch of 5"
     assert not np.array_equal(first[4], first[0]), "the same prompt under another number"
     assert not np.array_equal(small.draw([PROMPTS[0]] * 3, SAMPLER, seed=2)[0], first[0])
     reported = []

@@ -110,6 +110,7 @@ def test_two_ranks_share_the_samples_and_make_the_same(drawn: DrawingRun, given:
         (["prompt=x", "size=[32,12]"], "multiples of"),
         (["prompt=x", "steps=2000"], "at most 1000 steps"),
         (["prompt=x", "output=/proc/x"], "choose a writable folder"),
+        (["prompt=x", "output=FOREIGN"], "holds 0001.md, which train.sample did not write"),
         (["prompts_file=/tmp"], "prompts_file=/tmp"),
         (["prompt=x", "guidance_interval=[9,3]"], "guidance_interval"),
         (["prompt=x", "weights=best"], "weights"),
@@ -120,11 +121,17 @@ def test_what_cannot_be_sampled_is_refused_in_one_message(
 ) -> None:
     """P10."""
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no more")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("0001.txt", "0001.md"):
+        (foreign / name).write_text("mine")
     argv = [argument.replace("BROKEN", str(tmp_path / "broken.png")) for argument in change]
+    argv = [argument.replace("FOREIGN", str(foreign)) for argument in argv]
     with ProgramRanks(sample.main, [*_argv(drawn, tmp_path / "output"), *argv], None, tmp_path / "log") as run:
         assert run.wait() == [2], run.output
     lines = [line for line in run.output.splitlines() if "train.sample: " in line]
     assert len(lines) == 1 and words in lines[0] and "Traceback" not in run.output, run.output
+    assert (foreign / "0001.txt").read_text() == "mine"
 
 
 def test_a_rank_that_refuses_what_only_it_lacks_is_the_last_word_of_the_others(

@@ -18,7 +18,8 @@ from model.diffusion import (
     training_target,
 )
 from model.draws import SeededDraws
-from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate, sample_tokens
+from model.nucleus import sample_tokens
+from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
@@ -196,11 +197,12 @@ def test_decoding_equals_a_full_forward_for_every_token_and_step(changes, model_
 
 
 @pytest.mark.parametrize("patches", ["linear", "unet"])
-def test_a_row_keeps_its_bits_whatever_its_neighbours_hold(patches):
-    model, config = tiny_model(1, patches), settings()
+def test_a_row_keeps_its_bits_whatever_its_neighbours_hold_and_without_any(patches):
+    model, config = tiny_model(1, patches), settings(max_length=None)
     mine = Prompt((text(5, 6, 7), picture(9), text(8)), draw=True, index=7)
     others = [MIXED, [Prompt((text(*([6] * 30)),), index=i) for i in range(5)], [Prompt((), draw=True, index=1)] * 5]
     results = [run(model, [*neighbours[:4], mine], config)[4] for neighbours in others]
+    results += [run(model, [mine, *MIXED], config)[0], run(model, [mine], config)[0]]  # other places and numbers
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -218,12 +220,23 @@ def test_draws_follow_the_sample_and_not_its_place():
 
 @pytest.mark.parametrize(("interval", "branches"), [(None, [2] * 5), ((300, 700), [1, 2, 2, 1, 1])])
 def test_a_picture_costs_its_own_tokens_and_one_branch_outside_the_interval_of_guidance(interval, branches):
-    model, config = tiny_model(), settings(max_new_tokens=0, steps=5, guidance_interval=interval)
-    shapes = []
+    config = settings(max_new_tokens=0, steps=5, guidance_interval=interval, prefill_chunk=8)
+    model, prompt, shapes = tiny_model(), Prompt((text(*range(5, 12)),), draw=True), []
     model.transformer.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape[:2])))
-    run(model, [Prompt((text(*range(5, 12)),), draw=True)], config)
-    # The unconditional prefix, 9 prompt tokens in chunks of 3, then t = 800, 600, 400, 200, 0 and nothing else.
-    assert shapes == [(1, 2)] + [(1, 3)] * 3 + [(rows, PATCHES) for rows in branches]
+    generate(model, [prompt], config, DiffusionConfig(), SPECIAL, (8, 4), SeededDraws(0))
+    # The unconditional prefix, 9 prompt tokens in chunks of 8, then t = 800, 600, 400, 200, 0.
+    assert shapes[0][1] == 2 and shapes[1:] == [(1, 8)] * 2 + [(rows, 8) for rows in branches]
+
+
+def test_a_row_with_text_left_after_its_picture_runs_alone():
+    """The other seven have no room for any."""
+    model, shapes = tiny_model(), []
+    model.transformer.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape[:2])))
+    config = settings(max_new_tokens=5, guidance=1.0, max_length=22, prefill_chunk=16)
+    prompts = [Prompt((text(*[5] * length),), draw=True) for length in (2, *[12] * 7)]
+    generate(model, prompts, config, DiffusionConfig(), SPECIAL, (8, 4), SeededDraws(0))
+    assert shapes[:5] == [(8, 16)] + [(8, 8)] * 4 and shapes[5] == (1, 8), "its clean picture, then EOI and text"
+    assert len(shapes) > 6 and all(rows * tokens <= 8 for rows, tokens in shapes[6:]), shapes
 
 
 def test_guidance_one_is_the_conditional_branch_and_zero_ignores_the_prompt():
@@ -326,22 +339,6 @@ def test_a_model_that_learned_two_pictures_draws_and_describes_each():
     prompts = [Prompt((clean,), index=i) for i, clean in enumerate(pictures)]
     described = run(model, prompts, settings(temperature=0.0, max_images=0), prediction="v")
     assert [part.tolist() for (part,) in described] == captions
-
-
-def test_nucleus_sampling_is_the_inverse_of_the_cumulative():
-    probs = torch.tensor([[0.1, 0.5, 0.15, 0.25]])
-    logits = probs.log()
-
-    def pick(u, temperature=1.0, top_p=1.0):
-        return sample_tokens(logits, torch.tensor([u]), temperature, top_p).item()
-
-    assert [pick(u) for u in (0.0, 0.49, 0.51, 0.74, 0.76, 0.89, 0.91, 1 - 1e-9)] == [1, 1, 3, 3, 2, 2, 0, 0]
-    assert [pick(u, top_p=0.7) for u in (0.0, 0.66, 0.67, 1 - 1e-9)] == [1, 1, 3, 3]
-    assert [pick(u, top_p=1e-6) for u in (0.0, 0.999)] == [1, 1]
-    assert pick(0.999, temperature=0) == 1
-    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    counts = sample_tokens(logits.expand(100_000, -1), u, 2.0, 1.0).bincount() / 100_000
-    assert torch.allclose(counts, (probs[0].sqrt() / probs.sqrt().sum()).to(counts.dtype), atol=1e-4)
 
 
 def test_config_refuses_what_makes_no_sense():

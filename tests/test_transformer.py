@@ -96,10 +96,10 @@ def test_cached_steps_equal_the_full_forward(changes):
     for start, stop, causal in [(0, 3, True), (3, 4, True), (4, 8, False), (8, 9, True), (9, 12, True)]:
         span = slice(start, stop)
         for content in (torch.randn(2, stop - start, 32, generator=generator), h[:, span]):  # noise is overwritten
-            tokens = NextTokens([cache], stop - start, causal)
+            tokens = NextTokens([(cache, [0, 1])], stop - start, causal)
             piece = trunk(content, tokens.position_ids, grid[:, span], None, tokens)
         pieces.append(piece)
-        cache.advance(torch.tensor([stop - start] * 2))
+        cache.advance([0, 1], [stop - start] * 2)
     assert torch.allclose(torch.cat(pieces, 1), full, atol=1e-5)
 
 

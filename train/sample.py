@@ -30,6 +30,8 @@ from train.output_folder import make_writable
 
 IMAGE = "<image>"
 ASKED = ("prompt", "prompts", "prompts_file", "images", "n", "output", "seed")  # not part of a sample's `settings`
+NAMES = r"results\.jsonl|sheet\.png|\d{4,}(-\d+\.png|\.txt)"
+OURS = re.compile(rf"({NAMES})|({NAMES})\.tmp-.*")  # files of an earlier call, also those that a kill cut short
 SHEET_PICTURES = 200  # at most, so that viewers can open the sheet
 
 
@@ -107,10 +109,16 @@ def main(argv: list[str]) -> int | None:
 
 
 def _clear(output: Path) -> None:
-    """Create the folder, and remove the results of an earlier call from it."""
-    for path in make_writable(output).iterdir():
-        if path.name in ("results.jsonl", "sheet.png") or re.fullmatch(r"\d{4,}(-\d+\.png|\.txt)", path.name):
-            path.unlink()
+    """Create the folder, and remove the results of an earlier call; raise ValueError for a folder of something else."""
+    paths = list(make_writable(output).iterdir())
+    ours = [path for path in paths if OURS.fullmatch(path.name)]
+    foreign = sorted(path.name for path in paths if path not in ours)
+    if foreign and not (output / "results.jsonl").exists():
+        raise ValueError(
+            f"output={output}: holds {foreign[0]}, which train.sample did not write; choose another folder or remove it"
+        )
+    for path in ours:
+        path.unlink()
 
 
 def _requests(config: SampleConfig) -> list[Request]:

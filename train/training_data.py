@@ -17,8 +17,9 @@ def open_training_data(config: PretrainConfig) -> DataSet:
     data = open_data(config.data, config.seed, config.model.patch_size)
     if data.latent_spec is not None and data.latent_spec.channels != config.model.latent_channels:
         raise ValueError(
-            f"model.latent_channels={config.model.latent_channels}, but the data's latents have "
-            f"{data.latent_spec.channels} channels; set model.latent_channels={data.latent_spec.channels}"
+            f"model.latent_channels={config.model.latent_channels}, but the data's latents, of the VAE of hash "
+            f"{data.latent_spec.vae_hash}, have {data.latent_spec.channels} channels; set "
+            f"model.latent_channels={data.latent_spec.channels}"
         )
     too_long, most = data.too_long, config.data.max_bad_documents
     if len(too_long) > most:

@@ -1,7 +1,7 @@
 """A trained model with its tokenizer and VAE: text and pictures in, text and pictures out.
 
-All batches of one call have the same shape, the last one padded, so the bits of a picture depend on its prompt, its
-number and that shape, not on what the other rows hold. Calls with smaller batches differ by float rounding only.
+The bits of a picture depend on its prompt and its number, not on what else is asked for, nor on how many rows run
+beside it (P12); on CUDA also on the batch size. An incomplete last batch runs the rows that it has.
 """
 
 import logging
@@ -50,7 +50,7 @@ class PipelineConfig(SamplerConfig):
     seed: int = 0  # of noise and tokens
     device: Device = "auto"  # auto: CUDA if available
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model
-    batch_size: int = BATCH  # rows sampled at once, >= 1; affects a picture's last bits
+    batch_size: int = BATCH  # rows sampled at once, >= 1; on CUDA it affects a picture's last bits
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,7 +208,7 @@ class Pipeline:
         """
         for start in range(0, len(pictures), self.batch_size):
             pixels = torch.from_numpy(to_unit(np.stack(pictures[start : start + self.batch_size])))
-            encoded = moments(self.vae, pixels.to(self.stats.mean.device)).float()
+            encoded = _in_portions(lambda part: moments(self.vae, part).float(), pixels.to(self.stats.mean.device))
             shape = (encoded.shape[1] // 2, *encoded.shape[2:])
             noise = torch.stack([draws.posterior(*place, shape) for place in places[start : start + self.batch_size]])
             yield from self.stats.whiten(sample_latents(encoded, noise.to(encoded.device))).cpu()
@@ -217,24 +217,26 @@ class Pipeline:
         for start in range(0, len(latents), self.batch_size):
             batch = torch.stack(tuple(latents[start : start + self.batch_size]))
             raw = self.stats.unwhiten(batch.to(self.stats.mean.device))
-            yield from from_unit(decode(self.vae, raw).float().cpu().numpy())
+            yield from from_unit(_in_portions(lambda part: decode(self.vae, part).float(), raw).cpu().numpy())
 
     def _generate(
         self, rows: list[Prompt], config: SamplerConfig, seed: int, progress: Progress
     ) -> Iterator[list[list[torch.Tensor]]]:
-        """Yield the outputs of each batch of rows, the last padded with copies of its last row."""
+        """Yield the outputs of each batch of rows."""
         ids = self.tokenizer.special
         special = SpecialTokens(bos=ids.bos, eos=ids.eos, boi=ids.boi, eoi=ids.eoi, never=(ids.pad,))
         for start in range(0, len(rows), self.batch_size):
-            chosen = rows[start : start + self.batch_size]
-            filled = chosen + [chosen[-1]] * (min(self.batch_size, len(rows)) - len(chosen))
-
-            def report(rows: float, share: float = len(chosen) / len(filled)) -> None:
-                progress(rows * share)
-
+            chosen, full = rows[start : start + self.batch_size], min(self.batch_size, len(rows))
             draws, diffusion = SeededDraws(seed), self.config.diffusion
-            outputs = generate(self.model, filled, config, diffusion, special, self.grid, draws, report)
-            yield outputs[: len(chosen)]
+            yield generate(self.model, chosen, config, diffusion, special, self.grid, draws, progress, full)
+
+
+def _in_portions(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """Return run(images), on a CPU 2...8 at a time: among so many a convolution gives an image the same bits."""
+    if images.device.type != "cpu":
+        return run(images)
+    portions = images.split(8)
+    return torch.cat([run(part if len(part) > 1 else part.repeat(2, 1, 1, 1))[: len(part)] for part in portions])
 
 
 def one_picture(config: SamplerConfig) -> SamplerConfig:
