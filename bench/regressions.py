@@ -47,7 +47,11 @@ BENCHES = {
             "sampling.seconds_of_ours_over.plain",
         ),
     ),
-    "sampling": Bench("--device cpu --steps 4 --batches 4", more=("cached_speedup",)),
+    "sampling": Bench(
+        "--device cpu --steps 4 --batches 4",
+        more=("cached_speedup", "cases.pictures.share_of_bound", "cases.text.share_of_bound"),
+        less=("cases.pictures, last batch.per_row", "cases.text, mixed prompts.per_row"),
+    ),
     "loader": Bench(
         "--rounds 3",
         more=("ratio_to_webdataset", "text_ratio_to_webdataset", "fill", "fill_pairs_only", "encode_ratio_to_pillow"),

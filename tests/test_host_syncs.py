@@ -1,6 +1,6 @@
 """Between two log rows no step waits for its device: nothing in it reads a tensor's values on the host.
 
-A CPU shows which operators run; a GPU's own check is `train.distributed.process.no_waiting_for`.
+A CPU shows which operators run; on a GPU, bench/gpu_step.py collects CUDA's own warnings of host waits.
 """
 
 from contextlib import nullcontext

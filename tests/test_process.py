@@ -8,8 +8,8 @@ import torch
 
 from tests.ranks import run_ranks
 from train.distributed import process
-from train.distributed.process import ALLOCATOR_NAMES, allow_open_files, no_waiting_for, set_allocator
-from train.distributed.ranks import GLOO_GROUPS, Ranks, alone, own_device
+from train.distributed.process import ALLOCATOR_NAMES, allow_open_files, set_allocator
+from train.distributed.ranks import GLOO_GROUPS, Ranks, own_device
 
 
 def _open_files(ranks: Ranks) -> tuple[int, int]:
@@ -63,14 +63,3 @@ def test_the_allocator_has_a_default_that_never_replaces_the_users(monkeypatch: 
         assert set_allocator() == f"{name}=max_split_size_mb:64"
         assert [other for other in ALLOCATOR_NAMES if other in os.environ] == [name]
         monkeypatch.delenv(name)
-
-
-def test_waiting_for_a_gpu_is_forbidden_inside_and_allowed_again_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    modes = ["default"]
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    with no_waiting_for(alone().device):
-        assert modes == ["default"]
-    with pytest.raises(RuntimeError, match="waited"), no_waiting_for(torch.device("cuda")):
-        raise RuntimeError(f"waited in mode {modes[-1]}")
-    assert modes == ["default", "error", "default"]

@@ -5,8 +5,6 @@ Here because every program's ranks need it however they were started: under torc
 
 import os
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -49,20 +47,3 @@ def wait_for(device: torch.device) -> None:
     """Wait until `device` has done all work given to it: a clock read before would leave that work out."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def no_waiting_for(device: torch.device) -> Iterator[None]:
-    """Raise RuntimeError where the host waits for a CUDA device inside, as `.item()` does; no effect on a CPU.
-
-    Sees what torch sees: not the waits of NCCL and of explicit synchronizations.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
