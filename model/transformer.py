@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model import cpu
 from model.attention import Mask, RotaryTables, additive_mask, apply_rope, attend, rotary_tables
 from model.cache import NextTokens
+from model.document_attention import DocumentMask, attend_documents
 
 CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> attention over all that the cache holds
 
@@ -93,6 +94,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: RotaryTables, mask: Mask, cached: CachedAttention | None = None) -> Tensor:
         """Return [B, S, D] of x [B, S, D]; with a cache, x are the next S tokens of each row and `mask` is not read."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, Hq + 2 Hkv, K]
+        if isinstance(mask, DocumentMask) and cached is None and self.q_norm is None:
+            return self.out(attend_documents(qkv, rotary.turns, mask, self.heads, self.kv_heads))
         if self.q_norm is None or self.k_norm is None:
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
             q, k = apply_rope(qk, rotary).split((self.heads, self.kv_heads), dim=2)

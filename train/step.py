@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from data.manifest import LatentSpec
 from data.packing import NO_IMAGE, PackedBatch
-from model.attention import block_mask, dense_mask
+from model.attention import block_mask
 from model.diffusion import (
     DiffusionConfig,
     add_noise,
@@ -28,6 +28,7 @@ from model.diffusion import (
     timesteps_from_uniform,
     training_target,
 )
+from model.document_attention import document_mask
 from model.losses import noise_error
 from model.transfusion import Transfusion, TransfusionConfig
 from model.vae import LatentStats, sample_latents
@@ -106,7 +107,7 @@ def micro_step(
     """
     noisy, timesteps, targets, valid, token_index = noised_images(batch, stats, diffusion, model.config)
     table = schedule(diffusion.num_timesteps, batch.input_ids.device)
-    mask_of = mask_of or (block_mask if batch.input_ids.is_cuda else dense_mask)
+    mask_of = mask_of or (block_mask if batch.input_ids.is_cuda else document_mask)
     mask_image_ids = batch.image_ids
     if model.config.image_attention == "causal":
         mask_image_ids = torch.full_like(batch.image_ids, NO_IMAGE)  # as if all tokens were text
