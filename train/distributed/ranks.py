@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from train.distributed.agreement import difference, program_facts
+from train.distributed.cpu_settings import settle_cpu
 from train.distributed.launcher import has_agent, place, refuse_lone_task, report_to_torchrun
 from train.distributed.process import allow_open_files, set_allocator
 from train.distributed.rendezvous import LOST_PEER, meet
@@ -144,8 +145,9 @@ def init_ranks(
 
     `facts` must be the same on all ranks, like the program's version and the kind of device (agreement.py). Collectives
     raise after `timeout_s`; on `checkpoint_group` and `background_group`, where the slowest disk decides, after
-    `checkpoint_timeout_s`. Also sets the number of CPU threads and the limit on open files. Raises ValueError for a
-    missing device, an inconsistent environment, a machine that allows too few files, and ranks that disagree.
+    `checkpoint_timeout_s`. Also settles CPU threads and memory (cpu_settings.py) and the limit on open files. Raises
+    ValueError for a missing device, an inconsistent environment, a machine that allows too few files, and ranks that
+    disagree.
     """
     refuse_lone_task()
     mine, own = place(), own_device(device)
@@ -154,7 +156,7 @@ def init_ranks(
         torch.cuda.set_device(own)
     hosts_store = mine.rank == 0 and not has_agent()
     allow_open_files(mine.world_size, GLOO_GROUPS + (not on_cuda) + hosts_store)
-    _set_cpu_threads(mine.local_world_size)
+    settle_cpu(mine.local_world_size, computes=not on_cuda)
     store = meet(mine, {**(facts or {}), "kind of device": own.type, **program_facts()}, timeout_s)
     timeout, checkpoint_timeout = timedelta(seconds=timeout_s), timedelta(seconds=checkpoint_timeout_s)
     if on_cuda:
@@ -218,14 +220,3 @@ def _dump_flight_recorder(ranks: Ranks) -> None:
         (ranks.flight_recorder / f"rank-{ranks.rank}.pickle").write_bytes(dump())
     except OSError as error:  # a full disk must not hide why the run ended
         print(f"flight recorder: {error}", file=sys.stderr)
-
-
-def _set_cpu_threads(local_world_size: int) -> None:
-    """Divide the machine's cores among its ranks, unless OMP_NUM_THREADS is set.
-
-    torchrun sets OMP_NUM_THREADS=1 if the user set nothing, so with several ranks 1 counts as unset: else two ranks on
-    32 cores would use two cores.
-    """
-    value = os.environ.get("OMP_NUM_THREADS")
-    if value is None or (value == "1" and local_world_size > 1):
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))

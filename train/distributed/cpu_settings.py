@@ -1,0 +1,55 @@
+"""How a rank uses its machine's CPU: threads and memory. Set once, before the first tensor of any size.
+
+What the user's environment already says is never overridden. Tried and dropped, as nothing was gained: see
+bench/README.md.
+"""
+
+import ctypes
+import os
+
+import torch
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+REUSED = 32 << 20  # bytes; what glibc allows at most
+KEPT = (1 << 31) - 1  # bytes of free memory at the top of the heap that stay with the process; mallopt takes an int
+GROWTH = 64 << 20  # bytes by which the heap grows
+
+
+def settle_cpu(local_world_size: int, computes: bool) -> None:
+    """Set this rank's threads, and the allocator if it `computes` on the CPU."""
+    _set_threads(local_world_size)
+    if computes and not _user_set_malloc():
+        _keep_memory()
+
+
+def describe_cpu() -> str:
+    """Return one line for the start of a program: the threads of a rank, and who chose them and the allocator."""
+    threads = torch.get_num_threads()
+    chosen = "OMP_NUM_THREADS" if os.environ.get("OMP_NUM_THREADS") == str(threads) else "cores / ranks"
+    malloc = "as the environment says" if _user_set_malloc() else "keeps freed memory"
+    return f"CPU: {threads} threads a rank ({chosen}), malloc {malloc}"
+
+
+def _set_threads(local_world_size: int) -> None:
+    """Divide the machine's cores among its ranks, unless OMP_NUM_THREADS is set.
+
+    torchrun sets OMP_NUM_THREADS=1 if the user set nothing, so with several ranks 1 counts as unset: else two ranks on
+    32 cores would use two cores.
+    """
+    value = os.environ.get("OMP_NUM_THREADS")
+    if value is None or (value == "1" and local_world_size > 1):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+
+
+def _user_set_malloc() -> bool:
+    return any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    )
+
+
+def _keep_memory() -> None:
+    """Let glibc reuse what was freed instead of returning it: each step would fault the same pages in again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        for option, value in ((M_MMAP_THRESHOLD, REUSED), (M_TRIM_THRESHOLD, KEPT), (M_TOP_PAD, GROWTH)):
+            mallopt(option, value)
