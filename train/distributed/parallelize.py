@@ -138,7 +138,8 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> "FS
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     units: list[FSDPModule] = [m for m in model.modules() if isinstance(m, FSDPModule)]  # root, then blocks in order
     for i, unit in enumerate(units):
-        unit.set_gradient_divide_factor(1.0)  # the loss is already divided by global counts
+        if ranks.world_size > 1:  # a single rank's gradients would be copied once more
+            unit.set_gradient_divide_factor(1.0)  # the loss is already divided by global counts
         unit.set_force_sum_reduction_for_comms(True)  # else a pre-multiplied sum, which gloo lacks
         if config.prefetch:
             unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + config.prefetch])

@@ -1,9 +1,10 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the blocks' matrices, sharded by fully_shard.
 
 The update of a matrix is its momentum with all singular values moved to about 1, which needs the whole matrix. In each
-round every rank of the mesh owns one matrix; rounds go from large to small, so that those of a round are alike. One
-all-to-all brings each owner its matrix, another returns the updates' slices, and replicas add up their results. So
-nothing is computed twice, a rank holds one whole matrix at a time, and updates do not depend on the ranks (P3).
+round every rank of the mesh owns one matrix, or several small ones; rounds go from large to small, so that those of a
+round are alike. One all-to-all brings each owner its matrices, another returns the updates' slices, and replicas add up
+their results. So nothing is computed twice, a rank holds one large matrix at a time, and updates do not depend on the
+ranks (P3).
 Rejected: torch.optim.Muon, which knows no shards and takes stacked gate and up matrices for one; gathering every matrix
 on every rank, which at 7B costs more than forward and backward on 256 GPUs.
 """
@@ -22,6 +23,7 @@ Parts = tuple[int, ...]  # rows of each of the matrices stacked in one parameter
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steep at 0, singular values end in about [0.7, 1.2]
 ITERATIONS = 5
+ROUND = 1 << 22  # elements that a rank orthogonalizes at once, or one matrix if that is larger
 
 
 def matrices(model: nn.Module) -> dict[torch.Tensor, Parts]:
@@ -61,12 +63,13 @@ class Muon(torch.optim.Optimizer):
         skip = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
         rate = group["lr"] * (1.0 - skip)  # on the device
         decay = 1.0 - rate * group["weight_decay"]
-        per_round = parameters[0].device_mesh.size() if is_sharded(parameters[0]) else 1
-        for start in range(0, len(parameters), per_round):
-            dealt = parameters[start : start + per_round]
+        ranks, start = parameters[0].device_mesh.size() if is_sharded(parameters[0]) else 1, 0
+        while start < len(parameters):
+            dealt = parameters[start : start + ranks * max(1, ROUND // parameters[start].numel())]
             directions = [self._direction(p, start + i, skip.bool()) for i, p in enumerate(dealt)]
             for p, update in zip(dealt, self._orthogonalized(dealt, directions), strict=True):
-                local(p).mul_(decay).sub_(update * (rate * group["update_rms"]))
+                local(p).mul_(decay).addcmul_(update, rate * group["update_rms"], value=-1)
+            start += len(dealt)
 
     def _direction(self, p: torch.Tensor, number: int, skip: torch.Tensor) -> torch.Tensor:
         """Advance this rank's part of the momentum; return the same part of the update, not yet orthogonalized."""
@@ -83,58 +86,85 @@ class Muon(torch.optim.Optimizer):
         return torch.where(skip, 0.0, torch.lerp(grad, momentum, beta)).to(dtype)
 
     def _orthogonalized(self, dealt: list[torch.Tensor], directions: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return this rank's rows of the updates of one round, in which every rank owns one matrix or none."""
+        """Return this rank's rows of the updates of one round, whose matrices are dealt to the ranks in turn."""
         first = dealt[0]
-        if not is_sharded(first) or (dim := shard_dim(first)) is None:
-            return [orthogonalize(direction, self._parts[p]) for p, direction in zip(dealt, directions, strict=True)]
+        if not is_sharded(first) or (dim := shard_dim(first)) is None or first.device_mesh.size() == 1:
+            return orthogonalize(directions, [self._parts[p] for p in dealt])
         mesh = first.device_mesh
         num_shards, group = mesh.size(dim), mesh.get_group(dim)
         replica = mesh.get_local_rank(1 - dim) if mesh.ndim == 2 else 0
-        ours = slice(replica * num_shards, (replica + 1) * num_shards)  # those of `dealt` that this replica owns
+        # Of each rank along `dim`, the matrices that it owns in this replica.
+        owned = [range(replica * num_shards + shard, len(dealt), mesh.size()) for shard in range(num_shards)]
         updates = [torch.zeros_like(direction) for direction in directions]
-        if owned := dealt[ours]:
-            rank = mesh.get_local_rank(dim)
-            mine = owned[rank] if rank < len(owned) else None
-            updates[ours] = self._by_owners(mine, directions[ours], num_shards, group)
+        if ours := [i for indices in owned for i in indices]:
+            mine = [dealt[i] for i in owned[mesh.get_local_rank(dim)]]
+            sizes = [sum(directions[i].numel() for i in indices) for indices in owned]
+            for i, update in zip(ours, self._by_owners(mine, [directions[i] for i in ours], sizes, group), strict=True):
+                updates[i] = update
         if mesh.ndim == 2:
             flat = torch.cat([update.flatten() for update in updates])
             dist.all_reduce(flat, group=mesh.get_group(1 - dim))  # one replica has the update, the others zeros
-            parts = flat.split([direction.numel() for direction in directions])
-            updates = [part.view_as(direction) for part, direction in zip(parts, directions, strict=True)]
+            updates = _split_like(flat, directions)
         return updates
 
     def _by_owners(
-        self, mine: torch.Tensor | None, directions: list[torch.Tensor], num_shards: int, group: dist.ProcessGroup
+        self, mine: list[torch.Tensor], directions: list[torch.Tensor], sizes: list[int], group: dist.ProcessGroup
     ) -> list[torch.Tensor]:
-        """Return the updates of this rank's rows of `directions`, which the first ranks of `group` own in order."""
+        """Return the updates of this rank's rows of `directions`, in the order of their owners.
+
+        `mine` are the matrices that this rank owns, `sizes` how many elements it sends to each rank of `group`.
+        """
         sent = torch.cat([direction.flatten() for direction in directions])
-        sizes = [direction.numel() for direction in directions] + [0] * (num_shards - len(directions))
-        own_sizes = [0] * num_shards if mine is None else [count * mine.shape[1] for count in rows(mine)]
+        held = [[count * p.shape[1] for count in rows(p)] for p in mine]  # elements of each matrix by rank
+        by_rank = [[of_rank[rank] for of_rank in held] for rank in range(len(sizes))]
+        own_sizes = [sum(elements) for elements in by_rank]
         whole = sent.new_empty(sum(own_sizes))
         dist.all_to_all_single(whole, sent, own_sizes, sizes, group=group)
-        if mine is not None:
-            whole = orthogonalize(whole.view(mine.shape), self._parts[mine]).flatten()
+        pieces = whole.split([size for elements in by_rank for size in elements])
+        matrices = [torch.cat(pieces[i :: len(mine)]).view(p.shape) for i, p in enumerate(mine)]
+        updates = orthogonalize(matrices, [self._parts[p] for p in mine])
+        pieces_back = [update.flatten().split(of_rank) for update, of_rank in zip(updates, held, strict=True)]
+        if mine:
+            whole = torch.cat([pieces[rank] for rank in range(len(sizes)) for pieces in pieces_back])
         returned = torch.empty_like(sent)
         dist.all_to_all_single(returned, whole, sizes, own_sizes, group=group)
-        parts = returned.split(sizes[: len(directions)])
-        return [part.view_as(direction) for part, direction in zip(parts, directions, strict=True)]
+        return _split_like(returned, directions)
 
 
-def orthogonalize(direction: torch.Tensor, parts: Parts) -> torch.Tensor:
-    """Return the update of a matrix [m, n], computed separately for each of the `parts` of its rows.
+def _split_like(flat: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
+
+
+def orthogonalize(directions: list[torch.Tensor], parts: list[Parts]) -> list[torch.Tensor]:
+    """Return the updates of matrices [m, n], computed separately for each of the `parts` of their rows.
 
     Scaled by sqrt(max(m, n)), so that the mean square of its elements is about 1 (Liu et al. 2025, Muon is scalable
-    for LLM training, arXiv:2502.16982, section 2.2; times 0.2 it suits AdamW's learning rate).
+    for LLM training, arXiv:2502.16982, section 2.2; times 0.2 it suits AdamW's learning rate). Small parts of one shape
+    share their products.
     """
-    return torch.cat([newton_schulz(part) * max(part.shape) ** 0.5 for part in direction.split(parts)])
+    split = [direction.split(rows) for direction, rows in zip(directions, parts, strict=True)]
+    updates = [torch.empty_like(direction) for direction in directions]
+    alike: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for pieces, update, rows_of_parts in zip(split, updates, parts, strict=True):
+        for piece, place in zip(pieces, update.split(rows_of_parts), strict=True):
+            alike.setdefault(piece.shape, []).append((piece, place))
+    for shape, pairs in alike.items():
+        at_once = max(1, ROUND // shape.numel())
+        for start in range(0, len(pairs), at_once):
+            batch, places = zip(*pairs[start : start + at_once], strict=True)
+            found = newton_schulz(torch.stack(batch)) * max(shape) ** 0.5
+            torch._foreach_copy_(list(places), list(found))
+    return updates
 
 
 def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
-    """Return [m, n] with the singular vectors of `matrix` and singular values near 1; a zero matrix stays zero."""
+    """Return [..., m, n] with the singular vectors of `matrix` and singular values near 1; zeros stay zeros."""
     a, b, c = COEFFICIENTS
-    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / torch.linalg.vector_norm(x, dtype=torch.float32).clamp(min=1e-20).to(x.dtype)
+    stacked = matrix.view(-1, *matrix.shape[-2:])
+    x = stacked.mT if matrix.shape[-2] > matrix.shape[-1] else stacked
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp(min=1e-20).to(x.dtype)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if matrix.shape[-2] > matrix.shape[-1] else x).reshape(matrix.shape)
