@@ -8,6 +8,7 @@ backward: model/attention.py then takes a dense mask instead of a `BlockMask`.)
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,7 +52,38 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         unit, scale, weight = ctx.saved_tensors
-        product = (grad * unit).flatten(0, -2)
+        product = grad * unit
+        rows = product.flatten(0, -2)
         # d x = scale (grad w - unit mean(grad w unit))
-        mean = (product @ weight).view(scale.shape).div_(-unit.shape[-1])
-        return torch.addcmul(grad * weight, unit, mean).mul_(scale), product.sum(0), None
+        mean = (rows @ weight).view(scale.shape).div_(-unit.shape[-1])
+        grad_weight = rows.sum(0)
+        # In place from here on: new memory costs more than the arithmetic.
+        return torch.mul(grad, weight, out=product).addcmul_(unit, mean).mul_(scale), grad_weight, None
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up [..., H] of gate_up [..., 2H].
+
+    silu(gate) is computed again in the backward, which keeps a third less memory, and the gradients of both halves are
+    written side by side instead of being concatenated.
+    """
+    return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        both = torch.empty_like(gate_up)
+        grad_gate, grad_up = both.chunk(2, dim=-1)
+        scratch = F.silu(gate)
+        torch.mul(grad, scratch, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(torch.mul(grad, up, out=scratch), gate, grad_input=grad_gate)
+        return both

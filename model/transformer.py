@@ -94,8 +94,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: RotaryTables, mask: Mask, cached: CachedAttention | None = None) -> Tensor:
         """Return [B, S, D] of x [B, S, D]; with a cache, x are the next S tokens of each row and `mask` is not read."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, Hq + 2 Hkv, K]
-        if isinstance(mask, DocumentMask) and cached is None and self.q_norm is None:
-            return self.out(attend_documents(qkv, rotary.turns, mask, self.heads, self.kv_heads))
+        if isinstance(mask, DocumentMask) and cached is None:
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+                qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2)
+            return self.out(attend_documents(qkv, rotary, mask, self.heads, self.kv_heads))
         if self.q_norm is None or self.k_norm is None:
             qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
             q, k = apply_rope(qk, rotary).split((self.heads, self.kv_heads), dim=2)
@@ -118,7 +121,10 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate_up = self.gate_up(x)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.down(cpu.swiglu(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
