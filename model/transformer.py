@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import cpu
-from model.attention import Mask, RotaryTables, additive_mask, apply_rope, attend, rotary_tables
+from model import attention, cpu
+from model.attention import RotaryTables, additive_mask, apply_rope, attend, rotary_tables
 from model.cache import NextTokens
 from model.document_attention import DocumentMask, attend_documents
 
+Mask = attention.Mask | DocumentMask
 CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> attention over all that the cache holds
 
 
@@ -159,8 +160,8 @@ class Transformer(nn.Module):
         """Return the normalised hidden states [B, S, D] of embeddings h [B, S, D].
 
         `position_ids` int [B, S]; `grid_positions` int [B, S, 2], (-1, -1) for text, read only with rope_2d; `mask`
-        from `attention.block_mask` or `attention.dense_mask`, or None to see everything. With `next_tokens`, h is
-        appended to caches, which have their own masks, and `mask` is not read.
+        from `attention.block_mask`, `attention.dense_mask` or `document_mask`, or None to see everything. With
+        `next_tokens`, h is appended to caches, which have their own masks, and `mask` is not read.
         """
         grid = grid_positions if self.config.rope_2d else None
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, grid)

@@ -14,12 +14,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from model.cache import NextTokens
 from model.losses import linear_cross_entropy
 from model.patches import LinearPatches, Skips
-from model.transformer import Transformer, TransformerConfig
+from model.transformer import Mask, Transformer, TransformerConfig
 from model.unet import UNetConfig, UNetPatches
 
 Grid = tuple[int, int]  # (h, w) of an image's latents
@@ -83,7 +82,7 @@ class Transfusion(nn.Module):
         position_ids: Tensor,
         grid_positions: Tensor,
         is_image: Tensor,
-        mask: BlockMask | Tensor,
+        mask: Mask,
         text_target_index: Tensor,
         text_targets: Tensor,
         noisy: dict[Grid, Tensor],
@@ -128,7 +127,7 @@ class Transfusion(nn.Module):
         h: Tensor,
         position_ids: Tensor,
         grid_positions: Tensor,
-        mask: BlockMask | Tensor | None,
+        mask: Mask,
         next_tokens: NextTokens | None = None,
     ) -> Tensor:
         """Return the hidden states [B, S, D] of embeddings [B, S, D]; see `Transformer.forward`."""

@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask
 
 from data.manifest import LatentSpec
 from data.packing import NO_IMAGE, PackedBatch
-from model.attention import block_mask
+from model.attention import block_mask, dense_mask
 from model.diffusion import (
     DiffusionConfig,
     add_noise,
@@ -30,6 +29,7 @@ from model.diffusion import (
 )
 from model.document_attention import document_mask
 from model.losses import noise_error
+from model.transformer import Mask
 from model.transfusion import Transfusion, TransfusionConfig
 from model.vae import LatentStats, sample_latents
 from train.distributed.parallelize import ParallelConfig, set_micro_step
@@ -99,7 +99,7 @@ def micro_step(
     image_weight: float,
     global_text_targets: int,
     global_images: int,
-    mask_of: Callable[..., BlockMask | torch.Tensor | None] | None = None,
+    mask_of: Callable[..., Mask] | None = None,
 ) -> StepLoss:
     """Run the model on one micro-batch. A pure function: all random numbers are in the batch.
 
@@ -107,7 +107,7 @@ def micro_step(
     """
     noisy, timesteps, targets, valid, token_index = noised_images(batch, stats, diffusion, model.config)
     table = schedule(diffusion.num_timesteps, batch.input_ids.device)
-    mask_of = mask_of or (block_mask if batch.input_ids.is_cuda else document_mask)
+    mask_of = mask_of or _mask_builder(model, batch.input_ids.device)
     mask_image_ids = batch.image_ids
     if model.config.image_attention == "causal":
         mask_image_ids = torch.full_like(batch.image_ids, NO_IMAGE)  # as if all tokens were text
@@ -131,6 +131,14 @@ def micro_step(
     text = output.text_nll_sum / max(global_text_targets, 1)
     image = image_sum / max(global_images, 1)
     return StepLoss(text + image_weight * image, output.text_nll_sum.detach(), image_sum.detach())
+
+
+def _mask_builder(model: Transfusion, device: torch.device) -> Callable[..., Mask]:
+    """Return the form of the mask that suits the device: by documents on CPU, but dense in blocks compiled for it."""
+    if device.type == "cuda":
+        return block_mask
+    is_compiled = any(block._compiled_call_impl is not None for block in model.transformer.blocks)
+    return dense_mask if is_compiled else document_mask
 
 
 def noised_images(

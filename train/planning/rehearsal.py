@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.packing import PackedBatch
+from model.document_attention import DocumentMask, document_mask
 from model.transfusion import Transfusion
 from train.distributed.local_shards import is_sharded
 from train.distributed.parallelize import parallelize, set_micro_step
@@ -142,8 +143,9 @@ class _Stage:
         collectives: dict[Collective, float] = {}
         schedule.cache_clear()  # real tensors must not mix with fake ones, here or in a later real step
         for batch in batches:
+            mask = None if self.cuda else self._mask(batch)  # what it holds depends on values, which fake tensors lack
             with self.fake, self.live:
-                collectives = self._step(batch)
+                collectives = self._step(batch, mask)
         schedule.cache_clear()
         kept = [kind for kind in STATES if kind != "gradients"]  # between steps
         saved = [tensor for kind in kept for tensor in self.held[kind]]
@@ -159,15 +161,24 @@ class _Stage:
             collectives=collectives,
         )
 
-    def _step(self, batch: PackedBatch) -> dict[Collective, float]:
+    def _mask(self, batch: PackedBatch) -> DocumentMask:
+        trunk, mask = (
+            self.config.model.transformer,
+            document_mask(batch.document_ids, batch.image_ids, batch.visible_until),
+        )
+        for parts in ((trunk.heads, trunk.num_kv_heads, trunk.num_kv_heads), (trunk.heads,)):
+            mask.places(parts)
+        return mask
+
+    def _step(self, batch: PackedBatch, mask: DocumentMask | None) -> dict[Collective, float]:
         """Run the first and the last micro-step and the update; return the traffic of all micro-steps."""
         config, live = self.config, self.live
         lanes = -(-config.data.lanes // self.ranks.world_size)
         micro_steps = -(-lanes // min(lanes, config.micro_batch_size))
         live.phase = "batch"
         batch = batch.map(torch.empty_like)
-        first = self._micro_step(batch, is_last=False) if micro_steps > 1 else Counter()
-        last = self._micro_step(batch, is_last=True)
+        first = self._micro_step(batch, mask, is_last=False) if micro_steps > 1 else Counter()
+        last = self._micro_step(batch, mask, is_last=True)
         live.name("gradients", [parameter.grad for parameter in self.parameters if parameter.grad is not None])
         live.phase = "update"
         self.optimizer.update(2)
@@ -178,7 +189,7 @@ class _Stage:
             total[what] += first[what] + last[what] + max(micro_steps - 2, 0) * between[what]
         return dict(total)
 
-    def _micro_step(self, batch: PackedBatch, *, is_last: bool) -> Counter[Collective]:
+    def _micro_step(self, batch: PackedBatch, mask: DocumentMask | None, *, is_last: bool) -> Counter[Collective]:
         set_micro_step(self.model, self.config.parallel, is_last=is_last)
         self.live.phase = "forward"
         loss = micro_step(
@@ -189,7 +200,7 @@ class _Stage:
             image_weight=self.config.loss.image_weight,
             global_text_targets=1,
             global_images=1,
-            mask_of=(lambda *_: None) if self.cuda else None,
+            mask_of=lambda *_: mask,
         ).total
         self.live.phase = "backward"
         loss.backward()
