@@ -17,6 +17,7 @@ from train.checkpoints.resume import ResumePoint
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver
 from train.console import Console, say
+from train.distributed.cpu_settings import describe_cpu
 from train.distributed.process import set_allocator, wait_for
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopKind, StopSignal, shield_worker
@@ -137,6 +138,8 @@ class Run:
             f"{config.data.lanes} x {config.data.sequence_length} tokens a step, {config.optim.steps} steps, "
             f"{self.started_from}{ignored}; config in {self.folder.path / 'config.yaml'}"
         )
+        if ranks.device.type == "cpu":
+            yield describe_cpu()
         if ranks.device.type == "cuda":
             yield f"CUDA's allocator: {set_allocator()}"
         if data.too_long:
