@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model import cpu
 from model.cache import KVCache, NextTokens
 from model.transformer import SIZES, RMSNorm, Transformer, TransformerConfig
 
@@ -151,3 +152,11 @@ def test_block_parameters_come_to_about_the_size_in_the_name(name, low, high):
 def test_meta_device_gives_no_buffers_to_lose():
     with torch.device("meta"):
         assert not list(small_trunk().buffers())
+
+
+def test_swiglu_on_cpu_has_the_gradients_of_the_plain_formula():
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(5, 7, 24, dtype=torch.float64, generator=generator, requires_grad=True)
+    gate, up = gate_up.chunk(2, -1)
+    assert torch.allclose(cpu.swiglu(gate_up), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(cpu.swiglu, (gate_up,))
