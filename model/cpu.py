@@ -1,8 +1,8 @@
 """What the model computes differently on a CPU, only because torch's kernels there are slow.
 
 Each function equals the plain formula that CUDA and compiled blocks use, up to rounding; its docstring says what it
-gains. Nothing here is needed to understand the model. FlexAttention's backward is the one kernel that CPUs lack outright:
-training takes model/document_attention.py in its place.
+gains. Nothing here is needed to understand the model. FlexAttention's backward is the one kernel that CPUs lack
+outright: training takes model/document_attention.py in its place.
 """
 
 from typing import Any
