@@ -107,6 +107,7 @@ class Attention(nn.Module):
             q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
             q, k = apply_rope(self.q_norm(q), rotary), apply_rope(self.k_norm(k), rotary)
         if cached is None:
+            assert not isinstance(mask, DocumentMask)
             mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, Hq, S, K]
         else:
             mixed = cached(q.transpose(1, 2), k, v)
