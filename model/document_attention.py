@@ -204,7 +204,9 @@ def _rotate(x: Tensor, turns: Tensor) -> None:
 
 def _weights(chunk: Chunk, q: Tensor, k: Tensor) -> Tensor:
     """Return the softmax of a chunk of rotated, scaled queries, [n * Hkv, Hq / Hkv * queries, keys]."""
-    scores = torch.bmm(_by_key_head(q, chunk, k), k.flatten(0, 1)[:, : chunk.keys].mT)
+    queries, keys = _by_key_head(q, chunk, k), k.flatten(0, 1)[:, : chunk.keys]
+    # Not bmm, whose results selective checkpointing keeps, and which may then not be changed in place.
+    scores = q.new_empty(*queries.shape[:2], chunk.keys).baddbmm_(queries, keys.mT, beta=0)
     by_head = scores.view(*q.shape[:2], -1, chunk.keys)
     by_head[..., chunk.free :].add_(chunk.bias)
     return torch.softmax(scores, -1, out=scores)
