@@ -38,7 +38,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _product(grad, weight.T)
         if ctx.needs_input_grad[1]:
-            rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
+            rows, grad_rows = x.reshape(-1, weight.shape[1]), grad.reshape(-1, weight.shape[0])
             # MKL is faster with the longer side first.
             widens = weight.shape[0] >= weight.shape[1]
             grad_weight = grad_rows.T @ rows if widens else (rows.T @ grad_rows).T

@@ -20,7 +20,7 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("shape", [(2, 50, 24), (7, 24), (1, 24)])
+@pytest.mark.parametrize("shape", [(2, 50, 24), (7, 24), (1, 24), (24,)])
 @pytest.mark.parametrize("outputs", [9, 24, 40])
 def test_outputs_and_gradients_are_the_formulas(shape: tuple[int, ...], outputs: int) -> None:
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bench.peers.works import Work
+from train.streams import open_streams
 
 ROOT = Path(__file__).parents[2]
 CONTESTANTS = {"ours": "Ours", "plain": "Plain", "transfusion_pytorch": "TransfusionPytorch", "gemm": "Gemm"}
@@ -59,7 +60,7 @@ class Worker:
     def start(cls, name: str, work: Work, log: Path, threads: int, python: str = sys.executable) -> "Worker":
         command = [python, "-m", "bench.peers.worker", name, json.dumps(work.arguments())]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUTF8": "1"}
-        with log.open("w") as errors:
+        with log.open("w", encoding="utf-8") as errors:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -95,6 +96,7 @@ class Worker:
 
 if __name__ == "__main__":
     # Whatever a contestant prints goes to the log; the answers have the pipe for themselves.
-    pipe = os.fdopen(os.dup(1), "w")
+    open_streams()
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(sys.argv[1], Work(**json.loads(sys.argv[2])), sys.stdin, pipe)
