@@ -32,7 +32,9 @@ def gloo_interface(nccl: str, present: list[str]) -> str | None:
 
 def interfaces() -> list[str]:
     """Return the interfaces of this node that have an address."""
-    with_ipv6 = {line.split()[-1] for line in IPV6.read_text(encoding="utf-8").splitlines()} if IPV6.is_file() else set()
+    with_ipv6 = (
+        {line.split()[-1] for line in IPV6.read_text(encoding="utf-8").splitlines()} if IPV6.is_file() else set()
+    )
     return [name for _, name in socket.if_nameindex() if name in with_ipv6 or _has_ipv4(name)]
 
 

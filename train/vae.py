@@ -23,7 +23,7 @@ from data.storage import local_copy
 from model.perceptual import load_lpips
 from model.vae import decode, kl_nats, moments, sample_latents, vae_hash
 from train.config import load_config, run_program
-from train.console import say
+from train.console import plural, say
 from train.distributed.agreement import facts_of
 from train.distributed.launcher import report_to_torchrun
 from train.distributed.ranks import DIED, Ranks, init_ranks, last_words
@@ -132,7 +132,7 @@ def load_pictures(files: list[str], config: VaeTrainConfig, ranks: Ranks) -> np.
         names = ", ".join(map(shown, files))
         raise ValueError(f"no pictures in {names}: expected records with .jpg, .png or .webp")
     limit = f" (max_pictures={config.max_pictures}: the rest is not read)" if full else ""
-    say_once(ranks, f"{len(pictures)} pictures at {config.resolution} pixels from {len(files)} shards{limit}")
+    say_once(ranks, f"{len(pictures)} pictures at {config.resolution} pixels from {plural(len(files), 'shard')}{limit}")
     return np.stack(pictures)
 
 
