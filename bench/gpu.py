@@ -6,7 +6,8 @@ usage: python -m bench.gpu [--only 7b attention ...] [--budget 540] [--keep benc
 Each case runs in a process of its own, so that one that runs out of memory or dies costs the others nothing. Cases are
 ordered by importance; those for which no time is left are skipped, by name. A line per case goes to stderr; the last
 line of stdout is one JSON object. Exit status: 0 if every check that applies passed and no case failed, else 1; 2
-without a GPU. `--device cpu` runs all of it on a tiny model in seconds: its numbers mean nothing.
+without a GPU. `--device cpu` runs all of it on a tiny model in half a minute: its numbers mean nothing.
+`bash bench/gpu.sh` without options keeps the record and a table in bench/results.
 """
 
 import argparse
@@ -147,6 +148,12 @@ def main() -> int:
     if unknown := set(options.only or ()) - {case.name for case in cases}:
         parser.error(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(case.name for case in cases)}")
     cases = [case for case in cases if options.only is None or case.name in options.only]
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)  # now, not after ten minutes
+    if options.device == "cpu":
+        print(
+            "bench.gpu: a smoke run on a CPU: it shows that all of it runs; its numbers mean nothing", file=sys.stderr
+        )
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         record = measure(cases, Setting(Path(folder) / "data", options.device), options.budget)
     for check in record["checks"]:

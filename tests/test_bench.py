@@ -55,7 +55,7 @@ def measured(run_here: Callable, folder: Path, *options: str) -> tuple[dict[str,
 
 def test_one_gpu_is_measured_end_to_end_on_a_cpu(run_here: Callable, tmp_path: Path) -> None:
     """A step, its profile and its saves, attention, sampling, encoding, a start: the code that a GPU will run."""
-    record, table = measured(run_here, tmp_path, "--only", "toy", "attention", "start", "sampling", "encoding")
+    record, table = measured(run_here, tmp_path / "kept", "--only", "toy", "attention", "start", "sampling", "encoding")
     step = record["cases"]["toy"]
     assert step["layers"] == step["layers_of_the_size"] == 2 and step["tokens_per_s"] > 0
     assert sum(step["breakdown"].values()) == pytest.approx(1, abs=0.2)  # kinds of work, and idle
@@ -68,8 +68,8 @@ def test_one_gpu_is_measured_end_to_end_on_a_cpu(run_here: Callable, tmp_path: P
     assert record["cases"]["sampling"]["images_per_s"].keys() == {"1", "2"}
     assert "| toy | 2 | 2 | none |" in table and "toy: mask" in table
     with pytest.raises(ValueError, match="smoke run on a CPU"):
-        Kernels.read(tmp_path / "gpu-cpu.json")
-    speeds = Kernels.read(tmp_path / "gpu-cpu.json", allow_cpu=True).at("linear", 32)
+        Kernels.read(tmp_path / "kept" / "gpu-cpu.json")
+    speeds = Kernels.read(tmp_path / "kept" / "gpu-cpu.json", allow_cpu=True).at("linear", 32)
     assert speeds.product > 0 and speeds.attention > 0 and 0 <= speeds.idle < 1
 
 

@@ -30,7 +30,7 @@ def test_a_step_reuses_the_memory_of_the_one_before() -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))} | extra
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         faults[name] = int(done.stdout.rpartition("faults ")[2])
-    assert faults["ours"] < 1000 < faults["the user's"]
+    assert 10 * faults["ours"] < faults["the user's"] and faults["the user's"] > 20 * 4096  # pages of 16 MiB
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,6 @@ def test_threads_are_the_ranks_share_of_the_cores_unless_the_user_chose(
         settle_cpu(ranks, computes=False)
         wanted = {"all": cores, "half": max(1, cores // ranks)}.get(expected) or int(expected)
         assert torch.get_num_threads() == wanted
-        assert f"{wanted} threads a rank" in describe_cpu()
+        assert f"{wanted} thread{'s' * (wanted != 1)} a rank" in describe_cpu()
     finally:
         torch.set_num_threads(before)

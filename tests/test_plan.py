@@ -52,6 +52,14 @@ def test_the_7b_model_fits_256_gpus_and_the_numbers_agree_with_common_sense(caps
     assert 0.05 < found["communication_share_of_compute"] < 0.5
 
 
+def test_what_is_recomputed_takes_time_and_is_no_model_flop(capsys: pytest.CaptureFixture) -> None:
+    """Of four products of a block, forward once and backward twice, `full` repeats all but the last, and attention."""
+    once, again = (planned(capsys, *SMALL, f"parallel.activation_checkpointing={level}") for level in ("none", "full"))
+    assert again["step_tflop"] == once["step_tflop"] and not once["recomputed_tflop"]
+    longer = again["compute_s_a_step"] / once["compute_s_a_step"]
+    assert longer == pytest.approx(1 + again["recomputed_tflop"] / again["step_tflop"]) and 1.1 < longer < 4 / 3
+
+
 def test_the_plan_in_words_reads_at_a_glance(capsys: pytest.CaptureFixture) -> None:
     plan([*SMALL, "gpu=a100"])
     printed = capsys.readouterr().out

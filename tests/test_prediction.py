@@ -186,3 +186,5 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
         (tmp_path / "a").write_text(content)
         with pytest.raises(ValueError, match=r"expected (a record|one) of bench/gpu\.py"):
             Kernels.read(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"kernels=.*none cannot be read \(No such file.*gpu\.sh writes one"):
+        Kernels.read(tmp_path / "none")

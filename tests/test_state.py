@@ -155,7 +155,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_name_on_every_rank(config:
             "Restore what it was. (Learning rate",
             "width was 32, is 64",
             "qk_norm was False, is True",
-            "model.vocab_multiple_of was absent, is 8",
+            "model.vocab_multiple_of was 1, is 8",
             "latent_channels was 2, is 4",
         ): replace(config, model=wide),
         ("optim.optimizer was adamw, is muon", "optim.state_dtype was float32, is bfloat16"): replace(

@@ -4,7 +4,7 @@ Six per weight and position in a matrix product, twelve per layer, channel and (
 positions and timestep embeddings (under a thousandth) are left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.packing import PackedBatch
 from model.transfusion import TransfusionConfig
@@ -49,6 +49,17 @@ class Flops:
             per_latent_cell=6 * cell,
             patch_cells=config.patch_size**2,
             causal_images=config.image_attention == "causal",
+        )
+
+    @property
+    def again(self) -> "Flops":
+        """Return what is computed a second time, counted as `self` counts what is computed once."""
+        return replace(
+            self,
+            per_token=self.again_per_token,
+            per_pair=self.again_per_pair,
+            per_text_target=0.0,
+            per_latent_cell=self.again_per_latent_cell,
         )
 
     def of_batch(self, batch: PackedBatch) -> tuple[float, float]:

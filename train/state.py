@@ -167,7 +167,9 @@ def meaning(config: PretrainConfig) -> dict[str, str]:
 
 def differences(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
     """Return a phrase for each name whose values differ."""
-    pairs = {name: (then.get(name, "absent"), now.get(name, "absent")) for name in {**then, **now}}
+    absent = {"model.vocab_multiple_of": "1"}  # see `meaning`
+    names = {**then, **now}
+    pairs = {name: tuple(facts.get(name, absent.get(name, "absent")) for facts in (then, now)) for name in names}
     return {name: f"{name} was {was}, is {found}" for name, (was, found) in pairs.items() if was != found}
 
 

@@ -26,8 +26,8 @@ def describe_cpu() -> str:
     """Return one line for the start of a program: the threads of a rank, and who chose them and the allocator."""
     threads = torch.get_num_threads()
     chosen = "OMP_NUM_THREADS" if os.environ.get("OMP_NUM_THREADS") == str(threads) else "cores / ranks"
-    malloc = "as the environment says" if _user_set_malloc() else "keeps freed memory"
-    return f"CPU: {threads} threads a rank ({chosen}), malloc {malloc}"
+    malloc = f"as {' and '.join(names)} say" if (names := _user_set_malloc()) else "keeps freed memory"
+    return f"CPU: {threads} thread{'s' * (threads != 1)} a rank ({chosen}), malloc {malloc}"
 
 
 def _set_threads(local_world_size: int) -> None:
@@ -41,10 +41,10 @@ def _set_threads(local_world_size: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
 
 
-def _user_set_malloc() -> bool:
-    return any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
-        "GLIBC_TUNABLES", ""
-    )
+def _user_set_malloc() -> list[str]:
+    """Return the environment's variables that configure malloc."""
+    names = [name for name in os.environ if name.startswith("MALLOC_")]
+    return names + ["GLIBC_TUNABLES"] * ("glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""))
 
 
 def _keep_memory() -> None:

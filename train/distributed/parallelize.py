@@ -89,10 +89,10 @@ def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
         )
     dp_shard, group = world_size // config.dp_replicate, config.group_size
     if group is not None and (group >= dp_shard or dp_shard % group):
-        groups = [n for n in range(2, dp_shard) if dp_shard % n == 0]
+        groups = ", ".join(str(n) for n in range(2, dp_shard) if dp_shard % n == 0)
         raise ValueError(
-            f"parallel.reshard_after_forward={group} with states sharded over {dp_shard} ranks: expected true, false"
-            + "".join(f" or {n}" for n in groups)
+            f"parallel.reshard_after_forward={group} with states sharded over {dp_shard} ranks: expected null, true, "
+            f"false or a divisor of that between 1 and {dp_shard} ({groups or 'none'})"
         )
     return config.dp_replicate, dp_shard
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from data.raw import RawDocument
 from data.shards import BadRecords
+from train.console import plural
 from train.distributed.launcher import place
 from train.encoding.sidecar import sidecar_path
 from train.encoding.tasks import Task
@@ -50,7 +51,7 @@ class Progress:
 
     def waits_for(self, count: int) -> None:
         """Show that other workers are encoding all remaining files."""
-        self._show(f", waiting for {count} files that other workers encode")
+        self._show(f", waiting for {plural(count, 'file')} that other workers encode")
 
     def _show_in_time(self) -> None:
         if time.monotonic() - self._shown >= self._interval_s:

@@ -46,6 +46,10 @@ class Kernels:
         """Read a record of bench/gpu.py. Raise ValueError for anything else, and for a smoke run on a CPU."""
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(
+                f"kernels={path} cannot be read ({error.strerror}): expected a record of bench/gpu.py; {KEEP}"
+            ) from None
         except ValueError as error:
             raise ValueError(
                 f"kernels={path} is not JSON ({error}): expected a record of bench/gpu.py; {KEEP}"

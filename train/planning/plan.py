@@ -47,7 +47,9 @@ class PlanConfig(PretrainConfig):
     world_size: int = 8  # ranks, one per GPU, >= 1
     gpu: str = "h100"  # a name in train/hardware.py, or torch's name of the device; not read with device=cpu
     gpus_per_node: int = 8  # ranks per machine, >= 1
-    mfu: float = 0.4  # assumed model FLOPs utilization, in (0, 1]; not read with kernels
+    # Assumed model FLOPs utilization of a step that recomputes nothing, in (0, 1]; recomputation takes time on top. Not
+    # read with kernels.
+    mfu: float = 0.4
     # Record of bench/gpu.sh (bench/results/gpu-NAME.json): times are then predicted from what that GPU reached, also
     # for 8 ... 1,024 of them. null: from `mfu`.
     kernels: Location | None = None
@@ -188,15 +190,22 @@ def _rehearsed(vocab_size: int, data: DataSet | None, cuda: bool, config: Pretra
 def _compute(config: PlanConfig, vocab_size: int, data: DataSet | None) -> dict[str, Any]:
     """Return the work of a step and, for a GPU, the time it takes."""
     length = config.data.sequence_length
-    per_token = flops_per_token(Flops.of(config.model, vocab_size), documents_of(config, data), length)
-    step_flops = per_token * config.data.lanes * length
+    parallel, documents = config.parallel, documents_of(config, data)
+    flops = Flops.of(config.model, vocab_size, parallel.activation_checkpointing, parallel.compile)
+    step_flops = flops_per_token(flops, documents, length) * config.data.lanes * length
+    again = flops_per_token(flops.again, documents, length) * config.data.lanes * length
     rows, micro_steps = rows_per_rank(config, config.world_size)
-    work = {"sequences_a_micro_step": rows, "micro_steps": micro_steps, "step_tflop": step_flops / 1e12}
+    work = {
+        "sequences_a_micro_step": rows,
+        "micro_steps": micro_steps,
+        "step_tflop": step_flops / 1e12,
+        "recomputed_tflop": again / 1e12,
+    }
     if config.gpu_type is None:
         return work
     # All wait for the rank with the most lanes.
     share = -(-config.data.lanes // config.world_size) / config.data.lanes
-    return work | {"compute_s_a_step": step_flops * share / (config.gpu_type.peak_tflops * 1e12 * config.mfu)}
+    return work | {"compute_s_a_step": (step_flops + again) * share / (config.gpu_type.peak_tflops * 1e12 * config.mfu)}
 
 
 def _communication(config: PlanConfig, rehearsal: Rehearsal, compute_s: float | None) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _time(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
     machines = -(-config.world_size // config.gpus_per_node)
     sent = plan["sent_gb_a_step_and_rank"]
     parts = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in sent.items() if size >= 0.05)
-    tokens, tflop = plan["tokens_a_step"], plan["step_tflop"]
+    tokens, tflop, again = plan["tokens_a_step"], plan["step_tflop"], plan["recomputed_tflop"]
     lines = [
         f"a step of {plural(config.world_size, 'rank')} on {plural(machines, 'machine')}",
         f"  batch          {tokens:,} tokens: {config.data.lanes} sequences of {config.data.sequence_length}; "
@@ -94,7 +94,8 @@ def _time(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
         share, speed = plan["communication_share_of_compute"], plan["tokens_per_s"]
         bound = "hidden behind it where prefetching works" if share < 1 else "which cannot hide it: the limit"
         lines += [
-            f"  compute        {plan['compute_s_a_step']:.2f} s at an MFU of {config.mfu:.0%}",
+            f"  compute        {plan['compute_s_a_step']:.2f} s at an MFU of {config.mfu:.0%}"
+            + (f", {again / (tflop + again):.0%} of it for recomputation" if again else ""),
             f"  communication  {plan['communication_s_a_step']:.2f} s, {share:.0%} of the compute, {bound}",
             f"  speed          {speed:,.0f} tokens/s, {speed / config.world_size:,.0f} per GPU",
         ]
