@@ -96,9 +96,8 @@ def test_a_rank_that_raises_ends_the_others_and_only_its_traceback_is_shown(tmp_
 
 def test_a_frozen_rank_is_named_at_the_timeout(tmp_path: Path) -> None:
     """Two of the other three are merely blocked behind it. The timeout is the loop's, not that of the start."""
-    processes = FunctionRanks(_lose_rank_1, 4, tmp_path, True, collective_timeout_s=300)
-    processes.wait(30, [0, 2, 3])
-    for rank in (0, 2, 3):
-        assert "lost rank 1 at step 7" in (tmp_path / f"{rank}.txt").read_text()
-    processes.signal(signal.SIGKILL, rank=1)
-    assert processes.wait() == [1, -signal.SIGKILL, 1, 1]
+    with FunctionRanks(_lose_rank_1, 4, tmp_path, True, collective_timeout_s=300) as processes:  # ends the frozen one
+        processes.wait(30, [0, 2, 3])
+        for rank in (0, 2, 3):
+            assert "lost rank 1 at step 7" in (tmp_path / f"{rank}.txt").read_text()
+    assert processes.statuses == [1, -signal.SIGKILL, 1, 1]
