@@ -114,8 +114,10 @@ def _kernels(config: PlanConfig) -> Kernels | None:
     found = Kernels.read(config.kernels)
     if config.gpu_type is None or find(found.device) is not config.gpu_type:
         planned = "device=cpu" if config.gpu_type is None else f"gpu={config.gpu}"
-        raise ValueError(f"kernels={config.kernels} was measured on {found.device}, but {planned} is planned; give gpu="
-                         f"{found.device!r}, or the record of that GPU")  # fmt: skip
+        raise ValueError(
+            f"kernels={config.kernels} was measured on {found.device}, but {planned} is planned; give "
+            f"gpu={found.device!r}, or the record of that GPU"
+        )
     found.at(config.model.patches, config.model.transformer.width)  # raises for a patcher that was not measured
     return found
 
