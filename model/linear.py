@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+PRODUCT = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None  # of (x, weight, ...)
 
 
 class Linear(nn.Linear):

@@ -20,6 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from model.linear import PRODUCT
 from model.transfusion import Transfusion, initial_pieces, parameter_generator
 from model.unet import ResidualBlock
 from train.distributed.local_shards import first_element, is_sharded, local
@@ -196,7 +197,7 @@ def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> Checkpoin
     attention is a separate compiled function, which the policy cannot see: it is recomputed.
     """
     aten = torch.ops.aten
-    if operator is aten.mm.default or str(operator) == "mkldnn._linear_pointwise.default":  # model/linear.py
+    if operator in (aten.mm.default, PRODUCT):
         inputs, outputs = args[1].shape if operator is aten.mm.default else args[1].T.shape
         narrows = outputs < inputs
         return CheckpointPolicy.PREFER_RECOMPUTE if narrows else CheckpointPolicy.MUST_SAVE

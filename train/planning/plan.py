@@ -4,6 +4,7 @@ Needs neither data nor a GPU. planning/plan_text.py puts it into words.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         **compute,
         **_communication(config, rehearsal, compute.get("compute_s_a_step")),
     }
-    return plan if kernels is None else plan | _predicted(asked, kernels, plan, data)
+    return plan if kernels is None else plan | _predicted(asked, (config, rehearsal), kernels, plan, data)
 
 
 def _kernels(config: PlanConfig) -> Kernels | None:
@@ -153,9 +154,7 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[
         usable = memory_gib * GIB
 
     rehearsed = partial(_rehearsed, vocab_size, data, gpu is not None)
-    found = rehearse_levels(config, usable, lambda config: rehearsed(config, world_size))
-    config, why = choose_level(config, found, usable)
-    rehearsal = found[config.parallel.activation_checkpointing]
+    config, why, rehearsal = _decided(config, usable, lambda config: rehearsed(config, world_size))
     total = sum(rehearsal.peak.values())
     loader = loader_bytes(data, config.data, world_size) if data is not None else {}
     plan: dict[str, Any] = {
@@ -182,6 +181,15 @@ def _memory(config: PlanConfig, vocab_size: int, data: DataSet | None) -> tuple[
             config, world_size, lambda config, ranks: sum(rehearsed(config, ranks).peak.values()) <= usable
         )
     return config, plan, rehearsal
+
+
+def _decided(
+    config: PlanConfig, usable: float, rehearsed: Callable[[PlanConfig], Rehearsal]
+) -> tuple[PlanConfig, str, Rehearsal]:
+    """Return the config with its activation checkpointing decided, why, and the rehearsal of that."""
+    found = rehearse_levels(config, usable, rehearsed)
+    config, why = choose_level(config, found, usable)
+    return config, why, found[config.parallel.activation_checkpointing]
 
 
 def _rehearsed(vocab_size: int, data: DataSet | None, cuda: bool, config: PretrainConfig, world_size: int) -> Rehearsal:
@@ -240,16 +248,23 @@ def _bandwidths(config: PlanConfig, gpu: Gpu) -> tuple[int, float, float]:
     return config.gpus_per_node, links, config.network_gb_per_s or REACHED * gpu.network_gb_per_s
 
 
-def _predicted(config: PlanConfig, kernels: Kernels, plan: dict[str, Any], data: DataSet | None) -> dict[str, Any]:
+def _predicted(
+    config: PlanConfig,
+    mine: tuple[PlanConfig, Rehearsal],  # as decided for config.world_size
+    kernels: Kernels,
+    plan: dict[str, Any],
+    data: DataSet | None,
+) -> dict[str, Any]:
     """Return what a plan says of time, predicted from measured kernels, for its ranks and for other numbers of them."""
     gpu = config.gpu_type
     assert gpu is not None
     vocab_size, usable = plan["vocab_size"], plan["usable_memory_gib"] * GIB
 
     def decided(gpus: int) -> tuple[PlanConfig, Rehearsal]:
-        found = rehearse_levels(config, usable, lambda config: _rehearsed(vocab_size, data, True, config, gpus))
-        of_gpus, _ = choose_level(config, found, usable)
-        return of_gpus, found[of_gpus.parallel.activation_checkpointing]
+        if gpus == config.world_size:
+            return mine
+        of_gpus, _, rehearsal = _decided(config, usable, lambda c: _rehearsed(vocab_size, data, True, c, gpus))
+        return of_gpus, rehearsal
 
     rows = predict(
         config,
@@ -263,15 +278,15 @@ def _predicted(config: PlanConfig, kernels: Kernels, plan: dict[str, Any], data:
         peak_tflops=gpu.peak_tflops,
         bandwidths=_bandwidths(config, gpu),
     )
-    mine = next(row for row in rows if row.gpus == config.world_size)
+    of_plan = next(row for row in rows if row.gpus == config.world_size)
     return {
         "kernels_of": kernels.device,
-        "compute_s_a_step": mine.compute_s,
-        "communication_share_of_compute": plan["communication_s_a_step"] / mine.compute_s,
-        "step_s": mine.step_s,
-        "mfu": mine.mfu,
-        "tokens_per_s": mine.tokens_per_s,
-        "days": mine.days,
-        "gpu_hours": mine.days * 24 * mine.gpus,
+        "compute_s_a_step": of_plan.compute_s,
+        "communication_share_of_compute": plan["communication_s_a_step"] / of_plan.compute_s,
+        "step_s": of_plan.step_s,
+        "mfu": of_plan.mfu,
+        "tokens_per_s": of_plan.tokens_per_s,
+        "days": of_plan.days,
+        "gpu_hours": of_plan.days * 24 * of_plan.gpus,
         "predicted": [asdict(row) for row in rows],
     }

@@ -162,10 +162,8 @@ class _Stage:
         )
 
     def _mask(self, batch: PackedBatch) -> DocumentMask:
-        trunk, mask = (
-            self.config.model.transformer,
-            document_mask(batch.document_ids, batch.image_ids, batch.visible_until),
-        )
+        trunk = self.config.model.transformer
+        mask = document_mask(batch.document_ids, batch.image_ids, batch.visible_until)
         for parts in ((trunk.heads, trunk.num_kv_heads, trunk.num_kv_heads), (trunk.heads,)):
             mask.places(parts)
         return mask
