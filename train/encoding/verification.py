@@ -105,8 +105,9 @@ def index_folder(folder: Path, config: EncoderConfig, stats: LatentSpec | None, 
     sidecars = []
     for shard in tqdm(shards, desc="index", unit="shard", mininterval=1):
         origin = Sidecar.origin_of(shard) or {"indexed": True, **encoder.origin(file_version(str(shard)))}
-        for name in ("tokenizer", "vae", "resolution", *(["caption_keys"] if "caption_keys" in origin else [])):
-            known, given = origin.get(name, encoder.made_with[name]), encoder.made_with.get(name)
+        for name in ("tokenizer", "vae", "resolution", "caption_keys"):
+            given = encoder.made_with.get(name)
+            known = origin.get(name, given)
             if known != given:
                 raise ValueError(f"{shard} was made with {name}={known}, not {given}: give the one it was made with")
         sidecar = Sidecar.read(shard, origin)
