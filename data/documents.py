@@ -243,15 +243,14 @@ def arrange(
             return document
     order_draw, dropout_draw, *caption_draws = draws
     if document.captions:
-        captions, kinds = document.captions, document.caption_kinds
-        choices = drawable(len(captions), kinds, weights)
-        fitting = [i for i in choices if room is None or len(captions[i].token_ids) <= room]
-        chosen = draw_caption(choices, kinds, weights, caption_draws[0])
-        if chosen is None:
+        choices = drawable(len(document.captions), document.caption_kinds, weights)
+        fitting = [i for i in choices if room is None or len(document.captions[i].token_ids) <= room]
+        if not choices:
             return Document((image,))
-        if chosen not in fitting and fitting:
-            chosen = draw_caption(fitting, kinds, weights, caption_draws[1])
-        caption = captions[chosen]
+        chosen = draw_caption(choices, document.caption_kinds, weights, caption_draws[0])
+        if fitting and chosen not in fitting:
+            chosen = draw_caption(fitting, document.caption_kinds, weights, caption_draws[1])
+        caption = document.captions[chosen]
     if dropout_draw < config.caption_dropout:
         return Document((image,))
     if order_draw < config.caption_first:
