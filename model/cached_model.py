@@ -93,7 +93,7 @@ class CachedModel:
         hidden = self._last_hidden[to_device(torch.tensor(chosen), self.device)]
         return self.model.text_logits(hidden)[: len(rows)].float()
 
-    def denoiser(self, rows: Sequence[int], grid: Grid) -> Callable[[Tensor, int, float], Tensor]:
+    def denoiser(self, rows: Sequence[int], grid: Grid) -> Callable[[Tensor, float, float], Tensor]:
         """Return (x_t f32 [r, C, h, w], t, guidance) -> the noise head's prediction f32 [r, C, h, w].
 
         For pictures at the end of `rows`, one of `chunks`, while nothing is appended to them; nothing is kept. The
@@ -107,7 +107,7 @@ class CachedModel:
             both = self._image_tokens([*parts, (self._unconditional, range(len(rows)))], grid)
 
         @torch.no_grad()
-        def predict(x_t: Tensor, t: int, guidance: float) -> Tensor:
+        def predict(x_t: Tensor, t: float, guidance: float) -> Tensor:
             if guidance == 1:
                 return self._run_image(alone, x_t, t)
             assert both is not None, "guidance without an unconditional prefix"
@@ -136,7 +136,7 @@ class CachedModel:
         causal = self.model.config.image_attention == "causal"
         return NextTokens(parts, count, causal, self._padding(rows, count, len(parts)))
 
-    def _run_image(self, tokens: NextTokens, latents: Tensor, t: int) -> Tensor:
+    def _run_image(self, tokens: NextTokens, latents: Tensor, t: float) -> Tensor:
         """Return the prediction f32 [R, C, h, w] for images [R, C, h, w] in the next places of their rows."""
         (rows, _, h, w), (forward_rows, count) = latents.shape, tokens.position_ids.shape
         timesteps = torch.full((1,), t, device=self.device)  # of all: one row in any forward, so always the same bits

@@ -6,9 +6,10 @@ both guidance branches in one forward (the unconditional one has the prefix `BOS
 last, at t = 0, for the text after it.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -17,25 +18,29 @@ from torch import Tensor
 from model.cache import to_device
 from model.cached_model import CachedModel
 from model.diffusion import (
+    CLEAN,
     DiffusionConfig,
-    Spacing,
-    alphas_cumprod,
+    Level,
     ddim_step,
     ddpm_step,
     dpmpp_step,
-    sampling_timesteps,
+    eps_of,
+    heun_step,
     to_x0_and_eps,
 )
 from model.draws import SeededDraws
 from model.nucleus import sample_tokens
+from model.schedule import BASE_NUMBERS, NoiseSchedule, Spacing
 from model.transfusion import Grid, Transfusion
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"  # ancestral, DDIM with eta, or DPM-Solver++(2M)
+    # ddpm (ancestral), ddim (with eta) or dpm++ (DPM-Solver++(2M)); of models trained with schedule=flow, euler or heun
+    # (which runs the model twice a step); auto: ddpm, or euler.
+    sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler", "heun"] = "auto"
     steps: int = 250  # denoising steps per picture, 1...num_timesteps
-    spacing: Spacing = "leading"  # which timesteps: leading, trailing or linspace, as in diffusers
+    spacing: Spacing = "leading"  # which timesteps: leading, trailing or linspace, as in diffusers; not for flow
     eta: float = 0.0  # DDIM's noise, 0 (deterministic)...1 (as DDPM)
     guidance: float = 3.0  # classifier-free guidance scale, 0 or more; 1 is none (the paper: 5 and 3)
     # Lowest and highest timestep, 0...num_timesteps - 1, at which guidance acts (Kynkäänniemi et al. 2024); elsewhere
@@ -68,6 +73,25 @@ class SamplerConfig:
         for name, (holds, expected) in expectations.items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
+
+    def suited_to(self, diffusion: DiffusionConfig) -> "SamplerConfig":
+        """Return the same with a sampler of the schedule that the model was trained with, for auto.
+
+        Raises ValueError for a sampler of other schedules, and for steps or timesteps that it does not have.
+        """
+        is_flow, last = diffusion.schedule == "flow", diffusion.num_timesteps - 1
+        known = ("euler", "heun") if is_flow else ("ddpm", "ddim", "dpm++")
+        if self.sampler not in ("auto", *known):
+            raise ValueError(
+                f"sampler={self.sampler}: the model was trained with schedule={diffusion.schedule}; expected auto or "
+                f"one of {', '.join(known)}"
+            )
+        if (self.steps > last + 1 and not is_flow) or max(self.guidance_interval or (0,)) > last:
+            raise ValueError(
+                f"steps={self.steps}, guidance_interval={self.guidance_interval}: expected at most {last + 1} steps "
+                f"and timesteps in 0...{last}, those that the model was trained with"
+            )
+        return replace(self, sampler=known[0]) if self.sampler == "auto" else self
 
 
 @dataclass(frozen=True)
@@ -123,11 +147,11 @@ def generate(
 
 def first_step_error(config: SamplerConfig, diffusion: DiffusionConfig) -> float:
     """Return the factor by which the first denoising step, by DDIM, multiplies an error of the predicted noise."""
-    table = alphas_cumprod(diffusion.num_timesteps).tolist()
-    first, *rest = sampling_timesteps(config.steps, config.spacing, diffusion.num_timesteps)
+    schedule = NoiseSchedule.of(diffusion, BASE_NUMBERS)
+    (_, first), *rest = schedule.sampling_steps(config.steps, config.spacing)
     error, none = torch.ones(1), torch.zeros(1)
-    x0, eps = to_x0_and_eps(error, none, table[first], "eps")
-    return ddim_step(x0, eps, table[first], table[rest[0]] if rest else 1.0, 0.0, None).abs().item()
+    x0, eps = to_x0_and_eps(error, none, first, diffusion)
+    return ddim_step(x0, eps, first, rest[0][1] if rest else CLEAN, 0.0, None).abs().item()
 
 
 @dataclass
@@ -173,7 +197,8 @@ class _Decoding:
         batch: int,
     ) -> None:
         self._progress, self._reported = progress, 0.0
-        self.config, self.diffusion, self.special, self.draws = config, diffusion, special, draws
+        self.config, self.diffusion = config.suited_to(diffusion), diffusion
+        self.special, self.draws = special, draws
         self.patch_size = model.config.patch_size
         self.shape = (model.config.latent_channels, *grid)  # of a picture
         self.patches = self._num_patches(self.shape)
@@ -247,28 +272,36 @@ class _Decoding:
 
     def _denoise(self, chosen: Sequence[int]) -> Tensor:
         """Return clean latents f32 [r, C, h, w], denoised after the chosen rows; the cache keeps nothing of them."""
-        config, table = self.config, alphas_cumprod(self.diffusion.num_timesteps).tolist()
-        timesteps = sampling_timesteps(config.steps, config.spacing, self.diffusion.num_timesteps)
-        stochastic = config.sampler == "ddpm" or (config.sampler == "ddim" and config.eta > 0)
-        lowest, highest = config.guidance_interval or (0, self.diffusion.num_timesteps)
+        config, diffusion = self.config, self.diffusion
+        steps = NoiseSchedule.of(diffusion, math.prod(self.shape)).sampling_steps(config.steps, config.spacing)
+        eta = config.eta if config.sampler == "ddim" else 0.0
+        lowest, highest = config.guidance_interval or (0, diffusion.num_timesteps)
         predict = self.cached_model.denoiser(chosen, self.shape[1:])
-        before: tuple[Tensor, float] | None = None
-        x_t = self._noise(chosen, 0)
-        for step, t in enumerate(timesteps):
-            last = step + 1 == len(timesteps)
-            alpha, alpha_prev = table[t], 1.0 if last else table[timesteps[step + 1]]
+
+        def implied(x_t: Tensor, t: float, level: Level) -> tuple[Tensor, Tensor]:
+            """Return the (x0, noise) that the model predicts in x_t."""
             pred = predict(x_t, t, config.guidance if lowest <= t <= highest else 1.0)
-            x0, eps = to_x0_and_eps(pred, x_t, alpha, self.diffusion.prediction)
-            if config.clip_x0 is not None:
-                x0 = x0.clamp(-config.clip_x0, config.clip_x0)
-                _, eps = to_x0_and_eps(x0, x_t, alpha, "x0")
-            noise = self._noise(chosen, step + 1) if stochastic and not last else None
+            x0, eps = to_x0_and_eps(pred, x_t, level, diffusion)
+            if config.clip_x0 is None:
+                return x0, eps
+            x0 = x0.clamp(-config.clip_x0, config.clip_x0)
+            return x0, eps_of(x0, x_t, level)
+
+        before: tuple[Tensor, Level] | None = None
+        x_t = self._noise(chosen, 0)
+        for step, ((t, level), (t_next, cleaner)) in enumerate(zip(steps, [*steps[1:], (0, CLEAN)], strict=True)):
+            x0, eps = implied(x_t, t, level)
+            is_random = (config.sampler == "ddpm" or eta > 0) and cleaner is not CLEAN
+            noise = self._noise(chosen, step + 1) if is_random else None
             if config.sampler == "ddpm":
-                x_t = ddpm_step(x_t, x0, alpha, alpha_prev, noise)
-            elif config.sampler == "ddim":
-                x_t = ddim_step(x0, eps, alpha, alpha_prev, config.eta, noise)
+                x_t = ddpm_step(x_t, x0, level, cleaner, noise)
+            elif config.sampler == "dpm++":
+                x_t, before = dpmpp_step(x_t, x0, level, cleaner, before), (x0, level)
             else:
-                x_t, before = dpmpp_step(x_t, x0, alpha, alpha_prev, before), (x0, alpha)
+                x_next = ddim_step(x0, eps, level, cleaner, eta, noise)
+                if config.sampler == "heun" and cleaner is not CLEAN:
+                    x_next = heun_step(x_t, (x0, eps), implied(x_next, t_next, cleaner), level, cleaner)
+                x_t = x_next
             self._report(chosen, step + 1)
         return x_t
 

@@ -5,6 +5,7 @@ It is apart from train/pretrain.py so that `sample`, `evaluate` and `report` can
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from omegaconf import MISSING
 
@@ -35,11 +36,11 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         if self.interval_steps is not None and (self.interval_steps < 1 or not self.prompts):
             raise ValueError("preview.interval_steps: expected at least 1, and preview.prompts to draw")
-        self.sampler  # noqa: B018 raises for invalid settings
+        self.sampler(DiffusionConfig())  # raises for invalid settings
 
-    @property
-    def sampler(self) -> SamplerConfig:
-        return SamplerConfig(sampler="ddim", steps=self.steps, guidance=self.guidance)
+    def sampler(self, diffusion: DiffusionConfig) -> SamplerConfig:
+        kind: Literal["euler", "ddim"] = "euler" if diffusion.schedule == "flow" else "ddim"
+        return SamplerConfig(sampler=kind, steps=self.steps, guidance=self.guidance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class PretrainConfig:
             if not 0.01 <= getattr(self, name) <= MOST_MINUTES:
                 raise ValueError(f"{name}={getattr(self, name)}: expected in [0.01, {MOST_MINUTES}]")
         steps, most = self.preview.steps, self.diffusion.num_timesteps
-        if self.preview.interval_steps is not None and steps > most:
+        if self.preview.interval_steps is not None and steps > most and self.diffusion.schedule != "flow":
             raise ValueError(f"preview.steps={steps}: expected at most diffusion.num_timesteps={most}")
         if self.init_from is not None and self.resume not in ("auto", "none"):
             raise ValueError(f"init_from={self.init_from} and resume={self.resume}: expected only one of the two")

@@ -19,16 +19,10 @@ import torch
 from data.manifest import LatentSpec
 from data.packing import NO_IMAGE, PackedBatch
 from model.attention import block_mask, dense_mask
-from model.diffusion import (
-    DiffusionConfig,
-    add_noise,
-    alphas_cumprod,
-    loss_weights,
-    timesteps_from_uniform,
-    training_target,
-)
+from model.diffusion import DiffusionConfig, Level, add_noise, loss_weights, training_target
 from model.document_attention import document_mask
 from model.losses import noise_error
+from model.schedule import NoiseSchedule
 from model.transformer import Mask
 from model.transfusion import Transfusion, TransfusionConfig
 from model.vae import LatentStats, sample_latents
@@ -105,8 +99,7 @@ def micro_step(
 
     `mask_of` builds the mask from (document_ids, image_ids, visible_until); None: the form that suits the device.
     """
-    noisy, timesteps, targets, valid, token_index = noised_images(batch, stats, diffusion, model.config)
-    table = schedule(diffusion.num_timesteps, batch.input_ids.device)
+    noisy, timesteps, levels, targets, valid, token_index = noised_images(batch, stats, diffusion, model.config)
     mask_of = mask_of or _mask_builder(model, batch.input_ids.device)
     mask_image_ids = batch.image_ids
     if model.config.image_attention == "causal":
@@ -126,7 +119,7 @@ def micro_step(
     )
     image_sum = torch.zeros((), device=batch.input_ids.device)
     for grid, pred in output.noise_pred.items():
-        weight = loss_weights(timesteps[grid], table, diffusion)
+        weight = loss_weights(levels[grid], diffusion)
         image_sum = image_sum + noise_error(pred, targets[grid], valid[grid], weight)[0]  # [1]: how many are valid
     text = output.text_nll_sum / max(global_text_targets, 1)
     image = image_sum / max(global_images, 1)
@@ -144,7 +137,7 @@ def _mask_builder(model: Transfusion, device: torch.device) -> Callable[..., Mas
 def noised_images(
     batch: PackedBatch, stats: LatentStats, diffusion: DiffusionConfig, config: TransfusionConfig
 ) -> tuple:
-    """Return (noisy, timesteps, targets, valid) by latent grid, and the image token index.
+    """Return (noisy, timesteps, levels, targets, valid) by latent grid, and the image token index.
 
     A batch without images gets two invalid ones of 2 x 2 patches, so that every rank runs the patchers and every
     parameter has a gradient. (Two, because compiled residual blocks have graphs of their own for sizes of 1.)
@@ -154,21 +147,22 @@ def noised_images(
         size = 2 * config.patch_size
         zeros = torch.zeros((2, config.latent_channels, size, size), device=device)
         key, index = (size, size), torch.zeros(2 * 4, dtype=torch.int64, device=device)
-        timestep = torch.zeros(2, dtype=torch.int64, device=device)
-        return {key: zeros}, {key: timestep}, {key: zeros}, {key: timestep.bool()}, index
-    table = schedule(diffusion.num_timesteps, device)
-    noisy, timesteps, targets, valid = {}, {}, {}, {}
+        timestep = torch.zeros(2, dtype=torch.float32 if diffusion.schedule == "flow" else torch.int64, device=device)
+        level = Level(*torch.full((2, 2), 0.5, dtype=torch.float64, device=device))
+        return {key: zeros}, {key: timestep}, {key: level}, {key: zeros}, {key: timestep.bool()}, index
+    noisy, timesteps, levels, targets, valid = {}, {}, {}, {}, {}
     for grid, images in batch.images.items():
         latents = stats.whiten(sample_latents(images.moments.float(), images.posterior_noise))
-        t = timesteps_from_uniform(images.u, images.before_caption, diffusion)
-        noisy[grid] = add_noise(latents, images.noise, t, table)
-        targets[grid] = training_target(latents, images.noise, t, table, diffusion.prediction)
-        timesteps[grid] = t
+        schedule = noise_schedule(diffusion, latents[0].numel(), device)
+        timesteps[grid] = schedule.timesteps(images.u, images.before_caption)
+        levels[grid] = schedule.levels(timesteps[grid])
+        noisy[grid] = add_noise(latents, images.noise, levels[grid])
+        targets[grid] = training_target(latents, images.noise, levels[grid], diffusion)
         valid[grid] = torch.arange(len(images.u), device=device) < images.num_valid
-    return noisy, timesteps, targets, valid, batch.image_token_index
+    return noisy, timesteps, levels, targets, valid, batch.image_token_index
 
 
-@lru_cache(4)
-def schedule(num_timesteps: int, device: torch.device) -> torch.Tensor:
-    """Return `alphas_cumprod` f64 [T] on `device`, one tensor for all steps."""
-    return alphas_cumprod(num_timesteps).to(device)
+@lru_cache(64)
+def noise_schedule(diffusion: DiffusionConfig, numbers: int, device: torch.device) -> NoiseSchedule:
+    """Return the schedule of images of `numbers` numbers, one object for all steps."""
+    return NoiseSchedule.of(diffusion, numbers, device)

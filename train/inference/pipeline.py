@@ -82,14 +82,9 @@ class Pipeline:
         """
         loaded = LoadedModel.load(config.checkpoint, ranks, config.weights, config.tokenizer)
         diffusion, vae = loaded.config.diffusion, config.vae or loaded.config.vae
-        last = diffusion.num_timesteps - 1
-        if config.steps > last + 1 or max(config.guidance_interval or (0,)) > last:
-            raise ValueError(
-                f"steps={config.steps}, guidance_interval={config.guidance_interval}: expected at most {last + 1} "
-                f"steps and timesteps in 0...{last}, those that the model was trained with"
-            )
-        factor = first_step_error(config, diffusion)
-        if ranks.is_first and diffusion.prediction == "eps" and config.clip_x0 is None and factor > MOST_ERROR:
+        sampler = config.suited_to(diffusion)
+        factor = first_step_error(sampler, diffusion) if diffusion.prediction == "eps" else 0.0
+        if ranks.is_first and config.clip_x0 is None and factor > MOST_ERROR:
             log.warning(
                 "spacing=%s with a model that predicts noise: the first of %d steps multiplies its error %.0f "
                 "times; use spacing=leading, which starts where there is some signal, or clip_x0",
