@@ -7,26 +7,26 @@ import torch
 
 from model.attention import dense_mask
 from model.diffusion import (
+    CLEAN,
     DiffusionConfig,
     add_noise,
-    alphas_cumprod,
     ddim_step,
     ddpm_step,
     dpmpp_step,
-    sampling_timesteps,
     to_x0_and_eps,
     training_target,
 )
 from model.draws import SeededDraws
 from model.nucleus import sample_tokens
 from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate
+from model.schedule import NoiseSchedule
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
 
 SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4, never=(0,))
 VOCAB, CHANNELS, GRID, PATCHES = 12, 3, (4, 4), 4
-TABLE = alphas_cumprod().tolist()
+SCHEDULE = NoiseSchedule.of(DiffusionConfig(), 1)
 UNET = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
 
 
@@ -102,22 +102,22 @@ class Slow:
 
     def denoise(self, parts, config, draws, index, image, prediction):
         x = draws.noise(index, image, 0, (CHANNELS, *GRID))
-        timesteps = sampling_timesteps(config.steps, config.spacing)
-        alphas, before = [*(TABLE[t] for t in timesteps), 1.0], None
+        diffusion, before = DiffusionConfig(prediction=prediction), None
+        steps = [*SCHEDULE.sampling_steps(config.steps, config.spacing), (0, CLEAN)]
         lowest, highest = config.guidance_interval or (0, 999)
-        for step, (t, alpha, alpha_prev) in enumerate(zip(timesteps, alphas[:-1], alphas[1:], strict=True)):
+        for step, ((t, level), (_, cleaner)) in enumerate(itertools.pairwise(steps)):
             pred = self.predict(parts, x, t)
             if config.guidance != 1 and lowest <= t <= highest:
                 free = self.predict([SPECIAL.bos, SPECIAL.boi], x, t)
                 pred = free + config.guidance * (pred - free)
-            x0, eps = to_x0_and_eps(pred, x, alpha, prediction)
+            x0, eps = to_x0_and_eps(pred, x, level, diffusion)
             noise = draws.noise(index, image, step + 1, (CHANNELS, *GRID))
             if config.sampler == "ddpm":
-                x = ddpm_step(x, x0, alpha, alpha_prev, noise)
+                x = ddpm_step(x, x0, level, cleaner, noise)
             elif config.sampler == "dpm++":
-                x, before = dpmpp_step(x, x0, alpha, alpha_prev, before), (x0, alpha)
+                x, before = dpmpp_step(x, x0, level, cleaner, before), (x0, level)
             else:
-                x = ddim_step(x0, eps, alpha, alpha_prev, config.eta, noise)
+                x = ddim_step(x0, eps, level, cleaner, config.eta, noise)
         return x
 
     def generate(self, prompt, config, draws, prediction="eps"):
@@ -314,19 +314,21 @@ def test_a_model_that_learned_two_pictures_draws_and_describes_each():
     model = Transfusion(TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS), VOCAB)
     init_weights(model, 0)
     captions, pictures = [[5, 6, 10], [7, 8, 9]], [picture(1), picture(2)]
-    table, generator = alphas_cumprod(), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     x0 = torch.stack(pictures * 4)
     for _ in range(300):
         noise = torch.randn(x0.shape, generator=generator)
         t = torch.randint(0, 1000, (8,), generator=generator)
-        x_t = add_noise(x0, noise, t, table)
+        x_t = add_noise(x0, noise, SCHEDULE.levels(t))
         rows = []
         for i in range(8):
             caption, image = captions[i % 2], [SPECIAL.boi, (x_t[i], int(t[i])), SPECIAL.eoi]
             rows.append([SPECIAL.bos, *(caption + image if i < 4 else image + caption), SPECIAL.eos])
         output = model(**lay_out(rows))
-        error = output.noise_pred[GRID] - training_target(x0, noise, t, table, "v")
+        error = output.noise_pred[GRID] - training_target(
+            x0, noise, SCHEDULE.levels(t), DiffusionConfig(prediction="v")
+        )
         (output.text_nll_sum / output.text_count + 5 * error.square().mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
