@@ -33,12 +33,14 @@ from model.nucleus import sample_tokens
 from model.schedule import BASE_NUMBERS, NoiseSchedule, Spacing
 from model.transfusion import Grid, Transfusion
 
+Sampler = Literal["auto", "ddpm", "ddim", "dpm++", "euler", "heun"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     # ddpm (ancestral), ddim (with eta) or dpm++ (DPM-Solver++(2M)); of models trained with schedule=flow, euler or heun
     # (which runs the model twice a step); auto: ddpm, or euler.
-    sampler: Literal["auto", "ddpm", "ddim", "dpm++", "euler", "heun"] = "auto"
+    sampler: Sampler = "auto"
     steps: int = 250  # denoising steps per picture, 1...num_timesteps
     spacing: Spacing = "leading"  # which timesteps: leading, trailing or linspace, as in diffusers; not for flow
     eta: float = 0.0  # DDIM's noise, 0 (deterministic)...1 (as DDPM)
@@ -80,7 +82,7 @@ class SamplerConfig:
         Raises ValueError for a sampler of other schedules, and for steps or timesteps that it does not have.
         """
         is_flow, last = diffusion.schedule == "flow", diffusion.num_timesteps - 1
-        known = ("euler", "heun") if is_flow else ("ddpm", "ddim", "dpm++")
+        known: tuple[Sampler, ...] = ("euler", "heun") if is_flow else ("ddpm", "ddim", "dpm++")
         if self.sampler not in ("auto", *known):
             raise ValueError(
                 f"sampler={self.sampler}: the model was trained with schedule={diffusion.schedule}; expected auto or "

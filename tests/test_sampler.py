@@ -27,6 +27,7 @@ from model.unet import UNetConfig
 SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4, never=(0,))
 VOCAB, CHANNELS, GRID, PATCHES = 12, 3, (4, 4), 4
 SCHEDULE = NoiseSchedule.of(DiffusionConfig(), 1)
+FLOW = DiffusionConfig(schedule="flow", prediction="v", shift=2.0, shift_by_size=True)
 UNET = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
 
 
@@ -52,9 +53,13 @@ def settings(**changes):
     return SamplerConfig(**{**defaults, "prefill_chunk": 3, "max_length": 64, **changes})
 
 
+def diffusion_of(prediction):
+    """Return the objective: the cosine schedule with this prediction, or `flow`."""
+    return FLOW if prediction == "flow" else DiffusionConfig(prediction=prediction)
+
+
 def run(model, prompts, config, seed=0, prediction="eps"):
-    diffusion = DiffusionConfig(prediction=prediction)
-    return generate(model, prompts, config, diffusion, SPECIAL, GRID, SeededDraws(seed))
+    return generate(model, prompts, config, diffusion_of(prediction), SPECIAL, GRID, SeededDraws(seed))
 
 
 def text(*ids):
@@ -102,15 +107,27 @@ class Slow:
 
     def denoise(self, parts, config, draws, index, image, prediction):
         x = draws.noise(index, image, 0, (CHANNELS, *GRID))
-        diffusion, before = DiffusionConfig(prediction=prediction), None
-        steps = [*SCHEDULE.sampling_steps(config.steps, config.spacing), (0, CLEAN)]
+        diffusion, before = diffusion_of(prediction), None
+        schedule = NoiseSchedule.of(diffusion, x.numel())
+        steps = [*schedule.sampling_steps(config.steps, config.spacing), (0, CLEAN)]
         lowest, highest = config.guidance_interval or (0, 999)
-        for step, ((t, level), (_, cleaner)) in enumerate(itertools.pairwise(steps)):
+
+        def guided(x, t):
             pred = self.predict(parts, x, t)
-            if config.guidance != 1 and lowest <= t <= highest:
-                free = self.predict([SPECIAL.bos, SPECIAL.boi], x, t)
-                pred = free + config.guidance * (pred - free)
+            if config.guidance == 1 or not lowest <= t <= highest:
+                return pred
+            free = self.predict([SPECIAL.bos, SPECIAL.boi], x, t)
+            return free + config.guidance * (pred - free)
+
+        for step, ((t, level), (t_next, cleaner)) in enumerate(itertools.pairwise(steps)):
+            pred = guided(x, t)
             x0, eps = to_x0_and_eps(pred, x, level, diffusion)
+            if config.sampler in ("euler", "heun"):
+                dt = cleaner.sigma - level.sigma
+                euler = x + dt * pred  # the prediction is the velocity
+                is_last = config.sampler == "euler" or cleaner is CLEAN
+                x = euler if is_last else x + dt / 2 * (pred + guided(euler, t_next))
+                continue
             noise = draws.noise(index, image, step + 1, (CHANNELS, *GRID))
             if config.sampler == "ddpm":
                 x = ddpm_step(x, x0, level, cleaner, noise)
@@ -181,6 +198,8 @@ MIXED = [
         ({}, {"patches": "unet"}, "eps"),
         ({"sampler": "dpm++", "guidance_interval": (200, 600)}, {"patches": "unet"}, "v"),
         ({}, {"image_attention": "causal"}, "v"),
+        ({"sampler": "euler", "guidance_interval": (200, 600)}, {}, "flow"),
+        ({"sampler": "heun", "steps": 4}, {"patches": "unet"}, "flow"),
     ],
 )
 def test_decoding_equals_a_full_forward_for_every_token_and_step(changes, model_changes, prediction):
@@ -205,6 +224,20 @@ def test_a_row_keeps_its_bits_whatever_its_neighbours_hold_and_without_any(patch
     results += [run(model, [mine, *MIXED], config)[0], run(model, [mine], config)[0]]  # other places and numbers
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_a_sampler_must_suit_the_schedule_and_auto_does():
+    cosine = DiffusionConfig()
+    assert [SamplerConfig().suited_to(each).sampler for each in (cosine, FLOW)] == ["ddpm", "euler"]
+    assert SamplerConfig(steps=5000).suited_to(FLOW).steps == 5000
+    for settings, diffusion, said in (
+        ({"sampler": "heun"}, cosine, "schedule=cosine; expected auto or one of ddpm, ddim"),
+        ({"sampler": "ddim"}, FLOW, "schedule=flow; expected auto or one of euler, heun"),
+        ({"steps": 1001}, cosine, "at most 1000 steps"),
+        ({"guidance_interval": (0, 1000)}, FLOW, "timesteps in 0...999"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SamplerConfig(**settings).suited_to(diffusion)
 
 
 def test_draws_follow_the_sample_and_not_its_place():
