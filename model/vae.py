@@ -1,8 +1,8 @@
-"""The VAE: diffusers' AutoencoderKL, its loss, and the whitening of its latents.
+"""The VAE: diffusers' AutoencoderKL and its loss.
 
 Border: pixels f32 [N, 3, H, W] in [-1, 1] on one side, *moments* [N, 2C, h, w] (mean, then log-variance) on the other.
-Shards hold moments; training draws latents from them with its own noise and whitens them per channel. diffusers is
-imported only in the functions that build a VAE: the import takes three seconds, and most programs never need it.
+diffusers is imported only in the functions that build a VAE: the import takes three seconds, and most programs never
+need it.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model import discriminator, perceptual
+from model.latent_space import LatentStats
 from model.vae_folder import find_vae
 
 if TYPE_CHECKING:
@@ -102,32 +103,6 @@ class VaeLossConfig:
     def gan_weight_at(self, step: int) -> float:
         """Return the weight of the discriminator's loss for update `step` (from 1); 0: not used."""
         return self.gan_weight if step >= self.gan_start_step else 0.0
-
-
-@dataclass(frozen=True)
-class LatentStats:
-    """Per-channel mean and standard deviation of sampled latents, float [C]; whitened latents have 0 and 1."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __post_init__(self) -> None:
-        if self.mean.shape != self.std.shape or self.mean.ndim != 1:
-            raise ValueError(f"latent mean {list(self.mean.shape)}, std {list(self.std.shape)}: expected [C] both")
-        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.std).all() and (self.std > 0).all()):
-            raise ValueError(f"latent mean {self.mean.tolist()}, std {self.std.tolist()}: expected finite and std > 0")
-
-    def whiten(self, latents: Tensor) -> Tensor:
-        """Map raw latents [N, C, h, w] to mean 0, deviation 1, in f32."""
-        return (latents.float() - self._per_channel(self.mean, latents)) / self._per_channel(self.std, latents)
-
-    def unwhiten(self, latents: Tensor) -> Tensor:
-        return latents.float() * self._per_channel(self.std, latents) + self._per_channel(self.mean, latents)
-
-    @staticmethod
-    def _per_channel(value: Tensor, latents: Tensor) -> Tensor:
-        assert latents.shape[1] == len(value), (latents.shape, value.shape)
-        return value.to(latents.device, torch.float32)[:, None, None]
 
 
 def build_vae(config: VaeConfig) -> "AutoencoderKL":
@@ -228,12 +203,6 @@ def moments(vae: "AutoencoderKL", pixels: Tensor) -> Tensor:
     """Encode f32 [N, 3, H, W] in [-1, 1] to mean and log-variance [N, 2C, h, w]; the latter is in [-30, 20]."""
     posterior = vae.encode(pixels).latent_dist
     return torch.cat([posterior.mean, posterior.logvar], dim=1)
-
-
-def sample_latents(moments: Tensor, noise: Tensor) -> Tensor:
-    """Draw raw latents f32 [N, C, h, w] from moments [N, 2C, h, w] with standard normal noise [N, C, h, w]."""
-    mean, logvar = moments.float().chunk(2, dim=1)
-    return mean + torch.exp(0.5 * logvar) * noise
 
 
 def decode(vae: "AutoencoderKL", latents: Tensor) -> Tensor:

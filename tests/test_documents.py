@@ -44,7 +44,7 @@ def test_a_record_reads_back_as_its_document() -> None:
     document = decode_document(encode_record("key", [TOKENS, MOMENTS], b"{}"), "here")
     text, image = document.segments
     assert text.token_ids.dtype == np.int64 and text.token_ids.tolist() == [5, 6, 7]
-    assert image.moments.dtype == np.float16 and np.array_equal(image.moments, MOMENTS) and not image.before_caption
+    assert image.array.dtype == np.float16 and np.array_equal(image.array, MOMENTS) and not image.before_caption
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_layouts(tokens: np.ndarray, moments: np.ndarray | None, expected: str, 
     assert layout(document) == expected and document_sizes(record) == sizes
     assert document.has_image == (moments is not None)
     if moments is not None:
-        assert np.array_equal(document.segments[-1].moments, moments)
+        assert np.array_equal(document.segments[-1].array, moments)
 
 
 def test_what_cannot_be_trained_on_is_refused_by_reason() -> None:
     good = {"__key__": b"a", "tokens.npy": npy(np.array([1, 2], np.int32)), "moments.npy": npy(MOMENTS)}
     decode_document(good, "here")
-    assert reason({"__key__": b"a", "json": b"{}"}) == "no tokens and no moments"
+    assert reason({"__key__": b"a", "json": b"{}"}) == "no tokens and no image"
     assert reason({"__key__": b"a", "tokens.npy": npy(np.zeros(0, np.int32))}) == "empty document"
     for value in (np.nan, np.inf, -np.inf):
         broken = MOMENTS.copy()
@@ -112,7 +112,7 @@ def test_an_interleaved_document_keeps_its_order() -> None:
         document = decode_document(record, "here")
         assert layout(document) == expected and document_sizes(record) == sizes
         for segment, given in zip(document.segments, [s for s in segments if s.size], strict=True):
-            found = segment.moments if isinstance(segment, ImageSegment) else segment.token_ids
+            found = segment.array if isinstance(segment, ImageSegment) else segment.token_ids
             assert np.array_equal(found, given)
         arranged = drawn_from(document, OrderConfig(caption_first=0, caption_dropout=1), 0)
         assert layout(arranged) == expected, "nothing is dropped"
@@ -147,19 +147,21 @@ def test_one_of_several_captions_is_drawn_each_time_and_the_longest_counts() -> 
         assert reason({**record, "captions.npy": npy(np.array(lengths, np.int32))}) == "wrong captions"
     assert reason({name: member for name, member in record.items() if name != "moments.npy"}) == "wrong captions"
     with pytest.raises(BadRecord, match="token id out of range"):
-        check_document(document, 7, 2, "here")
+        check_document(document, 7, "moments", 2, "here")
 
 
 def test_numbers_of_another_tokenizer_or_vae_are_refused() -> None:
     """The manifest's hashes say what a record should hold; this is what holds it to that."""
     document = decode_document(encode_record("key", [np.array([0, 279]), MOMENTS], b"{}"), "here")
-    check_document(document, 280, 2, "here")
+    check_document(document, 280, "moments", 2, "here")
     with pytest.raises(BadRecord, match=r"here: token id out of range \(expected 0...278\)"):
-        check_document(document, 279, 2, "here")
+        check_document(document, 279, "moments", 2, "here")
     with pytest.raises(BadRecord, match="token id out of range"):
-        check_document(decode_document(encode_record("key", [np.array([-1])], b"{}"), "here"), 280, 2, "here")
-    with pytest.raises(BadRecord, match=r"wrong array \(moments \(4, 2, 6\), expected 8 channels"):
-        check_document(document, 280, 4, "here")
+        check_document(
+            decode_document(encode_record("key", [np.array([-1])], b"{}"), "here"), 280, "moments", 2, "here"
+        )
+    with pytest.raises(BadRecord, match=r"wrong array \(moments \(4, 2, 6\) of 2 channels, expected 4"):
+        check_document(document, 280, "moments", 4, "here")
 
 
 def test_caption_order_and_dropout_have_the_papers_shares() -> None:

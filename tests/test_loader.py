@@ -51,7 +51,7 @@ def rows_of(batch: PackedBatch) -> list[tuple]:
             row, first = divmod(int(batch.image_token_index[place]), length)
             place += patches
             if slot < images.num_valid:
-                tensors = (images.moments, images.noise, images.posterior_noise, images.u, images.before_caption)
+                tensors = (images.stored, images.noise, images.posterior_noise, images.u, images.before_caption)
                 pictures[row].append((first, *(tensor[slot].numpy().tobytes() for tensor in tensors)))
     return [
         (*(getattr(batch, name)[i].numpy().tobytes() for name in FIELDS), sorted(pictures[i]))

@@ -4,15 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.latent_space import LatentStats, to_raw
 from model.vae import (
-    LatentStats,
     VaeConfig,
     VaeLossConfig,
     build_vae,
     decode,
     load_vae,
     moments,
-    sample_latents,
     stated_stats,
     stride_of,
     vae_hash,
@@ -35,12 +34,12 @@ def test_moments_and_pixels_have_the_stated_shapes_and_ranges(vae):
     assert TINY.stride == 4 and encoded.shape == (2, 6, 8, 8) and encoded.dtype == torch.float32
     wild = moments(vae, 1e6 * torch.randn(2, 3, 32, 32))[:, 3:]
     assert wild.min() >= -30 and wild.max() <= 20
-    assert decode(vae, sample_latents(encoded, torch.zeros(2, 3, 8, 8))).shape == pixels.shape
+    assert decode(vae, to_raw(encoded, torch.zeros(2, 3, 8, 8))).shape == pixels.shape
 
 
 def test_a_latent_is_mean_plus_deviation_times_noise():
     mean, deviation, noise = torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4) + 0.1, torch.randn(2, 3, 4, 4)
-    drawn = sample_latents(torch.cat([mean, 2 * deviation.log()], dim=1).half(), noise)
+    drawn = to_raw(torch.cat([mean, 2 * deviation.log()], dim=1).half(), noise)
     assert drawn.dtype == torch.float32
     torch.testing.assert_close(drawn, mean + deviation * noise, rtol=5e-3, atol=5e-3)
 

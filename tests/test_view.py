@@ -90,7 +90,7 @@ def test_the_sheet_is_what_the_vae_decodes_from_the_posteriors_mean(
 
 
 def images_of(record: Record) -> list[np.ndarray]:
-    return [part.moments for part in decode_document(record, "").segments if isinstance(part, ImageSegment)]
+    return [part.array for part in decode_document(record, "").segments if isinstance(part, ImageSegment)]
 
 
 def test_every_document_has_its_caption_key_shard_grid_and_length(
@@ -213,7 +213,7 @@ def test_counts_equal_a_slow_count_over_the_records(
     lengths = [len(lay_out(document, tokenizer.special, patch_size)) for document in documents]
     words = [sum(len(s.token_ids) for s in d.segments if isinstance(s, TextSegment)) for d in documents]
     grids = Counter(
-        "{}x{}".format(*s.moments.shape[1:]) for d in documents for s in d.segments if isinstance(s, ImageSegment)
+        "{}x{}".format(*s.array.shape[1:]) for d in documents for s in d.segments if isinstance(s, ImageSegment)
     )
     patches = sum(int(g[0]) * int(g[2]) // patch_size**2 * count for g, count in grids.items())
     long = sum(length > 20 for length in lengths)

@@ -82,7 +82,7 @@ def write_transfusion(
         (folder / TRAINED_FILE).write_bytes(loaded.saved.trained_records.to_bytes())
     return {
         "fingerprint": loaded.saved.meta["fingerprint"],
-        "latent_spec": None if spec is None else vars(spec),
+        "latent_spec": None if spec is None else spec.fields(),
         "grids": loaded.saved.grids,
     }
 

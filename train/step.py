@@ -28,10 +28,10 @@ from model.diffusion import (
     training_target,
 )
 from model.document_attention import document_mask
+from model.latent_space import LatentStats, to_raw
 from model.losses import noise_error
 from model.transformer import Mask
 from model.transfusion import Transfusion, TransfusionConfig
-from model.vae import LatentStats, sample_latents
 from train.distributed.parallelize import ParallelConfig, set_micro_step
 
 
@@ -159,7 +159,7 @@ def noised_images(
     table = schedule(diffusion.num_timesteps, device)
     noisy, timesteps, targets, valid = {}, {}, {}, {}
     for grid, images in batch.images.items():
-        latents = stats.whiten(sample_latents(images.moments.float(), images.posterior_noise))
+        latents = stats.whiten(to_raw(images.stored, images.posterior_noise))
         t = timesteps_from_uniform(images.u, images.before_caption, diffusion)
         noisy[grid] = add_noise(latents, images.noise, t, table)
         targets[grid] = training_target(latents, images.noise, t, table, diffusion.prediction)

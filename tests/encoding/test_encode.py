@@ -65,8 +65,8 @@ def test_pictures_become_the_vaes_moments_and_the_captions_tokens(
         text, image = document.segments
         assert tokenizer.decode(text.token_ids) == f"a large red circle number {number}"
         assert json.loads(record["json"]) == {"id": number, "caption": f"a large red circle number {number}"}
-        assert image.moments.shape == (4, 8, 8)
-        assert_encoded(image.moments, vae, number)
+        assert image.array.shape == (4, 8, 8)
+        assert_encoded(image.array, vae, number)
 
 
 def test_the_manifest_says_what_is_there(raw: Path, encode: Encode, tokenizer: Tokenizer, vae_folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_interleaved_documents_keep_their_order(encode: Encode, tokenizer: Token
         texts = [tokenizer.decode(s.token_ids) if isinstance(s, TextSegment) else None for s in segments]
         assert texts == ["one red", None, None, "two blue", None, "three"]
         for place, number in ((1, 1), (2, 2), (4, 1)):
-            assert_encoded(segments[place].moments, vae, number)
+            assert_encoded(segments[place].array, vae, number)
     assert len(decode_document(found[1], "here").segments) == 2
     manifest = Manifest.load(OUT)
     assert manifest.shards[0].grids == {"8x8": 120}
@@ -197,7 +197,7 @@ def test_pictures_go_into_the_nearest_aspect_bucket(encode: Encode, tokenizer: T
     files = encode(raw, crop="buckets", bucket_multiple=8)
     found = encoded_records(OUT)
     assert [int(r["__key__"]) for r in found] == list(range(270))
-    grids = [decode_document(r, "here").segments[1].moments.shape[1:] for r in found]
+    grids = [decode_document(r, "here").segments[1].array.shape[1:] for r in found]
     assert grids == [sizes[size] for size in chosen] and Manifest.load(OUT).latent_spec.resolution == 32
     assert encode(raw, Path("out2"), crop="buckets", bucket_multiple=8, decode_threads=2) == files
     data = open_data(data_config(tokenizer, {"a": OUT}, sequence_length=128), 0, patch_size=2)

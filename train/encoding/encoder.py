@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from data.documents import decode_document, encode_record
+from data.documents import ImageKind, decode_document, encode_record
 from data.manifest import FORMAT_VERSION, LatentSpec, LatentSums
 from data.pictures import bucket_sizes, decode_picture
 from data.raw import KeysConfig, RawDocument
@@ -117,6 +117,7 @@ class Encoder:
         self.tokenizer = Tokenizer(config.tokenizer)
         self.vae: AutoencoderKL | None = None
         self.vae_hash, self.stride, self.channels = "", 1, 0
+        self.kind: ImageKind = "moments"
         self.dtype = torch.float32
         if has_pictures:
             self._load_vae()
@@ -295,7 +296,7 @@ class Encoder:
             raise BadRecord("oversized record", where)
         decode_document(record, where)  # records that indexing would refuse count as bad here
         for picture in draft.pictures:
-            self.latent_sums.add(picture.encoded)
+            self.latent_sums.add(picture.encoded, self.kind)
         return record
 
     def _tokens(self, text: str) -> np.ndarray:

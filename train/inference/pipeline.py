@@ -17,9 +17,10 @@ from data.pictures import from_unit, to_unit
 from data.storage import Location
 from data.tokenizer import Tokenizer
 from model.draws import SeededDraws
+from model.latent_space import LatentStats, to_raw
 from model.sampler import Prompt, SamplerConfig, SpecialTokens, first_step_error, generate
 from model.transfusion import Transfusion
-from model.vae import LatentStats, decode, moments, sample_latents, stride_of
+from model.vae import decode, moments, stride_of
 from train.distributed.ranks import Device, Ranks
 from train.inference.saved_model import LoadedModel, SavedModel, load_matching_vae
 from train.pretrain_config import PretrainConfig
@@ -211,7 +212,7 @@ class Pipeline:
             encoded = _in_portions(lambda part: moments(self.vae, part).float(), pixels.to(self.stats.mean.device))
             shape = (encoded.shape[1] // 2, *encoded.shape[2:])
             noise = torch.stack([draws.posterior(*place, shape) for place in places[start : start + self.batch_size]])
-            yield from self.stats.whiten(sample_latents(encoded, noise.to(encoded.device))).cpu()
+            yield from self.stats.whiten(to_raw(encoded, noise.to(encoded.device))).cpu()
 
     def _decode(self, latents: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
         for start in range(0, len(latents), self.batch_size):

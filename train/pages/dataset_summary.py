@@ -141,14 +141,14 @@ class EncodedData:
                 continue
             for segment in document.segments:
                 if isinstance(segment, ImageSegment):
-                    sums.add(segment.moments)
+                    sums.add(segment.array, segment.kind)
             num_tokens = int(index.document_tokens(self.patch_size)[number])
             documents.append(self._shown(shard, num_tokens, record, document))
         return documents, sums
 
     @property
     def _channels(self) -> int:
-        return self.manifest.latent_spec.channels if self.manifest.latent_spec is not None else 0
+        return self.manifest.kind_and_channels[1]
 
     def _places(self, shards: list[int], n: int, seed: int) -> list[tuple[int, int]]:
         """Return (shard, record) of one document from each of `n` equal parts of the data, or all if it has fewer."""
@@ -168,12 +168,12 @@ class EncodedData:
         except OSError as error:
             raise _unreadable(where, error) from None
         document = decode_document(record, where)
-        check_document(document, self.manifest.vocab_size, self._channels, where)
+        check_document(document, self.manifest.vocab_size, *self.manifest.kind_and_channels, where)
         return record, document
 
     def _shown(self, shard: int, num_tokens: int, record: Record, document: Document) -> ShownDocument:
         texts = self._texts(record, document)
-        images = [(i, one.moments) for i, one in enumerate(document.segments) if isinstance(one, ImageSegment)]
+        images = [(i, one.array) for i, one in enumerate(document.segments) if isinstance(one, ImageSegment)]
         decoded = images[:PICTURES] if self.vae is not None else []
         return ShownDocument(
             key=record["__key__"].decode(errors="replace"),

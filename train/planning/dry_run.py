@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from data.largest_batch import Grid
+from model.latent_space import LatentStats
 from model.transfusion import Transfusion
-from model.vae import LatentStats
 from train.console import say
 from train.distributed.local_shards import local
 from train.distributed.process import wait_for

@@ -1,0 +1,50 @@
+"""The latent space that images live in: stored arrays -> raw latents, and their whitening.
+
+*Stored* is what a record keeps of an image: a posterior's moments f16 [N, 2C, h, w], a deterministic space's latents
+f16 [N, C, h, w], or pixels uint8 [N, 3, H, W]. *Raw* latents are what the space decodes, f32 [N, C, h, w]; the model
+sees whitened ones.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """Per-channel mean and standard deviation of sampled latents, float [C]; whitened latents have 0 and 1."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mean.shape != self.std.shape or self.mean.ndim != 1:
+            raise ValueError(f"latent mean {list(self.mean.shape)}, std {list(self.std.shape)}: expected [C] both")
+        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.std).all() and (self.std > 0).all()):
+            raise ValueError(f"latent mean {self.mean.tolist()}, std {self.std.tolist()}: expected finite and std > 0")
+
+    def whiten(self, latents: Tensor) -> Tensor:
+        """Map raw latents [N, C, h, w] to mean 0, deviation 1, in f32."""
+        return (latents.float() - self._per_channel(self.mean, latents)) / self._per_channel(self.std, latents)
+
+    def unwhiten(self, latents: Tensor) -> Tensor:
+        return latents.float() * self._per_channel(self.std, latents) + self._per_channel(self.mean, latents)
+
+    @staticmethod
+    def _per_channel(value: Tensor, latents: Tensor) -> Tensor:
+        assert latents.shape[1] == len(value), (latents.shape, value.shape)
+        return value.to(latents.device, torch.float32)[:, None, None]
+
+
+def to_raw(stored: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+    """Return raw latents f32 [N, C, h, w]: drawn from moments with standard normal noise [N, C, h, w], else as stored.
+
+    Pixels uint8 become numbers in [-1, 1].
+    """
+    if posterior_noise is not None:
+        mean, logvar = stored.float().chunk(2, dim=1)
+        return mean + torch.exp(0.5 * logvar) * posterior_noise
+    if stored.dtype == torch.uint8:
+        return stored.float() / 127.5 - 1
+    return stored.float()
