@@ -35,6 +35,7 @@ REASONS = {
     # of encoded shards
     *("checksum", "unreadable shard", "unreadable index", "no tokens and no image", "empty document", "wrong array"),
     *("wrong segments", "wrong captions", "too many segments", "missing image", "undecodable array"),
+    *("several kinds of one image", "another kind of image"),
     *("non-finite latents", "longer than a sequence"),
     *("latent variance out of range", "token id out of range", "latent grid not tiled by patches"),
     # of raw files
