@@ -1,12 +1,15 @@
 """Documents keep the paper's shares of caption order, draws depend on their origin alone, bad arrays have names."""
 
+import hashlib
 import math
 
 import numpy as np
 import pytest
 
 from data.documents import (
+    CELL_BYTES,
     Document,
+    ImageKind,
     ImageSegment,
     OrderConfig,
     TextSegment,
@@ -20,6 +23,7 @@ from data.documents import (
 )
 from data.shards import BadRecord, Record
 from tests.arrays import npy
+from tests.sources import interleaved, pairs
 
 MOMENTS = (np.arange(4 * 2 * 6, dtype=np.float16) / 4).reshape(4, 2, 6)
 TOKENS = np.array([5, 6, 7])
@@ -64,6 +68,72 @@ def test_layouts(tokens: np.ndarray, moments: np.ndarray | None, expected: str, 
     assert document.has_image == (moments is not None)
     if moments is not None:
         assert np.array_equal(document.segments[-1].array, moments)
+
+
+LATENTS, PIXELS = MOMENTS[:2] - np.float16(40), np.arange(3 * 2 * 6, dtype=np.uint8).reshape(3, 2, 6) * 7
+IMAGES: dict[ImageKind, np.ndarray] = {"moments": MOMENTS, "latents": LATENTS, "pixels": PIXELS}
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("moments", 2), ("latents", 2), ("pixels", 3)])
+def test_an_image_of_each_kind_reads_back_as_it_is(kind: ImageKind, channels: int) -> None:
+    """Beside one caption, beside several, and interleaved; the member is named by the kind."""
+    array = IMAGES[kind]
+    pair = encode_record("key", [TOKENS, array], b"{}", kind=kind)
+    several = encode_record("key", [array], b"{}", [TOKENS, TOKENS[:1]], kind)
+    mixed = encode_record("key", [TOKENS, array, TOKENS, array[:, :, ::2]], b"{}", kind=kind)
+    assert set(pair) == {"__key__", "json", "tokens.npy", f"{kind}.npy"} and f"1.{kind}.npy" in mixed
+    for record, grids in ((pair, [(2, 6)]), (several, [(2, 6)]), (mixed, [(2, 6), (2, 3)])):
+        document = decode_document(record, "here")
+        images = [segment for segment in document.segments if isinstance(segment, ImageSegment)]
+        assert [image.grid for image in images] == document_sizes(record)[1] == grids
+        for image, given in zip(images, (array, array[:, :, ::2]), strict=False):
+            assert (image.kind, image.channels, image.array.dtype) == (kind, channels, array.dtype)
+            assert np.array_equal(image.array, given)
+        check_document(document, 280, kind, channels, "here")
+        with pytest.raises(BadRecord, match=rf"{kind} .* of {channels} channels, expected 5") as caught:
+            check_document(document, 280, kind, 5, "here")
+        assert caught.value.reason == "wrong array"
+        for other in IMAGES.keys() - {kind}:
+            with pytest.raises(BadRecord, match=f"{kind}, the manifest says {other}") as caught:
+                check_document(document, 280, other, channels, "here")
+            assert caught.value.reason == "another kind of image"
+
+
+def test_latents_take_half_the_bytes_of_moments() -> None:
+    sizes = {kind: len(encode_record("key", [IMAGES[kind]], b"{}", kind=kind)[f"{kind}.npy"]) - 128 for kind in IMAGES}
+    assert sizes == {"moments": 2 * 4 * 12, "latents": 2 * 2 * 12, "pixels": 3 * 12}
+    assert all(sizes[kind] == CELL_BYTES[kind] * ImageSegment(IMAGES[kind], kind).channels * 12 for kind in IMAGES)
+
+
+def test_latents_and_pixels_that_cannot_be_trained_on_are_refused_by_reason() -> None:
+    good = {"__key__": b"a", "tokens.npy": npy(np.array([1, 2], np.int32))}
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        broken = LATENTS.copy()
+        broken[0, 1, 3] = value
+        assert reason({**good, "latents.npy": npy(broken)}) == "non-finite latents"
+        assert reason(encode_record("key", [TOKENS, broken, TOKENS], b"{}", kind="latents")) == "non-finite latents"
+    extremes = np.array([65504, -65504, 0, -0.0], np.float16).reshape(1, 2, 2)  # what no log variance may be
+    assert np.array_equal(decode_document({**good, "latents.npy": npy(extremes)}, "").segments[1].array, extremes)
+    wrong: dict[str, list[np.ndarray]] = {
+        "latents.npy": [LATENTS[0], LATENTS[:0], LATENTS[:, :0], LATENTS.astype(np.float32), PIXELS],
+        "pixels.npy": [PIXELS[0], PIXELS[:2], np.concatenate([PIXELS, PIXELS[:1]]), PIXELS[:, :0], LATENTS],
+    }
+    wrong["pixels.npy"] += [PIXELS.astype(np.int8), PIXELS.astype(np.float32)]
+    for name, arrays in wrong.items():
+        for array in arrays:
+            assert reason({**good, name: npy(array)}) == "wrong array", (name, array.dtype, array.shape)
+    both = encode_record("key", [TOKENS, PIXELS], b"{}", kind="pixels") | {"moments.npy": npy(MOMENTS)}
+    assert reason(both) == "several kinds of one image"
+
+
+def test_records_of_moments_are_the_same_bytes_as_ever() -> None:
+    """Their hash is of the records before there were other kinds."""
+    digest = hashlib.sha256()
+    for i, content in enumerate(pairs(5, grids=[(4, 4), (4, 8)]) + interleaved(3)):
+        record = encode_record(f"{i}", [part for part in content if part is not None], b"{}")
+        for name, member in record.items():
+            digest.update(name.encode() + member)
+    assert digest.hexdigest()[:16] == "a538abbc336610fd"
 
 
 def test_what_cannot_be_trained_on_is_refused_by_reason() -> None:
