@@ -105,7 +105,7 @@ class KL(Autoencoder):
 
 
 class Flux2(KL):
-    """FLUX.2's, as its pipeline shows it to the denoiser: 2x2 cells are one, whitened by the batch norm's statistics."""
+    """FLUX.2's, as its denoiser sees it: 2x2 cells are one, and the statistics of a batch norm over them whiten it."""
 
     def _set_sizes(self) -> None:
         super()._set_sizes()

@@ -39,7 +39,8 @@ def find_vae(name: str) -> VaeSource:
     owner = name.partition("/")[0]
     if not _HUB_ID.fullmatch(name) or owner == "runs" or Path(owner).is_dir():
         raise FileNotFoundError(
-            f"vae={name}: no such folder; make one with `python -m train.vae`, or name one, or OWNER/NAME on the hub, or pixels"
+            f"vae={name}: no such folder; make one with `python -m train.vae`, or name one, or OWNER/NAME on the hub; "
+            "vae=pixels needs none"
         )
     return VaeSource(name, is_hub_id=True)
 

@@ -19,7 +19,8 @@ from data.packing import lay_out
 from data.pictures import contact_sheet, encode_png, from_unit
 from data.shards import BadRecords, Record, write_shard
 from data.tokenizer import Tokenizer
-from model.vae import decode, load_vae
+from model.autoencoders import load_latent_space
+from model.vae import decode
 from tests.sources import encoded_records, interleaved, make_source
 from train.config import run_program
 from train.encode import main as encode
@@ -77,7 +78,7 @@ def test_the_sheet_is_what_the_vae_decodes_from_the_posteriors_mean(
 ) -> None:
     """Against a decode of each picture by itself."""
     seen = Seen(capsys, encoded, tmp_path, vae=vae_folder, tokenizer=tokenizer.path, n=6)
-    vae, expected = load_vae(vae_folder), []
+    vae, expected = load_latent_space(vae_folder).module, []
     records = encoded_records(encoded)
     for key in seen.keys:
         (moments,) = images_of(records[int(key)])
@@ -192,7 +193,8 @@ def test_interleaved_documents_are_decoded_up_to_a_number_of_pictures(
     tmp_path: Path, tokenizer: Tokenizer, vae_folder: Path
 ) -> None:
     make_source(tmp_path / "data", tokenizer, interleaved(30, images=6))
-    data = replace(EncodedData.open(str(tmp_path / "data"), 2, str(tokenizer.path), None), vae=load_vae(vae_folder))
+    data = EncodedData.open(str(tmp_path / "data"), 2, str(tokenizer.path), None)
+    data = replace(data, space=load_latent_space(vae_folder))
     documents, _ = data.read_documents([0], 30, 0, BadRecords(0))
     counts = []
     for shown, record in zip(documents, encoded_records(tmp_path / "data"), strict=True):

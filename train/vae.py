@@ -20,9 +20,10 @@ from data.raw import TAR, picture_of
 from data.remote import file_version, is_remote, shown
 from data.shards import BadRecord, BadRecords, read_shard
 from data.storage import local_copy
+from model.autoencoders import vae_hash
 from model.latent_space import to_raw
 from model.perceptual import load_lpips
-from model.vae import decode, kl_nats, moments, vae_hash
+from model.vae import decode, kl_nats, moments
 from train.config import load_config, run_program
 from train.console import plural, say
 from train.distributed.agreement import facts_of

@@ -21,7 +21,8 @@ from data.manifest import Manifest
 from data.pictures import to_unit
 from data.shards import Record, read_at
 from data.tokenizer import Tokenizer
-from model.vae import load_vae, moments, vae_hash
+from model.autoencoders import load_latent_space
+from model.vae import moments
 from tests.encoding.jobs import (
     OUT,
     Capsys,
@@ -57,7 +58,7 @@ def test_pictures_become_the_vaes_moments_and_the_captions_tokens(
 ) -> None:
     """Against the VAE on each picture by itself; same keys, same shards."""
     encode(raw)
-    vae = load_vae(vae_folder)
+    vae = load_latent_space(vae_folder).module
     records = encoded_records(OUT)
     assert [r["__key__"] for r in records] == [f"{i:05d}".encode() for i in range(14)]
     for number, record in enumerate(records):
@@ -77,7 +78,8 @@ def test_the_manifest_says_what_is_there(raw: Path, encode: Encode, tokenizer: T
     assert [(shard.name, shard.records) for shard in manifest.shards] == [("a.tar", 5), ("b.tar", 3), ("c.tar", 6)]
     assert manifest.tokenizer_hash == tokenizer.hash and manifest.vocab_size == tokenizer.vocab_size
     spec = manifest.latent_spec
-    assert (spec.vae_hash, spec.channels, spec.stride, spec.resolution) == (vae_hash(load_vae(vae_folder)), 2, 4, 32)
+    assert spec.vae_hash == load_latent_space(vae_folder).hash
+    assert (spec.channels, spec.stride, spec.resolution) == (2, 4, 32)
     mean, logvar = np.split(latents_in(OUT).astype(np.float64), 2, axis=1)
     expected_mean = mean.mean((0, 2, 3))
     expected_variance = (mean**2 + np.exp(logvar)).mean((0, 2, 3)) - expected_mean**2
@@ -130,7 +132,7 @@ def test_interleaved_documents_keep_their_order(encode: Encode, tokenizer: Token
     encode(raw_folder(Path("raw"), {"a": records}), OUT)
     found = encoded_records(OUT)
     assert [r["__key__"] for r in found] == [r["__key__"] for r in records]
-    vae = load_vae(vae_folder)
+    vae = load_latent_space(vae_folder).module
     for record in found[::2]:
         segments = decode_document(record, "here").segments
         texts = [tokenizer.decode(s.token_ids) if isinstance(s, TextSegment) else None for s in segments]

@@ -131,8 +131,8 @@ def _checked_sizes(
 ) -> tuple[int, list[tuple[int, int]]]:
     where = f"{shard}/{record['__key__'].decode()}"
     document = decode_document(record, where)
-    if document.has_image and encoder.vae is None:
-        raise ValueError(f"{where} holds latents: give vae=FOLDER, the VAE that made them")
+    if document.has_image and encoder.space is None:
+        raise ValueError(f"{where} holds images: give vae=FOLDER, the VAE that made them, or vae=pixels")
     check_document(document, encoder.tokenizer.vocab_size, encoder.kind, encoder.channels, where)
     for segment in document.segments:
         if isinstance(segment, ImageSegment):

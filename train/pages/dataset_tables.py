@@ -68,7 +68,7 @@ def _facts(data: EncodedData, counts: Counts, sequence_length: int) -> dict[str,
 def _remarks(data: EncodedData, counts: Counts, bad: BadRecords) -> list[str]:
     """Say what is left out and why, and name what cannot be read."""
     remarks = []
-    if data.vae is None and data.manifest.grids():
+    if data.space is None and data.manifest.grids():
         remarks.append("No vae=FOLDER was given, so no pictures are decoded into a sheet.png.")
     if data.tokenizer is None:
         remarks.append(
