@@ -138,7 +138,7 @@ class Encoder:
     def _load_space(self) -> None:
         config = self.config
         if config.vae is None:
-            raise ValueError("inputs hold .tar shards of pictures: give vae=FOLDER, a hub id or pixels")
+            raise ValueError("inputs hold .tar shards of pictures: give vae=FOLDER or a hub id, or vae=pixels")
         device = _device(config.device)
         space = self.space = load_latent_space(config.vae)
         if space.kind != "pixels":  # else no model runs
