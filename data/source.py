@@ -86,7 +86,7 @@ class Source:
         self._epoch = lru_cache(4)(self._lay_out_epoch)
         self._range = lru_cache(4 * settings.lanes)(self._cut_range)
         self._block = lru_cache(2 * settings.lanes)(self._permute_block)
-        self._channels = manifest.latent_spec.channels if manifest.latent_spec is not None else 0
+        self._kind, self._channels = manifest.kind_and_channels
 
     def position(self, epoch: int, lane: int, ordinal: int) -> tuple[int, int] | None:
         """Return (shard, record) of the lane's `ordinal`-th document in `epoch`, None past its range."""
@@ -127,7 +127,7 @@ class Source:
             self.watch.end()
         settings = self.settings
         document = decode_document(members, where)
-        check_document(document, self.manifest.vocab_size, self._channels, where)
+        check_document(document, self.manifest.vocab_size, self._kind, self._channels, where)
         document = arrange(
             document, settings.order, seed=settings.seed, epoch=epoch, source=self.number, shard=shard, record=record
         )

@@ -40,7 +40,7 @@ def test_no_batch_of_the_data_needs_more_latent_cells(rows: int, length: int, gr
         filled = [random_row(rng, length, grids) for _ in range(rows)]
         draws = []
         for row in filled:
-            zeros = [torch.zeros(2, *image.moments.shape[1:]) for image in row.images]
+            zeros = [torch.zeros(2, *image.grid) for image in row.images]
             draws.append(ImageDraws(torch.zeros(len(zeros)), zeros, zeros))
         batch = collate(filled, draws, 2)
         assert cells_of_slots(batch) <= cells_of_slots(pictures)

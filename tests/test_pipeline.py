@@ -15,8 +15,9 @@ from data.pictures import contact_sheet, to_unit
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
+from model.latent_space import to_raw
 from model.sampler import SamplerConfig, first_step_error
-from model.vae import VaeConfig, build_vae, moments, sample_latents
+from model.vae import VaeConfig, build_vae
 from tests.runs import PROMPTS, DrawingRun, saved_state
 from tests.test_tokenizer import foreign_model
 from train.checkpoints import checkpoint
@@ -101,9 +102,9 @@ def test_a_given_picture_is_drawn_from_its_posterior_as_in_training(pipeline: Pi
     picture = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     draws, places = SeededDraws(3), [(5, 0), (6, 0), (5, 1)]
     given = torch.stack(list(pipeline._encode([picture] * 3, places, draws)))
-    encoded = moments(pipeline.vae, torch.from_numpy(to_unit(picture[None])))
+    encoded = pipeline.space.encode(torch.from_numpy(to_unit(picture[None])))
     for latents, place in zip(given, places, strict=True):
-        trained = sample_latents(encoded, draws.posterior(*place, tuple(latents.shape))[None])
+        trained = to_raw(encoded, draws.posterior(*place, tuple(latents.shape))[None])
         assert torch.allclose(latents, pipeline.stats.whiten(trained)[0], atol=1e-4)
     mean = pipeline.stats.whiten(encoded.chunk(2, dim=1)[0])
     deviation = (encoded.chunk(2, dim=1)[1] / 2).exp()

@@ -17,10 +17,10 @@ from data.loader import LaneRows, Loader, draw_images
 from data.packing import IGNORE, NO_IMAGE, ImageDraws, collate, lay_out, pack
 from data.tokenizer import SpecialIds, Tokenizer
 from model.diffusion import DiffusionConfig
+from model.latent_space import LatentStats
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
-from model.vae import LatentStats
 from tests.ranks import run_ranks
 from tests.sources import data_config
 from train.distributed.parallelize import gather_weights
@@ -170,10 +170,10 @@ def _drawn(document: Document, generator: torch.Generator, u: float | None = Non
     pictures = []
     for segment in document.segments:
         if isinstance(segment, ImageSegment):
-            shape = (2, *segment.moments.shape[1:])
+            shape = (2, *segment.grid)
             noise, posterior = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
             drawn = torch.rand((), generator=generator).item() if u is None else u
-            pictures.append(Picture(torch.tensor(segment.moments), drawn, noise, posterior, segment.before_caption))
+            pictures.append(Picture(torch.tensor(segment.array), drawn, noise, posterior, segment.before_caption))
     return pictures
 
 
@@ -309,7 +309,7 @@ def _unpacked(data: DataSet, step: int, row: Any, lane: int) -> list[tuple[Items
                 items.append(int(row.input_ids[i]))
             elif row.image_ids[i - 1] != image:
                 segment = row.images[image]
-                moments, u = torch.tensor(segment.moments), draws.u[image].item()
+                moments, u = torch.tensor(segment.array), draws.u[image].item()
                 noise, posterior = draws.noise[image], draws.posterior_noise[image]
                 items.append(Picture(moments, u, noise, posterior, segment.before_caption))
             last_label = int(row.labels[i])

@@ -23,8 +23,8 @@ from data.manifest import Manifest
 from data.packing import IGNORE, PackedBatch
 from data.source import SourceConfig
 from data.storage import Location
+from model.latent_space import LatentStats
 from model.transfusion import Transfusion
-from model.vae import LatentStats
 from train.distributed.parallelize import reshard
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopKind, StopSignal

@@ -53,7 +53,7 @@ class PretrainConfig:
     init_from: Location | None = None  # weights to start from instead of random ones: a checkpoint, a run or an export
     init_weights: str = "auto"  # which of its weights: model, ema, ema-N; auto: the first EMA, or the model without one
     seed: int = 0  # of weights, data order, noise and all other random draws
-    vae: Location | None = None  # AutoencoderKL, a folder or hub id, to decode previews; must be the data's
+    vae: Location | None = None  # the data's autoencoder, a folder or hub id, to decode previews; pixels need none
     device: Device = "auto"  # auto: CUDA if available
     micro_batch_size: int = 8  # sequences a rank runs at once; the global batch stays data.lanes sequences
     deterministic: bool = False  # bit-exact kernels on CUDA too, slower

@@ -12,7 +12,7 @@ from functools import partial
 from data.dataset import DataSet
 from data.loader import Loader
 from data.loader_memory import loader_bytes
-from model.vae import LatentStats
+from model.latent_space import LatentStats
 from train.checkpoints.resume import ResumePoint
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver

@@ -67,7 +67,7 @@ class TrainState:
     @classmethod
     def begin(cls, model: Transfusion, optimizer: Optimizer, config: PretrainConfig, data: DataSet) -> "TrainState":
         """Return the state before the first step."""
-        facts = {"latent_spec": data.latent_spec and asdict(data.latent_spec), "grids": data.grids}
+        facts = {"latent_spec": data.latent_spec and data.latent_spec.fields(), "grids": data.grids}
         return cls(model, optimizer, partial(fingerprint, config, data), to_yaml(config), facts)
 
     def mark_done(self, batch: StepBatch) -> None:

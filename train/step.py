@@ -21,11 +21,11 @@ from data.packing import NO_IMAGE, PackedBatch
 from model.attention import block_mask, dense_mask
 from model.diffusion import DiffusionConfig, Level, add_noise, loss_weights, training_target
 from model.document_attention import document_mask
+from model.latent_space import LatentStats, to_raw
 from model.losses import noise_error
 from model.schedule import NoiseSchedule
 from model.transformer import Mask
 from model.transfusion import Transfusion, TransfusionConfig
-from model.vae import LatentStats, sample_latents
 from train.distributed.parallelize import ParallelConfig, set_micro_step
 
 
@@ -152,7 +152,7 @@ def noised_images(
         return {key: zeros}, {key: timestep}, {key: level}, {key: zeros}, {key: timestep.bool()}, index
     noisy, timesteps, levels, targets, valid = {}, {}, {}, {}, {}
     for grid, images in batch.images.items():
-        latents = stats.whiten(sample_latents(images.moments.float(), images.posterior_noise))
+        latents = stats.whiten(to_raw(images.stored, images.posterior_noise))
         schedule = noise_schedule(diffusion, latents[0].numel(), device)
         timesteps[grid] = schedule.timesteps(images.u, images.before_caption)
         levels[grid] = schedule.levels(timesteps[grid])

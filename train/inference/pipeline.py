@@ -7,7 +7,7 @@ beside it (P12); on CUDA also on the batch size. An incomplete last batch runs t
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,16 +17,13 @@ from data.pictures import from_unit, to_unit
 from data.storage import Location
 from data.tokenizer import Tokenizer
 from model.draws import SeededDraws
+from model.latent_space import LatentSpace, LatentStats, to_raw
 from model.sampler import Prompt, SamplerConfig, SpecialTokens, first_step_error, generate
 from model.transfusion import Transfusion
-from model.vae import LatentStats, decode, moments, sample_latents, stride_of
 from train.distributed.ranks import Device, Ranks
-from train.inference.saved_model import LoadedModel, SavedModel, load_matching_vae
+from train.inference.saved_model import LoadedModel, SavedModel, load_matching_space
 from train.pretrain_config import PretrainConfig
 from train.step import latent_stats
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +42,7 @@ class PipelineConfig(SamplerConfig):
 
     checkpoint: Location = "runs/pretrain"  # a checkpoint, a run folder (its newest that verifies) or an export
     weights: str = "auto"  # model, ema-N (half-life N), ema (the first); auto: the first EMA, or model if there is none
-    vae: Location | None = None  # AutoencoderKL, a folder or hub id; null: the one the run names
+    vae: Location | None = None  # autoencoder, a folder or hub id; null: the one the run names, none for pixels
     tokenizer: Location | None = None  # SentencePiece model; null: the copy in the run or export, else the run's
     seed: int = 0  # of noise and tokens
     device: Device = "auto"  # auto: CUDA if available
@@ -64,7 +61,7 @@ class Pipeline:
 
     model: Transfusion
     tokenizer: Tokenizer
-    vae: "AutoencoderKL"
+    space: LatentSpace
     stats: LatentStats
     latent_spec: LatentSpec  # of the training data; pictures in prompts have its resolution
     grid: tuple[int, int]  # latent size of new pictures
@@ -111,11 +108,11 @@ class Pipeline:
         if spec is None or not grids:
             raise ValueError("the model was trained on text alone: it draws no pictures")
         device = device or next(model.parameters()).device
-        vae = load_matching_vae(vae_path, spec).to(device).eval()  # type: ignore[arg-type]  # diffusers' wrapper of `to`
+        space = load_matching_space(vae_path, spec).to(device)
         stats = latent_stats(spec, config.model.latent_channels, device)
         # The grid nearest to a square; among equals the largest.
         grid = min(grids, key=lambda grid: (max(grid) / min(grid), -grid[0] * grid[1]))
-        return cls(model, tokenizer, vae, stats, spec, grid, config)
+        return cls(model, tokenizer, space, stats, spec, grid, config)
 
     def sized(self, pixels: tuple[int, int] | None) -> "Pipeline":
         """Return the same for new pictures of `pixels` [height, width]; None keeps the training data's grid.
@@ -124,8 +121,10 @@ class Pipeline:
         """
         if pixels is None:
             return self
-        stride = stride_of(self.vae)
+        stride, only = self.space.stride, self.space.picture_side
         unit = stride * self.model.config.patch_size
+        if only is not None and pixels != (only, only):
+            raise ValueError(f"size={list(pixels)}: the autoencoder decodes to {[only, only]} alone; leave size out")
         if any(side < unit or side % unit for side in pixels):
             raise ValueError(f"size={list(pixels)}: expected multiples of {unit}, the VAE's stride times a patch")
         return replace(self, grid=(pixels[0] // stride, pixels[1] // stride))
@@ -203,16 +202,18 @@ class Pipeline:
         """
         for start in range(0, len(pictures), self.batch_size):
             pixels = torch.from_numpy(to_unit(np.stack(pictures[start : start + self.batch_size])))
-            encoded = _in_portions(lambda part: moments(self.vae, part).float(), pixels.to(self.stats.mean.device))
-            shape = (encoded.shape[1] // 2, *encoded.shape[2:])
-            noise = torch.stack([draws.posterior(*place, shape) for place in places[start : start + self.batch_size]])
-            yield from self.stats.whiten(sample_latents(encoded, noise.to(encoded.device))).cpu()
+            stored, noise = _in_portions(self.space.encode, pixels.to(self.stats.mean.device)), None
+            if self.space.kind == "moments":
+                shape = (self.space.channels, *stored.shape[2:])
+                of_batch = [draws.posterior(*place, shape) for place in places[start : start + self.batch_size]]
+                noise = torch.stack(of_batch).to(stored.device)
+            yield from self.stats.whiten(to_raw(stored, noise)).cpu()
 
     def _decode(self, latents: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
         for start in range(0, len(latents), self.batch_size):
             batch = torch.stack(tuple(latents[start : start + self.batch_size]))
             raw = self.stats.unwhiten(batch.to(self.stats.mean.device))
-            yield from from_unit(_in_portions(lambda part: decode(self.vae, part).float(), raw).cpu().numpy())
+            yield from from_unit(_in_portions(self.space.decode, raw).cpu().numpy())
 
     def _generate(
         self, rows: list[Prompt], config: SamplerConfig, seed: int, progress: Progress

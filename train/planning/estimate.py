@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from data.dataset import DataSet
+from data.documents import ImageKind
 from data.largest_batch import Grid, largest_batches
 from data.packing import PackedBatch
 from data.tokenizer import SpecialIds
@@ -50,11 +51,13 @@ def rows_per_rank(config: PretrainConfig, world_size: int) -> tuple[int, int]:
     return rows, -(-lanes // rows)
 
 
-def largest_batches_of(config: PretrainConfig, world_size: int, grids: Sequence[Grid]) -> tuple[PackedBatch, ...]:
-    """Return the largest micro-batches of a run with images of latent `grids`."""
+def largest_batches_of(
+    config: PretrainConfig, world_size: int, grids: Sequence[Grid], kind: ImageKind = "moments"
+) -> tuple[PackedBatch, ...]:
+    """Return the largest micro-batches of a run with images of `kind` and of latent `grids`."""
     rows, length, model = rows_per_rank(config, world_size)[0], config.data.sequence_length, config.model
     any_ids = SpecialIds(bos=0, eos=0, boi=0, eoi=0, pad=0)  # sizes do not depend on them
-    return largest_batches(rows, length, grids, model.latent_channels, model.patch_size, any_ids)
+    return largest_batches(rows, length, grids, model.latent_channels, model.patch_size, any_ids, kind)
 
 
 def usable_bytes(memory_gib: float) -> float:

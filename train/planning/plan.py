@@ -193,7 +193,8 @@ def _decided(
 
 
 def _rehearsed(vocab_size: int, data: DataSet | None, cuda: bool, config: PretrainConfig, world_size: int) -> Rehearsal:
-    batches = largest_batches_of(config, world_size, data.grids if data is not None else [PAPER_GRID])
+    grids, kind = (data.grids, data.kind) if data is not None else ([PAPER_GRID], "moments")
+    batches = largest_batches_of(config, world_size, grids, kind)
     return rehearse(config, vocab_size, world_size, batches, cuda=cuda)
 
 
