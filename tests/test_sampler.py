@@ -31,7 +31,7 @@ UNET = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
 
 
 def tiny_model(seed=0, patches="linear", image_attention="bidirectional", **changes):
-    trunk = TransformerConfig(width=16, layers=2, heads=2, ffn_hidden=24, **changes)
+    trunk = TransformerConfig(**{"width": 16, "layers": 2, "heads": 2, "ffn_hidden": 24, **changes})
     settings = {"patches": patches, "unet": UNET, "image_attention": image_attention}
     config = TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS, **settings)
     model = Transfusion(config, VOCAB)
@@ -100,6 +100,10 @@ class Slow:
         with torch.no_grad():
             return self.model.predict_noise(hidden[None, first : first + count], self.skips, timesteps, *grid)[0]
 
+    def guided(self, pred, parts, x_t, t, config):
+        free = self.predict([SPECIAL.bos, SPECIAL.boi], x_t, t)
+        return free + config.guidance * (pred - free)
+
     def denoise(self, parts, config, draws, index, image, prediction):
         x = draws.noise(index, image, 0, (CHANNELS, *GRID))
         timesteps = sampling_timesteps(config.steps, config.spacing)
@@ -108,8 +112,7 @@ class Slow:
         for step, (t, alpha, alpha_prev) in enumerate(zip(timesteps, alphas[:-1], alphas[1:], strict=True)):
             pred = self.predict(parts, x, t)
             if config.guidance != 1 and lowest <= t <= highest:
-                free = self.predict([SPECIAL.bos, SPECIAL.boi], x, t)
-                pred = free + config.guidance * (pred - free)
+                pred = self.guided(pred, parts, x, t, config)
             x0, eps = to_x0_and_eps(pred, x, alpha, prediction)
             noise = draws.noise(index, image, step + 1, (CHANNELS, *GRID))
             if config.sampler == "ddpm":
