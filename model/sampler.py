@@ -44,10 +44,11 @@ class SamplerConfig:
     steps: int = 250  # denoising steps per picture, 1...num_timesteps
     spacing: Spacing = "leading"  # which timesteps: leading, trailing or linspace, as in diffusers; not for flow
     eta: float = 0.0  # DDIM's noise, 0 (deterministic)...1 (as DDPM)
-    guidance: float = 3.0  # classifier-free guidance scale, 0 or more; 1 is none (the paper: 5 and 3)
+    guidance: float = 3.0  # scale of classifier-free guidance, 0 or more; 1 is none (the paper: 5 and 3)
     # Lowest and highest timestep, 0...num_timesteps - 1, at which guidance acts (Kynkäänniemi et al. 2024); elsewhere
-    # the unconditional branch is not run. null: all timesteps.
+    # the unconditional branch, or the guide, is not run. null: all timesteps.
     guidance_interval: tuple[int, int] | None = None
+    guidance_rescale: float = 0.0  # of the contrast that guidance adds, the share taken back, 0...1 (Lin et al.: 0.7)
     clip_x0: float | None = None  # bound on the predicted clean latents' magnitude, > 0; null: none
     temperature: float = 1.0  # of text, 0 (greedy) or more
     top_p: float = 1.0  # text tokens are drawn from the smallest set that holds this probability, (0, 1]
@@ -64,6 +65,7 @@ class SamplerConfig:
             "eta": (0 <= self.eta <= 1, "0...1"),
             "guidance": (self.guidance >= 0, "0 or more; 1 is no guidance"),
             "guidance_interval": (0 <= lowest <= highest, "[lowest, highest] timestep, or null for all"),
+            "guidance_rescale": (0 <= self.guidance_rescale <= 1, "0 (off)...1"),
             "clip_x0": (self.clip_x0 is None or self.clip_x0 > 0, "a positive number, or null for none"),
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -128,17 +130,20 @@ def generate(
     draws: SeededDraws,
     progress: Callable[[float], object] = lambda rows: None,
     batch: int | None = None,
+    guide: Transfusion | None = None,
 ) -> list[list[Tensor]]:
     """Return for each prompt what follows it: text int64 [len] without special tokens, and latents f32 [C, h, w].
 
     The model is unsharded; `grid` is the latent size (h, w) of new pictures. `progress(rows)` is called with the
     fraction of rows that each forward completed; the sum is the number of prompts. `batch` is the rows of a full batch,
-    if these are its incomplete last one: on CUDA, bits are the same at the same `batch`. Raises ValueError for a prompt
-    that does not fit in `max_length`.
+    if these are its incomplete last one: on CUDA, bits are the same at the same `batch`. A `guide` of the same tokens,
+    latents and patch size is the weak model of guidance, in place of the model without its prompt. Raises ValueError
+    for a prompt that does not fit in `max_length`.
     """
     if not prompts:
         return []
-    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws, progress, batch or len(prompts))
+    batch = batch or len(prompts)
+    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws, progress, batch, guide)
     decoding.prefill()
     while not all(row.mode == "done" for row in decoding.rows):
         decoding.text_mode()
@@ -197,6 +202,7 @@ class _Decoding:
         draws: SeededDraws,
         progress: Callable[[float], object],
         batch: int,
+        guide: Transfusion | None,
     ) -> None:
         self._progress, self._reported = progress, 0.0
         self.config, self.diffusion = config.suited_to(diffusion), diffusion
@@ -206,9 +212,10 @@ class _Decoding:
         self.patches = self._num_patches(self.shape)
         self.rows = [self._start(prompt) for prompt in prompts]
         self.max_length = self._max_length()
-        unconditional = None if config.guidance == 1 else [special.bos, special.boi]
+        guide = None if config.guidance == 1 else guide
+        unconditional = None if config.guidance == 1 or guide is not None else [special.bos, special.boi]
         sizes = (self.max_length, config.prefill_chunk, self.patches)
-        self.cached_model = CachedModel(model, len(self.rows), *sizes, unconditional, batch)
+        self.cached_model = CachedModel(model, len(self.rows), *sizes, unconditional, batch, guide)
         never = torch.zeros(model.vocab_size, dtype=torch.bool)
         never[[special.bos, special.eoi, *special.never]] = True
         self._never = never.to(self.cached_model.device)
@@ -278,7 +285,7 @@ class _Decoding:
         steps = NoiseSchedule.of(diffusion, math.prod(self.shape)).sampling_steps(config.steps, config.spacing)
         eta = config.eta if config.sampler == "ddim" else 0.0
         lowest, highest = config.guidance_interval or (0, diffusion.num_timesteps)
-        predict = self.cached_model.denoiser(chosen, self.shape[1:])
+        predict = self.cached_model.denoiser(chosen, self.shape[1:], config.guidance_rescale)
 
         def implied(x_t: Tensor, t: float, level: Level) -> tuple[Tensor, Tensor]:
             """Return the (x0, noise) that the model predicts in x_t."""

@@ -32,7 +32,7 @@ UNET = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
 
 
 def tiny_model(seed=0, patches="linear", image_attention="bidirectional", **changes):
-    trunk = TransformerConfig(width=16, layers=2, heads=2, ffn_hidden=24, **changes)
+    trunk = TransformerConfig(**{"width": 16, "layers": 2, "heads": 2, "ffn_hidden": 24, **changes})
     settings = {"patches": patches, "unet": UNET, "image_attention": image_attention}
     config = TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS, **settings)
     model = Transfusion(config, VOCAB)
@@ -105,6 +105,10 @@ class Slow:
         with torch.no_grad():
             return self.model.predict_noise(hidden[None, first : first + count], self.skips, timesteps, *grid)[0]
 
+    def guided(self, pred, parts, x_t, t, config):
+        free = self.predict([SPECIAL.bos, SPECIAL.boi], x_t, t)
+        return free + config.guidance * (pred - free)
+
     def denoise(self, parts, config, draws, index, image, prediction):
         x = draws.noise(index, image, 0, (CHANNELS, *GRID))
         diffusion, before = diffusion_of(prediction), None
@@ -116,8 +120,7 @@ class Slow:
             pred = self.predict(parts, x, t)
             if config.guidance == 1 or not lowest <= t <= highest:
                 return pred
-            free = self.predict([SPECIAL.bos, SPECIAL.boi], x, t)
-            return free + config.guidance * (pred - free)
+            return self.guided(pred, parts, x, t, config)
 
         for step, ((t, level), (t_next, cleaner)) in enumerate(itertools.pairwise(steps)):
             pred = guided(x, t)

@@ -216,6 +216,7 @@ def test_the_program_writes_scores_settings_and_every_example_alike_on_one_and_t
         output = tmp_path / f"output{world_size}"
         argv = [f"checkpoint={drawn.run_dir}", f"output={output}", f"scenes={scenes}", f"heldout.pairs={held}"]
         argv += ["max_prompts=3", "sampler=ddim", "steps=2", "max_new_tokens=4", "device=cpu", "seed=3"]
+        argv += ["guide_weights=model"]
         _evaluate(argv, tmp_path / f"log{world_size}", world_size)
         results.append(json.loads((output / "evaluation.json").read_text()))
         examples.append([json.loads(line) for line in (output / "examples.jsonl").read_text().splitlines()])
@@ -224,6 +225,7 @@ def test_the_program_writes_scores_settings_and_every_example_alike_on_one_and_t
     one, two = results
     newest = checkpoint.saved(drawn.run_dir / "checkpoints")[-1]
     expected = {"checkpoint": str(newest), "step": 6, "seed": 3, "weights": "ema-7", "dtype": "float32"}
+    expected["guide"] = {"checkpoint": str(newest), "step": 6, "weights": "model"}
     assert {key: one[key] for key in expected} == expected
     assert (one["world_size"], two["world_size"]) == (1, 2) and one["data"] == two["data"]
     judged = {"items": 9, "items_of_split": {"seen": 3, "two_shapes": 3, "unseen": 3}}

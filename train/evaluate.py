@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int | None:
         "checkpoint": str(saved.folder.resolve()),
         "step": saved.step,
         "weights": pipeline.weights,
+        "guide": pipeline.describe_guide(),
         "dtype": config.dtype,
         "seed": config.seed,
         "settings": {field.name: getattr(config, field.name) for field in fields(SamplerConfig)},

@@ -7,7 +7,7 @@ beside it (P12); on CUDA also on the batch size. An incomplete last batch runs t
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from model.latent_space import LatentSpace, LatentStats, to_raw
 from model.sampler import Prompt, SamplerConfig, SpecialTokens, first_step_error, generate
 from model.transfusion import Transfusion
 from train.distributed.ranks import Device, Ranks
+from train.inference.guide import load_with_guide
 from train.inference.saved_model import LoadedModel, SavedModel, load_matching_space
 from train.pretrain_config import PretrainConfig
 from train.step import latent_stats
@@ -42,6 +43,13 @@ class PipelineConfig(SamplerConfig):
 
     checkpoint: Location = "runs/pretrain"  # a checkpoint, a run folder (its newest that verifies) or an export
     weights: str = "auto"  # model, ema-N (half-life N), ema (the first); auto: the first EMA, or model if there is none
+    # Autoguidance (Karras et al. 2024): a weaker model takes the place of the model without its prompt. An earlier
+    # checkpoint, a run folder or an export, alike in tokenizer, latents, patch size and diffusion, of any width and
+    # depth. It costs a second model and a second cache of keys and values. null: none, unless guide_weights is set.
+    guide: Location | None = None
+    # Which of the guide's weights, as `weights`; null: auto. With guide=null, these weights of `checkpoint` itself are
+    # the guide, such as an EMA of another half-life.
+    guide_weights: str | None = None
     vae: Location | None = None  # autoencoder, a folder or hub id; null: the one the run names, none for pixels
     tokenizer: Location | None = None  # SentencePiece model; null: the copy in the run or export, else the run's
     seed: int = 0  # of noise and tokens
@@ -69,15 +77,18 @@ class Pipeline:
     batch_size: int = BATCH
     weights: str = "model"  # which of the run's: model, or the label of an EMA
     saved: SavedModel | None = None  # where it was loaded from; None: a model in memory
+    guide: LoadedModel | None = None  # the weak model of autoguidance; None: classifier-free guidance
     _seen: set[str] = field(default_factory=set)  # prompts
 
     @classmethod
     def load(cls, config: PipelineConfig, ranks: Ranks) -> "Pipeline":
-        """Load the model that `config.checkpoint` names. Collective.
+        """Load the model that `config.checkpoint` names, and its guide. Collective.
 
-        Raises FileNotFoundError or ValueError if there is none, or its tokenizer or VAE cannot be found.
+        Raises FileNotFoundError or ValueError if there is none, its tokenizer or VAE cannot be found, or the guide
+        cannot guide it.
         """
-        loaded = LoadedModel.load(config.checkpoint, ranks, config.weights, config.tokenizer)
+        names = (config.checkpoint, config.weights, config.tokenizer, config.guide, config.guide_weights)
+        loaded, guide = load_with_guide(*names, ranks)
         diffusion, vae = loaded.config.diffusion, config.vae or loaded.config.vae
         sampler = config.suited_to(diffusion)
         factor = first_step_error(sampler, diffusion) if diffusion.prediction == "eps" else 0.0
@@ -90,8 +101,10 @@ class Pipeline:
                 factor,
             )
         saved, model = loaded.saved, loaded.model.to(getattr(torch, config.dtype))
+        if guide is not None:
+            guide.model.to(getattr(torch, config.dtype))
         pipeline = cls.of(model, loaded.tokenizer, loaded.config, saved.latent_spec, saved.grids, vae)
-        return replace(pipeline, batch_size=config.batch_size, weights=loaded.weights, saved=saved)
+        return replace(pipeline, batch_size=config.batch_size, weights=loaded.weights, saved=saved, guide=guide)
 
     @classmethod
     def of(
@@ -113,6 +126,13 @@ class Pipeline:
         # The grid nearest to a square; among equals the largest.
         grid = min(grids, key=lambda grid: (max(grid) / min(grid), -grid[0] * grid[1]))
         return cls(model, tokenizer, space, stats, spec, grid, config)
+
+    def describe_guide(self) -> dict[str, Any] | None:
+        """Return which weights of which step guide, for a record of results; None without autoguidance."""
+        if self.guide is None:
+            return None
+        saved = self.guide.saved
+        return {"checkpoint": str(saved.folder.resolve()), "step": saved.step, "weights": self.guide.weights}
 
     def sized(self, pixels: tuple[int, int] | None) -> "Pipeline":
         """Return the same for new pictures of `pixels` [height, width]; None keeps the training data's grid.
@@ -224,7 +244,8 @@ class Pipeline:
         for start in range(0, len(rows), self.batch_size):
             chosen, full = rows[start : start + self.batch_size], min(self.batch_size, len(rows))
             draws, diffusion = SeededDraws(seed), self.config.diffusion
-            yield generate(self.model, chosen, config, diffusion, special, self.grid, draws, progress, full)
+            guide = None if self.guide is None else self.guide.model
+            yield generate(self.model, chosen, config, diffusion, special, self.grid, draws, progress, full, guide)
 
 
 def _in_portions(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:

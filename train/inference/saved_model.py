@@ -112,12 +112,14 @@ class SavedModel:
             f"{self.folder} was trained with the tokenizer of hash {expected}, none of {tried}; set tokenizer=FILE"
         )
 
-    def read(self, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks) -> str:
+    def read(self, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks, key: str = "weights") -> str:
         """Read `weights` (see `choose`) into parameters or shards of them; return which were read. Collective.
 
-        Raises ValueError for weights that do not exist, and for parameters of other names or sizes.
+        `key` is the option that names them. Raises ValueError for weights that do not exist, and for parameters of
+        other names or sizes.
         """
-        chosen = choose(weights, [self.meta["weights"]] if self.exported else self.config.optim.weights, self.folder)
+        kept = [self.meta["weights"]] if self.exported else self.config.optim.weights
+        chosen = choose(weights, kept, self.folder, key)
         if self.exported:
             _read_weights(self.folder / WEIGHTS_FILE, parameters)
         else:
@@ -204,16 +206,19 @@ class LoadedModel:
 
         `tokenizer` is a path; None: see SavedModel.tokenizer. Raises FileNotFoundError or ValueError if there is none.
         """
-        return SavedModel.use(path, ranks, lambda saved: cls._read(saved, ranks, weights, tokenizer))
+        return SavedModel.use(path, ranks, lambda saved: cls.read(saved, ranks, weights, tokenizer))
 
     @classmethod
-    def _read(cls, saved: SavedModel, ranks: Ranks, weights: str, tokenizer_path: str | None) -> "LoadedModel":
+    def read(
+        cls, saved: SavedModel, ranks: Ranks, weights: str, tokenizer_path: str | None, key: str = "weights"
+    ) -> "LoadedModel":
+        """Load what has been found; `key` is the option that names `weights`. Collective."""
         tokenizer = saved.tokenizer(tokenizer_path)
         config = replace(saved.config, data=replace(saved.config.data, tokenizer=str(tokenizer.path)))
         with torch.device("meta"):
             model = Transfusion(config.model, tokenizer.vocab_size)
         model.to_empty(device=ranks.device).eval()
-        chosen = saved.read(weights, {name: parameter.data for name, parameter in model.named_parameters()}, ranks)
+        chosen = saved.read(weights, {name: parameter.data for name, parameter in model.named_parameters()}, ranks, key)
         return cls(model, tokenizer, config, chosen, saved)
 
 

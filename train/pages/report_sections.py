@@ -32,8 +32,8 @@ SPLITS = {
 }
 # Scores compare only at equal values of these.
 SETTINGS = (
-    *("training_step", "sampler", "steps", "spacing", "eta", "guidance", "clip_x0"),
-    *("temperature", "top_p", "seed", "weights"),
+    *("training_step", "sampler", "steps", "spacing", "eta", "guidance", "guidance_interval", "guidance_rescale"),
+    *("guide", "clip_x0", "temperature", "top_p", "seed", "weights"),
 )
 PACKAGES = ("torch", "diffusers", "numpy", "sentencepiece", "webdataset", "torchdata")
 
@@ -58,6 +58,8 @@ def _scores(inputs: ReportInputs) -> str:
         html += f"<h3>{title}: all right</h3>{tiles}"
     settings = {**scores["settings"], "training_step": scores["step"]}
     settings |= {"seed": scores["seed"], "weights": scores["weights"]}
+    if guide := scores.get("guide"):
+        settings["guide"] = f"{guide['weights']} of step {guide['step']}"
     shown = {key.replace("_", " "): settings[key] for key in SETTINGS if settings.get(key) is not None}
     return html + fact_list(shown)
 
