@@ -34,6 +34,7 @@ from data.storage import Location
 from train.config import load_config, run_program
 
 HERE = Path(__file__).resolve().parent.parent
+Command = tuple[str, ...]
 OBJECTIVES = {
     "eps": ("diffusion.prediction=eps",),
     "v": ("diffusion.prediction=v",),
@@ -123,28 +124,11 @@ def main(argv: list[str]) -> int:
     folder = Path(config.folder).resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     prepare(config, folder)
-    start = time.monotonic()
-    waiting = [(CASES[name].wave, seed, name) for name in config.cases for seed in range(config.seeds)]
-    waiting.sort(key=lambda run: run[:2])  # stable
-    runs = [(name, seed) for _, seed, name in waiting if not _is_done(config, name, seed)]
     errors: dict[str, str] = {}
-    with ThreadPoolExecutor(config.jobs) as pool:
-        futures = {
-            pool.submit(train_and_score, config, folder, *run): run for run in runs if not _is_done(config, *run)
-        }
-        try:
-            for done, future in enumerate(as_completed(futures), 1):
-                name, seed = futures[future]
-                if error := future.exception():
-                    errors[f"{name}-{seed}"] = str(error)
-                left = datetime.timedelta(seconds=round((time.monotonic() - start) / done * (len(futures) - done)))
-                print(f"{name} seed {seed}: {error or 'done'}; {done}/{len(futures)}, {left} left", file=sys.stderr)
-                if config.page:
-                    rewrite(Path(config.page), record_of(config, argv, errors))
-        except KeyboardInterrupt:  # the running ones got it too, and save
-            pool.shutdown(cancel_futures=True)
-            raise
-    record = record_of(config, argv, errors)
+    for _ in train_and_score_all(config, folder, errors):
+        if config.page:
+            rewrite(Path(config.page), record_of(config, folder, argv, errors))
+    record = record_of(config, folder, argv, errors)
     if config.page:
         rewrite(Path(config.page), record)
     print(table(record["cases"]), file=sys.stderr)
@@ -152,31 +136,30 @@ def main(argv: list[str]) -> int:
     return 1 if errors else 0
 
 
+def train_and_score_all(config: ObjectivesConfig, folder: Path, errors: dict[str, str]) -> Iterator[None]:
+    """Do the runs that are not finished, the first seed of a wave's cases first; yield after each. Fills `errors`."""
+    wanted = [(CASES[name].wave, seed, name) for name in config.cases for seed in range(config.seeds)]
+    wanted.sort(key=lambda run: run[:2])  # stable
+    runs = [(name, seed) for _, seed, name in wanted if _scores(config, folder, name, seed) is None]
+    start = time.monotonic()
+    with ThreadPoolExecutor(config.jobs) as pool:
+        futures = {pool.submit(train_and_score, config, folder, *run): run for run in runs}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                name, seed = futures[future]
+                if error := future.exception():
+                    errors[f"{name}-{seed}"] = str(error)
+                left = datetime.timedelta(seconds=round((time.monotonic() - start) / done * (len(runs) - done)))
+                print(f"{name} seed {seed}: {error or 'done'}; {done}/{len(runs)}, {left} left", file=sys.stderr)
+                yield
+        except KeyboardInterrupt:  # the running ones got it too, and save
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def prepare(config: ObjectivesConfig, folder: Path) -> None:
     """Make the data that the cases need, each part once."""
-    chosen = [CASES[name] for name in config.cases]
-    need = {case.data for case in chosen} | {case.space for case in chosen}
-    stages: dict[str, tuple[str, ...]] = {}
-    inputs = f"inputs=[{folder}/scenes/train,{folder}/scenes/text]"
-    stages["scenes"] = (*_program("scenes"), f"output={folder}/scenes", *(SMOKE_SCENES if config.smoke else ()))
-    stages["tokenizer"] = (*_program("tokenizer"), inputs, f"output={folder}/tokenizer.model")
-    if need != {"pixels"}:
-        short = ("optim.steps=8", "optim.warmup_steps=2") if config.smoke else ()
-        folders = (f"inputs=[{folder}/scenes/train]", f"heldout=[{folder}/scenes/heldout]", f"output={folder}/vae")
-        stages["vae"] = (*_program("vae", ranks=config.jobs), *folders, *short)
-    encode = (*_program("encode"), f"tokenizer={folder}/tokenizer.model")
-    for name in (name for name in DATA if name in need):
-        settings = [setting.format(folder=folder) for setting in DATA[name]]
-        like = () if name in SPACES else (f"stats_from={folder}/encoded/latents",)
-        stages[f"encode {name}"] = (*encode, *settings, *like, f"output={folder}/encoded/{name}")
-        if name in SPACES:
-            held_out = (f"inputs=[{folder}/scenes/heldout]", settings[1], f"stats_from={folder}/encoded/{name}")
-            stages[f"encode {name} heldout"] = (*encode, *held_out, f"output={folder}/encoded/{name}-heldout")
-    for name in ("text", "text_heldout"):
-        stages[f"encode {name}"] = (
-            *(*encode, "vae=null", f"inputs=[{folder}/scenes/{name}]", f"output={folder}/encoded/{name}"),
-        )
-    for name, command in stages.items():
+    for name, command in stages(config, folder).items():
         mark = folder / "logs" / f"{name.replace(' ', '-')}.done"
         if not mark.exists():
             print(name, file=sys.stderr)
@@ -184,10 +167,41 @@ def prepare(config: ObjectivesConfig, folder: Path) -> None:
             mark.touch()
 
 
-def train_and_score(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> None:
-    """Train one case from one seed and evaluate it; raise RuntimeError if either fails."""
-    case, place = CASES[name], _folder_of(config, name, seed)
-    settings = {
+def stages(config: ObjectivesConfig, folder: Path) -> dict[str, Command]:
+    """Return the commands that make the data of the cases, by name, in order."""
+    chosen = [CASES[name] for name in config.cases]
+    need = {case.data for case in chosen} | {case.space for case in chosen}
+    scenes, tokenizer = folder / "scenes", folder / "tokenizer.model"
+    found: dict[str, Command] = {}
+    found["scenes"] = (*_program("scenes"), f"output={scenes}", *(SMOKE_SCENES if config.smoke else ()))
+    inputs = f"inputs=[{scenes}/train,{scenes}/text]"
+    found["tokenizer"] = (*_program("tokenizer"), inputs, f"output={tokenizer}")
+    if need != {"pixels"}:
+        short = ("optim.steps=8", "optim.warmup_steps=2") if config.smoke else ()
+        folders = (f"inputs=[{scenes}/train]", f"heldout=[{scenes}/heldout]", f"output={folder}/vae")
+        found["vae"] = (*_program("vae", ranks=config.jobs), *folders, *short)
+    encode, encoded = (*_program("encode"), f"tokenizer={tokenizer}"), folder / "encoded"
+    for name in (name for name in DATA if name in need):
+        settings = [setting.format(folder=folder) for setting in DATA[name]]
+        if name not in SPACES:
+            settings.append(f"stats_from={encoded}/latents")
+        found[f"encode {name}"] = (*encode, *settings, f"output={encoded}/{name}")
+    for name in (name for name in SPACES if name in need):
+        held_out = (
+            f"inputs=[{scenes}/heldout]",
+            found[f"encode {name}"][len(encode) + 1],
+            f"stats_from={encoded}/{name}",
+        )
+        found[f"encode {name} heldout"] = (*encode, *held_out, f"output={encoded}/{name}-heldout")
+    for name in ("text", "text_heldout"):
+        found[f"encode {name}"] = (*encode, "vae=null", f"inputs=[{scenes}/{name}]", f"output={encoded}/{name}")
+    return found
+
+
+def commands(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> tuple[Command, Command]:
+    """Return the commands that train one case from one seed, and that score it."""
+    case, place, encoded = CASES[name], _folder_of(config, folder, name, seed), folder / "encoded"
+    settings: dict[str, Any] = {
         "run_dir": place,
         "seed": seed,
         "micro_batch_size": 24,  # one forward a step
@@ -198,25 +212,30 @@ def train_and_score(config: ObjectivesConfig, folder: Path, name: str, seed: int
         "preview.interval_steps": "null",
         "log.wandb": "disabled",
         "data.tokenizer": folder / "tokenizer.model",
-        "data.sources.scenes.path": folder / "encoded" / case.data,
-        "data.sources.texts.path": folder / "encoded" / "text",
+        "data.sources.scenes.path": encoded / case.data,
+        "data.sources.texts.path": encoded / "text",
     }
     space = [setting.format(folder=folder) for setting in SPACES[case.space]]
-    run((*_program("pretrain"), *_pairs(settings), *space, *case.train), place.with_suffix(".log"))
+    train = (*_program("pretrain"), *_pairs(settings), *space, *case.train)
     settings = {
         "checkpoint": place,
-        "output": place / "scores",
+        "output": place / f"scores-{config.prompts}",
         "scenes": folder / "scenes" / "heldout",
-        "heldout.scenes": folder / "encoded" / f"{case.space}-heldout",
-        "heldout.texts": folder / "encoded" / "text_heldout",
+        "heldout.scenes": encoded / f"{case.space}-heldout",
+        "heldout.texts": encoded / "text_heldout",
         "max_prompts": config.prompts,
+        **({"steps": 4} if config.smoke else {}),
     }
-    if config.smoke:
-        settings["steps"] = 4
-    run((*_program("evaluate"), *_pairs(settings), *case.sample), place.with_suffix(".log"))
+    return train, (*_program("evaluate"), *_pairs(settings), *case.sample)
 
 
-def run(command: tuple[str, ...], log: Path) -> None:
+def train_and_score(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> None:
+    """Train one case from one seed and evaluate it; raise RuntimeError if either fails."""
+    for command in commands(config, folder, name, seed):
+        run(command, _folder_of(config, folder, name, seed).with_suffix(".log"))
+
+
+def run(command: Command, log: Path) -> None:
     """Run a program with one thread, its output appended to `log`; raise RuntimeError with its last line."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(HERE)}
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -228,13 +247,13 @@ def run(command: tuple[str, ...], log: Path) -> None:
         raise RuntimeError(f"status {status}, {lines[-1].strip()} (see {log})")
 
 
-def record_of(config: ObjectivesConfig, argv: list[str], errors: dict[str, str]) -> dict[str, Any]:
+def record_of(config: ObjectivesConfig, folder: Path, argv: list[str], errors: dict[str, str]) -> dict[str, Any]:
     """Return the JSON object of everything that is finished."""
     cases: dict[str, Any] = {}
     for name in config.cases:
-        done = [seed for seed in range(config.seeds) if _is_done(config, name, seed)]
-        if done:
-            cases[name] = _summary([_scores(_folder_of(config, name, seed)) for seed in done])
+        scores = [_scores(config, folder, name, seed) for seed in range(config.seeds)]
+        if done := [of_seed for of_seed in scores if of_seed is not None]:
+            cases[name] = _summary(done)
     return {
         "bench": "objectives",
         "date": datetime.date.today().isoformat(),
@@ -265,19 +284,17 @@ def _summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _scores(place: Path) -> dict[str, Any]:
-    return json.loads((place / "scores" / "evaluation.json").read_text(encoding="utf-8"))
+def _scores(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> dict[str, Any] | None:
+    """Return what train.evaluate wrote of a run; None: it is not finished."""
+    file = _folder_of(config, folder, name, seed) / f"scores-{config.prompts}" / "evaluation.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _is_done(config: ObjectivesConfig, name: str, seed: int) -> bool:
-    return (_folder_of(config, name, seed) / "scores" / "evaluation.json").exists()
+def _folder_of(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> Path:
+    return folder / f"{config.steps}-steps" / f"{name}-{seed}"
 
 
-def _folder_of(config: ObjectivesConfig, name: str, seed: int) -> Path:
-    return Path(config.folder).resolve() / f"{config.steps}-steps-{config.prompts}-prompts" / f"{name}-{seed}"
-
-
-def _program(name: str, ranks: int = 1) -> tuple[str, ...]:
+def _program(name: str, ranks: int = 1) -> Command:
     """Return the start of the command of a program with the demo's config."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
     return (sys.executable, *launcher, "-m", f"train.{name}", f"config={HERE}/configs/demo/{name}.yaml")
