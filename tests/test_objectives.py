@@ -1,4 +1,4 @@
-"""bench.objectives: each case is a command that its program accepts, intervals are Wilson's, a toy bench runs through."""
+"""bench.objectives: its commands are accepted by their programs, intervals are Wilson's, a toy bench runs through."""
 
 import importlib
 import json
