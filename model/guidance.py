@@ -20,5 +20,5 @@ def guided(prediction: Tensor, weak: Tensor, guidance: float, rescale: float = 0
 
 
 def _deviations(images: Tensor) -> Tensor:
-    """Return [N, 1, 1, 1], taken one by one: how CUDA divides a joint reduction, hence its bits, varies with N (P12)."""
+    """Return [N, 1, 1, 1], one image at a time: how CUDA divides a joint reduction, hence its bits, varies with N."""
     return torch.stack([image.std() for image in images])[:, None, None, None]
