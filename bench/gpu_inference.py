@@ -14,7 +14,8 @@ from data.raw import RawDocument
 from data.shards import BadRecords, write_shard
 from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
-from model.sampler import Prompt, SamplerConfig, generate
+from model.sampler import Prompt, generate
+from model.sampler_config import SamplerConfig
 from model.transfusion import Transfusion, init_weights
 from model.vae import VaeConfig, build_vae
 from train.distributed.process import wait_for

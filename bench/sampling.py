@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from model.attention import dense_mask
 from model.diffusion import CLEAN, DiffusionConfig, ddim_step, to_x0_and_eps
 from model.draws import SeededDraws
-from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate
+from model.sampler import Prompt, SpecialTokens, generate
+from model.sampler_config import SamplerConfig
 from model.schedule import BASE_NUMBERS, NoiseSchedule
 from model.transformer import SIZES
 from model.transfusion import Transfusion, TransfusionConfig, init_weights

@@ -128,7 +128,8 @@ class CachedModel:
             if guide is not None:
                 return guided(self._run_image(alone, x_t, t), guide(x_t, t, 1), guidance, rescale)
             assert both is not None, "guidance without a guide or an unconditional prefix"
-            return guided(*self._run_image(both, x_t.repeat(2, 1, 1, 1), t).chunk(2), guidance, rescale)
+            conditional, unconditional = self._run_image(both, x_t.repeat(2, 1, 1, 1), t).chunk(2)
+            return guided(conditional, unconditional, guidance, rescale)
 
         return predict
 

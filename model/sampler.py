@@ -9,7 +9,8 @@ last, at t = 0, for the text after it.
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,85 +18,12 @@ from torch import Tensor
 
 from model.cache import to_device
 from model.cached_model import CachedModel
-from model.diffusion import (
-    CLEAN,
-    DiffusionConfig,
-    Level,
-    ddim_step,
-    ddpm_step,
-    dpmpp_step,
-    eps_of,
-    heun_step,
-    to_x0_and_eps,
-)
+from model.denoising import denoise
+from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
 from model.nucleus import sample_tokens
-from model.schedule import BASE_NUMBERS, NoiseSchedule, Spacing
+from model.sampler_config import SamplerConfig
 from model.transfusion import Grid, Transfusion
-
-Sampler = Literal["auto", "ddpm", "ddim", "dpm++", "euler", "heun"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    # ddpm (ancestral), ddim (with eta) or dpm++ (DPM-Solver++(2M)); of models trained with schedule=flow, euler or heun
-    # (which runs the model twice a step); auto: ddpm, or euler.
-    sampler: Sampler = "auto"
-    steps: int = 250  # denoising steps per picture, 1...num_timesteps
-    spacing: Spacing = "leading"  # which timesteps: leading, trailing or linspace, as in diffusers; not for flow
-    eta: float = 0.0  # DDIM's noise, 0 (deterministic)...1 (as DDPM)
-    guidance: float = 3.0  # scale of classifier-free guidance, 0 or more; 1 is none (the paper: 5 and 3)
-    # Lowest and highest timestep, 0...num_timesteps - 1, at which guidance acts (Kynkäänniemi et al. 2024); elsewhere
-    # the unconditional branch, or the guide, is not run. null: all timesteps.
-    guidance_interval: tuple[int, int] | None = None
-    guidance_rescale: float = 0.0  # of the contrast that guidance adds, the share taken back, 0...1 (Lin et al.: 0.7)
-    clip_x0: float | None = None  # bound on the predicted clean latents' magnitude, > 0; null: none
-    temperature: float = 1.0  # of text, 0 (greedy) or more
-    top_p: float = 1.0  # text tokens are drawn from the smallest set that holds this probability, (0, 1]
-    max_new_tokens: int = 256  # text tokens sampled per row, 0 or more
-    max_images: int = 1  # pictures drawn per row, 0 or more
-    # Tokens a row may hold, prompt included; null: what the longest row of the batch can need.
-    max_length: int | None = None
-    prefill_chunk: int = 64  # prompt tokens per forward, >= 1
-
-    def __post_init__(self) -> None:
-        lowest, highest = self.guidance_interval or (0, 0)
-        expectations = {
-            "steps": (self.steps >= 1, "at least 1"),
-            "eta": (0 <= self.eta <= 1, "0...1"),
-            "guidance": (self.guidance >= 0, "0 or more; 1 is no guidance"),
-            "guidance_interval": (0 <= lowest <= highest, "[lowest, highest] timestep, or null for all"),
-            "guidance_rescale": (0 <= self.guidance_rescale <= 1, "0 (off)...1"),
-            "clip_x0": (self.clip_x0 is None or self.clip_x0 > 0, "a positive number, or null for none"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "max_new_tokens": (self.max_new_tokens >= 0, "0 or more"),
-            "max_images": (self.max_images >= 0, "0 or more"),
-            "max_length": (self.max_length is None or self.max_length >= 1, "at least 1, or null"),
-            "prefill_chunk": (self.prefill_chunk >= 1, "at least 1"),
-        }
-        for name, (holds, expected) in expectations.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
-
-    def suited_to(self, diffusion: DiffusionConfig) -> "SamplerConfig":
-        """Return the same with a sampler of the schedule that the model was trained with, for auto.
-
-        Raises ValueError for a sampler of other schedules, and for steps or timesteps that it does not have.
-        """
-        is_flow, last = diffusion.schedule == "flow", diffusion.num_timesteps - 1
-        known: tuple[Sampler, ...] = ("euler", "heun") if is_flow else ("ddpm", "ddim", "dpm++")
-        if self.sampler not in ("auto", *known):
-            raise ValueError(
-                f"sampler={self.sampler}: the model was trained with schedule={diffusion.schedule}; expected auto or "
-                f"one of {', '.join(known)}"
-            )
-        if (self.steps > last + 1 and not is_flow) or max(self.guidance_interval or (0,)) > last:
-            raise ValueError(
-                f"steps={self.steps}, guidance_interval={self.guidance_interval}: expected at most {last + 1} steps "
-                f"and timesteps in 0...{last}, those that the model was trained with"
-            )
-        return replace(self, sampler=known[0]) if self.sampler == "auto" else self
 
 
 @dataclass(frozen=True)
@@ -150,15 +78,6 @@ def generate(
         if any(row.mode == "image" for row in decoding.rows):
             decoding.image_mode()
     return [row.segments() for row in decoding.rows]
-
-
-def first_step_error(config: SamplerConfig, diffusion: DiffusionConfig) -> float:
-    """Return the factor by which the first denoising step, by DDIM, multiplies an error of the predicted noise."""
-    schedule = NoiseSchedule.of(diffusion, BASE_NUMBERS)
-    (_, first), *rest = schedule.sampling_steps(config.steps, config.spacing)
-    error, none = torch.ones(1), torch.zeros(1)
-    x0, eps = to_x0_and_eps(error, none, first, diffusion)
-    return ddim_step(x0, eps, first, rest[0][1] if rest else CLEAN, 0.0, None).abs().item()
 
 
 @dataclass
@@ -281,38 +200,9 @@ class _Decoding:
 
     def _denoise(self, chosen: Sequence[int]) -> Tensor:
         """Return clean latents f32 [r, C, h, w], denoised after the chosen rows; the cache keeps nothing of them."""
-        config, diffusion = self.config, self.diffusion
-        steps = NoiseSchedule.of(diffusion, math.prod(self.shape)).sampling_steps(config.steps, config.spacing)
-        eta = config.eta if config.sampler == "ddim" else 0.0
-        lowest, highest = config.guidance_interval or (0, diffusion.num_timesteps)
-        predict = self.cached_model.denoiser(chosen, self.shape[1:], config.guidance_rescale)
-
-        def implied(x_t: Tensor, t: float, level: Level) -> tuple[Tensor, Tensor]:
-            """Return the (x0, noise) that the model predicts in x_t."""
-            pred = predict(x_t, t, config.guidance if lowest <= t <= highest else 1.0)
-            x0, eps = to_x0_and_eps(pred, x_t, level, diffusion)
-            if config.clip_x0 is None:
-                return x0, eps
-            x0 = x0.clamp(-config.clip_x0, config.clip_x0)
-            return x0, eps_of(x0, x_t, level)
-
-        before: tuple[Tensor, Level] | None = None
-        x_t = self._noise(chosen, 0)
-        for step, ((t, level), (t_next, cleaner)) in enumerate(zip(steps, [*steps[1:], (0, CLEAN)], strict=True)):
-            x0, eps = implied(x_t, t, level)
-            is_random = (config.sampler == "ddpm" or eta > 0) and cleaner is not CLEAN
-            noise = self._noise(chosen, step + 1) if is_random else None
-            if config.sampler == "ddpm":
-                x_t = ddpm_step(x_t, x0, level, cleaner, noise)
-            elif config.sampler == "dpm++":
-                x_t, before = dpmpp_step(x_t, x0, level, cleaner, before), (x0, level)
-            else:
-                x_next = ddim_step(x0, eps, level, cleaner, eta, noise)
-                if config.sampler == "heun" and cleaner is not CLEAN:
-                    x_next = heun_step(x_t, (x0, eps), implied(x_next, t_next, cleaner), level, cleaner)
-                x_t = x_next
-            self._report(chosen, step + 1)
-        return x_t
+        predict = self.cached_model.denoiser(chosen, self.shape[1:], self.config.guidance_rescale)
+        noise, report = partial(self._noise, chosen), partial(self._report, chosen)
+        return denoise(predict, noise, self.config, self.diffusion, math.prod(self.shape), report)
 
     def _report(self, drawing: Sequence[int] = (), steps: int = 0) -> None:
         """Report progress since the last report, in rows; rows that are `drawing` are `steps` into a picture."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.diffusion import DiffusionConfig
-from model.sampler import SamplerConfig
+from model.sampler_config import SamplerConfig
 from model.transformer import SIZES as TRUNKS
 from model.vae import VaeConfig, VaeLossConfig, build_vae
 from train.config import load_config

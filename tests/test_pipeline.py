@@ -14,10 +14,11 @@ from PIL import Image
 
 from data.pictures import contact_sheet, to_unit
 from data.tokenizer import Tokenizer, train_tokenizer
+from model.denoising import first_step_error
 from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
 from model.latent_space import to_raw
-from model.sampler import SamplerConfig, first_step_error
+from model.sampler_config import SamplerConfig
 from model.vae import VaeConfig, build_vae
 from tests.runs import PROMPTS, DrawingRun, saved_state
 from tests.test_tokenizer import foreign_model

@@ -18,7 +18,8 @@ from model.diffusion import (
 )
 from model.draws import SeededDraws
 from model.nucleus import sample_tokens
-from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate
+from model.sampler import Prompt, SpecialTokens, generate
+from model.sampler_config import SamplerConfig
 from model.schedule import NoiseSchedule
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights

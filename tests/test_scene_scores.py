@@ -21,7 +21,7 @@ from data.scene_judge import Verdict
 from data.scenes import Shape, held_out_examples, make_splits
 from data.tokenizer import SpecialIds, Tokenizer
 from model.log_snr_bins import BINS, EDGES
-from model.sampler import SamplerConfig
+from model.sampler_config import SamplerConfig
 from tests.ranks import run_ranks
 from tests.runs import DrawingRun, expect
 from tests.sources import make_source, pairs, texts

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from data.dataset import DataConfig
 from data.storage import Location
 from model.diffusion import DiffusionConfig
-from model.sampler import SamplerConfig
+from model.sampler_config import SamplerConfig
 from model.transfusion import TransfusionConfig
 from train.checkpoints.checkpoint import MOST_MINUTES, CheckpointConfig
 from train.config import load_config

@@ -16,9 +16,11 @@ from data.manifest import LatentSpec
 from data.pictures import from_unit, to_unit
 from data.storage import Location
 from data.tokenizer import Tokenizer
+from model.denoising import first_step_error
 from model.draws import SeededDraws
 from model.latent_space import LatentSpace, LatentStats, to_raw
-from model.sampler import Prompt, SamplerConfig, SpecialTokens, first_step_error, generate
+from model.sampler import Prompt, SpecialTokens, generate
+from model.sampler_config import SamplerConfig
 from model.transfusion import Transfusion
 from train.distributed.ranks import Device, Ranks
 from train.inference.guide import load_with_guide
