@@ -3,10 +3,11 @@
 An encoded record holds `tokens.npy` (int32 [len], the caption or all its texts end to end), its image if it has one,
 and `json` for people. The image's kind names its member: `moments.npy` (f16 [2C, h, w], a VAE posterior's mean and log
 variance), `latents.npy` (f16 [C, h, w], of a deterministic space) or `pixels.npy` (uint8 [3, H, W], the picture). An
-image with several captions has them end to end in `tokens.npy`, and `captions.npy` (int32 [n]) with the length of each.
-Any other document (interleaved) holds its images as `0.moments.npy`, `1.moments.npy` ... and `segments.npy`
-(int32 [n]): the length of each text, IMAGE for the next image. Caption choice, order and dropout are drawn here from
-(seed, epoch, source, shard, record), so they belong to the document and not to its reader.
+image with several captions has them end to end in `tokens.npy`, and `captions.npy` (int32 [n]) with the length of each;
+where they are of several kinds, `caption_kinds.npy` (int32 [n]) has each one's number in the manifest's `captions`. Any
+other document (interleaved) holds its images as `0.moments.npy`, `1.moments.npy` ... and `segments.npy` (int32 [n]):
+the length of each text, IMAGE for the next image. Caption choice, order and dropout are drawn here from (seed, epoch,
+source, shard, record), so they belong to the document and not to its reader.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from data.captions import CaptionTokens, draw_caption, drawable
 from data.shard_index import NPY_HEADER_BYTES
 from data.shards import BadRecord, Record
 
@@ -67,6 +69,7 @@ class ImageSegment:
 class Document:
     segments: tuple[TextSegment | ImageSegment, ...]
     captions: tuple[TextSegment, ...] = ()  # all captions of an image that has several; `segments` holds the first
+    caption_kinds: tuple[int, ...] = ()  # of each of `captions`, where the data has several kinds
 
     @property
     def has_image(self) -> bool:
@@ -106,10 +109,11 @@ def decode_document(record: Record, where: str) -> Document:
         raise BadRecord("no tokens and no image", where, f"members {sorted(record)}")
     segments: list[TextSegment | ImageSegment] = []
     captions: tuple[TextSegment, ...] = ()
+    kinds: tuple[int, ...] = ()
     if "tokens.npy" in record:
         token_ids = _load_array(record["tokens.npy"], where, "<i4", 1).astype(np.int64)
         if "captions.npy" in record:
-            captions = _captions(record, token_ids, image, where)
+            captions, kinds = _captions(record, token_ids, image, where)
             segments.append(captions[0])
         elif len(token_ids):
             segments.append(TextSegment(token_ids))
@@ -117,14 +121,21 @@ def decode_document(record: Record, where: str) -> Document:
         segments.append(image)
     if not segments:
         raise BadRecord("empty document", where)
-    return Document(tuple(segments), captions)
+    return Document(tuple(segments), captions, kinds)
 
 
-def _captions(record: Record, token_ids: np.ndarray, image: ImageSegment | None, where: str) -> tuple[TextSegment, ...]:
+def _captions(
+    record: Record, token_ids: np.ndarray, image: ImageSegment | None, where: str
+) -> tuple[tuple[TextSegment, ...], tuple[int, ...]]:
     lengths = _load_array(record["captions.npy"], where, "<i4", 1).tolist()
     if not lengths or min(lengths) < 1 or sum(lengths) != len(token_ids) or image is None:
         raise BadRecord("wrong captions", where, f"{lengths[:20]} of {len(token_ids)} tokens")
-    return tuple(map(TextSegment, np.split(token_ids, np.cumsum(lengths[:-1]))))
+    kinds: list[int] = []
+    if "caption_kinds.npy" in record:
+        kinds = _load_array(record["caption_kinds.npy"], where, "<i4", 1).tolist()
+        if len(kinds) != len(lengths) or min(kinds) < 0:
+            raise BadRecord("wrong captions", where, f"kinds {kinds[:20]} of {len(lengths)} captions")
+    return tuple(map(TextSegment, np.split(token_ids, np.cumsum(lengths[:-1])))), tuple(kinds)
 
 
 def _interleaved(record: Record, where: str) -> Iterator[TextSegment | ImageSegment]:
@@ -174,8 +185,16 @@ def _image(record: Record, prefix: str, where: str) -> ImageSegment | None:
     return ImageSegment(array, kind)
 
 
-def check_document(document: Document, vocab_size: int, kind: ImageKind, channels: int, where: str) -> None:
-    """Raise BadRecord for token ids or images that the manifest's tokenizer or latent space cannot have made."""
+def check_document(
+    document: Document, vocab_size: int, kind: ImageKind, channels: int, where: str, caption_kinds: int = 0
+) -> None:
+    """Raise BadRecord for token ids or images that the manifest's tokenizer or latent space cannot have made, and for
+    captions of other than its `caption_kinds` kinds.
+    """
+    if (number := max(document.caption_kinds, default=-1)) >= caption_kinds:
+        raise BadRecord(
+            "wrong captions", where, f"kind {number}, but the manifest names {caption_kinds} kinds of captions"
+        )
     for segment in document.segments + document.captions:
         if isinstance(segment, TextSegment):
             if segment.token_ids.view(np.uint64).max() >= vocab_size:  # viewed so, negative ids are large
@@ -193,11 +212,13 @@ def encode_record(
     info: bytes,
     captions: Sequence[np.ndarray] = (),
     kind: ImageKind = "moments",
+    caption_kinds: Sequence[int] = (),
 ) -> Record:
     """Return the encoded record of a document: its texts as token ids [len], its images as arrays of `kind`.
 
     An image and its caption are given caption first; a text alone or an image alone are fine. Empty texts are dropped.
-    An image with several captions has them all in `captions`, and no text among `segments`.
+    An image with several captions has them all in `captions`, and no text among `segments`. `caption_kinds` holds the
+    kind of each, where there are several.
     """
     segments = [segment for segment in segments if segment.size]
     texts, images = ([s for s in segments if s.ndim == ndim] for ndim in (1, 3))
@@ -211,29 +232,49 @@ def encode_record(
         record["segments.npy"] = _save_array(np.array(lengths, dtype=np.int32))
     dtype = np.uint8 if kind == "pixels" else np.float16
     record |= {name: _save_array(image.astype(dtype)) for name, image in zip(names, images, strict=False)}
+    caption_kinds = [number for number, caption in zip(caption_kinds, captions, strict=False) if caption.size]
     if captions := [caption for caption in captions if caption.size]:
         assert names == [f"{kind}.npy"] and not texts, (names, len(texts))
         record["tokens.npy"] = _save_array(np.concatenate(captions).astype(np.int32))
         record["captions.npy"] = _save_array(np.array([len(caption) for caption in captions], dtype=np.int32))
+        if caption_kinds:
+            record["caption_kinds.npy"] = _save_array(np.array(caption_kinds, dtype=np.int32))
     return record
 
 
-def document_sizes(record: Record) -> tuple[int, list[tuple[int, int]]]:
+def document_sizes(record: Record, captions: CaptionTokens | None = None) -> tuple[int, list[tuple[int, int]]]:
     """Return (text tokens, latent grid of each image) of an encoded record, as its shard's index keeps them."""
-    return sizes_of(decode_document(record, record["__key__"].decode()))
+    return sizes_of(decode_document(record, record["__key__"].decode()), captions)
 
 
-def sizes_of(document: Document) -> tuple[int, list[tuple[int, int]]]:
-    """Return (text tokens, latent grid of each image) of a document, with the longest of its captions."""
+def sizes_of(document: Document, captions: CaptionTokens | None = None) -> tuple[int, list[tuple[int, int]]]:
+    """Return (text tokens, latent grid of each image) of a document, with the longest of its captions.
+
+    Adds the lengths of several captions to `captions`.
+    """
+    if captions is not None and document.captions:
+        captions.add([len(caption.token_ids) for caption in document.captions], document.caption_kinds)
     texts = [len(s.token_ids) for s in document.segments if isinstance(s, TextSegment)]
     tokens = max((len(s.token_ids) for s in document.captions), default=sum(texts))
     return tokens, [s.grid for s in document.segments if isinstance(s, ImageSegment)]
 
 
 def arrange(
-    document: Document, config: OrderConfig, *, seed: int, epoch: int, source: int, shard: int, record: int
+    document: Document,
+    config: OrderConfig,
+    *,
+    seed: int,
+    epoch: int,
+    source: int,
+    shard: int,
+    record: int,
+    weights: Sequence[float] = (),
+    room: int | None = None,
 ) -> Document:
     """Draw an image's caption, their order and caption dropout; leave other documents unchanged.
+
+    Of several captions one is drawn by the `weights` of their kinds. One longer than `room` (tokens) is drawn again
+    among those that are not, unless all are. An image whose captions all have weight 0 goes without, as if dropped.
 
     An image before its caption is marked, so that its noise may be capped (the paper, section 4.3.4: captions are
     learnt from pictures one can see); so is the image of a document of one image and then one text. Ours: in longer
@@ -243,12 +284,20 @@ def arrange(
         case ImageSegment() as image, TextSegment() as text:
             return Document((replace(image, before_caption=True), text))
         case TextSegment() as caption, ImageSegment() as image:
-            draws = uniforms("caption", seed, epoch, source, shard, record, count=3)
+            draws = uniforms("caption", seed, epoch, source, shard, record, count=4)
         case _:
             return document
-    order_draw, dropout_draw, caption_draw = draws
+    order_draw, dropout_draw, *caption_draws = draws
     if document.captions:
-        caption = document.captions[int(caption_draw * len(document.captions))]
+        captions, kinds = document.captions, document.caption_kinds
+        choices = drawable(len(captions), kinds, weights)
+        fitting = [i for i in choices if room is None or len(captions[i].token_ids) <= room]
+        chosen = draw_caption(choices, kinds, weights, caption_draws[0])
+        if chosen is None:
+            return Document((image,))
+        if chosen not in fitting and fitting:
+            chosen = draw_caption(fitting, kinds, weights, caption_draws[1])
+        caption = captions[chosen]
     if dropout_draw < config.caption_dropout:
         return Document((image,))
     if order_draw < config.caption_first:

@@ -192,6 +192,18 @@ def _cuts(document: Document, spans: list[tuple[int, int]]) -> tuple[tuple[int, 
     return tuple((first, last) for first, last in cuts if first <= last)
 
 
+def caption_room(document: Document, patch_size: int, sequence_length: int) -> int | None:
+    """Return how many tokens a caption beside the document's image may have, which is not cut; None without choice.
+
+    Raises ValueError for a latent grid that patches do not tile.
+    """
+    if not document.captions:
+        return None
+    without = replace(document, segments=document.segments[1:])
+    length = sum(2 + math.prod(patch_grid(s.moments.shape[1:], patch_size)) for s in without.segments)
+    return sequence_length - 2 - length
+
+
 def patch_grid(grid: Sequence[int], patch_size: int) -> tuple[int, int]:
     """Return (rows, columns) of patches of a latent grid (h, w)."""
     h, w = grid

@@ -155,15 +155,15 @@ def test_a_list_of_captions_becomes_several_and_what_is_none_is_counted(
     values: list[object] = [["a red circle", "a round thing"], float("nan"), 7, "null", "a square"]
     records = [picture_record(i, txt=None, json=json.dumps({"TEXT": v}).encode()) for i, v in enumerate(values)]
     raw = raw_folder(Path("raw"), {"a": records})
-    with pytest.raises(ValueError, match=r"no caption: 5.*caption_key=KEY chooses one of \['TEXT'\]"):
+    with pytest.raises(ValueError, match=r"no caption: 5.*caption_keys={KEY: 1} chooses one of \['TEXT'\]"):
         encode(raw)
-    encode(raw, caption_key="TEXT", max_bad_fraction=0.6)
+    encode(raw, caption_keys={"TEXT": 1}, max_bad_fraction=0.6)
     said, warned = capfd.readouterr()
     assert "2 records in 1 shard in" in said and "skipped no caption: 3" in said
     assert "kept in float32" not in warned, "diffusers' warning of an empty list"
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    encode(raw, caption_key="TEXT", max_bad_fraction=0.6)
+    encode(raw, caption_keys={"TEXT": 1}, max_bad_fraction=0.6)
     assert "records in" not in capfd.readouterr().out, "torchrun's ranks print the totals once"
     several, one = (decode_document(r, "here") for r in encoded_records(OUT))
     assert [tokenizer.decode(s.token_ids) for s in several.captions] == values[0] and not one.captions

@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from model.latent_space import LatentSpace
 from train.distributed.launcher import place
 from train.distributed.process import set_allocator
 
+GIVEN = "given"
 EXAMPLES_KEPT = 8  # unknown words kept per input file
 AHEAD = 8  # batches of pictures decoded ahead of the VAE, and batches of documents that may wait for a rare size
 
@@ -58,6 +59,7 @@ class EncoderConfig(KeysConfig):
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.resolution < 1 or self.batch_size < 1 or self.bucket_multiple < 1:
             raise ValueError(
                 f"resolution={self.resolution}, batch_size={self.batch_size}, bucket_multiple={self.bucket_multiple}: "
@@ -101,11 +103,19 @@ class _Draft:
 
 @dataclass
 class WordCounts:
-    """How many tokens were encoded, how many of them as the unknown piece, and a few of its words."""
+    """Tokens encoded, how many of them as the unknown piece, a few of its words; and pictures by kinds of captions."""
 
     tokens: int = 0
     unknown: int = 0
     examples: list[str] = field(default_factory=list)
+    # Of each of several kinds of captions: pictures that have it (GIVEN), and those that do not, by reason.
+    captions: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def count_captions(self, document: RawDocument, kinds: Iterable[str]) -> None:
+        """Count which kinds of captions a picture has."""
+        for kind in kinds if document.caption_kinds else ():
+            found, of_kind = document.no_captions.get(kind, GIVEN), self.captions.setdefault(kind, {})
+            of_kind[found] = of_kind.get(found, 0) + 1
 
 
 class Encoder:
@@ -203,7 +213,8 @@ class Encoder:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """The settings that decide a shard's bytes. Latent statistics affect only the manifest."""
+        """The settings that decide a shard's bytes; latent statistics and weights of captions affect the manifest."""
+        keys = list(self.config.caption_keys)
         return {
             "format": FORMAT_VERSION,
             "tokenizer": self.tokenizer.hash,
@@ -212,7 +223,8 @@ class Encoder:
             "bucket_multiple": self.config.bucket_multiple if self.config.crop == "buckets" else None,
             "dtype": str(self.dtype).removeprefix("torch."),
             # Only those that were set, so that shards from before these settings existed stay valid.
-            **{f.name: value for f in fields(KeysConfig) if (value := getattr(self.config, f.name)) != f.default},
+            **({"text_key": self.config.text_key} if self.config.text_key != KeysConfig.text_key else {}),
+            **({"caption_key": keys[0]} if len(keys) == 1 else {"caption_keys": keys} if keys else {}),
         }
 
     def origin(self, version: FileVersion) -> dict[str, Any]:
@@ -303,13 +315,14 @@ class Encoder:
         captions = [self._tokens(caption) for caption in draft.document.captions]
         left = draft.pictures if captions else draft.segments
         segments = [self._tokens(s) if isinstance(s, str) else s.encoded for s in left]
-        info = json.dumps(draft.document.info).encode()
-        record = encode_record(draft.document.key, segments, info, captions, self.kind)
+        info, kinds = json.dumps(draft.document.info).encode(), draft.document.caption_kinds
+        record = encode_record(draft.document.key, segments, info, captions, self.kind, kinds)
         if len(record["__key__"]) > 4096 or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:  # as paths may be
             raise BadRecord("oversized record", where)
         decode_document(record, where)  # records that indexing would refuse count as bad here
         for picture in draft.pictures:
             self.latent_sums.add(picture.encoded, self.kind)
+        self.words.count_captions(draft.document, self.config.caption_keys)
         return record
 
     def _tokens(self, text: str) -> np.ndarray:

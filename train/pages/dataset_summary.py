@@ -165,7 +165,8 @@ class EncodedData:
         except OSError as error:
             raise _unreadable(where, error) from None
         document = decode_document(record, where)
-        check_document(document, self.manifest.vocab_size, *self.manifest.kind_and_channels, where)
+        kinds = len(self.manifest.captions)
+        check_document(document, self.manifest.vocab_size, *self.manifest.kind_and_channels, where, kinds)
         return record, document
 
     def _shown(self, shard: int, num_tokens: int, record: Record, document: Document) -> ShownDocument:
@@ -184,19 +185,41 @@ class EncodedData:
     def _texts(self, record: Record, document: Document) -> list[str | None]:
         """Return the text of each segment, None for an image."""
         num_texts = sum(not isinstance(segment, ImageSegment) for segment in document.segments)
-        caption = _caption_in_json(record) if num_texts == 1 else None
+        caption = next(iter(_captions_in_json(record)), None) if num_texts == 1 else None
         texts: list[str | None] = []
         for segment in document.segments:
             if isinstance(segment, ImageSegment):
                 texts.append(None)
+            elif document.captions:
+                texts.append(self._captions(record, document))
             elif self.tokenizer is None:
                 texts.append(clipped(caption) if caption else f"[{len(segment.token_ids):,} text tokens]")
-            else:  # of a whole book only the beginning is decoded
-                text = self.tokenizer.decode(segment.token_ids[:CHARACTERS])
-                is_cut = len(segment.token_ids) > CHARACTERS
-                texts.append(clipped(text.rstrip("\ufffd") + "…" if is_cut else text))
+            else:
+                texts.append(clipped(self._decoded(segment.token_ids)))
         return texts
 
+    def _captions(self, record: Record, document: Document) -> str:
+        """Return the beginnings of all captions of a picture, each after its kind where the data has several."""
+        kinds, numbers = list(self.manifest.captions), document.caption_kinds
+        in_json = [text for kind in kinds or ["caption"] for text in _captions_in_json(record, kind)]
+        said = []
+        for i, caption in enumerate(document.captions):
+            text = f"[{len(caption.token_ids):,} text tokens]"
+            if self.tokenizer is not None:
+                text = self._decoded(caption.token_ids)
+            elif len(in_json) == len(document.captions):
+                text = in_json[i]
+            text = clipped(text, max(20, CHARACTERS // len(document.captions)))
+            said.append(f"{kinds[numbers[i]]}: {text}" if numbers else text)
+        return " | ".join(said)
+
+    def _decoded(self, token_ids: np.ndarray) -> str:
+        """Return the text of token ids [n]; of a whole book only the beginning."""
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode(token_ids[:CHARACTERS])
+        return text.rstrip("\ufffd") + "…" if len(token_ids) > CHARACTERS else text
+
+    @torch.no_grad()
     def _pixels(self, stored: np.ndarray) -> np.ndarray:
         """Decode a stored image (of moments, the mean) to uint8 [H, W, 3]."""
         assert self.space is not None
@@ -225,9 +248,9 @@ def quantiles(tally: Counter[int], shares: list[float]) -> list[int]:
     return [values[i] for i in np.searchsorted(upto, np.array(shares) * upto[-1])]
 
 
-def clipped(text: str) -> str:
+def clipped(text: str, most: int = CHARACTERS) -> str:
     """Return the beginning of a text."""
-    return text if len(text) <= CHARACTERS else text[:CHARACTERS] + "…"
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def _open_manifest(shards: str) -> Manifest:
@@ -252,12 +275,12 @@ def _unreadable(where: str, error: OSError) -> BadRecord:
     return BadRecord("unreadable shard", where, error.strerror or str(error))
 
 
-def _caption_in_json(record: Record) -> str | None:
-    """Return the caption in the record's json, None where there is none."""
+def _captions_in_json(record: Record, key: str = "caption") -> list[str]:
+    """Return the captions under a key of the record's json, none where there are none."""
     try:
-        caption = json.loads(record.get("json", b"")).get("caption")
-        caption = caption[0] if isinstance(caption, list) and caption else caption  # of several
+        found = json.loads(record.get("json", b"")).get(key)
     except (ValueError, AttributeError, RecursionError):
-        return None
+        return []
+    texts = [text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
     # JSON can spell half a surrogate pair, which no font draws.
-    return caption.encode(errors="replace").decode() if isinstance(caption, str) else None
+    return [text.encode(errors="replace").decode() for text in texts]
