@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from omegaconf import MISSING
 
 from data.captions import weights_in_force
-from data.documents import OrderConfig
+from data.documents import ImageKind, OrderConfig
 from data.lane_state import Position
 from data.manifest import LatentSpec, Manifest
 from data.packing import patch_grid
@@ -76,6 +76,11 @@ class DataSet:
     latent_spec: LatentSpec | None  # None when every source is text only
     grids: list[tuple[int, int]]  # latent grids that occur, sorted
 
+    @property
+    def kind(self) -> ImageKind:
+        """Return what the records keep of an image; moments if there is no image."""
+        return self.latent_spec.kind if self.latent_spec is not None else "moments"
+
     def name_of(self, position: Position) -> str:
         """Return a document's name for messages: its shard and its number there."""
         source, shard, record = position
@@ -140,9 +145,15 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
                 f"data.sources.{name} was encoded with tokenizer {manifest.tokenizer_hash}, but {config.tokenizer} is "
                 f"{tokenizer.hash}; name the tokenizer it was encoded with, or encode it again"
             )
-        if spec is not None and manifest.latent_spec is not None and manifest.latent_spec != spec:
+        theirs = manifest.latent_spec
+        if spec is not None and theirs is not None and theirs.kind != spec.kind:
             raise ValueError(
-                f"data.sources.{name} holds latents of VAE {manifest.latent_spec.vae_hash}, other sources those of "
+                f"data.sources.{name} holds {theirs.kind}, other sources hold {spec.kind}: a model sees images of one "
+                "kind; encode all sources with one vae="
+            )
+        if spec is not None and theirs is not None and theirs != spec:
+            raise ValueError(
+                f"data.sources.{name} holds latents of VAE {theirs.vae_hash}, other sources those of "
                 f"{spec.vae_hash} (or other statistics); encode all sources with one VAE; if they are, run the "
                 "train.encode command again with stats_from=FOLDER of another source, which only rewrites the manifest"
             )
@@ -151,7 +162,7 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
                 f"data.sources.{name} has {manifest.records} documents, fewer than data.lanes={config.lanes}; "
                 "use fewer lanes or more data"
             )
-        spec = spec or manifest.latent_spec
+        spec = spec or theirs
         grids |= manifest.grids()
         too_long = find_too_long(manifest, settings.special, patch_size, config.sequence_length, captions[name])
         weighted = replace(source, weight=weights[name])

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data.captions import CaptionTokens, check_weights, not_drawn
+from data.documents import KINDS, PIXEL_CHANNELS, ImageKind
 from data.durable import atomic_write
 from data.remote import shown
 from data.shard_cache import CacheConfig
@@ -32,7 +33,7 @@ FILE_NAME = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec:
-    """What the moments in the shards are: two data sets may be mixed only if these are equal."""
+    """What the images in the shards are: two data sets may be mixed only if these are equal."""
 
     vae_hash: str
     channels: int
@@ -40,8 +41,11 @@ class LatentSpec:
     resolution: int  # pixels of the encoded pictures' shorter side
     mean: tuple[float, ...]  # per channel, measured on sampled latents or stated by the VAE; used to whiten
     std: tuple[float, ...]
+    kind: ImageKind = "moments"  # what a record keeps of an image
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"latent kind {self.kind!r}: expected one of {', '.join(KINDS)}")
         numbers = (self.channels, self.stride, self.resolution)
         if any(type(number) is not int or number < 1 for number in numbers) or not isinstance(self.vae_hash, str):
             raise ValueError(f"latent channels, stride, resolution {numbers}: expected whole numbers, 1 or more")
@@ -50,6 +54,14 @@ class LatentSpec:
             raise ValueError(f"latent mean {self.mean}, std {self.std}: expected {self.channels} channels of numbers")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std) > 0):
             raise ValueError(f"latent mean {self.mean}, std {self.std}: expected finite numbers and std > 0")
+
+        if self.kind == "pixels" and (self.channels, self.stride) != (PIXEL_CHANNELS, 1):
+            found = f"channels {self.channels}, stride {self.stride}"
+            raise ValueError(f"latent kind pixels with {found}: expected {PIXEL_CHANNELS} and 1")
+
+    def fields(self) -> dict:
+        """Return the spec for JSON; moments are the kind of all old data and not named."""
+        return {name: value for name, value in vars(self).items() if (name, value) != ("kind", "moments")}
 
     @classmethod
     def parse(cls, fields: dict) -> "LatentSpec":
@@ -64,9 +76,9 @@ class LatentSpec:
 
 @dataclass
 class LatentSums:
-    """Mean and deviation per channel of latents drawn from posteriors, as sums of both moments over cells."""
+    """Mean and deviation per channel of raw latents (drawn from posteriors, if stored so), as sums over cells."""
 
-    sums: np.ndarray  # float64 [2, C]
+    sums: np.ndarray  # float64 [2, C], of the first and the second moment
     cells: int = 0
 
     @classmethod
@@ -77,10 +89,16 @@ class LatentSums:
             total.cells += part.cells
         return total
 
-    def add(self, moments: np.ndarray) -> None:
-        """Add one image's moments f16 [2C, h, w]."""
-        mean, logvar = np.split(moments.astype(np.float64), 2)
-        self.sums += np.stack([mean.sum((1, 2)), (mean**2 + np.exp(logvar)).sum((1, 2))])
+    def add(self, stored: np.ndarray, kind: ImageKind) -> None:
+        """Add one image as a record keeps it: moments [2C, h, w], latents [C, h, w] or pixels [3, H, W]."""
+        values = stored.astype(np.float64)
+        if kind == "moments":
+            mean, logvar = np.split(values, 2)
+            second = mean**2 + np.exp(logvar)
+        else:
+            mean = values / 127.5 - 1 if kind == "pixels" else values
+            second = mean**2
+        self.sums += np.stack([mean.sum((1, 2)), second.sum((1, 2))])
         self.cells += mean[0].size
 
     def whitened_by(self, spec: LatentSpec) -> float:
@@ -174,6 +192,12 @@ class Manifest:
             entry.pop("caption_tokens", None)
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def kind_and_channels(self) -> tuple[ImageKind, int]:
+        """Return the kind of the images and their channels; 0 channels if there are none."""
+        spec = self.latent_spec
+        return (spec.kind, spec.channels) if spec is not None else ("moments", 0)
+
     def grids(self) -> set[tuple[int, int]]:
         return {size for shard in self.shards for size in shard.sizes}
 
@@ -236,7 +260,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "tokenizer_hash": self.tokenizer_hash,
             "vocab_size": self.vocab_size,
-            "latent_spec": asdict(self.latent_spec) if self.latent_spec is not None else None,
+            "latent_spec": self.latent_spec.fields() if self.latent_spec is not None else None,
             "shards": [{k: v for k, v in asdict(e).items() if v or k != "caption_tokens"} for e in self.shards],
             **({"captions": self.captions} if self.captions else {}),
         }

@@ -112,7 +112,7 @@ class Source:
         self._epoch = lru_cache(4)(self._lay_out_epoch)
         self._range = lru_cache(4 * settings.lanes)(self._cut_range)
         self._block = lru_cache(2 * settings.lanes)(self._permute_block)
-        self._channels = manifest.latent_spec.channels if manifest.latent_spec is not None else 0
+        self._kind, self._channels = manifest.kind_and_channels
 
     def position(self, epoch: int, lane: int, ordinal: int) -> tuple[int, int] | None:
         """Return (shard, record) of the lane's `ordinal`-th document in `epoch`, None past its range."""
@@ -153,7 +153,8 @@ class Source:
             self.watch.end()
         settings = self.settings
         document = decode_document(members, where)
-        check_document(document, self.manifest.vocab_size, self._channels, where, len(self.caption_weights))
+        kinds = len(self.caption_weights)
+        check_document(document, self.manifest.vocab_size, self._kind, self._channels, where, kinds)
         try:
             document = arrange(
                 document,

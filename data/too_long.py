@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from data.captions import drawable
-from data.documents import Document, decode_document
+from data.documents import CELL_BYTES, Document, decode_document
 from data.manifest import Manifest
 from data.packing import lay_out
 from data.shards import BadRecord, read_at
@@ -31,12 +31,13 @@ def find_too_long(
     Looks only at documents with one image, as others can be cut, and not at remote data, where it could take hours.
     Whatever it misses is skipped when a lane meets it.
     """
-    channels = manifest.latent_spec.channels if manifest.latent_spec is not None else 0
+    kind, channels = manifest.kind_and_channels
     examined = 0
     for shard, entry in enumerate(() if manifest.store.is_remote else manifest.shards):
-        # Bytes of an image's moments and of as many token ids as fill the rest of a sequence: few shards hold more.
+        # Bytes of an image and of as many token ids as fill the rest of a sequence: few shards hold more.
         least = [
-            4 * (sequence_length - 4 - (h // patch_size) * (w // patch_size) + channels * h * w) for h, w in entry.sizes
+            4 * (sequence_length - 4 - (h // patch_size) * (w // patch_size)) + CELL_BYTES[kind] * channels * h * w
+            for h, w in entry.sizes
         ]
         if not least or entry.largest_record < min(least):
             continue

@@ -1,4 +1,4 @@
-"""Encode raw data once, offline: pictures and captions to VAE moments and token ids, text to token ids.
+"""Encode raw data once, offline: pictures to latents (or bytes, with vae=pixels), captions and text to token ids.
 
 Reads img2dataset-style .tar shards (picture + .txt or .json), interleaved documents, .jsonl (.gz, .zst) or .txt text;
 writes one shard per input file with its index and sidecar, then manifest.json. Start it as often as you like, under
@@ -240,7 +240,7 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
             f"({min(others).removesuffix('.json')} ...), which are not in the manifest: name all inputs of a data set "
             "in each call"
         )
-    if encoder.vae is not None:
+    if encoder.space is not None:
         print(f"encode: latent statistics: {encoder.stats_source}")
     say_captions(sidecars)
     warn_of_unknown(sidecars, encoder.config.tokenizer)

@@ -60,7 +60,7 @@ def verify_folder(folder: str) -> int:
 def verify_shard(manifest: Manifest, shard: int, bad: BadRecords) -> None:
     """Check one shard, its index and each record; count in `bad` what is wrong."""
     entry, where = manifest.shards[shard], manifest.shard_path(shard)
-    channels = manifest.latent_spec.channels if manifest.latent_spec is not None else 0
+    kind, channels = manifest.kind_and_channels
     try:
         size = manifest.store.size(entry.name)
         if size != entry.bytes:
@@ -78,7 +78,7 @@ def verify_shard(manifest: Manifest, shard: int, bad: BadRecords) -> None:
         try:
             members = read_at(lambda offset, length: manifest.store.read(entry.name, offset, length), span, name)
             document = decode_document(members, name)
-            check_document(document, manifest.vocab_size, channels, name, len(manifest.captions))
+            check_document(document, manifest.vocab_size, kind, channels, name, len(manifest.captions))
             if sizes_of(document, captions) != (
                 index.text_tokens[record],
                 [tuple(grid) for grid in grids[record].tolist()],
@@ -140,11 +140,11 @@ def _checked_sizes(
 ) -> tuple[int, list[tuple[int, int]]]:
     where = f"{shard}/{record['__key__'].decode()}"
     document = decode_document(record, where)
-    if document.has_image and encoder.vae is None:
-        raise ValueError(f"{where} holds latents: give vae=FOLDER, the VAE that made them")
+    if document.has_image and encoder.space is None:
+        raise ValueError(f"{where} holds images: give vae=FOLDER, the VAE that made them, or vae=pixels")
     kinds = len(encoder.config.caption_kinds)
-    check_document(document, encoder.tokenizer.vocab_size, encoder.channels, where, kinds)
+    check_document(document, encoder.tokenizer.vocab_size, encoder.kind, encoder.channels, where, kinds)
     for segment in document.segments:
         if isinstance(segment, ImageSegment):
-            latents.add(segment.moments)
+            latents.add(segment.array, segment.kind)
     return sizes_of(document, captions)

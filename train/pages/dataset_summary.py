@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,11 +24,8 @@ from data.remote import shown
 from data.shard_index import ShardIndex
 from data.shards import BadRecord, BadRecords, Record, read_at
 from data.tokenizer import Tokenizer
-from model.vae import decode
-from train.inference.saved_model import load_matching_vae
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from model.latent_space import LatentSpace, Pixels, to_raw
+from train.inference.saved_model import load_matching_space
 
 CHARACTERS = 120  # of a text that are shown
 PICTURES = 4  # of a document that are decoded
@@ -81,7 +77,7 @@ class EncodedData:
     manifest: Manifest
     patch_size: int
     tokenizer: Tokenizer | None
-    vae: "AutoencoderKL | None"
+    space: LatentSpace | None  # that decodes the images; pixels are always there
 
     @classmethod
     def open(cls, shards: str, patch_size: int, tokenizer: str | None, vae: str | None) -> "EncodedData":
@@ -98,11 +94,12 @@ class EncodedData:
                 f"shards={shown(shards)} was encoded with tokenizer {manifest.tokenizer_hash}, but {tokenizer} is "
                 f"{words.hash}; give the tokenizer it was encoded with, or none to see the captions in its json"
             )
+        spec = manifest.latent_spec
         if vae is None:
-            return cls(manifest, patch_size, words, None)
-        if manifest.latent_spec is None:
+            return cls(manifest, patch_size, words, Pixels() if spec is not None and spec.kind == "pixels" else None)
+        if spec is None:
             raise ValueError(f"vae={vae}, but shards={shown(shards)} holds only text; leave vae out")
-        return cls(manifest, patch_size, words, load_matching_vae(vae, manifest.latent_spec).eval())
+        return cls(manifest, patch_size, words, load_matching_space(vae, spec))
 
     def count(self, sequence_length: int, bad: BadRecords) -> Counts:
         """Count from the indices. Unreadable ones go into `bad`, and so do shards whose size is not the manifest's."""
@@ -141,14 +138,14 @@ class EncodedData:
                 continue
             for segment in document.segments:
                 if isinstance(segment, ImageSegment):
-                    sums.add(segment.moments)
+                    sums.add(segment.array, segment.kind)
             num_tokens = int(index.document_tokens(self.patch_size)[number])
             documents.append(self._shown(shard, num_tokens, record, document))
         return documents, sums
 
     @property
     def _channels(self) -> int:
-        return self.manifest.latent_spec.channels if self.manifest.latent_spec is not None else 0
+        return self.manifest.kind_and_channels[1]
 
     def _places(self, shards: list[int], n: int, seed: int) -> list[tuple[int, int]]:
         """Return (shard, record) of one document from each of `n` equal parts of the data, or all if it has fewer."""
@@ -168,20 +165,21 @@ class EncodedData:
         except OSError as error:
             raise _unreadable(where, error) from None
         document = decode_document(record, where)
-        check_document(document, self.manifest.vocab_size, self._channels, where, len(self.manifest.captions))
+        kinds = len(self.manifest.captions)
+        check_document(document, self.manifest.vocab_size, *self.manifest.kind_and_channels, where, kinds)
         return record, document
 
     def _shown(self, shard: int, num_tokens: int, record: Record, document: Document) -> ShownDocument:
         texts = self._texts(record, document)
-        images = [(i, one.moments) for i, one in enumerate(document.segments) if isinstance(one, ImageSegment)]
-        decoded = images[:PICTURES] if self.vae is not None else []
+        images = [(i, one.array) for i, one in enumerate(document.segments) if isinstance(one, ImageSegment)]
+        decoded = images[:PICTURES] if self.space is not None else []
         return ShownDocument(
             key=record["__key__"].decode(errors="replace"),
             shard=self.manifest.shards[shard].name,
             num_tokens=num_tokens,
-            grids=[moments.shape[1:] for _, moments in images],
+            grids=[stored.shape[1:] for _, stored in images],
             text=joined(texts),
-            pictures=[(self._pixels(moments), caption_of(texts, i)) for i, moments in decoded],
+            pictures=[(self._pixels(stored), caption_of(texts, i)) for i, stored in decoded],
         )
 
     def _texts(self, record: Record, document: Document) -> list[str | None]:
@@ -222,11 +220,11 @@ class EncodedData:
         return text.rstrip("\ufffd") + "…" if len(token_ids) > CHARACTERS else text
 
     @torch.no_grad()
-    def _pixels(self, moments: np.ndarray) -> np.ndarray:
-        """Decode the posterior's mean of moments f16 [2C, h, w] to uint8 [H, W, 3]."""
-        assert self.vae is not None
-        mean = torch.from_numpy(moments[: len(moments) // 2].astype(np.float32))
-        return from_unit(decode(self.vae, mean[None]).numpy())[0]
+    def _pixels(self, stored: np.ndarray) -> np.ndarray:
+        """Decode a stored image (of moments, the mean) to uint8 [H, W, 3]."""
+        assert self.space is not None
+        latents = to_raw(torch.tensor(stored[None, : self.space.channels]))
+        return from_unit(self.space.decode(latents).numpy())[0]
 
 
 def joined(texts: list[str | None]) -> str:

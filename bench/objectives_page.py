@@ -1,0 +1,63 @@
+"""The tables of bench.objectives: shares with their intervals, and the page that they are written to."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {
+    "text→image seen": ("text_to_image", "all"),
+    "unseen": ("text_to_image", "all_unseen"),
+    "two shapes": ("text_to_image", "all_two_shapes"),
+    "image→text seen": ("image_to_text", "all"),
+    "unseen ": ("image_to_text", "all_unseen"),
+    "two shapes ": ("image_to_text", "all_two_shapes"),
+}
+BELOW = "## What is seen"  # a page's lines from here on are people's
+
+
+def wilson(right: int, of: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the Wilson score interval of a share, by default of 95 %: Wilson 1927; Brown et al. 2001, equation 4."""
+    if of == 0:
+        return 0.0, 1.0
+    share, square = right / of, z * z / of
+    middle = (share + square / 2) / (1 + square)
+    half = z * math.sqrt(share * (1 - share) / of + square / (4 * of)) / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def table(cases: dict[str, Any]) -> str:
+    """Return a Markdown table, a row a case: shares over all seeds with their intervals, the error of x0 by seed."""
+    lines = ["| case | seeds | " + " | ".join(name.strip() for name in COLUMNS) + " | x0 error |"]
+    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    for name, case in cases.items():
+        shares = (_share(**case[task][goal]) for task, goal in COLUMNS.values())
+        errors = ", ".join("–" if error is None else f"{error:.4f}" for error in case["x0_error"])
+        lines.append(f"| {name} | {len(case['x0_error'])} | {' | '.join(shares)} | {errors} |")
+    return "\n".join(lines)
+
+
+def rewrite(page: Path, record: dict[str, Any]) -> None:
+    """Write the record's tables to a page, a table a space; keep what it says from BELOW on."""
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    below = old[old.index(BELOW) :] if BELOW in old else f"{BELOW}\n"
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    text = [
+        "# Objectives and captions on scenes",
+        f"`{record['command']}`: {record['steps']} steps a run, {record['seeds']} seeds, {record['prompts']} scenes a "
+        f"split. {record['date']}, {record['machine']}, {versions}. Shares over all seeds, with Wilson intervals of "
+        "95 %; the error of x0 is that of whitened latents or of pixels, and is compared within one table. `--help` "
+        "explains the cases.",
+    ]
+    for space in dict.fromkeys(name.partition("-")[0] for name in record["cases"]):
+        cases = {name: case for name, case in record["cases"].items() if name.partition("-")[0] == space}
+        text.append(f"## {space.capitalize()}\n\n{table(cases)}")
+    if record["errors"]:
+        text.append("\n".join(f"- {name} failed: {error}" for name, error in record["errors"].items()))
+    page.write_text("\n\n".join([*text, below]), encoding="utf-8")
+
+
+def _share(right: int, of: int, by_seed: list[int]) -> str:
+    if not of:
+        return "–"
+    low, high = wilson(right, of)
+    return f"{right / of:.3f} [{low:.2f}, {high:.2f}]"

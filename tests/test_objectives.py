@@ -1,0 +1,76 @@
+"""bench.objectives: its commands are accepted by their programs, intervals are Wilson's, a toy bench runs through."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.objectives import CASES, ObjectivesConfig, commands, main, stages
+from bench.objectives_page import BELOW, rewrite, wilson
+from train.config import load_config
+
+
+def accepted(command: tuple[str, ...]) -> Any:
+    """Return the config that the command's program makes of its arguments."""
+    at = next(i for i, argument in enumerate(command) if argument.startswith("train."))
+    return load_config(importlib.import_module(command[at]).CONFIG, [*command[at + 1 :]])
+
+
+def test_every_stage_and_case_is_a_command_that_its_program_accepts(tmp_path: Path) -> None:
+    """Of all cases; and no two of them train alike."""
+    config, trained = ObjectivesConfig(), []
+    for command in stages(config, tmp_path).values():
+        assert accepted(command)
+    for name in CASES:
+        train, score = commands(config, tmp_path, name, 0)
+        trained.append(accepted(train))
+        assert accepted(score)
+    recipes = [(config.model, config.diffusion, str(config.data)) for config in trained]
+    assert all(recipe not in recipes[:i] for i, recipe in enumerate(recipes))
+    assert len({(config.data.lanes, config.data.sequence_length, config.optim.steps) for config in trained}) == 1
+
+
+def test_a_case_that_does_not_exist_is_refused_with_the_list() -> None:
+    assert ObjectivesConfig(only=["pixels-?0", "captions-*"]).cases[:1] == ["pixels-x0"]
+    with pytest.raises(ValueError, match=r"only: pixels-y fits no case; there are pixels-eps, "):
+        ObjectivesConfig(only=["pixels-y"])
+
+
+@pytest.mark.parametrize(("right", "of"), [(0, 10), (3, 10), (97, 100), (200, 200)])
+def test_both_ends_of_an_interval_are_the_shares_that_lie_z_deviations_away(right: int, of: int) -> None:
+    """Wilson's definition: (p - share)^2 = z^2 p (1 - p) / n."""
+    low, high = wilson(right, of)
+    for end in (low, high):
+        assert (end - right / of) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / of, abs=1e-12)
+    assert low <= right / of <= high and high - low < 2 * 1.96 * math.sqrt(0.25 / of)
+
+
+def test_a_page_is_rewritten_down_to_what_people_wrote(tmp_path: Path) -> None:
+    page, seen = tmp_path / "page.md", f"{BELOW}\n\nLatents are easier.\n"
+    goals = {goal: {"right": 3, "of": 4, "by_seed": [3]} for goal in ("all", "all_unseen", "all_two_shapes")}
+    case = {"text_to_image": goals, "image_to_text": goals, "x0_error": [0.25]}
+    record: dict[str, Any] = {"command": "x", "steps": 1, "seeds": 1, "prompts": 4, "date": "", "machine": ""}
+    record |= {"versions": {}, "errors": {"pixels-v-0": "died"}, "cases": {"pixels-x0": case, "latents-v": case}}
+    page.write_text(f"old tables\n{seen}", encoding="utf-8")
+    rewrite(page, record)
+    text = page.read_text(encoding="utf-8")
+    assert text.endswith(seen) and "old tables" not in text and "pixels-v-0 failed: died" in text
+    assert "## Pixels" in text and "| pixels-x0 | 1 | 0.750 [0.30, 0.95] |" in text and "| 0.2500 |" in text
+
+
+@pytest.mark.slow
+def test_a_toy_bench_runs_through_and_does_not_repeat_itself(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    toy = [f"folder={tmp_path}", "smoke=true", "steps=4", "prompts=2", "seeds=1", f"page={tmp_path}/page.md"]
+    toy.append("only=[pixels-x0-v,latents-flow,captions-2000-three]")
+    assert main(toy) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(record["cases"]) == ["pixels-x0-v", "latents-flow", "captions-2000-three"]
+    for case in record["cases"].values():
+        assert case["text_to_image"]["all"]["of"] == 2 and case["x0_error"][0] > 0
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("evaluation.json")}
+    assert len(written) == 3 and main(toy) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("evaluation.json")} == written
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
