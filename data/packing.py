@@ -199,9 +199,8 @@ def caption_room(document: Document, patch_size: int, sequence_length: int) -> i
     """
     if not document.captions:
         return None
-    without = replace(document, segments=document.segments[1:])
-    length = sum(2 + math.prod(patch_grid(s.moments.shape[1:], patch_size)) for s in without.segments)
-    return sequence_length - 2 - length
+    images = [segment for segment in document.segments if isinstance(segment, ImageSegment)]
+    return sequence_length - 2 - sum(2 + math.prod(patch_grid(image.grid, patch_size)) for image in images)
 
 
 def patch_grid(grid: Sequence[int], patch_size: int) -> tuple[int, int]:
