@@ -7,17 +7,28 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from data.captions import CaptionTokens
 from data.dataset import DataSet, open_data
-from data.documents import ImageSegment, OrderConfig, check_document, decode_document
+from data.documents import (
+    ImageSegment,
+    OrderConfig,
+    check_document,
+    decode_document,
+    document_sizes,
+    encode_record,
+)
 from data.lanes import Lane
+from data.manifest import Manifest, shard_entry
 from data.pictures import decode_picture
 from data.raw import read_raw
-from data.shard_index import ShardIndex
-from data.shards import BadRecord, BadRecords, Record, read_at, read_shard, write_shard
+from data.shard_index import ShardIndex, index_path
+from data.shards import BadRecord, BadRecords, Record, index_shard, read_at, read_shard, write_shard
 from data.source import SourceConfig
 from data.tokenizer import Tokenizer, train_tokenizer
 from tests import raw_files
@@ -56,6 +67,7 @@ class Readers:
         documents = [*pairs(4, seed=1), *interleaved(3, seed=1), *texts(3, seed=1)]
         documents += [*interleaved(2, seed=2), *pairs(2, seed=2)]
         make_source(self.encoded, self.tokenizer, documents, shard_sizes=[10, 4])
+        add_captions(self.encoded)
         self.files = {path.name: path.read_bytes() for path in sorted(self.encoded.iterdir())}
         self.shards = {name: Shard.of(data) for name, data in self.files.items() if name.endswith(".tar")}
         self.raw.mkdir()
@@ -72,7 +84,9 @@ class Readers:
         for number, entry in enumerate(source.manifest.shards):
             self.documents[entry.name] = self._from_shard(self.encoded / entry.name)
             self.pieces |= {(number, record): source.read(0, 0, number, record) for record in range(entry.records)}
-        self.tokens = [piece.input_ids.tobytes() for piece in self.pieces.values()]
+        # Of several captions another may be drawn where a damaged index gives a record another number.
+        again = [source.read(0, epoch, *place) for place in self.pieces for epoch in range(20) if place[0] == 2]
+        self.tokens = [piece.input_ids.tobytes() for piece in [*self.pieces.values(), *again]]
         self.raw_documents = self._from_raw(self.raw / "raw.tar")
         for pack, suffix in ((raw_files.gz, ".gz"), (raw_files.zst, ".zst"), (raw_files.plain, "")):
             path = self.raw / f"lines.jsonl{suffix}"
@@ -109,13 +123,13 @@ class Readers:
         """Return as bytes a document that may be trained on, None for a bad one."""
         try:
             document = decode_document(record, "here")
-            check_document(document, self.tokenizer.vocab_size, "moments", 2, "here")
+            check_document(document, self.tokenizer.vocab_size, "moments", 2, "here", 2)
         except BadRecord as error:
             self.bad(error.reason, str(error))
             return None
         self.passed += 1
         parts = []
-        for segment in document.segments:
+        for segment in document.segments + document.captions:
             if isinstance(segment, ImageSegment):
                 mean, logvar = np.split(segment.array.astype(np.float64), 2)
                 check(len(mean) == 2 and mean.size and np.isfinite(mean).all(), "means")
@@ -126,7 +140,7 @@ class Readers:
                 is_good = ids.dtype == np.int64 and len(ids) and 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size
                 check(is_good, "token ids")
                 parts.append(b"text " + ids.tobytes())
-        return b"|".join(parts)
+        return b"|".join([*parts, bytes(document.caption_kinds)])
 
     def _from_shard(self, path: Path) -> dict[str, list[bytes]]:
         """Return a shard's good documents by key."""
@@ -209,6 +223,21 @@ class Readers:
             check(all(len(name) <= MAX_MESSAGE for name in state.skipped_names), "a long name in a lane's state")
             self.reasons.update(state.skipped)
         data.sources[0].manifest.store.forget()
+
+
+def add_captions(folder: Path) -> None:
+    """Add a shard of pictures with captions of two kinds to an encoded data set."""
+    captions, moments = [np.arange(5, 5 + n) for n in (2, 5, 3)], np.ones((4, 4, 4), np.float16)
+    kinds = [[0, 1, 1], [0, 0, 0], [1, 0, 1]]
+    shard, tokens = folder / "00002.tar", CaptionTokens()
+    write_shard(
+        shard, [encode_record(f"c{i}", [moments * i], b"{}", captions, caption_kinds=k) for i, k in enumerate(kinds)]
+    )
+    index = index_shard(shard, partial(document_sizes, captions=tokens), BadRecords(0))
+    index.save(index_path(shard))
+    manifest = Manifest.load(folder)
+    entries = (*manifest.shards, shard_entry(shard, index, tokens))
+    replace(manifest, shards=entries, captions={"short": 1.0, "long": 2.0}).save()
 
 
 @contextmanager
