@@ -55,7 +55,7 @@ class Autoencoder(LatentSpace):
         return decode(self.module, latents)
 
     @property
-    def states_scaling(self) -> bool:  # type: ignore[override]
+    def states_scaling(self) -> bool:
         """Without a scaling in config.json diffusers fills in its own, such as 0.18215."""
         if "scaling_factor" in self.config.get("_use_default_values", ()):
             return False
@@ -111,6 +111,8 @@ class Flux2(KL):
         super()._set_sizes()
         self.patch = self.config["patch_size"][0]
         self.channels, self.stride = self.channels * self.patch**2, self.stride * self.patch
+        norm = self.module.bn  # read before `to`, which would round it
+        self.mean, self.variance, self.eps = norm.running_mean.double(), norm.running_var.double(), norm.eps
 
     def _encode(self, pixels: Tensor) -> Tensor:
         mean, logvar = super()._encode(pixels).chunk(2, dim=1)
@@ -120,12 +122,11 @@ class Flux2(KL):
         return super()._decode(pixel_shuffle(latents, self.patch))
 
     @property
-    def states_scaling(self) -> bool:  # type: ignore[override]
-        return bool((self.module.bn.running_mean != 0).any() or (self.module.bn.running_var != 1).any())
+    def states_scaling(self) -> bool:
+        return bool((self.mean != 0).any() or (self.variance != 1).any())
 
     def stated_stats(self) -> LatentStats:
-        norm = self.module.bn
-        return LatentStats(norm.running_mean.double(), (norm.running_var.double() + norm.eps).sqrt())
+        return LatentStats(self.mean, (self.variance + self.eps).sqrt())
 
 
 class DC(Autoencoder):
@@ -152,7 +153,7 @@ class RAE(Autoencoder):
         return super()._decode(latents) * 2 - 1
 
     @property
-    def states_scaling(self) -> bool:  # type: ignore[override]
+    def states_scaling(self) -> bool:
         stated = (self.config[name] is not None for name in ("latents_mean", "latents_std"))
         return any(stated) or self.config["scaling_factor"] != 1
 
