@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from model.latent_space import LatentSpace, LatentStats, Pixels
+from model.latent_space import Kind, LatentSpace, LatentStats, Pixels
 from model.vae import decode, moments
 from model.vae_folder import check_class, find_vae
 
@@ -28,7 +28,7 @@ _STATED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # i
 class Autoencoder(LatentSpace):
     """One of diffusers' models; by default deterministic, and scaled by the numbers in its config."""
 
-    kind = "latents"
+    kind: Kind = "latents"
     BLOCKS = "encoder_block_out_channels"  # of the config: channels at each resolution; every block but the last halves
 
     def __init__(self, module: Any) -> None:
