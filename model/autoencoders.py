@@ -142,7 +142,7 @@ class RAE(Autoencoder):
 
     def _set_sizes(self) -> None:
         if not self.config["reshape_to_2d"]:
-            raise ValueError("AutoencoderRAE with reshape_to_2d=false has no latent grid; set it to true")
+            raise ValueError("the config.json of this AutoencoderRAE states reshape_to_2d=false, expected a grid: true")
         self.channels, self.stride = self.config["encoder_hidden_size"], self.config["patch_size"]
         self.picture_side = self.module.decoder_image_size
 
@@ -192,7 +192,8 @@ def load_latent_space(name: str | Path) -> LatentSpace:
         try:
             module, loading = theirs.from_pretrained(source.name, subfolder=folder, use_safetensors=True, **options)
             break
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
+        # AttributeError: diffusers was written for another version of transformers, whose encoder an RAE holds.
+        except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             reasons.append(_one_line(error))
     else:
         raise ValueError(f"vae={name}: not an autoencoder in safetensors: {reasons[0]}")
