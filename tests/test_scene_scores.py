@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from data.packing import IGNORE, collate, lay_out, pack
 from data.scene_judge import Verdict
 from data.scenes import Shape, held_out_examples, make_splits
 from data.tokenizer import SpecialIds, Tokenizer
+from model.diffusion import DiffusionConfig
 from model.log_snr_bins import BINS, EDGES
 from model.sampler import SamplerConfig
 from tests.ranks import run_ranks
@@ -117,7 +118,10 @@ def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str]) -> list[dict]
         pipeline.model.patches.to_patch.weight.zero_()
         pipeline.model.patches.to_patch.bias.zero_()
     silent = heldout.losses(pipeline.model, pipeline.stats, StopSignal())
-    return [*trained.values(), *silent.values()]
+    other = replace(pipeline.config, seed=99, diffusion=DiffusionConfig(before_caption_max_timestep=0))
+    heldout = Heldout(HeldoutConfig(heldout={"pairs": sources["pairs"]}), other, vae_hash, ranks)
+    elsewhere = heldout.losses(pipeline.model, pipeline.stats, StopSignal())
+    return [*trained.values(), *silent.values(), *elsewhere.values()]
 
 
 def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_nothing_and_equal_on_any_ranks(
@@ -135,7 +139,7 @@ def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_noth
         for found in of_ranks:
             for losses, expected in zip(found, first, strict=True):
                 assert _with_nan(losses) == pytest.approx(_with_nan(expected), rel=1e-5, nan_ok=True)
-    trained_pairs, trained_texts, _, pairs_loss, texts_loss, few_loss = first
+    trained_pairs, trained_texts, _, pairs_loss, texts_loss, few_loss, elsewhere = first
     for losses in (pairs_loss, texts_loss, few_loss):
         assert losses["text_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
     assert pairs_loss["captioning_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
@@ -146,6 +150,8 @@ def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_noth
         assert 0.8 * least < error < 1.2 * most, (name, error)
     assert pairs_loss["x0_error"] == pytest.approx(sum(found["error"] for found in by_bin.values()) / len(BINS))
     assert sum(found["images"] for found in by_bin.values()) == 30 and texts_loss["x0_error_by_log_snr"] == {}
+    assert elsewhere["image_loss"] != pairs_loss["image_loss"], "other noise, by the seed"
+    assert elsewhere["x0_error_by_log_snr"] == by_bin, "the same noise, whatever the seed and the config"
     assert trained_pairs["x0_error"] not in (None, pairs_loss["x0_error"])
     assert [trained_texts[kind] is None for kind in KINDS] == [False, True, True, True]
     assert trained_pairs["captioning_loss"] != trained_pairs["text_loss"] != pairs_loss["text_loss"]
