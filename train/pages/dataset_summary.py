@@ -201,7 +201,8 @@ class EncodedData:
     def _captions(self, record: Record, document: Document) -> str:
         """Return the beginnings of all captions of a picture, each after its kind where the data has several."""
         kinds, numbers = list(self.manifest.captions), document.caption_kinds
-        in_json = [text for kind in kinds or ["caption"] for text in _captions_in_json(record, kind)]
+        keys = [kinds[number] for number in sorted(set(numbers))] or ["caption"]
+        in_json = [text for key in keys for text in _captions_in_json(record, key)]
         said = []
         for i, caption in enumerate(document.captions):
             text = f"[{len(caption.token_ids):,} text tokens]"
