@@ -14,9 +14,10 @@ from data.raw import RawDocument
 from data.shards import BadRecords, write_shard
 from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
-from model.sampler import Prompt, SamplerConfig, generate
+from model.sampler import Prompt, generate
+from model.sampler_config import SamplerConfig
 from model.transfusion import Transfusion, init_weights
-from model.vae import VaeConfig, build_vae, moments
+from model.vae import VaeConfig, build_vae
 from train.distributed.process import wait_for
 from train.encoding.encoder import Encoder, EncoderConfig
 
@@ -63,13 +64,13 @@ def measure_encoding(setting: Setting) -> dict[str, Any]:
         device=setting.device,
     )
     encoder = Encoder(settings, has_pictures=True)
-    vae: Any = encoder.vae
+    assert encoder.space is not None
+    encode = encoder.space.encode
     files = make_pictures(min(count, 128))
     documents = [RawDocument(f"{i:05d}", "bench", ("word1", files[i % len(files)]), {}, 0) for i in range(count)]
     whole = seconds(lambda: _write(folder / "out.tar", encoder, documents), device, repeats=1)
-    pixels = torch.randn(batch_size, 3, 256, 256, device=device, dtype=vae.dtype)
-    with torch.no_grad():
-        alone = seconds(lambda: moments(vae, pixels), device, repeats=3)
+    pixels = torch.randn(batch_size, 3, 256, 256, device=device)
+    alone = seconds(lambda: encode(pixels), device, repeats=3)
     return {
         "images_per_s": count / whole,
         "vae_alone_images_per_s": batch_size / alone,

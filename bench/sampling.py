@@ -28,9 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import dense_mask
-from model.diffusion import DiffusionConfig, alphas_cumprod, ddim_step, sampling_timesteps, to_x0_and_eps
+from model.diffusion import CLEAN, DiffusionConfig, ddim_step, to_x0_and_eps
 from model.draws import SeededDraws
-from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate
+from model.sampler import Prompt, SpecialTokens, generate
+from model.sampler_config import SamplerConfig
+from model.schedule import BASE_NUMBERS, NoiseSchedule
 from model.transformer import SIZES
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from train.streams import open_streams
@@ -42,7 +44,7 @@ SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4)
 @torch.no_grad()
 def draw_without_cache(model: Transfusion, prompts: list[Prompt], config: SamplerConfig) -> Tensor:
     """Return latents [R, C, h, w] from DDIM that runs every token of both branches in every step."""
-    device, draws, table = model.text_head.weight.device, SeededDraws(0), alphas_cumprod().tolist()
+    device, draws, diffusion = model.text_head.weight.device, SeededDraws(0), DiffusionConfig(prediction="v")
     shape = (model.config.latent_channels, *GRID)
     patches = GRID[0] * GRID[1] // model.config.patch_size**2
     rows = len(prompts)
@@ -60,17 +62,15 @@ def draw_without_cache(model: Transfusion, prompts: list[Prompt], config: Sample
     embedded = torch.cat([embedded, blank], dim=1)
     grid = torch.full((2 * rows, length, 2), -1, device=device)
     x = torch.stack([draws.noise(p.index, 0, 0, shape) for p in prompts]).to(device)
-    timesteps = sampling_timesteps(config.steps, config.spacing)
-    for step, t in enumerate(timesteps):
+    steps = NoiseSchedule.of(diffusion, BASE_NUMBERS).sampling_steps(config.steps, config.spacing)
+    for (t, level), (_, cleaner) in zip(steps, [*steps[1:], (0, CLEAN)], strict=True):
         at = torch.full((2 * rows,), t, device=device)
         tokens, skips = model.embed_images(x.repeat(2, 1, 1, 1), at)
         h = embedded.masked_scatter(is_picture[..., None], tokens)
         hidden = model.trunk(h, index, grid, mask)[is_picture].view(tokens.shape)
         conditional, unconditional = model.predict_noise(hidden, skips, at, *GRID).float().chunk(2)
         pred = unconditional + config.guidance * (conditional - unconditional)
-        alpha = table[t]
-        alpha_prev = 1.0 if step + 1 == len(timesteps) else table[timesteps[step + 1]]
-        x = ddim_step(*to_x0_and_eps(pred, x, alpha, "v"), alpha, alpha_prev, 0.0, None)
+        x = ddim_step(*to_x0_and_eps(pred, x, level, diffusion), level, cleaner, 0.0, None)
     return x
 
 

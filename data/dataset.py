@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from omegaconf import MISSING
 
-from data.documents import OrderConfig
+from data.captions import weights_in_force
+from data.documents import ImageKind, OrderConfig
 from data.lane_state import Position
 from data.manifest import LatentSpec, Manifest
 from data.packing import patch_grid
@@ -75,6 +76,11 @@ class DataSet:
     latent_spec: LatentSpec | None  # None when every source is text only
     grids: list[tuple[int, int]]  # latent grids that occur, sorted
 
+    @property
+    def kind(self) -> ImageKind:
+        """Return what the records keep of an image; moments if there is no image."""
+        return self.latent_spec.kind if self.latent_spec is not None else "moments"
+
     def name_of(self, position: Position) -> str:
         """Return a document's name for messages: its shard and its number there."""
         source, shard, record = position
@@ -95,6 +101,9 @@ class DataSet:
             if any(weight for since, weight in [(1, config.weight), *changes] if since <= step):
                 weights = "".join([str(config.weight), *(f" {weight} from step {s}" for s, weight in changes)])
                 said = f"{source.manifest.content_hash} weight {weights} repeat {config.repeat}"
+                if kinds := source.manifest.captions:
+                    said += f" captions {dict(zip(kinds, source.caption_weights, strict=True))}"
+                said += "".join(f" {name} {share}" for name, share in vars(config.order).items() if share is not None)
                 found[f"source {source.number}"] = said
         return found | {name: str(value) for name, value in vars(self.settings).items()}
 
@@ -117,7 +126,10 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
     cache = CacheConfig(folder=config.cache_dir, max_gib=config.cache_gib) if config.cache_dir else None
     most_ahead = 2 * (config.read_ahead or READ_AHEAD) * config.lanes
     manifests = {name: Manifest.load(source.path, cache, most_ahead) for name, source in config.sources.items()}
-    weights = source_weights(config, manifests, patch_size)
+    captions = {
+        name: weights_in_force(name, manifests[name].captions, s.captions) for name, s in config.sources.items()
+    }
+    weights = source_weights(config, manifests, captions, patch_size)
     watch = ReadWatch(config.read_warning_s)
     sources: list[Source] = []
     spec: LatentSpec | None = None
@@ -133,9 +145,15 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
                 f"data.sources.{name} was encoded with tokenizer {manifest.tokenizer_hash}, but {config.tokenizer} is "
                 f"{tokenizer.hash}; name the tokenizer it was encoded with, or encode it again"
             )
-        if spec is not None and manifest.latent_spec is not None and manifest.latent_spec != spec:
+        theirs = manifest.latent_spec
+        if spec is not None and theirs is not None and theirs.kind != spec.kind:
             raise ValueError(
-                f"data.sources.{name} holds latents of VAE {manifest.latent_spec.vae_hash}, other sources those of "
+                f"data.sources.{name} holds {theirs.kind}, other sources hold {spec.kind}: a model sees images of one "
+                "kind; encode all sources with one vae="
+            )
+        if spec is not None and theirs is not None and theirs != spec:
+            raise ValueError(
+                f"data.sources.{name} holds latents of VAE {theirs.vae_hash}, other sources those of "
                 f"{spec.vae_hash} (or other statistics); encode all sources with one VAE; if they are, run the "
                 "train.encode command again with stats_from=FOLDER of another source, which only rewrites the manifest"
             )
@@ -144,11 +162,11 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
                 f"data.sources.{name} has {manifest.records} documents, fewer than data.lanes={config.lanes}; "
                 "use fewer lanes or more data"
             )
-        spec = spec or manifest.latent_spec
+        spec = spec or theirs
         grids |= manifest.grids()
-        too_long = find_too_long(manifest, settings.special, patch_size, config.sequence_length)
+        too_long = find_too_long(manifest, settings.special, patch_size, config.sequence_length, captions[name])
         weighted = replace(source, weight=weights[name])
-        sources.append(Source(number, weighted, manifest, settings, watch, ahead, too_long))
+        sources.append(Source(number, weighted, manifest, settings, watch, ahead, too_long, captions[name]))
     for grid in grids:
         rows, columns = patch_grid(grid, patch_size)
         if rows * columns + 4 > config.sequence_length:
@@ -159,7 +177,9 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
     return DataSet(sources, settings, tokenizer, spec, sorted(grids))
 
 
-def source_weights(config: DataConfig, manifests: dict[str, Manifest], patch_size: int) -> dict[str, float]:
+def source_weights(
+    config: DataConfig, manifests: dict[str, Manifest], captions: dict[str, tuple[float, ...]], patch_size: int
+) -> dict[str, float]:
     """Return each source's share of all tokens, up to a common factor: as configured, or scaled to meet `image_share`.
 
     Raises ValueError if no scaling can meet it.
@@ -167,8 +187,10 @@ def source_weights(config: DataConfig, manifests: dict[str, Manifest], patch_siz
     weights = {name: source.weight for name, source in config.sources.items()}
     if config.image_share is None:
         return weights
-    kept = 1 - config.order.caption_dropout
-    image_shares = {name: manifest.image_token_share(patch_size, kept) for name, manifest in manifests.items()}
+    image_shares = {}
+    for name, source in config.sources.items():
+        kept = 1 - source.order.over(config.order).caption_dropout
+        image_shares[name] = manifests[name].image_token_share(patch_size, kept, captions[name])
     with_images = {name: weight for name, weight in weights.items() if image_shares[name] > 0}
     total = sum_in_order(with_images.values())
     most = sum_in_order(weight * image_shares[name] for name, weight in with_images.items()) / total if total else 0.0

@@ -1,11 +1,13 @@
 """One record -> a Document: ordered text and image segments; and the encoded record's layout, both ways.
 
-An encoded record holds `tokens.npy` (int32 [len], the caption or all its texts end to end), `moments.npy` (f16
-[2C, h, w], the VAE posterior's mean and log variance) if it has an image, and `json` for people. An image with several
-captions has them end to end in `tokens.npy`, and `captions.npy` (int32 [n]) with the length of each. Any other document
-(interleaved) holds its images as `0.moments.npy`, `1.moments.npy` ... and `segments.npy` (int32 [n]): the length of
-each text, IMAGE for the next image. Caption choice, order and dropout are drawn here from (seed, epoch, source, shard,
-record), so they belong to the document and not to its reader.
+An encoded record holds `tokens.npy` (int32 [len], the caption or all its texts end to end), its image if it has one,
+and `json` for people. The image's kind names its member: `moments.npy` (f16 [2C, h, w], a VAE posterior's mean and log
+variance), `latents.npy` (f16 [C, h, w], of a deterministic space) or `pixels.npy` (uint8 [3, H, W], the picture). An
+image with several captions has them end to end in `tokens.npy`, and `captions.npy` (int32 [n]) with the length of each;
+where they are of several kinds, `caption_kinds.npy` (int32 [n]) has each one's number in the manifest's `captions`. Any
+other document (interleaved) holds its images as `0.moments.npy`, `1.moments.npy` ... and `segments.npy` (int32 [n]):
+the length of each text, IMAGE for the next image. Caption choice, order and dropout are drawn here from (seed, epoch,
+source, shard, record), so they belong to the document and not to its reader.
 """
 
 import hashlib
@@ -15,9 +17,11 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal, get_args
 
 import numpy as np
 
+from data.captions import CaptionTokens, draw_caption, drawable
 from data.shard_index import NPY_HEADER_BYTES
 from data.shards import BadRecord, Record
 
@@ -28,6 +32,10 @@ _NPY_HEADER = re.compile(
 )
 
 IMAGE = -1  # in segments.npy
+ImageKind = Literal["moments", "latents", "pixels"]  # what a record keeps of an image
+KINDS: tuple[ImageKind, ...] = get_args(ImageKind)
+CELL_BYTES: dict[ImageKind, int] = {"moments": 4, "latents": 2, "pixels": 1}  # of a channel of a cell, in a record
+PIXEL_CHANNELS = 3
 MAX_SEGMENTS = 1 << 16  # of a document: as Python objects they take a hundred times their bytes
 LOGVAR_RANGE = (-30.0, 20.0)  # AutoencoderKL clamps log variances to it; exp of more would overflow in training
 # The bits of the largest and the smallest allowed mean and log variance.
@@ -42,14 +50,26 @@ class TextSegment:
 
 @dataclass(frozen=True)
 class ImageSegment:
-    moments: np.ndarray  # f16 [2C, h, w]
+    array: np.ndarray  # moments f16 [2C, h, w], latents f16 [C, h, w] or pixels uint8 [3, h, w]
+    kind: ImageKind = "moments"
     before_caption: bool = False  # the image precedes the text that describes it
+
+    @property
+    def channels(self) -> int:
+        """Return C, the channels that the model sees."""
+        return len(self.array) // 2 if self.kind == "moments" else len(self.array)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Return (h, w); of pixels, (H, W)."""
+        return self.array.shape[1], self.array.shape[2]
 
 
 @dataclass(frozen=True)
 class Document:
     segments: tuple[TextSegment | ImageSegment, ...]
     captions: tuple[TextSegment, ...] = ()  # all captions of an image that has several; `segments` holds the first
+    caption_kinds: tuple[int, ...] = ()  # of each of `captions`, where the data has several kinds
 
     @property
     def has_image(self) -> bool:
@@ -84,29 +104,38 @@ def decode_document(record: Record, where: str) -> Document:
     """Return the record's document, caption before image; raise BadRecord for unusable contents."""
     if "segments.npy" in record:
         return Document(tuple(_interleaved(record, where)))
-    if "tokens.npy" not in record and "moments.npy" not in record:
-        raise BadRecord("no tokens and no moments", where, f"members {sorted(record)}")
+    image = _image(record, "", where)
+    if "tokens.npy" not in record and image is None:
+        raise BadRecord("no tokens and no image", where, f"members {sorted(record)}")
     segments: list[TextSegment | ImageSegment] = []
     captions: tuple[TextSegment, ...] = ()
+    kinds: tuple[int, ...] = ()
     if "tokens.npy" in record:
         token_ids = _load_array(record["tokens.npy"], where, "<i4", 1).astype(np.int64)
         if "captions.npy" in record:
-            captions = _captions(record, token_ids, where)
+            captions, kinds = _captions(record, token_ids, image, where)
             segments.append(captions[0])
         elif len(token_ids):
             segments.append(TextSegment(token_ids))
-    if "moments.npy" in record:
-        segments.append(_image(record, "moments.npy", where))
+    if image is not None:
+        segments.append(image)
     if not segments:
         raise BadRecord("empty document", where)
-    return Document(tuple(segments), captions)
+    return Document(tuple(segments), captions, kinds)
 
 
-def _captions(record: Record, token_ids: np.ndarray, where: str) -> tuple[TextSegment, ...]:
+def _captions(
+    record: Record, token_ids: np.ndarray, image: ImageSegment | None, where: str
+) -> tuple[tuple[TextSegment, ...], tuple[int, ...]]:
     lengths = _load_array(record["captions.npy"], where, "<i4", 1).tolist()
-    if not lengths or min(lengths) < 1 or sum(lengths) != len(token_ids) or "moments.npy" not in record:
+    if not lengths or min(lengths) < 1 or sum(lengths) != len(token_ids) or image is None:
         raise BadRecord("wrong captions", where, f"{lengths[:20]} of {len(token_ids)} tokens")
-    return tuple(map(TextSegment, np.split(token_ids, np.cumsum(lengths[:-1]))))
+    kinds: list[int] = []
+    if "caption_kinds.npy" in record:
+        kinds = _load_array(record["caption_kinds.npy"], where, "<i4", 1).tolist()
+        if len(kinds) != len(lengths) or min(kinds) < 0:
+            raise BadRecord("wrong captions", where, f"kinds {kinds[:20]} of {len(lengths)} captions")
+    return tuple(map(TextSegment, np.split(token_ids, np.cumsum(lengths[:-1])))), tuple(kinds)
 
 
 def _interleaved(record: Record, where: str) -> Iterator[TextSegment | ImageSegment]:
@@ -122,73 +151,130 @@ def _interleaved(record: Record, where: str) -> Iterator[TextSegment | ImageSegm
     start = images = 0
     for length in lengths:
         if length == IMAGE:
-            yield _image(record, f"{images}.moments.npy", where)
+            image = _image(record, f"{images}.", where)
+            if image is None:
+                raise BadRecord("missing image", where, f"no image {images} among {sorted(record)}")
+            yield image
             images += 1
         else:
             yield TextSegment(token_ids[start : start + length])
             start += length
 
 
-def _image(record: Record, member: str, where: str) -> ImageSegment:
-    if member not in record:
-        raise BadRecord("missing image", where, f"no {member} among {sorted(record)}")
-    moments = _load_array(record[member], where, "<f2", 3)
-    if 0 in moments.shape or moments.shape[0] % 2:
-        raise BadRecord("wrong array", where, f"moments {moments.shape}, expected [2C, h, w]")
-    _check_moments(moments, where)
-    return ImageSegment(moments)
+def _image(record: Record, prefix: str, where: str) -> ImageSegment | None:
+    """Return the image whose member's name begins with `prefix`, None if there is none."""
+    kinds = [kind for kind in KINDS if f"{prefix}{kind}.npy" in record]
+    if not kinds:
+        return None
+    if len(kinds) > 1:
+        raise BadRecord("several kinds of one image", where, " and ".join(kinds))
+    kind = kinds[0]
+    array = _load_array(record[f"{prefix}{kind}.npy"], where, "|u1" if kind == "pixels" else "<f2", 3)
+    if kind == "pixels":
+        expected, is_right = f"[{PIXEL_CHANNELS}, H, W]", len(array) == PIXEL_CHANNELS
+    elif kind == "latents":
+        expected, is_right = "[C, h, w]", True
+    else:
+        expected, is_right = "[2C, h, w]", len(array) % 2 == 0
+    if 0 in array.shape or not is_right:
+        raise BadRecord("wrong array", where, f"{kind} {array.shape}, expected {expected}")
+    if kind == "moments":
+        _check_moments(array, where)
+    elif kind == "latents":
+        _check_latents(array, where)
+    return ImageSegment(array, kind)
 
 
-def check_document(document: Document, vocab_size: int, channels: int, where: str) -> None:
-    """Raise BadRecord for token ids or latents that the manifest's tokenizer or VAE cannot have made."""
+def check_document(
+    document: Document, vocab_size: int, kind: ImageKind, channels: int, where: str, caption_kinds: int = 0
+) -> None:
+    """Raise BadRecord for token ids or images that the manifest's tokenizer or latent space cannot have made, and for
+    captions of other than its `caption_kinds` kinds.
+    """
+    if (number := max(document.caption_kinds, default=-1)) >= caption_kinds:
+        raise BadRecord(
+            "wrong captions", where, f"kind {number}, but the manifest names {caption_kinds} kinds of captions"
+        )
     for segment in document.segments + document.captions:
         if isinstance(segment, TextSegment):
             if segment.token_ids.view(np.uint64).max() >= vocab_size:  # viewed so, negative ids are large
                 raise BadRecord("token id out of range", where, f"expected 0...{vocab_size - 1}")
-        elif len(segment.moments) != 2 * channels:
-            raise BadRecord("wrong array", where, f"moments {segment.moments.shape}, expected {2 * channels} channels")
+        elif channels and segment.kind != kind:
+            raise BadRecord("another kind of image", where, f"{segment.kind}, the manifest says {kind}")
+        elif segment.channels != channels:
+            found = f"{segment.kind} {segment.array.shape} of {segment.channels} channels"
+            raise BadRecord("wrong array", where, f"{found}, expected {channels}")
 
 
-def encode_record(key: str, segments: Sequence[np.ndarray], info: bytes, captions: Sequence[np.ndarray] = ()) -> Record:
-    """Return the encoded record of a document: its texts as token ids [len], its images as moments [2C, h, w].
+def encode_record(
+    key: str,
+    segments: Sequence[np.ndarray],
+    info: bytes,
+    captions: Sequence[np.ndarray] = (),
+    kind: ImageKind = "moments",
+    caption_kinds: Sequence[int] = (),
+) -> Record:
+    """Return the encoded record of a document: its texts as token ids [len], its images as arrays of `kind`.
 
     An image and its caption are given caption first; a text alone or an image alone are fine. Empty texts are dropped.
-    An image with several captions has them all in `captions`, and no text among `segments`.
+    An image with several captions has them all in `captions`, and no text among `segments`. `caption_kinds` holds the
+    kind of each, where there are several.
     """
     segments = [segment for segment in segments if segment.size]
     texts, images = ([s for s in segments if s.ndim == ndim] for ndim in (1, 3))
     token_ids = np.concatenate([np.zeros(0, np.int32), *texts]).astype(np.int32)
     record: Record = {"__key__": key.encode(), "json": info, "tokens.npy": _save_array(token_ids)}
     if [s.ndim for s in segments] in ([], [1], [3], [1, 3]):
-        names = ["moments.npy"]
+        names = [f"{kind}.npy"]
     else:
-        names = [f"{i}.moments.npy" for i in range(len(images))]
+        names = [f"{i}.{kind}.npy" for i in range(len(images))]
         lengths = [len(s) if s.ndim == 1 else IMAGE for s in segments]
         record["segments.npy"] = _save_array(np.array(lengths, dtype=np.int32))
-    record |= {name: _save_array(image.astype(np.float16)) for name, image in zip(names, images, strict=False)}
+    dtype = np.uint8 if kind == "pixels" else np.float16
+    record |= {name: _save_array(image.astype(dtype)) for name, image in zip(names, images, strict=False)}
+    caption_kinds = [number for number, caption in zip(caption_kinds, captions, strict=False) if caption.size]
     if captions := [caption for caption in captions if caption.size]:
-        assert names == ["moments.npy"] and not texts, (names, len(texts))
+        assert names == [f"{kind}.npy"] and not texts, (names, len(texts))
         record["tokens.npy"] = _save_array(np.concatenate(captions).astype(np.int32))
         record["captions.npy"] = _save_array(np.array([len(caption) for caption in captions], dtype=np.int32))
+        if caption_kinds:
+            record["caption_kinds.npy"] = _save_array(np.array(caption_kinds, dtype=np.int32))
     return record
 
 
-def document_sizes(record: Record) -> tuple[int, list[tuple[int, int]]]:
+def document_sizes(record: Record, captions: CaptionTokens | None = None) -> tuple[int, list[tuple[int, int]]]:
     """Return (text tokens, latent grid of each image) of an encoded record, as its shard's index keeps them."""
-    return sizes_of(decode_document(record, record["__key__"].decode()))
+    return sizes_of(decode_document(record, record["__key__"].decode()), captions)
 
 
-def sizes_of(document: Document) -> tuple[int, list[tuple[int, int]]]:
-    """Return (text tokens, latent grid of each image) of a document, with the longest of its captions."""
+def sizes_of(document: Document, captions: CaptionTokens | None = None) -> tuple[int, list[tuple[int, int]]]:
+    """Return (text tokens, latent grid of each image) of a document, with the longest of its captions.
+
+    Adds the lengths of several captions to `captions`.
+    """
+    if captions is not None and document.captions:
+        captions.add([len(caption.token_ids) for caption in document.captions], document.caption_kinds)
     texts = [len(s.token_ids) for s in document.segments if isinstance(s, TextSegment)]
     tokens = max((len(s.token_ids) for s in document.captions), default=sum(texts))
-    return tokens, [s.moments.shape[1:] for s in document.segments if isinstance(s, ImageSegment)]
+    return tokens, [s.grid for s in document.segments if isinstance(s, ImageSegment)]
 
 
 def arrange(
-    document: Document, config: OrderConfig, *, seed: int, epoch: int, source: int, shard: int, record: int
+    document: Document,
+    config: OrderConfig,
+    *,
+    seed: int,
+    epoch: int,
+    source: int,
+    shard: int,
+    record: int,
+    weights: Sequence[float] = (),
+    room: int | None = None,
 ) -> Document:
     """Draw an image's caption, their order and caption dropout; leave other documents unchanged.
+
+    Of several captions one is drawn by the `weights` of their kinds. One longer than `room` (tokens) is drawn again
+    among those that are not, unless all are. An image whose captions all have weight 0 goes without, as if dropped.
 
     An image before its caption is marked, so that its noise may be capped (the paper, section 4.3.4: captions are
     learnt from pictures one can see); so is the image of a document of one image and then one text. Ours: in longer
@@ -198,12 +284,20 @@ def arrange(
         case ImageSegment() as image, TextSegment() as text:
             return Document((replace(image, before_caption=True), text))
         case TextSegment() as caption, ImageSegment() as image:
-            draws = uniforms("caption", seed, epoch, source, shard, record, count=3)
+            draws = uniforms("caption", seed, epoch, source, shard, record, count=4)
         case _:
             return document
-    order_draw, dropout_draw, caption_draw = draws
+    order_draw, dropout_draw, *caption_draws = draws
     if document.captions:
-        caption = document.captions[int(caption_draw * len(document.captions))]
+        captions, kinds = document.captions, document.caption_kinds
+        choices = drawable(len(captions), kinds, weights)
+        fitting = [i for i in choices if room is None or len(captions[i].token_ids) <= room]
+        chosen = draw_caption(choices, kinds, weights, caption_draws[0])
+        if chosen is None:
+            return Document((image,))
+        if chosen not in fitting and fitting:
+            chosen = draw_caption(fitting, kinds, weights, caption_draws[1])
+        caption = captions[chosen]
     if dropout_draw < config.caption_dropout:
         return Document((image,))
     if order_draw < config.caption_first:
@@ -230,6 +324,12 @@ def _check_moments(moments: np.ndarray, where: str) -> None:
     if not np.isfinite(moments).all():
         raise BadRecord("non-finite latents", where)
     raise BadRecord("latent variance out of range", where, f"log variance {parts[1].min()}...{parts[1].max()}")
+
+
+def _check_latents(latents: np.ndarray, where: str) -> None:
+    """Raise BadRecord unless all are finite; compares bits, as `_check_moments` does."""
+    if latents.view(np.int16).max() > _MOST[0] or latents.view(np.uint16).max() > _LEAST[0]:
+        raise BadRecord("non-finite latents", where)
 
 
 def _load_array(data: bytes, where: str, dtype: str, ndim: int) -> np.ndarray:

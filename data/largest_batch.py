@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from data.documents import Document, ImageSegment, TextSegment
+from data.documents import PIXEL_CHANNELS, Document, ImageKind, ImageSegment, TextSegment
 from data.packing import ImageDraws, PackedBatch, capacity, collate, lay_out, pack, patch_grid
 from data.tokenizer import SpecialIds
 
@@ -19,17 +19,23 @@ AROUND_IMAGE = AROUND_DOCUMENT = 2  # tokens: BOI and EOI, BOS and EOS
 
 
 def largest_batches(
-    rows: int, sequence_length: int, grids: Sequence[Grid], channels: int, patch_size: int, special: SpecialIds
+    rows: int,
+    sequence_length: int,
+    grids: Sequence[Grid],
+    channels: int,
+    patch_size: int,
+    special: SpecialIds,
+    kind: ImageKind = "moments",
 ) -> tuple[PackedBatch, ...]:
     """Return micro-batches of `rows` full sequences: with the most image slots (if there are `grids`), and text alone.
 
-    `grids` are the latent grids (h, w) that occur. Noise, latents and timesteps are zero and every word is EOS, as only
-    shapes matter. Rows full of images may hold more than the data's sequences, never less.
+    `grids` are the latent grids (h, w) that occur, of images of `kind`. Noise, images and timesteps are zero and every
+    word is EOS, as only shapes matter. Rows full of images may hold more than the data's sequences, never less.
     """
     counts = _most_slots(rows, sequence_length, grids, patch_size)
     batches = [_place(counts, rows, sequence_length, patch_size)] if any(counts.values()) else []
     batches.append([[]] * rows)
-    return tuple(_batch(placed, sequence_length, channels, patch_size, special) for placed in batches)
+    return tuple(_batch(placed, sequence_length, channels, patch_size, special, kind) for placed in batches)
 
 
 def _tokens(grid: Grid, patch_size: int) -> int:
@@ -77,18 +83,27 @@ def _place(counts: dict[Grid, int], rows: int, sequence_length: int, patch_size:
 
 
 def _batch(
-    placed: Sequence[Sequence[Grid]], sequence_length: int, channels: int, patch_size: int, special: SpecialIds
+    placed: Sequence[Sequence[Grid]],
+    sequence_length: int,
+    channels: int,
+    patch_size: int,
+    special: SpecialIds,
+    kind: ImageKind,
 ) -> PackedBatch:
     """Return a batch whose rows are each one document: these images, then text to the end of the row."""
     rows, draws = [], []
+    assert kind != "pixels" or channels == PIXEL_CHANNELS, channels
+    stored = 2 * channels if kind == "moments" else channels
+    dtype = np.uint8 if kind == "pixels" else np.float16
     for grids in placed:
         segments: list[TextSegment | ImageSegment] = [
-            ImageSegment(np.zeros((2 * channels, *grid), dtype=np.float16)) for grid in grids
+            ImageSegment(np.zeros((stored, *grid), dtype), kind) for grid in grids
         ]
         words = sequence_length - AROUND_DOCUMENT - sum(_tokens(grid, patch_size) for grid in grids)
         if words > 0:
             segments.append(TextSegment(np.full(words, special.eos, dtype=np.int64)))
         rows.append(pack([lay_out(Document(tuple(segments)), special, patch_size)], sequence_length, special.pad))
         zeros = [torch.zeros(channels, *grid) for grid in grids]
-        draws.append(ImageDraws(torch.zeros(len(grids)), zeros, zeros))
+        posterior = zeros if kind == "moments" else [None] * len(grids)
+        draws.append(ImageDraws(torch.zeros(len(grids)), zeros, posterior))
     return collate(rows, draws, patch_size)

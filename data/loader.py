@@ -54,15 +54,16 @@ class StepBatch:
 
 
 def draw_images(seed: int, step: int, lane: int, row: PackedSequence) -> ImageDraws:
-    """Draw u, noise and posterior noise of a row's images on the CPU from (seed, step, lane)."""
+    """Draw u, noise and, of moments, posterior noise of a row's images on the CPU from (seed, step, lane)."""
     generator = torch.Generator().manual_seed(seed_from("images", seed, step, lane))
     u = torch.rand(len(row.images), generator=generator)
-    noise, posterior_noise = [], []
+    noise: list[torch.Tensor] = []
+    posterior_noise: list[torch.Tensor | None] = []
     for image in row.images:
-        channels, h, w = image.moments.shape
-        both = torch.randn((2, channels // 2, h, w), generator=generator)
-        noise.append(both[0])
-        posterior_noise.append(both[1])
+        is_posterior = image.kind == "moments"
+        drawn = torch.randn((1 + is_posterior, image.channels, *image.grid), generator=generator)
+        noise.append(drawn[0])
+        posterior_noise.append(drawn[1] if is_posterior else None)
     return ImageDraws(u, noise, posterior_noise)
 
 

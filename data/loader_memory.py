@@ -5,11 +5,12 @@ A shuffle block holds positions, never contents.
 """
 
 from data.dataset import DataConfig, DataSet
+from data.documents import CELL_BYTES
 from data.lanes import lanes_of_rank
 
 INDEX_BYTES = 56  # a record with one image, in an index
 TOKEN_BYTES = 48  # a token of a packed row
-MOMENT_BYTES, DRAW_BYTES = 2, 4  # a latent cell's numbers: mean and log variance, noise and posterior noise
+DRAW_BYTES = 4  # a number of noise or posterior noise
 
 
 def loader_bytes(data: DataSet, config: DataConfig, world_size: int) -> dict[str, int]:
@@ -17,11 +18,12 @@ def loader_bytes(data: DataSet, config: DataConfig, world_size: int) -> dict[str
     lanes = max(len(lanes_of_rank(rank, world_size, config.lanes)) for rank in (0, world_size - 1))
     length, patch_size = config.sequence_length, data.settings.patch_size
     channels = data.latent_spec.channels if data.latent_spec is not None else 0
+    stored, drawn = CELL_BYTES[data.kind], (2 if data.kind == "moments" else 1) * DRAW_BYTES  # of a channel of a cell
     cells = max((h * w for h, w in data.grids), default=0)
     # The most latent cells in a sequence: nothing but images.
     row_cells = min(cells, 1) * length * patch_size**2
-    row = length * TOKEN_BYTES + row_cells * channels * 2 * MOMENT_BYTES
-    batch = lanes * (length * TOKEN_BYTES + row_cells * channels * 2 * (MOMENT_BYTES + DRAW_BYTES) * 4 // 3)  # padded
+    row = length * TOKEN_BYTES + row_cells * channels * stored
+    batch = lanes * (length * TOKEN_BYTES + row_cells * channels * (stored + drawn) * 4 // 3)  # padded
     entries = [entry for source in data.sources for entry in source.manifest.shards]
     document = 4 * max(entry.largest_record for entry in entries)  # a token takes 4 bytes there, 16 laid out
     longest_index = INDEX_BYTES * max(entry.records for entry in entries)

@@ -7,15 +7,18 @@ tokenizer, VAE or latent grid is refused before the first step and not discovere
 import errno
 import hashlib
 import json
+import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from data.captions import CaptionTokens, check_weights, not_drawn
+from data.documents import KINDS, PIXEL_CHANNELS, ImageKind
 from data.durable import atomic_write
 from data.remote import shown
 from data.shard_cache import CacheConfig
@@ -30,7 +33,7 @@ FILE_NAME = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec:
-    """What the moments in the shards are: two data sets may be mixed only if these are equal."""
+    """What the images in the shards are: two data sets may be mixed only if these are equal."""
 
     vae_hash: str
     channels: int
@@ -38,8 +41,11 @@ class LatentSpec:
     resolution: int  # pixels of the encoded pictures' shorter side
     mean: tuple[float, ...]  # per channel, measured on sampled latents or stated by the VAE; used to whiten
     std: tuple[float, ...]
+    kind: ImageKind = "moments"  # what a record keeps of an image
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"latent kind {self.kind!r}: expected one of {', '.join(KINDS)}")
         numbers = (self.channels, self.stride, self.resolution)
         if any(type(number) is not int or number < 1 for number in numbers) or not isinstance(self.vae_hash, str):
             raise ValueError(f"latent channels, stride, resolution {numbers}: expected whole numbers, 1 or more")
@@ -48,6 +54,14 @@ class LatentSpec:
             raise ValueError(f"latent mean {self.mean}, std {self.std}: expected {self.channels} channels of numbers")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std) > 0):
             raise ValueError(f"latent mean {self.mean}, std {self.std}: expected finite numbers and std > 0")
+
+        if self.kind == "pixels" and (self.channels, self.stride) != (PIXEL_CHANNELS, 1):
+            found = f"channels {self.channels}, stride {self.stride}"
+            raise ValueError(f"latent kind pixels with {found}: expected {PIXEL_CHANNELS} and 1")
+
+    def fields(self) -> dict:
+        """Return the spec for JSON; moments are the kind of all old data and not named."""
+        return {name: value for name, value in vars(self).items() if (name, value) != ("kind", "moments")}
 
     @classmethod
     def parse(cls, fields: dict) -> "LatentSpec":
@@ -62,9 +76,9 @@ class LatentSpec:
 
 @dataclass
 class LatentSums:
-    """Mean and deviation per channel of latents drawn from posteriors, as sums of both moments over cells."""
+    """Mean and deviation per channel of raw latents (drawn from posteriors, if stored so), as sums over cells."""
 
-    sums: np.ndarray  # float64 [2, C]
+    sums: np.ndarray  # float64 [2, C], of the first and the second moment
     cells: int = 0
 
     @classmethod
@@ -75,10 +89,16 @@ class LatentSums:
             total.cells += part.cells
         return total
 
-    def add(self, moments: np.ndarray) -> None:
-        """Add one image's moments f16 [2C, h, w]."""
-        mean, logvar = np.split(moments.astype(np.float64), 2)
-        self.sums += np.stack([mean.sum((1, 2)), (mean**2 + np.exp(logvar)).sum((1, 2))])
+    def add(self, stored: np.ndarray, kind: ImageKind) -> None:
+        """Add one image as a record keeps it: moments [2C, h, w], latents [C, h, w] or pixels [3, H, W]."""
+        values = stored.astype(np.float64)
+        if kind == "moments":
+            mean, logvar = np.split(values, 2)
+            second = mean**2 + np.exp(logvar)
+        else:
+            mean = values / 127.5 - 1 if kind == "pixels" else values
+            second = mean**2
+        self.sums += np.stack([mean.sum((1, 2)), second.sum((1, 2))])
         self.cells += mean[0].size
 
     def whitened_by(self, spec: LatentSpec) -> float:
@@ -103,14 +123,24 @@ class ShardEntry:
     largest_record: int  # bytes
     text_tokens: int
     grids: dict[str, int]  # "8x8" -> images of that latent grid
+    caption_tokens: dict[str, list[int]] = field(default_factory=dict)  # `CaptionTokens.rounded`
 
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name or len(self.name.encode(errors="replace")) > MAX_NAME_BYTES:
             raise ValueError(f"shard name {self.name[:300]!r}: expected a file in the manifest's folder")
-        counts = {name: value for name, value in vars(self).items() if name not in ("name", "grids")} | self.grids
+        several = {
+            f"captions {kinds}[{i}]": n for kinds, sums in self.caption_tokens.items() for i, n in enumerate(sums)
+        }
+        of_dicts = ("name", "grids", "caption_tokens")
+        counts = {name: n for name, n in vars(self).items() if name not in of_dicts} | self.grids | several
         for name, value in counts.items():
             if type(value) is not int or not 0 <= value < 1 << 48:  # 2^48 bytes are 280 TB
                 raise ValueError(f"{self.name}: {name}={value!r}: expected a whole number, 0 or more, below 2^48")
+        for kinds, sums in self.caption_tokens.items():
+            if not re.fullmatch(r"\d{1,9}(\+\d{1,9})*", kinds) or len(sums) != kinds.count("+") + 2:
+                raise ValueError(
+                    f"{self.name}: captions {kinds!r} {sums}: expected sums of kinds, such as 0+1 [9, 4, 8]"
+                )
         for grid in self.grids:
             if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", grid):
                 raise ValueError(f"{self.name}: latent grid {grid!r}: expected HEIGHTxWIDTH, such as 8x8")
@@ -137,6 +167,13 @@ class Manifest:
     vocab_size: int
     latent_spec: LatentSpec | None  # None: text only
     shards: tuple[ShardEntry, ...]
+    captions: dict[str, float] = field(default_factory=dict)  # kinds of captions and their weights at encoding, if any
+
+    def __post_init__(self) -> None:
+        check_weights("captions", self.captions)
+        numbers = {int(n) for shard in self.shards for kinds in shard.caption_tokens for n in kinds.split("+")}
+        if (kind := max(numbers, default=0)) >= max(1, len(self.captions)):
+            raise ValueError(f"captions of kind {kind}: expected one of {list(self.captions)}")
 
     @property
     def records(self) -> int:
@@ -144,16 +181,41 @@ class Manifest:
 
     @property
     def content_hash(self) -> str:
-        """Identify the data: the same shards in the same order, made by the same tokenizer and VAE."""
-        return hashlib.sha256(json.dumps(self._contents(), sort_keys=True).encode()).hexdigest()[:16]
+        """Identify the data: the same shards in the same order, made by the same tokenizer and VAE.
+
+        Weights of captions are no part of it, nor are sums that follow from a shard's contents.
+        """
+        contents = self._contents()
+        if self.captions:
+            contents["captions"] = list(self.captions)
+        for entry in contents["shards"]:
+            entry.pop("caption_tokens", None)
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def kind_and_channels(self) -> tuple[ImageKind, int]:
+        """Return the kind of the images and their channels; 0 channels if there are none."""
+        spec = self.latent_spec
+        return (spec.kind, spec.channels) if spec is not None else ("moments", 0)
 
     def grids(self) -> set[tuple[int, int]]:
         return {size for shard in self.shards for size in shard.sizes}
 
-    def image_token_share(self, patch_size: int, captions_kept: float = 1.0) -> float:
-        """Return the share of patches among all tokens when the share `captions_kept` of captions is kept."""
-        text_tokens = sum(shard.text_tokens for shard in self.shards)
-        tokens = sum(shard.tokens(patch_size) for shard in self.shards) - (1 - captions_kept) * text_tokens
+    def image_token_share(
+        self, patch_size: int, captions_kept: float = 1.0, weights: Sequence[float] | None = None
+    ) -> float:
+        """Return the share of patches among all tokens when the share `captions_kept` of captions is kept.
+
+        Of several captions the one drawn by `weights` (null: those at encoding) counts with its mean length. That is
+        exact to the rounding of a shard's sums, but for captions that are drawn again because they do not fit. Data
+        indexed before these sums existed counts the longest. Texts of interleaved documents count as captions, although
+        none is dropped.
+        """
+        weights = tuple(self.captions.values()) if weights is None else weights
+        longest = sum(shard.text_tokens for shard in self.shards)
+        text_tokens = longest - math.fsum(not_drawn(shard.caption_tokens, weights) for shard in self.shards)
+        tokens = sum(shard.tokens(patch_size) for shard in self.shards) - longest + text_tokens
+        tokens -= (1 - captions_kept) * text_tokens
         return sum(shard.patches(patch_size) for shard in self.shards) / tokens
 
     def shard_path(self, shard: int) -> str:
@@ -198,8 +260,9 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "tokenizer_hash": self.tokenizer_hash,
             "vocab_size": self.vocab_size,
-            "latent_spec": asdict(self.latent_spec) if self.latent_spec is not None else None,
-            "shards": [asdict(entry) for entry in self.shards],
+            "latent_spec": self.latent_spec.fields() if self.latent_spec is not None else None,
+            "shards": [{k: v for k, v in asdict(e).items() if v or k != "caption_tokens"} for e in self.shards],
+            **({"captions": self.captions} if self.captions else {}),
         }
 
     @classmethod
@@ -232,7 +295,7 @@ class Manifest:
         return manifest
 
 
-def shard_entry(path: Path, index: ShardIndex) -> ShardEntry:
+def shard_entry(path: Path, index: ShardIndex, captions: CaptionTokens | None = None) -> ShardEntry:
     """Describe a shard whose index is saved next to it."""
     return ShardEntry(
         name=path.name,
@@ -242,6 +305,7 @@ def shard_entry(path: Path, index: ShardIndex) -> ShardEntry:
         largest_record=int(index.spans[:, 1].max(initial=0)),
         text_tokens=int(index.text_tokens.sum()),
         grids=count_grids(index),
+        caption_tokens=captions.rounded() if captions is not None else {},
     )
 
 

@@ -90,20 +90,20 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class ImageDraws:
-    """The random numbers of one row's images, in order. Tensors float32; latents-shaped [C, h, w] a picture."""
+    """The random numbers of one row's images, in order. Tensors float32; latents-shaped [C, h, w] an image."""
 
     u: torch.Tensor  # [n] in [0, 1), becomes a timestep
     noise: list[torch.Tensor]
-    posterior_noise: list[torch.Tensor]
+    posterior_noise: Sequence[torch.Tensor | None]  # None of an image that is no posterior
 
 
 @dataclass
 class ImageBatch:
     """All images of one latent grid in a batch, padded to a capacity N from a small set of sizes."""
 
-    moments: torch.Tensor  # f16 [N, 2C, h, w]
+    stored: torch.Tensor  # moments f16 [N, 2C, h, w], latents f16 [N, C, h, w] or pixels uint8 [N, 3, h, w]
     noise: torch.Tensor  # f32 [N, C, h, w]
-    posterior_noise: torch.Tensor  # f32 [N, C, h, w]
+    posterior_noise: torch.Tensor | None  # f32 [N, C, h, w], of moments alone
     u: torch.Tensor  # f32 [N] in [0, 1)
     before_caption: torch.Tensor  # bool [N]
     num_valid: int
@@ -157,7 +157,7 @@ def lay_out(document: Document, special: SpecialIds, patch_size: int) -> Piece:
             tokens.append(segment.token_ids)
             targets.append(segment.token_ids)
         else:
-            rows, columns = patch_grid(segment.moments.shape[1:], patch_size)
+            rows, columns = patch_grid(segment.grid, patch_size)
             images.append(PlacedImage(segment, start + 1, rows, columns))
             tokens.append(np.full(rows * columns + 2, special.pad))
             tokens[-1][[0, -1]] = special.boi, special.eoi
@@ -190,6 +190,18 @@ def _cuts(document: Document, spans: list[tuple[int, int]]) -> tuple[tuple[int, 
         elif i and is_image[i - 1]:
             cuts.append((first, first))
     return tuple((first, last) for first, last in cuts if first <= last)
+
+
+def caption_room(document: Document, patch_size: int, sequence_length: int) -> int | None:
+    """Return how many tokens a caption beside the document's image may have, which is not cut; None without choice.
+
+    Raises ValueError for a latent grid that patches do not tile.
+    """
+    if not document.captions:
+        return None
+    without = replace(document, segments=document.segments[1:])
+    length = sum(2 + math.prod(patch_grid(s.moments.shape[1:], patch_size)) for s in without.segments)
+    return sequence_length - 2 - length
 
 
 def patch_grid(grid: Sequence[int], patch_size: int) -> tuple[int, int]:
@@ -260,12 +272,14 @@ def collate(rows: Sequence[PackedSequence], draws: Sequence[ImageDraws], patch_s
         firsts = row_number * length + np.flatnonzero((row.grid_positions == 0).all(axis=1))
         draws_of_images = zip(drawn.noise, drawn.posterior_noise, drawn.u, strict=True)
         for image, numbers, first in zip(row.images, draws_of_images, firsts.tolist(), strict=True):
-            group = groups.setdefault(tuple(image.moments.shape[1:]), [])
-            group.append((image.moments, *numbers, image.before_caption, first))
+            group = groups.setdefault(image.grid, [])
+            group.append((image.array, *numbers, image.before_caption, first))
     images, token_index = {}, []
     for grid, group in sorted(groups.items()):
-        moments, noise, posterior_noise, u, before_caption, first_tokens = map(_padded, zip(*group, strict=True))
-        images[grid] = ImageBatch(moments, noise, posterior_noise, u, before_caption, num_valid=len(group))
+        stored, noise, posterior_noise, *others = zip(*group, strict=True)
+        posterior = None if posterior_noise[0] is None else _padded(posterior_noise)
+        u, before_caption, first_tokens = map(_padded, others)
+        images[grid] = ImageBatch(_padded(stored), _padded(noise), posterior, u, before_caption, num_valid=len(group))
         valid = torch.arange(len(first_tokens)) < len(group)
         patches = torch.arange(math.prod(patch_grid(grid, patch_size)))
         token_index.append(((first_tokens[:, None] + patches) * valid[:, None]).flatten())

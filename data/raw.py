@@ -4,6 +4,8 @@ Three kinds of input file. A .tar holds one document a record (img2dataset's lay
 .txt, or with one or a list of several in .json under "caption"; or, interleaved, a .json with "segments": texts and
 {"image": MEMBER} in order, where MEMBER is what follows the key in the member's name (`0.jpg` of `000012.0.jpg`). A
 .jsonl (.gz, .zst) holds a text a line under "text". A .txt is one text. What cannot be used is counted by reason.
+With `caption_keys` a picture's captions are what its .json holds under each of these keys, and its .txt under "txt";
+where several keys are named, each is a *kind* of caption, and a picture needs one of any kind.
 """
 
 import gzip
@@ -15,10 +17,11 @@ import reprlib
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from data.captions import check_weights
 from data.documents import MAX_SEGMENTS
 from data.inputs import expand
 from data.remote import shown, without_query
@@ -34,14 +37,25 @@ MAX_PICTURES = 1000  # of a document
 MAX_MEMBER_BYTES = 1 << 24  # of a record's .txt or .json; as Python objects, lists in JSON take 25 times their bytes
 _ZST_BYTES = 1024  # decompressed at once: they may expand 30,000-fold
 _BOM = "\ufeff"  # the byte order mark that some editors put before a text
+_TXT = "txt"  # the key that names the .txt member
 _NOTHING = ("nan", "none", "null")  # how tables spell a missing caption
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeysConfig:
-    # Key of a picture's caption in its .json; null: the .txt or, without one, "caption" in the .json.
-    caption_key: str | None = None
+    # Keys of a picture's captions in its .json, `txt` for its .txt, each with the weight with which training draws that
+    # kind of caption, 0 or more, such as {caption: 1, long_caption: 2}. {}: the .txt or, without one, "caption" in the
+    # .json. All captions are stored; other weights rewrite only the manifest.
+    caption_keys: dict[str, float] = field(default_factory=dict)
     text_key: str = "text"  # key of the text in a line of .jsonl
+
+    def __post_init__(self) -> None:
+        check_weights("caption_keys", self.caption_keys)
+
+    @property
+    def caption_kinds(self) -> dict[str, float]:
+        """Return the weights of the kinds of captions; one key makes no kinds."""
+        return {name: float(w) for name, w in self.caption_keys.items()} if len(self.caption_keys) > 1 else {}
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,8 @@ class RawDocument:
     info: dict[str, Any]  # kept for people
     input_bytes: int  # of its input file, roughly
     captions: tuple[str, ...] = ()  # all captions of a picture that has several; `segments` holds the first
+    caption_kinds: tuple[int, ...] = ()  # with several `caption_keys`: which of them gave each of `captions`
+    no_captions: dict[str, str] = field(default_factory=dict)  # with several: why a key gave none, such as "no caption"
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -84,7 +100,7 @@ def read_raw(file: Path, source: str, bad: BadRecords, names: KeysConfig | None 
             if key in keys:
                 raise BadRecord("duplicate key", where, "or its members are not consecutive")
             keys.add(key)
-            yield _document(record, key, where, names.caption_key)
+            yield _document(record, key, where, list(names.caption_keys))
         except BadRecord as error:
             bad.add(error)
 
@@ -98,15 +114,18 @@ def read_texts(inputs: Sequence[str], bad: BadRecords, names: KeysConfig) -> Ite
 
 
 def captions_of(record: Record, where: str, key: str | None = None) -> list[str]:
-    """Return a record's captions, from its .json with a `key` or without a .txt; raise BadRecord for none."""
-    if key is None and "txt" in record:
+    """Return a record's captions: its .txt, or what its .json holds under `key`; without a key, the former or else the
+    latter under "caption". Raise BadRecord for none.
+    """
+    if key in (None, _TXT) and "txt" in record:
         texts = _texts_of(_decoded(_member(record, "txt", where), "caption", where), "caption", where, "its .txt")
-    elif "json" in record:
+    elif key != _TXT and "json" in record:
         key = key or "caption"
         value = _value(_member(record, "json", where), key, "caption", where)
         texts = _texts_of(value, "caption", where, repr(key))
     else:
-        raise BadRecord("no caption", where, f"no .{'json' if key else 'txt and no .json'} among {sorted(record)}")
+        wanted = {None: "txt and no .json", _TXT: "txt"}.get(key, "json")
+        raise BadRecord("no caption", where, f"no .{wanted} among {sorted(record)}")
     return [text.strip() for text in texts]
 
 
@@ -126,7 +145,7 @@ def _member(record: Record, name: str, where: str) -> bytes:
     return data
 
 
-def _document(record: Record, key: str, where: str, caption_key: str | None) -> RawDocument:
+def _document(record: Record, key: str, where: str, caption_keys: list[str]) -> RawDocument:
     info, data = {}, _member(record, "json", where)
     with suppress(ValueError, RecursionError):
         info = json.loads(data)
@@ -134,10 +153,37 @@ def _document(record: Record, key: str, where: str, caption_key: str | None) -> 
     size = sum(map(len, record.values()))
     if "segments" in info:
         return RawDocument(key, where, tuple(_segments(info["segments"], record, where)), info, size)
-    picture, captions = picture_of(record, where), captions_of(record, where, caption_key)
-    if len(captions) == 1:
-        return RawDocument(key, where, (captions[0], picture), {**info, "caption": captions[0]}, size)
-    return RawDocument(key, where, (captions[0], picture), {**info, "caption": captions}, size, tuple(captions))
+    picture = picture_of(record, where)
+    if len(caption_keys) > 1:
+        found, missing = _captions_by_key(record, where, caption_keys)
+        kinds = tuple(caption_keys.index(name) for name, several in found.items() for _ in several)
+        captions = tuple(caption for several in found.values() for caption in several)
+        info |= {name: several if len(several) > 1 else several[0] for name, several in found.items()}
+        return RawDocument(key, where, (captions[0], picture), info, size, captions, kinds, missing)
+    texts = captions_of(record, where, *caption_keys)
+    if len(texts) == 1:
+        return RawDocument(key, where, (texts[0], picture), {**info, "caption": texts[0]}, size)
+    return RawDocument(key, where, (texts[0], picture), {**info, "caption": texts}, size, tuple(texts))
+
+
+def _captions_by_key(record: Record, where: str, keys: list[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return the captions of each key that gives some, and why each of the others gives none.
+
+    Raises BadRecord if none does: with their common reason, or as a record without a caption.
+    """
+    found: dict[str, list[str]] = {}
+    errors: dict[str, BadRecord] = {}
+    for key in keys:
+        try:
+            found[key] = captions_of(record, where, key)
+        except BadRecord as error:
+            errors[key] = error
+    reasons = {key: error.reason for key, error in errors.items()}
+    if not found:
+        if len(set(reasons.values())) == 1:
+            raise errors[keys[0]]
+        raise BadRecord("no caption", where, ", ".join(f"{key}: {reason}" for key, reason in reasons.items()))
+    return found, reasons
 
 
 def _segments(listed: Any, record: Record, where: str) -> Iterator[str | bytes]:
@@ -236,7 +282,8 @@ def _value(data: bytes, key: str, kind: str, where: str) -> Any:
     if not isinstance(info, dict):
         raise BadRecord(f"no {kind}", where, f"its JSON is {reprlib.repr(info)}, expected an object")
     if key not in info:
-        found = f"{kind}_key=KEY chooses one of {sorted(info)[:20]}" if info else "the object is empty"
+        option = "caption_keys={KEY: 1}" if kind == "caption" else f"{kind}_key=KEY"
+        found = f"{option} chooses one of {sorted(info)[:20]}" if info else "the object is empty"
         raise BadRecord(f"no {kind}", where, f"no {key!r} in its JSON: {found}")
     return info[key]
 

@@ -74,12 +74,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture (uint8 [H, W, 3]) with the caption and the shapes it shows."""
+    """A picture (uint8 [H, W, 3]) with the caption and the shapes it shows.
+
+    `captions` are up to three of different wordings, `caption` first; the others are of wordings that training allows.
+    """
 
     picture: np.ndarray
     caption: str
     shapes: tuple[Shape, ...]
     wording: int
+    captions: tuple[str, ...]
 
 
 def caption(shapes: tuple[Shape, ...], wording: int) -> str:
@@ -168,7 +172,8 @@ def training_example(splits: Splits, index: int, resolution: int, two_shapes_sha
         shapes = _random_pair(splits, rng) if two else (splits.trained[rng.integers(len(splits.trained))],)
         wording = int(rng.integers(len(PAIR_WORDINGS if two else WORDINGS)))
         if splits.trains(shapes, wording):
-            return Example(draw(shapes, rng, resolution), caption(shapes, wording), shapes, wording)
+            captions = _captions(splits, shapes, wording, 0, index)
+            return Example(draw(shapes, rng, resolution), captions[0], shapes, wording, captions)
 
 
 def held_out_examples(splits: Splits, resolution: int, num_two_shapes: int) -> Iterator[tuple[str, Example]]:
@@ -185,8 +190,20 @@ def held_out_examples(splits: Splits, resolution: int, num_two_shapes: int) -> I
         if splits.holds_out_pair(pair):
             pairs.setdefault(tuple(sorted(pair)), pair)
     wanted += [("two_shapes", pair, int(rng.integers(len(PAIR_WORDINGS)))) for pair in pairs.values()]
-    for split, shapes, wording in wanted:
-        yield split, Example(draw(shapes, rng, resolution), caption(shapes, wording), shapes, wording)
+    for index, (split, shapes, wording) in enumerate(wanted):
+        captions = _captions(splits, shapes, wording, 1, index)
+        yield split, Example(draw(shapes, rng, resolution), captions[0], shapes, wording, captions)
+
+
+def _captions(splits: Splits, shapes: tuple[Shape, ...], wording: int, stream: int, index: int) -> tuple[str, ...]:
+    """Describe a scene in this wording, and in up to two others that training allows.
+
+    They are drawn from a generator of their own, so that they change nothing else.
+    """
+    rng = np.random.default_rng((splits.seed, 3, stream, index))
+    order = rng.permutation(len((WORDINGS, PAIR_WORDINGS)[len(shapes) - 1])).tolist()
+    others = (other for other in order if other != wording and splits.trains(shapes, other))
+    return tuple(caption(shapes, w) for w in (wording, *itertools.islice(others, 2)))
 
 
 def _random_pair(splits: Splits, rng: np.random.Generator) -> tuple[Shape, Shape]:

@@ -3,27 +3,46 @@
 An epoch permutes the shards, lays their documents end to end and cuts L ranges of equal tokens at document borders
 (equal documents would let lanes drift apart); a lane reads its range, shuffling within bounded blocks. Rejected:
 shards dealt out to ranks and workers, which would make the order depend on both.
+
+Ranges count each picture's longest caption, as the index does, and not the one drawn: they are then the same for any
+weights, and each document is still in one range. Lanes of equal bounds draw nearly equal numbers of tokens: the
+difference is that between the shares of captions drawn short, which averages out over a range of many documents, and
+what it leaves moves only the place where a lane's epoch ends.
 """
 
 import bisect
 import errno
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial, reduce
 
 import numpy as np
 from omegaconf import MISSING
 
+from data.captions import check_weights
 from data.documents import OrderConfig, arrange, check_document, decode_document, seed_from
 from data.manifest import Manifest
-from data.packing import Piece, lay_out
+from data.packing import Piece, caption_room, lay_out
 from data.shards import BadRecord, Record, read_at
 from data.storage import Location
 from data.tokenizer import SpecialIds
 from data.watch import ReadWatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOrderConfig:
+    caption_first: float | None = None  # `data.order.caption_first` of this source, in [0, 1]; null: the common one
+    caption_dropout: float | None = None  # `data.order.caption_dropout` of this source, in [0, 1]; null: the common one
+
+    def __post_init__(self) -> None:
+        self.over(OrderConfig())  # which refuses what is no share
+
+    def over(self, common: OrderConfig) -> OrderConfig:
+        """Return the order in force, where `common` is that of all sources."""
+        return replace(common, **{name: share for name, share in vars(self).items() if share is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +52,13 @@ class SourceConfig:
     # Weights that take over from given steps on, such as {20000: 0.5, 30000: 0}. A resume may change future ones.
     weight_from: dict[str, float] = field(default_factory=dict)
     repeat: bool = True  # start another epoch when one ends; false: the others take over its share
+    # Weights by which kinds of captions are drawn, such as {caption: 1, long_caption: 2}, instead of those given as
+    # caption_keys when the data was encoded; 0 or more, kinds left out count as 0. {}: those of the encoding.
+    captions: dict[str, float] = field(default_factory=dict)
+    order: SourceOrderConfig = field(default_factory=SourceOrderConfig)
 
     def __post_init__(self) -> None:
+        check_weights("captions", self.captions)
         for step, weight in self.weight_from.items():
             if not (step.isdecimal() and step == str(int(step)) and int(step) > 1 and 0 <= weight < math.inf):
                 raise ValueError(f"weight_from: {step}: {weight}: expected a step, 2 or more, and a weight, 0 or more")
@@ -73,9 +97,11 @@ class Source:
         watch: ReadWatch,
         read_ahead: int,
         too_long: Iterable[tuple[int, int]],
+        caption_weights: Sequence[float] = (),
     ):
         self.number, self.config, self.manifest, self.settings, self.watch = number, config, manifest, settings, watch
         self.read_ahead = read_ahead  # documents that each lane requests in advance
+        self.order, self.caption_weights = config.order.over(settings.order), caption_weights
         self.too_long = frozenset(too_long)  # (shard, record), reported at start already
         self._shard_tokens = np.array([shard.tokens(settings.patch_size) for shard in manifest.shards], dtype=np.int64)
         open_shards = 2 * settings.lanes + 16  # a lane's block touches one or two
@@ -86,7 +112,7 @@ class Source:
         self._epoch = lru_cache(4)(self._lay_out_epoch)
         self._range = lru_cache(4 * settings.lanes)(self._cut_range)
         self._block = lru_cache(2 * settings.lanes)(self._permute_block)
-        self._channels = manifest.latent_spec.channels if manifest.latent_spec is not None else 0
+        self._kind, self._channels = manifest.kind_and_channels
 
     def position(self, epoch: int, lane: int, ordinal: int) -> tuple[int, int] | None:
         """Return (shard, record) of the lane's `ordinal`-th document in `epoch`, None past its range."""
@@ -127,11 +153,20 @@ class Source:
             self.watch.end()
         settings = self.settings
         document = decode_document(members, where)
-        check_document(document, self.manifest.vocab_size, self._channels, where)
-        document = arrange(
-            document, settings.order, seed=settings.seed, epoch=epoch, source=self.number, shard=shard, record=record
-        )
+        kinds = len(self.caption_weights)
+        check_document(document, self.manifest.vocab_size, self._kind, self._channels, where, kinds)
         try:
+            document = arrange(
+                document,
+                self.order,
+                seed=settings.seed,
+                epoch=epoch,
+                source=self.number,
+                shard=shard,
+                record=record,
+                weights=self.caption_weights,
+                room=caption_room(document, settings.patch_size, settings.sequence_length),
+            )
             piece = lay_out(document, settings.special, settings.patch_size)
         except ValueError as error:
             raise BadRecord("latent grid not tiled by patches", where, str(error)) from None

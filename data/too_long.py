@@ -2,13 +2,14 @@
 not each time a lane meets them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
 import numpy as np
 
-from data.documents import Document, decode_document
+from data.captions import drawable
+from data.documents import CELL_BYTES, Document, decode_document
 from data.manifest import Manifest
 from data.packing import lay_out
 from data.shards import BadRecord, read_at
@@ -18,19 +19,25 @@ MAX_EXAMINED = 4096  # documents of a data set that are read to see whether they
 
 
 def find_too_long(
-    manifest: Manifest, special: SpecialIds, patch_size: int, sequence_length: int
+    manifest: Manifest,
+    special: SpecialIds,
+    patch_size: int,
+    sequence_length: int,
+    caption_weights: Sequence[float] = (),
 ) -> Iterator[tuple[int, int]]:
-    """Yield (shard, record) of documents that are longer than a sequence wherever they are cut.
+    """Yield (shard, record) of documents that are longer than a sequence wherever they are cut, whichever of their
+    captions is drawn by these weights.
 
     Looks only at documents with one image, as others can be cut, and not at remote data, where it could take hours.
     Whatever it misses is skipped when a lane meets it.
     """
-    channels = manifest.latent_spec.channels if manifest.latent_spec is not None else 0
+    kind, channels = manifest.kind_and_channels
     examined = 0
     for shard, entry in enumerate(() if manifest.store.is_remote else manifest.shards):
-        # Bytes of an image's moments and of as many token ids as fill the rest of a sequence: few shards hold more.
+        # Bytes of an image and of as many token ids as fill the rest of a sequence: few shards hold more.
         least = [
-            4 * (sequence_length - 4 - (h // patch_size) * (w // patch_size) + channels * h * w) for h, w in entry.sizes
+            4 * (sequence_length - 4 - (h // patch_size) * (w // patch_size)) + CELL_BYTES[kind] * channels * h * w
+            for h, w in entry.sizes
         ]
         if not least or entry.largest_record < min(least):
             continue
@@ -44,7 +51,8 @@ def find_too_long(
                 with suppress(OSError, ValueError):  # a bad record is counted when it is met
                     document = decode_document(read_at(read, index.spans[record], entry.name), entry.name)
                     if document.captions:
-                        longest = max(document.captions, key=lambda caption: len(caption.token_ids))
-                        document = Document((longest, *document.segments[1:]))
+                        choices = drawable(len(document.captions), document.caption_kinds, caption_weights)
+                        captions = sorted((document.captions[i] for i in choices), key=lambda c: len(c.token_ids))
+                        document = Document((*captions[:1], *document.segments[1:]))
                     if lay_out(document, special, patch_size).longest_uncut > sequence_length:
                         yield shard, record

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.cache import KVCache, NextTokens, to_device
+from model.guidance import guided
 from model.linear import HAS_ONEDNN
 from model.transfusion import Grid, Transfusion
 
@@ -22,7 +23,7 @@ TOKENS = 2048
 
 
 class CachedModel:
-    """`rows` documents in one cache and, for guidance, an unconditional prefix in another."""
+    """`rows` documents in one cache; for guidance another, with an unconditional prefix or the rows of a guide."""
 
     def __init__(
         self,
@@ -33,10 +34,12 @@ class CachedModel:
         picture: int,
         unconditional: list[int] | None,
         batch: int,
+        guide: Transfusion | None = None,
     ) -> None:
         """Allocate for at most `length` tokens per row, `chunk` of text per forward, `picture` per new picture.
 
-        `batch` is the rows of a full batch, of which there may be fewer here.
+        `batch` is the rows of a full batch, of which there may be fewer here. A `guide`, of the same patch size, sees
+        all that is appended.
         """
         trunk, weight = model.config.transformer, model.text_head.weight
         self.model, self.device, self.batch = model, weight.device, batch
@@ -50,6 +53,9 @@ class CachedModel:
 
         self._conditional = cache(rows, length + chunk, 64)
         self._last_hidden = torch.zeros(rows, trunk.width, dtype=weight.dtype, device=self.device)
+        self._guide: CachedModel | None = None
+        if guide is not None:
+            self._guide = CachedModel(guide, rows, length, chunk, picture, None, batch)
         self._unconditional: KVCache | None = None
         if unconditional is not None:
             copies = min(rows, self._most_rows(picture))
@@ -65,6 +71,8 @@ class CachedModel:
     def chunks(self, rows: Sequence[int], count: int) -> list[list[int]]:
         """Return `rows` in the order and the portions in which they run `count` tokens each."""
         order, most = self._arrange(rows, count), self._most_rows(count)
+        if self._guide is not None:
+            assert self._guide._arrange(rows, count) == order, "the guide's rows lie elsewhere"
         return [order[start : start + most] for start in range(0, len(order), most)]
 
     @torch.no_grad()
@@ -74,6 +82,8 @@ class CachedModel:
             slots = [self._slots[row] for row in rows]
             hidden = self._run_text(self._conditional, slots, [pieces[row] for row in rows], width)
             self._last_hidden[to_device(torch.tensor(rows), self.device)] = hidden
+        if self._guide is not None:
+            self._guide.append_text(pieces, width)
 
     @torch.no_grad()
     def append_images(self, images: Mapping[int, Tensor]) -> None:
@@ -85,6 +95,8 @@ class CachedModel:
             latents = torch.stack([images[row] for row in rows]).to(self.device)
             self._run_image(self._image_tokens([(self._conditional, slots)], grid), latents, 0)
             self._conditional.advance(slots, [count] * len(slots))
+        if self._guide is not None:
+            self._guide.append_images(images)
 
     @torch.no_grad()
     def logits(self, rows: Sequence[int]) -> Tensor:
@@ -93,26 +105,31 @@ class CachedModel:
         hidden = self._last_hidden[to_device(torch.tensor(chosen), self.device)]
         return self.model.text_logits(hidden)[: len(rows)].float()
 
-    def denoiser(self, rows: Sequence[int], grid: Grid) -> Callable[[Tensor, int, float], Tensor]:
+    def denoiser(
+        self, rows: Sequence[int], grid: Grid, rescale: float = 0.0
+    ) -> Callable[[Tensor, float, float], Tensor]:
         """Return (x_t f32 [r, C, h, w], t, guidance) -> the noise head's prediction f32 [r, C, h, w].
 
         For pictures at the end of `rows`, one of `chunks`, while nothing is appended to them; nothing is kept. The
-        prediction is unconditional + guidance * (conditional - unconditional) (Ho & Salimans 2021), both in one
-        forward; with guidance 1 the unconditional branch is not run.
+        prediction is `guided` by the guide's or, without a guide, by the unconditional one, which shares the forward;
+        with guidance 1 neither is run.
         """
         parts = [(self._conditional, [self._slots[row] for row in rows])]
         alone = self._image_tokens(parts, grid)
         both = None
         if self._unconditional is not None:
             both = self._image_tokens([*parts, (self._unconditional, range(len(rows)))], grid)
+        guide = None if self._guide is None else self._guide.denoiser(rows, grid)
 
         @torch.no_grad()
-        def predict(x_t: Tensor, t: int, guidance: float) -> Tensor:
+        def predict(x_t: Tensor, t: float, guidance: float) -> Tensor:
             if guidance == 1:
                 return self._run_image(alone, x_t, t)
-            assert both is not None, "guidance without an unconditional prefix"
+            if guide is not None:
+                return guided(self._run_image(alone, x_t, t), guide(x_t, t, 1), guidance, rescale)
+            assert both is not None, "guidance without a guide or an unconditional prefix"
             conditional, unconditional = self._run_image(both, x_t.repeat(2, 1, 1, 1), t).chunk(2)
-            return unconditional + guidance * (conditional - unconditional)
+            return guided(conditional, unconditional, guidance, rescale)
 
         return predict
 
@@ -136,7 +153,7 @@ class CachedModel:
         causal = self.model.config.image_attention == "causal"
         return NextTokens(parts, count, causal, self._padding(rows, count, len(parts)))
 
-    def _run_image(self, tokens: NextTokens, latents: Tensor, t: int) -> Tensor:
+    def _run_image(self, tokens: NextTokens, latents: Tensor, t: float) -> Tensor:
         """Return the prediction f32 [R, C, h, w] for images [R, C, h, w] in the next places of their rows."""
         (rows, _, h, w), (forward_rows, count) = latents.shape, tokens.position_ids.shape
         timesteps = torch.full((1,), t, device=self.device)  # of all: one row in any forward, so always the same bits

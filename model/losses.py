@@ -28,16 +28,18 @@ def linear_cross_entropy(
     return total, (targets != IGNORE).sum()
 
 
-def noise_error(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return (f32 sum over valid images of weight * mean squared error, int64 number of valid images).
+def noise_error(
+    pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (f32 sum over valid images of weight * mean squared error, int64 number of valid images), and of each.
 
     `pred`, `target` [N, C, h, w]; `valid` bool [N]; `weight` f32 [N]. The mean is over one image's elements, so every
-    image counts once, whatever its size (the paper, equation 3).
+    image counts once, whatever its size (the paper, equation 3). Third come these means f32 [N], without weight or
+    gradient.
     """
-    error = (pred.float() - target.float()).square().flatten(1).mean(1)
-    if weight is not None:
-        error = error * weight
-    return torch.where(valid, error, 0.0).sum(), valid.sum()
+    means = (pred.float() - target.float()).square().flatten(1).mean(1)
+    error = means if weight is None else means * weight
+    return torch.where(valid, error, 0.0).sum(), valid.sum(), means.detach()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

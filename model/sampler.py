@@ -6,9 +6,11 @@ both guidance branches in one forward (the unconditional one has the prefix `BOS
 last, at t = 0, for the text after it.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,58 +18,12 @@ from torch import Tensor
 
 from model.cache import to_device
 from model.cached_model import CachedModel
-from model.diffusion import (
-    DiffusionConfig,
-    Spacing,
-    alphas_cumprod,
-    ddim_step,
-    ddpm_step,
-    dpmpp_step,
-    sampling_timesteps,
-    to_x0_and_eps,
-)
+from model.denoising import denoise
+from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
 from model.nucleus import sample_tokens
+from model.sampler_config import SamplerConfig
 from model.transfusion import Grid, Transfusion
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"  # ancestral, DDIM with eta, or DPM-Solver++(2M)
-    steps: int = 250  # denoising steps per picture, 1...num_timesteps
-    spacing: Spacing = "leading"  # which timesteps: leading, trailing or linspace, as in diffusers
-    eta: float = 0.0  # DDIM's noise, 0 (deterministic)...1 (as DDPM)
-    guidance: float = 3.0  # classifier-free guidance scale, 0 or more; 1 is none (the paper: 5 and 3)
-    # Lowest and highest timestep, 0...num_timesteps - 1, at which guidance acts (Kynkäänniemi et al. 2024); elsewhere
-    # the unconditional branch is not run. null: all timesteps.
-    guidance_interval: tuple[int, int] | None = None
-    clip_x0: float | None = None  # bound on the predicted clean latents' magnitude, > 0; null: none
-    temperature: float = 1.0  # of text, 0 (greedy) or more
-    top_p: float = 1.0  # text tokens are drawn from the smallest set that holds this probability, (0, 1]
-    max_new_tokens: int = 256  # text tokens sampled per row, 0 or more
-    max_images: int = 1  # pictures drawn per row, 0 or more
-    # Tokens a row may hold, prompt included; null: what the longest row of the batch can need.
-    max_length: int | None = None
-    prefill_chunk: int = 64  # prompt tokens per forward, >= 1
-
-    def __post_init__(self) -> None:
-        lowest, highest = self.guidance_interval or (0, 0)
-        expectations = {
-            "steps": (self.steps >= 1, "at least 1"),
-            "eta": (0 <= self.eta <= 1, "0...1"),
-            "guidance": (self.guidance >= 0, "0 or more; 1 is no guidance"),
-            "guidance_interval": (0 <= lowest <= highest, "[lowest, highest] timestep, or null for all"),
-            "clip_x0": (self.clip_x0 is None or self.clip_x0 > 0, "a positive number, or null for none"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "max_new_tokens": (self.max_new_tokens >= 0, "0 or more"),
-            "max_images": (self.max_images >= 0, "0 or more"),
-            "max_length": (self.max_length is None or self.max_length >= 1, "at least 1, or null"),
-            "prefill_chunk": (self.prefill_chunk >= 1, "at least 1"),
-        }
-        for name, (holds, expected) in expectations.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -102,32 +58,26 @@ def generate(
     draws: SeededDraws,
     progress: Callable[[float], object] = lambda rows: None,
     batch: int | None = None,
+    guide: Transfusion | None = None,
 ) -> list[list[Tensor]]:
     """Return for each prompt what follows it: text int64 [len] without special tokens, and latents f32 [C, h, w].
 
     The model is unsharded; `grid` is the latent size (h, w) of new pictures. `progress(rows)` is called with the
     fraction of rows that each forward completed; the sum is the number of prompts. `batch` is the rows of a full batch,
-    if these are its incomplete last one: on CUDA, bits are the same at the same `batch`. Raises ValueError for a prompt
-    that does not fit in `max_length`.
+    if these are its incomplete last one: on CUDA, bits are the same at the same `batch`. A `guide` of the same tokens,
+    latents and patch size is the weak model of guidance, in place of the model without its prompt. Raises ValueError
+    for a prompt that does not fit in `max_length`.
     """
     if not prompts:
         return []
-    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws, progress, batch or len(prompts))
+    batch = batch or len(prompts)
+    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws, progress, batch, guide)
     decoding.prefill()
     while not all(row.mode == "done" for row in decoding.rows):
         decoding.text_mode()
         if any(row.mode == "image" for row in decoding.rows):
             decoding.image_mode()
     return [row.segments() for row in decoding.rows]
-
-
-def first_step_error(config: SamplerConfig, diffusion: DiffusionConfig) -> float:
-    """Return the factor by which the first denoising step, by DDIM, multiplies an error of the predicted noise."""
-    table = alphas_cumprod(diffusion.num_timesteps).tolist()
-    first, *rest = sampling_timesteps(config.steps, config.spacing, diffusion.num_timesteps)
-    error, none = torch.ones(1), torch.zeros(1)
-    x0, eps = to_x0_and_eps(error, none, table[first], "eps")
-    return ddim_step(x0, eps, table[first], table[rest[0]] if rest else 1.0, 0.0, None).abs().item()
 
 
 @dataclass
@@ -171,17 +121,20 @@ class _Decoding:
         draws: SeededDraws,
         progress: Callable[[float], object],
         batch: int,
+        guide: Transfusion | None,
     ) -> None:
         self._progress, self._reported = progress, 0.0
-        self.config, self.diffusion, self.special, self.draws = config, diffusion, special, draws
+        self.config, self.diffusion = config.suited_to(diffusion), diffusion
+        self.special, self.draws = special, draws
         self.patch_size = model.config.patch_size
         self.shape = (model.config.latent_channels, *grid)  # of a picture
         self.patches = self._num_patches(self.shape)
         self.rows = [self._start(prompt) for prompt in prompts]
         self.max_length = self._max_length()
-        unconditional = None if config.guidance == 1 else [special.bos, special.boi]
+        guide = None if config.guidance == 1 else guide
+        unconditional = None if config.guidance == 1 or guide is not None else [special.bos, special.boi]
         sizes = (self.max_length, config.prefill_chunk, self.patches)
-        self.cached_model = CachedModel(model, len(self.rows), *sizes, unconditional, batch)
+        self.cached_model = CachedModel(model, len(self.rows), *sizes, unconditional, batch, guide)
         never = torch.zeros(model.vocab_size, dtype=torch.bool)
         never[[special.bos, special.eoi, *special.never]] = True
         self._never = never.to(self.cached_model.device)
@@ -247,30 +200,9 @@ class _Decoding:
 
     def _denoise(self, chosen: Sequence[int]) -> Tensor:
         """Return clean latents f32 [r, C, h, w], denoised after the chosen rows; the cache keeps nothing of them."""
-        config, table = self.config, alphas_cumprod(self.diffusion.num_timesteps).tolist()
-        timesteps = sampling_timesteps(config.steps, config.spacing, self.diffusion.num_timesteps)
-        stochastic = config.sampler == "ddpm" or (config.sampler == "ddim" and config.eta > 0)
-        lowest, highest = config.guidance_interval or (0, self.diffusion.num_timesteps)
-        predict = self.cached_model.denoiser(chosen, self.shape[1:])
-        before: tuple[Tensor, float] | None = None
-        x_t = self._noise(chosen, 0)
-        for step, t in enumerate(timesteps):
-            last = step + 1 == len(timesteps)
-            alpha, alpha_prev = table[t], 1.0 if last else table[timesteps[step + 1]]
-            pred = predict(x_t, t, config.guidance if lowest <= t <= highest else 1.0)
-            x0, eps = to_x0_and_eps(pred, x_t, alpha, self.diffusion.prediction)
-            if config.clip_x0 is not None:
-                x0 = x0.clamp(-config.clip_x0, config.clip_x0)
-                _, eps = to_x0_and_eps(x0, x_t, alpha, "x0")
-            noise = self._noise(chosen, step + 1) if stochastic and not last else None
-            if config.sampler == "ddpm":
-                x_t = ddpm_step(x_t, x0, alpha, alpha_prev, noise)
-            elif config.sampler == "ddim":
-                x_t = ddim_step(x0, eps, alpha, alpha_prev, config.eta, noise)
-            else:
-                x_t, before = dpmpp_step(x_t, x0, alpha, alpha_prev, before), (x0, alpha)
-            self._report(chosen, step + 1)
-        return x_t
+        predict = self.cached_model.denoiser(chosen, self.shape[1:], self.config.guidance_rescale)
+        noise, report = partial(self._noise, chosen), partial(self._report, chosen)
+        return denoise(predict, noise, self.config, self.diffusion, math.prod(self.shape), report)
 
     def _report(self, drawing: Sequence[int] = (), steps: int = 0) -> None:
         """Report progress since the last report, in rows; rows that are `drawing` are `steps` into a picture."""

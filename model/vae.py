@@ -1,21 +1,16 @@
-"""The VAE: diffusers' AutoencoderKL, its loss, and the whitening of its latents.
+"""The VAE that train.vae trains: diffusers' AutoencoderKL, and its loss.
 
 Border: pixels f32 [N, 3, H, W] in [-1, 1] on one side, *moments* [N, 2C, h, w] (mean, then log-variance) on the other.
-Shards hold moments; training draws latents from them with its own noise and whitens them per channel. diffusers is
-imported only in the functions that build a VAE: the import takes three seconds, and most programs never need it.
+diffusers is imported only in the function that builds a VAE: the import takes three seconds.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from model import discriminator, perceptual
-from model.vae_folder import find_vae
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -104,32 +99,6 @@ class VaeLossConfig:
         return self.gan_weight if step >= self.gan_start_step else 0.0
 
 
-@dataclass(frozen=True)
-class LatentStats:
-    """Per-channel mean and standard deviation of sampled latents, float [C]; whitened latents have 0 and 1."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __post_init__(self) -> None:
-        if self.mean.shape != self.std.shape or self.mean.ndim != 1:
-            raise ValueError(f"latent mean {list(self.mean.shape)}, std {list(self.std.shape)}: expected [C] both")
-        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.std).all() and (self.std > 0).all()):
-            raise ValueError(f"latent mean {self.mean.tolist()}, std {self.std.tolist()}: expected finite and std > 0")
-
-    def whiten(self, latents: Tensor) -> Tensor:
-        """Map raw latents [N, C, h, w] to mean 0, deviation 1, in f32."""
-        return (latents.float() - self._per_channel(self.mean, latents)) / self._per_channel(self.std, latents)
-
-    def unwhiten(self, latents: Tensor) -> Tensor:
-        return latents.float() * self._per_channel(self.std, latents) + self._per_channel(self.mean, latents)
-
-    @staticmethod
-    def _per_channel(value: Tensor, latents: Tensor) -> Tensor:
-        assert latents.shape[1] == len(value), (latents.shape, value.shape)
-        return value.to(latents.device, torch.float32)[:, None, None]
-
-
 def build_vae(config: VaeConfig) -> "AutoencoderKL":
     """Return a freshly initialised VAE; its scaling factor is 1, since LatentStats whitens."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -147,93 +116,10 @@ def build_vae(config: VaeConfig) -> "AutoencoderKL":
     )
 
 
-def load_vae(folder_or_hub_id: str | Path) -> "AutoencoderKL":
-    """Load a VAE in diffusers' layout from a folder or the hub, safetensors only (P11), by `find_vae`'s rules.
-
-    Raises FileNotFoundError for a missing folder, ValueError for one without a VAE or whose weights do not match its
-    config: diffusers would initialise missing weights at random.
-    """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    source, reasons = find_vae(str(folder_or_hub_id)), []
-    options = {"variant": source.variant, "low_cpu_mem_usage": False, "output_loading_info": True}
-    for folder in (None, "vae") if source.is_hub_id else (None,):  # where a pipeline's repository has it
-        try:
-            vae, loading = AutoencoderKL.from_pretrained(source.name, subfolder=folder, use_safetensors=True, **options)
-            break
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            reasons.append(" ".join(str(error).split())[:400])
-    else:
-        raise ValueError(f"vae={folder_or_hub_id}: not an AutoencoderKL in safetensors: {reasons[0]}")
-    problems = [f"{name} is missing" for name in sorted(loading["missing_keys"])]
-    problems += [f"{name} is not in the model" for name in sorted(loading["unexpected_keys"])]
-    if problems:
-        raise ValueError(
-            f"vae={folder_or_hub_id}: its weights do not match its config.json: {'; '.join(problems[:4])}"
-            + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
-            + "; restore the folder"
-        )
-    return vae
-
-
-def stride_of(vae: "AutoencoderKL") -> int:
-    """Return the pixels a latent cell, along each side: every block but the last halves."""
-    return 2 ** (len(vae.config["block_out_channels"]) - 1)
-
-
-def states_scaling(vae: "AutoencoderKL") -> bool:
-    """Return whether the VAE's config.json states a scaling; if not, diffusers fills in 0.18215."""
-    return "scaling_factor" not in vae.config.get("_use_default_values", ())
-
-
-def stated_stats(vae: "AutoencoderKL") -> LatentStats:
-    """Return the scaling that the VAE's config states, as f64 statistics: whitening by them is diffusers' formula.
-
-    That is (z - shift_factor) * scaling_factor or, where the config has them, (z - latents_mean) * scaling_factor /
-    latents_std, as in diffusers' Stable Diffusion (XL, 3) pipelines. Mean 0 and deviation 1 mean no scaling.
-    Raises ValueError for invalid numbers.
-    """
-    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-    factor, shift, mean, std = (vae.config.get(name) for name in names)
-    channels = vae.config["latent_channels"]
-    try:
-        if (mean is None) != (std is None):
-            raise ValueError("expected latents_mean and latents_std, or neither")
-        if mean is None or std is None:
-            mean, std = [shift or 0.0] * channels, [1.0] * channels
-        if not len(mean) == len(std) == channels:
-            raise ValueError(f"expected {channels} channels")
-        if factor is None or not factor > 0:
-            raise ValueError("expected scaling_factor > 0")
-        return LatentStats(torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64) / factor)
-    except (TypeError, ValueError) as error:
-        stated = ", ".join(f"{name}={vae.config.get(name)}" for name in names)
-        raise ValueError(
-            f"the VAE's config states {stated}: {error}; correct its config.json, or use latent_stats=measured"
-        ) from None
-
-
-def vae_hash(vae: "AutoencoderKL") -> str:
-    """Return 16 hex digits that identify the VAE by its structure and the bits of its weights, not its location."""
-    digest = hashlib.sha256()
-    kept = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    digest.update(json.dumps(kept, sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
 def moments(vae: "AutoencoderKL", pixels: Tensor) -> Tensor:
     """Encode f32 [N, 3, H, W] in [-1, 1] to mean and log-variance [N, 2C, h, w]; the latter is in [-30, 20]."""
     posterior = vae.encode(pixels).latent_dist
     return torch.cat([posterior.mean, posterior.logvar], dim=1)
-
-
-def sample_latents(moments: Tensor, noise: Tensor) -> Tensor:
-    """Draw raw latents f32 [N, C, h, w] from moments [N, 2C, h, w] with standard normal noise [N, C, h, w]."""
-    mean, logvar = moments.float().chunk(2, dim=1)
-    return mean + torch.exp(0.5 * logvar) * noise
 
 
 def decode(vae: "AutoencoderKL", latents: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ class Cases(Readers):
 
 def equal(a: Piece, b: Piece) -> bool:
     """Whether two documents are the same, to the bit."""
-    images = [[image.segment.moments.tobytes() for image in piece.images] for piece in (a, b)]
+    images = [[image.segment.array.tobytes() for image in piece.images] for piece in (a, b)]
     return np.array_equal(a.input_ids, b.input_ids) and np.array_equal(a.labels, b.labels) and images[0] == images[1]
 
 

@@ -33,8 +33,9 @@ REASONS = {
     *("truncated", "broken header", "oversized member", "oversized record", "unsafe member name", "duplicate member"),
     *("member is not a file", "member name is not UTF-8", "sparse member"),
     # of encoded shards
-    *("checksum", "unreadable shard", "unreadable index", "no tokens and no moments", "empty document", "wrong array"),
+    *("checksum", "unreadable shard", "unreadable index", "no tokens and no image", "empty document", "wrong array"),
     *("wrong segments", "wrong captions", "too many segments", "missing image", "undecodable array"),
+    *("several kinds of one image", "another kind of image"),
     *("non-finite latents", "longer than a sequence"),
     *("latent variance out of range", "token id out of range", "latent grid not tiled by patches"),
     # of raw files
@@ -108,7 +109,7 @@ class Readers:
         """Return as bytes a document that may be trained on, None for a bad one."""
         try:
             document = decode_document(record, "here")
-            check_document(document, self.tokenizer.vocab_size, 2, "here")
+            check_document(document, self.tokenizer.vocab_size, "moments", 2, "here")
         except BadRecord as error:
             self.bad(error.reason, str(error))
             return None
@@ -116,10 +117,10 @@ class Readers:
         parts = []
         for segment in document.segments:
             if isinstance(segment, ImageSegment):
-                mean, logvar = np.split(segment.moments.astype(np.float64), 2)
+                mean, logvar = np.split(segment.array.astype(np.float64), 2)
                 check(len(mean) == 2 and mean.size and np.isfinite(mean).all(), "means")
                 check((np.abs(logvar) <= 30).all(), "log variances")
-                parts.append(b"image %r " % (segment.moments.shape,) + segment.moments.tobytes())
+                parts.append(b"image %r " % (segment.array.shape,) + segment.array.tobytes())
             else:
                 ids = segment.token_ids
                 is_good = ids.dtype == np.int64 and len(ids) and 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size

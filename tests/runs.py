@@ -14,7 +14,7 @@ import torch
 from bench.job import NUMBERS, SMALL_RUN, read_checkpoint, rows
 from bench.ranks import ProgramRanks
 from data.tokenizer import Tokenizer
-from model.vae import load_vae, vae_hash
+from model.autoencoders import load_latent_space
 from tests.sources import make_source, pairs
 from train import pretrain
 from train.checkpoints import checkpoint
@@ -148,7 +148,8 @@ PROMPTS = ["a large red circle", "3 small blue squares"]
 def drawing_run(folder: Path, tokenizer: Tokenizer, vae: Path) -> DrawingRun:
     """Train six steps on random latents that claim to be of `vae`; previews and offline wandb are on."""
     documents = pairs(40, grids=[(8, 8)])
-    data = make_source(folder / "data", tokenizer, documents, shard_sizes=[20, 20], vae_hash=vae_hash(load_vae(vae)))
+    hashed = load_latent_space(vae).hash
+    data = make_source(folder / "data", tokenizer, documents, shard_sizes=[20, 20], vae_hash=hashed)
     argv = settings(
         folder / "run",
         tokenizer,

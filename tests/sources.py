@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.dataset import DataConfig
-from data.documents import document_sizes, encode_record
+from data.documents import ImageKind, ImageSegment, document_sizes, encode_record
 from data.manifest import LatentSpec, Manifest, shard_entry
 from data.shard_index import index_path
 from data.shards import BadRecords, Record, index_shard, read_shard, write_shard
@@ -20,7 +20,7 @@ from data.source import SourceConfig
 from data.storage import Store
 from data.tokenizer import Tokenizer
 
-Content = tuple[np.ndarray | None, ...]  # a document's segments: token ids int32 [len], moments f16 [2C, h, w]
+Content = tuple[np.ndarray | None, ...]  # a document's segments: token ids int32 [len], images as their kind is kept
 
 
 def texts(count: int, *, lengths: tuple[int, int] = (1, 40), seed: int = 0, vocab_size: int = 270) -> list[Content]:
@@ -37,14 +37,18 @@ def pairs(
     lengths: tuple[int, int] = (1, 8),
     seed: int = 0,
     channels: int = 2,
+    kind: ImageKind = "moments",
 ) -> list[Content]:
-    """Return image-caption documents; every picture differs, grids take turns."""
+    """Return image-caption documents; every picture differs, grids take turns. Pixels have three channels."""
     rng = np.random.default_rng((seed, 1))
     captions = texts(count, lengths=lengths, seed=seed + 1000)
-    return [
-        (tokens, rng.normal(size=(2 * channels, *grids[i % len(grids)])).astype(np.float16))
-        for i, (tokens, _) in enumerate(captions)
-    ]
+
+    def image(grid: tuple[int, int]) -> np.ndarray:
+        if kind == "pixels":
+            return rng.integers(0, 256, (3, *grid), dtype=np.uint8)
+        return rng.normal(size=(2 * channels if kind == "moments" else channels, *grid)).astype(np.float16)
+
+    return [(tokens, image(grids[i % len(grids)])) for i, (tokens, _) in enumerate(captions)]
 
 
 def make_source(
@@ -54,6 +58,7 @@ def make_source(
     *,
     shard_sizes: Sequence[int] | None = None,
     vae_hash: str = "a" * 16,
+    kind: ImageKind = "moments",
 ) -> Path:
     """Write `documents` as an encoded data set of shards of the given sizes (one shard when None)."""
     folder.mkdir(parents=True)
@@ -63,17 +68,19 @@ def make_source(
     for number, size in enumerate(sizes):
         shard = folder / f"{number:05d}.tar"
         contents = enumerate(documents[first : first + size], start=first)
-        write_shard(shard, (encode_record(f"{i:06d}", _segments(content), b"{}") for i, content in contents))
+        records = (encode_record(f"{i:06d}", _segments(content), b"{}", kind=kind) for i, content in contents)
+        write_shard(shard, records)
         index = index_shard(shard, document_sizes, BadRecords(0))
         index.save(index_path(shard))
         entries.append(shard_entry(shard, index))
         first += size
-    channels = next((len(part) // 2 for content in documents for part in _segments(content) if part.ndim == 3), None)
+    first_image = next((part for content in documents for part in _segments(content) if part.ndim == 3), None)
+    channels = None if first_image is None else ImageSegment(first_image, kind).channels
     Manifest(
         store=Store(str(folder)),
         tokenizer_hash=tokenizer.hash,
         vocab_size=tokenizer.vocab_size,
-        latent_spec=latent_spec(channels, vae_hash) if channels is not None else None,
+        latent_spec=latent_spec(channels, vae_hash, kind) if channels is not None else None,
         shards=tuple(entries),
     ).save()
     return folder
@@ -103,10 +110,11 @@ def encoded_records(folder: Path) -> list[Record]:
     return [r for shard in Manifest.load(folder).shards for r in read_shard(folder / shard.name, BadRecords(0))]
 
 
-def latent_spec(channels: int, vae_hash: str = "a" * 16) -> LatentSpec:
+def latent_spec(channels: int, vae_hash: str = "a" * 16, kind: ImageKind = "moments") -> LatentSpec:
     """Return the spec of latents that are standard normal already."""
     mean, std = (0.0,) * channels, (1.0,) * channels
-    return LatentSpec(vae_hash=vae_hash, channels=channels, stride=8, resolution=32, mean=mean, std=std)
+    stride = 1 if kind == "pixels" else 8
+    return LatentSpec(vae_hash=vae_hash, channels=channels, stride=stride, resolution=32, mean=mean, std=std, kind=kind)
 
 
 def data_config(tokenizer: Tokenizer, sources: dict[str, Path | SourceConfig], **changes: Any) -> DataConfig:

@@ -254,7 +254,7 @@ def test_every_option_of_every_program_is_explained(name: str) -> None:
 TEXTS = {
     *("weights", "init_weights", "device", "prompt", "prompts", "preview.prompts", "title", "gpu", "log.project"),
     *("checkpoint.best_metric", "program", "gpus_per_node", "time", "array", "then", "setup", "env", "sbatch"),
-    *("caption_key", "text_key"),
+    "text_key",
 }
 
 

@@ -1,15 +1,20 @@
 """What a run refuses at start: value, expectation, remedy (P10); and a manifest reads back."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.dataset import DataConfig, open_data
-from data.manifest import Manifest
+from data.documents import KINDS
+from data.manifest import LatentSums, Manifest, ShardEntry
+from data.shards import BadRecord
+from data.storage import Store
 from data.tokenizer import Tokenizer, train_tokenizer
-from tests.sources import data_config, make_source, pairs, texts
+from tests.sources import data_config, latent_spec, make_source, pairs, texts
 
 PATCH = 2
 
@@ -52,6 +57,8 @@ def test_a_manifest_that_cannot_be_read_is_refused(tmp_path: Path, tokenizer: To
         ("[" * 100_000, "is not a manifest this program reads"),
         ({**whole, "latent_spec": {**spec, "std": [1.0, 0.0]}}, "expected finite numbers and std > 0"),
         ({**whole, "latent_spec": {**spec, "mean": [1.0]}}, "expected 2 channels"),
+        ({**whole, "latent_spec": {**spec, "kind": "video"}}, "latent kind 'video': expected one of moments, latents"),
+        ({**whole, "latent_spec": {**spec, "kind": "pixels"}}, "channels 2, stride 8: expected 3 and 1"),
     ]
     for content, expected in cases:
         (folder / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content))
@@ -90,6 +97,28 @@ def test_latents_of_two_vaes_are_refused(tmp_path: Path, pairs_folder: Path, tok
     message = refusal(data_config(tokenizer, {"one": pairs_folder, "two": other}))
     assert message.startswith(f"data.sources.two holds latents of VAE {'b' * 16}, other sources those of {'a' * 16}")
     assert "encode all sources with one VAE" in message
+
+
+def test_images_of_two_kinds_are_refused(tmp_path: Path, pairs_folder: Path, tokenizer: Tokenizer) -> None:
+    """Whatever made them. Between the sources, and a record within one that is not what its manifest says."""
+    pixels = make_source(tmp_path / "b", tokenizer, pairs(5, kind="pixels"), kind="pixels")
+    latents = make_source(tmp_path / "c", tokenizer, pairs(5, kind="latents"), kind="latents")
+    assert refusal(data_config(tokenizer, {"one": pairs_folder, "two": pixels})) == (
+        "data.sources.two holds pixels, other sources hold moments: a model sees images of one kind; encode all "
+        "sources with one vae="
+    )
+    assert "data.sources.c holds latents, other sources hold pixels" in refusal(
+        data_config(tokenizer, {"b": pixels, "c": latents})
+    )
+    data = open_data(data_config(tokenizer, {"b": pixels}), 0, PATCH)
+    assert data.kind == "pixels" and len(data.sources[0].read(0, 0, 0, 0).images) == 1
+    whole = json.loads((pixels / "manifest.json").read_text())
+    del whole["latent_spec"]["kind"]
+    (pixels / "manifest.json").write_text(json.dumps(whole))
+    lying = open_data(data_config(tokenizer, {"b": pixels}), 0, PATCH).sources[0]
+    with pytest.raises(BadRecord, match="pixels, the manifest says moments") as caught:
+        lying.read(0, 0, 0, 0)
+    assert caught.value.reason == "another kind of image"
 
 
 def test_fewer_documents_than_lanes_are_refused(pairs_folder: Path, tokenizer: Tokenizer) -> None:
@@ -131,3 +160,39 @@ def test_a_manifest_reads_back(pairs_folder: Path) -> None:
     again = Manifest.load(pairs_folder)
     assert again == manifest and again.content_hash == manifest.content_hash
     assert replace(manifest, shards=manifest.shards[:2]).content_hash != manifest.content_hash
+
+
+def test_the_manifest_of_moments_is_the_same_bytes_as_ever_and_names_other_kinds(tmp_path: Path) -> None:
+    """The hashes are of the file before there were other kinds: resumes and caches compare them."""
+    counts = {"bytes": 9, "index_crc32": 1, "records": 2, "largest_record": 3, "text_tokens": 4}
+    shard = ShardEntry(name="a.tar", grids={"4x4": 2}, **counts)
+    given = {"tokenizer_hash": "t" * 16, "vocab_size": 280, "shards": (shard,)}
+    contents = {}
+    for kind in KINDS:
+        spec = latent_spec(3 if kind == "pixels" else 2, kind=kind)
+        manifest = Manifest(store=Store(str(tmp_path)), latent_spec=spec, **given)
+        manifest.save()
+        assert Manifest.load(tmp_path) == manifest and manifest.kind_and_channels == (kind, spec.channels)
+        contents[kind] = (manifest.content_hash, (tmp_path / "manifest.json").read_bytes())
+    assert contents["moments"][0] == "ca7be1ed4a2f9280" and len(set(contents.values())) == 3
+    assert hashlib.sha256(contents["moments"][1]).hexdigest()[:16] == "35a888b0b5662b58"
+    assert b'"kind": "latents"' in contents["latents"][1] and b"kind" not in contents["moments"][1]
+
+
+def test_the_statistics_of_each_kind_are_of_its_raw_latents() -> None:
+    """Moments add the posterior's variance, pixels count from -1 to 1; against numpy's over all cells."""
+    rng = np.random.default_rng(0)
+    images = [rng.normal(1, 2, (4, 3, n)).astype(np.float16) for n in (4, 6)]
+    pixels = [rng.integers(0, 256, (3, 3, n), dtype=np.uint8) for n in (4, 6)]
+    for kind, given in {"moments": images, "latents": images, "pixels": pixels}.items():
+        sums = LatentSums.total({"moments": 2, "latents": 4, "pixels": 3}[kind])
+        for array in given:
+            sums.add(array, kind)
+        cells = np.concatenate([array.reshape(len(array), -1).astype(np.float64) for array in given], axis=1)
+        if kind == "pixels":
+            cells = cells / 127.5 - 1
+        mean, std = cells.mean(1), cells.std(1)
+        if kind == "moments":
+            mean, std = mean[:2], np.sqrt(std[:2] ** 2 + np.exp(cells[2:]).mean(1))
+        np.testing.assert_allclose(sums.mean, mean, rtol=1e-9)
+        np.testing.assert_allclose(sums.std, std, rtol=1e-9)

@@ -1,12 +1,15 @@
 """Documents keep the paper's shares of caption order, draws depend on their origin alone, bad arrays have names."""
 
+import hashlib
 import math
 
 import numpy as np
 import pytest
 
 from data.documents import (
+    CELL_BYTES,
     Document,
+    ImageKind,
     ImageSegment,
     OrderConfig,
     TextSegment,
@@ -20,6 +23,7 @@ from data.documents import (
 )
 from data.shards import BadRecord, Record
 from tests.arrays import npy
+from tests.sources import interleaved, pairs
 
 MOMENTS = (np.arange(4 * 2 * 6, dtype=np.float16) / 4).reshape(4, 2, 6)
 TOKENS = np.array([5, 6, 7])
@@ -44,7 +48,7 @@ def test_a_record_reads_back_as_its_document() -> None:
     document = decode_document(encode_record("key", [TOKENS, MOMENTS], b"{}"), "here")
     text, image = document.segments
     assert text.token_ids.dtype == np.int64 and text.token_ids.tolist() == [5, 6, 7]
-    assert image.moments.dtype == np.float16 and np.array_equal(image.moments, MOMENTS) and not image.before_caption
+    assert image.array.dtype == np.float16 and np.array_equal(image.array, MOMENTS) and not image.before_caption
 
 
 @pytest.mark.parametrize(
@@ -63,13 +67,79 @@ def test_layouts(tokens: np.ndarray, moments: np.ndarray | None, expected: str, 
     assert layout(document) == expected and document_sizes(record) == sizes
     assert document.has_image == (moments is not None)
     if moments is not None:
-        assert np.array_equal(document.segments[-1].moments, moments)
+        assert np.array_equal(document.segments[-1].array, moments)
+
+
+LATENTS, PIXELS = MOMENTS[:2] - np.float16(40), np.arange(3 * 2 * 6, dtype=np.uint8).reshape(3, 2, 6) * 7
+IMAGES: dict[ImageKind, np.ndarray] = {"moments": MOMENTS, "latents": LATENTS, "pixels": PIXELS}
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("moments", 2), ("latents", 2), ("pixels", 3)])
+def test_an_image_of_each_kind_reads_back_as_it_is(kind: ImageKind, channels: int) -> None:
+    """Beside one caption, beside several, and interleaved; the member is named by the kind."""
+    array = IMAGES[kind]
+    pair = encode_record("key", [TOKENS, array], b"{}", kind=kind)
+    several = encode_record("key", [array], b"{}", [TOKENS, TOKENS[:1]], kind)
+    mixed = encode_record("key", [TOKENS, array, TOKENS, array[:, :, ::2]], b"{}", kind=kind)
+    assert set(pair) == {"__key__", "json", "tokens.npy", f"{kind}.npy"} and f"1.{kind}.npy" in mixed
+    for record, grids in ((pair, [(2, 6)]), (several, [(2, 6)]), (mixed, [(2, 6), (2, 3)])):
+        document = decode_document(record, "here")
+        images = [segment for segment in document.segments if isinstance(segment, ImageSegment)]
+        assert [image.grid for image in images] == document_sizes(record)[1] == grids
+        for image, given in zip(images, (array, array[:, :, ::2]), strict=False):
+            assert (image.kind, image.channels, image.array.dtype) == (kind, channels, array.dtype)
+            assert np.array_equal(image.array, given)
+        check_document(document, 280, kind, channels, "here")
+        with pytest.raises(BadRecord, match=rf"{kind} .* of {channels} channels, expected 5") as caught:
+            check_document(document, 280, kind, 5, "here")
+        assert caught.value.reason == "wrong array"
+        for other in IMAGES.keys() - {kind}:
+            with pytest.raises(BadRecord, match=f"{kind}, the manifest says {other}") as caught:
+                check_document(document, 280, other, channels, "here")
+            assert caught.value.reason == "another kind of image"
+
+
+def test_latents_take_half_the_bytes_of_moments() -> None:
+    sizes = {kind: len(encode_record("key", [IMAGES[kind]], b"{}", kind=kind)[f"{kind}.npy"]) - 128 for kind in IMAGES}
+    assert sizes == {"moments": 2 * 4 * 12, "latents": 2 * 2 * 12, "pixels": 3 * 12}
+    assert all(sizes[kind] == CELL_BYTES[kind] * ImageSegment(IMAGES[kind], kind).channels * 12 for kind in IMAGES)
+
+
+def test_latents_and_pixels_that_cannot_be_trained_on_are_refused_by_reason() -> None:
+    good = {"__key__": b"a", "tokens.npy": npy(np.array([1, 2], np.int32))}
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        broken = LATENTS.copy()
+        broken[0, 1, 3] = value
+        assert reason({**good, "latents.npy": npy(broken)}) == "non-finite latents"
+        assert reason(encode_record("key", [TOKENS, broken, TOKENS], b"{}", kind="latents")) == "non-finite latents"
+    extremes = np.array([65504, -65504, 0, -0.0], np.float16).reshape(1, 2, 2)  # what no log variance may be
+    assert np.array_equal(decode_document({**good, "latents.npy": npy(extremes)}, "").segments[1].array, extremes)
+    wrong: dict[str, list[np.ndarray]] = {
+        "latents.npy": [LATENTS[0], LATENTS[:0], LATENTS[:, :0], LATENTS.astype(np.float32), PIXELS],
+        "pixels.npy": [PIXELS[0], PIXELS[:2], np.concatenate([PIXELS, PIXELS[:1]]), PIXELS[:, :0], LATENTS],
+    }
+    wrong["pixels.npy"] += [PIXELS.astype(np.int8), PIXELS.astype(np.float32)]
+    for name, arrays in wrong.items():
+        for array in arrays:
+            assert reason({**good, name: npy(array)}) == "wrong array", (name, array.dtype, array.shape)
+    both = encode_record("key", [TOKENS, PIXELS], b"{}", kind="pixels") | {"moments.npy": npy(MOMENTS)}
+    assert reason(both) == "several kinds of one image"
+
+
+def test_records_of_moments_are_the_same_bytes_as_ever() -> None:
+    """Their hash is of the records before there were other kinds."""
+    digest = hashlib.sha256()
+    for i, content in enumerate(pairs(5, grids=[(4, 4), (4, 8)]) + interleaved(3)):
+        record = encode_record(f"{i}", [part for part in content if part is not None], b"{}")
+        for name, member in record.items():
+            digest.update(name.encode() + member)
+    assert digest.hexdigest()[:16] == "a538abbc336610fd"
 
 
 def test_what_cannot_be_trained_on_is_refused_by_reason() -> None:
     good = {"__key__": b"a", "tokens.npy": npy(np.array([1, 2], np.int32)), "moments.npy": npy(MOMENTS)}
     decode_document(good, "here")
-    assert reason({"__key__": b"a", "json": b"{}"}) == "no tokens and no moments"
+    assert reason({"__key__": b"a", "json": b"{}"}) == "no tokens and no image"
     assert reason({"__key__": b"a", "tokens.npy": npy(np.zeros(0, np.int32))}) == "empty document"
     for value in (np.nan, np.inf, -np.inf):
         broken = MOMENTS.copy()
@@ -112,7 +182,7 @@ def test_an_interleaved_document_keeps_its_order() -> None:
         document = decode_document(record, "here")
         assert layout(document) == expected and document_sizes(record) == sizes
         for segment, given in zip(document.segments, [s for s in segments if s.size], strict=True):
-            found = segment.moments if isinstance(segment, ImageSegment) else segment.token_ids
+            found = segment.array if isinstance(segment, ImageSegment) else segment.token_ids
             assert np.array_equal(found, given)
         arranged = drawn_from(document, OrderConfig(caption_first=0, caption_dropout=1), 0)
         assert layout(arranged) == expected, "nothing is dropped"
@@ -147,19 +217,21 @@ def test_one_of_several_captions_is_drawn_each_time_and_the_longest_counts() -> 
         assert reason({**record, "captions.npy": npy(np.array(lengths, np.int32))}) == "wrong captions"
     assert reason({name: member for name, member in record.items() if name != "moments.npy"}) == "wrong captions"
     with pytest.raises(BadRecord, match="token id out of range"):
-        check_document(document, 7, 2, "here")
+        check_document(document, 7, "moments", 2, "here")
 
 
 def test_numbers_of_another_tokenizer_or_vae_are_refused() -> None:
     """The manifest's hashes say what a record should hold; this is what holds it to that."""
     document = decode_document(encode_record("key", [np.array([0, 279]), MOMENTS], b"{}"), "here")
-    check_document(document, 280, 2, "here")
+    check_document(document, 280, "moments", 2, "here")
     with pytest.raises(BadRecord, match=r"here: token id out of range \(expected 0...278\)"):
-        check_document(document, 279, 2, "here")
+        check_document(document, 279, "moments", 2, "here")
     with pytest.raises(BadRecord, match="token id out of range"):
-        check_document(decode_document(encode_record("key", [np.array([-1])], b"{}"), "here"), 280, 2, "here")
-    with pytest.raises(BadRecord, match=r"wrong array \(moments \(4, 2, 6\), expected 8 channels"):
-        check_document(document, 280, 4, "here")
+        check_document(
+            decode_document(encode_record("key", [np.array([-1])], b"{}"), "here"), 280, "moments", 2, "here"
+        )
+    with pytest.raises(BadRecord, match=r"wrong array \(moments \(4, 2, 6\) of 2 channels, expected 4"):
+        check_document(document, 280, "moments", 4, "here")
 
 
 def test_caption_order_and_dropout_have_the_papers_shares() -> None:

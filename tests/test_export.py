@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from data.tokenizer import Tokenizer
 from model.attention import dense_mask
-from model.sampler import SamplerConfig
+from model.sampler_config import SamplerConfig
 from model.vae import VaeConfig, build_vae
 from tests.runs import PROMPTS, DrawingRun
 from tests.test_pipeline import load

@@ -15,7 +15,7 @@ from train.heldout import KINDS
 
 @pytest.fixture(scope="module")
 def heldout(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    return make_source(tmp_path_factory.mktemp("heldout") / "pairs", tokenizer, pairs(40, seed=77))
+    return make_source(tmp_path_factory.mktemp("heldout") / "pairs", tokenizer, pairs(60, seed=77))
 
 
 def _measured(run_dir: Path) -> dict[int, tuple[float, ...]]:
@@ -28,12 +28,12 @@ def test_a_run_measures_itself_and_trains_the_same(
 ) -> None:
     """Bit for bit; and the best checkpoint by the metric is kept in addition to the last."""
     best = {"checkpoint__keep_last": 1, "checkpoint__keep_best": 1, "checkpoint__interval_steps": 6}
-    best |= {"checkpoint__best_metric": "heldout/pairs/text_loss", "optim__learning_rate": 0.1}
+    best |= {"checkpoint__best_metric": "heldout/pairs/x0_error", "optim__learning_rate": 0.1}
     argv = runs.settings(
         tmp_path / "worse", tokenizer, sources, evaluation__interval_steps=6, evaluation__heldout__pairs=heldout
     )
     runs.finish([*argv, *(f"{name.replace('__', '.')}={value}" for name, value in best.items())], 1)
-    losses = {step: text for step, (text, *_) in _measured(tmp_path / "worse").items()}
+    losses = {step: x0 for step, (*_, x0) in _measured(tmp_path / "worse").items()}
     assert list(losses) == [6, 12, 18, 24]
     assert set(runs.saved_steps(tmp_path / "worse")) == {min(losses, key=losses.get), 24}
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from data.tokenizer import Tokenizer
-from model.vae import load_vae, vae_hash
+from model.autoencoders import load_latent_space
 from tests.runs import finish, saved_state, settings
 from tests.sources import make_source, pairs, texts
 from train.checkpoints import checkpoint
@@ -71,7 +71,7 @@ def test_a_run_continues_under_another_python_and_back(
     name: str, tmp_path: Path, tokenizer: Tokenizer, vae_folder: Path
 ) -> None:
     python, environment = other_python(name)
-    hashed = vae_hash(load_vae(str(vae_folder)))
+    hashed = load_latent_space(str(vae_folder)).hash
     sources = {"pairs": make_source(tmp_path / "pairs", tokenizer, pairs(30, grids=[(8, 8)]), vae_hash=hashed)}
     sources |= {f"texts{n}": make_source(tmp_path / f"texts{n}", tokenizer, texts(20, seed=n)) for n in range(3)}
     weights = {f"data__sources__texts{n}__weight": 0.1 for n in range(3)}  # their sum depends on its order

@@ -47,7 +47,7 @@ def as_bytes(row: PackedSequence | None) -> list | None:
     if row is None:
         return None
     arrays = [value.tobytes() for value in vars(row).values() if isinstance(value, np.ndarray)]
-    return [*arrays, [(image.moments.tobytes(), image.before_caption) for image in row.images]]
+    return [*arrays, [(image.array.tobytes(), image.before_caption) for image in row.images]]
 
 
 def stream(lanes: list[Lane], steps: int) -> list[list]:
@@ -66,7 +66,7 @@ def until_the_end(lanes: list[Lane]) -> list[PackedSequence]:
 
 def content_of(rows: list[PackedSequence]) -> tuple[Counter, Counter]:
     """What the rows hold, whatever the order: images, and text targets."""
-    images = Counter(image.moments.tobytes() for row in rows for image in row.images)
+    images = Counter(image.array.tobytes() for row in rows for image in row.images)
     return images, Counter(int(label) for row in rows for label in row.labels if label != IGNORE)
 
 
@@ -275,7 +275,7 @@ def test_a_source_that_ends_hands_its_share_to_the_others(mixed: DataConfig) -> 
     data, readers = open_lanes(replace(mixed, sources={**mixed.sources, "pairs": finite}))
     rows = [lane.next_row() for _ in range(60) for lane in readers]
     assert None not in rows
-    images = Counter(image.moments.tobytes() for row in rows for image in row.images)
+    images = Counter(image.array.tobytes() for row in rows for image in row.images)
     assert set(images.values()) == {1} and len(images) == data.sources[0].manifest.records
     assert not any(row.images for row in rows[-40:])
     assert np.mean([np.mean(row.document_ids > 0) for row in rows[-40:]]) > 0.95

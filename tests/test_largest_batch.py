@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.documents import Document, ImageSegment, TextSegment
+from data.documents import Document, ImageKind, ImageSegment, TextSegment
 from data.largest_batch import largest_batches
 from data.packing import PADDING_DOCUMENT, ImageDraws, PackedBatch, PackedSequence, collate, lay_out, pack
 from data.tokenizer import SpecialIds
@@ -40,7 +40,7 @@ def test_no_batch_of_the_data_needs_more_latent_cells(rows: int, length: int, gr
         filled = [random_row(rng, length, grids) for _ in range(rows)]
         draws = []
         for row in filled:
-            zeros = [torch.zeros(2, *image.moments.shape[1:]) for image in row.images]
+            zeros = [torch.zeros(2, *image.grid) for image in row.images]
             draws.append(ImageDraws(torch.zeros(len(zeros)), zeros, zeros))
         batch = collate(filled, draws, 2)
         assert cells_of_slots(batch) <= cells_of_slots(pictures)
@@ -50,6 +50,17 @@ def test_no_batch_of_the_data_needs_more_latent_cells(rows: int, length: int, gr
         assert not (largest.document_ids == PADDING_DOCUMENT).any() and largest.num_padding == 0
     assert text.num_text_targets == rows * (length - 1)  # all but the row's last token have a label
     assert not text.images
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "shape"),
+    [("moments", 8, (16, torch.float16)), ("latents", 8, (8, torch.float16)), ("pixels", 3, (3, torch.uint8))],
+)
+def test_images_are_of_the_datas_kind(kind: ImageKind, channels: int, shape: tuple[int, torch.dtype]) -> None:
+    pictures, _ = largest_batches(2, 64, [(16, 8)], channels, 4, SPECIAL, kind)
+    (images,) = pictures.images.values()
+    assert (images.stored.shape[1], images.stored.dtype) == shape
+    assert images.noise.shape[1] == channels and (images.posterior_noise is None) == (kind != "moments")
 
 
 def test_a_text_data_set_has_one_candidate_and_so_has_one_whose_images_do_not_fit() -> None:

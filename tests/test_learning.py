@@ -13,10 +13,10 @@ from data.packing import collate, lay_out, pack
 from data.scenes import make_splits, training_example
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.diffusion import DiffusionConfig
+from model.latent_space import LatentStats
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
-from model.vae import LatentStats
 from train.optim.guard import GuardConfig
 from train.optim.optimizer import OptimConfig, Optimizer
 from train.step import micro_step

@@ -82,3 +82,10 @@ def test_the_bound_grows_with_what_it_counts(tmp_path: Path, tokenizer: Tokenize
     per_row = whole["packed ahead"] / 60
     row = 64 * (2 * 8 + 6 * 4) + 256 * 2 * (2 * 2 + 2 * 4)  # ids and labels, the rest; 64 patches of 2x2 cells
     assert row <= per_row < 1.5 * row
+    for kind, cell in {"latents": 2 * (2 + 4), "pixels": 3 * (1 + 4)}.items():  # without posterior noise
+        images = pairs(40, grids=[(8, 8)], kind=kind)
+        other = make_source(tmp_path / kind, tokenizer, images, shard_sizes=[30, 10], kind=kind)
+        config = data_config(tokenizer, {"a": other}, lanes=10)
+        per_row = loader_bytes(open_data(config, 0, 2), config, 1)["packed ahead"] / 60
+        row = 64 * (2 * 8 + 6 * 4) + 256 * cell
+        assert row <= per_row < 1.5 * row, kind

@@ -72,7 +72,7 @@ def test_the_global_count_scales_bf16_image_gradients_without_being_rounded():
     pred = torch.randn(3, 4, 64, 64, generator=generator).bfloat16().requires_grad_()
     target, count = torch.randn(3, 4, 64, 64, generator=generator), 1_000_003
     weight, valid = torch.tensor([0.5, 3.0, 2.0]), torch.tensor([True, True, False])
-    total, _ = noise_error(pred, target, valid, weight)
+    total, *_ = noise_error(pred, target, valid, weight)
     (grad,) = torch.autograd.grad(5.0 * (total / count), pred)
     scale = (5.0 / count * weight * valid / 4 / 64**2).double()[:, None, None, None]
     exact = 2 * (pred.detach().double() - target.double()) * scale
@@ -152,15 +152,15 @@ def test_noise_error_is_a_sum_of_per_image_means_over_valid_images():
     valid = torch.tensor([True, False, True, False])
     weight = torch.tensor([0.5, 9.0, 2.0, 9.0])
     means = [sum((a - b) ** 2 for a, b in zip(p.flatten(), t.flatten())) / 36 for p, t in zip(pred, target)]  # noqa: B905
-    total, count = noise_error(pred, target, valid)
-    assert torch.allclose(total, means[0] + means[2]) and count == 2
-    weighted, _ = noise_error(pred, target, valid, weight)
-    assert torch.allclose(weighted, 0.5 * means[0] + 2.0 * means[2])
+    total, count, each = noise_error(pred, target, valid)
+    assert torch.allclose(total, means[0] + means[2]) and count == 2 and torch.allclose(each, torch.stack(means))
+    weighted, _, same = noise_error(pred, target, valid, weight)
+    assert torch.allclose(weighted, 0.5 * means[0] + 2.0 * means[2]) and torch.equal(same, each)
 
 
 def test_noise_error_sends_no_gradient_to_unused_slots():
     pred = torch.randn(2, 3, 2, 2, requires_grad=True)
-    total, _ = noise_error(pred, torch.randn(2, 3, 2, 2), torch.tensor([True, False]))
+    total, *_ = noise_error(pred, torch.randn(2, 3, 2, 2), torch.tensor([True, False]))
     total.backward()
     assert pred.grad[0].ne(0).any() and pred.grad[1].eq(0).all()
 

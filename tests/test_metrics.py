@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data.lane_state import Cursor, LaneState
+from model.log_snr_bins import BINS
 from tests.ranks import run_ranks
 from train import hardware, metrics
 from train.checkpoints.checkpoint import CheckpointConfig
@@ -29,7 +30,9 @@ from train.step import StepLoss
 
 
 def _loss(text: float, image: float) -> StepLoss:
-    return StepLoss(torch.tensor(0.0), torch.tensor(text), torch.tensor(image))
+    x0_errors = torch.zeros(2, len(BINS), dtype=torch.float64)
+    x0_errors[:, 1:3] = torch.tensor([[2.0, 6.0], [1.0, 4.0]]) * image  # sums, counts
+    return StepLoss(torch.tensor(0.0), torch.tensor(text), torch.tensor(image), x0_errors)
 
 
 def _vote(**counts: int) -> Vote:
@@ -86,6 +89,9 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
                     "interval_steps": steps,
                     "text_loss": (10 + 20 + 30 + 3 * 5) / 30,
                     "image_loss": (1 + 2 + 3) / 6,
+                    "x0_error": None,  # bins without images: the mean would be of other levels
+                    "x0_error/-4..-2": 2.0,
+                    "x0_error/-2..0": 1.5,
                     "padding_share": 1 - 120 / 300,
                     "idle_row_share": 0.2,
                     "data_stall_share": 0.0,

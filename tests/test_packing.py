@@ -45,8 +45,8 @@ def slow_tokens(document: Document, first_image: int = 0) -> list[tuple[int, int
             tokens += [(int(token), NO_IMAGE, (-1, -1), True) for token in segment.token_ids]
             continue
         tokens.append((SPECIAL.boi, NO_IMAGE, (-1, -1), True))
-        for row in range(segment.moments.shape[1] // PATCH):
-            for column in range(segment.moments.shape[2] // PATCH):
+        for row in range(segment.array.shape[1] // PATCH):
+            for column in range(segment.array.shape[2] // PATCH):
                 tokens.append((SPECIAL.pad, first_image, (row, column), False))
         tokens.append((SPECIAL.eoi, NO_IMAGE, (-1, -1), False))
         first_image += 1
@@ -83,7 +83,7 @@ def text(*token_ids: int) -> TextSegment:
 
 def image(rows: int = 2, columns: int = 2, before_caption: bool = False, seed: int = 0) -> ImageSegment:
     moments = np.random.default_rng(seed).normal(size=(4, rows * PATCH, columns * PATCH)).astype(np.float16)
-    return ImageSegment(moments, before_caption)
+    return ImageSegment(moments, before_caption=before_caption)
 
 
 DOCUMENTS = {
@@ -127,8 +127,8 @@ def draws_of(rows: list[PackedSequence], seed: int = 0) -> list[ImageDraws]:
     return [
         ImageDraws(
             u=torch.tensor([0.1 * r + 0.001 * i for i in range(len(row.images))]),
-            noise=[torch.randn(2, *im.moments.shape[1:], generator=generator) for im in row.images],
-            posterior_noise=[torch.randn(2, *im.moments.shape[1:], generator=generator) for im in row.images],
+            noise=[torch.randn(2, *im.grid, generator=generator) for im in row.images],
+            posterior_noise=[torch.randn(2, *im.grid, generator=generator) for im in row.images],
         )
         for r, row in enumerate(rows)
     ]
@@ -245,6 +245,25 @@ def test_a_grid_that_patches_do_not_tile_is_refused() -> None:
         lay_out(Document((ImageSegment(np.zeros((4, 3, 4), np.float16)),)), SPECIAL, 2)
 
 
+@pytest.mark.parametrize("patch_size", [4, 8, 16])
+def test_patches_of_pixels_are_laid_out_as_those_of_latents(patch_size: int) -> None:
+    """The grid is the picture's own; a batch holds the bytes as they are and no posterior noise, nor do its copies."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 48), dtype=np.uint8)
+    piece = lay_out(Document((text(10), ImageSegment(pixels, "pixels"))), SPECIAL, patch_size)
+    (placed,) = piece.images
+    assert (placed.rows, placed.columns) == (32 // patch_size, 48 // patch_size)
+    with pytest.raises(
+        ValueError, match=f"latent grid 32x{48 - patch_size // 2} is not a multiple of patch_size={patch_size}"
+    ):
+        lay_out(Document((ImageSegment(pixels[:, :, : 48 - patch_size // 2], "pixels"),)), SPECIAL, patch_size)
+    noise = torch.ones(3, 32, 48)
+    row = pack([piece] * 3, 3 * len(piece), SPECIAL.pad)
+    batch = collate([row], [ImageDraws(torch.zeros(3), [noise] * 3, [None] * 3)], patch_size)
+    (images,) = batch.map(torch.clone).images.values()
+    assert images.stored.dtype == torch.uint8 and images.posterior_noise is None and images.num_valid == 3
+    assert np.array_equal(images.stored[2].numpy(), pixels) and torch.equal(images.noise[2], noise)
+
+
 def test_a_batch_holds_its_rows_and_indexes_every_target_and_patch() -> None:
     """Several grids, rows without images, and an empty row, against loops over the rows."""
     _, rows = random_rows(9, seed=2)
@@ -263,17 +282,17 @@ def test_a_batch_holds_its_rows_and_indexes_every_target_and_patch() -> None:
     by_grid: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for r, row in enumerate(rows):
         for i, im in enumerate(row.images):
-            by_grid.setdefault(im.moments.shape[1:], []).append((r, i))
+            by_grid.setdefault(im.grid, []).append((r, i))
     assert list(batch.images) == sorted(by_grid) and len(by_grid) > 4
     index = batch.image_token_index.tolist()
     for grid, members in sorted(by_grid.items()):
         images, slots = batch.images[grid], capacity(len(members))
         assert images.num_valid == len(members)
-        for tensor in (images.moments, images.noise, images.posterior_noise, images.u, images.before_caption):
+        for tensor in (images.stored, images.noise, images.posterior_noise, images.u, images.before_caption):
             assert len(tensor) == slots and not tensor[len(members) :].any()
         for slot, (r, i) in enumerate(members):
             segment = rows[r].images[i]
-            assert np.array_equal(images.moments[slot].numpy(), segment.moments)
+            assert np.array_equal(images.stored[slot].numpy(), segment.array)
             assert bool(images.before_caption[slot]) == segment.before_caption
             assert images.u[slot] == draws[r].u[i]
             assert torch.equal(images.noise[slot], draws[r].noise[i])
@@ -299,9 +318,9 @@ def test_the_border_of_a_batch_is_as_designed() -> None:
     assert {tuple(getattr(batch, name).shape) for name in FIELDS[:-1]} == {(4, LENGTH)}
     assert batch.text_target_index.dtype == batch.text_targets.dtype == batch.image_token_index.dtype == torch.int64
     images = next(iter(batch.images.values()))
-    assert images.moments.dtype == torch.float16 and images.before_caption.dtype == torch.bool
+    assert images.stored.dtype == torch.float16 and images.before_caption.dtype == torch.bool
     assert images.u.dtype == images.noise.dtype == images.posterior_noise.dtype == torch.float32
-    assert images.noise.shape == images.posterior_noise.shape == (len(images.u), 2, *images.moments.shape[2:])
+    assert images.noise.shape == images.posterior_noise.shape == (len(images.u), 2, *images.stored.shape[2:])
 
 
 def test_rows_without_anything_make_a_batch_without_targets() -> None:

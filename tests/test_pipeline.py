@@ -1,6 +1,7 @@
 """A checkpoint becomes a model that draws and describes, or a clear refusal."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,10 +14,12 @@ from PIL import Image
 
 from data.pictures import contact_sheet, to_unit
 from data.tokenizer import Tokenizer, train_tokenizer
+from model.denoising import first_step_error
 from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
-from model.sampler import SamplerConfig, first_step_error
-from model.vae import VaeConfig, build_vae, moments, sample_latents
+from model.latent_space import to_raw
+from model.sampler_config import SamplerConfig
+from model.vae import VaeConfig, build_vae
 from tests.runs import PROMPTS, DrawingRun, saved_state
 from tests.test_tokenizer import foreign_model
 from train.checkpoints import checkpoint
@@ -25,6 +28,7 @@ from train.checkpoints.run_folder import RunFolder
 from train.config import load_config
 from train.distributed.ranks import alone
 from train.distributed.signals import StopKind, StopSignal
+from train.inference.guide import require_comparable
 from train.inference.pipeline import Pipeline, PipelineConfig, Progress
 from train.metrics import MetricsLog
 from train.optim.optimizer import Optimizer
@@ -101,9 +105,9 @@ def test_a_given_picture_is_drawn_from_its_posterior_as_in_training(pipeline: Pi
     picture = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     draws, places = SeededDraws(3), [(5, 0), (6, 0), (5, 1)]
     given = torch.stack(list(pipeline._encode([picture] * 3, places, draws)))
-    encoded = moments(pipeline.vae, torch.from_numpy(to_unit(picture[None])))
+    encoded = pipeline.space.encode(torch.from_numpy(to_unit(picture[None])))
     for latents, place in zip(given, places, strict=True):
-        trained = sample_latents(encoded, draws.posterior(*place, tuple(latents.shape))[None])
+        trained = to_raw(encoded, draws.posterior(*place, tuple(latents.shape))[None])
         assert torch.allclose(latents, pipeline.stats.whiten(trained)[0], atol=1e-4)
     mean = pipeline.stats.whiten(encoded.chunk(2, dim=1)[0])
     deviation = (encoded.chunk(2, dim=1)[1] / 2).exp()
@@ -174,6 +178,57 @@ def test_what_is_not_the_trainings_own_is_refused(drawn: DrawingRun, tmp_path: P
         load(drawn.run_dir, tokenizer=str(other))
     with pytest.raises(ValueError, match="trained on text alone"):
         Pipeline.of(torch.nn.Linear(1, 1), drawn.tokenizer, None, None, [], None)
+
+
+def test_an_earlier_checkpoint_or_other_weights_of_the_same_one_guide(drawn: DrawingRun, pipeline: Pipeline) -> None:
+    older, newest = checkpoint.saved(drawn.run_dir / "checkpoints")
+    assert pipeline.guide is None and pipeline.describe_guide() is None
+    own = load(drawn.run_dir, guide_weights="model", dtype="bfloat16")
+    assert own.describe_guide() == {"checkpoint": str(newest), "step": 6, "weights": "model"}
+    tensors = saved_state(drawn.run_dir)[0]
+    for name, parameter in own.guide.model.named_parameters():
+        assert torch.equal(parameter, tensors[f"model.{name}"].bfloat16())
+    earlier = load(drawn.run_dir, guide=str(older))
+    assert earlier.describe_guide() == {"checkpoint": str(older), "step": 3, "weights": "ema-7"}
+    assert (earlier.saved.step, earlier.weights) == (6, "ema-7")
+    for guidance, alike in ((3.0, False), (1.0, True)):  # 1 is none, with or without a guide
+        config = replace(SAMPLER, guidance=guidance, steps=2)
+        pictures = [each.draw(PROMPTS[:1], config, seed=0)[0] for each in (pipeline, earlier)]
+        assert np.array_equal(*pictures) == alike
+
+
+def test_a_guide_that_is_not_there_or_is_the_model_itself_is_refused(drawn: DrawingRun) -> None:
+    """P10."""
+    for changes, words in [
+        ({"guide": "/nowhere"}, "guide=/nowhere: expected a checkpoint"),
+        ({"guide_weights": "best"}, "guide_weights=best: .* holds ema-7, model; use guide_weights=ema-7"),
+        ({"guide_weights": "ema"}, "ema-7 of .* is the model itself; expected a weaker one: set guide to an earlier"),
+        ({"guide": str(drawn.run_dir)}, "ema-7 of .* is the model itself"),
+    ]:
+        with pytest.raises((FileNotFoundError, ValueError), match=words):
+            load(drawn.run_dir, **changes)
+
+
+def test_a_guide_whose_predictions_mean_something_else_is_refused_and_another_size_is_not(pipeline: Pipeline) -> None:
+    """P10."""
+    saved, config, meta = pipeline.saved, pipeline.saved.config, pipeline.saved.meta
+    model, diffusion, spec = config.model, config.diffusion, meta["latent_spec"]
+    other_v, other_schedule = replace(diffusion, prediction="v"), replace(diffusion, num_timesteps=2000)
+    for changes, words in [
+        ({"config": replace(config, model=replace(model, patch_size=1))}, "model.patch_size is 1, expected 2"),
+        ({"config": replace(config, model=replace(model, image_attention="causal"))}, "image_attention is causal"),
+        ({"config": replace(config, diffusion=other_v)}, "diffusion.prediction is v, expected eps"),
+        ({"config": replace(config, diffusion=other_schedule)}, "diffusion.num_timesteps is 2000"),
+        ({"meta": {**meta, "fingerprint": {"tokenizer": "other"}}}, "tokenizer is other"),
+        ({"meta": {**meta, "latent_spec": {**spec, "std": [2.0, 3.0]}}}, "latent std is"),
+        ({"meta": {**meta, "latent_spec": {**spec, "vae_hash": "other"}}}, "latent vae_hash is other"),
+        ({"meta": {**meta, "latent_spec": None}}, "latent channels is None, expected 2"),
+    ]:
+        with pytest.raises(ValueError, match=f"guide=/weak cannot guide .*{re.escape(words)}.* Set guide to"):
+            require_comparable(replace(saved, folder=Path("/weak"), **changes), saved)
+    smaller = replace(model, transformer=replace(model.transformer, width=64, layers=1))
+    easier = replace(diffusion, min_snr_gamma=5.0, timestep_sampling="logit_normal")
+    require_comparable(replace(saved, config=replace(config, model=smaller, diffusion=easier)), saved)
 
 
 def test_a_run_that_was_moved_is_read_where_it_lies(drawn: DrawingRun, tmp_path: Path) -> None:

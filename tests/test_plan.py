@@ -10,6 +10,7 @@ import torch
 from data.dataset import open_data
 from data.loader import Loader
 from data.tokenizer import Tokenizer
+from model.diffusion import DiffusionConfig
 from tests.sources import data_config, make_source, pairs
 from train.distributed.parallelize import ParallelConfig
 from train.flops import Flops
@@ -204,8 +205,8 @@ def test_rows_and_micro_steps_are_the_loaders(tokenizer: Tokenizer, pairs_folder
 
 
 def test_a_plan_leaves_no_process_group_and_no_fake_tensor_behind(capsys: pytest.CaptureFixture) -> None:
-    from train.step import schedule
+    from train.step import noise_schedule
 
     planned(capsys, *SMALL)
     assert not torch.distributed.is_initialized()
-    assert type(schedule(1000, torch.device("cpu"))) is torch.Tensor
+    assert type(noise_schedule(DiffusionConfig(), 1, torch.device("cpu")).alphas) is torch.Tensor

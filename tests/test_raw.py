@@ -140,9 +140,9 @@ def test_a_caption_or_text_under_another_key_is_found_by_the_option_that_the_mes
     record = {"__key__": b"a", "jpg": b"x", "json": b'{"TEXT": "a cat", "url": "u"}'}
     write_shard(tmp_path / "a.tar", [record])
     _, bad = read(tmp_path / "a.tar")
-    message = "no caption (no 'caption' in its JSON: caption_key=KEY chooses one of ['TEXT', 'url'])"
+    message = "no caption (no 'caption' in its JSON: caption_keys={KEY: 1} chooses one of ['TEXT', 'url'])"
     assert bad.names == [f"{tmp_path / 'a.tar'}/a: {message}"]
-    assert texts_of(read(tmp_path / "a.tar", caption_key="TEXT")[0])[0] == "a cat"
+    assert texts_of(read(tmp_path / "a.tar", caption_keys={"TEXT": 1})[0])[0] == "a cat"
     _, bad = read(tmp_path / "b.jsonl", b'{"content": "a line", "id": 1}\n')
     assert "no text (no 'text' in its JSON: text_key=KEY chooses one of ['content', 'id'])" in bad.names[0]
     assert texts_of(read(tmp_path / "b.jsonl", text_key="content")[0]) == ["a line"]

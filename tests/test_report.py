@@ -63,6 +63,7 @@ def make_evaluation(folder: Path, told: str | None = None) -> list[tuple[SceneIt
     _write_examples(folder, items, drawn, described)
     settings = {"sampler": "ddim", "steps": 50, "guidance": 3.5, "clip_x0": None}
     scores = {"step": 300, "seed": 11, "settings": settings, "weights": "ema-69"}
+    scores["guide"] = {"checkpoint": "run/checkpoints/step-00000100", "step": 100, "weights": "ema-7"}
     scores["heldout"] = {HOSTILE: {"text_loss": 1.25, "image_loss": 0.0, "captioning_loss": 0.75}}
     scores["text_to_image"] = shares(items, [verdict for _, verdict in drawn])
     scores["image_to_text"] = shares(items, [verdict for _, verdict in described])
@@ -172,6 +173,7 @@ def test_scores_are_the_evaluations_with_number_range_and_settings(whole) -> Non
     right = sum(drawn.all_right for item, drawn, _ in judged if item.split == "seen")
     assert f"{right} of 8, " in text
     settings = {"training step": 300, "sampler": "ddim", "steps": 50, "guidance": 3.5, "seed": 11}
+    settings["guide"] = "ema-7 of step 100"
     for name, value in settings.items():
         assert f"{name}{value}" in text
     assert "weightsema-69" in text and "clip x0" not in text  # off is not shown

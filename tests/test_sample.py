@@ -12,6 +12,7 @@ from data.pictures import encode_png
 from tests.ranks import assert_ranks_refuse
 from tests.runs import PROMPTS, DrawingRun, expect
 from train import sample
+from train.checkpoints import checkpoint
 
 
 def _argv(drawn: DrawingRun, output: Path) -> list[str]:
@@ -86,12 +87,16 @@ def test_texts_are_taken_as_they_stand_and_an_earlier_calls_samples_go(drawn: Dr
 
 
 def test_two_ranks_share_the_samples_and_make_the_same(drawn: DrawingRun, given: Path, tmp_path: Path) -> None:
+    earlier = checkpoint.saved(drawn.run_dir / "checkpoints")[0]
     for ranks, name in ((None, "one"), (2, "two")):
         argv = [*_argv(drawn, tmp_path / name), "n=3", "prompt=a circle", f"images=[{given}]", "batch_size=2"]
         argv += ["sampler=dpm++", "guidance=2", "guidance_interval=[100,900]", "size=[16,48]"]
+        argv += [f"guide={earlier}", "guide_weights=model", "guidance_rescale=0.7"]
         _run(argv, tmp_path / f"log-{name}", ranks)
     one, two = (_results(tmp_path / name) for name in ("one", "two"))
     assert one == two and len(one) == 6
+    guide = {"checkpoint": str(earlier), "step": 3, "weights": "model"}
+    assert all(result["guide"] == guide and result["settings"]["guidance_rescale"] == 0.7 for result in one)
     for i in range(3):
         first, second = (np.asarray(Image.open(tmp_path / name / f"{i:04d}-0.png"), int) for name in ("one", "two"))
         assert first.shape == (16, 48, 3) and np.abs(first - second).max() <= 1  # P12, up to rounding

@@ -7,31 +7,33 @@ import torch
 
 from model.attention import dense_mask
 from model.diffusion import (
+    CLEAN,
     DiffusionConfig,
     add_noise,
-    alphas_cumprod,
     ddim_step,
     ddpm_step,
     dpmpp_step,
-    sampling_timesteps,
     to_x0_and_eps,
     training_target,
 )
 from model.draws import SeededDraws
 from model.nucleus import sample_tokens
-from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate
+from model.sampler import Prompt, SpecialTokens, generate
+from model.sampler_config import SamplerConfig
+from model.schedule import NoiseSchedule
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
 
 SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4, never=(0,))
 VOCAB, CHANNELS, GRID, PATCHES = 12, 3, (4, 4), 4
-TABLE = alphas_cumprod().tolist()
+SCHEDULE = NoiseSchedule.of(DiffusionConfig(), 1)
+FLOW = DiffusionConfig(schedule="flow", prediction="v", shift=2.0, shift_by_size=True)
 UNET = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
 
 
 def tiny_model(seed=0, patches="linear", image_attention="bidirectional", **changes):
-    trunk = TransformerConfig(width=16, layers=2, heads=2, ffn_hidden=24, **changes)
+    trunk = TransformerConfig(**{"width": 16, "layers": 2, "heads": 2, "ffn_hidden": 24, **changes})
     settings = {"patches": patches, "unet": UNET, "image_attention": image_attention}
     config = TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS, **settings)
     model = Transfusion(config, VOCAB)
@@ -52,9 +54,13 @@ def settings(**changes):
     return SamplerConfig(**{**defaults, "prefill_chunk": 3, "max_length": 64, **changes})
 
 
+def diffusion_of(prediction):
+    """Return the objective: the cosine schedule with this prediction, or `flow`."""
+    return FLOW if prediction == "flow" else DiffusionConfig(prediction=prediction)
+
+
 def run(model, prompts, config, seed=0, prediction="eps"):
-    diffusion = DiffusionConfig(prediction=prediction)
-    return generate(model, prompts, config, diffusion, SPECIAL, GRID, SeededDraws(seed))
+    return generate(model, prompts, config, diffusion_of(prediction), SPECIAL, GRID, SeededDraws(seed))
 
 
 def text(*ids):
@@ -100,24 +106,39 @@ class Slow:
         with torch.no_grad():
             return self.model.predict_noise(hidden[None, first : first + count], self.skips, timesteps, *grid)[0]
 
+    def guided(self, pred, parts, x_t, t, config):
+        free = self.predict([SPECIAL.bos, SPECIAL.boi], x_t, t)
+        return free + config.guidance * (pred - free)
+
     def denoise(self, parts, config, draws, index, image, prediction):
         x = draws.noise(index, image, 0, (CHANNELS, *GRID))
-        timesteps = sampling_timesteps(config.steps, config.spacing)
-        alphas, before = [*(TABLE[t] for t in timesteps), 1.0], None
+        diffusion, before = diffusion_of(prediction), None
+        schedule = NoiseSchedule.of(diffusion, x.numel())
+        steps = [*schedule.sampling_steps(config.steps, config.spacing), (0, CLEAN)]
         lowest, highest = config.guidance_interval or (0, 999)
-        for step, (t, alpha, alpha_prev) in enumerate(zip(timesteps, alphas[:-1], alphas[1:], strict=True)):
+
+        def guided(x, t):
             pred = self.predict(parts, x, t)
-            if config.guidance != 1 and lowest <= t <= highest:
-                free = self.predict([SPECIAL.bos, SPECIAL.boi], x, t)
-                pred = free + config.guidance * (pred - free)
-            x0, eps = to_x0_and_eps(pred, x, alpha, prediction)
+            if config.guidance == 1 or not lowest <= t <= highest:
+                return pred
+            return self.guided(pred, parts, x, t, config)
+
+        for step, ((t, level), (t_next, cleaner)) in enumerate(itertools.pairwise(steps)):
+            pred = guided(x, t)
+            x0, eps = to_x0_and_eps(pred, x, level, diffusion)
+            if config.sampler in ("euler", "heun"):
+                dt = cleaner.sigma - level.sigma
+                euler = x + dt * pred  # the prediction is the velocity
+                is_last = config.sampler == "euler" or cleaner is CLEAN
+                x = euler if is_last else x + dt / 2 * (pred + guided(euler, t_next))
+                continue
             noise = draws.noise(index, image, step + 1, (CHANNELS, *GRID))
             if config.sampler == "ddpm":
-                x = ddpm_step(x, x0, alpha, alpha_prev, noise)
+                x = ddpm_step(x, x0, level, cleaner, noise)
             elif config.sampler == "dpm++":
-                x, before = dpmpp_step(x, x0, alpha, alpha_prev, before), (x0, alpha)
+                x, before = dpmpp_step(x, x0, level, cleaner, before), (x0, level)
             else:
-                x = ddim_step(x0, eps, alpha, alpha_prev, config.eta, noise)
+                x = ddim_step(x0, eps, level, cleaner, config.eta, noise)
         return x
 
     def generate(self, prompt, config, draws, prediction="eps"):
@@ -181,6 +202,8 @@ MIXED = [
         ({}, {"patches": "unet"}, "eps"),
         ({"sampler": "dpm++", "guidance_interval": (200, 600)}, {"patches": "unet"}, "v"),
         ({}, {"image_attention": "causal"}, "v"),
+        ({"sampler": "euler", "guidance_interval": (200, 600)}, {}, "flow"),
+        ({"sampler": "heun", "steps": 4}, {"patches": "unet"}, "flow"),
     ],
 )
 def test_decoding_equals_a_full_forward_for_every_token_and_step(changes, model_changes, prediction):
@@ -205,6 +228,20 @@ def test_a_row_keeps_its_bits_whatever_its_neighbours_hold_and_without_any(patch
     results += [run(model, [mine, *MIXED], config)[0], run(model, [mine], config)[0]]  # other places and numbers
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_a_sampler_must_suit_the_schedule_and_auto_does():
+    cosine = DiffusionConfig()
+    assert [SamplerConfig().suited_to(each).sampler for each in (cosine, FLOW)] == ["ddpm", "euler"]
+    assert SamplerConfig(steps=5000).suited_to(FLOW).steps == 5000
+    for settings, diffusion, said in (
+        ({"sampler": "heun"}, cosine, "schedule=cosine; expected auto or one of ddpm, ddim"),
+        ({"sampler": "ddim"}, FLOW, "schedule=flow; expected auto or one of euler, heun"),
+        ({"steps": 1001}, cosine, "at most 1000 steps"),
+        ({"guidance_interval": (0, 1000)}, FLOW, "timesteps in 0...999"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SamplerConfig(**settings).suited_to(diffusion)
 
 
 def test_draws_follow_the_sample_and_not_its_place():
@@ -314,19 +351,21 @@ def test_a_model_that_learned_two_pictures_draws_and_describes_each():
     model = Transfusion(TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS), VOCAB)
     init_weights(model, 0)
     captions, pictures = [[5, 6, 10], [7, 8, 9]], [picture(1), picture(2)]
-    table, generator = alphas_cumprod(), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     x0 = torch.stack(pictures * 4)
     for _ in range(300):
         noise = torch.randn(x0.shape, generator=generator)
         t = torch.randint(0, 1000, (8,), generator=generator)
-        x_t = add_noise(x0, noise, t, table)
+        x_t = add_noise(x0, noise, SCHEDULE.levels(t))
         rows = []
         for i in range(8):
             caption, image = captions[i % 2], [SPECIAL.boi, (x_t[i], int(t[i])), SPECIAL.eoi]
             rows.append([SPECIAL.bos, *(caption + image if i < 4 else image + caption), SPECIAL.eos])
         output = model(**lay_out(rows))
-        error = output.noise_pred[GRID] - training_target(x0, noise, t, table, "v")
+        error = output.noise_pred[GRID] - training_target(
+            x0, noise, SCHEDULE.levels(t), DiffusionConfig(prediction="v")
+        )
         (output.text_nll_sum / output.text_count + 5 * error.square().mean()).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,5 +1,6 @@
 """The embedded data set is deterministic, its splits hold, its captions read back, its judge is strict and right."""
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -99,7 +100,7 @@ def test_no_held_out_caption_stands_in_anything_that_is_trained(examples):
     for words in held_out:
         assert words not in texts
     for example in examples:
-        assert not any(words in example.caption for words in held_out), example.caption
+        assert not any(words in said for words in held_out for said in example.captions), example.captions
 
 
 def test_training_never_shows_what_is_held_out(examples):
@@ -115,6 +116,26 @@ def test_training_never_shows_what_is_held_out(examples):
     assert len(set(pairs)) == len(pairs)
     counts = Counter(split for split, _ in held_out)
     assert counts["seen"] >= 200 and counts["unseen"] >= 100 and counts["two_shapes"] >= 100
+
+
+def test_each_picture_has_up_to_three_wordings_of_what_training_may_say(examples):
+    """And the pictures and first captions of before: pinned."""
+    digest = hashlib.sha256()
+    for example in examples[:50]:
+        digest.update(example.picture.tobytes() + example.caption.encode())
+    held_out = list(held_out_examples(SPLITS, 32, 120))
+    for _, example in held_out[::7]:
+        digest.update(example.picture.tobytes() + example.caption.encode())
+    assert digest.hexdigest()[:16] == "2ee1b4ce19d57a44"
+    for example in [*examples, *(example for _, example in held_out)]:
+        assert example.captions[0] == example.caption == caption(example.shapes, example.wording)
+        assert len(set(example.captions)) == len(example.captions) <= 3
+        assert all(parse_caption(text) == example.shapes for text in example.captions)
+        number = len(WORDINGS if len(example.shapes) == 1 else PAIR_WORDINGS)
+        allowed = {caption(example.shapes, w) for w in range(number) if SPLITS.trains(example.shapes, w)}
+        assert set(example.captions[1:]) <= allowed
+    assert all(len(example.captions) == 3 for example in examples if len(example.shapes) == 1)
+    assert all(len(e.captions) == (3 if split == "seen" else 1) for split, e in held_out)
 
 
 def test_two_shapes_never_overlap_and_differ_in_colour(examples):
@@ -203,6 +224,7 @@ def test_the_program_writes_shards_that_webdataset_reads(tmp_path):
         example = training_example(SPLITS, index, 32, 0.15)
         assert np.array_equal(record["png"], example.picture)
         assert record["txt"] == record["json"]["caption"] == example.caption
+        assert record["json"]["captions"] == list(example.captions)
         assert tuple(Shape(**shape) for shape in record["json"]["shapes"]) == example.shapes
     held_out = list(wds.WebDataset([str(tmp_path / "a/heldout/00000.tar")], shardshuffle=False).decode())
     assert Counter(record["json"]["split"] for record in held_out) == {"seen": 216, "unseen": 120, "two_shapes": 10}

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.dataset import DataConfig
+from data.dataset import DataConfig, open_data
+from data.documents import ImageKind
 from data.lane_state import LaneState
 from data.lanes import Lane
 from data.manifest import Manifest
@@ -122,6 +123,18 @@ def test_a_document_that_no_sequence_can_hold_is_known_from_the_start(
     stream(readers, 30)
     assert skipped(readers)[0]["longer than a sequence"] > 4 and not caplog.text
     assert all(lane.state().skipped_documents == [] for lane in readers)
+
+
+@pytest.mark.parametrize("kind", ["latents", "pixels"])
+def test_too_long_a_document_is_known_from_the_start_whatever_its_image_is(
+    tmp_path: Path, tokenizer: Tokenizer, kind: ImageKind
+) -> None:
+    """A shard is examined if its largest record has room for it, by the bytes that such an image takes."""
+    images = [image for _, image in pairs(2, kind=kind)]
+    documents = [*pairs(3, kind=kind), (np.full(56, 9, np.int32), images[0]), (np.full(57, 9, np.int32), images[1])]
+    folder = make_source(tmp_path / "a", tokenizer, documents, kind=kind)
+    data = open_data(data_config(tokenizer, {"a": folder}, lanes=2), 0, 2)
+    assert data.sources[0].too_long == {(0, 4)}  # 57 + 4 patches + BOS, EOS, BOI, EOI: 65 of 64
 
 
 def test_a_bad_document_counts_once_however_often_its_lane_meets_it(

@@ -12,6 +12,7 @@ from data.dataset import open_data
 from data.lane_state import LaneState
 from data.loader import Loader
 from data.tokenizer import Tokenizer
+from model.diffusion import DiffusionConfig
 from model.transfusion import Transfusion
 from tests.ranks import run_ranks
 from tests.runs import settings
@@ -23,7 +24,7 @@ from train.distributed.ranks import Ranks
 from train.nested import leaves
 from train.optim.optimizer import Optimizer
 from train.pretrain_config import PretrainConfig, read_config
-from train.state import Progress, TrainState, fingerprint
+from train.state import Progress, TrainState, differences, fingerprint, meaning
 
 
 def _state(ranks: Ranks, config: PretrainConfig, seed: int) -> tuple[TrainState, Any]:
@@ -116,6 +117,20 @@ def test_what_a_resume_compares_is_spelled_as_it_always_was(config: PretrainConf
     assert {name: found.get(name) for name in expected} == expected
     padded = fingerprint(replace(config, model=replace(config.model, vocab_multiple_of=64)), data, 9)
     assert padded == found | {"model.vocab_multiple_of": "64"}
+    assert {name for name in found if name.startswith("diffusion.")} == {
+        "diffusion.num_timesteps",
+        "diffusion.prediction",
+    }
+
+
+def test_another_meaning_of_timesteps_is_found_but_not_another_loss(config: PretrainConfig) -> None:
+    v = replace(config, diffusion=DiffusionConfig(prediction="v"))
+    flow = replace(config, diffusion=DiffusionConfig(prediction="v", schedule="flow", shift=3.0, loss="x0"))
+    said = differences(meaning(v), meaning(flow))
+    assert sorted(said.values()) == [
+        "diffusion.schedule was cosine, is flow",
+        "diffusion.shift was 1.0, is 3.0",
+    ]
 
 
 def test_a_checkpoint_older_than_padding_and_auto_loads_as_it_is(config: PretrainConfig) -> None:

@@ -17,10 +17,10 @@ from data.loader import LaneRows, Loader, draw_images
 from data.packing import IGNORE, NO_IMAGE, ImageDraws, collate, lay_out, pack
 from data.tokenizer import SpecialIds, Tokenizer
 from model.diffusion import DiffusionConfig
+from model.latent_space import LatentStats, to_raw
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
-from model.vae import LatentStats
 from tests.ranks import run_ranks
 from tests.sources import data_config
 from train.distributed.parallelize import gather_weights
@@ -47,7 +47,7 @@ class Picture:
     moments: torch.Tensor  # [2C, h, w]
     u: float
     noise: torch.Tensor  # [C, h, w]
-    posterior_noise: torch.Tensor
+    posterior_noise: torch.Tensor | None
     before_caption: bool
 
 
@@ -170,10 +170,10 @@ def _drawn(document: Document, generator: torch.Generator, u: float | None = Non
     pictures = []
     for segment in document.segments:
         if isinstance(segment, ImageSegment):
-            shape = (2, *segment.moments.shape[1:])
+            shape = (2, *segment.grid)
             noise, posterior = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
             drawn = torch.rand((), generator=generator).item() if u is None else u
-            pictures.append(Picture(torch.tensor(segment.moments), drawn, noise, posterior, segment.before_caption))
+            pictures.append(Picture(torch.tensor(segment.array), drawn, noise, posterior, segment.before_caption))
     return pictures
 
 
@@ -230,6 +230,37 @@ def test_a_packed_batch_equals_its_documents_one_by_one(rows: list[list[int]], c
     assert changes == UNET or len(trained) == len(grads)
     found = gradients(model)
     assert_close({name: found[name] for name in trained}, trained)
+
+
+def test_deterministic_latents_are_trained_on_as_they_are() -> None:
+    """Against the reference, as a posterior without variance."""
+    latents = np.random.default_rng(1).normal(size=(2, 4, 6)).astype(np.float16)
+    given = Document((TextSegment(np.arange(5, 9)), ImageSegment(latents, "latents")))
+    (picture,) = _drawn(given, torch.Generator().manual_seed(0), u=0.4)
+    batch = _batch_of([given], [[replace(picture, posterior_noise=None)]], [[0]], 32)
+    assert batch.images[4, 6].posterior_noise is None
+    known = torch.cat([picture.moments, torch.zeros(2, 4, 6)])
+    certain = replace(picture, moments=known, posterior_noise=torch.zeros(2, 4, 6))
+    _, image, *_ = reference(plain_model(), [(_items(given, [certain]), None)], 500)
+    assert _step(plain_model(), batch).image_error.item() == pytest.approx(image.item(), rel=1e-5)
+
+
+def test_pixels_become_numbers_from_minus_one_to_one_on_the_device() -> None:
+    """Each of the 256 values, bit for bit what numpy makes of it; a step on them is one on those numbers."""
+    pixels = np.arange(3 * 16 * 16, dtype=np.int64).astype(np.uint8).reshape(3, 16, 16)
+    given = Document((ImageSegment(pixels, "pixels"), TextSegment(np.arange(5, 9))))
+    row = pack([lay_out(given, SPECIAL, 4)], 32, SPECIAL.pad)
+    batch = collate([row], [ImageDraws(torch.tensor([0.3]), [torch.ones(3, 16, 16)], [None])], 4)
+    (images,) = batch.images.values()
+    numbers = pixels.astype(np.float32) / np.float32(127.5) - 1
+    raw = to_raw(images.stored, images.posterior_noise)
+    assert raw.dtype == torch.float32 and np.array_equal(raw[0].numpy(), numbers)
+    assert (raw.min(), raw.max(), len(raw.unique())) == (-1, 1, 256)
+    as_numbers = replace(batch, images={(16, 16): replace(images, stored=torch.tensor(numbers)[None])})
+    settings = {"stats": LatentStats(torch.full((3,), -0.2), torch.full((3,), 0.6))}
+    model = plain_model(patch_size=4, latent_channels=3)
+    found = [_step(model, each, **settings).total for each in (batch, as_numbers)]
+    assert found[0].isfinite() and torch.equal(*found)
 
 
 def test_lambda_weighs_the_image_loss_alone() -> None:
@@ -309,7 +340,7 @@ def _unpacked(data: DataSet, step: int, row: Any, lane: int) -> list[tuple[Items
                 items.append(int(row.input_ids[i]))
             elif row.image_ids[i - 1] != image:
                 segment = row.images[image]
-                moments, u = torch.tensor(segment.moments), draws.u[image].item()
+                moments, u = torch.tensor(segment.array), draws.u[image].item()
                 noise, posterior = draws.noise[image], draws.posterior_noise[image]
                 items.append(Picture(moments, u, noise, posterior, segment.before_caption))
             last_label = int(row.labels[i])

@@ -4,20 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.vae import (
-    LatentStats,
-    VaeConfig,
-    VaeLossConfig,
-    build_vae,
-    decode,
-    load_vae,
-    moments,
-    sample_latents,
-    stated_stats,
-    stride_of,
-    vae_hash,
-    vae_loss,
-)
+from model.autoencoders import KL, load_latent_space, vae_hash
+from model.latent_space import LatentStats, to_raw
+from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, moments, vae_loss
 
 TINY = VaeConfig(latent_channels=3, block_channels=(8, 8, 8), layers_per_block=1, norm_groups=4, mid_attention=False)
 
@@ -35,12 +24,12 @@ def test_moments_and_pixels_have_the_stated_shapes_and_ranges(vae):
     assert TINY.stride == 4 and encoded.shape == (2, 6, 8, 8) and encoded.dtype == torch.float32
     wild = moments(vae, 1e6 * torch.randn(2, 3, 32, 32))[:, 3:]
     assert wild.min() >= -30 and wild.max() <= 20
-    assert decode(vae, sample_latents(encoded, torch.zeros(2, 3, 8, 8))).shape == pixels.shape
+    assert decode(vae, to_raw(encoded, torch.zeros(2, 3, 8, 8))).shape == pixels.shape
 
 
 def test_a_latent_is_mean_plus_deviation_times_noise():
     mean, deviation, noise = torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4) + 0.1, torch.randn(2, 3, 4, 4)
-    drawn = sample_latents(torch.cat([mean, 2 * deviation.log()], dim=1).half(), noise)
+    drawn = to_raw(torch.cat([mean, 2 * deviation.log()], dim=1).half(), noise)
     assert drawn.dtype == torch.float32
     torch.testing.assert_close(drawn, mean + deviation * noise, rtol=5e-3, atol=5e-3)
 
@@ -76,7 +65,7 @@ SCALINGS = [
 def test_whitening_by_what_the_vae_states_is_diffusers_formula(vae, stated, formula):
     vae.register_to_config(**stated)
     latents = 5 * torch.randn(2, 3, 4, 4)
-    stats = stated_stats(vae)
+    stats = KL(vae).stated_stats()
     torch.testing.assert_close(stats.whiten(latents), formula(latents))
     torch.testing.assert_close(stats.unwhiten(formula(latents)), latents)
 
@@ -95,14 +84,14 @@ def test_whitening_by_what_the_vae_states_is_diffusers_formula(vae, stated, form
 def test_a_stated_scaling_that_cannot_scale_is_refused(vae, stated, message):
     vae.register_to_config(**stated)
     with pytest.raises(ValueError, match=message):
-        stated_stats(vae)
+        KL(vae).stated_stats()
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_the_stride_of_a_loaded_vae_is_pixels_a_cell(blocks):
     loaded = build_vae(VaeConfig(block_channels=(4,) * blocks, layers_per_block=1, norm_groups=2, mid_attention=False))
     cells = moments(loaded, torch.zeros(1, 3, 16, 16)).shape[-1]
-    assert stride_of(loaded) == 16 / cells == 2 ** (blocks - 1)
+    assert KL(loaded).stride == 16 / cells == 2 ** (blocks - 1)
 
 
 def test_the_loss_is_squared_error_plus_weighted_kl():
@@ -160,9 +149,9 @@ def test_the_kl_weight_rises_linearly_and_stays():
 
 def test_the_hash_names_weights_and_structure_not_the_folder(vae, tmp_path):
     vae.save_pretrained(tmp_path / "a")
-    assert vae_hash(load_vae(tmp_path / "a")) == vae_hash(vae)
-    load_vae(tmp_path / "a").save_pretrained(tmp_path / "b")
-    assert vae_hash(load_vae(tmp_path / "b")) == vae_hash(vae)
+    assert load_latent_space(tmp_path / "a").hash == vae_hash(vae)
+    load_latent_space(tmp_path / "a").module.save_pretrained(tmp_path / "b")
+    assert load_latent_space(tmp_path / "b").hash == vae_hash(vae)
     before = vae_hash(vae)
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] += 1e-6
@@ -171,17 +160,17 @@ def test_the_hash_names_weights_and_structure_not_the_folder(vae, tmp_path):
 
 def test_a_folder_without_a_vae_is_refused_clearly(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such folder.*train\.vae"):
-        load_vae(tmp_path / "missing")
+        load_latent_space(tmp_path / "missing")
     file = tmp_path / "vae.safetensors"
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"is a file, expected a folder.*from_single_file"):
-        load_vae(file)
-    with pytest.raises(ValueError, match=r"holds \['vae.safetensors'\], expected an AutoencoderKL"):
-        load_vae(tmp_path)
+        load_latent_space(file)
+    with pytest.raises(ValueError, match=r"holds \['vae.safetensors'\], expected an autoencoder"):
+        load_latent_space(tmp_path)
     for config, words in [("{}", r"holds \['config.json', 'vae.saf"), ("[]", "of class list"), ("{", "is not JSON")]:
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(ValueError, match=words):
-            load_vae(tmp_path)
+            load_latent_space(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["runs/vae", "here/vae", "vae", "./owner/name", "owner/name/vae", "/owner", "~/vae"])
@@ -190,7 +179,7 @@ def test_what_looks_like_a_path_is_no_question_to_the_hub(name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     with pytest.raises(FileNotFoundError, match=f"^vae={name}: no such folder; make one with `python -m train.vae`"):
-        load_vae(name)
+        load_latent_space(name)
 
 
 @pytest.mark.parametrize("subfolder", ["", "vae"])
@@ -202,24 +191,24 @@ def test_a_hub_id_is_loaded_from_the_hub(vae, subfolder, tmp_path, monkeypatch):
     vae.save_pretrained(repository / "snapshots" / ("0" * 40) / subfolder)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
-    assert vae_hash(load_vae("owner/name")) == vae_hash(vae)
-    with pytest.raises(ValueError, match=r"vae=owner/other: not an AutoencoderKL in safetensors: .*owner/other"):
-        load_vae("owner/other")
+    assert load_latent_space("owner/name").hash == vae_hash(vae)
+    with pytest.raises(ValueError, match=r"vae=owner/other: not an autoencoder in safetensors: .*owner/other"):
+        load_latent_space("owner/other")
 
 
 def test_a_pipelines_vae_and_weights_of_one_variant_are_taken(vae, tmp_path):
     vae.save_pretrained(tmp_path / "pipeline" / "vae", variant="fp16")
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    assert vae_hash(load_vae(tmp_path / "pipeline")) == vae_hash(vae)
+    assert load_latent_space(tmp_path / "pipeline").hash == vae_hash(vae)
     vae.save_pretrained(tmp_path / "shards", variant="fp16", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").iterdir())) > 3
-    assert vae_hash(load_vae(tmp_path / "shards")) == vae_hash(vae)
+    assert load_latent_space(tmp_path / "shards").hash == vae_hash(vae)
     vae.save_pretrained(tmp_path / "pipeline" / "vae", variant="ema")
     with pytest.raises(ValueError, match=r"holds weights of \['ema', 'fp16'\]; copy the one you want to diffusion_py"):
-        load_vae(tmp_path / "pipeline")
+        load_latent_space(tmp_path / "pipeline")
     vae.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin.*pickled.*use_safetensors=False\)\.save_pre"):
-        load_vae(tmp_path / "pickled")
+        load_latent_space(tmp_path / "pickled")
 
 
 def test_a_model_of_another_class_is_named(tmp_path):
@@ -229,7 +218,7 @@ def test_a_model_of_another_class_is_named(tmp_path):
     for other in (VQModel(block_out_channels=(32,)), AutoencoderKLTemporalDecoder(**blocks)):
         other.save_pretrained(tmp_path / type(other).__name__)
         with pytest.raises(ValueError, match=f"a model of class {type(other).__name__}, expected AutoencoderKL"):
-            load_vae(tmp_path / type(other).__name__)
+            load_latent_space(tmp_path / type(other).__name__)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused_by_name_and_never_drawn(vae, tmp_path):
@@ -247,8 +236,8 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name_and_never_drawn(
     for weights, words in cases:
         save_file(weights, path, metadata={"format": "pt"})
         with pytest.raises(ValueError, match=words):
-            load_vae(tmp_path)
+            load_latent_space(tmp_path)
     save_file(whole, path, metadata={"format": "pt"})
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="not an AutoencoderKL in safetensors"):
-        load_vae(tmp_path)
+    with pytest.raises(ValueError, match="not an autoencoder in safetensors"):
+        load_latent_space(tmp_path)

@@ -136,7 +136,7 @@ def test_foreign_shards_are_indexed_but_for_what_is_bad(
         main(settings)
     main([*settings, "max_bad_fraction=0.3"])
     printed = capsys.readouterr().out
-    assert "index: 8 records in 1 shard" in printed and "no tokens and no moments: 1" in printed
+    assert "index: 8 records in 1 shard" in printed and "no tokens and no image: 1" in printed
     manifest = Manifest.load(folder)
     good = [record["moments.npy"] for i, record in enumerate(records) if i not in (3, 5)]
     kept = np.stack([np.frombuffer(data[-512:], "<f2").reshape(4, 8, 8) for data in good])

@@ -13,14 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from data.documents import ImageSegment, TextSegment, decode_document
+from data.documents import KINDS, ImageSegment, TextSegment, decode_document
 from data.manifest import Manifest
 from data.packing import lay_out
 from data.pictures import contact_sheet, encode_png, from_unit
 from data.shards import BadRecords, Record, write_shard
 from data.tokenizer import Tokenizer
-from model.vae import decode, load_vae
-from tests.sources import encoded_records, interleaved, make_source
+from model.autoencoders import load_latent_space
+from model.vae import decode
+from tests.sources import encoded_records, interleaved, make_source, pairs
 from train.config import run_program
 from train.encode import main as encode
 from train.pages.dataset_summary import CHARACTERS, PICTURES, EncodedData, caption_of, joined
@@ -77,7 +78,7 @@ def test_the_sheet_is_what_the_vae_decodes_from_the_posteriors_mean(
 ) -> None:
     """Against a decode of each picture by itself."""
     seen = Seen(capsys, encoded, tmp_path, vae=vae_folder, tokenizer=tokenizer.path, n=6)
-    vae, expected = load_vae(vae_folder), []
+    vae, expected = load_latent_space(vae_folder).module, []
     records = encoded_records(encoded)
     for key in seen.keys:
         (moments,) = images_of(records[int(key)])
@@ -90,7 +91,7 @@ def test_the_sheet_is_what_the_vae_decodes_from_the_posteriors_mean(
 
 
 def images_of(record: Record) -> list[np.ndarray]:
-    return [part.moments for part in decode_document(record, "").segments if isinstance(part, ImageSegment)]
+    return [part.array for part in decode_document(record, "").segments if isinstance(part, ImageSegment)]
 
 
 def test_every_document_has_its_caption_key_shard_grid_and_length(
@@ -192,7 +193,8 @@ def test_interleaved_documents_are_decoded_up_to_a_number_of_pictures(
     tmp_path: Path, tokenizer: Tokenizer, vae_folder: Path
 ) -> None:
     make_source(tmp_path / "data", tokenizer, interleaved(30, images=6))
-    data = replace(EncodedData.open(str(tmp_path / "data"), 2, str(tokenizer.path), None), vae=load_vae(vae_folder))
+    data = EncodedData.open(str(tmp_path / "data"), 2, str(tokenizer.path), None)
+    data = replace(data, space=load_latent_space(vae_folder))
     documents, _ = data.read_documents([0], 30, 0, BadRecords(0))
     counts = []
     for shown, record in zip(documents, encoded_records(tmp_path / "data"), strict=True):
@@ -204,6 +206,23 @@ def test_interleaved_documents_are_decoded_up_to_a_number_of_pictures(
     assert max(counts) > PICTURES and 1 in counts
 
 
+def test_a_view_says_what_the_images_are(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:
+    """In words; the statistics beside the manifest's are of what the model will see, pixels from -1 to 1."""
+    expected = {
+        "moments": f"posteriors of VAE {'a' * 16} (2 channels, stride 8, 32 pixels)",
+        "latents": f"latents of the deterministic autoencoder {'a' * 16} (2 channels, stride 8, 32 pixels)",
+        "pixels": "pixels, 8 bits a channel (3 channels, stride 1, 32 pixels)",
+    }
+    for kind in KINDS:
+        contents = pairs(9, kind=kind)
+        seen = Seen(capsys, make_source(tmp_path / kind, tokenizer, contents, kind=kind), tmp_path, n=9)
+        assert seen.facts["images are"] == expected[kind] and len(seen.documents) == 9 and not seen.bad
+        title = next(title for title in seen.tables if title.startswith("latents"))
+        cells = np.concatenate([image.reshape(len(image), -1) for _, image in contents], axis=1).astype(np.float64)
+        mean = (cells / 127.5 - 1 if kind == "pixels" else cells).mean(1)
+        assert [row["mean, shown"] for row in seen.tables[title]] == pytest.approx(mean[: len(seen.tables[title])])
+
+
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_counts_equal_a_slow_count_over_the_records(
     pairs_folder: Path, tmp_path: Path, tokenizer: Tokenizer, patch_size: int, capsys: pytest.CaptureFixture[str]
@@ -213,7 +232,7 @@ def test_counts_equal_a_slow_count_over_the_records(
     lengths = [len(lay_out(document, tokenizer.special, patch_size)) for document in documents]
     words = [sum(len(s.token_ids) for s in d.segments if isinstance(s, TextSegment)) for d in documents]
     grids = Counter(
-        "{}x{}".format(*s.moments.shape[1:]) for d in documents for s in d.segments if isinstance(s, ImageSegment)
+        "{}x{}".format(*s.array.shape[1:]) for d in documents for s in d.segments if isinstance(s, ImageSegment)
     )
     patches = sum(int(g[0]) * int(g[2]) // patch_size**2 * count for g, count in grids.items())
     long = sum(length > 20 for length in lengths)

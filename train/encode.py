@@ -1,4 +1,4 @@
-"""Encode raw data once, offline: pictures and captions to VAE moments and token ids, text to token ids.
+"""Encode raw data once, offline: pictures to latents (or bytes, with vae=pixels), captions and text to token ids.
 
 Reads img2dataset-style .tar shards (picture + .txt or .json), interleaved documents, .jsonl (.gz, .zst) or .txt text;
 writes one shard per input file with its index and sidecar, then manifest.json. Start it as often as you like, under
@@ -17,8 +17,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+from data.captions import CaptionTokens
 from data.documents import document_sizes
 from data.durable import TEMPORARY_NAME
 from data.inputs import expand
@@ -30,7 +32,7 @@ from data.storage import Location, local_copy
 from train.config import load_config, run_program
 from train.console import plural
 from train.distributed.launcher import place
-from train.encoding.encoder import EXAMPLES_KEPT, Encoder, EncoderConfig
+from train.encoding.encoder import EXAMPLES_KEPT, GIVEN, Encoder, EncoderConfig
 from train.encoding.leases import Leases
 from train.encoding.progress import Progress
 from train.encoding.sidecar import Sidecar, build_manifest, sidecar_path
@@ -193,13 +195,14 @@ def encode_file(encoder: Encoder, task: Task, bad: BadRecords, progress: Progres
     try:
         inode = write_shard(shard, records())
         in_shard = BadRecords(max_fraction=0, max_failed_files=1)  # it may be without records
-        index = index_shard(shard, document_sizes, in_shard)
+        captions = CaptionTokens()
+        index = index_shard(shard, partial(document_sizes, captions=captions), in_shard)
         if shard.stat().st_ino != inode:
             raise FileExistsError(f"{shard}: another worker wrote it at the same time; start again")
         in_shard.check(final=True)
         if encoder.origin(file_version(task.source)) != task.origin:
             raise ValueError(f"{shown(task.source)} changed while it was encoded; start again")
-        sidecar = Sidecar.write(shard, index, task.origin, encoder.latent_sums, of_file, encoder.words)
+        sidecar = Sidecar.write(shard, index, task.origin, encoder.latent_sums, of_file, encoder.words, captions)
     except (FileExistsError, FileNotFoundError):  # another worker was faster, and may have cleaned up already
         theirs = task.sidecar()
         if theirs is None:
@@ -237,11 +240,31 @@ def finish(encoder: Encoder, tasks: Sequence[Task], output: Path, leases: Leases
             f"({min(others).removesuffix('.json')} ...), which are not in the manifest: name all inputs of a data set "
             "in each call"
         )
-    if encoder.vae is not None:
+    if encoder.space is not None:
         print(f"encode: latent statistics: {encoder.stats_source}")
+    say_captions(sidecars)
     warn_of_unknown(sidecars, encoder.config.tokenizer)
     counts = f"{plural(manifest.records, 'record')} in {plural(len(manifest.shards), 'shard')}"
     print(f"encode: {counts} in {output}; skipped {bad.summary()}")
+
+
+def say_captions(sidecars: Sequence[Sidecar]) -> None:
+    """Print how many pictures have each kind of caption, if there are several, and why the others lack it."""
+    counts: dict[str, Counter] = {}
+    for sidecar in sidecars:
+        for kind, found in sidecar.words.captions.items():
+            counts.setdefault(kind, Counter()).update(found)
+    said = []
+    for kind, found in counts.items():
+        of = "" if said else f" of {plural(found.total(), 'picture')}"
+        missing = found.total() - found[GIVEN]
+        why = [f"{found[f'{reason} caption']} {reason}" for reason in ("empty", "undecodable")]
+        why = ", ".join(part for part in why if not part.startswith("0 "))
+        said.append(
+            f"{kind} {found[GIVEN]}{of}" + (f" ({missing} missing{why and f', of these {why}'})" * (missing > 0))
+        )
+    if said:
+        print(f"encode: captions: {', '.join(said)}")
 
 
 def warn_of_unknown(sidecars: Sequence[Sidecar], tokenizer: str) -> None:

@@ -19,7 +19,7 @@ from data.manifest import Manifest
 from data.pictures import encode_png
 from data.scene_judge import Verdict
 from data.storage import Location
-from model.sampler import SamplerConfig
+from model.sampler_config import SamplerConfig
 from train.checkpoints.trained_records import TrainedRecords
 from train.config import load_config, run_program
 from train.distributed.agreement import facts_of
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int | None:
         "checkpoint": str(saved.folder.resolve()),
         "step": saved.step,
         "weights": pipeline.weights,
+        "guide": pipeline.describe_guide(),
         "dtype": config.dtype,
         "seed": config.seed,
         "settings": {field.name: getattr(config, field.name) for field in fields(SamplerConfig)},

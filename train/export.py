@@ -19,7 +19,7 @@ from train.checkpoints.run_folder import TOKENIZER_FILE
 from train.checkpoints.trained_records import TRAINED_FILE
 from train.config import load_config, run_program, to_yaml
 from train.distributed.ranks import alone
-from train.inference.saved_model import EXPORT_MARK, VAE_FOLDER, WEIGHTS_FILE, LoadedModel, load_matching_vae
+from train.inference.saved_model import EXPORT_MARK, VAE_FOLDER, WEIGHTS_FILE, LoadedModel, load_matching_space
 from train.output_folder import OutputFolder
 
 
@@ -30,7 +30,7 @@ class ExportConfig:
     weights: str = "auto"  # model, ema-N (half-life N), ema (the first); auto: the first EMA, or model if there is none
     format: Literal["transfusion", "llama"] = "transfusion"  # the whole model, or its text side for transformers
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the written weights
-    vae: Location | None = None  # AutoencoderKL to copy; null: the one the run names
+    vae: Location | None = None  # autoencoder to copy; null: the one the run names, none for pixels
     tokenizer: Location | None = None  # SentencePiece model to copy; null: the copy in the run, else the one it names
 
 
@@ -68,21 +68,20 @@ def write_transfusion(
 ) -> dict[str, Any]:
     """Write the whole model; return what export.json says about its training data."""
     spec = loaded.saved.latent_spec
-    vae = None if spec is None else load_matching_vae(vae_path, spec)
+    space = None if spec is None else load_matching_space(vae_path, spec)
     folder = output.open_partial()
     weights = {name: parameter.detach().to(dtype) for name, parameter in loaded.model.named_parameters()}
     save_file(weights, folder / WEIGHTS_FILE)
     shutil.copyfile(loaded.tokenizer.path, folder / TOKENIZER_FILE)
-    if vae is not None:
-        vae.save_pretrained(folder / VAE_FOLDER, safe_serialization=True)
+    has_vae = space is not None and space.save(folder / VAE_FOLDER)
     data = replace(loaded.config.data, tokenizer=TOKENIZER_FILE)
-    config = replace(loaded.config, data=data, vae=None if vae is None else VAE_FOLDER)
+    config = replace(loaded.config, data=data, vae=VAE_FOLDER if has_vae else None)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     if loaded.saved.trained_records is not None:
         (folder / TRAINED_FILE).write_bytes(loaded.saved.trained_records.to_bytes())
     return {
         "fingerprint": loaded.saved.meta["fingerprint"],
-        "latent_spec": None if spec is None else vars(spec),
+        "latent_spec": None if spec is None else spec.fields(),
         "grids": loaded.saved.grids,
     }
 

@@ -1,16 +1,18 @@
 """Losses on held-out data, which is never trained on: text and image loss of each source, during a run or after it.
 
 Each document is read once with its caption first and no caption dropout, which measures texts and drawing from
-captions; documents with images once more with the caption last, which measures describing. Noise and timesteps depend
-on the seed alone, so two evaluations of one model agree on any number of ranks, up to the order of float additions.
-Ranks vote before each batch as in training, so a stop signal ends an evaluation within a batch and the collectives of a
-sharded model always match.
+captions; documents with images once more with the caption last, which measures describing, and once more with the
+caption first at noise levels that no config changes, which measures the error of x0 (model/log_snr_bins.py). Noise and
+levels depend on the seed alone, so two evaluations of one model agree on any number of ranks, up to the order of float
+additions, and models of one seed and data meet the same noise at the same levels, whatever they predict. Ranks vote
+before each batch as in training, so a stop signal ends an evaluation within a batch and the collectives of a sharded
+model always match.
 """
 
 import logging
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +25,9 @@ from data.manifest import Manifest
 from data.packing import IGNORE, PackedBatch
 from data.source import SourceConfig
 from data.storage import Location
+from model.latent_space import LatentStats
+from model.log_snr_bins import BINS, mean_by_bin, mean_over_bins
 from model.transfusion import Transfusion
-from model.vae import LatentStats
 from train.distributed.parallelize import reshard
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopKind, StopSignal
@@ -37,8 +40,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Captions first: nats per text target, of texts and of captions before their image; mean squared error of an image's
-# prediction (drawing). Captions last: nats per text target of the captions (describing).
-KINDS = ("text_loss", "image_loss", "captioning_loss")
+# prediction (drawing). Captions last: nats per text target of the captions (describing). Captions first again, at noise
+# levels spread evenly over the bins of log SNR: mean squared error of whitened x0, its mean over the bins.
+KINDS = ("text_loss", "image_loss", "captioning_loss", "x0_error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class HeldoutConfig:
     # Sequences per batch over all ranks, at most the source's documents; more ranks than that idle. With
     # parallel.compile, micro_batch_size of them for each rank need no further compilation.
     lanes: int = 8
-    max_batches: int | None = None  # per source and caption order, >= 1; null: each document once
+    max_batches: int | None = None  # per source and pass, >= 1; null: each document once
 
     def __post_init__(self) -> None:
         if self.interval_steps is not None and (self.interval_steps < 1 or not self.heldout):
@@ -87,9 +91,14 @@ class Heldout:
         """Raise ValueError for a source of another tokenizer or VAE; TrainedRecords refuses one that is trained on."""
         self._config, self._ranks, self._rows, self._like_training = config, ranks, rows, like_training
         self._diffusion = replace(
-            trained.diffusion, before_caption_max_timestep=None, timestep_sampling="uniform", min_snr_gamma=None
+            trained.diffusion,
+            before_caption_max_timestep=None,
+            timestep_sampling="uniform",
+            min_snr_gamma=None,
+            loss="own",
         )
-        self._sources: dict[str, dict[str, tuple[DataConfig, DataSet]]] = {}  # by name and order
+        self._sources: dict[str, dict[str, tuple[DataConfig, DataSet]]] = {}  # by name and pass
+        self._warned: set[str] = set()  # of empty bins
         for name, path in config.heldout.items():
             source = DataConfig(
                 sources={name: SourceConfig(path=path, repeat=False)},
@@ -107,6 +116,7 @@ class Heldout:
                 )
             self._sources[name] = {"caption_first": (source, data)}
             if data.grids:
+                self._sources[name]["denoising"] = source, data
                 last = replace(source, order=OrderConfig(caption_first=0.0, caption_dropout=0.0))
                 self._sources[name]["image_first"] = last, open_data(last, trained.seed, trained.model.patch_size)
             if data.too_long and ranks.is_first:
@@ -139,22 +149,24 @@ class Heldout:
         kinds = {name: KINDS if len(orders) > 1 else KINDS[:1] for name, orders in self._sources.items()}
         return [metric_name(name, kind) for name, of_source in kinds.items() for kind in of_source]
 
-    def losses(
-        self, model: Transfusion, stats: LatentStats, stop: StopSignal
-    ) -> dict[str, dict[str, float | int | None]] | StopKind:
+    def losses(self, model: Transfusion, stats: LatentStats, stop: StopSignal) -> dict[str, dict[str, Any]] | StopKind:
         """Return the losses of each source (see KINDS), None where there is nothing to measure, and their counts.
 
-        If any rank receives a stop signal, returns which instead. Collective.
+        `x0_error_by_log_snr` has each bin's error and number of images; with an empty bin, `x0_error` is None. If any
+        rank receives a stop signal, returns which instead. Collective.
         """
         measured = {}
         for name, orders in self._sources.items():
             nothing = {"text_nll": 0.0, "image_error": 0.0, "text_targets": 0, "images": 0, "documents": 0}
-            sums = {"image_first": nothing}
+            sums, x0_errors = {"image_first": nothing}, torch.zeros(2, len(BINS))
             for order in orders:
                 found = self._sums(name, order, model, stats, stop)
                 if isinstance(found, StopKind):
                     return found
-                sums[order] = dict(zip(nothing, found, strict=True))
+                of_losses, of_bins = found.split([len(nothing), 2 * len(BINS)])
+                sums[order] = dict(zip(nothing, of_losses.tolist(), strict=True))
+                if order == "denoising":
+                    x0_errors = of_bins.view(2, -1)
             first, last = sums["caption_first"], sums["image_first"]
             counts = {key: int(first[key]) for key in ("documents", "text_targets", "images")}
             counts["caption_targets"] = int(last["text_targets"])
@@ -162,19 +174,39 @@ class Heldout:
                 "text_loss": first["text_nll"] / counts["text_targets"] if counts["text_targets"] else None,
                 "image_loss": first["image_error"] / counts["images"] if counts["images"] else None,
                 "captioning_loss": last["text_nll"] / last["text_targets"] if last["text_targets"] else None,
+                **self._x0_errors(name, x0_errors),
                 **counts,
             }
         return measured
 
+    def _x0_errors(self, name: str, sums: torch.Tensor) -> dict[str, Any]:
+        """Return the mean error over the bins and of each, none for texts; warn once of bins without images."""
+        if "denoising" not in self._sources[name]:
+            return {"x0_error": None, "x0_error_by_log_snr": {}}
+        means, counts = mean_by_bin(sums), sums[1].int().tolist()
+        empty = [of_bin for of_bin, count in zip(BINS, counts, strict=True) if not count]
+        if empty and self._ranks.is_first and name not in self._warned:
+            self._warned.add(name)
+            log.warning(
+                "held-out source %s: none of its images was measured at a log SNR in %s, so its x0_error is null; give "
+                "it more images, or train with a schedule that reaches these levels",
+                *(name, ", ".join(empty)),
+            )
+        by_bin = zip(BINS, means, counts, strict=True)
+        return {
+            "x0_error": mean_over_bins(means),
+            "x0_error_by_log_snr": {of_bin: {"error": error, "images": count} for of_bin, error, count in by_bin},
+        }
+
     @torch.no_grad()
     def _sums(
         self, name: str, order: str, model: Transfusion, stats: LatentStats, stop: StopSignal
-    ) -> list[float] | StopKind:
-        """Return text nll, image error, text targets, images, documents of all ranks; or why to stop. Collective."""
+    ) -> torch.Tensor | StopKind:
+        """Return all ranks' sums, f64 [5 + 2 bins], or why to stop: `_measure`'s, documents fifth. Collective."""
         ranks, (config, data) = self._ranks, self._sources[name][order]
         most = self._config.max_batches or math.inf
         documents: set[Position] = set()
-        sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+        sums = torch.zeros(4 + 2 * len(BINS), dtype=torch.float64, device=ranks.device)
         rows = self._rows or config.lanes
         loader = Loader(
             data, config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=rows, may_idle=True
@@ -192,16 +224,19 @@ class Heldout:
                 for micro_batch in batch.micro_batches:
                     if order == "image_first":
                         micro_batch = captions_alone(micro_batch, data.settings.special.boi)
-                    sums += self._measure(model, micro_batch, stats)
+                    sums += self._measure(model, micro_batch, stats, uniform_log_snr=order == "denoising")
         finally:
             loader.close()
             reshard(model)
-        sums = torch.cat([sums.cpu(), torch.tensor([len(documents)])])
+        sums = sums.cpu()
+        sums = torch.cat([sums[:4], torch.tensor([len(documents)]), sums[4:]])
         dist.all_reduce(sums, group=ranks.vote_group)
-        return sums.tolist()
+        return sums
 
-    def _measure(self, model: Transfusion, batch: PackedBatch, stats: LatentStats) -> torch.Tensor:
-        """Return f64 [4]: text nll, image error, text targets and images of a micro-batch."""
+    def _measure(
+        self, model: Transfusion, batch: PackedBatch, stats: LatentStats, uniform_log_snr: bool
+    ) -> torch.Tensor:
+        """Return f64 [4 + 2 bins] of a micro-batch: text nll, image error, text targets, images; x0 errors by bin."""
         with torch.set_grad_enabled(self._like_training):
             loss = micro_step(
                 model,
@@ -211,9 +246,11 @@ class Heldout:
                 image_weight=1.0,
                 global_text_targets=1,
                 global_images=1,
+                uniform_log_snr=uniform_log_snr,
             )
         counts = loss.text_nll.new_tensor([batch.num_text_targets, batch.num_images])
-        return torch.cat([torch.stack([loss.text_nll, loss.image_error]), counts]).double()
+        losses = torch.cat([torch.stack([loss.text_nll, loss.image_error]), counts]).double()
+        return torch.cat([losses, loss.x0_errors.flatten()])
 
 
 def captions_alone(batch: PackedBatch, boi: int) -> PackedBatch:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from data.lane_state import LaneState
 from data.loader import epochs
 from data.packing import PADDING_DOCUMENT
+from model.log_snr_bins import BINS, mean_by_bin, mean_over_bins
 from train.checkpoints.run_folder import RunFolder
 from train.console import say
 from train.distributed.ranks import Ranks
@@ -55,7 +56,8 @@ class Interval:
         self._reset(time.monotonic())
 
     def _reset(self, now: float) -> None:
-        self._device_sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)  # text nll, image error
+        # Text nll, image error, and the x0 errors' sums and counts by bin of log SNR.
+        self._device_sums = torch.zeros(2 + 2 * len(BINS), dtype=torch.float64, device=self.ranks.device)
         self._sums = dict.fromkeys(("slots", "rows", "idle_rows", "flops", "flops_again", "data_wait_s"), 0.0)
         self._global = dict.fromkeys(("text_targets", "images", "tokens"), 0)
         self._last: dict[str, Any] = {}  # of the last step only
@@ -74,7 +76,8 @@ class Interval:
         batch, vote = agreed.batch, agreed.vote
         assert batch is not None
         for loss in losses:
-            self._device_sums += torch.stack([loss.text_nll, loss.image_error]).to(torch.float64)
+            losses_of_both = torch.stack([loss.text_nll, loss.image_error]).to(torch.float64)
+            self._device_sums += torch.cat([losses_of_both, loss.x0_errors.flatten()])
         for micro_batch in batch.micro_batches:
             first_documents = micro_batch.document_ids[:, 0]  # still on the host
             self._sums["slots"] += micro_batch.input_ids.numel()
@@ -101,7 +104,9 @@ class Interval:
         dist.all_reduce(sums, group=self.ranks.vote_group)
         now = time.monotonic()  # after the waits for device and peers, which are part of the steps
         seconds = now - self._start
-        text_nll, image_error, slots, rows, idle_rows, model_flops, flops_again, data_wait_s = sums.tolist()
+        by_kind, x0_errors, others = sums.tensor_split([2, 2 + 2 * len(BINS)])
+        (text_nll, image_error), x0_errors = by_kind.tolist(), mean_by_bin(x0_errors.view(2, -1))
+        slots, rows, idle_rows, model_flops, flops_again, data_wait_s = others.tolist()
         flops_per_s = model_flops / seconds / self.ranks.world_size
         hardware_share = (model_flops + flops_again) / max(model_flops, 1)
         probe_s = probe_seconds(self.ranks.device)
@@ -115,6 +120,10 @@ class Interval:
             "interval_steps": self.num_steps,  # that the sums and means below are over
             "text_loss": text_nll / counts["text_targets"] if counts["text_targets"] else None,  # nats per text target
             "image_loss": image_error / counts["images"] if counts["images"] else None,  # mean squared error
+            # Mean squared error of x0, over bins of log SNR and in each that held images (docs/training.md); null: one
+            # held none, so that the mean is always of the same levels.
+            "x0_error": mean_over_bins(x0_errors),
+            **{f"x0_error/{name}": error for name, error in zip(BINS, x0_errors, strict=True) if error is not None},
             "tokens_per_s": counts["tokens"] / seconds,
             "images_per_s": counts["images"] / seconds,
             "step_s": seconds / max(self.num_steps, 1),

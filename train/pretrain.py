@@ -68,7 +68,8 @@ def main(argv: list[str]) -> int:
     # Data and memory are checked before the ranks meet: most mistakes can be found without communication, in seconds.
     data = open_training_data(config)
     vocab_size, device = data.tokenizer.vocab_size, own_device(config.device)
-    rehearsed = check_memory(config, vocab_size, place().world_size, data.grids, device, first=place().rank == 0)
+    first, world_size = place().rank == 0, place().world_size
+    rehearsed = check_memory(config, vocab_size, world_size, data.grids, device, first=first, kind=data.kind)
 
     # The ranks exchange summaries of their settings and data, so that a difference is refused by name. Timeouts are
     # long until the first step has compiled; see `run_steps`.
@@ -177,7 +178,8 @@ def train(run: Run) -> int:
     is_resumed = state.progress.step > 0
     known = is_resumed and run.ranks.device.type == "cpu" and not config.parallel.compile
     if state.progress.step < config.optim.steps and not known:
-        dry_run(state.model, state.optimizer, config, run.data.grids, run.stats, run.ranks, is_resumed=is_resumed)
+        grids, kind = run.data.grids, run.data.kind
+        dry_run(state.model, state.optimizer, config, grids, run.stats, run.ranks, is_resumed=is_resumed, kind=kind)
     try:
         ended: tuple[str, int] | None = None
         while ended is None:

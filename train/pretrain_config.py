@@ -5,13 +5,14 @@ It is apart from train/pretrain.py so that `sample`, `evaluate` and `report` can
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from omegaconf import MISSING
 
 from data.dataset import DataConfig
 from data.storage import Location
 from model.diffusion import DiffusionConfig
-from model.sampler import SamplerConfig
+from model.sampler_config import SamplerConfig
 from model.transfusion import TransfusionConfig
 from train.checkpoints.checkpoint import MOST_MINUTES, CheckpointConfig
 from train.config import load_config
@@ -35,11 +36,11 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         if self.interval_steps is not None and (self.interval_steps < 1 or not self.prompts):
             raise ValueError("preview.interval_steps: expected at least 1, and preview.prompts to draw")
-        self.sampler  # noqa: B018 raises for invalid settings
+        self.sampler(DiffusionConfig())  # raises for invalid settings
 
-    @property
-    def sampler(self) -> SamplerConfig:
-        return SamplerConfig(sampler="ddim", steps=self.steps, guidance=self.guidance)
+    def sampler(self, diffusion: DiffusionConfig) -> SamplerConfig:
+        kind: Literal["euler", "ddim"] = "euler" if diffusion.schedule == "flow" else "ddim"
+        return SamplerConfig(sampler=kind, steps=self.steps, guidance=self.guidance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class PretrainConfig:
     init_from: Location | None = None  # weights to start from instead of random ones: a checkpoint, a run or an export
     init_weights: str = "auto"  # which of its weights: model, ema, ema-N; auto: the first EMA, or the model without one
     seed: int = 0  # of weights, data order, noise and all other random draws
-    vae: Location | None = None  # AutoencoderKL, a folder or hub id, to decode previews; must be the data's
+    vae: Location | None = None  # the data's autoencoder, a folder or hub id, to decode previews; pixels need none
     device: Device = "auto"  # auto: CUDA if available
     micro_batch_size: int = 8  # sequences a rank runs at once; the global batch stays data.lanes sequences
     deterministic: bool = False  # bit-exact kernels on CUDA too, slower
@@ -78,7 +79,7 @@ class PretrainConfig:
             if not 0.01 <= getattr(self, name) <= MOST_MINUTES:
                 raise ValueError(f"{name}={getattr(self, name)}: expected in [0.01, {MOST_MINUTES}]")
         steps, most = self.preview.steps, self.diffusion.num_timesteps
-        if self.preview.interval_steps is not None and steps > most:
+        if self.preview.interval_steps is not None and steps > most and self.diffusion.schedule != "flow":
             raise ValueError(f"preview.steps={steps}: expected at most diffusion.num_timesteps={most}")
         if self.init_from is not None and self.resume not in ("auto", "none"):
             raise ValueError(f"init_from={self.init_from} and resume={self.resume}: expected only one of the two")

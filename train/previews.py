@@ -65,7 +65,8 @@ class Previews:
         device = self.ranks.device
         model.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
         try:
-            pictures = self._pipeline.draw(config.prompts, config.sampler, self.config.seed, poll)
+            sampler = config.sampler(self.config.diffusion)
+            pictures = self._pipeline.draw(config.prompts, sampler, self.config.seed, poll)
         except _Stopped:
             return
         finally:

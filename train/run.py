@@ -12,7 +12,7 @@ from functools import partial
 from data.dataset import DataSet
 from data.loader import Loader
 from data.loader_memory import loader_bytes
-from model.vae import LatentStats
+from model.latent_space import LatentStats
 from train.checkpoints.resume import ResumePoint
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver
@@ -87,7 +87,13 @@ class Run:
         self.state.metrics = {name: loss for name, loss in losses.items() if loss is not None}
         if self.saver.saved_step == step:
             self.saver.saved_step = 0  # it was saved without these metrics: save it again
-        self.log.write({"step": step, **self.state.metrics})
+        by_bin = {
+            metric_name(name, f"x0_error/{bin_}"): of_bin["error"]
+            for name, found in measured.items()
+            for bin_, of_bin in found["x0_error_by_log_snr"].items()
+            if of_bin["images"]
+        }
+        self.log.write({"step": step, **self.state.metrics, **by_bin})
         if self.ranks.is_first:
             say("  ".join([f"step {step}", *(f"{name} {loss:.4f}" for name, loss in self.state.metrics.items())]))
         return StopKind.NONE

@@ -83,6 +83,7 @@ def main(argv: list[str]) -> int | None:
     ranks = init_ranks(timeout_s=1800, device=config.device, facts=facts)
     pipeline = Pipeline.load(config, ranks).sized(config.size)
     assert pipeline.saved is not None
+    guide = pipeline.describe_guide()
     step, resolution = pipeline.saved.step, pipeline.latent_spec.resolution
     pictures = {name: _read_picture(Path(name), resolution) for name in dict.fromkeys(config.images)}
     output = Path(config.output)
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> int | None:
         for number, parts in _sample(pipeline, config, requests, pictures, mine, bar.update):
             request = requests[number]
             line = {"index": number, "prompt": request.prompt, "images": request.images}
-            made = {"output": _write_sample(output, number, parts), "seed": config.seed, "step": step}
+            made = {"output": _write_sample(output, number, parts), "seed": config.seed, "step": step, "guide": guide}
             lines.append({**line, **made, "settings": settings})
             text = " ".join(part for part in parts if isinstance(part, str))
             drawn = [part for part in parts if isinstance(part, np.ndarray)]

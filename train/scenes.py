@@ -1,8 +1,9 @@
 """Draw the embedded data set: a raw image-text WebDataset of captioned shapes, and text-only documents.
 
-Writes under `output`: train/ and heldout/ (tars of KEY.png, KEY.txt, KEY.json, the img2dataset layout), text/ and
-text_heldout/ (.jsonl of {"text": ...}), and scenes.json last, which marks the folder complete. The same settings give
-the same bytes on any machine. A second call reuses a complete folder; other settings replace it.
+Writes under `output`: train/ and heldout/ (tars of KEY.png, KEY.txt, KEY.json, the img2dataset layout; the .json has
+up to three wordings of the caption under "captions"), text/ and text_heldout/ (.jsonl of {"text": ...}), and
+scenes.json last, which marks the folder complete. The same settings give the same bytes on any machine. A second call
+reuses a complete folder; other settings replace it.
 """
 
 import json
@@ -24,7 +25,7 @@ from train.config import load_config, run_program
 from train.output_folder import OutputFolder
 
 DOCUMENTS_PER_FILE = 2000
-FORMAT = 2  # of the folder and the drawing: changing it remakes finished folders
+FORMAT = 3  # of the folder and the drawing: changing it remakes finished folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,7 @@ def _record(key: str, example: Example, **extra: int | str) -> Record:
     about = {
         "key": key,
         "caption": example.caption,
+        "captions": example.captions,
         "width": example.picture.shape[1],
         "height": example.picture.shape[0],
         "shapes": [asdict(shape) for shape in example.shapes],

@@ -67,7 +67,7 @@ class TrainState:
     @classmethod
     def begin(cls, model: Transfusion, optimizer: Optimizer, config: PretrainConfig, data: DataSet) -> "TrainState":
         """Return the state before the first step."""
-        facts = {"latent_spec": data.latent_spec and asdict(data.latent_spec), "grids": data.grids}
+        facts = {"latent_spec": data.latent_spec and data.latent_spec.fields(), "grids": data.grids}
         return cls(model, optimizer, partial(fingerprint, config, data), to_yaml(config), facts)
 
     def mark_done(self, batch: StepBatch) -> None:
@@ -140,6 +140,10 @@ class TrainState:
         return state
 
 
+# Settings that say what a timestep is, where checkpoints older than them have these values and state none.
+SCHEDULE = {"schedule": "cosine", "zero_terminal_snr": False, "shift": 1.0, "shift_by_size": False}
+
+
 def fingerprint(config: PretrainConfig, data: DataSet, step: int) -> dict[str, str]:
     """Return what a resume after `step` must find unchanged: what decides the batches, and what the weights mean."""
     spec = data.latent_spec
@@ -157,17 +161,19 @@ def meaning(config: PretrainConfig) -> dict[str, str]:
     del model["text_loss_chunk"]  # bounds memory, not the result
     if model["vocab_multiple_of"] == 1:
         del model["vocab_multiple_of"]  # checkpoints older than the setting have none
+    schedule = {name: getattr(config.diffusion, name) for name in SCHEDULE}
     return {
         **{f"model.transformer.{name}": str(value) for name, value in model.pop("transformer").items()},
         **{f"model.{name}": str(value) for name, value in model.items()},
         "diffusion.num_timesteps": str(config.diffusion.num_timesteps),
         "diffusion.prediction": config.diffusion.prediction,
+        **{f"diffusion.{name}": str(value) for name, value in schedule.items() if value != SCHEDULE[name]},
     }
 
 
 def differences(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
     """Return a phrase for each name whose values differ."""
-    absent = {"model.vocab_multiple_of": "1"}  # see `meaning`
+    absent = {"model.vocab_multiple_of": "1", **{f"diffusion.{name}": str(value) for name, value in SCHEDULE.items()}}
     names = {**then, **now}
     pairs = {name: tuple(facts.get(name, absent.get(name, "absent")) for facts in (then, now)) for name in names}
     return {name: f"{name} was {was}, is {found}" for name, (was, found) in pairs.items() if was != found}

@@ -19,19 +19,14 @@ import torch
 from data.manifest import LatentSpec
 from data.packing import NO_IMAGE, PackedBatch
 from model.attention import block_mask, dense_mask
-from model.diffusion import (
-    DiffusionConfig,
-    add_noise,
-    alphas_cumprod,
-    loss_weights,
-    timesteps_from_uniform,
-    training_target,
-)
+from model.diffusion import DiffusionConfig, Level, add_noise, loss_weights, training_target, x0_error_factor
 from model.document_attention import document_mask
+from model.latent_space import LatentStats, to_raw
+from model.log_snr_bins import log_snr_of_uniform, sum_by_bin
 from model.losses import noise_error
+from model.schedule import NoiseSchedule
 from model.transformer import Mask
 from model.transfusion import Transfusion, TransfusionConfig
-from model.vae import LatentStats, sample_latents
 from train.distributed.parallelize import ParallelConfig, set_micro_step
 
 
@@ -51,6 +46,7 @@ class StepLoss:
     total: torch.Tensor  # [] what backward runs on, already divided by the global counts
     text_nll: torch.Tensor  # [] detached sum over text targets, nats
     image_error: torch.Tensor  # [] detached sum over images of the weighted mean squared error of the prediction
+    x0_errors: torch.Tensor  # f64 [2, bins] by log SNR: detached sum of whitened x0's error, number of images
 
 
 def latent_stats(spec: LatentSpec | None, channels: int, device: torch.device) -> LatentStats:
@@ -99,14 +95,17 @@ def micro_step(
     image_weight: float,
     global_text_targets: int,
     global_images: int,
+    uniform_log_snr: bool = False,
     mask_of: Callable[..., Mask] | None = None,
 ) -> StepLoss:
     """Run the model on one micro-batch. A pure function: all random numbers are in the batch.
 
+    With `uniform_log_snr`, noise levels are spread evenly over the bins of log SNR, whatever `diffusion` says.
     `mask_of` builds the mask from (document_ids, image_ids, visible_until); None: the form that suits the device.
     """
-    noisy, timesteps, targets, valid, token_index = noised_images(batch, stats, diffusion, model.config)
-    table = schedule(diffusion.num_timesteps, batch.input_ids.device)
+    noisy, timesteps, levels, targets, valid, token_index = noised_images(
+        batch, stats, diffusion, model.config, uniform_log_snr
+    )
     mask_of = mask_of or _mask_builder(model, batch.input_ids.device)
     mask_image_ids = batch.image_ids
     if model.config.image_attention == "causal":
@@ -124,13 +123,18 @@ def micro_step(
         image_valid=valid,
         image_token_index=token_index,
     )
-    image_sum = torch.zeros((), device=batch.input_ids.device)
+    image_sum, errors = torch.zeros((), device=batch.input_ids.device), []
     for grid, pred in output.noise_pred.items():
-        weight = loss_weights(timesteps[grid], table, diffusion)
-        image_sum = image_sum + noise_error(pred, targets[grid], valid[grid], weight)[0]  # [1]: how many are valid
+        weight = loss_weights(levels[grid], diffusion)
+        error_sum, _, each = noise_error(pred, targets[grid], valid[grid], weight)
+        image_sum = image_sum + error_sum
+        errors.append((each, *levels[grid], valid[grid]))
+    error, signal, sigma, counted = (torch.cat(parts) for parts in zip(*errors, strict=True))  # of all grids at once
+    x0_error = error * x0_error_factor(Level(signal, sigma), diffusion)
+    x0_errors = sum_by_bin(x0_error, 2 * (signal / sigma).log(), counted)
     text = output.text_nll_sum / max(global_text_targets, 1)
     image = image_sum / max(global_images, 1)
-    return StepLoss(text + image_weight * image, output.text_nll_sum.detach(), image_sum.detach())
+    return StepLoss(text + image_weight * image, output.text_nll_sum.detach(), image_sum.detach(), x0_errors)
 
 
 def _mask_builder(model: Transfusion, device: torch.device) -> Callable[..., Mask]:
@@ -142,9 +146,13 @@ def _mask_builder(model: Transfusion, device: torch.device) -> Callable[..., Mas
 
 
 def noised_images(
-    batch: PackedBatch, stats: LatentStats, diffusion: DiffusionConfig, config: TransfusionConfig
+    batch: PackedBatch,
+    stats: LatentStats,
+    diffusion: DiffusionConfig,
+    config: TransfusionConfig,
+    uniform_log_snr: bool = False,
 ) -> tuple:
-    """Return (noisy, timesteps, targets, valid) by latent grid, and the image token index.
+    """Return (noisy, timesteps, levels, targets, valid) by latent grid, and the image token index.
 
     A batch without images gets two invalid ones of 2 x 2 patches, so that every rank runs the patchers and every
     parameter has a gradient. (Two, because compiled residual blocks have graphs of their own for sizes of 1.)
@@ -154,21 +162,25 @@ def noised_images(
         size = 2 * config.patch_size
         zeros = torch.zeros((2, config.latent_channels, size, size), device=device)
         key, index = (size, size), torch.zeros(2 * 4, dtype=torch.int64, device=device)
-        timestep = torch.zeros(2, dtype=torch.int64, device=device)
-        return {key: zeros}, {key: timestep}, {key: zeros}, {key: timestep.bool()}, index
-    table = schedule(diffusion.num_timesteps, device)
-    noisy, timesteps, targets, valid = {}, {}, {}, {}
+        timestep = torch.zeros(2, dtype=torch.float32 if diffusion.schedule == "flow" else torch.int64, device=device)
+        level = Level(*torch.full((2, 2), 0.5, dtype=torch.float64, device=device))
+        return {key: zeros}, {key: timestep}, {key: level}, {key: zeros}, {key: timestep.bool()}, index
+    noisy, timesteps, levels, targets, valid = {}, {}, {}, {}, {}
     for grid, images in batch.images.items():
-        latents = stats.whiten(sample_latents(images.moments.float(), images.posterior_noise))
-        t = timesteps_from_uniform(images.u, images.before_caption, diffusion)
-        noisy[grid] = add_noise(latents, images.noise, t, table)
-        targets[grid] = training_target(latents, images.noise, t, table, diffusion.prediction)
-        timesteps[grid] = t
+        latents = stats.whiten(to_raw(images.stored, images.posterior_noise))
+        schedule = noise_schedule(diffusion, latents[0].numel(), device)
+        if uniform_log_snr:
+            timesteps[grid] = schedule.nearest(log_snr_of_uniform(images.u))
+        else:
+            timesteps[grid] = schedule.timesteps(images.u, images.before_caption)
+        levels[grid] = schedule.levels(timesteps[grid])
+        noisy[grid] = add_noise(latents, images.noise, levels[grid])
+        targets[grid] = training_target(latents, images.noise, levels[grid], diffusion)
         valid[grid] = torch.arange(len(images.u), device=device) < images.num_valid
-    return noisy, timesteps, targets, valid, batch.image_token_index
+    return noisy, timesteps, levels, targets, valid, batch.image_token_index
 
 
-@lru_cache(4)
-def schedule(num_timesteps: int, device: torch.device) -> torch.Tensor:
-    """Return `alphas_cumprod` f64 [T] on `device`, one tensor for all steps."""
-    return alphas_cumprod(num_timesteps).to(device)
+@lru_cache(64)
+def noise_schedule(diffusion: DiffusionConfig, numbers: int, device: torch.device) -> NoiseSchedule:
+    """Return the schedule of images of `numbers` numbers, one object for all steps."""
+    return NoiseSchedule.of(diffusion, numbers, device)

@@ -24,6 +24,7 @@ class TokenizerConfig(KeysConfig):
     max_failed_files: int = 0  # files that may hold nothing readable, >= 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.vocab_size <= 264:
             raise ValueError(f"vocab_size={self.vocab_size}: expected more than 264 (256 bytes and special pieces)")
         if not 0 <= self.max_bad_fraction <= 1:

@@ -15,11 +15,12 @@ MAY_DIFFER = (
 def open_training_data(config: PretrainConfig) -> DataSet:
     """Open the data; raise ValueError or OSError for what this run cannot train on."""
     data = open_data(config.data, config.seed, config.model.patch_size)
-    if data.latent_spec is not None and data.latent_spec.channels != config.model.latent_channels:
+    spec = data.latent_spec
+    if spec is not None and spec.channels != config.model.latent_channels:
+        whose = "pixels" if spec.kind == "pixels" else f"latents, of the VAE of hash {spec.vae_hash},"
         raise ValueError(
-            f"model.latent_channels={config.model.latent_channels}, but the data's latents, of the VAE of hash "
-            f"{data.latent_spec.vae_hash}, have {data.latent_spec.channels} channels; set "
-            f"model.latent_channels={data.latent_spec.channels}"
+            f"model.latent_channels={config.model.latent_channels}, but the data's {whose} have {spec.channels} "
+            f"channels; set model.latent_channels={spec.channels}"
         )
     too_long, most = data.too_long, config.data.max_bad_documents
     if len(too_long) > most:

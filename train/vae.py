@@ -20,8 +20,10 @@ from data.raw import TAR, picture_of
 from data.remote import file_version, is_remote, shown
 from data.shards import BadRecord, BadRecords, read_shard
 from data.storage import local_copy
+from model.autoencoders import vae_hash
+from model.latent_space import to_raw
 from model.perceptual import load_lpips
-from model.vae import decode, kl_nats, moments, sample_latents, vae_hash
+from model.vae import decode, kl_nats, moments
 from train.config import load_config, run_program
 from train.console import plural, say
 from train.distributed.agreement import facts_of
@@ -151,7 +153,7 @@ def measure(vae: "AutoencoderKL", pictures: np.ndarray, config: VaeTrainConfig, 
         mean, logvar = encoded.chunk(2, dim=1)
         noise = torch.from_numpy(rng.standard_normal(tuple(mean.shape), dtype=np.float32)).to(device)
         through_mean = decode(vae, mean).clamp(-1, 1) - pixels
-        through_sample = decode(vae, sample_latents(encoded, noise)).clamp(-1, 1) - pixels
+        through_sample = decode(vae, to_raw(encoded, noise)).clamp(-1, 1) - pixels
         parts = through_mean.abs(), through_mean.square(), through_sample.square()
         errors += np.array([part.mean(dim=(1, 2, 3)).sum().item() for part in parts])
         kl += kl_nats(encoded).item()

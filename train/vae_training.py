@@ -19,8 +19,9 @@ from tqdm import tqdm
 from data.durable import atomic_write
 from data.pictures import to_unit
 from data.storage import Location
+from model.latent_space import to_raw
 from model.perceptual import Lpips
-from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, moments, sample_latents
+from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, moments
 from train.checkpoints.metrics_file import MetricsFile
 from train.console import say
 from train.distributed.ranks import Device, Ranks
@@ -154,7 +155,7 @@ class VaeTraining:
 
         pixels = torch.from_numpy(to_unit(pictures[rows[mine]])).to(self.ranks.device)
         encoded = moments(self.vae, pixels)
-        reconstruction = decode(self.vae, sample_latents(encoded, noise[mine].to(self.ranks.device)))
+        reconstruction = decode(self.vae, to_raw(encoded, noise[mine].to(self.ranks.device)))
         parts = self.loss.backward(pixels, reconstruction, encoded, self.step, len(pixels) / len(rows))
         parts = self._sum_over_ranks(parts, [*self.vae.parameters(), *self.loss.parameters(self.step)])
         return {**parts, "grad_norm": self.optimizer.update(self.step), **self.loss.update(self.step)}

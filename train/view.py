@@ -29,13 +29,13 @@ class ViewConfig:
     checkpoint: Location | None = None  # instead of shards: a run folder, a folder of checkpoints, or one checkpoint
     verify: bool = True  # read every byte of the checkpoints against their checksums; false: trust them
     json: bool = False  # print one JSON object instead of text
-    vae: Location | None = None  # AutoencoderKL that encoded the pictures; null: no sheet.png
+    vae: Location | None = None  # autoencoder that encoded the pictures; null: no sheet.png, except of pixels
     tokenizer: Location | None = None  # SentencePiece model of the token ids; null: captions from the records' json
     n: int = 32  # documents shown, 1 to 1000
     seed: int = 0  # of the choice of documents
     patch_size: int = 2  # latent cells a side of an image token, as in the model to be trained; 1 or more
     sequence_length: int = 4096  # tokens of a training sequence: longer documents are counted; 1 or more
-    output: Location = "runs/view"  # folder for sheet.png; used only with vae
+    output: Location = "runs/view"  # folder for sheet.png; used with vae, and of pixels
 
     def __post_init__(self) -> None:
         if (self.shards is None) == (self.checkpoint is None):
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int | None:
         view = view_checkpoints(Path(config.checkpoint), config.verify)
     else:
         data = EncodedData.open(config.shards, config.patch_size, config.tokenizer, config.vae)
-        output = make_writable(Path(config.output)) if data.vae is not None else None
+        output = make_writable(Path(config.output)) if data.space is not None else None
         view = view_data(data, config.n, config.seed, config.sequence_length)
         if output is not None:
             write_sheet(view, output / "sheet.png")

@@ -17,7 +17,8 @@ from data.packing import PackedBatch, collate, lay_out, pack
 from data.tokenizer import SpecialIds
 from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
-from model.sampler import Prompt, SamplerConfig, SpecialTokens, generate
+from model.sampler import Prompt, SpecialTokens, generate
+from model.sampler_config import SamplerConfig
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from train.distributed.ranks import init_ranks

@@ -51,7 +51,7 @@ def raw_folder(folder: Path, shards: dict[str, list[Record]]) -> Path:
 
 def latents_in(folder: Path) -> np.ndarray:
     """The moments f16 [N, 2C, h, w] of an encoded folder of pairs."""
-    return np.stack([decode_document(record, "here").segments[1].moments for record in encoded_records(folder)])
+    return np.stack([decode_document(record, "here").segments[1].array for record in encoded_records(folder)])
 
 
 def write_times() -> dict[str, int]:

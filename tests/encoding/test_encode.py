@@ -21,7 +21,8 @@ from data.manifest import Manifest
 from data.pictures import to_unit
 from data.shards import Record, read_at
 from data.tokenizer import Tokenizer
-from model.vae import load_vae, moments, vae_hash
+from model.autoencoders import load_latent_space
+from model.vae import moments
 from tests.encoding.jobs import (
     OUT,
     Capsys,
@@ -57,7 +58,7 @@ def test_pictures_become_the_vaes_moments_and_the_captions_tokens(
 ) -> None:
     """Against the VAE on each picture by itself; same keys, same shards."""
     encode(raw)
-    vae = load_vae(vae_folder)
+    vae = load_latent_space(vae_folder).module
     records = encoded_records(OUT)
     assert [r["__key__"] for r in records] == [f"{i:05d}".encode() for i in range(14)]
     for number, record in enumerate(records):
@@ -65,8 +66,8 @@ def test_pictures_become_the_vaes_moments_and_the_captions_tokens(
         text, image = document.segments
         assert tokenizer.decode(text.token_ids) == f"a large red circle number {number}"
         assert json.loads(record["json"]) == {"id": number, "caption": f"a large red circle number {number}"}
-        assert image.moments.shape == (4, 8, 8)
-        assert_encoded(image.moments, vae, number)
+        assert image.array.shape == (4, 8, 8)
+        assert_encoded(image.array, vae, number)
 
 
 def test_the_manifest_says_what_is_there(raw: Path, encode: Encode, tokenizer: Tokenizer, vae_folder: Path) -> None:
@@ -77,7 +78,8 @@ def test_the_manifest_says_what_is_there(raw: Path, encode: Encode, tokenizer: T
     assert [(shard.name, shard.records) for shard in manifest.shards] == [("a.tar", 5), ("b.tar", 3), ("c.tar", 6)]
     assert manifest.tokenizer_hash == tokenizer.hash and manifest.vocab_size == tokenizer.vocab_size
     spec = manifest.latent_spec
-    assert (spec.vae_hash, spec.channels, spec.stride, spec.resolution) == (vae_hash(load_vae(vae_folder)), 2, 4, 32)
+    assert spec.vae_hash == load_latent_space(vae_folder).hash
+    assert (spec.channels, spec.stride, spec.resolution) == (2, 4, 32)
     mean, logvar = np.split(latents_in(OUT).astype(np.float64), 2, axis=1)
     expected_mean = mean.mean((0, 2, 3))
     expected_variance = (mean**2 + np.exp(logvar)).mean((0, 2, 3)) - expected_mean**2
@@ -130,13 +132,13 @@ def test_interleaved_documents_keep_their_order(encode: Encode, tokenizer: Token
     encode(raw_folder(Path("raw"), {"a": records}), OUT)
     found = encoded_records(OUT)
     assert [r["__key__"] for r in found] == [r["__key__"] for r in records]
-    vae = load_vae(vae_folder)
+    vae = load_latent_space(vae_folder).module
     for record in found[::2]:
         segments = decode_document(record, "here").segments
         texts = [tokenizer.decode(s.token_ids) if isinstance(s, TextSegment) else None for s in segments]
         assert texts == ["one red", None, None, "two blue", None, "three"]
         for place, number in ((1, 1), (2, 2), (4, 1)):
-            assert_encoded(segments[place].moments, vae, number)
+            assert_encoded(segments[place].array, vae, number)
     assert len(decode_document(found[1], "here").segments) == 2
     manifest = Manifest.load(OUT)
     assert manifest.shards[0].grids == {"8x8": 120}
@@ -153,15 +155,15 @@ def test_a_list_of_captions_becomes_several_and_what_is_none_is_counted(
     values: list[object] = [["a red circle", "a round thing"], float("nan"), 7, "null", "a square"]
     records = [picture_record(i, txt=None, json=json.dumps({"TEXT": v}).encode()) for i, v in enumerate(values)]
     raw = raw_folder(Path("raw"), {"a": records})
-    with pytest.raises(ValueError, match=r"no caption: 5.*caption_key=KEY chooses one of \['TEXT'\]"):
+    with pytest.raises(ValueError, match=r"no caption: 5.*caption_keys={KEY: 1} chooses one of \['TEXT'\]"):
         encode(raw)
-    encode(raw, caption_key="TEXT", max_bad_fraction=0.6)
+    encode(raw, caption_keys={"TEXT": 1}, max_bad_fraction=0.6)
     said, warned = capfd.readouterr()
     assert "2 records in 1 shard in" in said and "skipped no caption: 3" in said
     assert "kept in float32" not in warned, "diffusers' warning of an empty list"
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    encode(raw, caption_key="TEXT", max_bad_fraction=0.6)
+    encode(raw, caption_keys={"TEXT": 1}, max_bad_fraction=0.6)
     assert "records in" not in capfd.readouterr().out, "torchrun's ranks print the totals once"
     several, one = (decode_document(r, "here") for r in encoded_records(OUT))
     assert [tokenizer.decode(s.token_ids) for s in several.captions] == values[0] and not one.captions
@@ -197,7 +199,7 @@ def test_pictures_go_into_the_nearest_aspect_bucket(encode: Encode, tokenizer: T
     files = encode(raw, crop="buckets", bucket_multiple=8)
     found = encoded_records(OUT)
     assert [int(r["__key__"]) for r in found] == list(range(270))
-    grids = [decode_document(r, "here").segments[1].moments.shape[1:] for r in found]
+    grids = [decode_document(r, "here").segments[1].array.shape[1:] for r in found]
     assert grids == [sizes[size] for size in chosen] and Manifest.load(OUT).latent_spec.resolution == 32
     assert encode(raw, Path("out2"), crop="buckets", bucket_multiple=8, decode_threads=2) == files
     data = open_data(data_config(tokenizer, {"a": OUT}, sequence_length=128), 0, patch_size=2)

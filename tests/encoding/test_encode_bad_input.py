@@ -15,7 +15,8 @@ from PIL import Image
 
 from data.manifest import Manifest
 from data.pictures import encode_png, to_unit
-from model.vae import load_vae, moments
+from model.autoencoders import load_latent_space
+from model.vae import moments
 from tests.encoding.jobs import OUT, Capsys, Encode, contents_of, picture_record, raw_folder
 from tests.sources import encoded_records
 
@@ -216,7 +217,7 @@ def test_a_shard_without_a_good_record_is_left_out_of_the_manifest(encode: Encod
 
 def test_latents_that_are_not_finite_are_counted(encode: Encode, vae_folder: Path, capsys: Capsys) -> None:
     """A VAE whose latents leave the range of f16 for some pictures: those are skipped, the others written."""
-    vae = load_vae(vae_folder)
+    vae = load_latent_space(vae_folder).module
     pictures = [np.zeros((1, 32, 32, 3), np.uint8), np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)]
     with torch.no_grad():
         largest = [moments(vae, torch.from_numpy(to_unit(p)))[:, :2].abs().max() for p in pictures]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.manifest import Manifest
-from model.vae import load_vae
+from model.autoencoders import load_latent_space
 from tests.encoding.jobs import (
     OUT,
     Capsys,
@@ -37,7 +37,7 @@ def test_statistics_may_come_from_another_data_set_of_the_same_latents(
     assert theirs == train != own
     encode(held_out, Path("small"), stats_from="train", resolution=16)
     assert Manifest.load("small").latent_spec == replace(train, resolution=16)
-    vae = load_vae(vae_folder)
+    vae = load_latent_space(vae_folder).module
     with torch.no_grad():
         next(vae.parameters()).add_(1e-3)
     vae.save_pretrained(Path("vae"))
@@ -123,7 +123,7 @@ def test_diffusers_default_is_not_taken_for_a_vaes_own_scaling(raw: Path, encode
     (vae / "config.json").write_text(json.dumps(config))
     encode(raw, vae=vae)
     said = capsys.readouterr().out
-    assert "statistics: measured (the VAE's config states no scaling_factor)" in said and "warning" not in said
+    assert "statistics: measured (the VAE states no scaling)" in said and "warning" not in said
     encode(raw, vae=vae, latent_stats="vae")
     said = capsys.readouterr().out
     assert "statistics: diffusers' default, as the VAE's config states no scaling" in said and warning in said

@@ -48,8 +48,8 @@ class CheckpointConfig:
     keep_last: int = 2  # newest checkpoints to keep, >= 1; the newest that verifies is always kept
     keep_every_steps: int | None = None  # also keep those whose step is a multiple of this, >= 1; null: none
     keep_best: int = 0  # also keep this many with the lowest `best_metric`, >= 0
-    # heldout/NAME/text_loss, image_loss or captioning_loss. Ranks only checkpoints whose step was also evaluated (see
-    # `evaluation`); null: none.
+    # heldout/NAME/text_loss, image_loss, captioning_loss or x0_error. Ranks only checkpoints whose step was also
+    # evaluated (see `evaluation`); null: none.
     best_metric: str | None = None
     max_failures_in_a_row: int = 3  # failed background writes in a row that stop the run, >= 1
     timeout_minutes: float = 30.0  # a save or load that waits longer for another rank's disk ends the run, > 0

@@ -1,4 +1,4 @@
-"""The encoder: raw documents in, records of token ids and VAE moments out, in the order of the input.
+"""The encoder: raw documents in, records of token ids and images out, in the order of the input.
 
 Threads decode and resize pictures (Pillow releases the GIL) ahead of the VAE, which runs ahead of the writer. Batches
 hold pictures of one size, never cross an input file, and depend only on that file and the settings, so every worker
@@ -10,14 +10,14 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from data.documents import decode_document, encode_record
+from data.documents import ImageKind, decode_document, encode_record
 from data.manifest import FORMAT_VERSION, LatentSpec, LatentSums
 from data.pictures import bucket_sizes, decode_picture
 from data.raw import KeysConfig, RawDocument
@@ -25,13 +25,12 @@ from data.remote import FileVersion
 from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record
 from data.storage import Location
 from data.tokenizer import Tokenizer
-from model.vae import load_vae, moments, stated_stats, states_scaling, stride_of, vae_hash
+from model.autoencoders import load_latent_space
+from model.latent_space import LatentSpace
 from train.distributed.launcher import place
 from train.distributed.process import set_allocator
 
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
+GIVEN = "given"
 EXAMPLES_KEPT = 8  # unknown words kept per input file
 AHEAD = 8  # batches of pictures decoded ahead of the VAE, and batches of documents that may wait for a rare size
 
@@ -39,7 +38,9 @@ AHEAD = 8  # batches of pictures decoded ahead of the VAE, and batches of docume
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(KeysConfig):
     tokenizer: Location = "runs/tokenizer.model"  # SentencePiece model
-    vae: Location | None = None  # diffusers AutoencoderKL: a folder or a hub id; not needed for text
+    # Folder or hub id of one of diffusers' AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC, AutoencoderRAE,
+    # AutoencoderTiny; pixels: pictures are kept as bytes, without loss. Not needed for text.
+    vae: Location | None = None
     resolution: int = 256  # pixels of a square picture's side, a multiple of the VAE's stride
     # centre: the square in the middle (the paper's). buckets: the nearest of several aspects from 1:2 to 2:1 with at
     # most as many pixels as the square.
@@ -49,8 +50,8 @@ class EncoderConfig(KeysConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the VAE; auto: bfloat16 on CUDA, else float32
     decode_threads: int = 0  # threads that decode and resize pictures; 0: one a core of this process's share
     # Source of the mean and deviation by which training whitens latents. vae: the scaling that the VAE's config states,
-    # or diffusers' default; measured: these pictures' latents; auto: vae if the config states a scaling other than 1,
-    # else measured.
+    # or diffusers' default; measured: these pictures' latents; auto: vae if the config states a scaling other than 1
+    # and for pixels (mean 0 and deviation 1), else measured.
     latent_stats: Literal["auto", "measured", "vae"] = "auto"
     # Encoded folder, run, checkpoint or export whose latent statistics to use instead: for held-out data, and for
     # further training of a model.
@@ -58,6 +59,7 @@ class EncoderConfig(KeysConfig):
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.resolution < 1 or self.batch_size < 1 or self.bucket_multiple < 1:
             raise ValueError(
                 f"resolution={self.resolution}, batch_size={self.batch_size}, bucket_multiple={self.bucket_multiple}: "
@@ -75,12 +77,12 @@ class EncoderConfig(KeysConfig):
 @dataclass
 class _Picture:
     pixels: np.ndarray  # uint8 [H, W, 3]
-    moments: np.ndarray | None = None  # f16 [2C, h, w], once encoded
+    stored: np.ndarray | None = None  # what its record keeps, once encoded: see model/latent_space.py
 
     @property
     def encoded(self) -> np.ndarray:
-        assert self.moments is not None
-        return self.moments
+        assert self.stored is not None
+        return self.stored
 
 
 @dataclass
@@ -96,16 +98,24 @@ class _Draft:
 
     @property
     def is_encoded(self) -> bool:
-        return all(picture.moments is not None for picture in self.pictures)
+        return all(picture.stored is not None for picture in self.pictures)
 
 
 @dataclass
 class WordCounts:
-    """How many tokens were encoded, how many of them as the unknown piece, and a few of its words."""
+    """Tokens encoded, how many of them as the unknown piece, a few of its words; and pictures by kinds of captions."""
 
     tokens: int = 0
     unknown: int = 0
     examples: list[str] = field(default_factory=list)
+    # Of each of several kinds of captions: pictures that have it (GIVEN), and those that do not, by reason.
+    captions: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def count_captions(self, document: RawDocument, kinds: Iterable[str]) -> None:
+        """Count which kinds of captions a picture has."""
+        for kind in kinds if document.caption_kinds else ():
+            found, of_kind = document.no_captions.get(kind, GIVEN), self.captions.setdefault(kind, {})
+            of_kind[found] = of_kind.get(found, 0) + 1
 
 
 class Encoder:
@@ -115,11 +125,12 @@ class Encoder:
         """Load the tokenizer and, for pictures, the VAE. `stats`: the latent spec of `config.stats_from`."""
         self.config = config
         self.tokenizer = Tokenizer(config.tokenizer)
-        self.vae: AutoencoderKL | None = None
-        self.vae_hash, self.stride, self.channels = "", 1, 0
-        self.dtype = torch.float32
+        self.space: LatentSpace | None = None  # None: text alone
+        self.dtype, self.device = torch.float32, torch.device("cpu")
         if has_pictures:
-            self._load_vae()
+            self._load_space()
+        self.kind: ImageKind = self.space.kind if self.space is not None else "moments"
+        self.channels = self.space.channels if self.space is not None else 0
         if config.crop == "buckets":
             self.sizes = bucket_sizes(config.resolution, config.bucket_multiple)
         else:
@@ -134,75 +145,86 @@ class Encoder:
         """Drop pictures that wait to be decoded, so that the process can end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _load_vae(self) -> None:
+    def _load_space(self) -> None:
         config = self.config
         if config.vae is None:
-            raise ValueError("inputs hold .tar shards of pictures: give vae=FOLDER or a hub id")
+            raise ValueError("inputs hold .tar shards of pictures: give vae=FOLDER or a hub id, or vae=pixels")
         device = _device(config.device)
-        if config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda"):
-            self.dtype = torch.bfloat16
-        vae = load_vae(config.vae)
-        self.vae_hash, self.channels, self.stride = vae_hash(vae), vae.config["latent_channels"], stride_of(vae)
-        self.vae = torch.nn.Module.to(vae, device, self.dtype).eval()  # diffusers' own `to` warns of a list of nothing
-        multiple = config.bucket_multiple if config.crop == "buckets" else self.stride
-        if config.resolution % self.stride or config.resolution % multiple:
+        space = self.space = load_latent_space(config.vae)
+        if space.kind != "pixels":  # else no model runs
+            self.device = device
+            if config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda"):
+                self.dtype = torch.bfloat16
+        space.to(self.device, self.dtype)
+        resolution, stride = config.resolution, space.stride
+        multiple = config.bucket_multiple if config.crop == "buckets" else stride
+        if resolution % stride or resolution % multiple:
             raise ValueError(
-                f"resolution={config.resolution}: expected a multiple of the VAE's stride {self.stride}"
-                + (f" and of bucket_multiple={multiple}" if multiple != self.stride else "")
+                f"resolution={resolution}: expected a multiple of the VAE's stride {stride}"
+                + (f" and of bucket_multiple={multiple}" if multiple != stride else "")
             )
-        if multiple % self.stride:
-            raise ValueError(f"bucket_multiple={multiple}: expected a multiple of the VAE's stride {self.stride}")
+        if multiple % stride:
+            raise ValueError(f"bucket_multiple={multiple}: expected a multiple of the VAE's stride {stride}")
+        if space.picture_side not in (None, resolution) or (space.picture_side and config.crop == "buckets"):
+            raise ValueError(
+                f"resolution={resolution} crop={config.crop}: the autoencoder {config.vae} takes squares of "
+                f"{space.picture_side} pixels alone; set resolution={space.picture_side} crop=centre"
+            )
 
     def _given_spec(self, theirs: LatentSpec | None) -> tuple[LatentSpec | None, str]:
         """Return the latent spec unless its statistics will be measured, and the source of the statistics in words."""
         if (folder := self.config.stats_from) is not None:
-            if theirs is None or self.vae is None:
+            if theirs is None or self.space is None:
                 raise ValueError(f"stats_from={folder}: it and the inputs must hold pictures; leave it out for text")
-            if theirs.vae_hash != self.vae_hash:
-                found = f"vae_hash {theirs.vae_hash} (here {self.vae_hash})"
+            if theirs.vae_hash != self.space.hash:
+                found = f"vae_hash {theirs.vae_hash} (here {self.space.hash})"
                 raise ValueError(f"stats_from={folder} has other latents: {found}; encode both with the same VAE")
             return self._spec(theirs.mean, theirs.std), f"from {folder}"
-        if self.vae is None or self.config.latent_stats == "measured":
+        if self.space is None or self.config.latent_stats == "measured":
             return None, "measured"
-        is_stated = states_scaling(self.vae)
-        if self.config.latent_stats == "auto" and not is_stated:
-            return None, "measured (the VAE's config states no scaling_factor)"
-        stats = stated_stats(self.vae)
-        mean, std = tuple(stats.mean.tolist()), tuple(stats.std.tolist())
-        if self.config.latent_stats == "auto" and set(mean) == {0.0} and set(std) == {1.0}:
+        if self.config.latent_stats == "auto" and not self.space.states_scaling:
             return None, "measured (the VAE states no scaling)"
-        source = "the VAE's own scaling" if is_stated else "diffusers' default, as the VAE's config states no scaling"
-        return self._spec(mean, std), source
+        stats = self.space.stated_stats()
+        source = "the VAE's own scaling"
+        if self.space.kind == "pixels":
+            source = "as stated for pixels in [-1, 1]"
+        elif not self.space.states_scaling:
+            source = "diffusers' default, as the VAE's config states no scaling"
+        return self._spec(tuple(stats.mean.tolist()), tuple(stats.std.tolist())), source
 
     def _spec(self, mean: tuple[float, ...], std: tuple[float, ...]) -> LatentSpec:
         """Return the spec of our latents, whitened by these statistics."""
+        assert self.space is not None
         return LatentSpec(
-            vae_hash=self.vae_hash,
-            channels=self.channels,
-            stride=self.stride,
+            vae_hash=self.space.hash,
+            channels=self.space.channels,
+            stride=self.space.stride,
             resolution=self.config.resolution,
             mean=mean,
             std=std,
+            kind=self.space.kind,
         )
 
     def latent_spec(self, sums: LatentSums) -> LatentSpec | None:
         """Return the spec of a data set from the sums of all its shards; None for text."""
-        if self.vae is None or self.given_spec is not None or not sums.cells:
+        if self.space is None or self.given_spec is not None or not sums.cells:
             return self.given_spec
         return self._spec(tuple(sums.mean.tolist()), tuple(sums.std.tolist()))
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """The settings that decide a shard's bytes. Latent statistics affect only the manifest."""
+        """The settings that decide a shard's bytes; latent statistics and weights of captions affect the manifest."""
+        keys = list(self.config.caption_keys)
         return {
             "format": FORMAT_VERSION,
             "tokenizer": self.tokenizer.hash,
-            "vae": self.vae_hash or None,
+            "vae": self.space.hash if self.space is not None else None,
             "resolution": self.config.resolution,
             "bucket_multiple": self.config.bucket_multiple if self.config.crop == "buckets" else None,
             "dtype": str(self.dtype).removeprefix("torch."),
             # Only those that were set, so that shards from before these settings existed stay valid.
-            **{f.name: value for f in fields(KeysConfig) if (value := getattr(self.config, f.name)) != f.default},
+            **({"text_key": self.config.text_key} if self.config.text_key != KeysConfig.text_key else {}),
+            **({"caption_key": keys[0]} if len(keys) == 1 else {"caption_keys": keys} if keys else {}),
         }
 
     def origin(self, version: FileVersion) -> dict[str, Any]:
@@ -219,20 +241,20 @@ class Encoder:
         running: deque[tuple[list[_Picture], torch.Tensor]] = deque()  # on the device
 
         def launch(batch: list[_Picture]) -> None:
-            assert self.vae is not None
+            assert self.space is not None
             pixels = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
-            if self.vae.device.type == "cuda":
-                pixels = pixels.pin_memory().to(self.vae.device, non_blocking=True)
+            if self.device.type == "cuda":
+                pixels = pixels.pin_memory().to(self.device, non_blocking=True)
             pixels = pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)  # the VAE's range
-            running.append((batch[:], moments(self.vae, pixels.to(self.dtype)).half()))
+            running.append((batch[:], self.space.encode(pixels)))
             batch.clear()
             while len(running) > 1:  # one batch is computed while the previous one is written
                 collect()
 
         def collect() -> None:
             batch, encoded = running.popleft()
-            for picture, image_moments in zip(batch, encoded.cpu().numpy(), strict=True):
-                picture.moments = image_moments
+            for picture, stored in zip(batch, encoded.cpu().numpy(), strict=True):
+                picture.stored = stored
 
         def finished(most_waiting: int) -> Iterator[Record]:
             while waiting and (waiting[0].is_encoded or len(waiting) > most_waiting):
@@ -251,6 +273,9 @@ class Encoder:
         for draft in self._decoded(documents, bad):
             waiting.append(draft)
             for picture in draft.pictures:
+                if self.kind == "pixels":
+                    picture.stored = picture.pixels.transpose(2, 0, 1)
+                    continue
                 batch = batches.setdefault(picture.pixels.shape[:2], [])
                 batch.append(picture)
                 if len(batch) == self.config.batch_size:
@@ -290,12 +315,14 @@ class Encoder:
         captions = [self._tokens(caption) for caption in draft.document.captions]
         left = draft.pictures if captions else draft.segments
         segments = [self._tokens(s) if isinstance(s, str) else s.encoded for s in left]
-        record = encode_record(draft.document.key, segments, json.dumps(draft.document.info).encode(), captions)
+        info, kinds = json.dumps(draft.document.info).encode(), draft.document.caption_kinds
+        record = encode_record(draft.document.key, segments, info, captions, self.kind, kinds)
         if len(record["__key__"]) > 4096 or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:  # as paths may be
             raise BadRecord("oversized record", where)
         decode_document(record, where)  # records that indexing would refuse count as bad here
         for picture in draft.pictures:
-            self.latent_sums.add(picture.encoded)
+            self.latent_sums.add(picture.encoded, self.kind)
+        self.words.count_captions(draft.document, self.config.caption_keys)
         return record
 
     def _tokens(self, text: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data.captions import CaptionTokens
 from data.durable import atomic_write
 from data.manifest import LatentSums, Manifest, ShardEntry, shard_entry
 from data.shard_index import ShardIndex, index_path
@@ -43,12 +44,13 @@ class Sidecar:
         latents: LatentSums,
         bad: BadRecords,
         words: WordCounts | None = None,
+        captions: CaptionTokens | None = None,
     ) -> "Sidecar":
         """Save a written shard's index and then its sidecar."""
         index.save(index_path(shard))
         sidecar = cls(
             origin=origin,
-            entry=shard_entry(shard, index),
+            entry=shard_entry(shard, index, captions),
             cells=latents.cells,
             sums=latents.sums.tolist(),
             seen=bad.seen,
@@ -112,6 +114,7 @@ def build_manifest(encoder: Encoder, sidecars: list[Sidecar], folder: Path) -> M
         vocab_size=encoder.tokenizer.vocab_size,
         latent_spec=encoder.latent_spec(sums),
         shards=tuple(sidecar.entry for sidecar in sidecars if sidecar.entry.records),
+        captions=encoder.config.caption_kinds,
     )
     manifest.save()
     spec = manifest.latent_spec

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.captions import CaptionTokens
 from data.documents import ImageSegment, check_document, decode_document, sizes_of
 from data.inputs import expand
 from data.manifest import LatentSpec, LatentSums, Manifest, count_grids
@@ -59,7 +60,7 @@ def verify_folder(folder: str) -> int:
 def verify_shard(manifest: Manifest, shard: int, bad: BadRecords) -> None:
     """Check one shard, its index and each record; count in `bad` what is wrong."""
     entry, where = manifest.shards[shard], manifest.shard_path(shard)
-    channels = manifest.latent_spec.channels if manifest.latent_spec is not None else 0
+    kind, channels = manifest.kind_and_channels
     try:
         size = manifest.store.size(entry.name)
         if size != entry.bytes:
@@ -69,15 +70,19 @@ def verify_shard(manifest: Manifest, shard: int, bad: BadRecords) -> None:
     except BadRecord as error:
         bad.add(error)
         return
-    grids = np.split(index.grids, index.grid_starts[1:-1])
+    bad_before = bad.reasons.total()
+    grids, captions = np.split(index.grids, index.grid_starts[1:-1]), CaptionTokens()
     for record, span in enumerate(index.spans):
         bad.seen += 1
         name = f"{where}#{record}"
         try:
             members = read_at(lambda offset, length: manifest.store.read(entry.name, offset, length), span, name)
             document = decode_document(members, name)
-            check_document(document, manifest.vocab_size, channels, name)
-            if sizes_of(document) != (index.text_tokens[record], [tuple(grid) for grid in grids[record].tolist()]):
+            check_document(document, manifest.vocab_size, kind, channels, name, len(manifest.captions))
+            if sizes_of(document, captions) != (
+                index.text_tokens[record],
+                [tuple(grid) for grid in grids[record].tolist()],
+            ):
                 raise BadRecord("index of another record", name)
         except BadRecord as error:
             bad.add(error)
@@ -85,6 +90,8 @@ def verify_shard(manifest: Manifest, shard: int, bad: BadRecords) -> None:
             bad.add(BadRecord("unreadable shard", name, str(error)))
     if (int(index.text_tokens.sum()), count_grids(index)) != (entry.text_tokens, entry.grids):
         bad.add(BadRecord("wrong counts", where, "index and manifest differ"))
+    if entry.caption_tokens and bad.reasons.total() == bad_before and captions.rounded() != entry.caption_tokens:
+        bad.add(BadRecord("wrong counts", where, "lengths of captions and manifest differ"))
 
 
 def index_folder(folder: Path, config: EncoderConfig, stats: LatentSpec | None, bad: BadRecords) -> Manifest:
@@ -98,19 +105,21 @@ def index_folder(folder: Path, config: EncoderConfig, stats: LatentSpec | None, 
     sidecars = []
     for shard in tqdm(shards, desc="index", unit="shard", mininterval=1):
         origin = Sidecar.origin_of(shard) or {"indexed": True, **encoder.origin(file_version(str(shard)))}
-        for name in ("tokenizer", "vae", "resolution"):
-            known, given = origin.get(name, encoder.made_with[name]), encoder.made_with[name]
+        for name in ("tokenizer", "vae", "resolution", "caption_keys"):
+            given = encoder.made_with.get(name)
+            known = origin.get(name, given)
             if known != given:
                 raise ValueError(f"{shard} was made with {name}={known}, not {given}: give the one it was made with")
         sidecar = Sidecar.read(shard, origin)
         if sidecar is None:
             of_shard, latents = BadRecords(max_fraction=1), LatentSums.total(encoder.channels)
-            index = index_shard(shard, partial(_checked_sizes, encoder, latents, shard), of_shard)
+            captions = CaptionTokens()
+            index = index_shard(shard, partial(_checked_sizes, encoder, latents, captions, shard), of_shard)
             if not len(index):  # a raw tar, perhaps
                 found = "; ".join(of_shard.failed) or f"{shard}: no record of an encoded shard: {of_shard.summary()}"
                 bad.failed.append(found)
                 continue
-            sidecar = Sidecar.write(shard, index, origin, latents, of_shard)
+            sidecar = Sidecar.write(shard, index, origin, latents, of_shard, captions=captions)
             bad.update(replace(sidecar.counted(), names=of_shard.names, examples=of_shard.examples))
         else:
             bad.update(sidecar.counted())
@@ -127,14 +136,15 @@ def index_folder(folder: Path, config: EncoderConfig, stats: LatentSpec | None, 
 
 
 def _checked_sizes(
-    encoder: Encoder, latents: LatentSums, shard: Path, record: Record
+    encoder: Encoder, latents: LatentSums, captions: CaptionTokens, shard: Path, record: Record
 ) -> tuple[int, list[tuple[int, int]]]:
     where = f"{shard}/{record['__key__'].decode()}"
     document = decode_document(record, where)
-    if document.has_image and encoder.vae is None:
-        raise ValueError(f"{where} holds latents: give vae=FOLDER, the VAE that made them")
-    check_document(document, encoder.tokenizer.vocab_size, encoder.channels, where)
+    if document.has_image and encoder.space is None:
+        raise ValueError(f"{where} holds images: give vae=FOLDER, the VAE that made them, or vae=pixels")
+    kinds = len(encoder.config.caption_kinds)
+    check_document(document, encoder.tokenizer.vocab_size, encoder.kind, encoder.channels, where, kinds)
     for segment in document.segments:
         if isinstance(segment, ImageSegment):
-            latents.add(segment.moments)
-    return sizes_of(document)
+            latents.add(segment.array, segment.kind)
+    return sizes_of(document, captions)

@@ -7,7 +7,7 @@ beside it (P12); on CUDA also on the batch size. An incomplete last batch runs t
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,17 +16,17 @@ from data.manifest import LatentSpec
 from data.pictures import from_unit, to_unit
 from data.storage import Location
 from data.tokenizer import Tokenizer
+from model.denoising import first_step_error
 from model.draws import SeededDraws
-from model.sampler import Prompt, SamplerConfig, SpecialTokens, first_step_error, generate
+from model.latent_space import LatentSpace, LatentStats, to_raw
+from model.sampler import Prompt, SpecialTokens, generate
+from model.sampler_config import SamplerConfig
 from model.transfusion import Transfusion
-from model.vae import LatentStats, decode, moments, sample_latents, stride_of
 from train.distributed.ranks import Device, Ranks
-from train.inference.saved_model import LoadedModel, SavedModel, load_matching_vae
+from train.inference.guide import load_with_guide
+from train.inference.saved_model import LoadedModel, SavedModel, load_matching_space
 from train.pretrain_config import PretrainConfig
 from train.step import latent_stats
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,14 @@ class PipelineConfig(SamplerConfig):
 
     checkpoint: Location = "runs/pretrain"  # a checkpoint, a run folder (its newest that verifies) or an export
     weights: str = "auto"  # model, ema-N (half-life N), ema (the first); auto: the first EMA, or model if there is none
-    vae: Location | None = None  # AutoencoderKL, a folder or hub id; null: the one the run names
+    # Autoguidance (Karras et al. 2024): a weaker model takes the place of the model without its prompt. An earlier
+    # checkpoint, a run folder or an export, alike in tokenizer, latents, patch size and diffusion, of any width and
+    # depth. It costs a second model and a second cache of keys and values. null: none, unless guide_weights is set.
+    guide: Location | None = None
+    # Which of the guide's weights, as `weights`; null: auto. With guide=null, these weights of `checkpoint` itself are
+    # the guide, such as an EMA of another half-life.
+    guide_weights: str | None = None
+    vae: Location | None = None  # autoencoder, a folder or hub id; null: the one the run names, none for pixels
     tokenizer: Location | None = None  # SentencePiece model; null: the copy in the run or export, else the run's
     seed: int = 0  # of noise and tokens
     device: Device = "auto"  # auto: CUDA if available
@@ -64,7 +71,7 @@ class Pipeline:
 
     model: Transfusion
     tokenizer: Tokenizer
-    vae: "AutoencoderKL"
+    space: LatentSpace
     stats: LatentStats
     latent_spec: LatentSpec  # of the training data; pictures in prompts have its resolution
     grid: tuple[int, int]  # latent size of new pictures
@@ -72,24 +79,22 @@ class Pipeline:
     batch_size: int = BATCH
     weights: str = "model"  # which of the run's: model, or the label of an EMA
     saved: SavedModel | None = None  # where it was loaded from; None: a model in memory
+    guide: LoadedModel | None = None  # the weak model of autoguidance; None: classifier-free guidance
     _seen: set[str] = field(default_factory=set)  # prompts
 
     @classmethod
     def load(cls, config: PipelineConfig, ranks: Ranks) -> "Pipeline":
-        """Load the model that `config.checkpoint` names. Collective.
+        """Load the model that `config.checkpoint` names, and its guide. Collective.
 
-        Raises FileNotFoundError or ValueError if there is none, or its tokenizer or VAE cannot be found.
+        Raises FileNotFoundError or ValueError if there is none, its tokenizer or VAE cannot be found, or the guide
+        cannot guide it.
         """
-        loaded = LoadedModel.load(config.checkpoint, ranks, config.weights, config.tokenizer)
+        names = (config.checkpoint, config.weights, config.tokenizer, config.guide, config.guide_weights)
+        loaded, guide = load_with_guide(*names, ranks)
         diffusion, vae = loaded.config.diffusion, config.vae or loaded.config.vae
-        last = diffusion.num_timesteps - 1
-        if config.steps > last + 1 or max(config.guidance_interval or (0,)) > last:
-            raise ValueError(
-                f"steps={config.steps}, guidance_interval={config.guidance_interval}: expected at most {last + 1} "
-                f"steps and timesteps in 0...{last}, those that the model was trained with"
-            )
-        factor = first_step_error(config, diffusion)
-        if ranks.is_first and diffusion.prediction == "eps" and config.clip_x0 is None and factor > MOST_ERROR:
+        sampler = config.suited_to(diffusion)
+        factor = first_step_error(sampler, diffusion) if diffusion.prediction == "eps" else 0.0
+        if ranks.is_first and config.clip_x0 is None and factor > MOST_ERROR:
             log.warning(
                 "spacing=%s with a model that predicts noise: the first of %d steps multiplies its error %.0f "
                 "times; use spacing=leading, which starts where there is some signal, or clip_x0",
@@ -98,8 +103,10 @@ class Pipeline:
                 factor,
             )
         saved, model = loaded.saved, loaded.model.to(getattr(torch, config.dtype))
+        if guide is not None:
+            guide.model.to(getattr(torch, config.dtype))
         pipeline = cls.of(model, loaded.tokenizer, loaded.config, saved.latent_spec, saved.grids, vae)
-        return replace(pipeline, batch_size=config.batch_size, weights=loaded.weights, saved=saved)
+        return replace(pipeline, batch_size=config.batch_size, weights=loaded.weights, saved=saved, guide=guide)
 
     @classmethod
     def of(
@@ -116,11 +123,18 @@ class Pipeline:
         if spec is None or not grids:
             raise ValueError("the model was trained on text alone: it draws no pictures")
         device = device or next(model.parameters()).device
-        vae = load_matching_vae(vae_path, spec).to(device).eval()  # type: ignore[arg-type]  # diffusers' wrapper of `to`
+        space = load_matching_space(vae_path, spec).to(device)
         stats = latent_stats(spec, config.model.latent_channels, device)
         # The grid nearest to a square; among equals the largest.
         grid = min(grids, key=lambda grid: (max(grid) / min(grid), -grid[0] * grid[1]))
-        return cls(model, tokenizer, vae, stats, spec, grid, config)
+        return cls(model, tokenizer, space, stats, spec, grid, config)
+
+    def describe_guide(self) -> dict[str, Any] | None:
+        """Return which weights of which step guide, for a record of results; None without autoguidance."""
+        if self.guide is None:
+            return None
+        saved = self.guide.saved
+        return {"checkpoint": str(saved.folder.resolve()), "step": saved.step, "weights": self.guide.weights}
 
     def sized(self, pixels: tuple[int, int] | None) -> "Pipeline":
         """Return the same for new pictures of `pixels` [height, width]; None keeps the training data's grid.
@@ -129,8 +143,10 @@ class Pipeline:
         """
         if pixels is None:
             return self
-        stride = stride_of(self.vae)
+        stride, only = self.space.stride, self.space.picture_side
         unit = stride * self.model.config.patch_size
+        if only is not None and pixels != (only, only):
+            raise ValueError(f"size={list(pixels)}: the autoencoder decodes to {[only, only]} alone; leave size out")
         if any(side < unit or side % unit for side in pixels):
             raise ValueError(f"size={list(pixels)}: expected multiples of {unit}, the VAE's stride times a patch")
         return replace(self, grid=(pixels[0] // stride, pixels[1] // stride))
@@ -208,16 +224,18 @@ class Pipeline:
         """
         for start in range(0, len(pictures), self.batch_size):
             pixels = torch.from_numpy(to_unit(np.stack(pictures[start : start + self.batch_size])))
-            encoded = _in_portions(lambda part: moments(self.vae, part).float(), pixels.to(self.stats.mean.device))
-            shape = (encoded.shape[1] // 2, *encoded.shape[2:])
-            noise = torch.stack([draws.posterior(*place, shape) for place in places[start : start + self.batch_size]])
-            yield from self.stats.whiten(sample_latents(encoded, noise.to(encoded.device))).cpu()
+            stored, noise = _in_portions(self.space.encode, pixels.to(self.stats.mean.device)), None
+            if self.space.kind == "moments":
+                shape = (self.space.channels, *stored.shape[2:])
+                of_batch = [draws.posterior(*place, shape) for place in places[start : start + self.batch_size]]
+                noise = torch.stack(of_batch).to(stored.device)
+            yield from self.stats.whiten(to_raw(stored, noise)).cpu()
 
     def _decode(self, latents: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
         for start in range(0, len(latents), self.batch_size):
             batch = torch.stack(tuple(latents[start : start + self.batch_size]))
             raw = self.stats.unwhiten(batch.to(self.stats.mean.device))
-            yield from from_unit(_in_portions(lambda part: decode(self.vae, part).float(), raw).cpu().numpy())
+            yield from from_unit(_in_portions(self.space.decode, raw).cpu().numpy())
 
     def _generate(
         self, rows: list[Prompt], config: SamplerConfig, seed: int, progress: Progress
@@ -228,7 +246,8 @@ class Pipeline:
         for start in range(0, len(rows), self.batch_size):
             chosen, full = rows[start : start + self.batch_size], min(self.batch_size, len(rows))
             draws, diffusion = SeededDraws(seed), self.config.diffusion
-            yield generate(self.model, chosen, config, diffusion, special, self.grid, draws, progress, full)
+            guide = None if self.guide is None else self.guide.model
+            yield generate(self.model, chosen, config, diffusion, special, self.grid, draws, progress, full, guide)
 
 
 def _in_portions(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:

@@ -14,15 +14,16 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from data.manifest import LatentSpec
 from data.tokenizer import Tokenizer
+from model.autoencoders import load_latent_space
+from model.latent_space import LatentSpace, Pixels
 from model.transfusion import Transfusion
-from model.vae import load_vae, vae_hash
 from train.checkpoints import checkpoint
 from train.checkpoints.lookup import EXPORT_MARK, find_checkpoint, identity, read_while_there
 from train.checkpoints.run_folder import TOKENIZER_FILE
@@ -31,9 +32,6 @@ from train.distributed.local_shards import first_element, local
 from train.distributed.ranks import Ranks
 from train.optim.ema import choose, is_label
 from train.pretrain_config import PretrainConfig, read_config
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 log = logging.getLogger(__name__)
 
@@ -114,12 +112,14 @@ class SavedModel:
             f"{self.folder} was trained with the tokenizer of hash {expected}, none of {tried}; set tokenizer=FILE"
         )
 
-    def read(self, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks) -> str:
+    def read(self, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks, key: str = "weights") -> str:
         """Read `weights` (see `choose`) into parameters or shards of them; return which were read. Collective.
 
-        Raises ValueError for weights that do not exist, and for parameters of other names or sizes.
+        `key` is the option that names them. Raises ValueError for weights that do not exist, and for parameters of
+        other names or sizes.
         """
-        chosen = choose(weights, [self.meta["weights"]] if self.exported else self.config.optim.weights, self.folder)
+        kept = [self.meta["weights"]] if self.exported else self.config.optim.weights
+        chosen = choose(weights, kept, self.folder, key)
         if self.exported:
             _read_weights(self.folder / WEIGHTS_FILE, parameters)
         else:
@@ -206,24 +206,30 @@ class LoadedModel:
 
         `tokenizer` is a path; None: see SavedModel.tokenizer. Raises FileNotFoundError or ValueError if there is none.
         """
-        return SavedModel.use(path, ranks, lambda saved: cls._read(saved, ranks, weights, tokenizer))
+        return SavedModel.use(path, ranks, lambda saved: cls.read(saved, ranks, weights, tokenizer))
 
     @classmethod
-    def _read(cls, saved: SavedModel, ranks: Ranks, weights: str, tokenizer_path: str | None) -> "LoadedModel":
+    def read(
+        cls, saved: SavedModel, ranks: Ranks, weights: str, tokenizer_path: str | None, key: str = "weights"
+    ) -> "LoadedModel":
+        """Load what has been found; `key` is the option that names `weights`. Collective."""
         tokenizer = saved.tokenizer(tokenizer_path)
         config = replace(saved.config, data=replace(saved.config.data, tokenizer=str(tokenizer.path)))
         with torch.device("meta"):
             model = Transfusion(config.model, tokenizer.vocab_size)
         model.to_empty(device=ranks.device).eval()
-        chosen = saved.read(weights, {name: parameter.data for name, parameter in model.named_parameters()}, ranks)
+        chosen = saved.read(weights, {name: parameter.data for name, parameter in model.named_parameters()}, ranks, key)
         return cls(model, tokenizer, config, chosen, saved)
 
 
-def load_matching_vae(path: str | None, spec: LatentSpec) -> "AutoencoderKL":
-    """Return the VAE at `path`, a folder or hub id; raise ValueError unless it encoded the latents of `spec`."""
-    if path is None:
+def load_matching_space(path: str | None, spec: LatentSpec) -> LatentSpace:
+    """Return the latent space at `path`, a folder or hub id; raise ValueError unless it encoded the images of `spec`.
+
+    Pixels need no path.
+    """
+    if path is None and spec.kind != Pixels.kind:
         raise ValueError("no VAE: set vae=FOLDER to the one the data was encoded with")
-    vae = load_vae(path)
-    if (found := vae_hash(vae)) != spec.vae_hash:
-        raise ValueError(f"vae={path} has hash {found}, the data was encoded with {spec.vae_hash}")
-    return vae
+    space = load_latent_space(path or Pixels.hash)
+    if space.hash != spec.vae_hash:
+        raise ValueError(f"vae={path} has hash {space.hash}, the data was encoded with {spec.vae_hash}")
+    return space

@@ -19,7 +19,7 @@ from data.raw import TAR, captions_of, picture_of
 from data.scene_judge import Verdict, compare, score
 from data.scenes import Shape, parse_caption
 from data.shards import BadRecords, read_shard
-from model.sampler import SamplerConfig
+from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.inference.pipeline import Pipeline, Progress
 

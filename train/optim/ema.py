@@ -52,14 +52,14 @@ def is_label(name: str) -> bool:
     return re.fullmatch(r"ema-[1-9]\d*", name) is not None
 
 
-def choose(weights: str, kept: Sequence[str], folder: Path) -> str:
+def choose(weights: str, kept: Sequence[str], folder: Path, key: str = "weights") -> str:
     """Return which of the weights `kept` in `folder` (labels in the config's order, perhaps "model") to use.
 
-    `weights` is a name, or auto: the first average, or the model if there is none; or ema: the first average. Raises
-    ValueError for weights that were not kept.
+    `weights` is a name, or auto: the first average, or the model if there is none; or ema: the first average. `key`
+    is the option that gave it. Raises ValueError for weights that were not kept.
     """
     averages = [name for name in kept if is_label(name)]
     chosen = {"auto": (averages or kept)[0], "ema": (averages or ["ema"])[0]}.get(weights, weights)
     if chosen not in kept:
-        raise ValueError(f"weights={weights}: {folder} holds {', '.join(kept)}; use weights={kept[0]}, or auto")
+        raise ValueError(f"{key}={weights}: {folder} holds {', '.join(kept)}; use {key}={kept[0]}, or auto")
     return chosen

@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,11 +24,8 @@ from data.remote import shown
 from data.shard_index import ShardIndex
 from data.shards import BadRecord, BadRecords, Record, read_at
 from data.tokenizer import Tokenizer
-from model.vae import decode
-from train.inference.saved_model import load_matching_vae
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from model.latent_space import LatentSpace, Pixels, to_raw
+from train.inference.saved_model import load_matching_space
 
 CHARACTERS = 120  # of a text that are shown
 PICTURES = 4  # of a document that are decoded
@@ -81,7 +77,7 @@ class EncodedData:
     manifest: Manifest
     patch_size: int
     tokenizer: Tokenizer | None
-    vae: "AutoencoderKL | None"
+    space: LatentSpace | None  # that decodes the images; pixels are always there
 
     @classmethod
     def open(cls, shards: str, patch_size: int, tokenizer: str | None, vae: str | None) -> "EncodedData":
@@ -98,11 +94,12 @@ class EncodedData:
                 f"shards={shown(shards)} was encoded with tokenizer {manifest.tokenizer_hash}, but {tokenizer} is "
                 f"{words.hash}; give the tokenizer it was encoded with, or none to see the captions in its json"
             )
+        spec = manifest.latent_spec
         if vae is None:
-            return cls(manifest, patch_size, words, None)
-        if manifest.latent_spec is None:
+            return cls(manifest, patch_size, words, Pixels() if spec is not None and spec.kind == "pixels" else None)
+        if spec is None:
             raise ValueError(f"vae={vae}, but shards={shown(shards)} holds only text; leave vae out")
-        return cls(manifest, patch_size, words, load_matching_vae(vae, manifest.latent_spec).eval())
+        return cls(manifest, patch_size, words, load_matching_space(vae, spec))
 
     def count(self, sequence_length: int, bad: BadRecords) -> Counts:
         """Count from the indices. Unreadable ones go into `bad`, and so do shards whose size is not the manifest's."""
@@ -141,14 +138,14 @@ class EncodedData:
                 continue
             for segment in document.segments:
                 if isinstance(segment, ImageSegment):
-                    sums.add(segment.moments)
+                    sums.add(segment.array, segment.kind)
             num_tokens = int(index.document_tokens(self.patch_size)[number])
             documents.append(self._shown(shard, num_tokens, record, document))
         return documents, sums
 
     @property
     def _channels(self) -> int:
-        return self.manifest.latent_spec.channels if self.manifest.latent_spec is not None else 0
+        return self.manifest.kind_and_channels[1]
 
     def _places(self, shards: list[int], n: int, seed: int) -> list[tuple[int, int]]:
         """Return (shard, record) of one document from each of `n` equal parts of the data, or all if it has fewer."""
@@ -168,44 +165,66 @@ class EncodedData:
         except OSError as error:
             raise _unreadable(where, error) from None
         document = decode_document(record, where)
-        check_document(document, self.manifest.vocab_size, self._channels, where)
+        kinds = len(self.manifest.captions)
+        check_document(document, self.manifest.vocab_size, *self.manifest.kind_and_channels, where, kinds)
         return record, document
 
     def _shown(self, shard: int, num_tokens: int, record: Record, document: Document) -> ShownDocument:
         texts = self._texts(record, document)
-        images = [(i, one.moments) for i, one in enumerate(document.segments) if isinstance(one, ImageSegment)]
-        decoded = images[:PICTURES] if self.vae is not None else []
+        images = [(i, one.array) for i, one in enumerate(document.segments) if isinstance(one, ImageSegment)]
+        decoded = images[:PICTURES] if self.space is not None else []
         return ShownDocument(
             key=record["__key__"].decode(errors="replace"),
             shard=self.manifest.shards[shard].name,
             num_tokens=num_tokens,
-            grids=[moments.shape[1:] for _, moments in images],
+            grids=[stored.shape[1:] for _, stored in images],
             text=joined(texts),
-            pictures=[(self._pixels(moments), caption_of(texts, i)) for i, moments in decoded],
+            pictures=[(self._pixels(stored), caption_of(texts, i)) for i, stored in decoded],
         )
 
     def _texts(self, record: Record, document: Document) -> list[str | None]:
         """Return the text of each segment, None for an image."""
         num_texts = sum(not isinstance(segment, ImageSegment) for segment in document.segments)
-        caption = _caption_in_json(record) if num_texts == 1 else None
+        caption = next(iter(_captions_in_json(record)), None) if num_texts == 1 else None
         texts: list[str | None] = []
         for segment in document.segments:
             if isinstance(segment, ImageSegment):
                 texts.append(None)
+            elif document.captions:
+                texts.append(self._captions(record, document))
             elif self.tokenizer is None:
                 texts.append(clipped(caption) if caption else f"[{len(segment.token_ids):,} text tokens]")
-            else:  # of a whole book only the beginning is decoded
-                text = self.tokenizer.decode(segment.token_ids[:CHARACTERS])
-                is_cut = len(segment.token_ids) > CHARACTERS
-                texts.append(clipped(text.rstrip("\ufffd") + "…" if is_cut else text))
+            else:
+                texts.append(clipped(self._decoded(segment.token_ids)))
         return texts
 
+    def _captions(self, record: Record, document: Document) -> str:
+        """Return the beginnings of all captions of a picture, each after its kind where the data has several."""
+        kinds, numbers = list(self.manifest.captions), document.caption_kinds
+        in_json = [text for kind in kinds or ["caption"] for text in _captions_in_json(record, kind)]
+        said = []
+        for i, caption in enumerate(document.captions):
+            text = f"[{len(caption.token_ids):,} text tokens]"
+            if self.tokenizer is not None:
+                text = self._decoded(caption.token_ids)
+            elif len(in_json) == len(document.captions):
+                text = in_json[i]
+            text = clipped(text, max(20, CHARACTERS // len(document.captions)))
+            said.append(f"{kinds[numbers[i]]}: {text}" if numbers else text)
+        return " | ".join(said)
+
+    def _decoded(self, token_ids: np.ndarray) -> str:
+        """Return the text of token ids [n]; of a whole book only the beginning."""
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode(token_ids[:CHARACTERS])
+        return text.rstrip("\ufffd") + "…" if len(token_ids) > CHARACTERS else text
+
     @torch.no_grad()
-    def _pixels(self, moments: np.ndarray) -> np.ndarray:
-        """Decode the posterior's mean of moments f16 [2C, h, w] to uint8 [H, W, 3]."""
-        assert self.vae is not None
-        mean = torch.from_numpy(moments[: len(moments) // 2].astype(np.float32))
-        return from_unit(decode(self.vae, mean[None]).numpy())[0]
+    def _pixels(self, stored: np.ndarray) -> np.ndarray:
+        """Decode a stored image (of moments, the mean) to uint8 [H, W, 3]."""
+        assert self.space is not None
+        latents = to_raw(torch.tensor(stored[None, : self.space.channels]))
+        return from_unit(self.space.decode(latents).numpy())[0]
 
 
 def joined(texts: list[str | None]) -> str:
@@ -229,9 +248,9 @@ def quantiles(tally: Counter[int], shares: list[float]) -> list[int]:
     return [values[i] for i in np.searchsorted(upto, np.array(shares) * upto[-1])]
 
 
-def clipped(text: str) -> str:
+def clipped(text: str, most: int = CHARACTERS) -> str:
     """Return the beginning of a text."""
-    return text if len(text) <= CHARACTERS else text[:CHARACTERS] + "…"
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def _open_manifest(shards: str) -> Manifest:
@@ -256,12 +275,12 @@ def _unreadable(where: str, error: OSError) -> BadRecord:
     return BadRecord("unreadable shard", where, error.strerror or str(error))
 
 
-def _caption_in_json(record: Record) -> str | None:
-    """Return the caption in the record's json, None where there is none."""
+def _captions_in_json(record: Record, key: str = "caption") -> list[str]:
+    """Return the captions under a key of the record's json, none where there are none."""
     try:
-        caption = json.loads(record.get("json", b"")).get("caption")
-        caption = caption[0] if isinstance(caption, list) and caption else caption  # of several
+        found = json.loads(record.get("json", b"")).get(key)
     except (ValueError, AttributeError, RecursionError):
-        return None
+        return []
+    texts = [text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
     # JSON can spell half a surrogate pair, which no font draws.
-    return caption.encode(errors="replace").decode() if isinstance(caption, str) else None
+    return [text.encode(errors="replace").decode() for text in texts]

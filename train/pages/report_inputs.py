@@ -17,7 +17,7 @@ class ReportConfig:
     run: Location = "runs/pretrain"  # run folder of train.pretrain: config.yaml, metrics.jsonl, previews
     evaluation: Location | None = None  # folder of train.evaluate; null: none
     samples: Location | None = None  # folder of train.sample; null: none
-    vae: Location | None = None  # AutoencoderKL for the reconstructions; null: the run's
+    vae: Location | None = None  # autoencoder for the reconstructions; null: the run's
     stages: Location | None = None  # folder where train.demo records its finished stages; null: none
     num_right: int = 12  # right answers shown of each split, 0 or more; failures are all shown
     num_previews: int = 6  # preview sheets shown, from the first to the last, >= 2

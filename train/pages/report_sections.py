@@ -18,7 +18,8 @@ import torch
 from data.pictures import from_unit, to_unit
 from data.scene_judge import Verdict, judge, score
 from data.scenes import parse_caption
-from model.vae import decode, load_vae, moments
+from model.autoencoders import load_latent_space
+from model.latent_space import Pixels, to_raw
 from train.config import to_yaml
 from train.pages.metric_curves import draw_charts
 from train.pages.page import block, card, fact_list, image, mark, note, read_picture, spread, table
@@ -31,8 +32,8 @@ SPLITS = {
 }
 # Scores compare only at equal values of these.
 SETTINGS = (
-    *("training_step", "sampler", "steps", "spacing", "eta", "guidance", "clip_x0"),
-    *("temperature", "top_p", "seed", "weights"),
+    *("training_step", "sampler", "steps", "spacing", "eta", "guidance", "guidance_interval", "guidance_rescale"),
+    *("guide", "clip_x0", "temperature", "top_p", "seed", "weights"),
 )
 PACKAGES = ("torch", "diffusers", "numpy", "sentencepiece", "webdataset", "torchdata")
 
@@ -57,6 +58,8 @@ def _scores(inputs: ReportInputs) -> str:
         html += f"<h3>{title}: all right</h3>{tiles}"
     settings = {**scores["settings"], "training_step": scores["step"]}
     settings |= {"seed": scores["seed"], "weights": scores["weights"]}
+    if guide := scores.get("guide"):
+        settings["guide"] = f"{guide['weights']} of step {guide['step']}"
     shown = {key.replace("_", " "): settings[key] for key in SETTINGS if settings.get(key) is not None}
     return html + fact_list(shown)
 
@@ -160,12 +163,12 @@ def _by_split(inputs: ReportInputs, answer: str) -> str:
 def _codec(inputs: ReportInputs) -> str:
     config = inputs.config
     name = config.vae or (inputs.recipe.vae if inputs.recipe else None)
-    if name is None:
-        raise LeftOut("No VAE is named (vae=FOLDER, or vae in the run's config).")
+    if name in (None, Pixels.hash):
+        raise LeftOut("No VAE is named (vae=FOLDER, or vae in the run's config), or pictures are kept as such.")
     if not inputs.examples:
         raise LeftOut("Its pictures come from the evaluation's examples, and there are none yet.")
     try:
-        vae = load_vae(name)
+        space = load_latent_space(name)
     except (FileNotFoundError, ValueError) as error:
         raise LeftOut(f"The VAE could not be loaded: {error}") from None
     cards, verdicts = [], []
@@ -173,9 +176,8 @@ def _codec(inputs: ReportInputs) -> str:
         prompt, original = example["prompt"], _picture(config.evaluation, example["true"])
         if original is None:
             continue
-        with torch.no_grad():
-            mean = moments(vae, torch.from_numpy(to_unit(original[None]))).chunk(2, dim=1)[0]
-            copy = from_unit(decode(vae, mean).numpy())[0]
+        stored = space.encode(torch.from_numpy(to_unit(original[None])))
+        copy = from_unit(space.decode(to_raw(stored[:, : space.channels])).numpy())[0]  # of moments, the mean
         pair = block("pair", [image(original, "original"), image(copy, "reconstruction")])
         verdict = _judged(copy, prompt)
         verdicts += [] if verdict is None else [verdict.all_right]

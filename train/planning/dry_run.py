@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
+from data.documents import ImageKind
 from data.largest_batch import Grid
+from model.latent_space import LatentStats
 from model.transfusion import Transfusion
-from model.vae import LatentStats
 from train.console import say
 from train.distributed.local_shards import local
 from train.distributed.process import wait_for
@@ -30,13 +31,14 @@ def dry_run(
     ranks: Ranks,
     *,
     is_resumed: bool,
+    kind: ImageKind = "moments",
 ) -> None:
-    """Run the largest batches with images of `grids`; raise MemoryError where one does not fit. Collective."""
+    """Run the largest batches with images of these `grids`; raise MemoryError where one does not fit. Collective."""
     start, on_cuda = time.monotonic(), ranks.device.type == "cuda"
     moments = 8 * sum(local(p).numel() for p in optimizer.parameters.values())  # allocated by the first update
     try:
         reserve = torch.empty(moments if on_cuda and not is_resumed else 0, dtype=torch.uint8, device=ranks.device)
-        for batch in largest_batches_of(config, ranks.world_size, grids):
+        for batch in largest_batches_of(config, ranks.world_size, grids, kind):
             forward_backward(
                 model,
                 batch.to(ranks.device),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from data.dataset import DataSet
+from data.documents import ImageKind
 from data.largest_batch import Grid, largest_batches
 from data.packing import PackedBatch
 from data.tokenizer import SpecialIds
@@ -25,7 +26,8 @@ PARTS = {"text_embedding": "embeddings", "transformer": "blocks", "patches": "pa
 GIB = 2**30
 # GPU memory that tensors cannot use: CUDA's context, NCCL's and cuBLAS's buffers; the share lost to fragmentation.
 CONTEXT_GIB, FRAGMENTED = 1.5, 0.05
-PAPER_GRID: Grid = (32, 32)  # latents of the paper's 256-pixel pictures
+PAPER_GRID: Grid = (32, 32)  # latents of the paper's pictures
+PAPER_PIXELS: Grid = (256, 256)
 CAPTION_TOKENS = 64  # assumed when the data is not available
 
 
@@ -50,11 +52,18 @@ def rows_per_rank(config: PretrainConfig, world_size: int) -> tuple[int, int]:
     return rows, -(-lanes // rows)
 
 
-def largest_batches_of(config: PretrainConfig, world_size: int, grids: Sequence[Grid]) -> tuple[PackedBatch, ...]:
-    """Return the largest micro-batches of a run with images of latent `grids`."""
+def largest_batches_of(
+    config: PretrainConfig, world_size: int, grids: Sequence[Grid], kind: ImageKind = "moments"
+) -> tuple[PackedBatch, ...]:
+    """Return the largest micro-batches of a run with images of `kind` and of latent `grids`."""
     rows, length, model = rows_per_rank(config, world_size)[0], config.data.sequence_length, config.model
     any_ids = SpecialIds(bos=0, eos=0, boi=0, eoi=0, pad=0)  # sizes do not depend on them
-    return largest_batches(rows, length, grids, model.latent_channels, model.patch_size, any_ids)
+    return largest_batches(rows, length, grids, model.latent_channels, model.patch_size, any_ids, kind)
+
+
+def assumed_images(config: PretrainConfig) -> tuple[Grid, ImageKind]:
+    """Return the grid and the kind of the paper's pictures, for when the data is not available."""
+    return (PAPER_PIXELS, "pixels") if config.vae == "pixels" else (PAPER_GRID, "moments")
 
 
 def usable_bytes(memory_gib: float) -> float:
@@ -79,7 +88,7 @@ def documents_of(config: PretrainConfig, data: DataSet | None) -> list[Documents
     size = config.model.patch_size
     if data is None:
         image_share = config.data.image_share or 0.5
-        cells = PAPER_GRID[0] * PAPER_GRID[1]
+        cells = math.prod(assumed_images(config)[0])
         patches = cells // size**2
         tokens = patches + CAPTION_TOKENS + 4
         share = min(1.0, image_share * tokens / patches)

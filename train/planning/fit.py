@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from data.documents import ImageKind
 from data.largest_batch import Grid
 from train.distributed.ranks import Ranks
 from train.hardware import memory_of
@@ -58,6 +59,7 @@ def check_memory(
     device: torch.device,
     *,
     first: bool,
+    kind: ImageKind = "moments",
 ) -> dict[str, Rehearsal]:
     """Return the rehearsals that decide what fits; called before process groups exist.
 
@@ -73,7 +75,7 @@ def check_memory(
     refuse_unless_states_fit(config, vocab_size, world_size, memory)
     if not first:
         return {}
-    batches = largest_batches_of(config, world_size, grids)
+    batches = largest_batches_of(config, world_size, grids, kind)
     usable = _usable(memory, device)
     return rehearse_levels(config, usable, lambda c: rehearse(c, vocab_size, world_size, batches, cuda=cuda))
 

@@ -20,7 +20,7 @@ from train.flops import Flops
 from train.hardware import GPUS, REACHED, Gpu, find, memory_of
 from train.planning.estimate import (
     GIB,
-    PAPER_GRID,
+    assumed_images,
     communication_seconds,
     documents_of,
     flops_per_token,
@@ -133,7 +133,9 @@ def _vocab_size(config: PlanConfig) -> tuple[int, str]:
 
 def _data(config: PlanConfig) -> tuple[DataSet | None, str | None]:
     """Return the data set; if it is not available, None and what is assumed instead."""
-    assumed = f"the paper's mix of text and pictures of {PAPER_GRID[0]}x{PAPER_GRID[1]} latents is assumed"
+    (height, width), kind = assumed_images(config)
+    cells = "pixels" if kind == "pixels" else "latents"
+    assumed = f"the paper's mix of text and pictures of {height}x{width} {cells} is assumed"
     if not config.data.sources:
         return None, f"no data.sources are named: {assumed}"
     try:
@@ -193,7 +195,9 @@ def _decided(
 
 
 def _rehearsed(vocab_size: int, data: DataSet | None, cuda: bool, config: PretrainConfig, world_size: int) -> Rehearsal:
-    batches = largest_batches_of(config, world_size, data.grids if data is not None else [PAPER_GRID])
+    assumed, kind = assumed_images(config)
+    grids, kind = (data.grids, data.kind) if data is not None else ([assumed], kind)
+    batches = largest_batches_of(config, world_size, grids, kind)
     return rehearse(config, vocab_size, world_size, batches, cuda=cuda)
 
 

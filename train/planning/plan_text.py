@@ -34,7 +34,7 @@ def _parameters(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
         "total": "",
         "embeddings": f"{plan['vocab_size']:,} token ids{padded} ({plan['vocab_size_from']})",
         "blocks": f"{trunk.layers} layers of width {trunk.width}, {trunk.heads} heads",
-        "patches": f"{config.model.patches}, {size}x{size} latent pixels per token",
+        "patches": f"{config.model.patches}, {size}x{size} cells per token",
         "heads": "the text head; the noise head is among the patches",
     }
     return ["parameters"] + [

@@ -34,7 +34,7 @@ from train.distributed.parallelize import parallelize, set_micro_step
 from train.distributed.ranks import Ranks, alone
 from train.optim.optimizer import Optimizer
 from train.pretrain_config import PretrainConfig
-from train.step import latent_stats, micro_step, schedule
+from train.step import latent_stats, micro_step, noise_schedule
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 STATES = ("parameters", "gradients", "optimizer", "ema")  # kinds that exist between steps
@@ -141,12 +141,12 @@ class _Stage:
 
     def rehearse(self, batches: Sequence[PackedBatch]) -> Rehearsal:
         collectives: dict[Collective, float] = {}
-        schedule.cache_clear()  # real tensors must not mix with fake ones, here or in a later real step
+        noise_schedule.cache_clear()  # real tensors must not mix with fake ones, here or in a later real step
         for batch in batches:
             mask = None if self.cuda else self._mask(batch)  # what it holds depends on values, which fake tensors lack
             with self.fake, self.live:
                 collectives = self._step(batch, mask)
-        schedule.cache_clear()
+        noise_schedule.cache_clear()
         kept = [kind for kind in STATES if kind != "gradients"]  # between steps
         saved = [tensor for kind in kept for tensor in self.held[kind]]
         peaks = {phase: self.live.peak(phase) for phase in ("forward", "backward", "update") if batches}

@@ -1,0 +1,111 @@
+"""Guidance by a weaker model, and rescaled guidance, against both models run in full and against diffusers."""
+
+import pytest
+import torch
+from diffusers.guiders.guider_utils import rescale_noise_cfg
+
+from model.diffusion import DiffusionConfig
+from model.draws import SeededDraws
+from model.guidance import guided
+from model.sampler import Prompt, generate
+from tests.test_sampler import GRID, MIXED, SPECIAL, Slow, assert_same, picture, settings, text, tiny_model
+
+
+def weak_model(seed, patches="linear"):
+    """Return a guide of another width and depth than `tiny_model`."""
+    return tiny_model(seed + 10, patches, width=24, layers=1)
+
+
+def run(model, prompts, config, guide=None, seed=0):
+    return generate(model, prompts, config, DiffusionConfig(), SPECIAL, GRID, SeededDraws(seed), guide=guide)
+
+
+class SlowGuided(Slow):
+    """Also runs the guide in full, over the same document, and rescales as diffusers does."""
+
+    def __init__(self, model, guide):
+        super().__init__(model)
+        self.guide = guide and Slow(guide)
+
+    def guided(self, pred, parts, x_t, t, config):
+        if self.guide is None:
+            result = super().guided(pred, parts, x_t, t, config)
+        else:
+            weak = self.guide.predict(parts, x_t, t)
+            result = weak + config.guidance * (pred - weak)
+        return rescale_noise_cfg(result[None], pred[None], config.guidance_rescale)[0]
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.3, 0.7, 1.0])
+def test_the_rescaled_prediction_is_diffusers_of_each_picture(rescale: float) -> None:
+    strong, weak = torch.randn(2, 3, 4, 6, 5, generator=torch.Generator().manual_seed(0))
+    strong = strong * torch.tensor([0.1, 1.0, 3.0])[:, None, None, None]  # of unequal contrast
+    expected = rescale_noise_cfg(weak + 4 * (strong - weak), strong, rescale)
+    found = guided(strong, weak, 4, rescale)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"guidance_rescale=-0.1: expected 0 \(off\)...1"):
+        settings(guidance_rescale=-0.1)
+    if rescale == 1:
+        assert torch.allclose(found.flatten(1).std(dim=1), strong.flatten(1).std(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rescaling_gives_a_picture_the_same_bits_among_any_number(device: str) -> None:
+    """P12."""
+    strong, weak = torch.randn(2, 8, 16, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    together = guided(strong, weak, 3.0, 0.7)
+    for i in range(8):
+        assert torch.equal(guided(strong[i : i + 1], weak[i : i + 1], 3.0, 0.7)[0], together[i])
+
+
+@pytest.mark.parametrize(
+    ("changes", "patches", "guide_patches"),
+    [
+        ({"guidance_rescale": 0.7, "guidance_interval": (200, 600)}, "unet", None),
+        ({"guidance_interval": (200, 600)}, "unet", "linear"),
+        ({"guidance_rescale": 0.7, "sampler": "ddpm", "steps": 3}, "linear", "unet"),
+    ],
+)
+def test_decoding_with_a_guide_equals_the_full_forwards_of_both_models(changes, patches, guide_patches) -> None:
+    """Text after a drawn picture and pictures after text among them; None: classifier-free guidance."""
+    config, kinds = settings(**changes), set()
+    for seed in range(2):
+        model, guide = tiny_model(seed, patches), guide_patches and weak_model(seed, guide_patches)
+        slow, draws = SlowGuided(model, guide), SeededDraws(seed)
+        for prompt, ours in zip(MIXED, run(model, MIXED, config, guide, seed), strict=True):
+            assert_same(ours, slow.generate(prompt, config, draws))
+            kinds.add("".join("t" if part.ndim == 1 else "i" for part in ours))
+    assert any("it" in kind for kind in kinds) and any("ti" in kind for kind in kinds), kinds
+
+
+@pytest.mark.parametrize("patches", ["linear", "unet"])
+def test_a_guided_row_keeps_its_bits_whatever_runs_beside_it(patches: str) -> None:
+    """P12."""
+    model, guide = tiny_model(1, patches), weak_model(1, patches)
+    config = settings(max_length=None, guidance_rescale=0.7, max_new_tokens=6)
+    mine = Prompt((text(5, 6, 7), picture(9), text(8)), draw=True, index=7)
+    others = [Prompt((text(*[6] * 70),), draw=True, index=1), *MIXED[2:]]
+    wanted = run(model, [mine], config, guide)[0]
+    for rows, place in (([mine, *others], 0), ([*others[:2], mine], 2)):
+        found = run(model, rows, config, guide)[place]
+        assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+
+
+def test_the_guide_runs_where_guidance_acts_and_the_unconditional_branch_nowhere() -> None:
+    model, guide, shapes = tiny_model(), weak_model(0), {"model": [], "guide": []}
+    for name, part in (("model", model), ("guide", guide)):
+        part.transformer.register_forward_pre_hook(
+            lambda module, inputs, name=name: shapes[name].append(tuple(inputs[0].shape[:2]))
+        )
+    prompt = Prompt((text(*range(5, 12)),), draw=True)
+    config = settings(max_new_tokens=0, steps=5, guidance_interval=(300, 700), prefill_chunk=8)
+    run(model, [prompt], config, guide)
+    prefill, step = (2, 8), (2, 4)  # 9 prompt tokens in chunks of 8; rows padded on a CPU
+    assert shapes["model"][2:] == [step] * 5 and shapes["guide"][2:] == [step] * 2, shapes
+    assert [len(rows) for rows in shapes.values()] == [7, 4] and prefill[1] == shapes["guide"][0][1]
+    shapes["guide"].clear()
+    unguided = run(model, [prompt], settings(max_new_tokens=0, guidance=1.0), guide)[0]
+    assert shapes["guide"] == []
+    assert torch.equal(unguided[0], run(model, [prompt], settings(max_new_tokens=0, guidance=1.0))[0][0])
+    own = run(model, [prompt], settings(max_new_tokens=0, guidance=4.0), model)[0]
+    assert torch.allclose(own[0], unguided[0], atol=1e-5), "a model is no guide of its own"
