@@ -279,8 +279,11 @@ def _summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
             right = [round((scores[task][goal] or 0) * of) for scores, of in zip(seeds, asked, strict=True)]
             found[task][goal] = {"right": sum(right), "of": sum(asked), "by_seed": right}
             assert share is None or asked[0] > 0
+    losses = [scores["heldout"]["scenes"] for scores in seeds]
     for key in ("x0_error", "image_loss", "captioning_loss"):
-        found[key] = [scores["heldout"]["scenes"].get(key) for scores in seeds]
+        found[key] = [of_seed[key] for of_seed in losses]
+    bins = [of_seed["x0_error_by_log_snr"] for of_seed in losses]
+    found["x0_error_by_log_snr"] = {name: [of_seed[name]["error"] for of_seed in bins] for name in bins[0]}
     return found
 
 
