@@ -38,9 +38,9 @@ def drawable(count: int, kinds: Sequence[int], weights: Sequence[float]) -> list
     return [i for i in range(count) if not kinds or weights[kinds[i]] > 0]
 
 
-def draw_caption(choices: Sequence[int], kinds: Sequence[int], weights: Sequence[float], uniform: float) -> int | None:
-    """Draw one of `choices`, numbers of captions that may be drawn, by a `uniform` in [0, 1); None if there is none."""
-    if kinds and choices:
+def draw_caption(choices: Sequence[int], kinds: Sequence[int], weights: Sequence[float], uniform: float) -> int:
+    """Draw one of `choices`, numbers of captions that may be drawn, one or more, by a `uniform` in [0, 1)."""
+    if kinds:
         present = sorted({kinds[i] for i in choices})
         place = uniform * math.fsum(weights[kind] for kind in present)
         kind = present[0]
@@ -51,7 +51,7 @@ def draw_caption(choices: Sequence[int], kinds: Sequence[int], weights: Sequence
             kind = following
         choices = [i for i in choices if kinds[i] == kind]
         uniform = place / weights[kind]  # what the choice of a kind left of it; rounding may make it 1
-    return choices[min(int(uniform * len(choices)), len(choices) - 1)] if choices else None
+    return choices[min(int(uniform * len(choices)), len(choices) - 1)]
 
 
 @dataclass

@@ -11,25 +11,16 @@ source, shard, record), so they belong to the document and not to its reader.
 """
 
 import hashlib
-import io
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
 
+from data.arrays import load_array, save_array
 from data.captions import CaptionTokens, draw_caption, drawable
-from data.shard_index import NPY_HEADER_BYTES
 from data.shards import BadRecord, Record
-
-_NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '([<>=|]\w+)', 'fortran_order': False, "
-    rb"'shape': \((\d{1,18}(?:, \d{1,18}){,9}),?\), \} *\n",
-    re.DOTALL,
-)
 
 IMAGE = -1  # in segments.npy
 ImageKind = Literal["moments", "latents", "pixels"]  # what a record keeps of an image
@@ -111,7 +102,7 @@ def decode_document(record: Record, where: str) -> Document:
     captions: tuple[TextSegment, ...] = ()
     kinds: tuple[int, ...] = ()
     if "tokens.npy" in record:
-        token_ids = _load_array(record["tokens.npy"], where, "<i4", 1).astype(np.int64)
+        token_ids = load_array(record["tokens.npy"], where, "<i4", 1).astype(np.int64)
         if "captions.npy" in record:
             captions, kinds = _captions(record, token_ids, image, where)
             segments.append(captions[0])
@@ -127,20 +118,20 @@ def decode_document(record: Record, where: str) -> Document:
 def _captions(
     record: Record, token_ids: np.ndarray, image: ImageSegment | None, where: str
 ) -> tuple[tuple[TextSegment, ...], tuple[int, ...]]:
-    lengths = _load_array(record["captions.npy"], where, "<i4", 1).tolist()
+    lengths = load_array(record["captions.npy"], where, "<i4", 1).tolist()
     if not lengths or min(lengths) < 1 or sum(lengths) != len(token_ids) or image is None:
         raise BadRecord("wrong captions", where, f"{lengths[:20]} of {len(token_ids)} tokens")
     kinds: list[int] = []
     if "caption_kinds.npy" in record:
-        kinds = _load_array(record["caption_kinds.npy"], where, "<i4", 1).tolist()
+        kinds = load_array(record["caption_kinds.npy"], where, "<i4", 1).tolist()
         if len(kinds) != len(lengths) or min(kinds) < 0:
             raise BadRecord("wrong captions", where, f"kinds {kinds[:20]} of {len(lengths)} captions")
     return tuple(map(TextSegment, np.split(token_ids, np.cumsum(lengths[:-1])))), tuple(kinds)
 
 
 def _interleaved(record: Record, where: str) -> Iterator[TextSegment | ImageSegment]:
-    lengths = _load_array(record["segments.npy"], where, "<i4", 1)
-    token_ids = _load_array(record.get("tokens.npy", b""), where, "<i4", 1).astype(np.int64)
+    lengths = load_array(record["segments.npy"], where, "<i4", 1)
+    token_ids = load_array(record.get("tokens.npy", b""), where, "<i4", 1).astype(np.int64)
     if not len(lengths):
         raise BadRecord("empty document", where)
     if len(lengths) > MAX_SEGMENTS:
@@ -169,7 +160,7 @@ def _image(record: Record, prefix: str, where: str) -> ImageSegment | None:
     if len(kinds) > 1:
         raise BadRecord("several kinds of one image", where, " and ".join(kinds))
     kind = kinds[0]
-    array = _load_array(record[f"{prefix}{kind}.npy"], where, "|u1" if kind == "pixels" else "<f2", 3)
+    array = load_array(record[f"{prefix}{kind}.npy"], where, "|u1" if kind == "pixels" else "<f2", 3)
     if kind == "pixels":
         expected, is_right = f"[{PIXEL_CHANNELS}, H, W]", len(array) == PIXEL_CHANNELS
     elif kind == "latents":
@@ -223,22 +214,22 @@ def encode_record(
     segments = [segment for segment in segments if segment.size]
     texts, images = ([s for s in segments if s.ndim == ndim] for ndim in (1, 3))
     token_ids = np.concatenate([np.zeros(0, np.int32), *texts]).astype(np.int32)
-    record: Record = {"__key__": key.encode(), "json": info, "tokens.npy": _save_array(token_ids)}
+    record: Record = {"__key__": key.encode(), "json": info, "tokens.npy": save_array(token_ids)}
     if [s.ndim for s in segments] in ([], [1], [3], [1, 3]):
         names = [f"{kind}.npy"]
     else:
         names = [f"{i}.{kind}.npy" for i in range(len(images))]
         lengths = [len(s) if s.ndim == 1 else IMAGE for s in segments]
-        record["segments.npy"] = _save_array(np.array(lengths, dtype=np.int32))
+        record["segments.npy"] = save_array(np.array(lengths, dtype=np.int32))
     dtype = np.uint8 if kind == "pixels" else np.float16
-    record |= {name: _save_array(image.astype(dtype)) for name, image in zip(names, images, strict=False)}
+    record |= {name: save_array(image.astype(dtype)) for name, image in zip(names, images, strict=False)}
     caption_kinds = [number for number, caption in zip(caption_kinds, captions, strict=False) if caption.size]
     if captions := [caption for caption in captions if caption.size]:
         assert names == [f"{kind}.npy"] and not texts, (names, len(texts))
-        record["tokens.npy"] = _save_array(np.concatenate(captions).astype(np.int32))
-        record["captions.npy"] = _save_array(np.array([len(caption) for caption in captions], dtype=np.int32))
+        record["tokens.npy"] = save_array(np.concatenate(captions).astype(np.int32))
+        record["captions.npy"] = save_array(np.array([len(caption) for caption in captions], dtype=np.int32))
         if caption_kinds:
-            record["caption_kinds.npy"] = _save_array(np.array(caption_kinds, dtype=np.int32))
+            record["caption_kinds.npy"] = save_array(np.array(caption_kinds, dtype=np.int32))
     return record
 
 
@@ -289,15 +280,14 @@ def arrange(
             return document
     order_draw, dropout_draw, *caption_draws = draws
     if document.captions:
-        captions, kinds = document.captions, document.caption_kinds
-        choices = drawable(len(captions), kinds, weights)
-        fitting = [i for i in choices if room is None or len(captions[i].token_ids) <= room]
-        chosen = draw_caption(choices, kinds, weights, caption_draws[0])
-        if chosen is None:
+        choices = drawable(len(document.captions), document.caption_kinds, weights)
+        fitting = [i for i in choices if room is None or len(document.captions[i].token_ids) <= room]
+        if not choices:
             return Document((image,))
-        if chosen not in fitting and fitting:
-            chosen = draw_caption(fitting, kinds, weights, caption_draws[1])
-        caption = captions[chosen]
+        chosen = draw_caption(choices, document.caption_kinds, weights, caption_draws[0])
+        if fitting and chosen not in fitting:
+            chosen = draw_caption(fitting, document.caption_kinds, weights, caption_draws[1])
+        caption = document.captions[chosen]
     if dropout_draw < config.caption_dropout:
         return Document((image,))
     if order_draw < config.caption_first:
@@ -330,34 +320,3 @@ def _check_latents(latents: np.ndarray, where: str) -> None:
     """Raise BadRecord unless all are finite; compares bits, as `_check_moments` does."""
     if latents.view(np.int16).max() > _MOST[0] or latents.view(np.uint16).max() > _LEAST[0]:
         raise BadRecord("non-finite latents", where)
-
-
-def _load_array(data: bytes, where: str, dtype: str, ndim: int) -> np.ndarray:
-    """Return the .npy array in `data`, read-only.
-
-    Takes only what np.save writes for our arrays, without numpy's parser: that evaluates Python literals (a hostile
-    header exhausts it), can unpickle, and takes longer than the rest of a read.
-    """
-    layout = _npy_layout(data[:NPY_HEADER_BYTES])
-    if layout is None:
-        raise BadRecord("undecodable array", where, f"not a plain .npy file: {data[:64]!r}")
-    found, shape = layout
-    if found != dtype or len(shape) != ndim:
-        raise BadRecord("wrong array", where, f"{found} {shape}, expected {dtype} of {ndim} dimensions")
-    try:
-        return np.frombuffer(data, dtype, offset=NPY_HEADER_BYTES).reshape(shape)
-    except (ValueError, OverflowError) as error:
-        raise BadRecord("undecodable array", where, str(error)) from None
-
-
-@lru_cache(4096)
-def _npy_layout(header: bytes) -> tuple[str, tuple[int, ...]] | None:
-    """Return (dtype, shape) of a .npy file's first bytes; None unless they are a plain header."""
-    match = _NPY_HEADER.fullmatch(header)
-    return (match[1].decode(), tuple(map(int, match[2].split(b", ")))) if match else None
-
-
-def _save_array(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()

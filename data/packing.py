@@ -193,15 +193,15 @@ def _cuts(document: Document, spans: list[tuple[int, int]]) -> tuple[tuple[int, 
 
 
 def caption_room(document: Document, patch_size: int, sequence_length: int) -> int | None:
-    """Return how many tokens a caption beside the document's image may have, which is not cut; None without choice.
+    """Return how many tokens each of a document's several captions may have beside its image; None if it has not.
 
     Raises ValueError for a latent grid that patches do not tile.
     """
-    if not document.captions:
+    image = document.segments[-1]
+    if not document.captions or not isinstance(image, ImageSegment):
         return None
-    without = replace(document, segments=document.segments[1:])
-    length = sum(2 + math.prod(patch_grid(s.moments.shape[1:], patch_size)) for s in without.segments)
-    return sequence_length - 2 - length
+    rows, columns = patch_grid(image.grid, patch_size)
+    return sequence_length - rows * columns - 4
 
 
 def patch_grid(grid: Sequence[int], patch_size: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from model.latent_space import LatentSpace, LatentStats, Pixels
+from model.latent_space import Kind, LatentSpace, LatentStats, Pixels
 from model.vae import decode, moments
 from model.vae_folder import check_class, find_vae
 
@@ -28,7 +28,7 @@ _STATED = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # i
 class Autoencoder(LatentSpace):
     """One of diffusers' models; by default deterministic, and scaled by the numbers in its config."""
 
-    kind = "latents"
+    kind: Kind = "latents"
     BLOCKS = "encoder_block_out_channels"  # of the config: channels at each resolution; every block but the last halves
 
     def __init__(self, module: Any) -> None:
@@ -55,7 +55,7 @@ class Autoencoder(LatentSpace):
         return decode(self.module, latents)
 
     @property
-    def states_scaling(self) -> bool:  # type: ignore[override]
+    def states_scaling(self) -> bool:
         """Without a scaling in config.json diffusers fills in its own, such as 0.18215."""
         if "scaling_factor" in self.config.get("_use_default_values", ()):
             return False
@@ -111,6 +111,8 @@ class Flux2(KL):
         super()._set_sizes()
         self.patch = self.config["patch_size"][0]
         self.channels, self.stride = self.channels * self.patch**2, self.stride * self.patch
+        norm = self.module.bn  # read before `to`, which would round it
+        self.mean, self.variance, self.eps = norm.running_mean.double(), norm.running_var.double(), norm.eps
 
     def _encode(self, pixels: Tensor) -> Tensor:
         mean, logvar = super()._encode(pixels).chunk(2, dim=1)
@@ -120,12 +122,11 @@ class Flux2(KL):
         return super()._decode(pixel_shuffle(latents, self.patch))
 
     @property
-    def states_scaling(self) -> bool:  # type: ignore[override]
-        return bool((self.module.bn.running_mean != 0).any() or (self.module.bn.running_var != 1).any())
+    def states_scaling(self) -> bool:
+        return bool((self.mean != 0).any() or (self.variance != 1).any())
 
     def stated_stats(self) -> LatentStats:
-        norm = self.module.bn
-        return LatentStats(norm.running_mean.double(), (norm.running_var.double() + norm.eps).sqrt())
+        return LatentStats(self.mean, (self.variance + self.eps).sqrt())
 
 
 class DC(Autoencoder):
@@ -141,7 +142,7 @@ class RAE(Autoencoder):
 
     def _set_sizes(self) -> None:
         if not self.config["reshape_to_2d"]:
-            raise ValueError("AutoencoderRAE with reshape_to_2d=false has no latent grid; set it to true")
+            raise ValueError("the config.json of this AutoencoderRAE states reshape_to_2d=false, expected a grid: true")
         self.channels, self.stride = self.config["encoder_hidden_size"], self.config["patch_size"]
         self.picture_side = self.module.decoder_image_size
 
@@ -152,7 +153,7 @@ class RAE(Autoencoder):
         return super()._decode(latents) * 2 - 1
 
     @property
-    def states_scaling(self) -> bool:  # type: ignore[override]
+    def states_scaling(self) -> bool:
         stated = (self.config[name] is not None for name in ("latents_mean", "latents_std"))
         return any(stated) or self.config["scaling_factor"] != 1
 
@@ -191,7 +192,8 @@ def load_latent_space(name: str | Path) -> LatentSpace:
         try:
             module, loading = theirs.from_pretrained(source.name, subfolder=folder, use_safetensors=True, **options)
             break
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
+        # AttributeError: diffusers was written for another version of transformers, whose encoder an RAE holds.
+        except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             reasons.append(_one_line(error))
     else:
         raise ValueError(f"vae={name}: not an autoencoder in safetensors: {reasons[0]}")

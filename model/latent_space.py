@@ -65,8 +65,6 @@ class LatentSpace(ABC):
     channels: int  # C of raw latents
     stride: int  # pixels a latent cell, along each side
     hash: str  # 16 hex digits of what decides the latents; "pixels"
-    # Whether its config states by what statistics latents are whitened, other than that of 0 and 1 which says nothing.
-    states_scaling: bool
     picture_side: int | None = None  # pixels a side of the only pictures that it takes, squares; None: no such limit
 
     @abstractmethod
@@ -76,6 +74,11 @@ class LatentSpace(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pictures of raw latents [N, C, h, w]."""
+
+    @property
+    @abstractmethod
+    def states_scaling(self) -> bool:
+        """Return whether it states by what statistics its latents are whitened; a scaling of 1 states nothing."""
 
     @abstractmethod
     def stated_stats(self) -> LatentStats:
@@ -95,13 +98,16 @@ class Pixels(LatentSpace):
 
     kind = "pixels"
     channels, stride, hash = 3, 1, "pixels"
-    states_scaling = True  # in [-1, 1], as diffusion in pixels has them
 
     def encode(self, pixels: Tensor) -> Tensor:
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.float()
+
+    @property
+    def states_scaling(self) -> bool:
+        return True  # none: [-1, 1] is the range of diffusion in pixels
 
     def stated_stats(self) -> LatentStats:
         return LatentStats(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))

@@ -18,10 +18,10 @@ class SamplerConfig:
     spacing: Spacing = "leading"  # which timesteps: leading, trailing or linspace, as in diffusers; not for flow
     eta: float = 0.0  # DDIM's noise, 0 (deterministic)...1 (as DDPM)
     guidance: float = 3.0  # scale of classifier-free guidance, 0 or more; 1 is none (the paper: 5 and 3)
-    # Lowest and highest timestep, 0...num_timesteps - 1, at which guidance acts (Kynkäänniemi et al. 2024); elsewhere
+    # Lowest and highest timestep, 0...num_timesteps, at which guidance acts (Kynkäänniemi et al. 2024); elsewhere
     # the unconditional branch, or the guide, is not run. null: all timesteps.
     guidance_interval: tuple[int, int] | None = None
-    guidance_rescale: float = 0.0  # of the contrast that guidance adds, the share taken back, 0...1 (Lin et al.: 0.7)
+    guidance_rescale: float = 0.0  # share, 0...1, of the contrast added by guidance to take back (Lin et al. 2023: 0.7)
     clip_x0: float | None = None  # bound on the predicted clean latents' magnitude, > 0; null: none
     temperature: float = 1.0  # of text, 0 (greedy) or more
     top_p: float = 1.0  # text tokens are drawn from the smallest set that holds this probability, (0, 1]
@@ -56,16 +56,17 @@ class SamplerConfig:
 
         Raises ValueError for a sampler of other schedules, and for steps or timesteps that it does not have.
         """
-        is_flow, last = diffusion.schedule == "flow", diffusion.num_timesteps - 1
+        is_flow, count = diffusion.schedule == "flow", diffusion.num_timesteps
+        last = count if is_flow else count - 1
         known: tuple[Sampler, ...] = ("euler", "heun") if is_flow else ("ddpm", "ddim", "dpm++")
         if self.sampler not in ("auto", *known):
             raise ValueError(
                 f"sampler={self.sampler}: the model was trained with schedule={diffusion.schedule}; expected auto or "
                 f"one of {', '.join(known)}"
             )
-        if (self.steps > last + 1 and not is_flow) or max(self.guidance_interval or (0,)) > last:
+        if (self.steps > count and not is_flow) or max(self.guidance_interval or (0,)) > last:
             raise ValueError(
-                f"steps={self.steps}, guidance_interval={self.guidance_interval}: expected at most {last + 1} steps "
+                f"steps={self.steps}, guidance_interval={self.guidance_interval}: expected at most {count} steps "
                 f"and timesteps in 0...{last}, those that the model was trained with"
             )
         return replace(self, sampler=known[0]) if self.sampler == "auto" else self

@@ -88,7 +88,7 @@ class NoiseSchedule:
 
     def _shifted(self, t: Tensor) -> Tensor:
         """Return a flow's t with sigma / signal multiplied by the shift (Esser et al. 2024, equation 23)."""
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return self.shift * t / (self.shift * t + (1 - t))  # 1 at t = 1, to the last bit
 
 
 def alphas_cumprod(config: DiffusionConfig) -> Tensor:

@@ -31,8 +31,8 @@ class TransfusionConfig:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     patches: Literal["linear", "unet"] = "linear"  # latents <-> tokens: one linear layer, or the paper's U-Net blocks
     unet: UNetConfig = field(default_factory=UNetConfig)  # used with patches=unet only
-    patch_size: int = 2  # side of an image token in latent pixels, >= 1; the paper: 1, 2, 4 or 8
-    latent_channels: int = 8  # channels of the VAE's latents, >= 1
+    patch_size: int = 2  # side of an image token in latent cells, >= 1; the paper: 1, 2, 4 or 8; of pixels 4, 8 or 16
+    latent_channels: int = 8  # channels of the data's latents, >= 1; 3 for pixels
     # ours: add the timestep embedding after the patches' linear layer instead of before it as in the paper
     timestep_after_patches: bool = False
     # what a patch attends to in its image: all patches, or itself and those before it (the paper's ablation, table 5)

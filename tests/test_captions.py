@@ -53,7 +53,8 @@ def several(count: int, longest: int = 8, seed: int = 0) -> list[Record]:
 def picture(number: int, *kinds: tuple[int, int]) -> Record:
     """Return a picture with captions of these (kind, length); a caption's tokens say its kind and place: 10, 11, 20."""
     captions = [np.full(length, 10 * (kind + 1) + place, np.int32) for place, (kind, length) in enumerate(kinds)]
-    return encode_record(f"{number:06d}", [MOMENTS + np.float16(number % 7)], b"{}", captions, [k for k, _ in kinds])
+    image, numbers = MOMENTS + np.float16(number % 7), [kind for kind, _ in kinds]
+    return encode_record(f"{number:06d}", [image], b"{}", captions, caption_kinds=numbers)
 
 
 def mixed(count: int, long: tuple[int, int] = (20, 40), seed: int = 0) -> list[Record]:

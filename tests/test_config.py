@@ -252,7 +252,18 @@ def test_every_option_of_every_program_is_explained(name: str) -> None:
 
 # Texts that are not paths: `~` and `$NAME` are not expanded in them.
 TEXTS = {
-    *("weights", "init_weights", "device", "prompt", "prompts", "preview.prompts", "title", "gpu", "log.project"),
+    *(
+        "weights",
+        "guide_weights",
+        "init_weights",
+        "device",
+        "prompt",
+        "prompts",
+        "preview.prompts",
+        "title",
+        "gpu",
+        "log.project",
+    ),
     *("checkpoint.best_metric", "program", "gpus_per_node", "time", "array", "then", "setup", "env", "sbatch"),
     "text_key",
 }

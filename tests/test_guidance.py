@@ -4,11 +4,21 @@ import pytest
 import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws
 from model.guidance import guided
 from model.sampler import Prompt, generate
-from tests.test_sampler import GRID, MIXED, SPECIAL, Slow, assert_same, picture, settings, text, tiny_model
+from tests.test_sampler import (
+    GRID,
+    MIXED,
+    SPECIAL,
+    Slow,
+    assert_same,
+    diffusion_of,
+    picture,
+    settings,
+    text,
+    tiny_model,
+)
 
 
 def weak_model(seed, patches="linear"):
@@ -16,8 +26,8 @@ def weak_model(seed, patches="linear"):
     return tiny_model(seed + 10, patches, width=24, layers=1)
 
 
-def run(model, prompts, config, guide=None, seed=0):
-    return generate(model, prompts, config, DiffusionConfig(), SPECIAL, GRID, SeededDraws(seed), guide=guide)
+def run(model, prompts, config, guide=None, seed=0, prediction="eps"):
+    return generate(model, prompts, config, diffusion_of(prediction), SPECIAL, GRID, SeededDraws(seed), guide=guide)
 
 
 class SlowGuided(Slow):
@@ -59,21 +69,21 @@ def test_rescaling_gives_a_picture_the_same_bits_among_any_number(device: str) -
 
 
 @pytest.mark.parametrize(
-    ("changes", "patches", "guide_patches"),
+    ("changes", "patches", "guide_patches", "prediction"),
     [
-        ({"guidance_rescale": 0.7, "guidance_interval": (200, 600)}, "unet", None),
-        ({"guidance_interval": (200, 600)}, "unet", "linear"),
-        ({"guidance_rescale": 0.7, "sampler": "ddpm", "steps": 3}, "linear", "unet"),
+        ({"guidance_rescale": 0.7, "guidance_interval": (200, 600)}, "unet", None, "eps"),
+        ({"guidance_interval": (200, 600), "sampler": "ddpm"}, "unet", "linear", "v"),
+        ({"guidance_rescale": 0.7, "sampler": "heun", "steps": 2}, "linear", "unet", "flow"),
     ],
 )
-def test_decoding_with_a_guide_equals_the_full_forwards_of_both_models(changes, patches, guide_patches) -> None:
+def test_decoding_with_a_guide_equals_the_full_forwards_of_both_models(changes, patches, guide_patches, prediction):
     """Text after a drawn picture and pictures after text among them; None: classifier-free guidance."""
     config, kinds = settings(**changes), set()
     for seed in range(2):
         model, guide = tiny_model(seed, patches), guide_patches and weak_model(seed, guide_patches)
         slow, draws = SlowGuided(model, guide), SeededDraws(seed)
-        for prompt, ours in zip(MIXED, run(model, MIXED, config, guide, seed), strict=True):
-            assert_same(ours, slow.generate(prompt, config, draws))
+        for prompt, ours in zip(MIXED, run(model, MIXED, config, guide, seed, prediction), strict=True):
+            assert_same(ours, slow.generate(prompt, config, draws, prediction))
             kinds.add("".join("t" if part.ndim == 1 else "i" for part in ours))
     assert any("it" in kind for kind in kinds) and any("ti" in kind for kind in kinds), kinds
 

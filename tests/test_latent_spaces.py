@@ -17,6 +17,7 @@ from data.manifest import Manifest
 from data.pictures import from_unit, to_unit
 from data.tokenizer import Tokenizer
 from model.autoencoders import Autoencoder, load_latent_space
+from model.draws import SeededDraws
 from model.latent_space import to_raw
 from model.sampler import SamplerConfig
 from model.vae_folder import CLASSES
@@ -185,9 +186,10 @@ def encoded(name: str, folders: dict[str, Path], folder: Path, tokenizer: Tokeni
     return folder / "out"
 
 
-@pytest.mark.parametrize(
-    "name", ["AutoencoderDC", "pixels", *(pytest.param(n, marks=pytest.mark.slow) for n in SHAPES)]
-)
+FAST = ("AutoencoderKLFlux2", "AutoencoderRAE", "pixels")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SHAPES])
 def test_pictures_are_encoded_trained_on_drawn_and_exported(
     name: str, folders: dict[str, Path], tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,8 +213,9 @@ def test_pictures_are_encoded_trained_on_drawn_and_exported(
         pipeline = Pipeline.load(PipelineConfig(checkpoint=str(checkpoint), device="cpu"), alone())
         drawn.append(pipeline.draw(["a circle"], sampler, 0)[0])
     assert drawn[0].shape == (SIDE, SIDE, 3) and np.array_equal(drawn[0], drawn[1])
-    given = torch.stack(list(pipeline._encode([pixels_of(0)], [(0, 0)], SimpleNamespace(posterior=lambda *_: 0))))
-    assert given.shape == (1, spec.channels, *Manifest.load(data).grids().pop())
+    given = list(pipeline._encode([pixels_of(0)] * 2, [(0, 0), (1, 0)], SeededDraws(0)))
+    assert given[0].shape == (spec.channels, *Manifest.load(data).grids().pop())
+    assert torch.equal(given[0], given[1]) == (spec.kind != "moments")  # which are drawn from
     capsys.readouterr()
     view.main([f"shards={data}", f"output={tmp_path / 'view'}", *([f"vae={vae}"] if vae else [])])
     assert "8 of the 8 pictures decoded" in capsys.readouterr().out and (tmp_path / "view" / "sheet.png").exists()
@@ -242,6 +245,10 @@ def test_what_is_stored_of_a_picture_is_what_the_space_says(
     is_stated = name != "AutoencoderTiny"
     assert ((spec.mean, spec.std) == (tuple(stated.mean.tolist()), tuple(stated.std.tolist()))) is is_stated
     capsys.readouterr()
+    before = (data / "manifest.json").read_bytes()
+    rest = [f"vae={folders.get(name, name)}", f"tokenizer={tokenizer.path}", f"resolution={SIDE}"]
+    encode.main([f"index={data}", *rest])
+    assert (data / "manifest.json").read_bytes() == before
     assert encode.main([f"verify={data}"]) == 0
     assert "8 records in 1 shard" in capsys.readouterr().out
 
@@ -289,4 +296,17 @@ def test_latents_that_leave_the_range_of_16_bits_are_counted(
             list(space.module.encoder.parameters())[-1][0] = 1e9
     space.save(tmp_path / "vae")
     with pytest.raises(ValueError, match="non-finite latents"):
-        encoded(str(tmp_path / "vae"), folders, tmp_path, tokenizer)
+        encoded(str(tmp_path / "vae"), folders, tmp_path, tokenizer, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_half_precision_rounds_latents_and_not_the_statistics(
+    name: str, folders: dict[str, Path], pictures: torch.Tensor
+) -> None:
+    space, half = load_latent_space(folders[name]), load_latent_space(folders[name])
+    half.to(torch.device("cpu"), torch.bfloat16)
+    latents, rounded = space.encode(pictures).float(), half.encode(pictures).float()
+    assert 0 < (latents - rounded).norm() / latents.norm() < 0.1
+    assert torch.equal(space.stated_stats().mean, half.stated_stats().mean)
+    assert torch.equal(space.stated_stats().std, half.stated_stats().std)
+    assert half.decode(to_raw(half.encode(pictures)[:, : half.channels])).dtype == torch.float32

@@ -87,7 +87,7 @@ def _run(read: Any, diffusion: DiffusionConfig, **settings: Any) -> tuple[StepLo
         for grid, images in batch.images.items():
             level = schedule.levels(timesteps[grid])
             x0, _ = to_x0_and_eps(output.noise_pred[grid], noisy[grid], level, diffusion)
-            moments = images.moments.float()
+            moments = images.stored.float()
             latents = moments[:, :2] + torch.exp(moments[:, 2:] / 2) * images.posterior_noise
             for i in range(images.num_valid):
                 log_snr = 2 * math.log(level.signal[i] / level.sigma[i])

@@ -73,6 +73,24 @@ def test_the_plan_in_words_reads_at_a_glance(capsys: pytest.CaptureFixture) -> N
     assert max(map(len, printed.splitlines())) < 200
 
 
+def test_a_plan_of_pixels_counts_their_bytes(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture
+) -> None:
+    """By the data or, without it, for the paper's pictures."""
+    changes = ["model.latent_channels=3", "model.patch_size=16", "vae=pixels"]
+    found = planned(capsys, *SMALL, *changes)
+    assert found["data_from"].endswith("the paper's mix of text and pictures of 256x256 pixels is assumed")
+    loaders = {}
+    for kind in ("latents", "pixels"):
+        images = pairs(40, grids=[(64, 64)], channels=3, kind=kind)
+        folder = make_source(tmp_path / kind, tokenizer, images, kind=kind)
+        named = [f"data.sources.images.path={folder}", f"data.tokenizer={tokenizer.path}", "vocab_size=null"]
+        of = planned(capsys, *SMALL, *changes, *named)
+        assert of["data_from"] == "as in the manifests, of average length"
+        loaders[kind] = of["host_memory_gib"]["loader"]
+    assert 0.6 < loaders["pixels"] / loaders["latents"] < 0.85  # 1 byte and 4 of noise, against 2 and 4
+
+
 def test_what_would_make_it_fit_does(capsys: pytest.CaptureFixture) -> None:
     """The switches it names are arguments of its own."""
     shallow = [*SMALL, "model.transformer.layers=1", "data.lanes=8", "parallel.activation_checkpointing=none"]

@@ -64,7 +64,11 @@ def make_evaluation(folder: Path, told: str | None = None) -> list[tuple[SceneIt
     settings = {"sampler": "ddim", "steps": 50, "guidance": 3.5, "clip_x0": None}
     scores = {"step": 300, "seed": 11, "settings": settings, "weights": "ema-69"}
     scores["guide"] = {"checkpoint": "run/checkpoints/step-00000100", "step": 100, "weights": "ema-7"}
-    scores["heldout"] = {HOSTILE: {"text_loss": 1.25, "image_loss": 0.0, "captioning_loss": 0.75}}
+    scores["heldout"] = {HOSTILE: {"text_loss": 1.25, "image_loss": 0.0, "captioning_loss": 0.75, "x0_error": 2.5}}
+    by_bin = {"-6..-4": (4.0, 9), "-4..-2": (None, 0), "-2..0": (1.5, 8), "4..6": (0.125, 7)}
+    found = {of_bin: {"error": error, "images": images} for of_bin, (error, images) in by_bin.items()}
+    scores["heldout"][HOSTILE]["x0_error_by_log_snr"] = found
+    scores["heldout"]["earlier"] = {"text_loss": 1.5, "image_loss": 0.5}
     scores["text_to_image"] = shares(items, [verdict for _, verdict in drawn])
     scores["image_to_text"] = shares(items, [verdict for _, verdict in described])
     (folder / "evaluation.json").write_text(json.dumps(scores))
@@ -212,7 +216,10 @@ def test_previews_stages_and_losses_are_those_on_disk(whole) -> None:
     assert re.findall(r"step (\d+)", page.section("previews").text) == ["100", "200", "400"]
     assert "scenes2.0pretrain40.5total42.5" in page.section("seconds").text
     # exp(1.25); an image loss of 0 means there were no images
-    assert "1.25003.49—0.7500" in page.section("heldout").text
+    part = page.section("heldout")
+    assert "1.25003.49—0.75002.5000" in part.text and "1.50004.480.5000——" in part.text
+    labels = [attrs["aria-label"] for tag, attrs in part.elements if tag == "figure"]
+    assert labels == ["Error of x0, 0.125 at log SNR 5.0"]
 
 
 def test_a_run_in_progress_is_reported_and_each_lack_explained(tmp_path: Path, capsys) -> None:
@@ -277,8 +284,10 @@ def test_curves_leave_out_what_cannot_be_drawn_and_take_the_pages_colours() -> N
 
 
 def test_ids_of_several_charts_do_not_collide() -> None:
-    rows = [{"step": i, **{chart.key: 1.0 + i for chart in CHARTS}} for i in range(1, 9)]
+    held = [f"heldout/{name}/x0_error" for name in ("pairs", HOSTILE)]
+    rows = [{"step": i, **dict.fromkeys([chart.key for chart in CHARTS] + held, 1.0 + i)} for i in range(1, 9)]
     html = "".join(draw_charts(rows))
+    assert html.count("Error of x0: ") == 2 * len(held) and "<script" not in html
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids)) > len(CHARTS)
     assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', html)) <= set(ids)

@@ -115,7 +115,7 @@ class Slow:
         diffusion, before = diffusion_of(prediction), None
         schedule = NoiseSchedule.of(diffusion, x.numel())
         steps = [*schedule.sampling_steps(config.steps, config.spacing), (0, CLEAN)]
-        lowest, highest = config.guidance_interval or (0, 999)
+        lowest, highest = config.guidance_interval or (0, 1000)
 
         def guided(x, t):
             pred = self.predict(parts, x, t)
@@ -238,7 +238,8 @@ def test_a_sampler_must_suit_the_schedule_and_auto_does():
         ({"sampler": "heun"}, cosine, "schedule=cosine; expected auto or one of ddpm, ddim"),
         ({"sampler": "ddim"}, FLOW, "schedule=flow; expected auto or one of euler, heun"),
         ({"steps": 1001}, cosine, "at most 1000 steps"),
-        ({"guidance_interval": (0, 1000)}, FLOW, "timesteps in 0...999"),
+        ({"guidance_interval": (0, 1000)}, cosine, "timesteps in 0...999"),
+        ({"guidance_interval": (0, 1001)}, FLOW, "timesteps in 0...1000"),
     ):
         with pytest.raises(ValueError, match=said):
             SamplerConfig(**settings).suited_to(diffusion)

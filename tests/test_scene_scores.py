@@ -2,8 +2,9 @@
 
 import itertools
 import json
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from data.packing import IGNORE, collate, lay_out, pack
 from data.scene_judge import Verdict
 from data.scenes import Shape, held_out_examples, make_splits
 from data.tokenizer import SpecialIds, Tokenizer
+from model.diffusion import DiffusionConfig
 from model.log_snr_bins import BINS, EDGES
 from model.sampler_config import SamplerConfig
 from tests.ranks import run_ranks
@@ -102,12 +104,12 @@ def test_shares_are_of_their_own_split_and_none_where_there_is_nothing_to_judge(
     assert shares(items, [Verdict(*verdict) for verdict in right]) == expected
 
 
-def _heldout_pairs(folder: Path, drawn: DrawingRun) -> Path:
+def _heldout_pairs(folder: Path, drawn: DrawingRun, count: int = 30) -> Path:
     vae_hash = Manifest.load(drawn.data).latent_spec.vae_hash
-    return make_source(folder, drawn.tokenizer, pairs(30, grids=[(8, 8)], seed=9), vae_hash=vae_hash)
+    return make_source(folder, drawn.tokenizer, pairs(count, grids=[(8, 8)], seed=9), vae_hash=vae_hash)
 
 
-def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str]) -> list[dict]:
+def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str], lone: str) -> list[dict]:
     pipeline = Pipeline.load(PipelineConfig(checkpoint=str(run_dir)), ranks)
     vae_hash = pipeline.latent_spec.vae_hash
     heldout = Heldout(HeldoutConfig(heldout=sources), pipeline.config, vae_hash, ranks)
@@ -117,7 +119,14 @@ def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str]) -> list[dict]
         pipeline.model.patches.to_patch.weight.zero_()
         pipeline.model.patches.to_patch.bias.zero_()
     silent = heldout.losses(pipeline.model, pipeline.stats, StopSignal())
-    return [*trained.values(), *silent.values()]
+    other = replace(pipeline.config, seed=99, diffusion=DiffusionConfig(before_caption_max_timestep=0))
+    heldout = Heldout(HeldoutConfig(heldout={"pairs": sources["pairs"], "lone": lone}), other, vae_hash, ranks)
+    said: list[str] = []
+    logging.getLogger("train.heldout").addFilter(lambda record: not said.append(record.getMessage()))
+    elsewhere = [heldout.losses(pipeline.model, pipeline.stats, StopSignal()) for _ in range(2)]
+    assert elsewhere[0] == elsewhere[1]
+    assert len(said) == int(ranks.is_first) and all("source lone: none of its images" in words for words in said)
+    return [*trained.values(), *silent.values(), *elsewhere[0].values()]
 
 
 def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_nothing_and_equal_on_any_ranks(
@@ -129,13 +138,14 @@ def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_noth
         "texts": str(make_source(tmp_path / "texts", tokenizer, texts(20, seed=9))),
         "few": str(make_source(tmp_path / "few", tokenizer, texts(2, seed=9))),
     }
-    by_world_size = [run_ranks(_heldout, world_size, drawn.run_dir, sources) for world_size in (1, 3)]
+    lone = str(_heldout_pairs(tmp_path / "lone", drawn, 1))
+    by_world_size = [run_ranks(_heldout, world_size, drawn.run_dir, sources, lone) for world_size in (1, 3)]
     first = by_world_size[0][0]
     for of_ranks in by_world_size:
         for found in of_ranks:
             for losses, expected in zip(found, first, strict=True):
                 assert _with_nan(losses) == pytest.approx(_with_nan(expected), rel=1e-5, nan_ok=True)
-    trained_pairs, trained_texts, _, pairs_loss, texts_loss, few_loss = first
+    trained_pairs, trained_texts, _, pairs_loss, texts_loss, few_loss, elsewhere, lone_loss = first
     for losses in (pairs_loss, texts_loss, few_loss):
         assert losses["text_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
     assert pairs_loss["captioning_loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
@@ -146,6 +156,10 @@ def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_noth
         assert 0.8 * least < error < 1.2 * most, (name, error)
     assert pairs_loss["x0_error"] == pytest.approx(sum(found["error"] for found in by_bin.values()) / len(BINS))
     assert sum(found["images"] for found in by_bin.values()) == 30 and texts_loss["x0_error_by_log_snr"] == {}
+    assert elsewhere["image_loss"] != pairs_loss["image_loss"], "other noise, by the seed"
+    assert elsewhere["x0_error_by_log_snr"] == by_bin, "the same noise, whatever the seed and the config"
+    of_lone = [found for found in lone_loss["x0_error_by_log_snr"].values() if found["images"]]
+    assert len(of_lone) == 1 and of_lone[0]["error"] > 0 and lone_loss["x0_error"] is None
     assert trained_pairs["x0_error"] not in (None, pairs_loss["x0_error"])
     assert [trained_texts[kind] is None for kind in KINDS] == [False, True, True, True]
     assert trained_pairs["captioning_loss"] != trained_pairs["text_loss"] != pairs_loss["text_loss"]

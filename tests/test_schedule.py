@@ -74,6 +74,13 @@ def test_a_flows_shift_is_sd3s_in_training_and_in_sampling(shift):
     assert torch.allclose(schedule.timesteps(u, falses(u)).double(), 1000 * shift * u / (1 + (shift - 1) * u))
 
 
+def test_a_flow_is_sampled_from_its_last_timestep_whatever_the_shift():
+    """Exactly: a rounding beyond it would lie outside the schedule, and outside any interval of guidance."""
+    for numbers in range(1, 200):
+        schedule = NoiseSchedule.of(DiffusionConfig(schedule="flow", prediction="v", shift_by_size=True), numbers)
+        assert schedule.sampling_steps(3, "leading")[0] == (1000, (0, 1))
+
+
 @pytest.mark.parametrize("kind", ["cosine", "linear", "flow"])
 def test_a_shift_multiplies_sigma_over_signal_whatever_the_schedule(kind):
     plain, shifted = (

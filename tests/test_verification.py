@@ -129,7 +129,7 @@ def test_foreign_shards_are_indexed_but_for_what_is_bad(
     del records[3]["moments.npy"], records[3]["tokens.npy"]
     records[5] = encode_record("005", [np.array([10**6])], b"{}")
     write_shard(folder / "x.tar", records)
-    with pytest.raises(ValueError, match=r"holds latents: give vae=FOLDER"):
+    with pytest.raises(ValueError, match=r"holds images: give vae=FOLDER"):
         main([f"index={folder}", f"tokenizer={tokenizer.path}"])
     settings = [f"index={folder}", f"tokenizer={tokenizer.path}", f"vae={vae_folder}", "resolution=32", "device=cpu"]
     with pytest.raises(ValueError, match="2 of 10 records are bad"):

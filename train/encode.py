@@ -254,12 +254,11 @@ def say_captions(sidecars: Sequence[Sidecar]) -> None:
     for sidecar in sidecars:
         for kind, found in sidecar.words.captions.items():
             counts.setdefault(kind, Counter()).update(found)
-    said = []
+    said: list[str] = []
     for kind, found in counts.items():
         of = "" if said else f" of {plural(found.total(), 'picture')}"
-        missing = found.total() - found[GIVEN]
-        why = [f"{found[f'{reason} caption']} {reason}" for reason in ("empty", "undecodable")]
-        why = ", ".join(part for part in why if not part.startswith("0 "))
+        missing, reasons = found.total() - found[GIVEN], ("empty", "undecodable")
+        why = ", ".join(f"{number} {reason}" for reason in reasons if (number := found[f"{reason} caption"]))
         said.append(
             f"{kind} {found[GIVEN]}{of}" + (f" ({missing} missing{why and f', of these {why}'})" * (missing > 0))
         )

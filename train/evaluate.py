@@ -1,4 +1,4 @@
-"""Evaluate a trained model on held-out scenes and shards: the judge's scores, text loss, noise error, captioning loss.
+"""Evaluate a trained model on held-out scenes and shards: the judge's scores, losses of text and images, x0 error.
 
 Writes evaluation.json (scores, data and every setting that they depend on), examples.jsonl and its pictures. Held-out
 folders with training records are refused.
@@ -38,7 +38,7 @@ class EvaluateConfig(PipelineConfig):
     scenes: Location | None = None  # raw held-out scenes (train.scenes) to draw and to describe; null: none
     max_prompts: int = 200  # scenes of each split, >= 1
     # Encoded folders by name, not trained on: text_loss and image_loss (drawing) with captions first, captioning_loss
-    # with captions last.
+    # with captions last, x0_error (drawing, comparable between predictions and schedules; docs/training.md).
     heldout: dict[str, Location] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -2,11 +2,10 @@
 
 Each document is read once with its caption first and no caption dropout, which measures texts and drawing from
 captions; documents with images once more with the caption last, which measures describing, and once more with the
-caption first at noise levels that no config changes, which measures the error of x0 (model/log_snr_bins.py). Noise and
-levels depend on the seed alone, so two evaluations of one model agree on any number of ranks, up to the order of float
-additions, and models of one seed and data meet the same noise at the same levels, whatever they predict. Ranks vote
-before each batch as in training, so a stop signal ends an evaluation within a batch and the collectives of a sharded
-model always match.
+caption first at levels and with noise that no config changes, which measures the error of x0 (model/log_snr_bins.py).
+Noise and timesteps depend on the seed alone, so two evaluations of one model agree on any number of ranks, up to the
+order of float additions. Ranks vote before each batch as in training, so a stop signal ends an evaluation within a
+batch and the collectives of a sharded model always match.
 """
 
 import logging
@@ -43,6 +42,7 @@ log = logging.getLogger(__name__)
 # prediction (drawing). Captions last: nats per text target of the captions (describing). Captions first again, at noise
 # levels spread evenly over the bins of log SNR: mean squared error of whitened x0, its mean over the bins.
 KINDS = ("text_loss", "image_loss", "captioning_loss", "x0_error")
+X0_SEED = 0  # of the last, whatever a run's own: runs of several seeds are compared in the same noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Heldout:
                 )
             self._sources[name] = {"caption_first": (source, data)}
             if data.grids:
-                self._sources[name]["denoising"] = source, data
+                self._sources[name]["denoising"] = source, open_data(source, X0_SEED, trained.model.patch_size)
                 last = replace(source, order=OrderConfig(caption_first=0.0, caption_dropout=0.0))
                 self._sources[name]["image_first"] = last, open_data(last, trained.seed, trained.model.patch_size)
             if data.too_long and ranks.is_first:

@@ -104,8 +104,8 @@ class Interval:
         dist.all_reduce(sums, group=self.ranks.vote_group)
         now = time.monotonic()  # after the waits for device and peers, which are part of the steps
         seconds = now - self._start
-        by_kind, x0_errors, others = sums.tensor_split([2, 2 + 2 * len(BINS)])
-        (text_nll, image_error), x0_errors = by_kind.tolist(), mean_by_bin(x0_errors.view(2, -1))
+        losses, by_bin, others = sums.tensor_split([2, 2 + 2 * len(BINS)])
+        (text_nll, image_error), x0_errors = losses.tolist(), mean_by_bin(by_bin.view(2, -1))
         slots, rows, idle_rows, model_flops, flops_again, data_wait_s = others.tolist()
         flops_per_s = model_flops / seconds / self.ranks.world_size
         hardware_share = (model_flops + flops_again) / max(model_flops, 1)

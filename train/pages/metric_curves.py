@@ -21,17 +21,19 @@ INK, LINE, ACCENT, SOFT = COLOURS
 
 @dataclass(frozen=True)
 class Chart:
-    """What one small multiple shows; `scale` log needs positive values, zero starts the axis at 0."""
+    """What one small multiple shows; `scale` log needs positive values, zero starts the vertical axis at 0."""
 
     key: str  # of the rows
     title: str
     unit: str
     scale: str  # log or zero
+    over: str = "step"  # the horizontal axis
 
 
 CHARTS = (
     Chart("text_loss", "Text loss", "nats a text target, training data, log scale", "log"),
     Chart("image_loss", "Image loss", "mean squared error of the prediction, training data, log scale", "log"),
+    Chart("x0_error", "Error of x0", "mean squared, mean over bins of log SNR, training data, log scale", "log"),
     Chart("grad_norm", "Gradient norm", "before clipping, at the step of each row, log scale", "log"),
     Chart("learning_rate", "Learning rate", "of AdamW", "zero"),
     Chart("tokens_per_s", "Tokens", "tokens a second, all ranks", "zero"),
@@ -42,21 +44,29 @@ CHARTS = (
 def draw_charts(rows: list[dict[str, Any]], clip_norm: float | None = None) -> list[str]:
     """Return a `<figure>` for each chart that has at least two finite values in `rows` (each with its `step`).
 
-    `clip_norm` is marked in the chart of the gradient norm.
+    Held-out errors of x0 follow the charts of training. `clip_norm` is marked in the chart of the gradient norm.
     """
+    names = dict.fromkeys(name for row in rows for name in row if re.fullmatch("heldout/.*/x0_error", name))
+    unit = "mean squared, mean over bins of log SNR, held-out data, log scale"
+    held_out = [Chart(name, f"Error of x0: {name[8:-9]}", unit, "log") for name in names]
     figures = []
-    for chart in CHARTS:
+    for chart in (*CHARTS, *held_out):
         points = [(row["step"], row[chart.key]) for row in rows if row.get(chart.key) is not None]
-        points = [(step, value) for step, value in points if np.isfinite(value) and (chart.scale != "log" or value > 0)]
-        if len(points) < 2:
-            continue
-        steps, values, rows_a_point = _thinned(np.array(points, dtype=np.float64))
-        svg = _draw(chart, steps, values, clip_norm if chart.key == "grad_norm" else None)
-        note = f"; each point is the mean of {rows_a_point} rows" if rows_a_point > 1 else ""
-        caption = f"<figcaption><b>{escape(chart.title)}</b>{escape(chart.unit + note)}</figcaption>"
-        last = f"{chart.title}, {points[-1][1]:.4g} at step {points[-1][0]}"
-        figures.append(f'<figure role="img" aria-label="{escape(last)}">{caption}{svg}</figure>')
-    return figures
+        figures.append(draw_chart(chart, points, clip_norm if chart.key == "grad_norm" else None))
+    return [figure for figure in figures if figure]
+
+
+def draw_chart(chart: Chart, points: list[tuple[float, float]], clipped_above: float | None = None) -> str:
+    """Return a `<figure>` of (x, value) points, or nothing if fewer than two of them can be drawn."""
+    points = [(x, value) for x, value in points if np.isfinite(value) and (chart.scale != "log" or value > 0)]
+    if len(points) < 2:
+        return ""
+    places, values, rows_a_point = _thinned(np.array(points, dtype=np.float64))
+    svg = _draw(chart, places, values, clipped_above)
+    note = f"; each point is the mean of {rows_a_point} rows" if rows_a_point > 1 else ""
+    caption = f"<figcaption><b>{escape(chart.title)}</b>{escape(chart.unit + note)}</figcaption>"
+    last = f"{chart.title}, {points[-1][1]:.4g} at {chart.over} {points[-1][0]}"
+    return f'<figure role="img" aria-label="{escape(last)}">{caption}{svg}</figure>'
 
 
 def _thinned(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -67,7 +77,7 @@ def _thinned(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     return means[:, 0], means[:, 1], size
 
 
-def _draw(chart: Chart, steps: np.ndarray, values: np.ndarray, clipped_above: float | None) -> str:
+def _draw(chart: Chart, places: np.ndarray, values: np.ndarray, clipped_above: float | None) -> str:
     """Return the curve as an `<svg>` for a page that may hold several: its ids begin with the chart's key."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -78,7 +88,7 @@ def _draw(chart: Chart, steps: np.ndarray, values: np.ndarray, clipped_above: fl
     with rc_context(style):
         drawing = Figure(figsize=(4.2, 2.3), layout="constrained")
         axes = drawing.add_subplot(axisbelow=True)
-        axes.plot(steps, values, color=ACCENT, linewidth=1.6, solid_joinstyle="round")
+        axes.plot(places, values, color=ACCENT, linewidth=1.6, solid_joinstyle="round")
         shown = values
         if clipped_above is not None:
             shown = np.append(values, clipped_above)
@@ -95,7 +105,7 @@ def _draw(chart: Chart, steps: np.ndarray, values: np.ndarray, clipped_above: fl
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(_tick))
-        axes.set_xlabel("step", color=SOFT)
+        axes.set_xlabel(chart.over, color=SOFT)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.6)
         axes.tick_params(which="both", length=0)
@@ -116,7 +126,8 @@ def _for_the_page(svg: str, key: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (?:width|height)="[^"]*"', "", svg, count=2)
     svg = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'((?: id="|url\(#|href="#))', rf"\1{key}-", svg)
+    prefix = re.sub(r"\W+", "-", key)
+    svg = re.sub(r'((?: id="|url\(#|href="#))', rf"\1{prefix}-", svg)
     svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
     for colour, meant in COLOURS.items():
         svg = svg.replace(colour, meant)

@@ -20,8 +20,9 @@ from data.scene_judge import Verdict, judge, score
 from data.scenes import parse_caption
 from model.autoencoders import load_latent_space
 from model.latent_space import Pixels, to_raw
+from model.log_snr_bins import BINS, EDGES, WIDTH
 from train.config import to_yaml
-from train.pages.metric_curves import draw_charts
+from train.pages.metric_curves import Chart, draw_chart, draw_charts
 from train.pages.page import block, card, fact_list, image, mark, note, read_picture, spread, table
 from train.pages.report_inputs import ReportConfig, ReportInputs
 
@@ -193,20 +194,26 @@ def _heldout(inputs: ReportInputs) -> str:
     losses = (inputs.evaluation or {}).get("heldout")
     if not losses:
         raise LeftOut("No held-out losses were measured (train.evaluate heldout.NAME=FOLDER).")
-    rows = []
+    rows, charts = [], []
     for name, loss in losses.items():
-        # null where the data has none of that kind; evaluations of earlier versions have no captioning loss
-        kinds = [loss.get(kind) for kind in ("text_loss", "image_loss", "captioning_loss")]
-        text, picture, caption = (f"{value:.4f}" if value else "—" for value in kinds)
+        # null where the data has none of that kind; evaluations of earlier versions have not all of them
+        kinds = [loss.get(kind) for kind in ("text_loss", "image_loss", "captioning_loss", "x0_error")]
+        text, picture, caption, x0_error = (f"{value:.4f}" if value else "—" for value in kinds)
         perplexity = f"{math.exp(min(kinds[0], 100)):.3g}" if kinds[0] else "—"
-        rows.append([escape(name), text, perplexity, picture, caption])
+        rows.append([escape(name), text, perplexity, picture, caption, x0_error])
+        bins = loss.get("x0_error_by_log_snr", {})
+        known = [(low, bins[of_bin]) for low, of_bin in zip(EDGES, BINS, strict=False) if of_bin in bins]
+        points = [(low + WIDTH / 2, found["error"]) for low, found in known if found["images"]]
+        chart = Chart(f"x0-{len(rows)}", "Error of x0", f"{name}: mean squared, by noise level", "log", "log SNR")
+        charts += [figure] if (figure := draw_chart(chart, points)) else []
     about = (
         "Each held-out document once, caption first; the captioning loss is that of captions after their picture. Text "
         "in nats a target; images as mean squared error of the prediction over all timesteps, so they are not "
-        "comparable with the curve above where its timesteps are capped."
+        "comparable with the curve above where its timesteps are capped. The error of x0, the clean image that a "
+        "prediction implies, is the mean over bins of log SNR, at noise levels that are the same in every run."
     )
-    head = ["data", "text loss", "perplexity", "image loss", "captioning loss"]
-    return note(about) + table(head, rows, "losses")
+    head = ["data", "text loss", "perplexity", "image loss", "captioning loss", "x0 error"]
+    return note(about) + table(head, rows, "losses") + (block("charts", charts) if charts else "")
 
 
 def _seconds(inputs: ReportInputs) -> str:
