@@ -4,9 +4,10 @@ Each case trains the demo's model on as many tokens, half the demo's, from the s
 it on scenes that are never trained on: the judge's shares of what is drawn and described rightly, and the error of x0,
 which is one unit for every objective within a space. Cases, by name:
 
-  SPACE-OBJECTIVE[-logit]   SPACE is pixels (8x8 patches, no VAE) or latents (the demo's VAE, 2x2 patches). OBJECTIVE is
-                            eps, v, x0, x0-v (predicts x0, loss in v), flow (straight line, velocity) or flow-x0-v
-                            (straight line, predicts x0, loss in v). -logit: timesteps are logit-normal, else uniform
+  SPACE-OBJECTIVE[-logit]   SPACE is pixels (8x8 patches, no VAE; noise shifted by 3.5 unless -unshifted) or latents
+                            (the demo's VAE, 2x2 patches). OBJECTIVE is eps, v, x0, x0-v (predicts x0, loss in v), flow
+                            (straight line, predicts the velocity) or flow-x0-v (straight line, predicts x0, loss in v).
+                            With -logit timesteps are logit-normal, else uniform
   captions-NUMBER-WORDINGS  latents and v; pictures to train on, and captions of each: one or three
 
 Everything is made in `folder`: data, runs, logs. Two runs go at a time, one thread each; a finished one is not
@@ -47,7 +48,9 @@ LOGIT = ("diffusion.timestep_sampling=logit_normal",)
 # eps at the noisiest timesteps divides by almost nothing: it starts below them, and x0 is kept in its range.
 SAMPLERS = {"eps": ("spacing=leading",), "flow": ("sampler=euler",), "flow-x0-v": ("sampler=euler",)}
 X0_BOUND = {"pixels": 1, "latents": 3}
-SPACES = {"pixels": ("vae=pixels", "model.latent_channels=3", "model.patch_size=8"), "latents": ("vae={folder}/vae",)}
+# A picture has 3,072 numbers, its latents 256: as much of it is seen at sqrt(3072 / 256) times the noise.
+PIXELS = ("vae=pixels", "model.latent_channels=3", "model.patch_size=8", "diffusion.shift=3.5")
+SPACES = {"pixels": PIXELS, "latents": ("vae={folder}/vae",)}
 ALL, FEW = "[{folder}/scenes/train]", "[{folder}/scenes/train/00000.tar]"  # 12,000 and 2,000 pictures
 THREE = "caption_keys={{captions: 1}}"
 # Encoded folder -> what is encoded, and how.
@@ -110,6 +113,7 @@ def _cases() -> dict[str, Case]:
             if name != "flow-x0-v":
                 last = 0 if name == "flow" else 2
                 found[f"{space}-{name}-logit"] = Case(space, space, (*switches, *LOGIT), sample, last)
+    found["pixels-x0-unshifted"] = Case("pixels", "pixels", (*OBJECTIVES["x0"], "diffusion.shift=1"), wave=1)
     found["captions-2000-one"] = Case("latents", "few", wave=1)
     found["captions-2000-three"] = Case("latents", "few-three", wave=1)
     found["captions-12000-three"] = Case("latents", "latents-three", wave=1)  # with one caption it is latents-v
@@ -279,8 +283,11 @@ def _summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
             right = [round((scores[task][goal] or 0) * of) for scores, of in zip(seeds, asked, strict=True)]
             found[task][goal] = {"right": sum(right), "of": sum(asked), "by_seed": right}
             assert share is None or asked[0] > 0
+    losses = [scores["heldout"]["scenes"] for scores in seeds]
     for key in ("x0_error", "image_loss", "captioning_loss"):
-        found[key] = [scores["heldout"]["scenes"].get(key) for scores in seeds]
+        found[key] = [of_seed[key] for of_seed in losses]
+    bins = [of_seed["x0_error_by_log_snr"] for of_seed in losses]
+    found["x0_error_by_log_snr"] = {name: [of_seed[name]["error"] for of_seed in bins] for name in bins[0]}
     return found
 
 

@@ -27,13 +27,22 @@ def wilson(right: int, of: int, z: float = 1.96) -> tuple[float, float]:
 
 def table(cases: dict[str, Any]) -> str:
     """Return a Markdown table, a row a case: shares over all seeds with their intervals, the error of x0 by seed."""
-    lines = ["| case | seeds | " + " | ".join(name.strip() for name in COLUMNS) + " | x0 error |"]
-    lines.append("|---" * (len(COLUMNS) + 3) + "|")
-    for name, case in cases.items():
-        shares = (_share(**case[task][goal]) for task, goal in COLUMNS.values())
-        errors = ", ".join("–" if error is None else f"{error:.4f}" for error in case["x0_error"])
-        lines.append(f"| {name} | {len(case['x0_error'])} | {' | '.join(shares)} | {errors} |")
-    return "\n".join(lines)
+    rows = {
+        name: [
+            str(len(case["x0_error"])),
+            *(_share(**case[task][goal]) for task, goal in COLUMNS.values()),
+            ", ".join(map(_number, case["x0_error"])),
+        ]
+        for name, case in cases.items()
+    }
+    return _markdown(["seeds", *(name.strip() for name in COLUMNS), "x0 error"], rows)
+
+
+def levels_table(cases: dict[str, Any]) -> str:
+    """Return a Markdown table of the error of x0 by log SNR, means of the seeds."""
+    levels = {name: case["x0_error_by_log_snr"] for name, case in cases.items()}
+    rows = {name: [_number(sum(errors) / len(errors)) for errors in found.values()] for name, found in levels.items()}
+    return _markdown([f"log SNR {name}" for name in next(iter(levels.values()))], rows)
 
 
 def rewrite(page: Path, record: dict[str, Any]) -> None:
@@ -45,12 +54,12 @@ def rewrite(page: Path, record: dict[str, Any]) -> None:
         "# Objectives and captions on scenes",
         f"`{record['command']}`: {record['steps']} steps a run, {record['seeds']} seeds, {record['prompts']} scenes a "
         f"split. {record['date']}, {record['machine']}, {versions}. Shares over all seeds, with Wilson intervals of "
-        "95 %; the error of x0 is that of whitened latents or of pixels, and is compared within one table. `--help` "
-        "explains the cases.",
+        "95 %; the error of x0 is that of whitened latents or of pixels, on held-out scenes with their captions, and "
+        "is compared within one table. `--help` explains the cases.",
     ]
     for space in dict.fromkeys(name.partition("-")[0] for name in record["cases"]):
         cases = {name: case for name, case in record["cases"].items() if name.partition("-")[0] == space}
-        text.append(f"## {space.capitalize()}\n\n{table(cases)}")
+        text.append(f"## {space.capitalize()}\n\n{table(cases)}\n\n{levels_table(cases)}")
     if record["errors"]:
         text.append("\n".join(f"- {name} failed: {error}" for name, error in record["errors"].items()))
     page.write_text("\n\n".join([*text, below]), encoding="utf-8")
@@ -61,3 +70,12 @@ def _share(right: int, of: int, by_seed: list[int]) -> str:
         return "–"
     low, high = wilson(right, of)
     return f"{right / of:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if value < 1 else f"{value:.2f}"
+
+
+def _markdown(columns: list[str], rows: dict[str, list[str]]) -> str:
+    lines = [["case", *columns], ["---"] * (len(columns) + 1), *([name, *row] for name, row in rows.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

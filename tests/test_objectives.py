@@ -51,14 +51,16 @@ def test_both_ends_of_an_interval_are_the_shares_that_lie_z_deviations_away(righ
 def test_a_page_is_rewritten_down_to_what_people_wrote(tmp_path: Path) -> None:
     page, seen = tmp_path / "page.md", f"{BELOW}\n\nLatents are easier.\n"
     goals = {goal: {"right": 3, "of": 4, "by_seed": [3]} for goal in ("all", "all_unseen", "all_two_shapes")}
-    case = {"text_to_image": goals, "image_to_text": goals, "x0_error": [0.25]}
+    case: dict[str, Any] = {"text_to_image": goals, "image_to_text": goals, "x0_error": [0.25, 0.75]}
+    case["x0_error_by_log_snr"] = {"-6..-4": [0.5, 1.5], "-4..-2": [0.125, 0.25]}
     record: dict[str, Any] = {"command": "x", "steps": 1, "seeds": 1, "prompts": 4, "date": "", "machine": ""}
     record |= {"versions": {}, "errors": {"pixels-v-0": "died"}, "cases": {"pixels-x0": case, "latents-v": case}}
     page.write_text(f"old tables\n{seen}", encoding="utf-8")
     rewrite(page, record)
     text = page.read_text(encoding="utf-8")
     assert text.endswith(seen) and "old tables" not in text and "pixels-v-0 failed: died" in text
-    assert "## Pixels" in text and "| pixels-x0 | 1 | 0.750 [0.30, 0.95] |" in text and "| 0.2500 |" in text
+    assert "## Pixels" in text and "| pixels-x0 | 2 | 0.750 [0.30, 0.95] |" in text
+    assert "| 0.2500, 0.7500 |" in text and "| latents-v | 1.00 | 0.1875 |" in text
 
 
 @pytest.mark.slow
