@@ -59,6 +59,11 @@ class LatentSpec:
             found = f"channels {self.channels}, stride {self.stride}"
             raise ValueError(f"latent kind pixels with {found}: expected {PIXEL_CHANNELS} and 1")
 
+    @property
+    def images(self) -> str:
+        """Say in messages what the images are."""
+        return "pixels" if self.kind == "pixels" else f"latents of VAE {self.vae_hash}"
+
     def fields(self) -> dict:
         """Return the spec for JSON; moments are the kind of all old data and not named."""
         return {name: value for name, value in vars(self).items() if (name, value) != ("kind", "moments")}
