@@ -67,12 +67,12 @@ class ShownDocument:
     num_tokens: int
     grids: list[tuple[int, int]]  # (h, w) of each image's latents
     text: str  # its beginning
-    pictures: list[tuple[np.ndarray, str]]  # uint8 [H, W, 3] and caption of the first PICTURES; none without a VAE
+    pictures: list[tuple[np.ndarray, str]]  # uint8 [H, W, 3] and caption of the first PICTURES; none without `space`
 
 
 @dataclass(frozen=True)
 class EncodedData:
-    """An encoded data set, or one shard of it, with its tokenizer and VAE where they are given."""
+    """An encoded data set, or one shard of it, with its tokenizer and latent space where they are given."""
 
     manifest: Manifest
     patch_size: int
@@ -83,7 +83,7 @@ class EncodedData:
     def open(cls, shards: str, patch_size: int, tokenizer: str | None, vae: str | None) -> "EncodedData":
         """Open the folder `shards`, or the one shard that it names.
 
-        Raises FileNotFoundError or ValueError if it is not a data set, or not encoded with this tokenizer or VAE.
+        Raises FileNotFoundError or ValueError if it is not a data set, or not encoded with this tokenizer or vae.
         """
         manifest = _open_manifest(shards)
         for grid in sorted(manifest.grids()):
