@@ -1,7 +1,7 @@
 """What a config's `data` section names: encoded sources, their mix, and whether this run can train on them.
 
-Opened and checked before anything else starts, so that a mismatch of tokenizer, latent space, grid or size is refused in
-one message (P10). Independent of ranks and workers.
+Opened and checked before anything else starts, so that a mismatch of tokenizer, latent space, grid or size is refused
+in one message (P10). Independent of ranks and workers.
 """
 
 from dataclasses import dataclass, field, replace
