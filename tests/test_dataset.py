@@ -107,7 +107,7 @@ def test_images_of_two_kinds_are_refused(tmp_path: Path, pairs_folder: Path, tok
     latents = make_source(tmp_path / "c", tokenizer, pairs(5, kind="latents"), kind="latents")
     message = refusal(data_config(tokenizer, {"one": pairs_folder, "two": pixels}))
     assert message.startswith("data.sources.two holds pixels, other sources hold latents of VAE aaa")
-    assert "data.sources.c holds latents of VAE aaaaaaaaaaaaaaaa, other sources hold pixels" in refusal(
+    assert "data.sources.c holds latents of the deterministic autoencoder aaa" in refusal(
         data_config(tokenizer, {"b": pixels, "c": latents})
     )
     data = open_data(data_config(tokenizer, {"b": pixels}), 0, PATCH)
