@@ -181,21 +181,31 @@ def load_latent_space(name: str | Path) -> LatentSpace:
         return Pixels()
     source, reasons = find_vae(str(name)), []
     options = {"variant": source.variant, "low_cpu_mem_usage": False, "output_loading_info": True}
+    unreachable = False  # the hub: what is left is this machine's cache, and asking again would take minutes
     for folder in (None, "vae") if source.is_hub_id else (None,):  # where a pipeline's repository has it
         try:
-            config = _config_of(source.name, folder)
+            config = _config_of(source.name, folder, cached=unreachable)
         except (OSError, ValueError) as error:
             reasons.append(_one_line(error))
+            unreachable = unreachable or _is_unreachable(error)
             continue
         kind = check_class(config, str(name))
         theirs = _diffusers_class(kind, str(name))
         try:
-            module, loading = theirs.from_pretrained(source.name, subfolder=folder, use_safetensors=True, **options)
+            module, loading = theirs.from_pretrained(
+                source.name, subfolder=folder, use_safetensors=True, local_files_only=unreachable, **options
+            )
             break
         # AttributeError: diffusers was written for another version of transformers, whose encoder an RAE holds.
         except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             reasons.append(_one_line(error))
+            unreachable = unreachable or _is_unreachable(error)
     else:
+        if unreachable:
+            raise ValueError(
+                f"vae={name} is not in this machine's cache of the hub, and the hub cannot be reached: download it "
+                "where it can (`hf download`), and give its folder here"
+            )
         raise ValueError(f"vae={name}: not an autoencoder in safetensors: {reasons[0]}")
     problems = [f"{key} is missing" for key in sorted(loading["missing_keys"])]
     problems += [f"{key} is not in the model" for key in sorted(loading["unexpected_keys"])]
@@ -208,8 +218,19 @@ def load_latent_space(name: str | Path) -> LatentSpace:
     return _ADAPTERS[kind](module)
 
 
-def _config_of(name: str, subfolder: str | None) -> dict[str, Any]:
-    return importlib.import_module(_MODULE).AutoencoderKL.load_config(name, subfolder=subfolder)
+def _config_of(name: str, subfolder: str | None, cached: bool) -> dict[str, Any]:
+    return importlib.import_module(_MODULE).AutoencoderKL.load_config(
+        name, subfolder=subfolder, local_files_only=cached
+    )
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Return whether diffusers found no file because the hub did not answer; it says that the file does not exist."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if error is None or isinstance(error, LocalEntryNotFoundError):
+        return error is not None
+    return _is_unreachable(error.__cause__ or error.__context__)
 
 
 def _diffusers_class(kind: str, name: str) -> Any:
