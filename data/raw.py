@@ -120,7 +120,7 @@ def captions_of(record: Record, where: str, key: str | None = None) -> list[str]
     if key in (None, _TXT) and "txt" in record:
         texts = _texts_of(_decoded(_member(record, "txt", where), "caption", where), "caption", where, "its .txt")
     elif key != _TXT and "json" in record:
-        key = key or "caption"
+        key = "caption" if key is None else key
         value = _value(_member(record, "json", where), key, "caption", where)
         texts = _texts_of(value, "caption", where, repr(key))
     else:

@@ -116,6 +116,8 @@ def test_a_caption_is_the_txt_member_or_the_jsons_caption() -> None:
     both = {"txt": b" a cat\n", "json": b'{"caption": "other", "TEXT": "third"}'}
     assert captions_of(both, "here") == ["a cat"] and captions_of(both, "here", "TEXT") == ["third"]
     assert captions_of({"json": b'{"caption": "a dog"}'}, "here") == ["a dog"]
+    with pytest.raises(BadRecord, match="no '' in its JSON"):
+        captions_of({"json": b'{"caption": "a dog"}'}, "here", "")
     several = b'{"caption": ["a dog ", null, "", "NaN", "an animal"]}'
     assert captions_of({"json": several}, "here") == ["a dog", "an animal"]
     for record in [{"txt": b""}, {"txt": b" \n"}, {"json": b'{"caption": ["", " "]}'}]:

@@ -101,6 +101,16 @@ def test_one_key_is_what_caption_key_was_and_weights_rewrite_only_the_manifest(e
     assert Manifest.load("other").content_hash != before.content_hash, "their order gives kinds their numbers"
 
 
+def test_keys_of_captions_change_nothing_of_texts(encode: Encode) -> None:
+    """One config may encode pictures and texts; a training's weights for captions of texts are then refused."""
+    Path("texts").mkdir()
+    Path("texts/a.jsonl").write_text('{"text": "a cat"}\n')
+    files = encode(Path("texts"), vae=None)
+    before = write_times()
+    assert encode(Path("texts"), vae=None, caption_keys="{caption: 1, long: 2}") == files
+    assert write_times() == before and not Manifest.load(OUT).captions
+
+
 @pytest.mark.parametrize("weights", [{"a": -1.0}, {"a": 0.0, "b": 0}, {"a": float("nan")}, {"a": float("inf")}])
 def test_weights_that_cannot_be_drawn_by_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"caption_keys=.*: expected finite weights, 0 or more, and one above 0"):
@@ -125,6 +135,9 @@ def test_verifying_and_indexing_check_kinds_of_captions(
     settings = [f"index={OUT}", f"tokenizer={tokenizer.path}", f"vae={vae_folder}", "resolution=32", "device=cpu"]
     with pytest.raises(ValueError, match=r"made with caption_keys=\['caption', 'long'\], not None: give the one"):
         main(settings)
+    encode(raw_of("one"), Path("single"), max_bad_fraction=0.9)
+    with pytest.raises(ValueError, match=r"made with caption_keys=None, not \['caption', 'long'\]: give the one"):
+        main(["index=single", *settings[1:], "caption_keys={caption: 1, long: 2}"])
     main([*settings, "caption_keys={caption: 1, long: 2}"])
     assert contents_of(OUT)["a.tar.idx"] == whole["a.tar.idx"]
     assert json.loads((OUT / "manifest.json").read_text()) == named and verify_folder(str(OUT)) == 0

@@ -215,6 +215,8 @@ class Encoder:
     def made_with(self) -> dict[str, Any]:
         """The settings that decide a shard's bytes; latent statistics and weights of captions affect the manifest."""
         keys = list(self.config.caption_keys)
+        if len(keys) > 1 and self.space is None:
+            keys = []  # texts have no captions
         return {
             "format": FORMAT_VERSION,
             "tokenizer": self.tokenizer.hash,

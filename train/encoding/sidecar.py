@@ -114,7 +114,7 @@ def build_manifest(encoder: Encoder, sidecars: list[Sidecar], folder: Path) -> M
         vocab_size=encoder.tokenizer.vocab_size,
         latent_spec=encoder.latent_spec(sums),
         shards=tuple(sidecar.entry for sidecar in sidecars if sidecar.entry.records),
-        captions=encoder.config.caption_kinds,
+        captions=encoder.config.caption_kinds if encoder.space is not None else {},  # texts have none
     )
     manifest.save()
     spec = manifest.latent_spec

@@ -107,7 +107,7 @@ def index_folder(folder: Path, config: EncoderConfig, stats: LatentSpec | None, 
         origin = Sidecar.origin_of(shard) or {"indexed": True, **encoder.origin(file_version(str(shard)))}
         for name in ("tokenizer", "vae", "resolution", "caption_keys"):
             given = encoder.made_with.get(name)
-            known = origin.get(name, given)
+            known = origin.get(name, given if name != "caption_keys" else None)  # which is named only where set
             if known != given:
                 raise ValueError(f"{shard} was made with {name}={known}, not {given}: give the one it was made with")
         sidecar = Sidecar.read(shard, origin)

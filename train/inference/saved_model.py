@@ -231,5 +231,6 @@ def load_matching_space(path: str | None, spec: LatentSpec) -> LatentSpace:
         raise ValueError("no VAE: set vae=FOLDER to the one the data was encoded with")
     space = load_latent_space(path or Pixels.hash)
     if space.hash != spec.vae_hash:
-        raise ValueError(f"vae={path} has hash {space.hash}, the data was encoded with {spec.vae_hash}")
+        remedy = "leave vae out" if spec.kind == Pixels.kind else "set vae=FOLDER to that one"
+        raise ValueError(f"vae={path} has hash {space.hash}, the data was encoded with {spec.vae_hash}; {remedy}")
     return space
