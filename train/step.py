@@ -130,8 +130,8 @@ def micro_step(
         image_sum = image_sum + error_sum
         errors.append((each, *levels[grid], valid[grid]))
     error, signal, sigma, counted = (torch.cat(parts) for parts in zip(*errors, strict=True))  # of all grids at once
-    x0_error = error * x0_error_factor(Level(signal, sigma), diffusion)
-    x0_errors = sum_by_bin(x0_error, 2 * (signal / sigma).log(), counted)
+    level = Level(signal, sigma)
+    x0_errors = sum_by_bin(error * x0_error_factor(level, diffusion), level.log_snr, counted)
     text = output.text_nll_sum / max(global_text_targets, 1)
     image = image_sum / max(global_images, 1)
     return StepLoss(text + image_weight * image, output.text_nll_sum.detach(), image_sum.detach(), x0_errors)

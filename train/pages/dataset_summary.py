@@ -126,7 +126,7 @@ class EncodedData:
 
         The same seed gives the same documents, in the order of the data.
         """
-        documents, sums = [], LatentSums.total(self._channels)
+        documents, sums = [], LatentSums.total(self.manifest.kind_and_channels[1])
         load_index = lru_cache(1)(self.manifest.load_index)  # places come shard by shard
         for shard, number in tqdm(self._places(shards, n, seed), desc="view: documents", unit="document", delay=1):
             bad.seen += 1
@@ -142,10 +142,6 @@ class EncodedData:
             num_tokens = int(index.document_tokens(self.patch_size)[number])
             documents.append(self._shown(shard, num_tokens, record, document))
         return documents, sums
-
-    @property
-    def _channels(self) -> int:
-        return self.manifest.kind_and_channels[1]
 
     def _places(self, shards: list[int], n: int, seed: int) -> list[tuple[int, int]]:
         """Return (shard, record) of one document from each of `n` equal parts of the data, or all if it has fewer."""
