@@ -115,7 +115,7 @@ def test_a_saved_config_loads_back(tmp_path: Path) -> None:
         ("seed=1.5", "command line: seed=1.5: expected int"),
         ("seed=", "command line: seed=None: expected int"),
         ("seed=null", "command line: seed=None: expected int"),
-        ("kind=three", "command line: kind='three': expected Literal['one', 'two']"),
+        ("kind=three", "command line: kind='three': expected one of one, two"),
         ("sizes=[1,x]", "command line: sizes=[1, 'x']: expected tuple[int, ...]"),
         ("pair=5", "command line: pair=5: expected tuple[int, int] | None"),
         ("inputs=", "command line: inputs=None: expected list[str]"),
@@ -129,6 +129,7 @@ def test_a_saved_config_loads_back(tmp_path: Path) -> None:
         ("inputs=[a", "command line: inputs=[a: not readable as YAML"),
         ("seed=!!python/object/apply:os.getpid []", "not readable as YAML"),
         ("seed", "argument 'seed' is not of the form key=value; --help lists the keys"),
+        ("labels=x", "command line: labels='x': expected a mapping of names to str, such as {NAME: ...}"),
         ("--seed=1", "argument '--seed=1' is not of the form key=value"),
         ("inner.name=${nowhere}", "inner.name: Interpolation key 'nowhere' not found"),
         ("sources.x.weight=2", "sources.x.path is required: give sources.x.path=VALUE or set it in config=FILE"),
@@ -159,6 +160,9 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
 
 def test_null_leaves_out_what_a_layer_below_names(tmp_path: Path) -> None:
     base = yaml_file(tmp_path / "1.yaml", "sources: {a: {path: p, weight: 2}, b: {path: q}}\nlabels: {x: y, z: w}\n")
+    assert load(base, "labels={v: y}").labels == {"v": "y"}, "a whole mapping replaces that of a file"
+    assert load(base, "labels={v: y}", "labels.u=t").labels == {"v": "y", "u": "t"}
+    assert load(base, "labels.x=w").labels == {"x": "w", "z": "w"}
     assert load(base, "sources.a=null", "sources.c.path=r", "labels.x=null") == Config(
         run_dir="run", sources={"b": Source(path="q"), "c": Source(path="r")}, labels={"z": "w"}
     )

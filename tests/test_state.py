@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_name_on_every_rank(config:
     changed = {
         ("seed was 0, is 9", "or start another run with these weights: init_from="): replace(config, seed=9),
         (
-            "Restore what it was. (Learning rate",
+            "Restore what it was, or start another run: another run_dir. (Learning rate",
             "width was 32, is 64",
             "qk_norm was False, is True",
             "model.vocab_multiple_of was 1, is 8",

@@ -32,7 +32,8 @@ RESOLVE, CHECK = "--resolve", "--check"  # print the resolved config and exit; f
 SIGNAL_DELAY = "TRANSFUSION_SIGNAL_DELAY_S"  # environment: seconds from the stop signal to the kill, if known
 REFUSED = 2  # exit status of a program that refused its config or its input
 RULES = """A single value stands for a list of one. NAME=null removes the entry NAME that config=FILE put into a
-mapping, such as a data source. In paths ~ and $NAME are expanded."""
+mapping, such as a data source. A whole mapping, 'key={NAME: 1}' in quotes, replaces that of config=FILE; key.NAME=1
+changes an entry. In paths ~ and $NAME are expanded."""
 
 
 def load_config(schema: type[Config], argv: list[str], *, expand: bool = True) -> Config:
@@ -45,9 +46,16 @@ def load_config(schema: type[Config], argv: list[str], *, expand: bool = True) -
     overrides = [argument for argument in argv if not argument.startswith("config=")]
     for argument in overrides:
         if "=" not in argument or argument.startswith("-"):
-            raise ValueError(f"argument {argument!r} is not of the form key=value; --help lists the keys")
+            raise ValueError(
+                f"argument {argument!r} is not of the form key=value; --help lists the keys, and a value with spaces "
+                "or braces needs quotes: 'key={NAME: 1}'"
+            )
     layers = [(f"config={path}", read_yaml(path)) for path in files]
-    layers += [("command line", _override(argument, schema)) for argument in overrides]
+    for argument in overrides:
+        key, layer = argument.partition("=")[0], _override(argument, schema)
+        if (_expected(schema, key) or "").startswith("dict") and isinstance(_at(layer, key), dict):
+            layers.append(("command line", _nested(key, None)))  # what it replaces
+        layers.append(("command line", layer))
     layers = [(origin, each(layer, schema, as_list)) for origin, layer in layers]
     given: dict = {}
     for origin, layer in layers:
@@ -208,6 +216,14 @@ def _override(argument: str, schema: type) -> dict:
     return _nested(key, parse(f"command line: {argument}", value))
 
 
+def _at(layer: dict, key: str) -> Any:
+    """Return what `_nested` put under a dotted key."""
+    value: Any = layer
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
 def _nested(key: str, value: Any) -> dict:
     """Return the mapping that holds one value under a dotted key."""
     for part in reversed(key.split(".")):
@@ -222,9 +238,15 @@ def _merge_one_by_one(merged: Any, layers: list[tuple[str, dict]], schema: type)
             merged = OmegaConf.merge(merged, _nested(key, value))
         except (OmegaConfBaseException, TypeError):
             expected = _expected(schema, key)
-            problem = f"{key}={value!r}: expected {expected}" if expected else _unknown_key(schema, key)
+            problem = f"{key}={value!r}: expected {_in_words(expected)}" if expected else _unknown_key(schema, key)
             raise ValueError(f"{origin}: {problem}") from None
     return merged
+
+
+def _in_words(type_name: str) -> str:
+    """Return a type for people: the choices of a Literal, the form of a mapping."""
+    said = re.sub(r"Literal\[(.*?)\]", lambda choices: f"one of {choices[1].replace(chr(39), '')}", type_name)
+    return re.sub(r"dict\[str, (\w+)\]", r"a mapping of names to \1, such as {NAME: ...}", said)
 
 
 def _expected(schema: type, key: str) -> str | None:

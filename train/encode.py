@@ -264,6 +264,8 @@ def say_captions(sidecars: Sequence[Sidecar]) -> None:
         )
     if said:
         print(f"encode: captions: {', '.join(said)}")
+    for kind in [kind for kind, found in counts.items() if not found[GIVEN]]:
+        print(f"encode: warning: no picture has a caption under {kind!r}; is the key in caption_keys spelt right?")
 
 
 def warn_of_unknown(sidecars: Sequence[Sidecar], tokenizer: str) -> None:

@@ -55,7 +55,8 @@ OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenize
 
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
-    fingerprints = {name: Manifest.load(path).content_hash for name, path in config.heldout.items()}
+    manifests = {name: Manifest.load(path) for name, path in config.heldout.items()}
+    fingerprints = {name: manifest.content_hash for name, manifest in manifests.items()}
     contents = {f"heldout.{name} (contents)": value for name, value in fingerprints.items()}
     ranks = init_ranks(timeout_s=1800, device=config.device, facts={**facts_of(config, OWN), **contents})
     start = time.monotonic()
@@ -82,7 +83,8 @@ def main(argv: list[str]) -> int | None:
     }
     if config.heldout:
         results["data"]["heldout"] = {
-            name: {"path": path, "fingerprint": fingerprints[name]} for name, path in config.heldout.items()
+            name: {"path": path, "fingerprint": fingerprints[name], "captions": manifests[name].captions}
+            for name, path in config.heldout.items()
         }
         _refuse_trained(saved, config.heldout, ranks)
         heldout = Heldout(HeldoutConfig(heldout=config.heldout), pipeline.config, pipeline.latent_spec, ranks)

@@ -190,7 +190,7 @@ class Heldout:
             self._warned.add(name)
             log.warning(
                 "held-out source %s: none of its images was measured at a log SNR in %s, so its x0_error is null; give "
-                "it more images, or train with a schedule that reaches these levels",
+                "it more images, raise evaluation.max_batches, or train with a schedule that reaches these levels",
                 *(name, ", ".join(empty)),
             )
         by_bin = zip(BINS, means, counts, strict=True)

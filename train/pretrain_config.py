@@ -14,6 +14,7 @@ from data.storage import Location
 from model.diffusion import DiffusionConfig
 from model.latent_space import Pixels
 from model.sampler_config import SamplerConfig
+from model.schedule import Spacing
 from model.transfusion import TransfusionConfig
 from train.checkpoints.checkpoint import MOST_MINUTES, CheckpointConfig
 from train.config import load_config
@@ -41,7 +42,8 @@ class PreviewConfig:
 
     def sampler(self, diffusion: DiffusionConfig) -> SamplerConfig:
         kind: Literal["euler", "ddim"] = "euler" if diffusion.schedule == "flow" else "ddim"
-        return SamplerConfig(sampler=kind, steps=self.steps, guidance=self.guidance)
+        spacing: Spacing = "trailing" if diffusion.zero_terminal_snr else "leading"
+        return SamplerConfig(sampler=kind, steps=self.steps, spacing=spacing, guidance=self.guidance)
 
 
 @dataclass(frozen=True, kw_only=True)

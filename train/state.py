@@ -191,5 +191,5 @@ def _remedy(changed: set[str], path: Path) -> str:
             f"stats_from={path}, which rewrites the manifest alone."
         )
     if any(name in ("tokenizer", "vae", "special") or name.startswith(("model.", "diffusion.")) for name in changed):
-        return "Restore what it was."
+        return "Restore what it was, or start another run: another run_dir."
     return f"Restore what it was, or start another run with these weights: init_from={path}."

@@ -142,7 +142,7 @@ def test_statistics_from_two_places_are_refused_and_another_data_sets_win(
     assert "latent statistics: from train" in capsys.readouterr().out
     specs = [Manifest.load(name).latent_spec for name in ("train", "out")]
     assert specs[0] == specs[1] and specs[0].mean != (0.0, 0.0, 0.0)
-    with pytest.raises(ValueError, match=r"latent_stats='both': expected Literal"):
+    with pytest.raises(ValueError, match=r"latent_stats='both': expected one of auto, measured, vae"):
         encode(raw, vae=vae, latent_stats="both")
 
 

@@ -94,6 +94,11 @@ class Pipeline:
         diffusion, vae = loaded.config.diffusion, config.vae or loaded.config.vae
         sampler = config.suited_to(diffusion)
         factor = first_step_error(sampler, diffusion) if diffusion.prediction == "eps" else 0.0
+        if ranks.is_first and diffusion.zero_terminal_snr and config.spacing == "leading":
+            log.warning(
+                "spacing=leading with a model trained with zero_terminal_snr: it starts below the pure noise that the "
+                "model has learnt to start from; use spacing=trailing"
+            )
         if ranks.is_first and config.clip_x0 is None and factor > MOST_ERROR:
             log.warning(
                 "spacing=%s with a model that predicts noise: the first of %d steps multiplies its error %.0f "
