@@ -54,7 +54,7 @@ def _facts(data: EncodedData, counts: Counts, sequence_length: int) -> dict[str,
     }
     if spec is not None:
         sizes = f"{spec.channels} channels, stride {spec.stride}, {spec.resolution} pixels a side"
-        facts["images"] = f"{spec.images} ({sizes})"
+        facts["images are"] = f"{spec.images} ({sizes})"
     return facts
 
 
