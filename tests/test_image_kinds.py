@@ -134,7 +134,7 @@ def test_a_view_says_what_the_images_are(tmp_path: Path, tokenizer: Tokenizer, c
     for kind in KINDS:
         contents = pairs(9, kind=kind)
         seen = Seen(capsys, make_source(tmp_path / kind, tokenizer, contents, kind=kind), tmp_path, n=9)
-        assert seen.facts["images"] == expected[kind] and len(seen.documents) == 9 and not seen.bad
+        assert seen.facts["images are"] == expected[kind] and len(seen.documents) == 9 and not seen.bad
         title = next(title for title in seen.tables if title.startswith("latents"))
         cells = np.concatenate([image.reshape(len(image), -1) for _, image in contents], axis=1).astype(np.float64)
         mean = (cells / 127.5 - 1 if kind == "pixels" else cells).mean(1)

@@ -30,7 +30,7 @@ from model.latent_space import LatentSpace
 from train.distributed.launcher import place
 from train.distributed.process import set_allocator
 
-GIVEN = "given"
+GIVEN = "given"  # of a caption, in counts beside the reasons why others are not
 EXAMPLES_KEPT = 8  # unknown words kept per input file
 AHEAD = 8  # batches of pictures decoded ahead of the VAE, and batches of documents that may wait for a rare size
 
@@ -184,8 +184,7 @@ class Encoder:
             return None, "measured"
         if self.config.latent_stats == "auto" and not self.space.states_scaling:
             return None, "measured (the VAE states no scaling)"
-        stats = self.space.stated_stats()
-        source = "the VAE's own scaling"
+        stats, source = self.space.stated_stats(), "the VAE's own scaling"
         if self.space.kind == "pixels":
             source = "as stated for pixels in [-1, 1]"
         elif not self.space.states_scaling:
