@@ -22,7 +22,7 @@ from model.sampler import Prompt, SpecialTokens, generate
 from model.sampler_config import SamplerConfig
 from model.schedule import NoiseSchedule
 from model.transformer import TransformerConfig
-from model.transfusion import Transfusion, TransfusionConfig, init_weights
+from model.transfusion import Timesteps, Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
 
 SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4, never=(0,))
@@ -341,7 +341,7 @@ def lay_out(rows):
         "text_target_index": is_target.flatten().nonzero()[:, 0],
         "text_targets": follows[is_target],
         "noisy": {GRID: torch.stack([latents for latents, _ in images])},
-        "timesteps": {GRID: torch.tensor([t for _, t in images])},
+        "timesteps": Timesteps({GRID: torch.tensor([t for _, t in images])}),
         "image_valid": {GRID: torch.ones(len(images), dtype=torch.bool)},
         "image_token_index": is_image.flatten().nonzero()[:, 0],
     }
