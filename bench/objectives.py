@@ -106,7 +106,7 @@ def _cases() -> dict[str, Case]:
     found = {}
     for space in SPACES:
         for name, switches in OBJECTIVES.items():
-            sample = SAMPLERS.get(name, ())
+            sample: tuple[str, ...] = SAMPLERS.get(name, ())
             if name == "eps":
                 sample += (f"clip_x0={X0_BOUND[space]}",)
             found[f"{space}-{name}"] = Case(space, space, switches, sample, 2 if name == "flow-x0-v" else 0)

@@ -1,7 +1,7 @@
 """What a config's `data` section names: encoded sources, their mix, and whether this run can train on them.
 
-Opened and checked before anything else starts, so that a mismatch of tokenizer, VAE, latent grid or size is refused in
-one message (P10). Independent of ranks and workers.
+Opened and checked before anything else starts, so that a mismatch of tokenizer, latent space, grid or size is refused
+in one message (P10). Independent of ranks and workers.
 """
 
 from dataclasses import dataclass, field, replace
@@ -126,9 +126,8 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
     cache = CacheConfig(folder=config.cache_dir, max_gib=config.cache_gib) if config.cache_dir else None
     most_ahead = 2 * (config.read_ahead or READ_AHEAD) * config.lanes
     manifests = {name: Manifest.load(source.path, cache, most_ahead) for name, source in config.sources.items()}
-    captions = {
-        name: weights_in_force(name, manifests[name].captions, s.captions) for name, s in config.sources.items()
-    }
+    given = {name: source.captions for name, source in config.sources.items()}
+    captions = {name: weights_in_force(name, manifest.captions, given[name]) for name, manifest in manifests.items()}
     weights = source_weights(config, manifests, captions, patch_size)
     watch = ReadWatch(config.read_warning_s)
     sources: list[Source] = []
@@ -146,16 +145,11 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
                 f"{tokenizer.hash}; name the tokenizer it was encoded with, or encode it again"
             )
         theirs = manifest.latent_spec
-        if spec is not None and theirs is not None and theirs.kind != spec.kind:
-            raise ValueError(
-                f"data.sources.{name} holds {theirs.kind}, other sources hold {spec.kind}: a model sees images of one "
-                "kind; encode all sources with one vae="
-            )
         if spec is not None and theirs is not None and theirs != spec:
             raise ValueError(
-                f"data.sources.{name} holds latents of VAE {theirs.vae_hash}, other sources those of "
-                f"{spec.vae_hash} (or other statistics); encode all sources with one VAE; if they are, run the "
-                "train.encode command again with stats_from=FOLDER of another source, which only rewrites the manifest"
+                f"data.sources.{name} holds {theirs.images}, other sources hold {spec.images} (or other statistics); "
+                "encode all sources with one vae=; if they are, run the train.encode command again with "
+                "stats_from=FOLDER of another source, which only rewrites the manifest"
             )
         if manifest.records < config.lanes:
             raise ValueError(
@@ -167,14 +161,19 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
         too_long = find_too_long(manifest, settings.special, patch_size, config.sequence_length, captions[name])
         weighted = replace(source, weight=weights[name])
         sources.append(Source(number, weighted, manifest, settings, watch, ahead, too_long, captions[name]))
+    _require_room(grids, patch_size, config.sequence_length)
+    return DataSet(sources, settings, tokenizer, spec, sorted(grids))
+
+
+def _require_room(grids: set[tuple[int, int]], patch_size: int, sequence_length: int) -> None:
+    """Raise ValueError for images that are longer than a sequence."""
     for grid in grids:
         rows, columns = patch_grid(grid, patch_size)
-        if rows * columns + 4 > config.sequence_length:
+        if rows * columns + 4 > sequence_length:
             raise ValueError(
                 f"an image of latent grid {grid[0]}x{grid[1]} is {rows * columns + 4} tokens with BOS, BOI, EOI, EOS, "
-                f"more than data.sequence_length={config.sequence_length}; use longer sequences or larger patches"
+                f"more than data.sequence_length={sequence_length}; use longer sequences or larger patches"
             )
-    return DataSet(sources, settings, tokenizer, spec, sorted(grids))
 
 
 def source_weights(

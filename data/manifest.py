@@ -1,7 +1,7 @@
-"""The manifest of an encoded data set: which shards, how much they hold, and which tokenizer and VAE made them.
+"""The manifest of an encoded data set: which shards, how much they hold, and which tokenizer and vae made them.
 
 `manifest.json` is rebuilt from the shards' sidecars, never edited. A run trusts it at start-up, so that a mismatch of
-tokenizer, VAE or latent grid is refused before the first step and not discovered in the samples.
+tokenizer, latent space or grid is refused before the first step and not discovered in the samples.
 """
 
 import errno
@@ -39,7 +39,7 @@ class LatentSpec:
     channels: int
     stride: int  # pixels a latent cell
     resolution: int  # pixels of the encoded pictures' shorter side
-    mean: tuple[float, ...]  # per channel, measured on sampled latents or stated by the VAE; used to whiten
+    mean: tuple[float, ...]  # per channel, measured on raw latents or stated by their space; used to whiten
     std: tuple[float, ...]
     kind: ImageKind = "moments"  # what a record keeps of an image
 
@@ -58,6 +58,12 @@ class LatentSpec:
         if self.kind == "pixels" and (self.channels, self.stride) != (PIXEL_CHANNELS, 1):
             found = f"channels {self.channels}, stride {self.stride}"
             raise ValueError(f"latent kind pixels with {found}: expected {PIXEL_CHANNELS} and 1")
+
+    @property
+    def images(self) -> str:
+        """Say in messages what the images are."""
+        of = {"moments": "latents of VAE", "latents": "latents of the deterministic autoencoder"}.get(self.kind)
+        return f"{of} {self.vae_hash}" if of else "pixels"
 
     def fields(self) -> dict:
         """Return the spec for JSON; moments are the kind of all old data and not named."""
@@ -181,7 +187,7 @@ class Manifest:
 
     @property
     def content_hash(self) -> str:
-        """Identify the data: the same shards in the same order, made by the same tokenizer and VAE.
+        """Identify the data: the same shards in the same order, made by the same tokenizer and vae.
 
         Weights of captions are no part of it, nor are sums that follow from a shard's contents.
         """

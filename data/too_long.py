@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from data.captions import drawable
-from data.documents import CELL_BYTES, Document, decode_document
+from data.documents import CELL_BYTES, Document, check_document, decode_document
 from data.manifest import Manifest
 from data.packing import lay_out
 from data.shards import BadRecord, read_at
@@ -50,6 +50,7 @@ def find_too_long(
                 read = partial(manifest.store.read, entry.name)
                 with suppress(OSError, ValueError):  # a bad record is counted when it is met
                     document = decode_document(read_at(read, index.spans[record], entry.name), entry.name)
+                    check_document(document, manifest.vocab_size, kind, channels, entry.name, len(caption_weights))
                     if document.captions:
                         choices = drawable(len(document.captions), document.caption_kinds, caption_weights)
                         captions = sorted((document.captions[i] for i in choices), key=lambda c: len(c.token_ids))

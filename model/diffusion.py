@@ -108,6 +108,11 @@ class Level(NamedTuple):
         shape = (-1, *[1] * (images.ndim - 1))
         return Level(*(part.view(shape).to(images.dtype) for part in self))
 
+    @property
+    def log_snr(self) -> Tensor:
+        """Return log(signal^2 / sigma^2), f64 [N], of a level of tensors."""
+        return 2 * (self.signal / self.sigma).log()
+
 
 CLEAN = Level(1.0, 0.0)
 

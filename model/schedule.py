@@ -60,11 +60,6 @@ class NoiseSchedule:
         alphas = self.alphas[timesteps]
         return Level(alphas.sqrt(), (1 - alphas).sqrt())
 
-    def log_snr(self, timesteps: Tensor) -> Tensor:
-        """Return f64 [N]: log(signal^2 / sigma^2) at timesteps [N]."""
-        signal, sigma = self.levels(timesteps)
-        return 2 * (signal / sigma).log()
-
     def nearest(self, log_snr: Tensor) -> Tensor:
         """Return the timesteps [N], int64 or for flow f32, whose log SNR is nearest to f64 [N]."""
         if self.alphas is None:

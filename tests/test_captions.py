@@ -1,6 +1,7 @@
 """Of several captions one is drawn: by weight, the same on any rank and after a resume, another in another epoch."""
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -264,6 +265,13 @@ def test_a_document_is_too_long_only_if_no_caption_that_may_be_drawn_fits(tokeni
                     source.read(0, 0, 0, record)
             else:
                 assert len({len(source.read(0, epoch, 0, record)) for epoch in range(9)}) <= 2
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["captions"], manifest["shards"][0]["caption_tokens"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    source = open_data(config_of(tokenizer, path), 0, 2).sources[0]  # bad records are counted when they are met
+    assert not source.too_long
+    with pytest.raises(BadRecord, match="wrong captions"):
+        source.read(0, 0, 0, 0)
 
 
 def test_rows_are_full_on_a_mix_of_short_and_long_captions(tokenizer: Tokenizer, tmp_path: Path) -> None:

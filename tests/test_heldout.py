@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from data.manifest import Manifest
 from data.tokenizer import Tokenizer
 from tests import runs
 from tests.sources import make_source, pairs, texts
-from train.heldout import KINDS
+from train.config import load_config
+from train.distributed.ranks import alone
+from train.heldout import KINDS, Heldout, HeldoutConfig
+from train.pretrain_config import PretrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +89,13 @@ def test_what_cannot_be_measured_is_refused_at_the_start(
     silent = [*argv, f"evaluation.heldout.texts={text_only}", "checkpoint.best_metric=heldout/texts/image_loss"]
     starts.append(([*silent, "evaluation.interval_steps=5"], ["expected one of ['heldout/texts/text_loss']"]))
     runs.assert_refused(*starts)
+
+
+def test_held_out_images_of_another_kind_or_for_a_model_of_texts_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path
+) -> None:
+    config = load_config(PretrainConfig, runs.settings(tmp_path / "run", tokenizer, {"data": pairs_folder}))
+    pixels = make_source(tmp_path / "pixels", tokenizer, pairs(9, kind="pixels"), kind="pixels")
+    for spec, trained_on in ((Manifest.load(pairs_folder).latent_spec, "latents of VAE aaa.*"), (None, "text alone")):
+        with pytest.raises(ValueError, match=f"source lone: .* holds pixels, the model was trained on {trained_on}; "):
+            Heldout(HeldoutConfig(heldout={"lone": str(pixels)}), config, spec, alone())

@@ -1,6 +1,5 @@
 """The global batch is the same for any ranks, workers and micro-batches; the end and errors reach the trainer."""
 
-import hashlib
 import itertools
 import multiprocessing
 import subprocess
@@ -15,12 +14,12 @@ import pytest
 import torch
 
 from data.dataset import DataConfig, open_data
-from data.documents import ImageKind, decode_document, encode_record, seed_from
+from data.documents import seed_from
 from data.lane_state import LaneState
-from data.loader import Loader, StepBatch, draw_images, epochs
-from data.packing import PADDING_DOCUMENT, PackedBatch, collate, lay_out, pack
+from data.loader import Loader, StepBatch, epochs
+from data.packing import PADDING_DOCUMENT, PackedBatch
 from data.source import SourceConfig
-from data.tokenizer import SpecialIds, Tokenizer
+from data.tokenizer import Tokenizer
 from tests.disks import can_mount, own_mounts
 from tests.sources import data_config, interleaved, make_source, pairs, texts
 
@@ -160,52 +159,6 @@ def test_noise_is_drawn_from_seed_step_and_lane(mixed: DataConfig) -> None:
                 assert np.array_equal(np.frombuffer(posterior_noise, np.float32), both[1].numpy())
                 assert np.frombuffer(drawn_u, np.float32) == u[i].numpy()
     assert len({row[-1][0][2] for rows in batches for row in rows.values() if row[-1]}) > 8  # no noise twice
-
-
-@pytest.mark.parametrize(("kind", "dtype"), [("latents", torch.float16), ("pixels", torch.uint8)])
-def test_other_kinds_of_image_draw_noise_alone_the_same_for_any_ranks(
-    tmp_path: Path, tokenizer: Tokenizer, kind: ImageKind, dtype: torch.dtype
-) -> None:
-    """P3 with texts beside them: the stored bytes travel as they are, u and noise by the rule, no posterior noise."""
-    contents = pairs(30, grids=[(4, 4), (4, 8)], kind=kind)
-    folder = make_source(tmp_path / "images", tokenizer, contents, shard_sizes=[11, 19], kind=kind)
-    words = make_source(tmp_path / "words", tokenizer, texts(30))
-    config = data_config(tokenizer, {"images": folder, "words": words}, lanes=5)
-    whole = run(config, 3, micro=5)
-    assert run(replace(config, num_workers=1), 3, 3, 1) == whole == run(config, 3, 1, 2)
-    stored = {image.tobytes() for _, image in contents}
-    for step, rows in enumerate(whole[0], start=1):
-        for lane, row in rows.items():
-            generator = torch.Generator().manual_seed(seed_from("images", 3, step, lane))
-            u = torch.rand(len(row[-1]), generator=generator)
-            for i, (_, image, noise, posterior_noise, drawn_u, _) in enumerate(row[-1]):
-                assert image in stored and posterior_noise == b""
-                expected = torch.randn(len(noise) // 4, generator=generator)
-                assert np.array_equal(np.frombuffer(noise, np.float32), expected.numpy())
-                assert np.frombuffer(drawn_u, np.float32) == u[i].numpy()
-    loader = make_loader(config)
-    images = [images for micro in next_batch(loader).micro_batches for images in micro.images.values()]
-    loader.close()
-    channels = 3 if kind == "pixels" else 2
-    assert images and {(image.stored.dtype, image.posterior_noise, image.noise.shape[1]) for image in images} == {
-        (dtype, None, channels)
-    }
-
-
-def test_the_draws_of_moments_are_the_same_as_ever() -> None:
-    """Their hash is of the draws before there were other kinds; of noise, rounded, as CPUs differ in its last bit."""
-    contents = pairs(5, grids=[(4, 4), (4, 8)]) + interleaved(3)
-    records = [encode_record("key", [part for part in content if part is not None], b"{}") for content in contents]
-    special = SpecialIds(bos=0, eos=1, boi=2, eoi=3, pad=4)
-    pieces = [lay_out(decode_document(record, "here"), special, PATCH) for record in records]
-    rows = [pack(pieces[:5], 400, 0), pack(pieces[5:], 400, 0)]
-    batch = collate(rows, [draw_images(3, 7, lane, row) for lane, row in enumerate(rows)], PATCH)
-    digest = hashlib.sha256()
-    for images in batch.images.values():
-        digest.update(images.stored.numpy().tobytes() + images.u.numpy().tobytes())
-        for noise in (images.noise, images.posterior_noise):
-            digest.update((noise.double() * 100).round().to(torch.int32).numpy().tobytes())
-    assert digest.hexdigest()[:16] == "525c30e70b1e249e"
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def test_a_page_is_rewritten_down_to_what_people_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_toy_bench_runs_through_and_does_not_repeat_itself(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     toy = [f"folder={tmp_path}", "smoke=true", "steps=4", "prompts=2", "seeds=1", f"page={tmp_path}/page.md"]
     toy.append("only=[pixels-x0-v,latents-flow,captions-2000-three]")

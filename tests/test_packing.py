@@ -245,25 +245,6 @@ def test_a_grid_that_patches_do_not_tile_is_refused() -> None:
         lay_out(Document((ImageSegment(np.zeros((4, 3, 4), np.float16)),)), SPECIAL, 2)
 
 
-@pytest.mark.parametrize("patch_size", [4, 8, 16])
-def test_patches_of_pixels_are_laid_out_as_those_of_latents(patch_size: int) -> None:
-    """The grid is the picture's own; a batch holds the bytes as they are and no posterior noise, nor do its copies."""
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 48), dtype=np.uint8)
-    piece = lay_out(Document((text(10), ImageSegment(pixels, "pixels"))), SPECIAL, patch_size)
-    (placed,) = piece.images
-    assert (placed.rows, placed.columns) == (32 // patch_size, 48 // patch_size)
-    with pytest.raises(
-        ValueError, match=f"latent grid 32x{48 - patch_size // 2} is not a multiple of patch_size={patch_size}"
-    ):
-        lay_out(Document((ImageSegment(pixels[:, :, : 48 - patch_size // 2], "pixels"),)), SPECIAL, patch_size)
-    noise = torch.ones(3, 32, 48)
-    row = pack([piece] * 3, 3 * len(piece), SPECIAL.pad)
-    batch = collate([row], [ImageDraws(torch.zeros(3), [noise] * 3, [None] * 3)], patch_size)
-    (images,) = batch.map(torch.clone).images.values()
-    assert images.stored.dtype == torch.uint8 and images.posterior_noise is None and images.num_valid == 3
-    assert np.array_equal(images.stored[2].numpy(), pixels) and torch.equal(images.noise[2], noise)
-
-
 def test_a_batch_holds_its_rows_and_indexes_every_target_and_patch() -> None:
     """Several grids, rows without images, and an empty row, against loops over the rows."""
     _, rows = random_rows(9, seed=2)

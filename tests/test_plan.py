@@ -77,6 +77,8 @@ def test_a_plan_of_pixels_counts_their_bytes(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture
 ) -> None:
     """By the data or, without it, for the paper's pictures."""
+    with pytest.raises(ValueError, match=r"vae=pixels and model\.latent_channels=8: expected 3 channels"):
+        planned(capsys, *SMALL, "model.latent_channels=8", "vae=pixels")
     changes = ["model.latent_channels=3", "model.patch_size=16", "vae=pixels"]
     found = planned(capsys, *SMALL, *changes)
     assert found["data_from"].endswith("the paper's mix of text and pictures of 256x256 pixels is assumed")

@@ -111,8 +111,8 @@ def _heldout_pairs(folder: Path, drawn: DrawingRun, count: int = 30) -> Path:
 
 def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str], lone: str) -> list[dict]:
     pipeline = Pipeline.load(PipelineConfig(checkpoint=str(run_dir)), ranks)
-    vae_hash = pipeline.latent_spec.vae_hash
-    heldout = Heldout(HeldoutConfig(heldout=sources), pipeline.config, vae_hash, ranks)
+    spec = pipeline.latent_spec
+    heldout = Heldout(HeldoutConfig(heldout=sources), pipeline.config, spec, ranks)
     trained = heldout.losses(pipeline.model, pipeline.stats, StopSignal())
     with torch.no_grad():
         pipeline.model.text_head.weight.zero_()
@@ -120,7 +120,7 @@ def _heldout(ranks: Ranks, run_dir: Path, sources: dict[str, str], lone: str) ->
         pipeline.model.patches.to_patch.bias.zero_()
     silent = heldout.losses(pipeline.model, pipeline.stats, StopSignal())
     other = replace(pipeline.config, seed=99, diffusion=DiffusionConfig(before_caption_max_timestep=0))
-    heldout = Heldout(HeldoutConfig(heldout={"pairs": sources["pairs"], "lone": lone}), other, vae_hash, ranks)
+    heldout = Heldout(HeldoutConfig(heldout={"pairs": sources["pairs"], "lone": lone}), other, spec, ranks)
     said: list[str] = []
     logging.getLogger("train.heldout").addFilter(lambda record: not said.append(record.getMessage()))
     elsewhere = [heldout.losses(pipeline.model, pipeline.stats, StopSignal()) for _ in range(2)]

@@ -106,11 +106,11 @@ def test_a_shift_by_size_is_the_root_of_an_images_numbers_over_4096(kind):
 def test_the_nearest_timestep_of_a_log_snr(config):
     schedule = NoiseSchedule.of(config, 1)
     wanted = torch.linspace(-6, 6, 101, dtype=torch.float64)
-    found = schedule.log_snr(schedule.nearest(wanted))
+    found = schedule.levels(schedule.nearest(wanted)).log_snr
     if config.schedule == "flow":
         assert torch.allclose(found, wanted, atol=1e-4)
         return
-    every = schedule.log_snr(torch.arange(1000))
+    every = schedule.levels(torch.arange(1000)).log_snr
     assert torch.equal((every[:, None] - wanted).abs().min(0).values, (found - wanted).abs())
     out_of_reach = torch.tensor([-100.0, 100.0], dtype=torch.float64)
     assert schedule.nearest(out_of_reach).tolist() == [999, 0]

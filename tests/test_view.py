@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.documents import KINDS, ImageSegment, TextSegment, decode_document
+from data.documents import ImageSegment, TextSegment, decode_document
 from data.manifest import Manifest
 from data.packing import lay_out
 from data.pictures import contact_sheet, encode_png, from_unit
@@ -21,7 +21,7 @@ from data.shards import BadRecords, Record, write_shard
 from data.tokenizer import Tokenizer
 from model.autoencoders import load_latent_space
 from model.vae import decode
-from tests.sources import encoded_records, interleaved, make_source, pairs
+from tests.sources import encoded_records, interleaved, make_source
 from train.config import run_program
 from train.encode import main as encode
 from train.pages.dataset_summary import CHARACTERS, PICTURES, EncodedData, caption_of, joined
@@ -204,23 +204,6 @@ def test_interleaved_documents_are_decoded_up_to_a_number_of_pictures(
         assert shown.num_tokens == len(lay_out(decode_document(record, ""), tokenizer.special, 2))
         counts.append(len(images))
     assert max(counts) > PICTURES and 1 in counts
-
-
-def test_a_view_says_what_the_images_are(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:
-    """In words; the statistics beside the manifest's are of what the model will see, pixels from -1 to 1."""
-    expected = {
-        "moments": f"posteriors of VAE {'a' * 16} (2 channels, stride 8, 32 pixels)",
-        "latents": f"latents of the deterministic autoencoder {'a' * 16} (2 channels, stride 8, 32 pixels)",
-        "pixels": "pixels, 8 bits a channel (3 channels, stride 1, 32 pixels)",
-    }
-    for kind in KINDS:
-        contents = pairs(9, kind=kind)
-        seen = Seen(capsys, make_source(tmp_path / kind, tokenizer, contents, kind=kind), tmp_path, n=9)
-        assert seen.facts["images are"] == expected[kind] and len(seen.documents) == 9 and not seen.bad
-        title = next(title for title in seen.tables if title.startswith("latents"))
-        cells = np.concatenate([image.reshape(len(image), -1) for _, image in contents], axis=1).astype(np.float64)
-        mean = (cells / 127.5 - 1 if kind == "pixels" else cells).mean(1)
-        assert [row["mean, shown"] for row in seen.tables[title]] == pytest.approx(mean[: len(seen.tables[title])])
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])

@@ -50,7 +50,7 @@ class EvaluateConfig(PipelineConfig):
 CONFIG = EvaluateConfig
 GROUP = True  # its ranks form a process group
 # May differ between ranks; the contents are compared instead.
-OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer")
+OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide")
 
 
 def main(argv: list[str]) -> int | None:
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int | None:
     ranks = init_ranks(timeout_s=1800, device=config.device, facts={**facts_of(config, OWN), **contents})
     start = time.monotonic()
     pipeline = Pipeline.load(config, ranks)
-    saved = pipeline.saved
+    saved, sampler = pipeline.saved, config.suited_to(pipeline.config.diffusion)
     assert saved is not None
     output = Path(config.output)
     ranks.on_first(lambda: make_writable(output))  # only rank 0 writes
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int | None:
         "guide": pipeline.describe_guide(),
         "dtype": config.dtype,
         "seed": config.seed,
-        "settings": {field.name: getattr(config, field.name) for field in fields(SamplerConfig)},
+        "settings": {field.name: getattr(sampler, field.name) for field in fields(SamplerConfig)},
         "world_size": ranks.world_size,
         "data": {"training": training},
     }
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int | None:
             name: {"path": path, "fingerprint": fingerprints[name]} for name, path in config.heldout.items()
         }
         _refuse_trained(saved, config.heldout, ranks)
-        heldout = Heldout(HeldoutConfig(heldout=config.heldout), pipeline.config, pipeline.latent_spec.vae_hash, ranks)
+        heldout = Heldout(HeldoutConfig(heldout=config.heldout), pipeline.config, pipeline.latent_spec, ranks)
         never = StopSignal()  # not installed: Ctrl-C ends the program
         results["heldout"] = heldout.losses(pipeline.model, pipeline.stats, never)
     if config.scenes is not None:

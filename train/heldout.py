@@ -20,7 +20,7 @@ from data.dataset import DataConfig, DataSet, open_data
 from data.documents import OrderConfig
 from data.lane_state import Position
 from data.loader import Loader
-from data.manifest import Manifest
+from data.manifest import LatentSpec, Manifest
 from data.packing import IGNORE, PackedBatch
 from data.source import SourceConfig
 from data.storage import Location
@@ -82,13 +82,13 @@ class Heldout:
         self,
         config: HeldoutConfig,
         trained: "PretrainConfig",  # what the model was trained with
-        vae_hash: str | None,  # of the training data's latents; None: text alone
+        spec: LatentSpec | None,  # of the training data; None: text alone
         ranks: Ranks,
         *,
         rows: int | None = None,  # at most, of a rank's micro-batch; None: any number
         like_training: bool = False,  # with gradients enabled, as compiled code otherwise differs and is compiled again
     ) -> None:
-        """Raise ValueError for a source of another tokenizer or VAE; TrainedRecords refuses one that is trained on."""
+        """Raise ValueError for another tokenizer or latent space; TrainedRecords refuses what was trained on."""
         self._config, self._ranks, self._rows, self._like_training = config, ranks, rows, like_training
         self._diffusion = replace(
             trained.diffusion,
@@ -109,10 +109,11 @@ class Heldout:
                 order=OrderConfig(caption_first=1.0, caption_dropout=0.0),
             )
             data = open_data(source, trained.seed, trained.model.patch_size)
-            if data.latent_spec is not None and data.latent_spec.vae_hash != vae_hash:
+            images, trained_on = (s.images if s is not None else "text alone" for s in (data.latent_spec, spec))
+            if data.latent_spec is not None and images != trained_on:
                 raise ValueError(
-                    f"held-out source {name}: {path} holds latents of VAE {data.latent_spec.vae_hash}, the model was "
-                    f"trained on those of {vae_hash}; encode it with that VAE"
+                    f"held-out source {name}: {path} holds {images}, the model was trained on {trained_on}; encode it "
+                    "with the vae= of the training data"
                 )
             self._sources[name] = {"caption_first": (source, data)}
             if data.grids:
@@ -130,7 +131,7 @@ class Heldout:
         heldout = cls(
             config.evaluation,
             config,
-            data.latent_spec.vae_hash if data.latent_spec else None,
+            data.latent_spec,
             ranks,
             # Training's shapes, and thereby its compiled graphs, if a rank has as many rows; its memory in any case.
             rows=min(config.micro_batch_size, -(-config.data.lanes // ranks.world_size)),

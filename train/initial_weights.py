@@ -22,7 +22,7 @@ def read_initial_weights(
     """Fill the model from `init_from`; return in words from where, and what those were trained on. Collective.
 
     Data, schedule and counters are the new run's, and image sizes may differ. Raises ValueError for weights of other
-    shapes, or trained with another tokenizer, VAE or latent statistics (P10).
+    shapes, or trained with another tokenizer, latent space or latent statistics (P10).
     """
 
     def read(stored: SavedModel) -> tuple[str, TrainedRecords | None]:
@@ -40,15 +40,16 @@ def read_initial_weights(
 
 def _refuse_other_meaning(stored: SavedModel, config: PretrainConfig, data: DataSet) -> None:
     """Raise ValueError where token ids or latents mean something else to the weights than in the data."""
-    trained_with = {"tokenizer": (stored.meta["fingerprint"]["tokenizer"], data.tokenizer.hash)}
     then, now = stored.latent_spec, data.latent_spec
+    tokenizers = (stored.meta["fingerprint"]["tokenizer"], data.tokenizer.hash)
+    meant = {"tokenizer": tuple(f"tokenizer {hashed}" for hashed in tokenizers)}
     if then is not None and now is not None:
-        trained_with["VAE"] = (then.vae_hash, now.vae_hash)
-    for what, (old, new) in trained_with.items():
+        meant["vae"] = (then.images, now.images)
+    for option, (old, new) in meant.items():
         if old != new:
             raise ValueError(
-                f"init_from={config.init_from} was trained with {what} {old}, the data was encoded with {new}; encode "
-                f"the data with the {what} of {stored.folder}"
+                f"init_from={config.init_from} was trained with {old}, the data was encoded with {new}; encode it with "
+                f"the {option}= of {stored.folder}"
             )
     if then is not None and now is not None and (changed := differences(then.statistics, now.statistics)):
         raise ValueError(

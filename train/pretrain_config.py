@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from data.dataset import DataConfig
 from data.storage import Location
 from model.diffusion import DiffusionConfig
+from model.latent_space import Pixels
 from model.sampler_config import SamplerConfig
 from model.transfusion import TransfusionConfig
 from train.checkpoints.checkpoint import MOST_MINUTES, CheckpointConfig
@@ -81,6 +82,9 @@ class PretrainConfig:
         steps, most = self.preview.steps, self.diffusion.num_timesteps
         if self.preview.interval_steps is not None and steps > most and self.diffusion.schedule != "flow":
             raise ValueError(f"preview.steps={steps}: expected at most diffusion.num_timesteps={most}")
+        channels = self.model.latent_channels
+        if self.vae == Pixels.hash and channels != Pixels.channels:
+            raise ValueError(f"vae=pixels and model.latent_channels={channels}: expected {Pixels.channels} channels")
         if self.init_from is not None and self.resume not in ("auto", "none"):
             raise ValueError(f"init_from={self.init_from} and resume={self.resume}: expected only one of the two")
         best = self.checkpoint.best_metric

@@ -57,7 +57,7 @@ class SampleConfig(PipelineConfig):
 CONFIG = SampleConfig
 GROUP = True  # its ranks form a process group
 # May differ between ranks; the contents are compared instead.
-OWN = ("checkpoint", "prompts_file", "images", "output", "device", "vae", "tokenizer")
+OWN = ("checkpoint", "prompts_file", "images", "output", "device", "vae", "tokenizer", "guide")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def main(argv: list[str]) -> int | None:
     ranks.on_first(lambda: _clear(output))
     require_shared(output, "output", ranks)
     mine = range(ranks.rank, len(requests), ranks.world_size)
-    settings = {f.name: getattr(config, f.name) for f in fields(SampleConfig) if f.name not in ASKED}
+    in_force = config.suited_to(pipeline.config.diffusion)
+    settings = {f.name: getattr(in_force, f.name) for f in fields(SampleConfig) if f.name not in ASKED}
     lines: list[dict[str, Any]] = []
     shown: list[tuple[int, np.ndarray, str]] = []  # sample number, picture and title for the contact sheet
     with tqdm(desc="sample", total=len(mine), bar_format=BAR_FORMAT, disable=not ranks.is_first) as bar:

@@ -99,7 +99,7 @@ class TrainState:
         """Continue from a verified checkpoint, on any world size; return which records it was trained on. Collective.
 
         An EMA that the checkpoint lacks starts from its weights; one that is no longer configured is dropped.
-        Raises ValueError unless data, tokenizer, VAE, seed, lanes and model are those it was trained with.
+        Raises ValueError unless data, tokenizer, latent space, seed, lanes and model are those it was trained with.
         """
         meta, lanes = (
             json.loads(ranks.on_first(partial(checkpoint.read_extra, path, name)))

@@ -130,8 +130,8 @@ def micro_step(
         image_sum = image_sum + error_sum
         errors.append((each, *levels[grid], valid[grid]))
     error, signal, sigma, counted = (torch.cat(parts) for parts in zip(*errors, strict=True))  # of all grids at once
-    x0_error = error * x0_error_factor(Level(signal, sigma), diffusion)
-    x0_errors = sum_by_bin(x0_error, 2 * (signal / sigma).log(), counted)
+    level = Level(signal, sigma)
+    x0_errors = sum_by_bin(error * x0_error_factor(level, diffusion), level.log_snr, counted)
     text = output.text_nll_sum / max(global_text_targets, 1)
     image = image_sum / max(global_images, 1)
     return StepLoss(text + image_weight * image, output.text_nll_sum.detach(), image_sum.detach(), x0_errors)
@@ -168,7 +168,7 @@ def noised_images(
     noisy, timesteps, levels, targets, valid = {}, {}, {}, {}, {}
     for grid, images in batch.images.items():
         latents = stats.whiten(to_raw(images.stored, images.posterior_noise))
-        schedule = noise_schedule(diffusion, latents[0].numel(), device)
+        schedule = noise_schedule(diffusion, latents[0].numel() if diffusion.shift_by_size else 1, device)
         if uniform_log_snr:
             timesteps[grid] = schedule.nearest(log_snr_of_uniform(images.u))
         else:
@@ -180,7 +180,7 @@ def noised_images(
     return noisy, timesteps, levels, targets, valid, batch.image_token_index
 
 
-@lru_cache(64)
+@lru_cache(1024)  # a table is 8 KB, and a step that made one would wait for the device
 def noise_schedule(diffusion: DiffusionConfig, numbers: int, device: torch.device) -> NoiseSchedule:
-    """Return the schedule of images of `numbers` numbers, one object for all steps."""
+    """Return the schedule of images of `numbers` = C h w numbers (any, without `shift_by_size`), once for all steps."""
     return NoiseSchedule.of(diffusion, numbers, device)

@@ -17,10 +17,9 @@ def open_training_data(config: PretrainConfig) -> DataSet:
     data = open_data(config.data, config.seed, config.model.patch_size)
     spec = data.latent_spec
     if spec is not None and spec.channels != config.model.latent_channels:
-        whose = "pixels" if spec.kind == "pixels" else f"latents, of the VAE of hash {spec.vae_hash},"
         raise ValueError(
-            f"model.latent_channels={config.model.latent_channels}, but the data's {whose} have {spec.channels} "
-            f"channels; set model.latent_channels={spec.channels}"
+            f"model.latent_channels={config.model.latent_channels}, but the data's images, {spec.images}, have "
+            f"{spec.channels} channels; set model.latent_channels={spec.channels}"
         )
     too_long, most = data.too_long, config.data.max_bad_documents
     if len(too_long) > most:

@@ -17,6 +17,7 @@ from train.encode import main
 from train.encoding.encoder import EncoderConfig
 from train.encoding.sidecar import Sidecar
 from train.encoding.verification import verify_folder
+from train.pages.dataset_summary import EncodedData
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -143,3 +144,17 @@ def test_verifying_and_indexing_check_kinds_of_captions(
     with pytest.raises(ValueError, match=r"captions of kind 1: expected one of \['caption'\]"):
         (OUT / "manifest.json").write_text(json.dumps({**named, "captions": {"caption": 1}}))
         Manifest.load(OUT)
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_a_view_shows_the_captions_by_key(encode: Encode, tokenizer: Tokenizer, with_tokenizer: bool) -> None:
+    """As the tokens say or, without a tokenizer, as the records' json does."""
+    encode(raw_of("raw"), caption_keys="{caption: 1, long: 2, txt: 0.5}", max_bad_fraction=0.5)
+    data = EncodedData.open(str(OUT), 2, str(tokenizer.path) if with_tokenizer else None, None)
+    documents, _ = data.read_documents([0], 4, 0, BadRecords(0))
+    assert [document.text for document in documents] == [
+        "caption: a cat | long: a cat on a mat | long: a big red cat | txt: from txt",
+        "caption: a dog",
+        "long: a blue bird in a tree",
+        "long: one fish",
+    ]

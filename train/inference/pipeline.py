@@ -1,4 +1,4 @@
-"""A trained model with its tokenizer and VAE: text and pictures in, text and pictures out.
+"""A trained model with its tokenizer and latent space: text and pictures in, text and pictures out.
 
 The bits of a picture depend on its prompt and its number, not on what else is asked for, nor on how many rows run
 beside it (P12); on CUDA also on the batch size. An incomplete last batch runs the rows that it has.
@@ -86,7 +86,7 @@ class Pipeline:
     def load(cls, config: PipelineConfig, ranks: Ranks) -> "Pipeline":
         """Load the model that `config.checkpoint` names, and its guide. Collective.
 
-        Raises FileNotFoundError or ValueError if there is none, its tokenizer or VAE cannot be found, or the guide
+        Raises FileNotFoundError or ValueError if there is none, its tokenizer or vae cannot be found, or the guide
         cannot guide it.
         """
         names = (config.checkpoint, config.weights, config.tokenizer, config.guide, config.guide_weights)
@@ -119,7 +119,7 @@ class Pipeline:
         vae_path: str | None,
         device: torch.device | None = None,  # None: the model's; of one whose weights come later, it must be given
     ) -> "Pipeline":
-        """Combine a model with the VAE of its training data; raise ValueError for any other VAE, or for text alone."""
+        """Combine a model with the latent space of its data; raise ValueError for any other, or for text alone."""
         if spec is None or not grids:
             raise ValueError("the model was trained on text alone: it draws no pictures")
         device = device or next(model.parameters()).device
@@ -148,7 +148,7 @@ class Pipeline:
         if only is not None and pixels != (only, only):
             raise ValueError(f"size={list(pixels)}: the autoencoder decodes to {[only, only]} alone; leave size out")
         if any(side < unit or side % unit for side in pixels):
-            raise ValueError(f"size={list(pixels)}: expected multiples of {unit}, the VAE's stride times a patch")
+            raise ValueError(f"size={list(pixels)}: expected multiples of {unit}, pixels a token")
         return replace(self, grid=(pixels[0] // stride, pixels[1] // stride))
 
     @torch.no_grad()

@@ -67,12 +67,12 @@ class ShownDocument:
     num_tokens: int
     grids: list[tuple[int, int]]  # (h, w) of each image's latents
     text: str  # its beginning
-    pictures: list[tuple[np.ndarray, str]]  # uint8 [H, W, 3] and caption of the first PICTURES; none without a VAE
+    pictures: list[tuple[np.ndarray, str]]  # uint8 [H, W, 3] and caption of the first PICTURES; none without `space`
 
 
 @dataclass(frozen=True)
 class EncodedData:
-    """An encoded data set, or one shard of it, with its tokenizer and VAE where they are given."""
+    """An encoded data set, or one shard of it, with its tokenizer and latent space where they are given."""
 
     manifest: Manifest
     patch_size: int
@@ -83,7 +83,7 @@ class EncodedData:
     def open(cls, shards: str, patch_size: int, tokenizer: str | None, vae: str | None) -> "EncodedData":
         """Open the folder `shards`, or the one shard that it names.
 
-        Raises FileNotFoundError or ValueError if it is not a data set, or not encoded with this tokenizer or VAE.
+        Raises FileNotFoundError or ValueError if it is not a data set, or not encoded with this tokenizer or vae.
         """
         manifest = _open_manifest(shards)
         for grid in sorted(manifest.grids()):
@@ -126,7 +126,7 @@ class EncodedData:
 
         The same seed gives the same documents, in the order of the data.
         """
-        documents, sums = [], LatentSums.total(self._channels)
+        documents, sums = [], LatentSums.total(self.manifest.kind_and_channels[1])
         load_index = lru_cache(1)(self.manifest.load_index)  # places come shard by shard
         for shard, number in tqdm(self._places(shards, n, seed), desc="view: documents", unit="document", delay=1):
             bad.seen += 1
@@ -142,10 +142,6 @@ class EncodedData:
             num_tokens = int(index.document_tokens(self.patch_size)[number])
             documents.append(self._shown(shard, num_tokens, record, document))
         return documents, sums
-
-    @property
-    def _channels(self) -> int:
-        return self.manifest.kind_and_channels[1]
 
     def _places(self, shards: list[int], n: int, seed: int) -> list[tuple[int, int]]:
         """Return (shard, record) of one document from each of `n` equal parts of the data, or all if it has fewer."""
@@ -201,7 +197,8 @@ class EncodedData:
     def _captions(self, record: Record, document: Document) -> str:
         """Return the beginnings of all captions of a picture, each after its kind where the data has several."""
         kinds, numbers = list(self.manifest.captions), document.caption_kinds
-        in_json = [text for kind in kinds or ["caption"] for text in _captions_in_json(record, kind)]
+        keys = [kinds[number] for number in sorted(set(numbers))] or ["caption"]
+        in_json = [text for key in keys for text in _captions_in_json(record, key)]
         said = []
         for i, caption in enumerate(document.captions):
             text = f"[{len(caption.token_ids):,} text tokens]"

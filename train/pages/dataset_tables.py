@@ -13,12 +13,6 @@ from train.pages.dataset_summary import Counts, EncodedData, ShownDocument, quan
 from train.pages.terminal import Table, Value, View
 
 LISTED = 20  # grids and shards, the largest
-# What the records keep of an image, by its kind and the hash of the space.
-KEPT = {
-    "moments": "posteriors of VAE {}",
-    "latents": "latents of the deterministic autoencoder {}",
-    "pixels": "pixels, 8 bits a channel",
-}
 QUANTILES = {"shortest": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95, "longest": 1.0}
 
 
@@ -59,9 +53,8 @@ def _facts(data: EncodedData, counts: Counts, sequence_length: int) -> dict[str,
         "tokenizer": f"{manifest.tokenizer_hash} ({manifest.vocab_size:,} ids)",
     }
     if spec is not None:
-        kept = KEPT[spec.kind].format(spec.vae_hash)
-        of = f"{spec.channels} channels, stride {spec.stride}, {spec.resolution} pixels"
-        facts["images are"] = f"{kept} ({of})"
+        sizes = f"{spec.channels} channels, stride {spec.stride}, {spec.resolution} pixels a side"
+        facts["images"] = f"{spec.images} ({sizes})"
     return facts
 
 

@@ -16,6 +16,7 @@ from data.documents import ImageKind
 from data.largest_batch import Grid, largest_batches
 from data.packing import PackedBatch
 from data.tokenizer import SpecialIds
+from model.latent_space import Pixels
 from model.transfusion import Transfusion, TransfusionConfig
 from train.flops import Flops
 from train.planning.rehearsal import Collective
@@ -63,7 +64,7 @@ def largest_batches_of(
 
 def assumed_images(config: PretrainConfig) -> tuple[Grid, ImageKind]:
     """Return the grid and the kind of the paper's pictures, for when the data is not available."""
-    return (PAPER_PIXELS, "pixels") if config.vae == "pixels" else (PAPER_GRID, "moments")
+    return (PAPER_PIXELS, "pixels") if config.vae == Pixels.hash else (PAPER_GRID, "moments")
 
 
 def usable_bytes(memory_gib: float) -> float:
