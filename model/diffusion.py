@@ -25,8 +25,8 @@ class DiffusionConfig:
     schedule: Literal["cosine", "linear", "flow"] = "cosine"
     # Rescale cosine or linear so that the last timestep is pure noise (Lin et al. 2023); prediction must be v or x0.
     zero_terminal_snr: bool = False
-    # Factor on sigma / signal, > 0, in training and sampling alike; 1: none. For flow it is SD3's timestep shift; for
-    # others it shifts log SNR by -2 ln(shift). Larger images need more noise.
+    # Factor on sigma / signal, 0.001...1000, in training and sampling alike; 1: none. For flow it is SD3's timestep
+    # shift; for others it shifts log SNR by -2 ln(shift). Larger images need more noise.
     shift: float = 1.0
     # Multiply `shift` by sqrt(n / 4096) for each image, where n is how many numbers it has: tokens x channels.
     shift_by_size: bool = False
@@ -50,9 +50,10 @@ class DiffusionConfig:
         cap = self.before_caption_max_timestep
         if cap is not None and not 0 <= cap < self.num_timesteps:
             raise ValueError(f"before_caption_max_timestep={cap}: expected 0...{self.num_timesteps - 1}, or null")
-        for name in ("logit_normal_std", "shift"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
+        if self.logit_normal_std <= 0:
+            raise ValueError(f"logit_normal_std={self.logit_normal_std}: expected a positive number")
+        if not 0.001 <= self.shift <= 1000:  # beyond, levels round to no noise, by which samplers divide
+            raise ValueError(f"shift={self.shift}: expected 0.001...1000")
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
             raise ValueError(f"min_snr_gamma={self.min_snr_gamma}: expected a positive number, or null for no weight")
         self._refuse_contradictions()

@@ -62,6 +62,22 @@ class TransfusionOutput(NamedTuple):
     noise_pred: dict[Grid, Tensor]  # [N_cap, C, h, w] each; noise, or what `diffusion.prediction` says
 
 
+class Timesteps:
+    """Timesteps [N] of the images by grid, int64 or f32.
+
+    A plain class on purpose, like RotaryTables: in a dict FSDP2's mixed precision would round f32 to bf16, where a
+    flow's timesteps near pure noise are whole multiples of 4.
+    """
+
+    __slots__ = ("_by_grid",)
+
+    def __init__(self, by_grid: dict[Grid, Tensor]) -> None:
+        self._by_grid = by_grid
+
+    def __getitem__(self, grid: Grid) -> Tensor:
+        return self._by_grid[grid]
+
+
 class Transfusion(nn.Module):
     def __init__(self, config: TransfusionConfig, vocab_size: int) -> None:
         super().__init__()
@@ -87,7 +103,7 @@ class Transfusion(nn.Module):
         text_target_index: Tensor,
         text_targets: Tensor,
         noisy: dict[Grid, Tensor],
-        timesteps: dict[Grid, Tensor],
+        timesteps: Timesteps,
         image_valid: dict[Grid, Tensor],
         image_token_index: Tensor,
     ) -> TransfusionOutput:

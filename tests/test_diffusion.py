@@ -320,7 +320,13 @@ def test_min_snr_weighs_the_error_in_x0_alike_whatever_is_predicted():
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"num_timesteps": 1}, {"before_caption_max_timestep": 1000}, {"min_snr_gamma": 0.0}, {"shift": 0.0}),
+        *(
+            {"num_timesteps": 1},
+            {"before_caption_max_timestep": 1000},
+            {"min_snr_gamma": 0.0},
+            {"shift": 1e-9},
+            {"shift": 1e4},
+        ),
         *({"schedule": "flow"}, {"zero_terminal_snr": True}, {"loss": "v"}),  # each with prediction=eps
         {"zero_terminal_snr": True, "schedule": "flow", "prediction": "v"},
         {"min_snr_gamma": 5.0, "schedule": "flow", "prediction": "v"},

@@ -6,7 +6,7 @@ from model.attention import dense_mask
 from model.diffusion import DiffusionConfig, add_noise, training_target
 from model.sampler import Prompt
 from model.transformer import TransformerConfig
-from model.transfusion import Transfusion, TransfusionConfig, init_weights
+from model.transfusion import Timesteps, Transfusion, TransfusionConfig, init_weights
 from tests.test_sampler import CHANNELS, GRID, PATCHES, SCHEDULE, SPECIAL, VOCAB, picture, run, settings
 
 
@@ -30,7 +30,7 @@ def lay_out(rows):
         "text_target_index": is_target.flatten().nonzero()[:, 0],
         "text_targets": follows[is_target],
         "noisy": {GRID: torch.stack([latents for latents, _ in images])},
-        "timesteps": {GRID: torch.tensor([t for _, t in images])},
+        "timesteps": Timesteps({GRID: torch.tensor([t for _, t in images])}),
         "image_valid": {GRID: torch.ones(len(images), dtype=torch.bool)},
         "image_token_index": is_image.flatten().nonzero()[:, 0],
     }

@@ -27,7 +27,7 @@ from train.distributed.parallelize import ParallelConfig, compute_dtype, gather_
 from train.distributed.ranks import Ranks
 from train.optim.guard import GuardConfig
 from train.optim.optimizer import OptimConfig, Optimizer
-from train.step import latent_stats, micro_step
+from train.step import latent_stats, micro_step, noised_images
 
 MODEL = TransfusionConfig(
     transformer=TransformerConfig(width=24, layers=3, heads=2, ffn_multiple_of=8, qk_norm=True), latent_channels=2
@@ -145,6 +145,27 @@ def test_options_change_memory_and_speed_but_not_the_result(tokenizer: Tokenizer
         _assert_same(name, step, found["plain"], 0.1 if "bfloat16" in name else 1e-6)
     _assert_same("bfloat16, selective", found["bfloat16, selective"], found["bfloat16"], 1e-6)
     assert found["bfloat16"].loss != found["plain"].loss
+
+
+def _embedded_timesteps(ranks: Ranks, data_settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the timesteps of a flow's batch, and those that a model in bfloat16 embeds."""
+    data, flow = open_data(data_settings, 3, MODEL.patch_size), DiffusionConfig(schedule="flow", prediction="v")
+    model = sharded_model(MODEL, data.tokenizer.vocab_size, ranks, ParallelConfig(dtype="bfloat16"))
+    loader = Loader(data, data_settings, rank=0, world_size=1, micro_batch_size=4)
+    batch, stats = loader.next(30).micro_batches[0], latent_stats(data.latent_spec, 2, ranks.device)
+    loader.close()
+    embedded: list[torch.Tensor] = []
+    hook = model.patches.timestep.register_forward_pre_hook(lambda _, arguments: embedded.append(arguments[0]))
+    micro_step(model, batch, stats=stats, diffusion=flow, image_weight=1.0, global_text_targets=1, global_images=1)
+    hook.remove()
+    return torch.cat([*noised_images(batch, stats, flow, MODEL)[1].values()]), torch.cat(embedded)
+
+
+def test_bfloat16_leaves_a_flows_timesteps_exact(tokenizer: Tokenizer, sources: dict[str, Path]) -> None:
+    """Sampling embeds exact ones (P12)."""
+    settings = data_config(tokenizer, sources, lanes=4, sequence_length=64)
+    ((timesteps, embedded),) = run_ranks(_embedded_timesteps, 1, settings)
+    assert len(timesteps) > 4 and torch.equal(embedded, timesteps)
 
 
 ROW, SUMS, KEPT = {"micro_batch_size": 1}, {"accumulate_unsharded": True}, {"reshard_after_forward": False}

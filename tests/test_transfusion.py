@@ -8,7 +8,14 @@ import torch.nn.functional as F
 
 from model.attention import dense_mask
 from model.transformer import TransformerConfig
-from model.transfusion import Transfusion, TransfusionConfig, init_weights, initial_value, parameter_generator
+from model.transfusion import (
+    Timesteps,
+    Transfusion,
+    TransfusionConfig,
+    init_weights,
+    initial_value,
+    parameter_generator,
+)
 
 GRIDS = {(4, 4): 2, (2, 6): 1}  # grid -> slots
 VOCAB = 11
@@ -54,7 +61,7 @@ def tiny_batch(seed=0, images=True, text=True):
         "text_target_index": text_target_index,
         "text_targets": text_targets,
         "noisy": {grid: torch.randn(n, 3, *grid, generator=generator) for grid, n in GRIDS.items()},
-        "timesteps": {grid: torch.randint(0, 1000, (n,), generator=generator) for grid, n in GRIDS.items()},
+        "timesteps": Timesteps({g: torch.randint(0, 1000, (n,), generator=generator) for g, n in GRIDS.items()}),
         "image_valid": {(4, 4): torch.tensor([images, False]), (2, 6): torch.tensor([images])},
         "image_token_index": index,
     }

@@ -26,7 +26,7 @@ from model.log_snr_bins import log_snr_of_uniform, sum_by_bin
 from model.losses import noise_error
 from model.schedule import NoiseSchedule
 from model.transformer import Mask
-from model.transfusion import Transfusion, TransfusionConfig
+from model.transfusion import Timesteps, Transfusion, TransfusionConfig
 from train.distributed.parallelize import ParallelConfig, set_micro_step
 
 
@@ -119,7 +119,7 @@ def micro_step(
         text_target_index=batch.text_target_index,
         text_targets=batch.text_targets,
         noisy=noisy,
-        timesteps=timesteps,
+        timesteps=Timesteps(timesteps),
         image_valid=valid,
         image_token_index=token_index,
     )
