@@ -57,7 +57,7 @@ def rewrite(page: Path, record: dict[str, Any]) -> None:
         f"`{record['command']}`: {record['steps']} steps a run, {record['seeds']} seeds, {record['prompts']} scenes a "
         f"split. {record['date']}, {record['machine']}, {versions}. By seed: seen scenes that were drawn rightly. "
         "Shares are over all seeds, with Wilson intervals of 95 %. The error of x0 is that of whitened latents or of "
-        "pixels, on held-out scenes with their captions, and is compared within one table. `--help` explains the cases.",
+        "pixels, on held-out scenes with their captions, and is compared within a table. `--help` explains the cases.",
     ]
     for space in dict.fromkeys(name.partition("-")[0] for name in record["cases"]):
         cases = {name: case for name, case in record["cases"].items() if name.partition("-")[0] == space}
