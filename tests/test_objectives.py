@@ -59,7 +59,7 @@ def test_a_page_is_rewritten_down_to_what_people_wrote(tmp_path: Path) -> None:
     rewrite(page, record)
     text = page.read_text(encoding="utf-8")
     assert text.endswith(seen) and "old tables" not in text and "pixels-v-0 failed: died" in text
-    assert "## Pixels" in text and "| pixels-x0 | 2 | 0.750 [0.30, 0.95] |" in text
+    assert "## Pixels" in text and "| pixels-x0 | 3 | 0.750 [0.30, 0.95] |" in text
     assert "| 0.2500, 0.7500 |" in text and "| latents-v | 1.00 | 0.1875 |" in text
 
 
