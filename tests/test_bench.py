@@ -213,7 +213,9 @@ def test_sampling_draws_the_same_with_and_without_its_cache(run_here: Callable) 
     assert record["cached_speedup"] > 0
     counts = {name: case.get("tokens", 0) for name, case in record["cases"].items()}
     assert sorted(counts.values()) == [0, 0, 0, 0, 4, 4, 8, 8], counts
-    assert all(case["share_of_bound"] > 0 and case["per_row"] > 0 for case in record["cases"].values())
+    for name, case in record["cases"].items():
+        is_difference = "after" in name  # of two times, which a busy machine may turn around
+        assert case["share_of_bound"] > 0 and (is_difference or case["per_row"] > 0), name
 
 
 @pytest.mark.slow
