@@ -83,7 +83,11 @@ def main(argv: list[str]) -> int | None:
     }
     if config.heldout:
         results["data"]["heldout"] = {
-            name: {"path": path, "fingerprint": fingerprints[name], "captions": manifests[name].captions}
+            name: {
+                "path": path,
+                "fingerprint": fingerprints[name],
+                **({"captions": manifests[name].captions} if manifests[name].captions else {}),  # weights
+            }
             for name, path in config.heldout.items()
         }
         _refuse_trained(saved, config.heldout, ranks)
