@@ -182,6 +182,7 @@ def test_two_jobs_on_a_node_get_two_ports() -> None:
 def test_a_snapshot_is_kept_once_and_runs_without_the_working_tree(tmp_path: Path) -> None:
     code = snapshot.write_code(tmp_path)
     assert snapshot.write_code(tmp_path) == code and [path.name for path in tmp_path.iterdir()] == [code.name]
+    assert (code / "train" / "pages" / "page.css").is_file() and not list(code.rglob("__pycache__"))
     shown = subprocess.run(
         [sys.executable, "-c", "import train.config, slurm.job; print(train.config.__file__, slurm.job.__file__)"],
         cwd=ROOT,
@@ -191,7 +192,6 @@ def test_a_snapshot_is_kept_once_and_runs_without_the_working_tree(tmp_path: Pat
         check=True,
     ).stdout.split()
     assert shown == [f"{code}/train/config.py", f"{code}/slurm/job.py"]
-    assert (code / "train" / "pages" / "page.css").is_file() and not list(code.rglob("__pycache__"))
 
 
 def test_a_record_counts_attempts_without_progress(tmp_path: Path) -> None:
