@@ -45,14 +45,14 @@ def measure_size(config: TransformerConfig, batch: PackedBatch, repeats: int) ->
     ids = batch.document_ids, batch.image_ids, batch.visible_until
     device, (rows, length) = ids[0].device, ids[0].shape
     generator = torch.Generator(device).manual_seed(0)
-    shape = (rows, config.heads, length, config.head_dim)
+    shape = (rows, config.heads, length, config.head_width)
     q, k, v, upstream = (torch.randn(shape, generator=generator, device=device) for _ in range(4))
     flex = block_mask(*ids)
     masks: dict[str, BlockMask | Tensor] = {"dense": dense_mask(*ids), "flex": flex}
     exact = _run(attend, (q, k, v), upstream, masks["dense"], backward=True)
     half, half_upstream = (q.bfloat16(), k.bfloat16(), v.bfloat16()), upstream.bfloat16()
     record: dict[str, Any] = {
-        "head_dim": config.head_dim,
+        "head_dim": config.head_width,
         "heads": config.heads,
         "mask_ms": 1e3 * seconds(lambda: block_mask(*ids), device, repeats),
         "blocks_skipped": flex.sparsity() / 100,

@@ -47,7 +47,7 @@ def measure(config: TransfusionConfig, tokens: int, targets: int, vocab_size: in
     trunk = config.transformer
     heads = trunk.heads + 2 * trunk.num_kv_heads
     of_block = [  # rows, in, out
-        (tokens, trunk.width, heads * trunk.head_dim),
+        (tokens, trunk.width, heads * trunk.head_width),
         (tokens, trunk.width, trunk.width),
         (tokens, trunk.width, 2 * trunk.hidden),
         (tokens, trunk.hidden, trunk.width),

@@ -44,7 +44,7 @@ SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4)
 @torch.no_grad()
 def draw_without_cache(model: Transfusion, prompts: list[Prompt], config: SamplerConfig) -> Tensor:
     """Return latents [R, C, h, w] from DDIM that runs every token of both branches in every step."""
-    device, draws, diffusion = model.text_head.weight.device, SeededDraws(0), DiffusionConfig(prediction="v")
+    device, draws, diffusion = model.head_weight.device, SeededDraws(0), DiffusionConfig(prediction="v")
     shape = (model.config.latent_channels, *GRID)
     patches = GRID[0] * GRID[1] // model.config.patch_size**2
     rows = len(prompts)
@@ -169,14 +169,14 @@ def products_seconds(model: Transfusion, tokens: int, head: bool) -> float:
     layers: list[nn.Linear] = []
     for block in model.transformer.blocks:
         layers += [block.attention.qkv, block.attention.out, block.ffn.gate_up, block.ffn.down]  # type: ignore[union-attr,list-item]  # Block
-    weight = model.text_head.weight
+    weight = model.head_weight
     inputs = {layer.in_features: torch.randn(tokens, layer.in_features).to(weight) for layer in layers}
     _wait(weight)
     start = time.perf_counter()
     for layer in layers:
         layer(inputs[layer.in_features])
     if head:
-        model.text_head(inputs[model.text_head.in_features])
+        model.text_logits(inputs[weight.shape[1]])
     _wait(weight)
     return time.perf_counter() - start
 
@@ -191,7 +191,7 @@ def measure_cases(model: Transfusion, cases: dict[str, Case], steps: int, rounds
         for name, case in cases.items():
             config = case.config(steps, patches)
             generate_all = _generator(model, case, config)
-            _wait(model.text_head.weight)
+            _wait(model.head_weight)
             start = time.perf_counter()
             results = generate_all()
             spent = time.perf_counter() - start  # the results are on the host
@@ -263,7 +263,7 @@ def main() -> int:
     trunk = dataclasses.replace(SIZES[options.size], layers=options.layers)
     model = Transfusion(TransfusionConfig(transformer=trunk, patches=options.patches), VOCAB).eval()
     init_weights(model, 0)
-    model.text_head.weight.data.mul_(8)  # a few likely tokens, as a trained model has
+    model.head_weight.data.mul_(8)  # a few likely tokens, as a trained model has
     model.to(name, torch.bfloat16 if name == "cuda" else torch.float32)
     patches = GRID[0] * GRID[1] // model.config.patch_size**2
     cases = make_cases(options.rows, options.prefix, options.tokens, patches)

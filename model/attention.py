@@ -7,7 +7,9 @@ evaluates all S x S pairs and at 4k tokens costs more than the attention it save
 """
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +37,39 @@ class RotaryTables:
         self.turns = None if angles.is_cuda else torch.complex(self.cos, self.sin)  # for model/cpu.py
 
 
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's stretching of slow rotary frequencies, with which it was trained on after its context was extended.
+
+    (Grattafiori et al. 2024, arXiv:2407.21783; the formula is that of Meta's llama-models, `apply_scaling`.)
+    """
+
+    factor: float = 1.0  # by which frequencies slower than `low_freq_factor` are divided, >= 1; 1: none
+    low_freq_factor: float = 1.0  # turns in `original_length` tokens up to which a frequency counts as slow, > 0
+    high_freq_factor: float = 4.0  # and from which on it stays as it is, more than low_freq_factor
+    original_length: int = 8192  # tokens of the context before it was extended, >= 1
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor or self.original_length < 1:
+            raise ValueError(
+                f"rope_scaling.factor={self.factor}, low_freq_factor={self.low_freq_factor}, high_freq_factor="
+                f"{self.high_freq_factor}, original_length={self.original_length}: expected factor >= 1, 0 < "
+                "low_freq_factor < high_freq_factor, original_length >= 1"
+            )
+
+    def apply(self, inverse: Tensor) -> Tensor:
+        """Return the scaled rotary frequencies f32 [K/2] of frequencies in radians a token."""
+        turns = self.original_length * inverse / (2 * math.pi)
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return inverse * (kept + (1 - kept) / self.factor)
+
+
 def rotary_tables(
-    position_ids: Tensor, head_dim: int, theta: float, grid_positions: Tensor | None = None
+    position_ids: Tensor,
+    head_dim: int,
+    theta: float,
+    grid_positions: Tensor | None = None,
+    scaling: RopeScaling | None = None,
 ) -> RotaryTables:
     """Return the tables of `position_ids` int [B, S].
 
@@ -45,6 +78,8 @@ def rotary_tables(
     """
     frequency = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
     inverse = theta ** (-frequency / head_dim)  # [K/2]
+    if scaling is not None and scaling.factor > 1:
+        inverse = scaling.apply(inverse)
     positions = position_ids[..., None].float()  # [B, S, 1]
     if grid_positions is not None:
         # Axis of each frequency: 1-D, row, 1-D, column, ... so both axes get coarse and fine frequencies.

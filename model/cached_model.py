@@ -41,14 +41,14 @@ class CachedModel:
         `batch` is the rows of a full batch, of which there may be fewer here. A `guide`, of the same patch size, sees
         all that is appended.
         """
-        trunk, weight = model.config.transformer, model.text_head.weight
+        trunk, weight = model.config.transformer, model.head_weight
         self.model, self.device, self.batch = model, weight.device, batch
         self._multiple = 2 if HAS_ONEDNN and weight.dtype == torch.float32 else 8  # of a text's products
         self._convolves = model.config.patches == "unet"
         self._slots = list(range(rows))  # of each row in the cache
 
         def cache(rows: int, capacity: int, step: int) -> KVCache:
-            shape = (trunk.layers, rows, capacity, trunk.num_kv_heads, trunk.head_dim)
+            shape = (trunk.layers, rows, capacity, trunk.num_kv_heads, trunk.head_width)
             return KVCache(*shape, weight.dtype, self.device, step)
 
         self._conditional = cache(rows, length + chunk, 64)

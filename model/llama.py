@@ -42,9 +42,9 @@ def llama_weights(model: Transfusion) -> dict[str, Tensor]:
     weights = {
         "model.embed_tokens.weight": model.text_embedding.weight[: model.vocab_size],
         "model.norm.weight": model.transformer.norm.weight,
-        "lm_head.weight": model.text_head.weight[: model.vocab_size],
+        "lm_head.weight": model.head_weight[: model.vocab_size],
     }
-    sizes = [heads * trunk.head_dim for heads in (trunk.heads, trunk.num_kv_heads, trunk.num_kv_heads)]
+    sizes = [heads * trunk.head_width for heads in (trunk.heads, trunk.num_kv_heads, trunk.num_kv_heads)]
     for number, block in enumerate(model.transformer.blocks):
         assert isinstance(block, Block)
         q, k, v = block.attention.qkv.weight.split(sizes)
@@ -53,8 +53,8 @@ def llama_weights(model: Transfusion) -> dict[str, Tensor]:
             f"model.layers.{number}.{name}.weight": weight
             for name, weight in {
                 "input_layernorm": block.attention_norm.weight,
-                "self_attn.q_proj": _halves(q, trunk.head_dim),
-                "self_attn.k_proj": _halves(k, trunk.head_dim),
+                "self_attn.q_proj": _halves(q, trunk.head_width),
+                "self_attn.k_proj": _halves(k, trunk.head_width),
                 "self_attn.v_proj": v,
                 "self_attn.o_proj": block.attention.out.weight,
                 "post_attention_layernorm": block.ffn_norm.weight,

@@ -1,4 +1,4 @@
-"""The trunk: a Llama stack (pre-norm RMSNorm, rotary attention, SwiGLU; no biases, no dropout).
+"""The trunk: a Llama stack (pre-norm RMSNorm, rotary attention, SwiGLU; no dropout).
 
 It sees embeddings [B, S, D], positions and a mask, never tokens or images. Queries, keys and values are one linear
 layer, gate and up another: fewer, larger products. Blocks are a plain ModuleList, so that checkpointing, compilation
@@ -6,7 +6,7 @@ and sharding are applied to each from outside.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import attention, cpu
-from model.attention import RotaryTables, additive_mask, apply_rope, attend, rotary_tables
+from model.attention import RopeScaling, RotaryTables, additive_mask, apply_rope, attend, rotary_tables
 from model.cache import NextTokens
 from model.document_attention import DocumentMask, attend_documents
 from model.linear import Linear
@@ -25,33 +25,39 @@ CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> atten
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    width: int = 768  # D, dimensions of the residual stream; a multiple of heads
+    width: int = 768  # D, dimensions of the residual stream, >= 1
     layers: int = 16  # number of blocks, >= 1
-    heads: int = 12  # query heads, >= 1; head dimension is width / heads, even
+    heads: int = 12  # query heads, >= 1
+    head_dim: int | None = None  # dimensions of a head, even; null: width / heads
     kv_heads: int | None = None  # key-value heads, a divisor of heads; null: as many as heads
     ffn_hidden: int | None = None  # hidden dimensions of SwiGLU, >= 1; null: Llama's rule
     ffn_multiple_of: int = 256  # Llama's rule rounds 8/3 width up to a multiple of this, >= 1
     rope_theta: float = 10000.0  # base of the rotary frequencies, > 1
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     rope_2d: bool = False  # ours: inside images, half of the rotary frequencies rotate by row and column
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm, > 0
-    qk_norm: bool = False  # RMSNorm of each query and key head (Chameleon); off in the paper
+    qkv_bias: bool = False  # biases of queries, keys and values (Qwen2); off in the paper
+    qk_norm: bool = False  # RMSNorm of each query and key head (Chameleon, Qwen3); off in the paper
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "kv_heads", "ffn_hidden", "ffn_multiple_of"):
+        for name in ("width", "layers", "heads", "head_dim", "kv_heads", "ffn_hidden", "ffn_multiple_of"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number")
-        if self.width % self.heads or self.head_dim % 2:
+        if self.head_dim is None and self.width % (2 * self.heads):
             raise ValueError(f"width={self.width}, heads={self.heads}: expected width to be a multiple of 2 * heads")
-        if self.rope_2d and self.head_dim % 8:
-            raise ValueError(f"rope_2d with head dimension {self.head_dim}: expected a multiple of 8; change heads")
+        if self.head_width % 2:
+            raise ValueError(f"head_dim={self.head_dim}: expected an even number, or null")
+        if self.rope_2d and self.head_width % 8:
+            raise ValueError(f"rope_2d with head dimension {self.head_width}: expected a multiple of 8; change heads")
         if self.heads % self.num_kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads}: expected a divisor of heads={self.heads}, or null")
         if self.rope_theta <= 1 or self.norm_eps <= 0:
             raise ValueError(f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}: expected > 1 and > 0")
 
     @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
+    def head_width(self) -> int:
+        """Return K, the dimensions of a head."""
+        return self.head_dim or self.width // self.heads
 
     @property
     def num_kv_heads(self) -> int:
@@ -87,8 +93,8 @@ class RMSNorm(nn.RMSNorm):
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads, config.head_dim
-        self.qkv = Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads, config.head_width
+        self.qkv = Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, config.qkv_bias)
         self.out = Linear(self.heads * self.head_dim, config.width)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
@@ -166,7 +172,8 @@ class Transformer(nn.Module):
         `next_tokens`, h is appended to caches, which have their own masks, and `mask` is not read.
         """
         grid = grid_positions if self.config.rope_2d else None
-        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, grid)
+        theta, scaling = self.config.rope_theta, self.config.rope_scaling
+        rotary = rotary_tables(position_ids, self.config.head_width, theta, grid, scaling)
         if isinstance(mask, Tensor):
             mask = additive_mask(mask, h.dtype)
         for layer, block in enumerate(self.blocks):

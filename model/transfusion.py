@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.cache import NextTokens
-from model.linear import Linear
+from model.linear import Linear, linear
 from model.losses import linear_cross_entropy
 from model.patches import LinearPatches, Skips
 from model.transformer import Mask, Transformer, TransformerConfig
@@ -40,6 +40,7 @@ class TransfusionConfig:
     # Rows of the text embedding and head are padded to a multiple of this, >= 1, with zeros that no logit, loss or draw
     # sees; they stay zero. 64 makes the head's products fast on GPUs for any vocabulary.
     vocab_multiple_of: int = 1
+    tied_embeddings: bool = False  # the text head is the text embedding (small language models); off in the paper
     text_loss_chunk: int = 4096  # text targets whose logits are in memory at once, >= 1; does not change the result
 
     def __post_init__(self) -> None:
@@ -91,7 +92,7 @@ class Transfusion(nn.Module):
         else:
             self.patches = LinearPatches(width, channels, config.patch_size, config.timestep_after_patches)
         self.transformer = Transformer(config.transformer)
-        self.text_head = Linear(width, rows)
+        self.text_head = None if config.tied_embeddings else Linear(width, rows)
 
     def forward(
         self,
@@ -124,12 +125,17 @@ class Transfusion(nn.Module):
 
         # index_select, not indexing: its backward is one index_add instead of a sort.
         at_targets, chunk = hidden.index_select(0, text_target_index), self.config.text_loss_chunk
-        nll_sum, count = linear_cross_entropy(at_targets, self.text_head.weight, text_targets, chunk, self.vocab_size)
+        nll_sum, count = linear_cross_entropy(at_targets, self.head_weight, text_targets, chunk, self.vocab_size)
         image_hidden = hidden.index_select(0, image_token_index).split([t[..., 0].numel() for t in valid_tokens])
         noise_pred = {}
         for (grid, (tokens, skips)), part in zip(encoded.items(), image_hidden, strict=True):
             noise_pred[grid] = self.predict_noise(part.view(tokens.shape), skips, timesteps[grid], *grid)
         return TransfusionOutput(nll_sum, count, noise_pred)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Return the weight [V or more, D] of the text head, which may be the embedding's."""
+        return self.text_embedding.weight if self.text_head is None else self.text_head.weight
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """Return [..., D] of token ids int64 [...]."""
@@ -152,7 +158,7 @@ class Transfusion(nn.Module):
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Return [..., V] of hidden states [..., D]."""
-        return self.text_head(hidden)[..., : self.vocab_size]
+        return linear(hidden, self.head_weight)[..., : self.vocab_size]
 
     def predict_noise(self, hidden: Tensor, skips: Skips, timesteps: Tensor, h: int, w: int) -> Tensor:
         """Return the prediction [N, C, h, w] of the hidden states of images [N, P, D]."""

@@ -37,7 +37,7 @@ def rotate(x, position, theta):
 def slow_llama(trunk, h, mask):
     """One row h [S, D], one query and one head at a time."""
     config = trunk.config
-    size, group = config.head_dim, config.heads // config.num_kv_heads
+    size, group = config.head_width, config.heads // config.num_kv_heads
     for block in trunk.blocks:
         x = rms_norm(h, block.attention_norm.weight, config.norm_eps)
         q, k, v = (x @ block.attention.qkv.weight.T).split(
@@ -91,7 +91,7 @@ def test_cached_steps_equal_the_full_forward(changes):
     full = trunk(h, positions, grid, mask.expand(2, 1, 12, 12))
 
     config = trunk.config
-    cache = KVCache(config.layers, 2, 16, config.num_kv_heads, config.head_dim)
+    cache = KVCache(config.layers, 2, 16, config.num_kv_heads, config.head_width)
     pieces = []
     for start, stop, causal in [(0, 3, True), (3, 4, True), (4, 8, False), (8, 9, True), (9, 12, True)]:
         span = slice(start, stop)

@@ -32,19 +32,20 @@ class Flops:
         Selective recomputation repeats no product; but in blocks that are not compiled it cannot see flex attention.
         """
         trunk = config.transformer
-        kv_share = trunk.num_kv_heads / trunk.heads
-        matrices = trunk.layers * (trunk.width**2 * (2 + 2 * kv_share) + 3 * trunk.width * trunk.hidden)
+        heads = trunk.heads * trunk.head_width  # dimensions of all query heads
+        projections = 2 * heads + 2 * trunk.num_kv_heads * trunk.head_width
+        matrices = trunk.layers * trunk.width * (projections + 3 * trunk.hidden)
         cell = _patcher_weights_per_cell(config)
-        again = {}
+        again: dict[str, float] = {}
         if activation_checkpointing == "full":  # all of a block's forward but its last product, which nothing reads
             again["again_per_token"] = 2 * (matrices - trunk.layers * trunk.width * trunk.hidden)
             again["again_per_latent_cell"] = 2 * _recomputed_weights_per_cell(config, compiled)
         if activation_checkpointing == "full" or (activation_checkpointing == "selective" and not compiled):
-            again["again_per_pair"] = 4 * trunk.layers * trunk.width
+            again["again_per_pair"] = 4 * trunk.layers * heads
         return cls(
             **again,
             per_token=6 * matrices,
-            per_pair=12 * trunk.layers * trunk.width,
+            per_pair=12 * trunk.layers * heads,
             per_text_target=6 * trunk.width * vocab_size,
             per_latent_cell=6 * cell,
             patch_cells=config.patch_size**2,

@@ -20,6 +20,7 @@ from data.dataset import DataSet
 from data.lane_state import LaneState
 from data.loader import StepBatch
 from data.manifest import LatentSpec
+from model.attention import RopeScaling
 from model.transfusion import Transfusion
 from train.checkpoints import checkpoint
 from train.checkpoints.saver import Snapshot
@@ -140,8 +141,18 @@ class TrainState:
         return state
 
 
-# Settings that say what a timestep is, where checkpoints older than them have these values and state none.
-SCHEDULE = {"schedule": "cosine", "zero_terminal_snr": False, "shift": 1.0, "shift_by_size": False}
+# What weights older than a setting were trained with; a checkpoint states it only where it differs.
+BEFORE = {
+    "model.vocab_multiple_of": "1",
+    "model.tied_embeddings": "False",
+    "model.transformer.head_dim": "None",
+    "model.transformer.qkv_bias": "False",
+    "model.transformer.rope_scaling": str(asdict(RopeScaling())),
+    "diffusion.schedule": "cosine",
+    "diffusion.zero_terminal_snr": "False",
+    "diffusion.shift": "1.0",
+    "diffusion.shift_by_size": "False",
+}
 
 
 def fingerprint(config: PretrainConfig, data: DataSet, step: int) -> dict[str, str]:
@@ -159,23 +170,19 @@ def meaning(config: PretrainConfig) -> dict[str, str]:
     """Return the settings that decide what a run's weights compute."""
     model = asdict(config.model)
     del model["text_loss_chunk"]  # bounds memory, not the result
-    if model["vocab_multiple_of"] == 1:
-        del model["vocab_multiple_of"]  # checkpoints older than the setting have none
-    schedule = {name: getattr(config.diffusion, name) for name in SCHEDULE}
-    return {
+    schedule = ("num_timesteps", "prediction", "schedule", "zero_terminal_snr", "shift", "shift_by_size")
+    found = {
         **{f"model.transformer.{name}": str(value) for name, value in model.pop("transformer").items()},
         **{f"model.{name}": str(value) for name, value in model.items()},
-        "diffusion.num_timesteps": str(config.diffusion.num_timesteps),
-        "diffusion.prediction": config.diffusion.prediction,
-        **{f"diffusion.{name}": str(value) for name, value in schedule.items() if value != SCHEDULE[name]},
+        **{f"diffusion.{name}": str(getattr(config.diffusion, name)) for name in schedule},
     }
+    return {name: value for name, value in found.items() if BEFORE.get(name) != value}
 
 
 def differences(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
     """Return a phrase for each name whose values differ."""
-    absent = {"model.vocab_multiple_of": "1", **{f"diffusion.{name}": str(value) for name, value in SCHEDULE.items()}}
     names = {**then, **now}
-    pairs = {name: tuple(facts.get(name, absent.get(name, "absent")) for facts in (then, now)) for name in names}
+    pairs = {name: tuple(facts.get(name, BEFORE.get(name, "absent")) for facts in (then, now)) for name in names}
     return {name: f"{name} was {was}, is {found}" for name, (was, found) in pairs.items() if was != found}
 
 
