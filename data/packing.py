@@ -129,6 +129,10 @@ class PackedBatch:
     num_padding: int
     num_attention_pairs: int  # (query, key) pairs that the mask allows, padding left out: what FLOPs count
 
+    def num_image_tokens(self, patch_size: int) -> int:
+        """Return how many tokens are images' patches of `patch_size` latent cells a side."""
+        return sum(batch.num_valid * math.prod(patch_grid(grid, patch_size)) for grid, batch in self.images.items())
+
     def to(self, device: torch.device) -> "PackedBatch":
         """Copy to `device`; from pinned memory the copies do not block."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))

@@ -142,7 +142,7 @@ class CachedModel:
         tokens = NextTokens([(cache, slots)], width, causal=True, padding=padding)
         no_grid = torch.full((1, width, 2), -1, device=self.device).expand(len(padded), -1, -1)
         embedded = self.model.embed_text(to_device(torch.tensor(padded), self.device))
-        hidden = self.model.trunk(embedded, tokens.position_ids, no_grid, None, tokens)
+        hidden = self.model.trunk(embedded, tokens.position_ids, no_grid, None, tokens, "text")
         counts = [len(piece) for piece in pieces]
         cache.advance(slots, counts)
         last = to_device(torch.tensor(counts), self.device) - 1
@@ -164,7 +164,7 @@ class CachedModel:
         embedded, skips = zip(*[self.model.embed_images(portion, timesteps) for portion in portions], strict=True)
         index, columns = torch.arange(count, device=self.device), w // self.model.config.patch_size
         grid = torch.stack((index // columns, index % columns), dim=-1).expand(forward_rows, -1, -1)
-        hidden = self.model.trunk(torch.cat(embedded), tokens.position_ids, grid, None, tokens)
+        hidden = self.model.trunk(torch.cat(embedded), tokens.position_ids, grid, None, tokens, "image")
         states = zip(hidden.split(together), skips, strict=True)
         return torch.cat([self.model.predict_noise(*state, timesteps, h, w) for state in states])[:rows].float()
 

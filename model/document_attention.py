@@ -62,10 +62,15 @@ class Places(NamedTuple):
 class DocumentMask:
     """The mask of one batch. A plain class, as FSDP2's mixed precision would cast the biases of a dataclass."""
 
-    def __init__(self, groups: list[Group], num_tokens: int) -> None:
+    def __init__(self, groups: list[Group], num_tokens: int, place: Tensor | None = None) -> None:
         self.groups, self.num_tokens = groups, num_tokens
+        self._place = place  # int64 [B * S], where each token is, if they are in another order
         self._places: dict[tuple[int, ...], Places] = {}
         self._turns: tuple[RotaryTables, list[tuple[Tensor, Tensor]]] | None = None
+
+    def moved(self, place: Tensor) -> "DocumentMask":
+        """Return the mask for tokens that lie at `place` int64 [B * S], wherever their positions are."""
+        return DocumentMask(self.groups, self.num_tokens, place)
 
     def places(self, parts: tuple[int, ...]) -> Places:
         """Return the places of vectors with sum(parts) heads, of which each group holds one part after the other."""
@@ -87,8 +92,9 @@ class DocumentMask:
     def _find_places(self, parts: tuple[int, ...]) -> Places:
         heads, found, filled = torch.arange(sum(parts)).split(parts), [], []
         for group in self.groups:
+            tokens = group.tokens if self._place is None else self._place[group.tokens]
             for part in heads:
-                places = group.tokens[:, None] * sum(parts) + part[:, None]  # [n, heads, L]
+                places = tokens[:, None] * sum(parts) + part[:, None]  # [n, heads, L]
                 found.append(places.flatten())
                 filled.append(group.filled[:, None].expand_as(places).flatten())
         empty = torch.zeros(0, dtype=torch.int64)  # a batch may be padding alone

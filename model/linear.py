@@ -54,5 +54,13 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
+def product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write x @ weight.T [rows, outputs] to `out`, without a graph."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and HAS_ONEDNN:
+        out.copy_(_product(x, weight))
+    else:
+        torch.mm(x, weight.T, out=out)
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -8,6 +8,7 @@ and sharding are applied to each from outside.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from model.attention import RopeScaling, RotaryTables, additive_mask, apply_rope
 from model.cache import NextTokens
 from model.document_attention import DocumentMask, attend_documents
 from model.linear import Linear
+from model.modalities import Modalities, Modality, Untied, linear_pair, norm_pair
 
 Mask = attention.Mask | DocumentMask
 CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> attention over all that the cache holds
@@ -99,26 +101,50 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: RotaryTables, mask: Mask, cached: CachedAttention | None = None) -> Tensor:
-        """Return [B, S, D] of x [B, S, D]; with a cache, x are the next S tokens of each row and `mask` is not read."""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, Hq + 2 Hkv, K]
-        if isinstance(mask, DocumentMask) and cached is None:
-            if self.q_norm is not None and self.k_norm is not None:
-                q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-                qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2)
-            return self.out(attend_documents(qkv, rotary, mask, self.heads, self.kv_heads))
-        if self.q_norm is None or self.k_norm is None:
-            qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
-            q, k = apply_rope(qk, rotary).split((self.heads, self.kv_heads), dim=2)
-        else:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: RotaryTables,
+        mask: Mask,
+        cached: CachedAttention | None = None,
+        image: "Attention | None" = None,
+        modalities: Modalities | None = None,
+    ) -> Tensor:
+        """Return [B, S, D] of x [B, S, D]; with a cache, x are the next S tokens of each row and `mask` is not read.
+
+        With `modalities`, x and the result are sorted, [1, B * S, D], and images' tokens have the weights of `image`.
+        """
+        qkv = run(self.qkv, image and image.qkv, x, modalities).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-            q, k = apply_rope(self.q_norm(q), rotary), apply_rope(self.k_norm(k), rotary)
+            q = run(self.q_norm, image and image.q_norm, q, modalities)
+            k = run(self.k_norm, image and image.k_norm, k, modalities)
+            qkv = torch.cat((q, k, v), dim=2)
+        mixed = self._attend(qkv, rotary, mask, cached, modalities)
+        return run(self.out, image and image.out, mixed, modalities)
+
+    def _attend(
+        self,
+        qkv: Tensor,
+        rotary: RotaryTables,
+        mask: Mask,
+        cached: CachedAttention | None,
+        modalities: Modalities | None,
+    ) -> Tensor:
+        """Return attention [B, S, Hq * K] of qkv [B, S, Hq + 2 Hkv, K], not yet rotated; sorted if they are."""
+        if isinstance(mask, DocumentMask) and cached is None:
+            return attend_documents(qkv, rotary, mask, self.heads, self.kv_heads)  # knows where sorted tokens are
+        if modalities is not None:
+            qkv = modalities.unsort(qkv)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        q, k = apply_rope(qk, rotary).split((self.heads, self.kv_heads), dim=2)
         if cached is None:
             assert not isinstance(mask, DocumentMask)
             mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, Hq, S, K]
         else:
             mixed = cached(q.transpose(1, 2), k, v)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return mixed if modalities is None else modalities.sort(mixed)
 
 
 class FeedForward(nn.Module):
@@ -129,33 +155,78 @@ class FeedForward(nn.Module):
         self.gate_up = Linear(config.width, 2 * config.hidden)
         self.down = Linear(config.hidden, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(x)
-        if not torch.compiler.is_compiling():  # on a GPU too, for the memory; a compiler does the same by itself
-            return self.down(cpu.swiglu(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+    def forward(self, x: Tensor, image: "FeedForward | None" = None, modalities: Modalities | None = None) -> Tensor:
+        gate_up = run(self.gate_up, image and image.gate_up, x, modalities)
+        if torch.compiler.is_compiling():
+            gate, up = gate_up.chunk(2, dim=-1)
+            hidden = F.silu(gate) * up
+        else:  # on a GPU too, for the memory; a compiler does the same by itself
+            hidden = cpu.swiglu(gate_up)
+        return run(self.down, image and image.down, hidden, modalities)
+
+
+def run(text: Linear | RMSNorm, image: Linear | RMSNorm | None, x: Tensor, modalities: Modalities | None) -> Tensor:
+    """Return text(x); with an `image` module of its own for images, of sorted tokens, each by its modality's."""
+    if image is None:
+        return text(x)
+    assert modalities is not None, "untied weights need to know which tokens are images"
+    if isinstance(text, Linear) and isinstance(image, Linear):
+        return linear_pair(text, image, x, modalities)
+    assert isinstance(text, RMSNorm) and isinstance(image, RMSNorm)
+    return norm_pair(text, image, x, modalities)
+
+
+class ImageParts(nn.Module):
+    """The modules of a block that images have to themselves, under the names that text's have in it."""
+
+    def __init__(self, config: TransformerConfig, untied: Untied) -> None:
+        super().__init__()
+        whole = untied == "all"
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps) if whole else None
+        self.attention = Attention(config) if whole else None
+        self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn = FeedForward(config)
 
 
 class Block(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, untied: Untied = "none") -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = FeedForward(config)
+        self.image = None if untied == "none" else ImageParts(config, untied)
 
-    def forward(self, h: Tensor, rotary: RotaryTables, mask: Mask, cached: CachedAttention | None = None) -> Tensor:
-        h = h + self.attention(self.attention_norm(h), rotary, mask, cached)
-        return h + self.ffn(self.ffn_norm(h))
+    def forward(
+        self,
+        h: Tensor,
+        rotary: RotaryTables,
+        mask: Mask,
+        cached: CachedAttention | None = None,
+        modalities: Modalities | Modality | None = None,
+    ) -> Tensor:
+        """Return h [B, S, D] after the block; sorted, [1, B * S, D], if `modalities` are not one for all tokens."""
+        of, mixed = partial(self._parts, modalities), modalities if isinstance(modalities, Modalities) else None
+        attention, image_attention = of("attention")
+        h = h + attention(run(*of("attention_norm"), h, mixed), rotary, mask, cached, image_attention, mixed)
+        ffn, image_ffn = of("ffn")
+        return h + ffn(run(*of("ffn_norm"), h, mixed), image_ffn, mixed)
+
+    def _parts(self, modalities: Modalities | Modality | None, name: str) -> tuple[Any, Any]:
+        """Return the module `name` and, if tokens of both modalities come and images have their own, that."""
+        text, image = getattr(self, name), getattr(self.image, name, None)
+        if image is None or modalities == "text":
+            return text, None
+        return (image, None) if modalities == "image" else (text, image)
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, untied: Untied = "none") -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, untied) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.image_norm = RMSNorm(config.width, eps=config.norm_eps) if untied == "all" else None
 
     def forward(
         self,
@@ -164,18 +235,26 @@ class Transformer(nn.Module):
         grid_positions: Tensor,
         mask: Mask,
         next_tokens: NextTokens | None = None,
+        modalities: Modalities | Modality | None = None,
     ) -> Tensor:
         """Return the normalised hidden states [B, S, D] of embeddings h [B, S, D].
 
         `position_ids` int [B, S]; `grid_positions` int [B, S, 2], (-1, -1) for text, read only with rope_2d; `mask`
         from `attention.block_mask`, `attention.dense_mask` or `document_mask`, or None to see everything. With
-        `next_tokens`, h is appended to caches, which have their own masks, and `mask` is not read.
+        `next_tokens`, h is appended to caches, which have their own masks, and `mask` is not read. `modalities` says
+        which tokens are images, or what all are; read only with untied weights.
         """
         grid = grid_positions if self.config.rope_2d else None
         theta, scaling = self.config.rope_theta, self.config.rope_scaling
         rotary = rotary_tables(position_ids, self.config.head_width, theta, grid, scaling)
         if isinstance(mask, Tensor):
             mask = additive_mask(mask, h.dtype)
+        if isinstance(modalities, Modalities):
+            h = modalities.sort(h)
+            mask = mask.moved(modalities.place) if isinstance(mask, DocumentMask) else mask
         for layer, block in enumerate(self.blocks):
-            h = block(h, rotary, mask, None if next_tokens is None else partial(next_tokens.attend, layer))
-        return self.norm(h)
+            cached = None if next_tokens is None else partial(next_tokens.attend, layer)
+            h = block(h, rotary, mask, cached, modalities)
+        if isinstance(modalities, Modalities):
+            return modalities.unsort(run(self.norm, self.image_norm, h, modalities))
+        return self.norm(h) if modalities != "image" or self.image_norm is None else self.image_norm(h)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model.cache import NextTokens
 from model.linear import Linear, linear
 from model.losses import linear_cross_entropy
+from model.modalities import Modalities, Modality, Untied
 from model.patches import LinearPatches, Skips
 from model.transformer import Mask, Transformer, TransformerConfig
 from model.unet import UNetConfig, UNetPatches
@@ -41,6 +42,9 @@ class TransfusionConfig:
     # sees; they stay zero. 64 makes the head's products fast on GPUs for any vocabulary.
     vocab_multiple_of: int = 1
     tied_embeddings: bool = False  # the text head is the text embedding (small language models); off in the paper
+    # Which weights images have to themselves. none: none; ffn: the blocks' feed-forward layers and their norms; all:
+    # all of the trunk, which text and images then share in attention only (Mixture-of-Transformers).
+    untied: Untied = "none"
     text_loss_chunk: int = 4096  # text targets whose logits are in memory at once, >= 1; does not change the result
 
     def __post_init__(self) -> None:
@@ -91,7 +95,7 @@ class Transfusion(nn.Module):
             self.patches = UNetPatches(width, channels, config.patch_size, config.unet)
         else:
             self.patches = LinearPatches(width, channels, config.patch_size, config.timestep_after_patches)
-        self.transformer = Transformer(config.transformer)
+        self.transformer = Transformer(config.transformer, config.untied)
         self.text_head = None if config.tied_embeddings else Linear(width, rows)
 
     def forward(
@@ -107,13 +111,15 @@ class Transfusion(nn.Module):
         timesteps: Timesteps,
         image_valid: dict[Grid, Tensor],
         image_token_index: Tensor,
+        num_text: int | None = None,
     ) -> TransfusionOutput:
         """Return the summed text loss and the predictions for every image slot.
 
         `input_ids` int64, `position_ids` int32, `is_image` bool [B, S]; `grid_positions` int32 [B, S, 2];
         `text_target_index` int64 [T_cap] into the flattened B*S positions, `text_targets` int64 [T_cap], -100 in unused
         slots. By image grid: `noisy` f32 [N_cap, C, h, w], `timesteps` [N_cap], `image_valid` bool [N_cap], N_cap >= 1;
-        `image_token_index` int64 [sum of N_cap * P] into B*S, in the order of `noisy`, 0 in unused slots.
+        `image_token_index` int64 [sum of N_cap * P] into B*S, in the order of `noisy`, 0 in unused slots. `num_text` is
+        the number of tokens that are not images', padding included; with untied weights and None it is counted.
         """
         encoded = {grid: self.embed_images(noisy[grid], timesteps[grid]) for grid in noisy}
         valid_tokens = [tokens * image_valid[grid][:, None, None] for grid, (tokens, _) in encoded.items()]
@@ -121,7 +127,8 @@ class Transfusion(nn.Module):
 
         h = self.embed_text(input_ids.flatten()).masked_fill_(is_image.flatten()[:, None], 0.0)  # [B*S, D]
         h = h.index_add_(0, image_token_index, flat_tokens.to(h.dtype)).unflatten(0, input_ids.shape)
-        hidden = self.trunk(h, position_ids, grid_positions, mask).flatten(0, 1)  # [B*S, D]
+        modalities = None if self.config.untied == "none" else Modalities(is_image, num_text)
+        hidden = self.trunk(h, position_ids, grid_positions, mask, None, modalities).flatten(0, 1)  # [B*S, D]
 
         # index_select, not indexing: its backward is one index_add instead of a sort.
         at_targets, chunk = hidden.index_select(0, text_target_index), self.config.text_loss_chunk
@@ -152,9 +159,10 @@ class Transfusion(nn.Module):
         grid_positions: Tensor,
         mask: Mask,
         next_tokens: NextTokens | None = None,
+        modalities: Modalities | Modality | None = None,
     ) -> Tensor:
         """Return the hidden states [B, S, D] of embeddings [B, S, D]; see `Transformer.forward`."""
-        return self.transformer(h, position_ids, grid_positions, mask, next_tokens)
+        return self.transformer(h, position_ids, grid_positions, mask, next_tokens, modalities)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Return [..., V] of hidden states [..., D]."""

@@ -15,6 +15,7 @@ from model.diffusion import DiffusionConfig
 from model.latent_space import LatentStats
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
+from tests.untied_trunk import untied_trunk
 from train.step import micro_step
 
 SPECIAL = SpecialIds(bos=1, eos=2, boi=3, eoi=4, pad=0)
@@ -78,7 +79,12 @@ def reference(
             for k in range(length):
                 mask[0, 0, q, k] = k <= q or (whole_images and owner[q] is not None and owner[q] == owner[k])
         positions = torch.arange(length)[None]
-        hidden = model.trunk(torch.cat(embedded)[None], positions, torch.tensor(grid)[None], mask)[0]
+        h, grids = torch.cat(embedded)[None], torch.tensor(grid)[None]
+        if model.config.untied == "none":
+            hidden = model.trunk(h, positions, grids, mask)[0]
+        else:
+            is_image = torch.tensor([[number is not None for number in owner]])
+            hidden = untied_trunk(model, h, positions, grids, mask, is_image)[0]
         for i, token in enumerate(tokens):
             following = tokens[i + 1] if i + 1 < length else cut_before
             if token is None or following is None:

@@ -177,6 +177,17 @@ def test_all_blocks_are_one_graph_whatever_the_batch(world_size: int, tmp_path: 
         assert again * 4 * LINEAR.transformer.width == flops.again_per_pair == (level == "full") * flops.per_pair / 3
 
 
+def test_untied_blocks_are_one_graph_whatever_the_share_of_images(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Also of a batch without any, which leaves a product without rows."""
+    trunk = replace(LINEAR.transformer, qk_norm=True, qkv_bias=True)
+    of = replace(LINEAR, untied="all", transformer=trunk)
+    batches = _batches(tmp_path, tokenizer, [(4, 4), (8, 4)], [], [(6, 6)])
+    found = _of_levels(of, batches, 1, LEVELS, dtype="bfloat16")
+    _assert_same_bits(found)
+    for level, step in found.items():
+        assert step.graphs == [1, 1, 1] and not step.broken, level
+
+
 def test_blocks_that_are_not_compiled_attend_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Selective recomputation cannot see into their compiled attention."""
     batches = _batches(tmp_path, tokenizer, [(4, 4)])

@@ -1,6 +1,7 @@
 """Cached, batched decoding against a decoder that recomputes everything, one row and one branch at a time."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from model.schedule import NoiseSchedule
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
+from tests.untied_trunk import untied_trunk
 
 SPECIAL = SpecialTokens(bos=1, eos=2, boi=3, eoi=4, never=(0,))
 VOCAB, CHANNELS, GRID, PATCHES = 12, 3, (4, 4), 4
@@ -30,9 +32,9 @@ FLOW = DiffusionConfig(schedule="flow", prediction="v", shift=2.0, shift_by_size
 UNET = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
 
 
-def tiny_model(seed=0, patches="linear", image_attention="bidirectional", **changes):
+def tiny_model(seed=0, patches="linear", image_attention="bidirectional", untied="none", **changes):
     trunk = TransformerConfig(**{"width": 16, "layers": 2, "heads": 2, "ffn_hidden": 24, **changes})
-    settings = {"patches": patches, "unet": UNET, "image_attention": image_attention}
+    settings = {"patches": patches, "unet": UNET, "image_attention": image_attention, "untied": untied}
     config = TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS, **settings)
     model = Transfusion(config, VOCAB)
     init_weights(model, seed)
@@ -94,7 +96,10 @@ class Slow:
         ids = torch.tensor([images], dtype=torch.int32)
         seen_whole = ids if self.model.config.image_attention == "bidirectional" else torch.full_like(ids, -1)
         mask = dense_mask(torch.ones_like(ids), seen_whole, torch.full_like(ids, length))
-        hidden = self.model.trunk(torch.cat(embedded)[None], torch.arange(length)[None], torch.tensor([grids]), mask)
+        h, is_image = torch.cat(embedded)[None], ids >= 0
+        trunk = self.model.trunk if self.model.config.untied == "none" else partial(untied_trunk, self.model)
+        more = () if self.model.config.untied == "none" else (is_image,)
+        hidden = trunk(h, torch.arange(length)[None], torch.tensor([grids]), mask, *more)
         return hidden[0], spans
 
     def predict(self, parts, x_t, t):
@@ -200,6 +205,8 @@ MIXED = [
         ({}, {"patches": "unet"}, "eps"),
         ({"sampler": "dpm++", "guidance_interval": (200, 600)}, {"patches": "unet"}, "v"),
         ({}, {"image_attention": "causal"}, "v"),
+        ({}, {"untied": "ffn"}, "v"),
+        ({}, {"untied": "all", "qk_norm": True, "head_dim": 12}, "v"),
         ({"sampler": "euler", "guidance_interval": (200, 600)}, {}, "flow"),
         ({"sampler": "heun", "steps": 4}, {"patches": "unet"}, "flow"),
     ],

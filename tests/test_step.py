@@ -41,9 +41,14 @@ from train.distributed.vote import Ballot, PendingVote
 
 LANES = 7
 UNET = {"patches": "unet", "unet": UNetConfig(channels=(8, 12), blocks=1, timestep_width=16)}
+UNTIED = {"untied": "all", "transformer": replace(MODEL.transformer, qk_norm=True, qkv_bias=True)}
 
 
-@pytest.mark.parametrize("changes", [{}, {"image_attention": "causal"}, UNET], ids=["paper", "causal", "unet"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"image_attention": "causal"}, UNET, {"untied": "ffn"}, UNTIED],
+    ids=["paper", "causal", "unet", "ffn", "all"],
+)
 @pytest.mark.parametrize("rows", [[[0, 1, 2], [3, 4, 5]], [[5, 4, 3, 2, 1, 0]], [[0], [1], [2], [3], [4], [5]]])
 def test_a_packed_batch_equals_its_documents_one_by_one(rows: list[list[int]], changes: dict) -> None:
     """The mask, the BOI rule, positions, whitening, noise, timesteps, labels and both losses, in every packing."""
@@ -103,9 +108,12 @@ def test_a_batch_without_images_or_without_text_trains_the_rest_and_nothing_is_n
 # ---- the same over ranks, through lanes and loader ----
 
 
-def _vote_and_step(ranks: Ranks, config: Any, micro_batch_sizes: list[int], steps: int) -> dict[int, list[tuple]]:
+def _vote_and_step(
+    ranks: Ranks, config: Any, micro_batch_sizes: list[int], steps: int, changes: dict
+) -> dict[int, list[tuple]]:
     """Return, by micro-batch size, each step's (text loss, image loss, targets, images, own images, gradients)."""
-    model, data = sharded_model(MODEL, VOCAB, ranks, seed=SEED), open_data(config, SEED, MODEL.patch_size)
+    model = sharded_model(replace(MODEL, **changes), VOCAB, ranks, seed=SEED)
+    data = open_data(config, SEED, MODEL.patch_size)
     found: dict[int, list[tuple]] = {}
     for size in micro_batch_sizes:
         loader = Loader(data, config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=size)
@@ -151,8 +159,14 @@ def _unpacked(data: DataSet, step: int, row: Any, lane: int) -> list[tuple[Items
     return documents
 
 
+@pytest.mark.parametrize(("changes", "world_sizes"), [({}, (1, 2, 3, 4)), (UNTIED, (1, 3))], ids=["paper", "untied"])
 def test_every_number_of_ranks_and_micro_batches_gives_the_loss_and_gradients_of_the_documents_one_by_one(
-    tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
+    changes: dict,
+    world_sizes: tuple[int, ...],
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    pairs_folder: Path,
+    texts_folder: Path,
 ) -> None:
     """P2, P3: 7 lanes on 1, 2, 3 and 4 ranks, uneven counts of text and images, rows and ranks without any image."""
     steps, sizes = 2, [1, 3]
@@ -165,10 +179,10 @@ def test_every_number_of_ranks_and_micro_batches_gives_the_loss_and_gradients_of
     expected = []
     for step in range(1, steps + 1):
         documents = [d for lane in next(rows) for d in _unpacked(data, step, lane.row, lane.lane)]
-        expected.append(reference_step(documents))
+        expected.append(reference_step(documents, **changes))
     without_images = set()
-    for world_size in (1, 2, 3, 4):
-        for rank, found in enumerate(run_ranks(_vote_and_step, world_size, config, sizes, steps)):
+    for world_size in world_sizes:
+        for rank, found in enumerate(run_ranks(_vote_and_step, world_size, config, sizes, steps, changes)):
             for size in sizes:
                 for step, (text, image, targets, images, grads, mine) in enumerate(found[size]):
                     expected_text, expected_image, *expected_counts, expected_grads = expected[step]

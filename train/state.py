@@ -145,6 +145,7 @@ class TrainState:
 BEFORE = {
     "model.vocab_multiple_of": "1",
     "model.tied_embeddings": "False",
+    "model.untied": "none",
     "model.transformer.head_dim": "None",
     "model.transformer.qkv_bias": "False",
     "model.transformer.rope_scaling": str(asdict(RopeScaling())),

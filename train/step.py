@@ -122,6 +122,7 @@ def micro_step(
         timesteps=Timesteps(timesteps),
         image_valid=valid,
         image_token_index=token_index,
+        num_text=batch.input_ids.numel() - batch.num_image_tokens(model.config.patch_size),
     )
     image_sum, errors = torch.zeros((), device=batch.input_ids.device), []
     for grid, pred in output.noise_pred.items():

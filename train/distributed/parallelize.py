@@ -197,7 +197,7 @@ def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> Checkpoin
     attention is a separate compiled function, which the policy cannot see: it is recomputed.
     """
     aten = torch.ops.aten
-    if operator in (aten.mm.default, PRODUCT):
+    if operator in (aten.mm.default, PRODUCT, torch.ops.transfusion.two_products.default):
         inputs, outputs = args[1].shape if operator is aten.mm.default else args[1].T.shape
         narrows = outputs < inputs
         return CheckpointPolicy.PREFER_RECOMPUTE if narrows else CheckpointPolicy.MUST_SAVE
