@@ -114,14 +114,14 @@ class Attention(nn.Module):
 
         With `modalities`, x and the result are sorted, [1, B * S, D], and images' tokens have the weights of `image`.
         """
-        qkv = run(self.qkv, image and image.qkv, x, modalities).unflatten(-1, (-1, self.head_dim))
+        qkv = run(*pair(self, image, "qkv"), x, modalities).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-            q = run(self.q_norm, image and image.q_norm, q, modalities)
-            k = run(self.k_norm, image and image.k_norm, k, modalities)
+            q = run(*pair(self, image, "q_norm"), q, modalities)
+            k = run(*pair(self, image, "k_norm"), k, modalities)
             qkv = torch.cat((q, k, v), dim=2)
         mixed = self._attend(qkv, rotary, mask, cached, modalities)
-        return run(self.out, image and image.out, mixed, modalities)
+        return run(*pair(self, image, "out"), mixed, modalities)
 
     def _attend(
         self,
@@ -156,13 +156,18 @@ class FeedForward(nn.Module):
         self.down = Linear(config.hidden, config.width)
 
     def forward(self, x: Tensor, image: "FeedForward | None" = None, modalities: Modalities | None = None) -> Tensor:
-        gate_up = run(self.gate_up, image and image.gate_up, x, modalities)
+        gate_up = run(*pair(self, image, "gate_up"), x, modalities)
         if torch.compiler.is_compiling():
             gate, up = gate_up.chunk(2, dim=-1)
             hidden = F.silu(gate) * up
         else:  # on a GPU too, for the memory; a compiler does the same by itself
             hidden = cpu.swiglu(gate_up)
-        return run(self.down, image and image.down, hidden, modalities)
+        return run(*pair(self, image, "down"), hidden, modalities)
+
+
+def pair(text: nn.Module, image: nn.Module | None, name: str) -> tuple[Any, Any]:
+    """Return the module `name` of text's parts and of images', None if images have none of their own."""
+    return getattr(text, name), getattr(image, name, None)
 
 
 def run(text: Linear | RMSNorm, image: Linear | RMSNorm | None, x: Tensor, modalities: Modalities | None) -> Tensor:
@@ -214,7 +219,7 @@ class Block(nn.Module):
 
     def _parts(self, modalities: Modalities | Modality | None, name: str) -> tuple[Any, Any]:
         """Return the module `name` and, if tokens of both modalities come and images have their own, that."""
-        text, image = getattr(self, name), getattr(self.image, name, None)
+        text, image = pair(self, self.image, name)
         if image is None or modalities == "text":
             return text, None
         return (image, None) if modalities == "image" else (text, image)
