@@ -54,6 +54,9 @@ class PretrainConfig:
     # checkpoint of another run, until this run has its own.
     resume: Location = "auto"
     init_from: Location | None = None  # weights to start from instead of random ones: a checkpoint, a run or an export
+    # A pretrained language model to start the text side from: a folder with config.json and safetensors, of Llama,
+    # Mistral, SmolLM2, Qwen2.5 or Qwen3. Fills model.transformer and model.tied_embeddings.
+    init_from_llm: Location | None = None
     init_weights: str = "auto"  # which of its weights: model, ema, ema-N; auto: the first EMA, or the model without one
     seed: int = 0  # of weights, data order, noise and all other random draws
     vae: Location | None = None  # the data's autoencoder, a folder or hub id, to decode previews; pixels need none
@@ -89,6 +92,10 @@ class PretrainConfig:
             raise ValueError(f"vae=pixels and model.latent_channels={channels}: expected {Pixels.channels} channels")
         if self.init_from is not None and self.resume not in ("auto", "none"):
             raise ValueError(f"init_from={self.init_from} and resume={self.resume}: expected only one of the two")
+        if self.init_from is not None and self.init_from_llm is not None:
+            raise ValueError(
+                f"init_from={self.init_from} and init_from_llm={self.init_from_llm}: expected only one of the two"
+            )
         best = self.checkpoint.best_metric
         names = [metric_name(name, kind) for name in self.evaluation.heldout for kind in KINDS]
         if best is not None and (self.evaluation.interval_steps is None or best not in names):

@@ -1,0 +1,200 @@
+"""A pretrained language model on disk, in transformers' layout: config.json and safetensors, one file or several.
+
+Weights are read by rows, straight into a rank's shards, in pieces of bounded size: no rank holds a full copy, and the
+library that wrote them is not needed.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from model.language_model import LanguageModel, Piece, pieces, read_settings, to_pairs
+from model.transformer import TransformerConfig
+from train.distributed.local_shards import first_element, local
+from train.pretrain_config import PretrainConfig
+
+CHUNK = 1 << 24  # elements read at once
+SAMPLES, SAMPLE = 64, 4096  # of a file: parts that the hash reads, and their bytes
+
+
+class LLMFolder:
+    def __init__(self, path: str | Path, key: str = "init_from_llm") -> None:
+        """Read config.json; raise FileNotFoundError or ValueError for anything but a family that the trunk computes.
+
+        `key` is the option that names the folder.
+        """
+        self.path, self._name = Path(path), f"{key}={path}"
+        try:
+            contents = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{self._name}: no config.json there; expected a folder with config.json and model.safetensors, as "
+                "transformers' save_pretrained writes it"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{self._name}: config.json is not JSON: {error}") from None
+        self.model: LanguageModel = read_settings(contents, self._name)
+
+    @cached_property
+    def hash(self) -> str:
+        """Return 16 hex digits that identify the weights.
+
+        Of each file they cover its header (names, shapes, dtypes), size, and samples spread over its bytes. So another
+        model, dtype or fine-tuning is noticed; a few numbers changed by hand may not be.
+        """
+        digest = xxhash.xxh3_64()
+        for file in self._files:
+            with file.open("rb") as stream:
+                size = file.stat().st_size
+                header = 8 + int.from_bytes(stream.read(8), "little")
+                stream.seek(0)
+                digest.update(stream.read(min(header, size)))
+                digest.update(str(size).encode())
+                for sample in range(SAMPLES):
+                    stream.seek(header + sample * max(0, size - header - SAMPLE) // (SAMPLES - 1))
+                    digest.update(stream.read(SAMPLE))
+        return digest.hexdigest()
+
+    def read(self, parameters: Mapping[str, torch.Tensor], vocab_size: int) -> None:
+        """Fill our parameters, or shards of them, by plain name; names that no language model has are left alone.
+
+        Rows of the vocabulary that the model lacks get the mean of its rows, those from `vocab_size` on zeros. Images'
+        own parts get what text's have. Raises ValueError for files that do not hold the model of config.json.
+        """
+        trunk = self.model.transformer
+        with ExitStack() as stack, torch.no_grad():
+            try:
+                tensors = self._open(stack)
+                self._check(tensors)
+                for name, parameter in parameters.items():
+                    made_of = pieces(name, trunk)
+                    if name.startswith("text_"):
+                        self._read_vocabulary(tensors[made_of[0].name], parameter, vocab_size)
+                    elif made_of:
+                        self._read_rows(tensors, made_of, parameter)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{self._name}: damaged: {error}; fetch it again") from None
+
+    @property
+    def _files(self) -> list[Path]:
+        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                files = [self.path / Path(name).name for name in names]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self._name}: {index.name} is damaged: {error}; fetch it again") from None
+        else:
+            files = [single]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(
+                f"{self._name}: {', '.join(missing[:4])} missing; expected safetensors (of a folder with .bin files, "
+                "transformers' save_pretrained makes them)"
+            )
+        return files
+
+    def _open(self, stack: ExitStack) -> dict[str, Any]:
+        """Return the files' tensors by name, as slices that read what they are asked for."""
+        tensors = {}
+        for file in self._files:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            tensors |= {name: opened.get_slice(name) for name in opened}
+        return tensors
+
+    def _check(self, tensors: dict[str, Any]) -> None:
+        """Raise ValueError unless the files hold the tensors of config.json, in its shapes."""
+        model, shapes = self.model, self._shapes()
+        ignored = {"lm_head.weight"} if model.tied_embeddings else set()
+        problems = [f"{name} is missing" for name in sorted(shapes.keys() - tensors.keys())]
+        problems += [
+            f"{name} is not in a {model.family} of this config.json"
+            for name in sorted(tensors.keys() - shapes.keys() - ignored)
+            if not name.endswith("rotary_emb.inv_freq")
+        ]
+        for name in sorted(shapes.keys() & tensors.keys()):
+            if (found := list(tensors[name].get_shape())) != shapes[name]:
+                problems.append(f"{name} is {found}, expected {shapes[name]}")
+        if problems:
+            raise ValueError(f"{self._name} does not fit its config.json: {'; '.join(problems[:6])}; fetch it again")
+
+    def _shapes(self) -> dict[str, list[int]]:
+        """Return the shapes of the tensors that the model has, by their names."""
+        from model.transfusion import Transfusion, TransfusionConfig
+
+        trunk, vocab_size = self.model.transformer, self.model.vocab_size
+        with torch.device("meta"):
+            config = TransfusionConfig(transformer=trunk, tied_embeddings=self.model.tied_embeddings)
+            ours = Transfusion(config, vocab_size)
+        return {
+            piece.name: [piece.rows or vocab_size, *parameter.shape[1:]]
+            for name, parameter in ours.named_parameters()
+            for piece in pieces(name, trunk)
+        }
+
+    def _read_rows(self, tensors: dict[str, Any], made_of: list[Piece], parameter: torch.Tensor) -> None:
+        mine, row_size = local(parameter), max(1, parameter[0].numel())
+        first = first_element(parameter) // row_size
+        start = -first  # of the piece, relative to this rank's rows
+        for piece in made_of:
+            low, high = max(0, -start), min(piece.rows, len(mine) - start)  # rows of the piece that are this rank's
+            unit = self.model.transformer.head_width if piece.kind == "rotary" else 1  # whole heads are read
+            step = max(1, CHUNK // (unit * row_size)) * unit
+            for at in range(low - low % unit, high, step):
+                rows = tensors[piece.name][at : min(at + step, piece.rows)]
+                rows = to_pairs(rows, unit) if piece.kind == "rotary" else rows
+                begin, end = max(low, at), min(high, at + step)
+                mine[start + begin : start + end] = rows[begin - at : end - at]
+            start += piece.rows
+
+    def _read_vocabulary(self, tensor: Any, parameter: torch.Tensor, vocab_size: int) -> None:
+        mine, (_, width) = local(parameter), parameter.shape
+        first, known, step = first_element(parameter) // width, self.model.vocab_size, max(1, CHUNK // width)
+        for at in range(0, len(mine), step):
+            last = min(first + at + step, first + len(mine), known)
+            if last > first + at:
+                mine[at : last - first] = tensor[first + at : last]
+        new = slice(max(0, known - first), max(0, vocab_size - first))
+        mine[new.stop :].zero_()
+        if len(mine[new]):
+            total = torch.zeros(width, dtype=torch.float64)
+            for at in range(0, known, step):
+                total += tensor[at : min(at + step, known)].double().sum(0)
+            mine[new] = (total / known).to(mine)
+
+
+def with_llm(config: PretrainConfig) -> PretrainConfig:
+    """Return the config with model.transformer and tied_embeddings as the language model of `init_from_llm` has them.
+
+    Raises ValueError where the config says something else, or trains on sequences that the model does not see whole.
+    """
+    if config.init_from_llm is None:
+        return config
+    llm = LLMFolder(config.init_from_llm).model
+    given, defaults = config.model.transformer, TransformerConfig()
+    found = {field.name: getattr(llm.transformer, field.name) for field in fields(TransformerConfig)}
+    found |= {name: getattr(given, name) for name in ("rope_2d", "ffn_multiple_of")}  # ours; not read
+    pairs = {f"transformer.{name}": (getattr(given, name), getattr(defaults, name), its) for name, its in found.items()}
+    pairs["tied_embeddings"] = (config.model.tied_embeddings, False, llm.tied_embeddings)
+    if contradictions := [
+        f"model.{name}={given}, but it has {its}" for name, (given, default, its) in pairs.items()
+        if given not in (default, its)
+    ]:  # fmt: skip
+        raise ValueError(
+            f"init_from_llm={config.init_from_llm}: {'; '.join(contradictions)}; leave these settings out, they are "
+            "its config.json's"
+        )
+    if llm.window is not None and config.data.sequence_length > llm.window:
+        raise ValueError(
+            f"data.sequence_length={config.data.sequence_length}: init_from_llm={config.init_from_llm} sees windows of "
+            f"{llm.window} tokens, which the trunk does not have; expected at most {llm.window}"
+        )
+    model = replace(config.model, transformer=TransformerConfig(**found), tied_embeddings=llm.tied_embeddings)
+    return replace(config, model=model)
