@@ -1,4 +1,4 @@
-"""The weights that `init_from` names, read into a new run's model after checking that they mean the same there."""
+"""The weights that `init_from` or `init_from_llm` names, read into a new run's model if they mean the same there."""
 
 import logging
 
@@ -10,6 +10,7 @@ from train.checkpoints.trained_records import TrainedRecords
 from train.distributed.parallelize import plain_name
 from train.distributed.ranks import Ranks
 from train.inference.saved_model import SavedModel
+from train.llm_folder import LLMFolder
 from train.pretrain_config import PretrainConfig
 from train.state import differences, meaning
 
@@ -36,6 +37,26 @@ def read_initial_weights(
 
     assert config.init_from is not None
     return SavedModel.use(config.init_from, ranks, read, "init_from")
+
+
+def read_llm(model: Transfusion, config: PretrainConfig, ranks: Ranks) -> str:
+    """Fill the model's text side, and images' own copies of it, from `init_from_llm`; return in words from where.
+
+    Raises ValueError for a model whose vocabulary is larger than the data's tokenizer (P10).
+    """
+    assert config.init_from_llm is not None
+    folder = LLMFolder(config.init_from_llm)
+    ranks.require_alike({"init_from_llm (contents)": folder.hash})
+    found, ours = folder.model.vocab_size, model.vocab_size
+    if ours < found:
+        raise ValueError(
+            f"init_from_llm={config.init_from_llm} has a vocabulary of {found}, but data.tokenizer="
+            f"{config.data.tokenizer} of {ours}: expected its own tokenizer; encode the data with tokenizer="
+            f"{config.init_from_llm}"
+        )
+    folder.read({plain_name(name): parameter for name, parameter in model.named_parameters()}, ours)
+    new = f", {ours - found} new ones at the mean" if ours > found else ""
+    return f"from the {folder.model.family} in {folder.path} ({found:,} token ids{new})"
 
 
 def _refuse_other_meaning(stored: SavedModel, config: PretrainConfig, data: DataSet) -> None:

@@ -40,7 +40,8 @@ from train.distributed.signals import StopSignal
 from train.distributed.vote import Vote
 from train.flops import Flops
 from train.heldout import Heldout
-from train.initial_weights import read_initial_weights
+from train.initial_weights import read_initial_weights, read_llm
+from train.llm_folder import with_llm
 from train.metrics import Interval, MetricsLog
 from train.next_batch import CannotContinue, SkipBudget, next_batch
 from train.optim.optimizer import Optimizer
@@ -57,11 +58,11 @@ from train.training_data import facts_in_common, open_training_data
 
 CONFIG = PretrainConfig
 GROUP = True  # its ranks form one process group: one rank's refusal ends the others too (train/config.py)
-check = open_training_data  # what `--check` runs (train/config.py)
+fill, check = with_llm, open_training_data  # what `--resolve` and `--check` run (train/config.py)
 
 
 def main(argv: list[str]) -> int:
-    config = load_config(CONFIG, argv)
+    config = with_llm(load_config(CONFIG, argv))
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
 
@@ -114,7 +115,8 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
         model = Transfusion(config.model, data.tokenizer.vocab_size)
     parallelize(model, config.parallel, ranks)
 
-    # Where to start: a checkpoint; without one, the weights that init_from names; without those, random weights.
+    # Where to start: a checkpoint; without one, the weights that init_from or init_from_llm names; without those, random
+    # weights.
     origin = find_resume_point(config.resume, folder, ranks)
     started_from, trained_before = None, None
     if origin.checkpoint is not None:
@@ -124,6 +126,8 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
         started_from, trained_before = read_initial_weights(model, config, data, ranks)
     else:
         initialize(model, config.seed, ranks.device)
+        if config.init_from_llm is not None:
+            started_from = read_llm(model, config, ranks)
 
     # The optimizer comes after the weights, because EMAs copy them, and before the load, which fills its tensors.
     state = TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, data)
