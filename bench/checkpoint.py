@@ -44,6 +44,7 @@ from train.checkpoints.saver import Saver
 from train.distributed.ranks import Ranks, init_ranks
 from train.optim.guard import GuardConfig
 from train.optim.optimizer import OptimConfig, Optimizer
+from train.pretrain_config import PretrainConfig
 from train.state import TrainState
 from train.streams import open_streams
 
@@ -105,7 +106,8 @@ class Trainee:
         trunk = TransformerConfig(width=options.width, layers=options.layers, heads=options.width // 64)
         model = sharded_model(TransfusionConfig(transformer=trunk), VOCAB, ranks)
         optimizer = Optimizer(model, OptimConfig(ema_half_lives=(1000,)), GuardConfig())
-        self.state = TrainState(model, optimizer, lambda step: {}, "", {"latent_spec": None, "grids": []})
+        config = PretrainConfig(run_dir="runs/bench")
+        self.state = TrainState(model, optimizer, lambda step: {}, config, {"latent_spec": None, "grids": []})
         self.model, self.batch, self.ranks = model, random_batch(options.length, ranks.rank), ranks
 
     def step(self) -> float:

@@ -1,11 +1,14 @@
-"""SentencePiece: train, load, encode, decode; the special ids; the hash that ties shards to a tokenizer.
+"""Tokenizers: load, encode, decode; the special ids; the hash that ties shards to one.
 
-`<boi>` and `<eoi>` are control pieces, so that no text can spell them. Loading converts those of a foreign
-model that has them as text pieces, keeping their ids, and appends them to a vocabulary without them (Llama's).
+Two libraries read two kinds of files: SentencePiece its models, which are also trained here, and `tokenizers` a
+tokenizer.json (data/json_tokenizer.py). In a SentencePiece model `<boi>` and `<eoi>` are control pieces, so that no text
+can spell them. Loading converts those of a foreign model that has them as text pieces, keeping their ids, and appends
+them to a vocabulary without them (Llama's).
 """
 
 import hashlib
 import io
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 import sentencepiece
 
 from data.durable import atomic_write
+from data.json_tokenizer import TOKENIZER, JsonVocabulary, self_contained
 
 BOI_PIECE, EOI_PIECE = "<boi>", "<eoi>"
 
@@ -28,18 +32,89 @@ class SpecialIds:
 
 
 class Tokenizer:
+    """Text to token ids and back, whichever library the vocabulary needs."""
+
     def __init__(self, path: str | Path):
-        """Raise FileNotFoundError or ValueError when `path` is not a SentencePiece model."""
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"tokenizer {path}: no such file; train one with `python -m train.tokenizer`")
-        model = self.path.read_bytes()
+        """Read a SentencePiece model, a tokenizer.json (data/json_tokenizer.py), or a folder with one of them.
+
+        Raises FileNotFoundError or ValueError for anything else.
+        """
+        self.path = _file_of(Path(path))
+        self._vocabulary: _SentencePieces | JsonVocabulary
+        if self.path.suffix == ".json":
+            content = self_contained(self.path)
+            self.content = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()  # of `file_name` in a copy
+            self._vocabulary, self.file_name = JsonVocabulary(content, str(path)), TOKENIZER
+        else:
+            self.content = self.path.read_bytes()
+            self._vocabulary, self.file_name = _SentencePieces(self.content, path), "tokenizer.model"
+        self.hash = hashlib.sha256(self.content).hexdigest()[:16]
+        self.vocab_size = self._vocabulary.vocab_size
+        self.unknown: int | None = self._vocabulary.unknown  # stands for what no piece covers; None: all is covered
+        self.special = SpecialIds(**self._vocabulary.special)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return token ids int64 [len], without special ids, whatever the text spells."""
+        return np.array(self._vocabulary.encode(text), dtype=np.int64)
+
+    def piece(self, token_id: int) -> str:
+        """Return the vocabulary's piece for an id."""
+        return self._vocabulary.piece(token_id)
+
+    def unknown_in(self, text: str) -> list[str]:
+        """Return the parts of a text, in order, that no piece covers: the model cannot tell them apart."""
+        return [] if self.unknown is None else self._vocabulary.unknown_in(text)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Return the text of ids, leaving out special and appended ids."""
+        return self._vocabulary.decode([int(i) for i in token_ids])
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files that transformers' AutoTokenizer reads, by name, with its settings."""
+        ids = {"bos": self.special.bos, "eos": self.special.eos}
+        if self.unknown is not None:
+            ids["unk"] = self.unknown
+        if self.special.pad != self.unknown and self.piece(self.special.pad):
+            ids["pad"] = self.special.pad
+        settings = {
+            # Not LlamaTokenizer, which treats leading spaces and line breaks differently.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "split_special_tokens": True,  # text that spells them stays text
+            "clean_up_tokenization_spaces": False,
+            **{f"{name}_token": self.piece(token_id) for name, token_id in ids.items()},
+        }
+        model = self._vocabulary.model
+        return {self.file_name: model, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
+
+
+def find_copy(folder: Path) -> Path | None:
+    """Return the copy of a tokenizer, its `content` under its `file_name`, in a run folder or an export, if any."""
+    places = (folder / name for name in ("tokenizer.model", TOKENIZER))
+    return next((place for place in places if place.is_file()), None)
+
+
+def _file_of(path: Path) -> Path:
+    """Return the file that a path, which may be a model's folder, stands for."""
+    if path.is_file():
+        return path
+    for name in (TOKENIZER, "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    if path.is_dir():
+        raise FileNotFoundError(f"tokenizer {path}: expected {TOKENIZER} or tokenizer.model in that folder")
+    raise FileNotFoundError(f"tokenizer {path}: no such file; train one with `python -m train.tokenizer`")
+
+
+class _SentencePieces:
+    def __init__(self, model: bytes, path: str | Path) -> None:
+        """Load a model; raise ValueError if it is none, or lacks BOS or EOS. `path` is where it is from."""
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise ValueError(f"tokenizer {path} is not a SentencePiece model: {error}") from None
-        self.hash = hashlib.sha256(model).hexdigest()[:16]
         self.model = model  # as used, control pieces included
         self.vocab_size = self._processor.get_piece_size()
         self.unknown = self._processor.unk_id()
@@ -53,26 +128,21 @@ class Tokenizer:
         bos, eos, pad = (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
         if bos < 0 or eos < 0:
             raise ValueError(f"tokenizer {path} has no BOS or no EOS piece, which every document needs; use another")
-        self.special = SpecialIds(bos=bos, eos=eos, boi=boi, eoi=eoi, pad=max(pad, 0))
+        self.special = {"bos": bos, "eos": eos, "boi": boi, "eoi": eoi, "pad": max(pad, 0)}
 
-    def encode(self, text: str) -> np.ndarray:
-        """Return token ids int64 [len], without special ids."""
-        return np.array(self._processor.encode(text), dtype=np.int64)
-
-    def piece(self, token_id: int) -> str:
-        """Return the vocabulary's piece for an id."""
-        return self._processor.id_to_piece(token_id)
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
 
     def unknown_in(self, text: str) -> list[str]:
-        """Return the parts of a text, in order, that no piece covers: the model cannot tell them apart."""
         pieces = zip(self._processor.encode(text), self._processor.encode(text, out_type=str), strict=True)
         return [piece for token_id, piece in pieces if token_id == self.unknown]
 
+    def piece(self, token_id: int) -> str:
+        return self._processor.id_to_piece(token_id)
+
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Return the text of ids, leaving out special and appended ids."""
         pieces = self._processor.get_piece_size()
-        ids = [int(i) for i in token_ids if int(i) < pieces and not self._processor.is_control(int(i))]
-        return self._processor.decode(ids)
+        return self._processor.decode([i for i in token_ids if i < pieces and not self._processor.is_control(i)])
 
 
 def _with_control(model: bytes, ids: Iterable[int]) -> bytes:

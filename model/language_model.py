@@ -5,6 +5,7 @@ embedding rotates pairs (i, i + K/2) where ours, like Meta's own code, rotates (
 keys are permuted, and with them their biases and norms.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -249,4 +250,24 @@ def to_weights(parameters: dict[str, Tensor], trunk: TransformerConfig, vocab_si
             part = parameter.detach()[rows : rows + count]
             part = to_halves(part, trunk.head_width) if piece.kind == "rotary" else part
             weights[piece.name], rows = part.contiguous().clone(), rows + count
+    return weights
+
+
+def adapter_weights(parameters: Mapping[str, Tensor], trunk: TransformerConfig) -> dict[str, Tensor]:
+    """Return the text side's adapters by transformers' names of the layers: NAME.lora_A.weight and NAME.lora_B.weight.
+
+    Layers that are stacked here share an A, which each of theirs gets a copy of.
+    """
+    weights = {}
+    for name, down in parameters.items():
+        layer = name.removesuffix(".lora_a")
+        if layer == name or ".image." in name:
+            continue
+        rows, up = 0, parameters[f"{layer}.lora_b"].detach()
+        for piece in pieces(f"{layer}.weight", trunk):
+            part = up[rows : rows + piece.rows]
+            theirs = piece.name.removesuffix(".weight")
+            weights[f"{theirs}.lora_A.weight"] = down.detach().clone()
+            halves = to_halves(part, trunk.head_width) if piece.kind == "rotary" else part
+            weights[f"{theirs}.lora_B.weight"], rows = halves.contiguous().clone(), rows + piece.rows
     return weights

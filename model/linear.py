@@ -18,10 +18,22 @@ PRODUCT = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None  # 
 class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias)
+        self.lora_a: nn.Parameter | None = None
+        self.lora_b: nn.Parameter | None = None
+        self.lora_scale = 0.0
+
+    def adapt(self, rank: int, scale: float) -> None:
+        """Add adapters of LoRA (model/lora.py), without values yet."""
+        self.lora_a = nn.Parameter(self.weight.new_empty(rank, self.in_features))
+        self.lora_b = nn.Parameter(self.weight.new_empty(self.out_features, rank))
+        self.lora_scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x @ weight.T + bias [..., outputs] of x [..., inputs]."""
-        return linear(x, self.weight, self.bias)
+        """Return x @ weight.T + bias [..., outputs] of x [..., inputs], and what adapters add."""
+        y = linear(x, self.weight, self.bias)
+        if self.lora_a is None or self.lora_b is None:
+            return y
+        return torch.add(y, linear(linear(x, self.lora_a), self.lora_b), alpha=self.lora_scale)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -63,10 +63,22 @@ def norm_pair(text: nn.RMSNorm, image: nn.RMSNorm, x: Tensor, modalities: Modali
 
 def linear_pair(text: Linear, image: Linear, x: Tensor, modalities: Modalities) -> Tensor:
     """Return [1, N, outputs] of sorted x [1, N, inputs], multiplied by the weight of each token's modality."""
-    y = two_products(x[0], text.weight, image.weight, modalities.num_text)[None]
+    x, split = x[0], modalities.num_text
+    y = two_products(x, text.weight, image.weight, split)
     if text.bias is not None and image.bias is not None:
         y = y + torch.where(modalities.is_image[:, None], image.bias, text.bias)
-    return y
+    if (adapted := text if text.lora_a is not None else image).lora_a is not None:
+        low = two_products(x, *_adapters("lora_a", text, image), split)
+        low = two_products(low, *_adapters("lora_b", text, image), split)
+        y = torch.add(y, low, alpha=adapted.lora_scale)
+    return y[None]
+
+
+def _adapters(name: str, text: Linear, image: Linear) -> list[Tensor]:
+    """Return both layers' adapters, zeros for one that has none."""
+    found = [getattr(layer, name) for layer in (text, image)]
+    like = next(adapter for adapter in found if adapter is not None)
+    return [torch.zeros_like(like) if adapter is None else adapter for adapter in found]
 
 
 @torch.library.custom_op("transfusion::two_products", mutates_args=())

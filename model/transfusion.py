@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.cache import NextTokens
 from model.linear import Linear, linear
+from model.lora import LoraConfig, add_adapters
 from model.losses import linear_cross_entropy
 from model.modalities import Modalities, Modality, Untied
 from model.patches import LinearPatches, Skips
@@ -45,6 +46,7 @@ class TransfusionConfig:
     # Which weights images have to themselves. none: none; ffn: the blocks' feed-forward layers and their norms; all:
     # all of the trunk, which text and images then share in attention only (Mixture-of-Transformers).
     untied: Untied = "none"
+    lora: LoraConfig = field(default_factory=LoraConfig)
     text_loss_chunk: int = 4096  # text targets whose logits are in memory at once, >= 1; does not change the result
 
     def __post_init__(self) -> None:
@@ -97,6 +99,7 @@ class Transfusion(nn.Module):
             self.patches = LinearPatches(width, channels, config.patch_size, config.timestep_after_patches)
         self.transformer = Transformer(config.transformer, config.untied)
         self.text_head = None if config.tied_embeddings else Linear(width, rows)
+        add_adapters(self, config.lora)
 
     def forward(
         self,
@@ -172,9 +175,10 @@ class Transfusion(nn.Module):
         """Return the prediction [N, C, h, w] of the hidden states of images [N, P, D]."""
         return self.patches.decode(hidden, skips, timesteps, h, w)
 
-    def drawn_shape(self, name: str, parameter: Tensor) -> tuple[int, ...]:
-        """Return the shape of the first rows of parameter `name` that `initial_value` draws; the others are zero."""
-        return (self.vocab_size if name.startswith("text_") else parameter.shape[0], *parameter.shape[1:])
+
+def drawn_shape(name: str, parameter: Tensor, vocab_size: int) -> tuple[int, ...]:
+    """Return the shape of the first rows of parameter `name` that `initial_value` draws; the others are zero."""
+    return (vocab_size if name.startswith("text_") else parameter.shape[0], *parameter.shape[1:])
 
 
 def initial_value(
@@ -195,7 +199,7 @@ def initial_pieces(
     """Yield `initial_value`, flattened, INIT_CHUNK elements at a time: a rank that keeps a slice never holds it all."""
     mean = 1.0 if name.endswith("norm.weight") else 0.0
     std = math.prod(shape[1:]) ** -0.5
-    if name.endswith(("norm.weight", ".bias", ".conv_out.weight")):
+    if name.endswith(("norm.weight", ".bias", ".conv_out.weight", ".lora_b")):
         std = 0.0
     elif name.endswith(("attention.out.weight", "ffn.down.weight")):
         std /= (2 * config.transformer.layers) ** 0.5
@@ -217,6 +221,6 @@ def parameter_generator(seed: int, name: str) -> torch.Generator:
 def init_weights(model: Transfusion, seed: int) -> None:
     """Fill a plain, unsharded model with `initial_value`s."""
     for name, parameter in model.named_parameters():
-        drawn = model.drawn_shape(name, parameter)
+        drawn = drawn_shape(name, parameter, model.vocab_size)
         value = initial_value(name, drawn, model.config, parameter_generator(seed, name))
         parameter.zero_()[: len(value)] = value

@@ -1,19 +1,17 @@
 """The text side against transformers' Llama, Mistral, Qwen2 and Qwen3, code that nobody here wrote, in and out."""
 
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from model.attention import dense_mask
-from model.language_model import read_settings, to_settings, to_weights
+from model.language_model import to_settings, to_weights
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from train.llm_folder import LLMFolder

@@ -1,25 +1,26 @@
 """Turn a checkpoint into a self-contained folder: one safetensors file, config, tokenizer, VAE, trained records.
 
-`train.sample` and `train.evaluate` accept the folder as their `checkpoint`. format=llama writes only the text side, in
-the layout that transformers' LlamaForCausalLM.from_pretrained opens.
+`train.sample` and `train.evaluate` accept the folder as their `checkpoint`. format=hf writes only the text side, in
+transformers' layout: AutoModelForCausalLM.from_pretrained opens it. format=peft writes only the text side's LoRA
+adapters, in PEFT's layout, for the language model that the run started from.
 """
 
 import json
-import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 
 from data.storage import Location
-from data.tokenizer import Tokenizer
-from model.llama import llama_config, llama_weights
-from train.checkpoints.run_folder import TOKENIZER_FILE
+from model.language_model import adapter_weights, to_settings, to_weights
+from model.lora import LoraConfig, merged
 from train.checkpoints.trained_records import TRAINED_FILE
 from train.config import load_config, run_program, to_yaml
 from train.distributed.ranks import alone
 from train.inference.saved_model import EXPORT_MARK, VAE_FOLDER, WEIGHTS_FILE, LoadedModel, load_matching_space
+from train.llm_folder import LLMFolder
 from train.output_folder import OutputFolder
 
 
@@ -28,10 +29,18 @@ class ExportConfig:
     checkpoint: Location = "runs/pretrain"  # a checkpoint, or a run folder: its newest checkpoint that verifies
     output: Location = "runs/export"  # folder to write; must not exist, be empty or hold an earlier export
     weights: str = "auto"  # model, ema-N (half-life N), ema (the first); auto: the first EMA, or model if there is none
-    format: Literal["transfusion", "llama"] = "transfusion"  # the whole model, or its text side for transformers
+    # transfusion: the whole model; hf: its text side for transformers, in the family that it started from or that fits;
+    # peft: the text side's LoRA adapters.
+    format: Literal["transfusion", "hf", "peft"] = "transfusion"
+    merge: bool = False  # add LoRA's adapters to the weights; hf always does
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the written weights
     vae: Location | None = None  # autoencoder to copy; null: the one the run names, none for pixels
-    tokenizer: Location | None = None  # SentencePiece model to copy; null: the copy in the run, else the one it names
+    tokenizer: Location | None = None  # to copy, a file or folder; null: the copy in the run, else the one it names
+    base: Location | None = None  # where frozen parameters come from; null: what the run was started from
+
+    def __post_init__(self) -> None:
+        if self.merge and self.format == "peft":
+            raise ValueError("merge=true with format=peft: expected format=transfusion or hf, which hold whole weights")
 
 
 CONFIG = ExportConfig
@@ -39,13 +48,14 @@ CONFIG = ExportConfig
 
 def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
-    loaded = LoadedModel.load(config.checkpoint, alone(), config.weights, config.tokenizer)
+    loaded = LoadedModel.load(config.checkpoint, alone(), config.weights, config.tokenizer, config.base)
     vae, dtype = config.vae or loaded.config.vae, getattr(torch, config.dtype)
     settings = {
         "checkpoint": config.checkpoint,
         "identity": loaded.saved.identity,
         "weights": loaded.weights,
         "format": config.format,
+        "merge": config.merge,
         "dtype": config.dtype,
         "vae": vae,
     }
@@ -54,28 +64,32 @@ def main(argv: list[str]) -> None:
         print(f"train.export: {output.path} is complete for these settings; reusing it")
         return
     summary = {"weights": loaded.weights, "progress": {"step": loaded.saved.step}}
-    if config.format == "llama":
-        write_llama(loaded, output, dtype)
+    if config.format == "hf":
+        write_text_side(loaded, output, dtype)
+    elif config.format == "peft":
+        write_adapters(loaded, output, dtype)
     else:
-        summary |= write_transfusion(loaded, output, dtype, vae)
+        summary |= write_transfusion(loaded, output, dtype, vae, config.merge)
     output.commit(summary)
     size = sum(file.stat().st_size for file in output.path.rglob("*") if file.is_file())
     print(f"train.export: step {loaded.saved.step}, {loaded.weights} weights, {size / 2**20:,.1f} MiB in {output.path}")
 
 
 def write_transfusion(
-    loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype, vae_path: str | None
+    loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype, vae_path: str | None, merge: bool
 ) -> dict[str, Any]:
     """Write the whole model; return what export.json says about its training data."""
-    spec = loaded.saved.latent_spec
+    spec, model = loaded.saved.latent_spec, loaded.config.model
     space = None if spec is None else load_matching_space(vae_path, spec)
     folder = output.open_partial()
-    weights = {name: parameter.detach().to(dtype) for name, parameter in loaded.model.named_parameters()}
-    save_file(weights, folder / WEIGHTS_FILE)
-    shutil.copyfile(loaded.tokenizer.path, folder / TOKENIZER_FILE)
+    weights = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
+    if merge:
+        weights, model = merged(weights, model.lora), replace(model, lora=LoraConfig())
+    save_file({name: weight.to(dtype).contiguous() for name, weight in weights.items()}, folder / WEIGHTS_FILE)
+    (folder / loaded.tokenizer.file_name).write_bytes(loaded.tokenizer.content)
     has_vae = space is not None and space.save(folder / VAE_FOLDER)
-    data = replace(loaded.config.data, tokenizer=TOKENIZER_FILE)
-    config = replace(loaded.config, data=data, vae=VAE_FOLDER if has_vae else None)
+    data = replace(loaded.config.data, tokenizer=loaded.tokenizer.file_name)
+    config = replace(loaded.config, data=data, vae=VAE_FOLDER if has_vae else None, model=model)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     if loaded.saved.trained_records is not None:
         (folder / TRAINED_FILE).write_bytes(loaded.saved.trained_records.to_bytes())
@@ -86,34 +100,53 @@ def write_transfusion(
     }
 
 
-def write_llama(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype) -> None:
-    """Write the text side in transformers' layout; raise ValueError for switches that Llama does not have."""
-    contents = llama_config(loaded.config.model, loaded.tokenizer.vocab_size)
-    ids = loaded.tokenizer.special
+def write_text_side(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype) -> None:
+    """Write the text side in transformers' layout; raise ValueError for switches that no family of it has."""
+    model, ids = loaded.config.model, loaded.tokenizer.special
+    contents = to_settings(model, loaded.tokenizer.vocab_size, _family(loaded))
     contents |= {"torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": ids.bos, "eos_token_id": ids.eos}
     contents["max_position_embeddings"] = loaded.config.data.sequence_length
     folder = output.open_partial()
-    weights = {key: tensor.to(dtype) for key, tensor in llama_weights(loaded.model).items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / TOKENIZER_FILE).write_bytes(loaded.tokenizer.model)
-    for name, config in {"config.json": contents, "tokenizer_config.json": tokenizer_config(loaded.tokenizer)}.items():
-        (folder / name).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    weights = merged(dict(loaded.model.named_parameters()), model.lora)
+    text = to_weights(weights, model.transformer, loaded.tokenizer.vocab_size)
+    save_file({name: weight.to(dtype) for name, weight in text.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    files = {"config.json": json.dumps(contents, indent=1).encode(), **loaded.tokenizer.files()}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
-def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the config with which transformers' AutoTokenizer begins and spells a text as in training."""
-    ids = {"bos": tokenizer.special.bos, "eos": tokenizer.special.eos, "unk": tokenizer.unknown}
-    if tokenizer.special.pad != tokenizer.unknown:
-        ids["pad"] = tokenizer.special.pad
-    return {
-        # Not LlamaTokenizer, which treats leading spaces and line breaks differently.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "split_special_tokens": True,  # text that spells them stays text
-        "clean_up_tokenization_spaces": False,
-        **{f"{name}_token": tokenizer.piece(token_id) for name, token_id in ids.items()},
+def write_adapters(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype) -> None:
+    """Write the text side's adapters in PEFT's layout; raise ValueError for a model without any."""
+    lora, trunk = loaded.config.model.lora, loaded.config.model.transformer
+    weights = adapter_weights(dict(loaded.model.named_parameters()), trunk)
+    if not weights:
+        raise ValueError("format=peft: the text side has no LoRA adapters; expected a run with model.lora.rank > 0")
+    adapted = {name.rpartition(".lora_")[0] for name in weights}
+    kinds = {name.rpartition(".")[2] for name in adapted}
+    if len(adapted) == trunk.layers * len(kinds):
+        adapted = kinds
+    contents = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": loaded.saved.config.init_from_llm,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted(adapted),
     }
+    folder = output.open_partial()
+    file = folder / "adapter_model.safetensors"
+    save_file({f"base_model.model.{name}": w.to(dtype) for name, w in weights.items()}, file, {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
+
+
+def _family(loaded: LoadedModel) -> str | None:
+    """Return the family of the language model that the run started from, if that is still there."""
+    path = loaded.saved.config.init_from_llm
+    return LLMFolder(path).model.family if path and (Path(path) / "config.json").is_file() else None
 
 
 if __name__ == "__main__":

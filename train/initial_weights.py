@@ -1,4 +1,4 @@
-"""The weights that `init_from` or `init_from_llm` names, read into a new run's model if they mean the same there."""
+"""The weights that a new run starts from, read after checking that they mean the same there."""
 
 import logging
 

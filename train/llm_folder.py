@@ -114,7 +114,7 @@ class LLMFolder:
 
     def _open(self, stack: ExitStack) -> dict[str, Any]:
         """Return the files' tensors by name, as slices that read what they are asked for."""
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for file in self._files:
             opened = stack.enter_context(safe_open(file, framework="pt"))
             tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not iterable)

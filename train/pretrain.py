@@ -28,22 +28,24 @@ from data.loader import StepBatch
 from model.transfusion import Transfusion
 from train.checkpoints.checkpoint import CheckpointError
 from train.checkpoints.resume import find_resume_point, load_resume_point
-from train.checkpoints.run_folder import TOKENIZER_FILE, RunFolder, RunTakenOver
+from train.checkpoints.run_folder import RunFolder, RunTakenOver
 from train.checkpoints.saver import Saver
 from train.checkpoints.trained_records import TrainedRecords
-from train.config import load_config, run_program
+from train.config import load_config, run_program, to_yaml
 from train.console import Console, say
 from train.distributed.launcher import place, report_to_torchrun
-from train.distributed.parallelize import initialize, parallelize
+from train.distributed.parallelize import compute_dtype, initialize, parallelize
 from train.distributed.ranks import DIED, Ranks, init_ranks, last_words, own_device
 from train.distributed.signals import StopSignal
 from train.distributed.vote import Vote
 from train.flops import Flops
 from train.heldout import Heldout
+from train.inference.base import base_of
 from train.initial_weights import read_initial_weights, read_llm
 from train.llm_folder import with_llm
 from train.metrics import Interval, MetricsLog
 from train.next_batch import CannotContinue, SkipBudget, next_batch
+from train.optim.groups import freeze, frozen_names, table
 from train.optim.optimizer import Optimizer
 from train.planning.dry_run import dry_run
 from train.planning.fit import agree_on_memory, check_memory
@@ -113,10 +115,12 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     # The model gets memory only after it is sharded, so that no rank ever holds all of it.
     with torch.device("meta"):
         model = Transfusion(config.model, data.tokenizer.vocab_size)
+    adapts = config.model.lora.rank > 0
+    remarks = table(model, config.optim.groups, adapts)
+    freeze(model, config.optim.groups, adapts, compute_dtype(config.parallel, ranks.device))
     parallelize(model, config.parallel, ranks)
 
-    # Where to start: a checkpoint; without one, the weights that init_from or init_from_llm names; without those, random
-    # weights.
+    # Where to start: a checkpoint; without one, the weights that init_from names, or init_from_llm; else random ones.
     origin = find_resume_point(config.resume, folder, ranks)
     started_from, trained_before = None, None
     if origin.checkpoint is not None:
@@ -131,6 +135,8 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
 
     # The optimizer comes after the weights, because EMAs copy them, and before the load, which fills its tensors.
     state = TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, data)
+    if origin.checkpoint is None and frozen_names(model):
+        state.base = base_of(config, ranks)
 
     # No held-out record may have been trained on. This run's own data is checked before the load, which can take
     # minutes; the records that these weights saw in earlier runs are known only after it.
@@ -147,8 +153,8 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     # Files are written after the load, which may refuse. Rows that a killed attempt logged after its last checkpoint
     # are cut: their steps will be run and logged again. (`evaluated`: the checkpoint has its step's held-out losses.)
     ranks.on_first(lambda: folder.metrics.cut(state.progress.step, evaluated=bool(state.metrics)))
-    ranks.on_first(lambda: write_durably(folder.path / "config.yaml", state.config_yaml.encode()))
-    ranks.on_first(lambda: write_durably(folder.path / TOKENIZER_FILE, data.tokenizer.path.read_bytes()))
+    ranks.on_first(lambda: write_durably(folder.path / "config.yaml", to_yaml(config).encode()))
+    ranks.on_first(lambda: write_durably(folder.path / data.tokenizer.file_name, data.tokenizer.content))
 
     saver = Saver(folder, config.checkpoint, ranks)
     # A checkpoint of this folder need not be saved again; one of another run is saved here by the first save.
@@ -170,6 +176,7 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
         profiler=Profiler(config.profile, folder.path, ranks),
         origin=origin,
         started_from=started_from or str(origin),
+        groups=remarks,
     )
 
 

@@ -48,6 +48,7 @@ class Run:
     profiler: Profiler
     origin: ResumePoint
     started_from: str  # in words: a checkpoint, weights, or scratch
+    groups: list[str]  # in words: what of optim.groups and LoRA each parameter is in
 
     def loader(self) -> Loader:
         """Return a reader that continues from the state's step and lanes; close it to end its processes."""
@@ -137,13 +138,18 @@ class Run:
         memory = loader_bytes(data, config.data, ranks.world_size)
         parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in memory.items() if size >= 2**16)
         yield f"data takes at most {sum(memory.values()) / 2**20:,.1f} MiB of host memory a rank: {parts or 'tables'}"
-        ignored = " (init_from counts only without checkpoints)" if config.init_from and self.origin.checkpoint else ""
+        ignored = (
+            " (init_from counts only without checkpoints)"
+            if (config.init_from or config.init_from_llm) and self.origin.checkpoint
+            else ""
+        )
         num_parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
         yield (
             f"{num_parameters / 1e6:.2f}M parameters, {plural(ranks.world_size, 'rank')} on {ranks.device.type}, "
             f"{config.data.lanes} x {config.data.sequence_length} tokens a step, {config.optim.steps} steps, "
             f"{self.started_from}{ignored}; config in {self.folder.path / 'config.yaml'}"
         )
+        yield from self.groups
         if ranks.device.type == "cpu":
             yield describe_cpu()
         if ranks.device.type == "cuda":

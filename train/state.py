@@ -7,12 +7,14 @@ config.yaml    the resolved config
 trained.keys   which records the run trains on
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from data.lane_state import LaneState
 from data.loader import StepBatch
 from data.manifest import LatentSpec
 from model.attention import RopeScaling
+from model.lora import LoraConfig
 from model.transfusion import Transfusion
 from train.checkpoints import checkpoint
 from train.checkpoints.saver import Snapshot
@@ -28,8 +31,10 @@ from train.checkpoints.trained_records import TRAINED_FILE, TrainedRecords
 from train.config import to_yaml
 from train.distributed.parallelize import plain_name
 from train.distributed.ranks import Ranks
+from train.inference.base import read_base
 from train.inference.saved_model import stored_records
 from train.optim.ema import is_label
+from train.optim.groups import frozen_names
 from train.optim.optimizer import Optimizer, learning_rate
 from train.pretrain_config import PretrainConfig
 
@@ -57,8 +62,9 @@ class TrainState:
     model: Transfusion
     optimizer: Optimizer
     fingerprint: Callable[[int], dict[str, str]]  # by step: what a resume after it must find unchanged
-    config_yaml: str  # the resolved config
-    data_facts: dict  # what a sampler must know of the data: `latent_spec`, `grids`
+    config: PretrainConfig
+    data_facts: dict  # what a sampler must know of the data: `latent_spec`, `grids`, `vocab_size`
+    base: str | None = None  # identifies the source of the frozen parameters (train/inference/base.py); None: none are
     progress: Progress = field(default_factory=Progress)
     lane_states: dict[int, LaneState] = field(default_factory=dict)
     back_to: int | None = None  # the step that `resume=STEP` went back to
@@ -68,8 +74,11 @@ class TrainState:
     @classmethod
     def begin(cls, model: Transfusion, optimizer: Optimizer, config: PretrainConfig, data: DataSet) -> "TrainState":
         """Return the state before the first step."""
-        facts = {"latent_spec": data.latent_spec and data.latent_spec.fields(), "grids": data.grids}
-        return cls(model, optimizer, partial(fingerprint, config, data), to_yaml(config), facts)
+        facts: dict[str, Any] = {"latent_spec": data.latent_spec and data.latent_spec.fields(), "grids": data.grids}
+        frozen = frozen_names(model)
+        if frozen:
+            facts["vocab_size"] = model.vocab_size  # which a reader must know to make them again
+        return cls(model, optimizer, partial(fingerprint, config, data, frozen), config, facts)
 
     def mark_done(self, batch: StepBatch) -> None:
         """Count a batch as done, whether or not it made an update."""
@@ -87,11 +96,12 @@ class TrainState:
             "metrics": self.metrics,
             "learning_rate": learning_rate(self.progress.step, self.optimizer.config),
             **self.data_facts,
+            **({"base": self.base} if self.base is not None else {}),
         }
         extra = {
             "lanes.json": json.dumps(lanes).encode(),
             checkpoint.META: json.dumps(meta).encode(),
-            "config.yaml": self.config_yaml.encode(),
+            "config.yaml": to_yaml(self.config).encode(),
             **({TRAINED_FILE: self.trained.to_bytes()} if self.trained is not None else {}),
         }
         return Snapshot(self.progress.step, self._tensors(), extra)
@@ -129,6 +139,10 @@ class TrainState:
             emas[name].restart(self.optimizer.parameters)
         if ranks.is_first and (added or dropped):
             log.warning("EMAs that start from the weights of %s: %s; dropped: %s", path, sorted(added), sorted(dropped))
+        frozen = {plain_name(name): p for name, p in self.model.named_parameters() if not p.requires_grad}
+        if frozen:
+            self.base = meta["base"]
+            read_base(self.config, frozen, self.model.vocab_size, meta["base"], ranks)
         self.optimizer.guard.counts.copy_(torch.tensor(meta["guard"]))
         self.progress, self.back_to, self.metrics = Progress(**meta["progress"]), meta["back_to"], meta["metrics"]
         self.lane_states = {int(lane): LaneState.from_json(state) for lane, state in lanes.items()}
@@ -146,6 +160,8 @@ BEFORE = {
     "model.vocab_multiple_of": "1",
     "model.tied_embeddings": "False",
     "model.untied": "none",
+    "model.lora": str(asdict(LoraConfig())),
+    "optim.frozen": "none",
     "model.transformer.head_dim": "None",
     "model.transformer.qkv_bias": "False",
     "model.transformer.rope_scaling": str(asdict(RopeScaling())),
@@ -156,7 +172,7 @@ BEFORE = {
 }
 
 
-def fingerprint(config: PretrainConfig, data: DataSet, step: int) -> dict[str, str]:
+def fingerprint(config: PretrainConfig, data: DataSet, frozen: set[str], step: int) -> dict[str, str]:
     """Return what a resume after `step` must find unchanged: what decides the batches, and what the weights mean."""
     spec = data.latent_spec
     return {
@@ -164,7 +180,12 @@ def fingerprint(config: PretrainConfig, data: DataSet, step: int) -> dict[str, s
         "vae": spec.vae_hash if spec is not None else "none",
         **meaning(config),
         **{f"optim.{name}": getattr(config.optim, name) for name in ("optimizer", "state_dtype")},
+        **({"optim.frozen": f"{len(frozen)} tensors ({_hash(frozen)})"} if frozen else {}),
     }
+
+
+def _hash(names: set[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:8]
 
 
 def meaning(config: PretrainConfig) -> dict[str, str]:
@@ -198,6 +219,8 @@ def _remedy(changed: set[str], path: Path) -> str:
             "Give the data the statistics of these weights: run its train.encode command again with "
             f"stats_from={path}, which rewrites the manifest alone."
         )
+    if changed == {"optim.frozen"}:
+        return f"Restore optim.groups, or start another run with these weights: init_from={path}."
     if any(name in ("tokenizer", "vae", "special") or name.startswith(("model.", "diffusion.")) for name in changed):
         return "Restore what it was, or start another run: another run_dir."
     return f"Restore what it was, or start another run with these weights: init_from={path}."

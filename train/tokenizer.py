@@ -1,5 +1,10 @@
-"""Train a SentencePiece tokenizer from the captions of .tar shards and from text (.jsonl, .txt files)."""
+"""Train a SentencePiece tokenizer from the captions of .tar shards and from text (.jsonl, .txt files).
 
+Or take that of a pretrained language model (source=FOLDER), with unused tokens of its vocabulary as BOI, EOI and PAD.
+(Without this program they are appended to the vocabulary; then tokenizer=FOLDER is enough everywhere.)
+"""
+
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -7,6 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data.durable import atomic_write
+from data.json_tokenizer import TOKENIZER, self_contained
 from data.raw import KeysConfig, read_texts
 from data.shards import BadRecords
 from data.storage import Location
@@ -17,7 +24,11 @@ from train.config import load_config, run_program
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(KeysConfig):
     inputs: list[Location] = field(default_factory=list)  # files or folders of .tar, .jsonl and .txt
-    output: Location = "runs/tokenizer.model"  # the model file to write
+    output: Location = "runs/tokenizer.model"  # the file to write; .json with `source`
+    # A folder with tokenizer.json and config.json, or that file: its tokenizer is written, none is trained.
+    source: Location | None = None
+    # With `source`: which of its tokens boi, eoi and pad are, by name; those left out are appended.
+    special: dict[str, str] = field(default_factory=dict)
     vocab_size: int = 32000  # pieces, including the special ones and 256 byte pieces, > 264
     max_texts: int = 1_000_000  # texts used for training, the first ones of `inputs`
     max_bad_fraction: float = 0.01  # share of records, and of the files' bytes, that may be skipped, in [0, 1]
@@ -29,6 +40,10 @@ class TokenizerConfig(KeysConfig):
             raise ValueError(f"vocab_size={self.vocab_size}: expected more than 264 (256 bytes and special pieces)")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={self.max_bad_fraction}: expected a share in [0, 1]")
+        if self.special and self.source is None:
+            raise ValueError(f"special={self.special}: expected source=FOLDER with it")
+        if self.source is not None and not self.output.endswith(".json"):
+            raise ValueError(f"output={self.output}: expected a name that ends in .json, as with source")
         if self.max_failed_files < 0:
             raise ValueError(f"max_failed_files={self.max_failed_files}: expected 0 or more")
 
@@ -39,6 +54,9 @@ CONFIG = TokenizerConfig
 def main(argv: list[str]) -> None:
     config = load_config(CONFIG, argv)
     output = Path(config.output)
+    if config.source is not None:
+        take(Path(config.source), config.special, output)
+        return
     if output.is_file():
         if (found := Tokenizer(output).vocab_size) != config.vocab_size:
             raise ValueError(
@@ -55,6 +73,20 @@ def main(argv: list[str]) -> None:
         raise
     trained = Tokenizer(output)
     print(f"tokenizer: wrote {output}, vocabulary {trained.vocab_size}, hash {trained.hash}; skipped {bad.summary()}")
+
+
+def take(source: Path, special: dict[str, str], output: Path) -> None:
+    """Write a pretrained model's tokenizer with its special ids; raise ValueError if `output` holds another."""
+    content = self_contained(source / TOKENIZER if source.is_dir() else source, special)
+    written = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    if output.is_file() and output.read_bytes() != written:
+        raise ValueError(f"output={output} exists and differs: delete it, or name another file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output) as file:
+        file.write(written)
+    taken = Tokenizer(output)
+    ids = ", ".join(f"{name} {token_id}" for name, token_id in vars(taken.special).items())
+    print(f"tokenizer: wrote {output}, vocabulary {taken.vocab_size}, hash {taken.hash}; {ids}")
 
 
 def _texts(config: TokenizerConfig, bad: BadRecords) -> Iterator[str]:

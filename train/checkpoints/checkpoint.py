@@ -82,13 +82,19 @@ def training_state(
 ) -> State:
     """Return the live tensors of model and optimizers under parameter names, the same for every world size.
 
-    Loading a checkpoint into them loads the model. An optimizer that has not stepped yet gets its state first. Its
-    hyper-parameters are left out: they come from the config, so a resume may change them.
+    Loading a checkpoint into them loads the model, but for frozen parameters, which are left out. An optimizer that
+    has not stepped yet gets its state first. Its hyper-parameters are left out: they come from the config, so a resume
+    may change them.
     """
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
 
     optimizer_state = get_optimizer_state_dict(model, optimizers)["state"]
-    return {"model": get_model_state_dict(model), "optimizer": optimizer_state}
+    trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    return {"model": trained, "optimizer": optimizer_state}
 
 
 def save(run: RunFolder, step: int, state: State, extra: Mapping[str, bytes], ranks: Ranks) -> Path:
@@ -131,7 +137,7 @@ def save(run: RunFolder, step: int, state: State, extra: Mapping[str, bytes], ra
     return final
 
 
-def load(folder: Path, state: State, ranks: Ranks) -> None:
+def load(folder: Path, state: State, ranks: Ranks, *, whole: bool = True) -> None:
     """Read `folder` into the tensors of `state`, in place, whatever world size wrote it (P4).
 
     Pass a folder that `latest` or `verify` approved. `state` may have only some of the saved top-level entries (say,
@@ -143,7 +149,7 @@ def load(folder: Path, state: State, ranks: Ranks) -> None:
 
     _assert_only_tensors(state)
     index = ranks.on_first(lambda: read_index(folder))
-    if misfits := _misfits(index, state):
+    if misfits := _misfits(index, state, whole):
         raise ValueError(
             f"checkpoint {folder} does not fit: {first_few(misfits)}. Resume with the config stored in it, or start in "
             "a new run folder"
@@ -157,6 +163,13 @@ def entries(folder: Path) -> set[str]:
     from train.checkpoints.storage import read_index
 
     return {name.split(".")[0] for name in read_index(folder).state_dict_metadata}
+
+
+def tensors(folder: Path, entry: str) -> set[str]:
+    """Return the names of the tensors of a saved top-level entry, without its name."""
+    from train.checkpoints.storage import read_index
+
+    return {name.partition(".")[2] for name in read_index(folder).state_dict_metadata if name.startswith(f"{entry}.")}
 
 
 def saved(root: Path) -> list[Path]:
@@ -295,12 +308,12 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _misfits(index: "Metadata", state: State) -> list[str]:
+def _misfits(index: "Metadata", state: State, whole: bool) -> list[str]:
     """Return how tensors of `state` and a checkpoint differ: missing, left over, of another size or dtype."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     here, there = dict(leaves(state)), index.state_dict_metadata
-    left_over = sorted(name for name in there.keys() - here.keys() if name.split(".")[0] in state)
+    left_over = sorted(name for name in there.keys() - here.keys() if whole and name.split(".")[0] in state)
     problems = [f"{name} is not in the checkpoint" for name in sorted(here.keys() - there.keys())]
     problems += [f"{name} is only in the checkpoint" for name in left_over]
     for name in sorted(here.keys() & there.keys()):

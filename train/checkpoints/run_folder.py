@@ -2,7 +2,7 @@
 
     <run>/.lock           POSIX record lock of rank 0's process; a second copy is refused at once (P10)
     <run>/attempt.json    number and token of the newest start, which owns the folder (P5)
-    <run>/tokenizer.model copy of the tokenizer it trains with, so that the folder can be moved
+    <run>/tokenizer.*     copy of the tokenizer it trains with, so that the folder can be moved
     <run>/metrics.jsonl   one JSON object per row, each with its `step`
     <run>/bad_updates.jsonl   skipped updates with the documents of their batches (train/optim/guard.py)
     <run>/checkpoints/    see train/checkpoints/checkpoint.py
@@ -23,8 +23,6 @@ from train.checkpoints.folder_lock import FolderLock, whoami
 from train.checkpoints.metrics_file import MetricsFile, append_bytes
 from train.distributed.ranks import Ranks
 from train.distributed.shared_folder import require_shared
-
-TOKENIZER_FILE = "tokenizer.model"
 
 log = logging.getLogger(__name__)
 

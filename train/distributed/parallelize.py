@@ -5,6 +5,7 @@ holds a full copy; each parameter is drawn on the CPU from (seed, name), so ever
 form a mesh dp_replicate x dp_shard: dp_shard neighbours share one copy of the states; gradients are summed over all.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from model.linear import PRODUCT
-from model.transfusion import Transfusion, initial_pieces, parameter_generator
+from model.transfusion import Transfusion, TransfusionConfig, drawn_shape, initial_pieces, parameter_generator
 from model.unet import ResidualBlock
 from train.distributed.local_shards import first_element, is_sharded, local
 from train.distributed.ranks import Ranks
@@ -193,14 +194,15 @@ def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> Checkpoin
     """Save what is expensive to compute: outputs of matrix products, convolutions and attention.
 
     Except products that narrow, such as SwiGLU's last: they feed the residual sum, whose backward does not read them.
+    And those that widen a lot, such as an adapter's second: their outputs take more memory than time.
     Also except baddbmm, whose outputs are the S x S scores of bf16 attention on CPU. In uncompiled blocks flex
     attention is a separate compiled function, which the policy cannot see: it is recomputed.
     """
     aten = torch.ops.aten
     if operator in (aten.mm.default, PRODUCT, torch.ops.transfusion.two_products.default):
         inputs, outputs = args[1].shape if operator is aten.mm.default else args[1].T.shape
-        narrows = outputs < inputs
-        return CheckpointPolicy.PREFER_RECOMPUTE if narrows else CheckpointPolicy.MUST_SAVE
+        cheap = outputs < inputs or 8 * inputs <= outputs
+        return CheckpointPolicy.PREFER_RECOMPUTE if cheap else CheckpointPolicy.MUST_SAVE
     expensive = operator in (
         aten.addmm.default,
         aten.bmm.default,
@@ -222,11 +224,18 @@ def initialize(model: Transfusion, seed: int, device: torch.device) -> None:
     machine together stay far below one copy of the model.
     """
     model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        mine, name = local(parameter).view(-1), plain_name(name)
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    draw(parameters, model.config, model.vocab_size, seed)
+
+
+@torch.no_grad()
+def draw(parameters: Mapping[str, torch.Tensor], config: TransfusionConfig, vocab_size: int, seed: int) -> None:
+    """Fill parameters, or shards of them, by plain name with their initial values (see `initialize`)."""
+    for name, parameter in parameters.items():
+        mine = local(parameter).view(-1)
         start = -first_element(parameter)  # of the next piece, relative to this rank's elements
-        drawn = model.drawn_shape(name, parameter)
-        for piece in initial_pieces(name, drawn, model.config, parameter_generator(seed, name)):
+        drawn = drawn_shape(name, parameter, vocab_size)
+        for piece in initial_pieces(name, drawn, config, parameter_generator(seed, name)):
             overlap = piece[max(0, -start) : max(0, len(mine) - start)]
             mine[max(0, start) :][: len(overlap)] = overlap
             start += len(piece)

@@ -37,7 +37,7 @@ AHEAD = 8  # batches of pictures decoded ahead of the VAE, and batches of docume
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(KeysConfig):
-    tokenizer: Location = "runs/tokenizer.model"  # SentencePiece model
+    tokenizer: Location = "runs/tokenizer.model"  # a SentencePiece model, a tokenizer.json, or a folder with one
     # Folder or hub id of one of diffusers' AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC, AutoencoderRAE,
     # AutoencoderTiny; pixels: pictures are kept as bytes, without loss. Not needed for text.
     vae: Location | None = None

@@ -17,7 +17,13 @@ OF_TRAINING = (
 
 
 def load_with_guide(
-    checkpoint: str, weights: str, tokenizer: str | None, guide: str | None, guide_weights: str | None, ranks: Ranks
+    checkpoint: str,
+    weights: str,
+    tokenizer: str | None,
+    guide: str | None,
+    guide_weights: str | None,
+    base: str | None,
+    ranks: Ranks,
 ) -> tuple[LoadedModel, LoadedModel | None]:
     """Load the `weights` of a checkpoint and those of its guide, if any; see PipelineConfig. Collective.
 
@@ -25,6 +31,7 @@ def load_with_guide(
     """
 
     def read(saved: SavedModel) -> tuple[LoadedModel, LoadedModel | None]:
+        saved = saved.on(base)
         model = LoadedModel.read(saved, ranks, weights, tokenizer)
         own = guide is None and guide_weights is not None
         return model, read_guide(saved, model) if own else None

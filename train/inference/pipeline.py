@@ -53,7 +53,9 @@ class PipelineConfig(SamplerConfig):
     # the guide, such as an EMA of another half-life.
     guide_weights: str | None = None
     vae: Location | None = None  # autoencoder, a folder or hub id; null: the one the run names, none for pixels
-    tokenizer: Location | None = None  # SentencePiece model; null: the copy in the run or export, else the run's
+    tokenizer: Location | None = None  # file or folder; null: the copy in the run or export, else the run's
+    # Where the frozen parameters come from that checkpoints do not hold; null: what the run was started from.
+    base: Location | None = None
     seed: int = 0  # of noise and tokens
     device: Device = "auto"  # auto: CUDA if available
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model
@@ -89,7 +91,7 @@ class Pipeline:
         Raises FileNotFoundError or ValueError if there is none, its tokenizer or vae cannot be found, or the guide
         cannot guide it.
         """
-        names = (config.checkpoint, config.weights, config.tokenizer, config.guide, config.guide_weights)
+        names = (config.checkpoint, config.weights, config.tokenizer, config.guide, config.guide_weights, config.base)
         loaded, guide = load_with_guide(*names, ranks)
         diffusion, vae = loaded.config.diffusion, config.vae or loaded.config.vae
         sampler = config.suited_to(diffusion)

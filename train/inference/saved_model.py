@@ -2,7 +2,7 @@
 
     <export>/model.safetensors   all parameters by name, unsharded
              config.yaml         the run's resolved config; `config=` reads it back
-             tokenizer.model, vae/   copies of those the run names
+             tokenizer.*, vae/   copies of those the run names
              trained.keys        which records it was trained on, or a sample (train/checkpoints/trained_records.py)
              export.json         step, latent spec, grids, hashes; written last
 
@@ -20,13 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data.manifest import LatentSpec
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, find_copy
 from model.autoencoders import load_latent_space
 from model.latent_space import LatentSpace, Pixels
 from model.transfusion import Transfusion
 from train.checkpoints import checkpoint
 from train.checkpoints.lookup import EXPORT_MARK, find_checkpoint, identity, read_while_there
-from train.checkpoints.run_folder import TOKENIZER_FILE
 from train.checkpoints.trained_records import TRAINED_FILE, TrainedRecords
 from train.distributed.local_shards import first_element, local
 from train.distributed.ranks import Ranks
@@ -81,6 +80,12 @@ class SavedModel:
             raise FileNotFoundError(folder)
         return cls(folder, exported, meta, config, found, stored_records(folder))
 
+    def on(self, base: str | None) -> "SavedModel":
+        """Return this model with the source of its frozen parameters at another path; None: where it was."""
+        from train.inference.base import with_base  # which uses this module
+
+        return replace(self, config=with_base(self.config, base))
+
     @property
     def step(self) -> int:
         return self.meta["progress"]["step"]
@@ -100,9 +105,11 @@ class SavedModel:
 
         Raises ValueError if none of them is the one that the model was trained with.
         """
-        copies = [str(folder / TOKENIZER_FILE) for folder in (self.folder, self.folder.parent.parent)]
+        copies = [
+            str(find_copy(folder) or folder / "tokenizer.model") for folder in (self.folder, self.folder.parent.parent)
+        ]
         places = [path] if path else [*copies, self.config.data.tokenizer]
-        found = {place: Tokenizer(place) for place in places if Path(place).is_file()}
+        found = {place: Tokenizer(place) for place in places if Path(place).exists()}
         expected = self.meta["fingerprint"]["tokenizer"]
         for tokenizer in found.values():
             if tokenizer.hash == expected:
@@ -112,18 +119,38 @@ class SavedModel:
             f"{self.folder} was trained with the tokenizer of hash {expected}, none of {tried}; set tokenizer=FILE"
         )
 
-    def read(self, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks, key: str = "weights") -> str:
-        """Read `weights` (see `choose`) into parameters or shards of them; return which were read. Collective.
-
-        `key` is the option that names them. Raises ValueError for weights that do not exist, and for parameters of
-        other names or sizes.
-        """
+    def chosen(self, weights: str, key: str = "weights") -> str:
+        """Return which weights `weights` means (see `choose`); `key` is the option that names them."""
         kept = [self.meta["weights"]] if self.exported else self.config.optim.weights
-        chosen = choose(weights, kept, self.folder, key)
+        return choose(weights, kept, self.folder, key)
+
+    def read(
+        self,
+        weights: str,
+        parameters: Mapping[str, torch.Tensor],
+        ranks: Ranks,
+        key: str = "weights",
+        *,
+        whole: bool = True,
+    ) -> str:
+        """Read `weights` into parameters or shards of them, by plain name; return which were read. Collective.
+
+        They are all of the model's, or some with whole=False. Raises ValueError for weights that do not exist, and for
+        parameters of other names or sizes.
+        """
+        chosen = self.chosen(weights, key)
         if self.exported:
-            _read_weights(self.folder / WEIGHTS_FILE, parameters)
-        else:
-            checkpoint.load(self.folder, {chosen: dict(parameters)}, ranks)
+            _read_weights(self.folder / WEIGHTS_FILE, parameters, whole)
+            return chosen
+        stored = ranks.on_first(lambda: checkpoint.tensors(self.folder, chosen))
+        frozen: dict[str, torch.Tensor] = {}
+        if "base" in self.meta:
+            frozen = {name: tensor for name, tensor in parameters.items() if name not in stored}
+            from train.inference.base import read_base  # which uses this module
+
+            read_base(self.config, frozen, self.meta["vocab_size"], self.meta["base"], ranks)
+        trained = {name: tensor for name, tensor in parameters.items() if name not in frozen}
+        checkpoint.load(self.folder, {chosen: trained}, ranks, whole=whole)
         return chosen
 
 
@@ -154,8 +181,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         return json.loads(checkpoint.read_extra(folder, checkpoint.META))
     try:
         meta = json.loads(mark.read_text(encoding="utf-8"))
-        if meta["settings"]["format"] == "llama":
-            raise ValueError("it is a Llama export, the text side for transformers; export with format=transfusion")
+        if meta["settings"]["format"] != "transfusion":
+            raise ValueError(f"it has format={meta['settings']['format']}; export with format=transfusion")
         if meta["latent_spec"] is not None:
             LatentSpec.parse(meta["latent_spec"])
         for h, w in meta["grids"]:
@@ -169,13 +196,13 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_weights(path: Path, parameters: Mapping[str, torch.Tensor]) -> None:
+def _read_weights(path: Path, parameters: Mapping[str, torch.Tensor], whole: bool) -> None:
     """Copy the file's tensors into `parameters`, converting their dtype; raise ValueError if they do not match."""
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             problems = [f"{name} is missing" for name in sorted(parameters.keys() - names)]
-            problems += [f"{name} is not the model's" for name in sorted(names - parameters.keys())]
+            problems += [f"{name} is not the model's" for name in sorted(names - parameters.keys()) if whole]
             for name in sorted(names & parameters.keys()):
                 if (found := list(file.get_slice(name).get_shape())) != list(parameters[name].shape):
                     problems.append(f"{name} is {found}, expected {list(parameters[name].shape)}")
@@ -201,12 +228,20 @@ class LoadedModel:
     saved: SavedModel  # where it was read from
 
     @classmethod
-    def load(cls, path: str | Path, ranks: Ranks, weights: str = "auto", tokenizer: str | None = None) -> "LoadedModel":
+    def load(
+        cls,
+        path: str | Path,
+        ranks: Ranks,
+        weights: str = "auto",
+        tokenizer: str | None = None,
+        base: str | None = None,
+    ) -> "LoadedModel":
         """Load an export, a checkpoint, or a run's newest checkpoint that verifies. Collective.
 
-        `tokenizer` is a path; None: see SavedModel.tokenizer. Raises FileNotFoundError or ValueError if there is none.
+        `tokenizer` is a path; None: see SavedModel.tokenizer. `base` is where frozen parameters come from; None: from
+        what the run started from. Raises FileNotFoundError or ValueError if there is none.
         """
-        return SavedModel.use(path, ranks, lambda saved: cls.read(saved, ranks, weights, tokenizer))
+        return SavedModel.use(path, ranks, lambda saved: cls.read(saved.on(base), ranks, weights, tokenizer))
 
     @classmethod
     def read(

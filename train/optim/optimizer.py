@@ -5,7 +5,7 @@ judges, and the optimizers read its flag on the device. `step` names the batch e
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from train.distributed.local_shards import is_sharded
+from train.distributed.parallelize import plain_name
 from train.optim import muon
 from train.optim.bfloat16_adamw import BFloat16AdamW
 from train.optim.ema import Ema, label
+from train.optim.groups import REST, GroupConfig, resolve
 from train.optim.guard import Guard, GuardConfig
 
 
@@ -43,6 +45,8 @@ class OptimConfig:
     clip_norm: float = 1.0  # global gradient norm, > 0
     # Half-lives of averages of the weights, in updates, >= 1; previews and weights=auto use the first.
     ema_half_lives: tuple[int, ...] = ()
+    # Parts that are frozen, or trained at another rate or weight decay, by a name of your choice, in order.
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_learning_rate <= self.learning_rate:
@@ -95,26 +99,45 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimConfig, guard: GuardConfig):
         self.config = config
-        self.parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
+        named: dict[str, torch.Tensor] = dict(model.named_parameters())
+        self.parameters: dict[str, torch.Tensor] = {name: p for name, p in named.items() if p.requires_grad}
+        self._frozen = {name: p for name, p in named.items() if not p.requires_grad}
         blocks = muon.matrices(model) if config.optimizer == "muon" else {}
-        rest = [p for p in self.parameters.values() if p not in blocks]
-        groups = [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        groups, of_muon = self._groups(named, blocks)
         low = config.state_dtype == "bfloat16"
         adamw = BFloat16AdamW if low else partial(torch.optim.AdamW, fused=True)
         # Set before each update. A number, as for a tensor DTensor would run another variant of fused AdamW, which has
         # no fake kernel, on real tensors of the whole model's size: four copies of it per rank, at the first update.
         rate, betas = 0.0, (config.beta1, config.beta2)
-        self.adamw = adamw([group for group in groups if group["params"]], lr=rate, betas=betas, eps=config.eps)
+        self.adamw = adamw(groups, lr=rate, betas=betas, eps=config.eps)
         self.parts: list[Any] = [self.adamw]  # torch optimizers with `found_inf` and `batch`
-        if blocks:
-            settings = {"momentum": config.muon_momentum, "update_rms": config.muon_update_rms}
-            settings |= {"lr": rate, "weight_decay": config.weight_decay}
-            self.parts.append(muon.Muon(blocks, torch.bfloat16 if low else torch.float32, **settings))
+        if of_muon:
+            settings = {"momentum": config.muon_momentum, "update_rms": config.muon_update_rms, "lr": rate}
+            self.parts.append(muon.Muon(of_muon, blocks, torch.bfloat16 if low else torch.float32, **settings))
         self.emas = {label(half_life): Ema(self.parameters, half_life) for half_life in config.ema_half_lives}
         self.guard = Guard(guard, next(iter(self.parameters.values())).device)
+
+    def _groups(
+        self, named: dict[str, torch.Tensor], blocks: dict[torch.Tensor, muon.Parts]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return torch's parameter groups of the trained parameters: AdamW's and Muon's."""
+        resolved = resolve([plain_name(name) for name in named], self.config.groups)
+        of_adamw: list[dict[str, Any]] = []
+        of_muon: list[dict[str, Any]] = []
+        for group in [*self.config.groups, REST]:
+            config = self.config.groups.get(group, GroupConfig())
+            mine = [p for name, p in self.parameters.items() if resolved[plain_name(name)][0] == group]
+            decay = self.config.weight_decay if config.weight_decay is None else config.weight_decay
+            rest = [p for p in mine if p not in blocks]
+            for chosen, members, weight_decay in (
+                (of_adamw, [p for p in rest if p.ndim > 1], decay),
+                (of_adamw, [p for p in rest if p.ndim <= 1], 0.0),
+                (of_muon, [p for p in mine if p in blocks], decay),
+            ):
+                if members:
+                    settings = {"weight_decay": weight_decay, "lr_scale": config.lr_scale}
+                    chosen.append({"params": members, **settings})
+        return of_adamw, of_muon
 
     @torch.no_grad()
     def update(self, step: int) -> torch.Tensor:
@@ -127,7 +150,7 @@ class Optimizer:
         skip = self.guard.judge(norm)
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = learning_rate(step, self.config)
+                group["lr"] = learning_rate(step, self.config) * group["lr_scale"]
             part.found_inf, part.batch = skip, step
             part.step()
             part.zero_grad(set_to_none=True)
@@ -138,4 +161,4 @@ class Optimizer:
 
     def preferred_weights(self) -> dict[str, torch.Tensor]:
         """Return the weights that weights=auto means: the first average, or the model's if there is none."""
-        return next(iter(self.emas.values())).weights if self.emas else self.parameters
+        return self._frozen | (next(iter(self.emas.values())).weights if self.emas else self.parameters)

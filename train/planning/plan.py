@@ -126,7 +126,7 @@ def _kernels(config: PlanConfig) -> Kernels | None:
 def _vocab_size(config: PlanConfig) -> tuple[int, str]:
     if config.vocab_size is not None:
         return config.vocab_size, "as given"
-    if Path(str(config.data.tokenizer)).is_file():
+    if Path(str(config.data.tokenizer)).exists():
         return Tokenizer(config.data.tokenizer).vocab_size, f"of {config.data.tokenizer}"
     return LLAMA_2, f"Llama-2's, BOI and EOI: {config.data.tokenizer} is not here"
 

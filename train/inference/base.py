@@ -1,0 +1,74 @@
+"""Where a run's frozen parameters come from: a language model, another run's weights, or the seed.
+
+Checkpoints do not hold them. They are made again whenever one is opened, from the same source, whose contents are
+pinned by a hash in the checkpoint.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from train.distributed.parallelize import draw
+from train.distributed.ranks import Ranks
+from train.inference.saved_model import SavedModel
+from train.llm_folder import LLMFolder
+from train.pretrain_config import PretrainConfig
+
+
+def base_of(config: PretrainConfig, ranks: Ranks) -> str:
+    """Return what identifies the source of a run's frozen parameters. Collective.
+
+    Raises FileNotFoundError or ValueError if it is gone, or differs between ranks.
+    """
+    if config.init_from_llm is not None:
+        found = f"language model {LLMFolder(config.init_from_llm).hash}"
+        ranks.require_alike({"init_from_llm (contents)": found})
+        return found
+    if config.init_from is not None:
+        return SavedModel.use(
+            config.init_from, ranks, lambda saved: f"weights {saved.chosen(config.init_weights)} of {saved.identity}"
+        )
+    return f"seed {config.seed}"
+
+
+def read_base(
+    config: PretrainConfig, parameters: Mapping[str, torch.Tensor], vocab_size: int, expected: str, ranks: Ranks
+) -> None:
+    """Fill frozen parameters, or shards of them, by plain name, from the source that a run's config names. Collective.
+
+    `expected` is what `base_of` returned when the run began. Raises FileNotFoundError or ValueError if that is gone or
+    something else now.
+    """
+    name = "init_from_llm" if config.init_from_llm is not None else "init_from"
+    try:
+        found = base_of(config, ranks)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}. Frozen parameters are not in checkpoints and come from there: bring it back, or say where it is "
+            f"now: base=PATH for programs that use a trained model, {name}=PATH in training"
+        ) from None
+    if found != expected:
+        raise ValueError(
+            f"{name}={getattr(config, name)} is {found}, but the run's frozen parameters came from {expected}; bring "
+            f"that back, or say where it is now: base=PATH for programs that use a trained model, {name}=PATH in "
+            "training"
+        )
+    if config.init_from_llm is not None:
+        LLMFolder(config.init_from_llm).read(parameters, vocab_size)
+    elif config.init_from is not None:
+        weights = config.init_weights
+        SavedModel.use(config.init_from, ranks, lambda saved: saved.read(weights, parameters, ranks, whole=False))
+    else:
+        draw(parameters, config.model, vocab_size, config.seed)
+
+
+def with_base(config: PretrainConfig, path: str | None) -> PretrainConfig:
+    """Return a run's config with the source of its frozen parameters at another path; None: where it was."""
+    if path is None:
+        return config
+    if config.init_from_llm is not None:
+        return replace(config, init_from_llm=path)
+    if config.init_from is not None:
+        return replace(config, init_from=path)
+    raise ValueError(f"base={path}: the model was not started from anything; leave base out")
