@@ -66,6 +66,13 @@ def linear_pair(text: Linear, image: Linear, x: Tensor, modalities: Modalities) 
     y = two_products(x[0], text.weight, image.weight, modalities.num_text)[None]
     if text.bias is not None and image.bias is not None:
         y = y + torch.where(modalities.is_image[:, None], image.bias, text.bias)
+    if text.lora_a is not None and image.lora_a is not None:
+        assert text.lora_b is not None and image.lora_b is not None
+        low = two_products(x[0], text.lora_a, image.lora_a, modalities.num_text) * text.lora_scale
+        return y + two_products(low, text.lora_b, image.lora_b, modalities.num_text)
+    for layer, rows in ((text, ~modalities.is_image), (image, modalities.is_image)):
+        if layer.lora_a is not None:  # of one modality alone: its product with all tokens has static shapes
+            y = y + layer.adapted(x, rows)
     return y
 
 

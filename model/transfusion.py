@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.cache import NextTokens
 from model.linear import Linear, linear
+from model.lora import LoraConfig, add_adapters
 from model.losses import linear_cross_entropy
 from model.modalities import Modalities, Modality, Untied
 from model.patches import LinearPatches, Skips
@@ -45,6 +46,7 @@ class TransfusionConfig:
     # Which weights images have to themselves. none: none; ffn: the blocks' feed-forward layers and their norms; all:
     # all of the trunk, which text and images then share in attention only (Mixture-of-Transformers).
     untied: Untied = "none"
+    lora: LoraConfig = field(default_factory=LoraConfig)
     text_loss_chunk: int = 4096  # text targets whose logits are in memory at once, >= 1; does not change the result
 
     def __post_init__(self) -> None:
@@ -96,6 +98,7 @@ class Transfusion(nn.Module):
         else:
             self.patches = LinearPatches(width, channels, config.patch_size, config.timestep_after_patches)
         self.transformer = Transformer(config.transformer, config.untied)
+        add_adapters(self.transformer, config.lora)
         self.text_head = None if config.tied_embeddings else Linear(width, rows)
 
     def forward(
@@ -184,7 +187,7 @@ def initial_value(
 
     ours (the paper does not say): normal with std fan_in^-1/2; projections into the residual stream divided by
     sqrt(2 layers), so that its variance does not grow with depth; a small noise head, so that the first predictions are
-    near zero, the mean of the noise; ones for norms, zeros for biases and for what a U-Net block adds to its input.
+    near zero, the mean of the noise; ones for norms, zeros for biases and for what U-Net blocks and adapters add.
     """
     return torch.cat(list(initial_pieces(name, shape, config, generator))).view(shape)
 
@@ -195,7 +198,7 @@ def initial_pieces(
     """Yield `initial_value`, flattened, INIT_CHUNK elements at a time: a rank that keeps a slice never holds it all."""
     mean = 1.0 if name.endswith("norm.weight") else 0.0
     std = math.prod(shape[1:]) ** -0.5
-    if name.endswith(("norm.weight", ".bias", ".conv_out.weight")):
+    if name.endswith(("norm.weight", ".bias", ".conv_out.weight", ".lora_b")):
         std = 0.0
     elif name.endswith(("attention.out.weight", "ffn.down.weight")):
         std /= (2 * config.transformer.layers) ** 0.5

@@ -21,6 +21,7 @@ from data.lane_state import LaneState
 from data.loader import StepBatch
 from data.manifest import LatentSpec
 from model.attention import RopeScaling
+from model.lora import LoraConfig
 from model.transfusion import Transfusion
 from train.checkpoints import checkpoint
 from train.checkpoints.saver import Snapshot
@@ -146,6 +147,7 @@ BEFORE = {
     "model.vocab_multiple_of": "1",
     "model.tied_embeddings": "False",
     "model.untied": "none",
+    "model.lora": str(asdict(LoraConfig())),
     "model.transformer.head_dim": "None",
     "model.transformer.qkv_bias": "False",
     "model.transformer.rope_scaling": str(asdict(RopeScaling())),
