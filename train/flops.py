@@ -1,13 +1,28 @@
 """Model FLOPs of a batch, forward and backward, from what the mask allows (P9); recomputation is counted separately.
 
-Six per weight and position in a matrix product, twelve per layer, channel and (query, key) pair. Norms, rotary
-positions and timestep embeddings (under a thousandth) are left out.
+They are read off the model's own parameters. Per weight and position of a matrix product: two forward, two for the
+gradient of its input where one passes, two for its own where it is trained; so six, or four if it is frozen. Per layer,
+channel and (query, key) pair: four and eight. Norms, biases, rotary positions and timestep embeddings (under a
+thousandth) are left out.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from data.packing import PackedBatch
-from model.transfusion import TransfusionConfig
+from model.transfusion import Transfusion, TransfusionConfig
+from train.distributed.parallelize import plain_name
+
+# The products of a block in their order, and the norms between each and the one before.
+PRODUCTS = {
+    "attention.qkv": ("attention_norm.",),
+    "attention.out": ("attention.q_norm.", "attention.k_norm."),
+    "ffn.gate_up": ("ffn_norm.",),
+    "ffn.down": (),
+}
 
 
 @dataclass(frozen=True)
@@ -18,38 +33,56 @@ class Flops:
     per_latent_cell: float  # in the patchers, both halves
     patch_cells: int = 4  # latent cells per patch
     causal_images: bool = False  # a patch sees only the patches before it
+    more_per_patch: float = 0.0  # than per_token; not 0 where weights of its own are trained and text's are not
     # What activation checkpointing computes a second time: hardware FLOPs, not model FLOPs.
     again_per_token: float = 0.0
     again_per_pair: float = 0.0
     again_per_latent_cell: float = 0.0
+    again_more_per_patch: float = 0.0
 
     @classmethod
     def of(
         cls, config: TransfusionConfig, vocab_size: int, activation_checkpointing: str = "none", compiled: bool = False
     ) -> "Flops":
+        """Return the FLOPs of a model of which all parameters are trained; see `of_model`."""
+        with torch.device("meta"):
+            model = Transfusion(config, vocab_size)
+        return cls.of_model(model, activation_checkpointing, compiled)
+
+    @classmethod
+    def of_model(cls, model: Transfusion, activation_checkpointing: str = "none", compiled: bool = False) -> "Flops":
         """Return a model's FLOPs; the last two are `activation_checkpointing` and `compile` of ParallelConfig.
 
-        Selective recomputation repeats no product; but in blocks that are not compiled it cannot see flex attention.
+        Frozen are its parameters that require no gradient. It may be sharded, or lie on the meta device. Selective
+        recomputation repeats products that narrow; in blocks that are not compiled it cannot see flex attention.
         """
-        trunk = config.transformer
-        heads = trunk.heads * trunk.head_width  # dimensions of all query heads
-        projections = 2 * heads + 2 * trunk.num_kv_heads * trunk.head_width
-        matrices = trunk.layers * trunk.width * (projections + 3 * trunk.hidden)
-        cell = _patcher_weights_per_cell(config)
-        again: dict[str, float] = {}
-        if activation_checkpointing == "full":  # all of a block's forward but its last product, which nothing reads
-            again["again_per_token"] = 2 * (matrices - trunk.layers * trunk.width * trunk.hidden)
-            again["again_per_latent_cell"] = 2 * _recomputed_weights_per_cell(config, compiled)
-        if activation_checkpointing == "full" or (activation_checkpointing == "selective" and not compiled):
-            again["again_per_pair"] = 4 * trunk.layers * heads
+        config, trunk = model.config, model.config.transformer
+        parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        counts: Counter[str] = Counter()
+        passes = trains_patches = _trains(parameters, "patches.")
+        passes |= _trains(parameters, "text_embedding.")
+        for layer in range(trunk.layers):
+            prefix = f"transformer.blocks.{layer}."
+            block = {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
+            passes = _count_block(counts, block, trunk.heads * trunk.head_width, activation_checkpointing, passes)
+        if activation_checkpointing == "selective" and compiled:
+            counts["again_pair"] = 0
+        passes |= _trains(parameters, "transformer.norm.", "transformer.image_norm.")
+        encoded, decoded = _patcher_weights_per_cell(config)
+        head = model.head_weight
+        again_cell = _recomputed_weights_per_cell(config, compiled) if activation_checkpointing == "full" else 0.0
         return cls(
-            **again,
-            per_token=6 * matrices,
-            per_pair=12 * trunk.layers * heads,
-            per_text_target=6 * trunk.width * vocab_size,
-            per_latent_cell=6 * cell,
+            per_token=counts["token"],
+            per_pair=counts["pair"],
+            per_text_target=2 * trunk.width * model.vocab_size * (1 + passes + head.requires_grad),
+            per_latent_cell=6 * (encoded + decoded) if trains_patches else 2 * encoded + 2 * decoded * (1 + passes),
             patch_cells=config.patch_size**2,
             causal_images=config.image_attention == "causal",
+            more_per_patch=counts["patch"] - counts["token"],
+            again_per_token=counts["again_token"],
+            again_per_pair=counts["again_pair"],
+            again_per_latent_cell=2 * again_cell * trains_patches,
+            again_more_per_patch=counts["again_patch"] - counts["again_token"],
         )
 
     @property
@@ -61,6 +94,7 @@ class Flops:
             per_pair=self.again_per_pair,
             per_text_target=0.0,
             per_latent_cell=self.again_per_latent_cell,
+            more_per_patch=self.again_more_per_patch,
         )
 
     def of_batch(self, batch: PackedBatch) -> tuple[float, float]:
@@ -74,21 +108,64 @@ class Flops:
         image_cells = sum(batch.images[grid].num_valid * count for grid, count in cells.items())
         model = self.per_token * tokens + self.per_pair * pairs + self.per_latent_cell * image_cells
         again = self.again_per_token * tokens + self.again_per_pair * pairs + self.again_per_latent_cell * image_cells
-        return model + self.per_text_target * batch.num_text_targets, again
+        patches = image_cells // self.patch_cells
+        model += self.more_per_patch * patches + self.per_text_target * batch.num_text_targets
+        return model, again + self.again_more_per_patch * patches
 
 
-def _patcher_weights_per_cell(config: TransfusionConfig) -> float:
-    """Return by how many weights a latent cell is multiplied; a cell of level n covers 4^n latent cells."""
+def _trains(parameters: dict[str, Tensor], *prefixes: str) -> bool:
+    """Return whether a parameter is trained whose name starts with one of `prefixes`."""
+    return any(parameter.requires_grad for name, parameter in parameters.items() if name.startswith(prefixes))
+
+
+def _count_block(
+    counts: Counter[str], block: dict[str, Tensor], heads: int, activation_checkpointing: str, passes: bool
+) -> bool:
+    """Add a block's FLOPs to `counts`; `heads` are the dimensions of all query heads.
+
+    `passes`: whether the gradient of the block's input is needed; returned is whether that of its output is.
+    """
+    again: Counter[str] = Counter()
+    for product, norms in PRODUCTS.items():
+        passes = passes or _trains(block, *norms, *(f"image.{norm}" for norm in norms))
+        if product == "attention.out":
+            counts["pair"] += 4 * heads * (1 + 2 * passes)
+            again["again_pair"] += 4 * heads
+        of_text, of_image = (
+            {name: weight for name, weight in block.items() if name.startswith(prefix) and weight.ndim == 2}
+            for prefix in (f"{product}.", f"image.{product}.")
+        )
+        for tokens, weights in (("token", of_text), ("patch", of_image or of_text)):
+            for name, weight in weights.items():
+                arrives = passes or (name.endswith("lora_b") and weights[name[:-1] + "a"].requires_grad)
+                counts[tokens] += 2 * weight.numel() * (1 + arrives + weight.requires_grad)
+                is_last = product == "ffn.down" and not name.endswith("lora_a")  # its output is only added
+                if not is_last and (activation_checkpointing == "full" or weight.shape[0] < weight.shape[1]):
+                    again[f"again_{tokens}"] += 2 * weight.numel()
+        passes = passes or _trains(of_text | of_image, "")
+    if passes and activation_checkpointing in ("selective", "full"):
+        counts.update(again)
+    return passes
+
+
+def _patcher_weights_per_cell(config: TransfusionConfig) -> tuple[float, float]:
+    """Return by how many weights a latent cell is multiplied before and after the trunk.
+
+    A cell of level n covers 4^n latent cells.
+    """
     width, latent = config.transformer.width, config.latent_channels
     if config.patches == "linear":
-        return 2 * latent * width
+        return latent * width, latent * width
     channels, blocks = config.unet.levels(config.patch_size), config.unet.blocks
-    weights = 2 * 9 * latent * channels[0] + 2 * width * channels[-1] / 4 ** (len(channels) - 1)
+    encoded = 9 * latent * channels[0] + width * channels[-1] / 4 ** (len(channels) - 1)
+    decoded = encoded
     for level, c in enumerate(channels):
-        weights += blocks * (18 + 27 + 2) * c**2 / 4**level  # down; up, whose input is twice as wide
+        encoded += blocks * 18 * c**2 / 4**level
+        decoded += blocks * (27 + 2) * c**2 / 4**level  # its input is twice as wide
         if level:  # downsampling at this level's cells, upsampling at the finer level's
-            weights += 9 * channels[level - 1] * c * (1 / 4**level + 1 / 4 ** (level - 1))
-    return weights
+            encoded += 9 * channels[level - 1] * c / 4**level
+            decoded += 9 * channels[level - 1] * c / 4 ** (level - 1)
+    return encoded, decoded
 
 
 def _recomputed_weights_per_cell(config: TransfusionConfig, compiled: bool) -> float:

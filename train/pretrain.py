@@ -219,7 +219,7 @@ def run_steps(run: Run) -> tuple[str, int]:
     """Run steps until the last, a stop signal or the end of the data; return why it ended, and the exit status."""
     config, ranks, progress = run.config, run.ranks, run.state.progress
     recomputed, compiled = config.parallel.activation_checkpointing, config.parallel.compile
-    flops = Flops.of(config.model, run.data.tokenizer.vocab_size, recomputed, compiled)
+    flops = Flops.of_model(run.state.model, recomputed, compiled)
     interval = Interval(flops, ranks, list(config.data.sources))
     console = Console(config.optim.steps, progress.step, ranks)
     budget = SkipBudget(config.data.max_bad_documents, len(run.data.too_long))

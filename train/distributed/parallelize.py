@@ -30,6 +30,7 @@ from train.distributed.ranks import Ranks
 if TYPE_CHECKING:  # FSDP takes half a second to import: only the functions that need it do
     from torch.distributed.fsdp import FSDPModule
 
+ADAPTER_WIDENS = 16  # a product with at least so many times as many outputs as inputs is taken for an adapter's second
 GRAPHS = 64  # that compiled blocks may have in all before torch runs further ones uncompiled; its own limit is 8
 
 
@@ -194,15 +195,15 @@ def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> Checkpoin
     """Save what is expensive to compute: outputs of matrix products, convolutions and attention.
 
     Except products that narrow, such as SwiGLU's last: they feed the residual sum, whose backward does not read them.
-    And those that widen a lot, such as an adapter's second: their outputs take more memory than time.
+    Also except those of adapters (model/lora.py), which cost little: saving the second would double what is saved.
     Also except baddbmm, whose outputs are the S x S scores of bf16 attention on CPU. In uncompiled blocks flex
     attention is a separate compiled function, which the policy cannot see: it is recomputed.
     """
     aten = torch.ops.aten
     if operator in (aten.mm.default, PRODUCT, torch.ops.transfusion.two_products.default):
         inputs, outputs = args[1].shape if operator is aten.mm.default else args[1].T.shape
-        cheap = outputs < inputs or 8 * inputs <= outputs
-        return CheckpointPolicy.PREFER_RECOMPUTE if cheap else CheckpointPolicy.MUST_SAVE
+        narrows, is_adapter = outputs < inputs, outputs >= ADAPTER_WIDENS * inputs
+        return CheckpointPolicy.PREFER_RECOMPUTE if narrows or is_adapter else CheckpointPolicy.MUST_SAVE
     expensive = operator in (
         aten.addmm.default,
         aten.bmm.default,
