@@ -128,10 +128,11 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     elif config.init_from is not None:
         model.to_empty(device=ranks.device)
         started_from, trained_before = read_initial_weights(model, config, data, ranks)
+    elif config.init_from_llm is not None:
+        model.to_empty(device=ranks.device)
+        started_from = read_llm(model, config, data, ranks)
     else:
         initialize(model, config.seed, ranks.device)
-        if config.init_from_llm is not None:
-            started_from = read_llm(model, config, ranks)
 
     # The optimizer comes after the weights, because EMAs copy them, and before the load, which fills its tensors.
     state = TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, data)
