@@ -6,6 +6,7 @@ Needs neither data nor a GPU: `python -m train.plan config=configs/paper/7b.yaml
 import json
 
 from train.config import load_config, run_program
+from train.llm_folder import with_llm
 from train.planning.plan import PlanConfig, make_plan
 from train.planning.plan_text import plan_text
 
@@ -13,7 +14,7 @@ CONFIG = PlanConfig
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(CONFIG, argv)
+    config = with_llm(load_config(CONFIG, argv))
     plan = make_plan(config)
     print(json.dumps(plan) if config.json else plan_text(config, plan))
 

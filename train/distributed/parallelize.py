@@ -190,6 +190,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def is_cheap(inputs: int, outputs: int) -> bool:
+    """Return whether a product of this shape costs little time for the memory of its output."""
+    return outputs < inputs or 8 * inputs <= outputs
+
+
 def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
     """Save what is expensive to compute: outputs of matrix products, convolutions and attention.
 
@@ -201,8 +206,7 @@ def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> Checkpoin
     aten = torch.ops.aten
     if operator in (aten.mm.default, PRODUCT, torch.ops.transfusion.two_products.default):
         inputs, outputs = args[1].shape if operator is aten.mm.default else args[1].T.shape
-        cheap = outputs < inputs or 8 * inputs <= outputs
-        return CheckpointPolicy.PREFER_RECOMPUTE if cheap else CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE if is_cheap(inputs, outputs) else CheckpointPolicy.MUST_SAVE
     expensive = operator in (
         aten.addmm.default,
         aten.bmm.default,
