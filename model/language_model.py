@@ -25,7 +25,10 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Whole numbers that a config.json must state; transformers' defaults for them differ from version to version.
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+ROPE_NEEDED = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of type llama3
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class LanguageModel:
     tied_embeddings: bool
     vocab_size: int  # rows of its embedding
     window: int | None  # tokens that a token sees at most, itself included; None: all before it
+    context: int  # tokens of the longest text that it was made for
 
 
 def read_settings(contents: dict[str, Any], name: str) -> LanguageModel:
@@ -45,41 +49,53 @@ def read_settings(contents: dict[str, Any], name: str) -> LanguageModel:
     Both forms of transformers are read: version 4's rope_theta and rope_scaling, version 5's rope_parameters.
     """
     family = contents.get("model_type")
-    if family not in FAMILIES:
+    if family not in FAMILIES or (contents.get("architectures") or [FAMILIES[family]]) != [FAMILIES[family]]:
         known = ", ".join(f"{key} ({kind})" for key, kind in FAMILIES.items())
-        raise ValueError(f"{name}: model_type={family!r}, expected one of {known}; start from a model of such a family")
-    if missing := [key for key in NEEDED if not isinstance(contents.get(key), int)]:
+        raise ValueError(
+            f"{name}: model_type={family!r}, architectures={contents.get('architectures')}: expected one of {known}; "
+            "start from a model of such a family"
+        )
+    needed = NEEDED if family == "llama" else (*NEEDED, "num_key_value_heads")
+    if missing := [key for key in needed if type(contents.get(key)) is not int or contents[key] < 1]:
         raise ValueError(f"{name}: {', '.join(missing)} missing or not a number: expected as transformers writes them")
-    refuse_unknown(contents, family, name)
+    _refuse_unknown(contents, family, name)
     heads, width = contents["num_attention_heads"], contents["hidden_size"]
     head_dim = contents.get("head_dim") or (128 if family == "qwen3" else width // heads)
     theta, scaling = _rope(contents, name)
-    windows = contents.get("use_sliding_window", family == "mistral") and contents.get("sliding_window")
-    transformer = TransformerConfig(
-        width=width,
-        layers=contents["num_hidden_layers"],
-        heads=heads,
-        head_dim=None if head_dim * heads == width else head_dim,
-        kv_heads=contents.get("num_key_value_heads") or heads,
-        ffn_hidden=contents["intermediate_size"],
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=float(contents.get("rms_norm_eps", 1e-6)),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-    )
+    try:
+        transformer = TransformerConfig(
+            width=width,
+            layers=contents["num_hidden_layers"],
+            heads=heads,
+            head_dim=None if head_dim * heads == width else head_dim,
+            kv_heads=contents.get("num_key_value_heads") or heads,
+            ffn_hidden=contents["intermediate_size"],
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=float(contents.get("rms_norm_eps", 1e-6)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+        )
+        context = int(contents.get("max_position_embeddings") or 0)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: config.json: {error}; fetch it again") from None
     tied = bool(contents.get("tie_word_embeddings", False))
-    return LanguageModel(family, transformer, tied, contents["vocab_size"], windows or None)
+    window = _window(contents, family)
+    return LanguageModel(family, transformer, tied, contents["vocab_size"], window, context)
 
 
-def refuse_unknown(contents: dict[str, Any], family: str, name: str) -> None:
+def _refuse_unknown(contents: dict[str, Any], family: str, name: str) -> None:
     """Raise ValueError for settings of a family that the trunk does not compute."""
     activation = contents.get("hidden_act", "silu")
+    kinds = set(contents.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     problems = {
         f"hidden_act={activation!r}": activation != "silu",
-        "attention_bias=true": contents.get("attention_bias") and family != "qwen2",
+        "attention_bias=true": contents.get("attention_bias"),
         "mlp_bias=true": contents.get("mlp_bias"),
-        "quantization_config": contents.get("quantization_config"),
+        "quantization_config": contents.get("quantization_config") or contents.get("compression_config"),
+        f"layer_types={sorted(kinds)}": kinds,
+        "layers without rotary positions": not all(contents.get("no_rope_layers") or ()),
+        f"pretraining_tp={contents.get('pretraining_tp')}": contents.get("pretraining_tp", 1) not in (None, 1),
     }
     if found := [what for what, is_there in problems.items() if is_there]:
         raise ValueError(f"{name}: {', '.join(found)}: the trunk has no such thing; start from a model without it")
@@ -90,16 +106,32 @@ def _rope(contents: dict[str, Any], name: str) -> tuple[float, RopeScaling]:
     given = contents.get("rope_parameters") or contents.get("rope_scaling") or {}
     theta = float(given.get("rope_theta") or contents.get("rope_theta") or 10000.0)
     kind = given.get("rope_type") or given.get("type") or "default"
-    if kind not in ("default", "llama3"):
+    if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in given.values()):
+        kind = kind if kind != "default" else f"{sorted(given)}"
         raise ValueError(f"{name}: rope_type={kind!r}, expected default or llama3; start from a model without it")
+    if (share := given.get("partial_rotary_factor") or contents.get("partial_rotary_factor") or 1) != 1:
+        raise ValueError(f"{name}: partial_rotary_factor={share}, expected 1; start from a model without it")
     if kind == "default":
         return theta, RopeScaling()
+    if missing := [key for key in ROPE_NEEDED if not isinstance(given.get(key), int | float)]:
+        raise ValueError(f"{name}: rope_type=llama3 without {', '.join(missing)}; fetch config.json again")
+    factor, low, high, length = (given[key] for key in ROPE_NEEDED)
     return theta, RopeScaling(
-        factor=float(given["factor"]),
-        low_freq_factor=float(given["low_freq_factor"]),
-        high_freq_factor=float(given["high_freq_factor"]),
-        original_length=int(given["original_max_position_embeddings"]),
+        factor=float(factor), low_freq_factor=float(low), high_freq_factor=float(high), original_length=int(length)
     )
+
+
+def _window(contents: dict[str, Any], family: str) -> int | None:
+    """Return the length of the windows that some layer sees, None if all of them see everything."""
+    window = contents.get("sliding_window", 4096)  # transformers' default
+    if family == "mistral":
+        return window
+    if not contents.get("use_sliding_window", False):  # Qwen's; Llama has neither
+        return None
+    slides = contents.get("max_window_layers", 28) < contents["num_hidden_layers"]
+    if "layer_types" in contents:
+        slides = "sliding_attention" in contents["layer_types"]
+    return window if slides else None
 
 
 def to_settings(config: TransfusionConfig, vocab_size: int, family: str | None) -> dict[str, Any]:
@@ -162,8 +194,8 @@ def pieces(name: str, trunk: TransformerConfig) -> list[Piece]:
     heads, kv = trunk.heads * trunk.head_width, trunk.num_kv_heads * trunk.head_width
     width, hidden = trunk.width, trunk.hidden
     whole = {
-        "text_embedding.weight": Piece("model.embed_tokens.weight", 0),
-        "text_head.weight": Piece("lm_head.weight", 0),
+        "text_embedding.weight": Piece(EMBEDDING, 0),
+        "text_head.weight": Piece(HEAD, 0),
         "transformer.norm.weight": Piece("model.norm.weight", width),
         "transformer.image_norm.weight": Piece("model.norm.weight", width),
     }

@@ -16,24 +16,29 @@ PRODUCT = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None  # 
 
 
 class Linear(nn.Linear):
+    lora_a: Tensor | None  # [rank, inputs]
+    lora_b: Tensor | None  # [outputs, rank]
+
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias)
-        self.lora_a: nn.Parameter | None = None
-        self.lora_b: nn.Parameter | None = None
-        self.lora_scale = 0.0
+        self.lora_a, self.lora_b, self.lora_scale = None, None, 1.0
 
-    def adapt(self, rank: int, scale: float) -> None:
-        """Add adapters of LoRA (model/lora.py), without values yet."""
-        self.lora_a = nn.Parameter(self.weight.new_empty(rank, self.in_features))
-        self.lora_b = nn.Parameter(self.weight.new_empty(self.out_features, rank))
+    def add_adapter(self, rank: int, scale: float) -> None:
+        """Add scale * (x @ lora_a.T) @ lora_b.T to what the layer returns; the values are still to be set."""
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, rank))
         self.lora_scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x @ weight.T + bias [..., outputs] of x [..., inputs], and what adapters add."""
+        """Return x @ weight.T + bias [..., outputs] of x [..., inputs], and what an adapter adds."""
         y = linear(x, self.weight, self.bias)
-        if self.lora_a is None or self.lora_b is None:
-            return y
-        return torch.add(y, linear(linear(x, self.lora_a), self.lora_b), alpha=self.lora_scale)
+        return y if self.lora_a is None else y + self.adapted(x)
+
+    def adapted(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return what the adapter adds [..., outputs] for x [..., inputs]; only to `rows` bool [...], if given."""
+        assert self.lora_a is not None and self.lora_b is not None
+        low = linear(x, self.lora_a) * self.lora_scale
+        return linear(low if rows is None else low * rows[..., None], self.lora_b)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ two products of dynamic sizes in the graph, which recompile for an empty modalit
 both products for every token.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,22 +63,18 @@ def norm_pair(text: nn.RMSNorm, image: nn.RMSNorm, x: Tensor, modalities: Modali
 
 def linear_pair(text: Linear, image: Linear, x: Tensor, modalities: Modalities) -> Tensor:
     """Return [1, N, outputs] of sorted x [1, N, inputs], multiplied by the weight of each token's modality."""
-    x, split = x[0], modalities.num_text
-    y = two_products(x, text.weight, image.weight, split)
+    split = modalities.num_text
+    y = _TwoProducts.apply(x[0], text.weight, image.weight, split)[None]
     if text.bias is not None and image.bias is not None:
         y = y + torch.where(modalities.is_image[:, None], image.bias, text.bias)
-    if (adapted := text if text.lora_a is not None else image).lora_a is not None:
-        low = two_products(x, *_adapters("lora_a", text, image), split)
-        low = two_products(low, *_adapters("lora_b", text, image), split)
-        y = torch.add(y, low, alpha=adapted.lora_scale)
-    return y[None]
-
-
-def _adapters(name: str, text: Linear, image: Linear) -> list[Tensor]:
-    """Return both layers' adapters, zeros for one that has none."""
-    found = [getattr(layer, name) for layer in (text, image)]
-    like = next(adapter for adapter in found if adapter is not None)
-    return [torch.zeros_like(like) if adapter is None else adapter for adapter in found]
+    if text.lora_a is not None and image.lora_a is not None:
+        assert text.lora_b is not None and image.lora_b is not None
+        low = _TwoProducts.apply(x[0], text.lora_a, image.lora_a, split) * text.lora_scale
+        return y + _TwoProducts.apply(low, text.lora_b, image.lora_b, split)
+    for layer, rows in ((text, ~modalities.is_image), (image, modalities.is_image)):
+        if layer.lora_a is not None:  # of one modality alone: its product with all tokens has static shapes
+            y = y + layer.adapted(x, rows)
+    return y
 
 
 @torch.library.custom_op("transfusion::two_products", mutates_args=())
@@ -109,19 +105,19 @@ def _(grad: Tensor, x: Tensor, split: Tensor, number: int) -> Tensor:
     return x.new_empty(grad.shape[1], x.shape[1])
 
 
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
+class _TwoProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: Tensor, second: Tensor, split: Tensor) -> Tensor:
+        ctx.save_for_backward(x, first, second, split)
+        return two_products(x, first, second, split)
 
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    x, first, second, split = ctx.saved_tensors
-    grad = grad.contiguous()
-    of_x = two_products(grad, first.T, second.T, split) if ctx.needs_input_grad[0] else None
-    of_weights = [weight_gradient(grad, x, split, i) if ctx.needs_input_grad[1 + i] else None for i in (0, 1)]
-    return of_x, *of_weights, None
-
-
-two_products.register_autograd(_backward, setup_context=_keep)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, first, second, split = ctx.saved_tensors
+        grad = grad.contiguous()
+        of_x = two_products(grad, first.T, second.T, split) if ctx.needs_input_grad[0] else None
+        of_weights = [weight_gradient(grad, x, split, i) if ctx.needs_input_grad[1 + i] else None for i in (0, 1)]
+        return of_x, *of_weights, None
 
 
 def _split(x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:

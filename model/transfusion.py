@@ -98,6 +98,7 @@ class Transfusion(nn.Module):
         else:
             self.patches = LinearPatches(width, channels, config.patch_size, config.timestep_after_patches)
         self.transformer = Transformer(config.transformer, config.untied)
+        add_adapters(self.transformer, config.lora)
         self.text_head = None if config.tied_embeddings else Linear(width, rows)
         add_adapters(self, config.lora)
 
@@ -188,7 +189,7 @@ def initial_value(
 
     ours (the paper does not say): normal with std fan_in^-1/2; projections into the residual stream divided by
     sqrt(2 layers), so that its variance does not grow with depth; a small noise head, so that the first predictions are
-    near zero, the mean of the noise; ones for norms, zeros for biases and for what a U-Net block adds to its input.
+    near zero, the mean of the noise; ones for norms, zeros for biases and for what U-Net blocks and adapters add.
     """
     return torch.cat(list(initial_pieces(name, shape, config, generator))).view(shape)
 

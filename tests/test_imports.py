@@ -31,7 +31,7 @@ ROOMS = {
     "encoding": {"distributed"},
     "optim": {"distributed"},
     "checkpoints": {"distributed"},
-    "inference": {"distributed", "optim", "checkpoints", "pretrain_config"},
+    "inference": {"distributed", "optim", "checkpoints", "pretrain_config", "llm_folder"},
     "planning": {"distributed", "optim", "checkpoints", "pretrain_config"},
     "pages": {"distributed", "optim", "checkpoints", "pretrain_config", "inference", "planning"},
 }

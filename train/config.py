@@ -161,11 +161,12 @@ def _print_refusal(message: str) -> None:
 
 def _resolved(module: Any, argv: list[str], check: bool) -> str:
     """Return the resolved config as YAML, preceded by comments on the paths that were expanded."""
-    config = load_config(module.CONFIG, argv)
+    fill = getattr(module, "fill", lambda config: config)  # from files that the config names
+    config = fill(load_config(module.CONFIG, argv))
     if check and hasattr(module, "check"):
         with redirect_stdout(sys.stderr):
             module.check(config)
-    written = load_config(module.CONFIG, argv, expand=False)
+    written = fill(load_config(module.CONFIG, argv, expand=False))
     expansions = [
         f"# {key}: {value} stood for {now}\n"
         for (key, value), (_, now) in zip(*(leaves(dataclasses.asdict(c)) for c in (written, config)), strict=True)

@@ -16,13 +16,16 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from model.language_model import LanguageModel, Piece, pieces, read_settings, to_pairs
+from model.language_model import EMBEDDING, HEAD, LanguageModel, Piece, pieces, read_settings, to_pairs
 from model.transformer import TransformerConfig
+from model.transfusion import Transfusion, TransfusionConfig
+from train.config_layers import expanded
 from train.distributed.local_shards import first_element, local
-from train.pretrain_config import PretrainConfig
+from train.pretrain_config import PretrainConfig, read_config
 
-CHUNK = 1 << 24  # elements read at once
-SAMPLES, SAMPLE = 64, 4096  # of a file: parts that the hash reads, and their bytes
+CHUNK = 1 << 22  # elements read at once; changing it does not change what is read
+SAMPLES, SAMPLE = 4, 1024  # parts of each tensor that the hash reads, and their bytes
+DTYPES = ("F32", "BF16", "F16")
 
 
 class LLMFolder:
@@ -40,27 +43,35 @@ class LLMFolder:
                 "transformers' save_pretrained writes it"
             ) from None
         except ValueError as error:
-            raise ValueError(f"{self._name}: config.json is not JSON: {error}") from None
+            raise ValueError(f"{self._name}: config.json is not JSON: {error}; fetch it again") from None
+        if not isinstance(contents, dict):
+            raise ValueError(f"{self._name}: config.json is {type(contents).__name__}, expected a mapping")
         self.model: LanguageModel = read_settings(contents, self._name)
 
     @cached_property
     def hash(self) -> str:
         """Return 16 hex digits that identify the weights.
 
-        Of each file they cover its header (names, shapes, dtypes), size, and samples spread over its bytes. So another
-        model, dtype or fine-tuning is noticed; a few numbers changed by hand may not be.
+        They cover each file's size and header (names, shapes, dtypes) and samples of every tensor, among them its first
+        and last bytes. So another model, dtype or fine-tuning of any tensor is noticed, and so are files that are cut;
+        a few numbers changed in the middle of a tensor may not be. Of a model of 8B that is 1 MB to read.
         """
         digest = xxhash.xxh3_64()
         for file in self._files:
             with file.open("rb") as stream:
+                start = 8 + int.from_bytes(stream.read(8), "little")
                 size = file.stat().st_size
-                header = 8 + int.from_bytes(stream.read(8), "little")
-                stream.seek(0)
-                digest.update(stream.read(min(header, size)))
-                digest.update(str(size).encode())
-                for sample in range(SAMPLES):
-                    stream.seek(header + sample * max(0, size - header - SAMPLE) // (SAMPLES - 1))
-                    digest.update(stream.read(SAMPLE))
+                if start > size:
+                    raise ValueError(f"{self._name}: {file.name} is damaged; fetch it again")
+                header = stream.read(start - 8)
+                digest.update(header + str(size).encode())
+                for name, tensor in json.loads(header).items():
+                    if name == "__metadata__":
+                        continue
+                    first, last = tensor["data_offsets"]
+                    for sample in range(SAMPLES):
+                        stream.seek(start + first + sample * max(0, last - first - SAMPLE) // (SAMPLES - 1))
+                        digest.update(stream.read(min(SAMPLE, last - first)))
         return digest.hexdigest()
 
     def read(self, parameters: Mapping[str, torch.Tensor], vocab_size: int) -> None:
@@ -106,13 +117,13 @@ class LLMFolder:
         tensors: dict[str, Any] = {}
         for file in self._files:
             opened = stack.enter_context(safe_open(file, framework="pt"))
-            tensors |= {name: opened.get_slice(name) for name in opened}
+            tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not iterable)
         return tensors
 
     def _check(self, tensors: dict[str, Any]) -> None:
         """Raise ValueError unless the files hold the tensors of config.json, in its shapes."""
         model, shapes = self.model, self._shapes()
-        ignored = {"lm_head.weight"} if model.tied_embeddings else set()
+        ignored = {HEAD} if model.tied_embeddings else set()
         problems = [f"{name} is missing" for name in sorted(shapes.keys() - tensors.keys())]
         problems += [
             f"{name} is not in a {model.family} of this config.json"
@@ -122,13 +133,24 @@ class LLMFolder:
         for name in sorted(shapes.keys() & tensors.keys()):
             if (found := list(tensors[name].get_shape())) != shapes[name]:
                 problems.append(f"{name} is {found}, expected {shapes[name]}")
+            elif (dtype := tensors[name].get_dtype()) not in DTYPES:
+                problems.append(f"{name} is {dtype}, expected one of {', '.join(DTYPES)}")
+        if not problems and ignored & tensors.keys() and not self._ties(tensors):
+            problems.append(f"tie_word_embeddings=true, but {HEAD} is not {EMBEDDING}")
         if problems:
             raise ValueError(f"{self._name} does not fit its config.json: {'; '.join(problems[:6])}; fetch it again")
 
+    def _ties(self, tensors: dict[str, Any]) -> bool:
+        """Return whether the head that the files hold is the embedding."""
+        head, embedding = tensors[HEAD], tensors[EMBEDDING]
+        count, width = embedding.get_shape()
+        step = max(1, CHUNK // width)
+        return head.get_shape() == [count, width] and all(
+            torch.equal(head[at : at + step], embedding[at : at + step]) for at in range(0, count, step)
+        )
+
     def _shapes(self) -> dict[str, list[int]]:
         """Return the shapes of the tensors that the model has, by their names."""
-        from model.transfusion import Transfusion, TransfusionConfig
-
         trunk, vocab_size = self.model.transformer, self.model.vocab_size
         with torch.device("meta"):
             config = TransfusionConfig(transformer=trunk, tied_embeddings=self.model.tied_embeddings)
@@ -164,37 +186,51 @@ class LLMFolder:
         new = slice(max(0, known - first), max(0, vocab_size - first))
         mine[new.stop :].zero_()
         if len(mine[new]):
-            total = torch.zeros(width, dtype=torch.float64)
+            total = torch.zeros(width, dtype=torch.float64)  # in one order for every number of ranks (P3)
             for at in range(0, known, step):
                 total += tensor[at : min(at + step, known)].double().sum(0)
-            mine[new] = (total / known).to(mine)
+            mine[new] = (total / known).float().to(mine)  # rounded as every other row
 
 
 def with_llm(config: PretrainConfig) -> PretrainConfig:
     """Return the config with model.transformer and tied_embeddings as the language model of `init_from_llm` has them.
 
-    Raises ValueError where the config says something else, or trains on sequences that the model does not see whole.
+    A run that has begun needs that folder no more; without it, its own config.yaml says the same. Raises ValueError
+    where the config says something else, or trains on sequences that the model does not see whole.
     """
-    if config.init_from_llm is None:
+    if (path := config.init_from_llm) is None:
         return config
-    llm = LLMFolder(config.init_from_llm).model
+    path = expanded("init_from_llm", path)
+    if not Path(path).exists() and (stored := _stored_model(config, path)) is not None:
+        transformer, tied = stored.transformer, stored.tied_embeddings
+    else:
+        llm = LLMFolder(path).model
+        transformer, tied, length = llm.transformer, llm.tied_embeddings, config.data.sequence_length
+        if llm.window is not None and length > llm.window:
+            raise ValueError(
+                f"data.sequence_length={length}: some layers of init_from_llm={path} see windows of {llm.window} "
+                f"tokens, which the trunk does not have; expected at most {llm.window}, or another model"
+            )
     given, defaults = config.model.transformer, TransformerConfig()
-    found = {field.name: getattr(llm.transformer, field.name) for field in fields(TransformerConfig)}
-    found |= {name: getattr(given, name) for name in ("rope_2d", "ffn_multiple_of")}  # ours; not read
-    pairs = {f"transformer.{name}": (getattr(given, name), getattr(defaults, name), its) for name, its in found.items()}
-    pairs["tied_embeddings"] = (config.model.tied_embeddings, False, llm.tied_embeddings)
+    transformer = replace(transformer, rope_2d=given.rope_2d, ffn_multiple_of=given.ffn_multiple_of)  # ours; not read
+    pairs = {
+        f"transformer.{field.name}": tuple(getattr(of, field.name) for of in (given, defaults, transformer))
+        for field in fields(TransformerConfig)
+    }
+    pairs["transformer.head_dim"] = (given.head_dim, None, transformer.head_width)
+    pairs["tied_embeddings"] = (config.model.tied_embeddings, False, tied)
     if contradictions := [
-        f"model.{name}={given}, but it has {its}" for name, (given, default, its) in pairs.items()
-        if given not in (default, its)
+        f"model.{name}={value}, but it has {its}" for name, (value, default, its) in pairs.items()
+        if value not in (default, its)
     ]:  # fmt: skip
         raise ValueError(
-            f"init_from_llm={config.init_from_llm}: {'; '.join(contradictions)}; leave these settings out, they are "
-            "its config.json's"
+            f"init_from_llm={path}: {'; '.join(contradictions)}; leave these settings out, its config.json gives them"
         )
-    if llm.window is not None and config.data.sequence_length > llm.window:
-        raise ValueError(
-            f"data.sequence_length={config.data.sequence_length}: init_from_llm={config.init_from_llm} sees windows of "
-            f"{llm.window} tokens, which the trunk does not have; expected at most {llm.window}"
-        )
-    model = replace(config.model, transformer=TransformerConfig(**found), tied_embeddings=llm.tied_embeddings)
-    return replace(config, model=model)
+    return replace(config, model=replace(config.model, transformer=transformer, tied_embeddings=tied))
+
+
+def _stored_model(config: PretrainConfig, path: str) -> TransfusionConfig | None:
+    """Return the model of the run's own config.yaml if the run started from the same path."""
+    saved = Path(config.run_dir) / "config.yaml"
+    stored = read_config(saved) if saved.is_file() else None
+    return stored.model if stored is not None and stored.init_from_llm == path else None

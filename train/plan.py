@@ -11,6 +11,7 @@ from train.planning.plan import PlanConfig, make_plan
 from train.planning.plan_text import plan_text
 
 CONFIG = PlanConfig
+fill = with_llm  # what `--resolve` runs (train/config.py)
 
 
 def main(argv: list[str]) -> None:

@@ -60,7 +60,7 @@ from train.training_data import facts_in_common, open_training_data
 
 CONFIG = PretrainConfig
 GROUP = True  # its ranks form one process group: one rank's refusal ends the others too (train/config.py)
-check = open_training_data  # what `--check` runs (train/config.py)
+fill, check = with_llm, open_training_data  # what `--resolve` and `--check` run (train/config.py)
 
 
 def main(argv: list[str]) -> int:

@@ -30,6 +30,7 @@ from train.distributed.ranks import Ranks
 if TYPE_CHECKING:  # FSDP takes half a second to import: only the functions that need it do
     from torch.distributed.fsdp import FSDPModule
 
+ADAPTER_WIDENS = 16  # a product with at least so many times as many outputs as inputs is taken for an adapter's second
 GRAPHS = 64  # that compiled blocks may have in all before torch runs further ones uncompiled; its own limit is 8
 
 
@@ -192,14 +193,14 @@ def reshard(model: nn.Module) -> None:
 
 def is_cheap(inputs: int, outputs: int) -> bool:
     """Return whether a product of this shape costs little time for the memory of its output."""
-    return outputs < inputs or 8 * inputs <= outputs
+    return outputs < inputs or outputs >= ADAPTER_WIDENS * inputs  # the second: an adapter's
 
 
 def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
     """Save what is expensive to compute: outputs of matrix products, convolutions and attention.
 
     Except products that narrow, such as SwiGLU's last: they feed the residual sum, whose backward does not read them.
-    And those that widen a lot, such as an adapter's second: their outputs take more memory than time.
+    Also except those of adapters (model/lora.py), which cost little: saving the second would double what is saved.
     Also except baddbmm, whose outputs are the S x S scores of bf16 attention on CPU. In uncompiled blocks flex
     attention is a separate compiled function, which the policy cannot see: it is recomputed.
     """

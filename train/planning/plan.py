@@ -46,8 +46,8 @@ LLAMA_2 = 32_000 + 2  # Llama-2's pieces, BOI and EOI
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(PretrainConfig):
     run_dir: Location = "runs/plan"  # of the planned run; not touched
-    # Number of token ids; null: that of data.tokenizer, or if the file does not exist of init_from_llm's model with BOI,
-    # EOI and PAD, without one of Llama-2's with BOI and EOI.
+    # Number of token ids; null: that of data.tokenizer; if the file does not exist, that of init_from_llm's model with
+    # BOI, EOI and PAD, or of Llama-2's with BOI and EOI.
     vocab_size: int | None = None
     data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer="runs/tokenizer.model"))
     world_size: int = 8  # ranks, one per GPU, >= 1

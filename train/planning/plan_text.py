@@ -31,6 +31,7 @@ def _parameters(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
     trunk, counts = config.model.transformer, plan["parameters"]
     size, rows = config.model.patch_size, counts["embeddings"] // trunk.width
     padded = f", padded to {rows:,}" if rows > plan["vocab_size"] else ""
+    tied = " is the embedding" if config.model.tied_embeddings else ""
     notes = {
         "total": "",
         "embeddings": f"{plan['vocab_size']:,} token ids{padded} ({plan['vocab_size_from']})",
