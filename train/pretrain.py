@@ -34,7 +34,7 @@ from train.checkpoints.trained_records import TrainedRecords
 from train.config import load_config, run_program
 from train.console import Console, say
 from train.distributed.launcher import place, report_to_torchrun
-from train.distributed.parallelize import initialize, parallelize
+from train.distributed.parallelize import compute_dtype, initialize, parallelize
 from train.distributed.ranks import DIED, Ranks, init_ranks, last_words, own_device
 from train.distributed.signals import StopSignal
 from train.distributed.vote import Vote
@@ -43,6 +43,7 @@ from train.heldout import Heldout
 from train.initial_weights import read_initial_weights
 from train.metrics import Interval, MetricsLog
 from train.next_batch import CannotContinue, SkipBudget, next_batch
+from train.optim.groups import freeze, resolve
 from train.optim.optimizer import Optimizer
 from train.planning.dry_run import dry_run
 from train.planning.fit import agree_on_memory, check_memory
@@ -112,6 +113,8 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     # The model gets memory only after it is sharded, so that no rank ever holds all of it.
     with torch.device("meta"):
         model = Transfusion(config.model, data.tokenizer.vocab_size)
+    resolve((name for name, _ in model.named_parameters()), config.optim.groups)
+    freeze(model, config.optim.groups, compute_dtype(config.parallel, ranks.device))
     parallelize(model, config.parallel, ranks)
 
     # Where to start: a checkpoint; without one, the weights that init_from names; without those, random weights.

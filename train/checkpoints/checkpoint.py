@@ -82,13 +82,19 @@ def training_state(
 ) -> State:
     """Return the live tensors of model and optimizers under parameter names, the same for every world size.
 
-    Loading a checkpoint into them loads the model. An optimizer that has not stepped yet gets its state first. Its
-    hyper-parameters are left out: they come from the config, so a resume may change them.
+    Frozen parameters are left out. Loading a checkpoint into the tensors loads the model. An optimizer that has not
+    stepped yet gets its state first. Its hyper-parameters are left out: they come from the config, so a resume may
+    change them.
     """
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
 
     optimizer_state = get_optimizer_state_dict(model, optimizers)["state"]
-    return {"model": get_model_state_dict(model), "optimizer": optimizer_state}
+    weights = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    return {"model": weights, "optimizer": optimizer_state}
 
 
 def save(run: RunFolder, step: int, state: State, extra: Mapping[str, bytes], ranks: Ranks) -> Path:

@@ -30,8 +30,9 @@ from data.packing import PackedBatch
 from model.document_attention import DocumentMask, document_mask
 from model.transfusion import Transfusion
 from train.distributed.local_shards import is_sharded
-from train.distributed.parallelize import parallelize, set_micro_step
+from train.distributed.parallelize import compute_dtype, parallelize, set_micro_step
 from train.distributed.ranks import Ranks, alone
+from train.optim.groups import freeze
 from train.optim.optimizer import Optimizer
 from train.pretrain_config import PretrainConfig
 from train.step import latent_stats, micro_step, noise_schedule
@@ -119,20 +120,22 @@ class _Stage:
         self.cuda, self.ranks, self.live, self.fake = cuda, ranks, _LiveBytes(), FakeTensorMode()
         with torch.device("meta"):
             self.model = Transfusion(self.config.model, vocab_size)
+        freeze(self.model, self.config.optim.groups, compute_dtype(self.config.parallel, ranks.device))
         parallelize(self.model, self.config.parallel, ranks)
         self.parameters: list[torch.Tensor] = list(self.model.parameters())
+        self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self.stats = latent_stats(None, self.config.model.latent_channels, ranks.device)
         self.fake.allow_non_fake_inputs = True  # meta tensors and the latents' statistics
         with self.fake, self.live:
             self.model.to_empty(device=ranks.device)
             self.optimizer = Optimizer(self.model, self.config.optim, self.config.guard)
-            for parameter in self.parameters:
+            for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizer.update(1)
             self.live.taken()
         known = {id(parameter) for parameter in self.parameters}
         self.held: dict[str, list[torch.Tensor]] = {kind: [] for kind in STATES}
-        self.held["parameters"] = self.held["gradients"] = self.parameters
+        self.held["parameters"], self.held["gradients"] = self.parameters, self.trained
         for name, value in vars(self.optimizer).items():
             self.held["ema" if name.startswith("ema") else "optimizer"] += _tensors_in(value, known)
         for kind in ("parameters", "optimizer", "ema"):
@@ -148,7 +151,7 @@ class _Stage:
                 collectives = self._step(batch, mask)
         noise_schedule.cache_clear()
         kept = [kind for kind in STATES if kind != "gradients"]  # between steps
-        saved = [tensor for kind in kept for tensor in self.held[kind]]
+        saved = [*self.trained, *self.held["optimizer"], *self.held["ema"]]
         peaks = {phase: self.live.peak(phase) for phase in ("forward", "backward", "update") if batches}
         if batches and self.config.preview.interval_steps is not None:  # rank 0 then draws with a whole model
             peaks["preview"] = {kind: self.states[kind] for kind in kept} | {"preview": _bytes(self.parameters)}
