@@ -70,16 +70,16 @@ def save_llm(folder: Path, kind: str, dtype: torch.dtype = torch.float32, shard:
                     parameter.normal_(std=0.3)
                 else:
                     parameter.normal_(std=parameter.shape[1] ** -0.5)
-    llm = llm.to(dtype).eval()
-    llm.save_pretrained(folder, max_shard_size=shard)
-    return llm.float()
+    llm.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    # As read back: `to` has rounded the rotary frequencies too, which no file holds.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def imported(folder: Path, more: int = 0, **changes: Any) -> Transfusion:
     """Return our model with the weights of a folder, and `more` token ids than it has."""
     llm = LLMFolder(folder)
-    settings = {"transformer": llm.model.transformer, "tied_embeddings": llm.model.tied_embeddings, **changes}
-    config = TransfusionConfig(latent_channels=2, **settings)
+    settings = {"transformer": llm.model.transformer, "tied_embeddings": llm.model.tied_embeddings}
+    config = TransfusionConfig(**({**settings, "latent_channels": 2} | changes))
     with torch.device("meta"):
         model = Transfusion(config, llm.model.vocab_size + more)
     model.to_empty(device="cpu")
