@@ -13,10 +13,10 @@ from model.transfusion import TransfusionConfig
 from train.distributed.parallelize import ParallelConfig
 from train.flops import Flops
 from train.plan import main as plan
-from train.planning.estimate import Documents
+from train.planning.estimate import Documents, parameters
 from train.planning.kernels import Kernels, Speeds
-from train.planning.prediction import FSDP_BYTES, compute_seconds, exposed_seconds
-from train.planning.rehearsal import Collective
+from train.planning.prediction import GATHERED_BYTES, GRADIENT_BYTES, compute_seconds, exposed_seconds
+from train.planning.rehearsal import Collective, planned_model
 from train.pretrain_config import PretrainConfig
 
 VOCAB, PARAMETERS = 2000, 7_000_000
@@ -27,6 +27,8 @@ CONFIG = PretrainConfig(
     data=DataConfig(tokenizer="", lanes=64, sequence_length=1024),
     micro_batch_size=4,
 )
+MODEL = planned_model(CONFIG, VOCAB)
+TOTAL = parameters(MODEL)["total"]
 NOTHING = dict.fromkeys((field.name for field in fields(Speeds)), 0.0)
 TEXTS = [Documents(share=1.0, tokens=100.0)]
 SMALL = [
@@ -108,22 +110,22 @@ def test_a_step_costs_what_its_parts_cost(name: str) -> None:
         "text_head": tokens * flops.per_text_target * 0.99,
         "convolution": tokens * 0.4,
         "element": tokens * 3 * 128,
-        "optimizer": PARAMETERS / 8,
-        "copied_byte": FSDP_BYTES * PARAMETERS * 2,
+        "optimizer": TOTAL / 8,
+        "copied_byte": (GATHERED_BYTES + GRADIENT_BYTES) * TOTAL * 2,
     }
     documents = cells if name == "convolution" else TEXTS
     speeds = Speeds(**{**NOTHING, name: 1e-12})
-    assert compute_seconds(CONFIG, VOCAB, 8, documents, PARAMETERS, speeds) == pytest.approx(1e-12 * expected[name])
+    assert compute_seconds(CONFIG, MODEL, 8, documents, speeds) == pytest.approx(1e-12 * expected[name])
     half_idle = replace(speeds, idle=0.5)
-    assert compute_seconds(CONFIG, VOCAB, 8, documents, PARAMETERS, half_idle) == pytest.approx(2e-12 * expected[name])
+    assert compute_seconds(CONFIG, MODEL, 8, documents, half_idle) == pytest.approx(2e-12 * expected[name])
 
 
 def test_recomputation_and_replicas_cost_more() -> None:
     full = replace(CONFIG, parallel=ParallelConfig(activation_checkpointing="full", dp_replicate=2))
     products, updates = (Speeds(**{**NOTHING, name: 1.0}) for name in ("product", "optimizer"))
-    again = compute_seconds(full, VOCAB, 8, TEXTS, PARAMETERS, products)
-    assert 1.2 < again / compute_seconds(CONFIG, VOCAB, 8, TEXTS, PARAMETERS, products) <= 4 / 3
-    assert compute_seconds(full, VOCAB, 8, TEXTS, PARAMETERS, updates) == pytest.approx(PARAMETERS * 2 / 8)
+    again = compute_seconds(full, MODEL, 8, TEXTS, products)
+    assert 1.2 < again / compute_seconds(CONFIG, MODEL, 8, TEXTS, products) <= 4 / 3
+    assert compute_seconds(full, MODEL, 8, TEXTS, updates) == pytest.approx(TOTAL * 2 / 8)
 
 
 def test_communication_is_exposed_at_the_ends_and_where_it_is_longer_than_compute() -> None:

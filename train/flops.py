@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.packing import PackedBatch
 from model.transfusion import Transfusion, TransfusionConfig
-from train.distributed.parallelize import plain_name
+from train.distributed.parallelize import is_cheap, plain_name
 
 # The products of a block in their order, and the norms between each and the one before.
 PRODUCTS = {
@@ -54,7 +54,7 @@ class Flops:
         """Return a model's FLOPs; the last two are `activation_checkpointing` and `compile` of ParallelConfig.
 
         Frozen are its parameters that require no gradient. It may be sharded, or lie on the meta device. Selective
-        recomputation repeats products that narrow; in blocks that are not compiled it cannot see flex attention.
+        recomputation repeats cheap products; in blocks that are not compiled it cannot see flex attention either.
         """
         config, trunk = model.config, model.config.transformer
         parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
@@ -140,7 +140,8 @@ def _count_block(
                 arrives = passes or (name.endswith("lora_b") and weights[name[:-1] + "a"].requires_grad)
                 counts[tokens] += 2 * weight.numel() * (1 + arrives + weight.requires_grad)
                 is_last = product == "ffn.down" and not name.endswith("lora_a")  # its output is only added
-                if not is_last and (activation_checkpointing == "full" or weight.shape[0] < weight.shape[1]):
+                outputs, inputs = weight.shape
+                if not is_last and (activation_checkpointing == "full" or is_cheap(inputs, outputs)):
                     again[f"again_{tokens}"] += 2 * weight.numel()
         passes = passes or _trains(of_text | of_image, "")
     if passes and activation_checkpointing in ("selective", "full"):

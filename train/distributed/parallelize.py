@@ -191,6 +191,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def is_cheap(inputs: int, outputs: int) -> bool:
+    """Return whether a product of this shape costs little time for the memory of its output."""
+    return outputs < inputs or outputs >= ADAPTER_WIDENS * inputs  # the second: an adapter's
+
+
 def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
     """Save what is expensive to compute: outputs of matrix products, convolutions and attention.
 
@@ -202,8 +207,7 @@ def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> Checkpoin
     aten = torch.ops.aten
     if operator in (aten.mm.default, PRODUCT, torch.ops.transfusion.two_products.default):
         inputs, outputs = args[1].shape if operator is aten.mm.default else args[1].T.shape
-        narrows, is_adapter = outputs < inputs, outputs >= ADAPTER_WIDENS * inputs
-        return CheckpointPolicy.PREFER_RECOMPUTE if narrows or is_adapter else CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE if is_cheap(inputs, outputs) else CheckpointPolicy.MUST_SAVE
     expensive = operator in (
         aten.addmm.default,
         aten.bmm.default,

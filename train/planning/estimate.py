@@ -9,15 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from data.dataset import DataSet
 from data.documents import ImageKind
 from data.largest_batch import Grid, largest_batches
 from data.packing import PackedBatch
 from data.tokenizer import SpecialIds
 from model.latent_space import Pixels
-from model.transfusion import Transfusion, TransfusionConfig
+from model.transfusion import Transfusion
 from train.flops import Flops
 from train.planning.rehearsal import Collective
 from train.pretrain_config import PretrainConfig
@@ -32,18 +30,24 @@ PAPER_PIXELS: Grid = (256, 256)
 CAPTION_TOKENS = 64  # assumed when the data is not available
 
 
-def parameters(config: TransfusionConfig, vocab_size: int) -> dict[str, int]:
+def parameters(model: Transfusion, *, trained: bool = False) -> dict[str, int]:
     """Return the number of parameters: `total`, `embeddings`, `blocks` (final norm included), `patches`, `heads`.
 
-    The noise head is the second half of `patches`; `heads` is the text head.
+    The noise head is the second half of `patches`; `heads` is the text head, unless it is the embedding. `trained`:
+    only those that are trained.
     """
-    with torch.device("meta"):
-        model = Transfusion(config, vocab_size)
     counts = dict.fromkeys(("total", *PARTS.values()), 0)
     for name, parameter in model.named_parameters():
-        counts[PARTS[name.split(".")[0]]] += parameter.numel()
-        counts["total"] += parameter.numel()
+        if parameter.requires_grad or not trained:
+            counts[PARTS[name.split(".")[0]]] += parameter.numel()
+            counts["total"] += parameter.numel()
     return counts
+
+
+def parameters_of_a_token(model: Transfusion) -> int:
+    """Return how many parameters a token can use: all but the untied ones of the other modality."""
+    names = model.named_parameters()
+    return sum(parameter.numel() for name, parameter in names if ".image." not in name and ".image_norm." not in name)
 
 
 def rows_per_rank(config: PretrainConfig, world_size: int) -> tuple[int, int]:
@@ -127,7 +131,11 @@ def flops_per_token(flops: Flops, documents: Sequence[Documents], sequence_lengt
         targets = 1 - (kind.image_patches + 1 + kind.images) / kind.tokens  # no label is BOS, EOI or a patch
         cells = kind.image_cells / kind.tokens
         total += kind.share * (
-            flops.per_token + flops.per_pair * pairs + flops.per_text_target * targets + flops.per_latent_cell * cells
+            flops.per_token
+            + flops.more_per_patch * kind.image_patches / kind.tokens
+            + flops.per_pair * pairs
+            + flops.per_text_target * targets
+            + flops.per_latent_cell * cells
         )
     return total
 

@@ -16,7 +16,7 @@ from data.largest_batch import Grid
 from train.distributed.ranks import Ranks
 from train.hardware import memory_of
 from train.planning.estimate import GIB, largest_batches_of, parameters, rows_per_rank, usable_bytes
-from train.planning.rehearsal import Rehearsal, rehearse
+from train.planning.rehearsal import Rehearsal, planned_model, rehearse
 from train.pretrain_config import PretrainConfig
 
 Config = TypeVar("Config", bound=PretrainConfig)
@@ -68,7 +68,9 @@ def check_memory(
     """
     cuda, memory = device.type == "cuda", memory_of(device)
     trunk, (rows, _) = config.model.transformer, rows_per_rank(config, world_size)
-    states = ROUGH_STATES * parameters(config.model, vocab_size)["total"] * config.parallel.dp_replicate / world_size
+    model = planned_model(config, vocab_size)
+    trained, total = (parameters(model, trained=only)["total"] for only in (True, False))
+    states = (ROUGH_STATES * trained + 4 * (total - trained)) * config.parallel.dp_replicate / world_size
     activations = ROUGH_ACTIVATIONS * rows * config.data.sequence_length * trunk.width * trunk.layers
     if not cuda and states + activations < memory / 4:
         return {}

@@ -5,19 +5,22 @@ Needs neither data nor a GPU. planning/plan_text.py puts it into words.
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.dataset import DataConfig, DataSet, open_data
+from data.json_tokenizer import APPENDED
 from data.loader_memory import loader_bytes
 from data.storage import Location
 from data.tokenizer import Tokenizer
+from model.transfusion import Transfusion
 from train.flops import Flops
 from train.hardware import GPUS, REACHED, Gpu, find, memory_of
+from train.llm_folder import LLMFolder
 from train.planning.estimate import (
     GIB,
     assumed_images,
@@ -26,13 +29,14 @@ from train.planning.estimate import (
     flops_per_token,
     largest_batches_of,
     parameters,
+    parameters_of_a_token,
     rows_per_rank,
     usable_bytes,
 )
 from train.planning.fit import choose_level, rehearse_levels
 from train.planning.kernels import Kernels
 from train.planning.prediction import predict
-from train.planning.rehearsal import Rehearsal, rehearse
+from train.planning.rehearsal import Rehearsal, planned_model, rehearse
 from train.planning.suggestions import cheapest_fit
 from train.pretrain_config import PretrainConfig
 
@@ -42,7 +46,8 @@ LLAMA_2 = 32_000 + 2  # Llama-2's pieces, BOI and EOI
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(PretrainConfig):
     run_dir: Location = "runs/plan"  # of the planned run; not touched
-    # Number of token ids; null: that of data.tokenizer, or of Llama-2's with BOI and EOI if the file does not exist.
+    # Number of token ids; null: that of data.tokenizer; if the file does not exist, that of init_from_llm's model with
+    # BOI, EOI and PAD, or of Llama-2's with BOI and EOI.
     vocab_size: int | None = None
     data: DataConfig = field(default_factory=lambda: DataConfig(tokenizer="runs/tokenizer.model"))
     world_size: int = 8  # ranks, one per GPU, >= 1
@@ -85,16 +90,18 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     kernels = _kernels(config)
     vocab_size, vocab_size_from = _vocab_size(config)
     try:
-        counts = parameters(config.model, vocab_size)
+        model = planned_model(config, vocab_size)
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"model and vocab_size={vocab_size} are too large to count: {error}") from None
     data, assumed = _data(config)
     step_tokens = config.data.lanes * config.data.sequence_length
     asked = config
     config, memory, rehearsal = _memory(config, vocab_size, data)
-    compute = _compute(config, vocab_size, data)
+    compute = _compute(config, model, data)
     plan = {
-        "parameters": counts,
+        "parameters": parameters(model),
+        "trained_parameters": parameters(model, trained=True),
+        "parameters_of_a_token": parameters_of_a_token(model),
         "vocab_size": vocab_size,
         "vocab_size_from": vocab_size_from,
         "data_from": assumed or "as in the manifests, of average length",
@@ -126,8 +133,11 @@ def _kernels(config: PlanConfig) -> Kernels | None:
 def _vocab_size(config: PlanConfig) -> tuple[int, str]:
     if config.vocab_size is not None:
         return config.vocab_size, "as given"
-    if Path(str(config.data.tokenizer)).exists():
+    with suppress(FileNotFoundError):
         return Tokenizer(config.data.tokenizer).vocab_size, f"of {config.data.tokenizer}"
+    if config.init_from_llm is not None:
+        its = LLMFolder(config.init_from_llm).model.vocab_size
+        return its + len(APPENDED), f"{its:,} of {config.init_from_llm}, BOI, EOI and PAD: no tokenizer is here"
     return LLAMA_2, f"Llama-2's, BOI and EOI: {config.data.tokenizer} is not here"
 
 
@@ -201,11 +211,11 @@ def _rehearsed(vocab_size: int, data: DataSet | None, cuda: bool, config: Pretra
     return rehearse(config, vocab_size, world_size, batches, cuda=cuda)
 
 
-def _compute(config: PlanConfig, vocab_size: int, data: DataSet | None) -> dict[str, Any]:
+def _compute(config: PlanConfig, model: Transfusion, data: DataSet | None) -> dict[str, Any]:
     """Return the work of a step and, for a GPU, the time it takes."""
     length = config.data.sequence_length
     parallel, documents = config.parallel, documents_of(config, data)
-    flops = Flops.of(config.model, vocab_size, parallel.activation_checkpointing, parallel.compile)
+    flops = Flops.of_model(model, parallel.activation_checkpointing, parallel.compile)
     step_flops = flops_per_token(flops, documents, length) * config.data.lanes * length
     again = flops_per_token(flops.again, documents, length) * config.data.lanes * length
     rows, micro_steps = rows_per_rank(config, config.world_size)
@@ -272,9 +282,8 @@ def _predicted(
 
     rows = predict(
         config,
-        vocab_size,
+        planned_model(config, vocab_size),
         documents_of(config, data),
-        plan["parameters"]["total"],
         kernels.at(config.model.patches, config.model.transformer.width),
         decided,
         also=config.world_size,

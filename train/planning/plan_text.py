@@ -7,10 +7,11 @@ from train.planning.plan import PlanConfig
 
 BAR = 40  # characters for all memory at the peak
 WORDS = {
-    "parameters": "parameters (float32, this rank's shard)",
+    "parameters": "trained parameters (float32, its shard)",
+    "frozen": "frozen parameters (in the compute dtype)",
     "optimizer": "the optimizer's states",
     "ema": "averages of the parameters",
-    "gradients": "gradients (float32, this rank's shard)",
+    "gradients": "gradients (float32, its shard)",
     "gathered": "gathered parameters and gradients",
     "forward": "activations",
     "backward": "temporaries of the backward pass",
@@ -30,17 +31,25 @@ def _parameters(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
     trunk, counts = config.model.transformer, plan["parameters"]
     size, rows = config.model.patch_size, counts["embeddings"] // trunk.width
     padded = f", padded to {rows:,}" if rows > plan["vocab_size"] else ""
+    tied = " is the embedding" if config.model.tied_embeddings else ""
     notes = {
         "total": "",
         "embeddings": f"{plan['vocab_size']:,} token ids{padded} ({plan['vocab_size_from']})",
         "blocks": f"{trunk.layers} layers of width {trunk.width}, {trunk.heads} heads",
         "patches": f"{config.model.patches}, {size}x{size} cells per token",
-        "heads": "the text head; the noise head is among the patches",
+        "heads": "the text head"
+        + " is the embedding" * config.model.tied_embeddings
+        + "; the noise head is among the patches",
     }
-    return ["parameters"] + [
-        f"  {name:<11}{count / 1e6:>12,.2f}M {100 * count / counts['total']:6.2f} %  {notes[name]}".rstrip()
-        for name, count in counts.items()
-    ]
+    trained = plan["trained_parameters"]
+    some, of_a_token = trained["total"] < counts["total"], plan["parameters_of_a_token"]
+    lines = ["parameters" + (f"{'trained':>38}" if some else "")]
+    for name, count in counts.items():
+        share = f"  {name:<11}{count / 1e6:>12,.2f}M {100 * count / max(1, counts['total']):6.2f} %"
+        lines.append((share + f"{trained[name] / 1e6:>12,.2f}M" * some + f"  {notes[name]}").rstrip())
+    if of_a_token < counts["total"]:
+        lines.append(f"  {'of a token':<11}{of_a_token / 1e6:>12,.2f}M  model.untied={config.model.untied}")
+    return lines
 
 
 def _memory(config: PlanConfig, plan: dict[str, Any]) -> list[str]:

@@ -9,17 +9,18 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from model.transfusion import Transfusion
 from train.distributed.parallelize import mesh_shape
 from train.flops import Flops
-from train.planning.estimate import Documents, communication_seconds, flops_per_token, rows_per_rank
+from train.planning.estimate import Documents, communication_seconds, flops_per_token, parameters, rows_per_rank
 from train.planning.kernels import Speeds
 from train.planning.rehearsal import Collective, Rehearsal
 from train.pretrain_config import PretrainConfig
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 # Bytes that FSDP copies on the device per parameter and micro-step: gathered bfloat16 parameters are read and written
-# for forward and for backward, gradients are read in bfloat16 and written in float32.
-FSDP_BYTES = 2 * (2 + 2) + 2 + 4
+# for forward and for backward, gradients (of trained ones) are read in bfloat16 and written in float32.
+GATHERED_BYTES, GRADIENT_BYTES = 2 * (2 + 2), 2 + 4
 FORWARD = 1 / 3  # share of the compute
 
 
@@ -42,16 +43,11 @@ class Prediction:
 
 
 def compute_seconds(
-    config: PretrainConfig,
-    vocab_size: int,
-    world_size: int,
-    documents: Sequence[Documents],
-    parameters: int,
-    speeds: Speeds,
+    config: PretrainConfig, model: Transfusion, world_size: int, documents: Sequence[Documents], speeds: Speeds
 ) -> float:
     """Return the seconds in which the rank with the most lanes computes a step."""
-    model, length = config.model, config.data.sequence_length
-    flops = Flops.of(model, vocab_size, config.parallel.activation_checkpointing, config.parallel.compile)
+    length, trunk = config.data.sequence_length, config.model.transformer
+    flops = Flops.of_model(model, config.parallel.activation_checkpointing, config.parallel.compile)
 
     def of_a_token(**parts: float) -> float:
         """Return the FLOPs of an average token of these parts alone."""
@@ -59,20 +55,24 @@ def compute_seconds(
         only = Flops(**{**none, **parts}, patch_cells=flops.patch_cells, causal_images=flops.causal_images)
         return flops_per_token(only, documents, length)
 
-    products = of_a_token(per_token=flops.per_token + flops.again_per_token)
-    if model.patches == "linear":
+    products = of_a_token(
+        per_token=flops.per_token + flops.again_per_token,
+        more_per_patch=flops.more_per_patch + flops.again_more_per_patch,
+    )
+    if config.model.patches == "linear":
         products += of_a_token(per_latent_cell=flops.per_latent_cell)
     a_token = (
         products * speeds.product
         + of_a_token(per_pair=flops.per_pair + flops.again_per_pair) * speeds.attention
         + of_a_token(per_text_target=flops.per_text_target) * speeds.text_head
         + of_a_token(per_latent_cell=1.0) * speeds.convolution
-        + model.transformer.layers * model.transformer.width * speeds.element
+        + trunk.layers * trunk.width * speeds.element
     )
     tokens = -(-config.data.lanes // world_size) * length
     _, micro_steps = rows_per_rank(config, world_size)
-    shard = parameters * config.parallel.dp_replicate / world_size
-    copied = FSDP_BYTES * parameters * micro_steps if world_size > 1 else 0
+    total, trained = parameters(model)["total"], parameters(model, trained=True)["total"]
+    shard = trained * config.parallel.dp_replicate / world_size
+    copied = (GATHERED_BYTES * total + GRADIENT_BYTES * trained) * micro_steps if world_size > 1 else 0
     busy = tokens * a_token + shard * speeds.optimizer + copied * speeds.copied_byte
     return busy / (1 - min(speeds.idle, 0.99))
 
@@ -98,9 +98,8 @@ def exposed_seconds(
 
 def predict(
     config: PretrainConfig,
-    vocab_size: int,
+    model: Transfusion,
     documents: Sequence[Documents],
-    parameters: int,
     speeds: Speeds,
     rehearsed: Callable[[int], tuple[PretrainConfig, Rehearsal]],
     *,
@@ -114,15 +113,13 @@ def predict(
     `rehearsed` returns the config and the rehearsal of a step on so many GPUs.
     """
     step_tokens = config.data.lanes * config.data.sequence_length
-    model_flops = step_tokens * flops_per_token(
-        Flops.of(config.model, vocab_size), documents, config.data.sequence_length
-    )
+    model_flops = step_tokens * flops_per_token(Flops.of_model(model), documents, config.data.sequence_length)
     found: list[Prediction] = []
     for gpus in sorted({*GPUS, also}):
         if gpus > config.data.lanes or not _has_mesh(config, gpus):
             continue
         decided, rehearsal = rehearsed(gpus)
-        compute = compute_seconds(decided, vocab_size, gpus, documents, parameters, speeds)
+        compute = compute_seconds(decided, model, gpus, documents, speeds)
         units = config.model.transformer.layers + 1 if config.parallel.shard_blocks else 1
         exposed = exposed_seconds(rehearsal.collectives, compute, units, *bandwidths)
         step_s = compute + exposed

@@ -38,7 +38,7 @@ from train.pretrain_config import PretrainConfig
 from train.step import latent_stats, micro_step, noise_schedule
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
-STATES = ("parameters", "gradients", "optimizer", "ema")  # kinds that exist between steps
+STATES = ("parameters", "frozen", "gradients", "optimizer", "ema")  # kinds that exist between steps
 DEPTH = 4  # layers rehearsed in place of more; each further layer adds the same, unless prefetching reaches further
 
 
@@ -96,17 +96,34 @@ def rehearse(
 ) -> Rehearsal:
     """Return what a step of `config` takes on `world_size` ranks, using the most memory-hungry of `batches`.
 
-    Without batches no step is run: only the states are known. Deep models are rehearsed at two depths and extrapolated
-    linearly. Raises ValueError for a mesh that does not divide the ranks. A process group that exists already must have
-    this world size.
+    Without batches no step is run: only the states are known. Deep models whose layers are alike are rehearsed at two
+    depths and extrapolated linearly. Raises ValueError for a mesh that does not divide the ranks. A process group that
+    exists already must have this world size.
     """
     layers = config.model.transformer.layers
     least = max(DEPTH, config.parallel.prefetch + 3)  # layers from which on each further one adds the same
     with _ranks_of(world_size) as ranks:
-        if layers <= least + 1:
+        if layers <= least + 1 or not _layers_alike(planned_model(config, vocab_size)):
             return _Stage(config, layers, vocab_size, ranks, cuda).rehearse(batches)
         low, high = (_Stage(config, depth, vocab_size, ranks, cuda).rehearse(batches) for depth in (least, least + 1))
     return low.extended(high, layers - least)
+
+
+def planned_model(config: PretrainConfig, vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> Transfusion:
+    """Return the run's model on the meta device; what is frozen requires no gradient and is held in `dtype`.
+
+    Raises ValueError for patterns of names that match nothing (P10).
+    """
+    with torch.device("meta"):
+        model = Transfusion(config.model, vocab_size)
+    freeze(model, config.optim.groups, dtype, config.model.lora.rank > 0)
+    return model
+
+
+def _layers_alike(model: Transfusion) -> bool:
+    """Return whether all layers have the same parameters and train the same ones."""
+    blocks = [[(name, p.requires_grad) for name, p in block.named_parameters()] for block in model.transformer.blocks]
+    return all(block == blocks[0] for block in blocks)
 
 
 class _Stage:
@@ -118,10 +135,7 @@ class _Stage:
         dtype = "bfloat16" if cuda and config.parallel.dtype == "auto" else config.parallel.dtype
         self.config = replace(config, model=model, parallel=replace(config.parallel, compile=False, dtype=dtype))
         self.cuda, self.ranks, self.live, self.fake = cuda, ranks, _LiveBytes(), FakeTensorMode()
-        with torch.device("meta"):
-            self.model = Transfusion(self.config.model, vocab_size)
-        held = compute_dtype(self.config.parallel, ranks.device)  # frozen parameters
-        freeze(self.model, config.optim.groups, config.model.lora.rank > 0, held)
+        self.model = planned_model(self.config, vocab_size, compute_dtype(self.config.parallel, ranks.device))
         parallelize(self.model, self.config.parallel, ranks)
         self.parameters: list[torch.Tensor] = list(self.model.parameters())
         self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
@@ -136,10 +150,11 @@ class _Stage:
             self.live.taken()
         known = {id(parameter) for parameter in self.parameters}
         self.held: dict[str, list[torch.Tensor]] = {kind: [] for kind in STATES}
-        self.held["parameters"], self.held["gradients"] = self.parameters, self.trained
+        self.held["parameters"] = self.held["gradients"] = self.trained
+        self.held["frozen"] = [parameter for parameter in self.parameters if not parameter.requires_grad]
         for name, value in vars(self.optimizer).items():
             self.held["ema" if name.startswith("ema") else "optimizer"] += _tensors_in(value, known)
-        for kind in ("parameters", "optimizer", "ema"):
+        for kind in ("parameters", "frozen", "optimizer", "ema"):
             self.live.name(kind, self.held[kind])
         self.states: dict[str, float] = {kind: _bytes(map(_local, self.held[kind])) for kind in STATES}
 
@@ -152,16 +167,17 @@ class _Stage:
                 collectives = self._step(batch, mask)
         noise_schedule.cache_clear()
         kept = [kind for kind in STATES if kind != "gradients"]  # between steps
-        frozen = {id(parameter) for parameter in self.parameters if not parameter.requires_grad}
-        saved = [tensor for kind in kept for tensor in self.held[kind] if id(tensor) not in frozen]
+        saved = [tensor for kind in kept if kind != "frozen" for tensor in self.held[kind]]
         peaks = {phase: self.live.peak(phase) for phase in ("forward", "backward", "update") if batches}
         if batches and self.config.preview.interval_steps is not None:  # rank 0 then draws with a whole model
-            peaks["preview"] = {kind: self.states[kind] for kind in kept} | {"preview": _bytes(self.parameters)}
+            peaks["preview"] = {kind: self.states[kind] for kind in kept} | {
+                "preview": 4 * sum(p.numel() for p in self.parameters)
+            }
         return Rehearsal(
             states=self.states,
             checkpoint=_bytes(saved),
             staged=_bytes(map(_local, saved)),
-            largest_parameter=max(_bytes([parameter]) for parameter in self.parameters),
+            largest_parameter=4 * max(parameter.numel() for parameter in self.parameters),
             peaks=peaks,
             collectives=collectives,
         )
