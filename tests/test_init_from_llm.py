@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from data.dataset import open_data
 from data.loader import Loader
@@ -17,13 +18,15 @@ from model.transfusion import Transfusion
 from tests import runs
 from tests.one_by_one import step_on
 from tests.sources import data_config, make_source, texts
-from tests.test_language_model import imported, save_llm
+from tests.test_language_model import imported, logits, save_llm, some_ids
 from tests.test_sampler import CHANNELS, MIXED, Slow, assert_same, run
 from tests.test_sampler import VOCAB as SAMPLED_VOCAB
 from tests.test_sampler import settings as sampler_settings
 from tests.test_tokenizer import foreign_model
+from train import export
 from train.config import load_config
 from train.distributed.ranks import alone
+from train.inference.saved_model import LoadedModel
 from train.initial_weights import read_llm
 from train.llm_folder import with_llm
 from train.pretrain_config import PretrainConfig
@@ -99,10 +102,10 @@ def _arguments(run_dir: Path, tokenizer: Tokenizer, sources: dict[str, Path], ll
     return [argument for argument in argv if not argument.startswith("model.transformer.")]
 
 
-def test_a_run_from_a_language_model_resumes_exactly_without_it_and_on_other_ranks(
-    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
+def test_a_run_from_a_language_model_resumes_exactly_without_it_and_is_exported_in_its_family(
+    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path], capsys: pytest.CaptureFixture
 ) -> None:
-    """P3, P4: with Muon, whose parts of stacked queries, keys and values are of this head dimension."""
+    """P3, P4: with Muon, whose parts of stacked queries, keys and values are of this head dimension. And exported."""
     save_llm(tmp_path / "llm", "qwen3", torch.bfloat16, shard="30KB", vocab_size=VOCAB - 5)
     argv = [*_arguments(tmp_path / "run", tokenizer, sources, tmp_path / "llm"), "optim.optimizer=muon"]
     output = runs.finish(argv, 2)
@@ -119,6 +122,15 @@ def test_a_run_from_a_language_model_resumes_exactly_without_it_and_on_other_ran
         for found, wanted in zip(runs.numbers(tmp_path / name), expected, strict=True):
             assert found == (wanted if ranks == 2 else pytest.approx(wanted, rel=1e-5))
     runs.assert_same_end(tmp_path / "twin", tmp_path / "run")
+
+    (tmp_path / "elsewhere").rename(tmp_path / "llm")
+    export.main([f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'hf'}", "format=hf", "weights=model"])
+    assert "text side as Qwen3ForCausalLM, without patchers" in capsys.readouterr().out
+    llm = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    ids, model = some_ids(VOCAB, 60), LoadedModel.load(tmp_path / "run", alone(), "model").model
+    with torch.no_grad():
+        assert (llm(ids).logits - logits(model, ids)).abs().max() <= 1e-4
+    assert (llm.config.max_position_embeddings, llm.config.tie_word_embeddings) == (256, True)
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(

@@ -1,6 +1,7 @@
 """A language model's folder: read by rows on any number of ranks, or refused by name (P3, P10)."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from model.transfusion import Transfusion, TransfusionConfig, initial_value, parameter_generator
 from tests.ranks import run_ranks
 from tests.test_language_model import KINDS, VOCAB, imported, llm_config, save_llm
-from train import llm_folder
-from train.config import load_config
+from train import llm_folder, pretrain
+from train.config import _resolved, load_config
 from train.distributed.parallelize import ParallelConfig, gather_weights, parallelize, plain_name
 from train.distributed.ranks import Ranks
 from train.llm_folder import LLMFolder, with_llm
-from train.pretrain_config import PretrainConfig
+from train.pretrain_config import PretrainConfig, read_config
 
 MORE = 3  # token ids that a tokenizer has beyond the language model's
 
@@ -242,3 +243,21 @@ def test_what_contradicts_config_json_is_refused(tmp_path: Path) -> None:
     assert with_llm(agreeing).model.transformer == LLMFolder(tmp_path).model.transformer
     with pytest.raises(ValueError, match=r"init_from=a and init_from_llm=.*expected only one"):
         _config(tmp_path, "init_from=a")
+
+
+def test_the_resolved_config_is_the_filled_one_and_a_run_that_has_begun_needs_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm_config("qwen3", head_dim=16).save_pretrained(tmp_path / "llm")
+    monkeypatch.setenv("MODELS", str(tmp_path))
+    argv = [f"run_dir={tmp_path}", "data.tokenizer=x", "init_from_llm=$MODELS/llm", "data.sources.a.path=x"]
+    resolved = _resolved(pretrain, argv, check=False)
+    (tmp_path / "config.yaml").write_text(resolved.replace("$MODELS", str(tmp_path)))
+    filled = read_config(tmp_path / "config.yaml")
+    assert filled.model.transformer == LLMFolder(tmp_path / "llm").model.transformer
+    (tmp_path / "llm" / "config.json").unlink()
+    (tmp_path / "llm").rmdir()
+    config = load_config(PretrainConfig, argv)
+    assert with_llm(config).model == filled.model
+    with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
+        with_llm(replace(config, run_dir=str(tmp_path / "new")))
