@@ -103,7 +103,7 @@ def write_transfusion(
 def write_text_side(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype) -> None:
     """Write the text side in transformers' layout; raise ValueError for switches that no family of it has."""
     model, ids, origin = loaded.config.model, loaded.tokenizer.special, _language_model(loaded)
-    contents = to_settings(model, loaded.tokenizer.vocab_size, origin and origin.family)
+    contents = to_settings(model, loaded.tokenizer.vocab_size, origin.family if origin else None)
     contents |= {"torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": ids.bos, "eos_token_id": ids.eos}
     lengths = [loaded.config.data.sequence_length, *([origin.context] if origin else [])]
     contents["max_position_embeddings"] = max(lengths)
