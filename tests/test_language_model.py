@@ -91,7 +91,8 @@ def logits(model: Transfusion, ids: Tensor) -> Tensor:
     document, image = torch.ones_like(ids), torch.full_like(ids, -1)
     mask = dense_mask(document, image, torch.full_like(ids, ids.shape[1]))
     no_grid = torch.full((*ids.shape, 2), -1)
-    hidden = model.trunk(model.embed_text(ids), torch.arange(ids.shape[1]).expand(len(ids), -1), no_grid, mask)
+    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    hidden = model.trunk(model.embed_text(ids), positions, no_grid, mask, modalities="text")
     return model.text_logits(hidden)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from model.transfusion import Transfusion, TransfusionConfig, initial_value, parameter_generator
 from tests.ranks import run_ranks
-from tests.test_language_model import KINDS, VOCAB, imported, llm_config, save_llm
+from tests.test_language_model import KINDS, VOCAB, imported, llm_config, logits, save_llm, some_ids
 from train import llm_folder, pretrain
 from train.config import _resolved, load_config
 from train.distributed.parallelize import ParallelConfig, gather_weights, parallelize, plain_name
@@ -116,8 +116,12 @@ def test_any_subset_is_filled_in_any_dtype_and_the_rest_is_drawn(tmp_path: Path)
 
 @pytest.mark.parametrize(("kind", "each"), [("qwen3", 8), ("qwen2.5", 7), ("mistral", 6)])
 def test_images_own_weights_start_as_the_texts(kind: str, each: int, tmp_path: Path) -> None:
-    save_llm(tmp_path, kind)
-    weights = weights_of(tmp_path, untied="all")
+    """And the text side is the language model's still."""
+    llm, ids = save_llm(tmp_path, kind), some_ids()
+    model = imported(tmp_path, untied="all")
+    with torch.no_grad():
+        assert (logits(model, ids) - llm(ids).logits).abs().max() <= 1e-4
+    weights = dict(model.named_parameters())
     own = {name for name in weights if ".image" in name}
     assert len(own) == 2 * each + 1
     for name in own:
