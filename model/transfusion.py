@@ -100,7 +100,6 @@ class Transfusion(nn.Module):
         self.transformer = Transformer(config.transformer, config.untied)
         add_adapters(self.transformer, config.lora)
         self.text_head = None if config.tied_embeddings else Linear(width, rows)
-        add_adapters(self, config.lora)
 
     def forward(
         self,
