@@ -81,8 +81,8 @@ def self_contained(path: Path, special: Mapping[str, str] | None = None) -> dict
             ids[name], next_id = next_id, next_id + 1
     if special and (unknown := special.keys() - set(APPENDED)):
         raise ValueError(f"special: {', '.join(sorted(unknown))}: expected boi, eoi and pad only")
-    if len({ids["boi"], ids["eoi"], ids["pad"]} - {ids["bos"], ids["eos"]}) < len(APPENDED):
-        raise ValueError(f"special: {ids}: expected three tokens for boi, eoi and pad that are neither BOS nor EOS")
+    if ids["boi"] == ids["eoi"] or {ids["boi"], ids["eoi"]} & {ids["bos"], ids["eos"], ids["pad"]}:
+        raise ValueError(f"special: {ids}: expected tokens of their own for boi and eoi")
     return {"special": ids, "vocab_size": next_id, "tokenizer": content}
 
 

@@ -1,9 +1,9 @@
 """Tokenizers: load, encode, decode; the special ids; the hash that ties shards to one.
 
 Two libraries read two kinds of files: SentencePiece its models, which are also trained here, and `tokenizers` a
-tokenizer.json (data/json_tokenizer.py). In a SentencePiece model `<boi>` and `<eoi>` are control pieces, so that no text
-can spell them. Loading converts those of a foreign model that has them as text pieces, keeping their ids, and appends
-them to a vocabulary without them (Llama's).
+tokenizer.json (data/json_tokenizer.py). In a SentencePiece model `<boi>` and `<eoi>` are control pieces, so that no
+text can spell them. Loading converts those of a foreign model that has them as text pieces, keeping their ids, and
+appends them to a vocabulary without them (Llama's).
 """
 
 import hashlib

@@ -25,8 +25,6 @@ SCALED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-# Each family with what its models have: grouped queries, tied embeddings, head dimensions that are not width / heads.
-LLMS: dict[str, PretrainedConfig] = {}
 
 
 def llm_config(kind: str, **changes: Any) -> PretrainedConfig:
@@ -45,6 +43,7 @@ def llm_config(kind: str, **changes: Any) -> PretrainedConfig:
     return classes[kind](**(given | changes))
 
 
+# With what models of each family have: grouped queries, tied embeddings, heads wider than width / heads.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-2": ("llama", {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     "llama-3.2": ("llama", {"tie_word_embeddings": True, "rope_parameters": SCALED}),
@@ -81,9 +80,10 @@ def imported(folder: Path, more: int = 0, **changes: Any) -> Transfusion:
     llm = LLMFolder(folder)
     settings = {"transformer": llm.model.transformer, "tied_embeddings": llm.model.tied_embeddings, **changes}
     config = TransfusionConfig(latent_channels=2, **settings)
-    model = Transfusion(config, llm.model.vocab_size + more)
-    init_weights(model, 0)
-    llm.read(dict(model.named_parameters()), model.vocab_size)
+    with torch.device("meta"):
+        model = Transfusion(config, llm.model.vocab_size + more)
+    model.to_empty(device="cpu")
+    llm.read(dict(model.named_parameters()), config, model.vocab_size, seed=0)
     return model
 
 

@@ -206,8 +206,8 @@ def test_an_update_reads_no_value_back(changes: dict[str, Any]) -> None:
 def test_the_first_average_is_preferred_else_the_models_weights() -> None:
     configs = (OptimConfig(), OptimConfig(ema_half_lives=(9, 2)))
     plain, averaged = (Optimizer(Small(), config, GuardConfig()) for config in configs)
-    assert plain.emas == {} and plain.preferred_weights() is plain.parameters
-    assert averaged.preferred_weights() is averaged.emas["ema-9"].weights
+    assert plain.emas == {} and plain.preferred_weights() == plain.parameters
+    assert averaged.preferred_weights() == averaged.emas["ema-9"].weights
     run = Path("run")
     for weights, chosen in {"auto": "ema-9", "ema": "ema-9", "ema-2": "ema-2", "model": "model"}.items():
         assert choose(weights, ["ema-9", "ema-2", "model"], run) == chosen

@@ -1,10 +1,13 @@
 """The weights that a new run starts from, read after checking that they mean the same there."""
 
 import logging
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.dataset import DataSet
+from data.tokenizer import Tokenizer, find_copy
 from model.transfusion import Transfusion
 from train.checkpoints.trained_records import TrainedRecords
 from train.distributed.parallelize import plain_name
@@ -15,6 +18,8 @@ from train.pretrain_config import PretrainConfig
 from train.state import differences, meaning
 
 log = logging.getLogger(__name__)
+
+PROBE = "The quick brown fox jumps over 13 lazy dogs.\nÜber naïve Cafés, 中文 и русский."  # told apart by token ids
 
 
 def read_initial_weights(
@@ -39,24 +44,32 @@ def read_initial_weights(
     return SavedModel.use(config.init_from, ranks, read, "init_from")
 
 
-def read_llm(model: Transfusion, config: PretrainConfig, ranks: Ranks) -> str:
-    """Fill the model's text side, and images' own copies of it, from `init_from_llm`; return in words from where.
+def read_llm(model: Transfusion, config: PretrainConfig, data: DataSet, ranks: Ranks) -> str:
+    """Fill the model from `init_from_llm`, and by drawing what that lacks; return in words from where. Collective.
 
-    Raises ValueError for a model whose vocabulary is larger than the data's tokenizer (P10).
+    Raises ValueError for a model whose tokenizer is not the data's, or whose vocabulary is larger (P10).
     """
     assert config.init_from_llm is not None
     folder = LLMFolder(config.init_from_llm)
     ranks.require_alike({"init_from_llm (contents)": folder.hash})
     found, ours = folder.model.vocab_size, model.vocab_size
-    if ours < found:
+    if ours < found or not ranks.on_first(lambda: _is_tokenizer_of(folder.path, data.tokenizer)):
         raise ValueError(
-            f"init_from_llm={config.init_from_llm} has a vocabulary of {found}, but data.tokenizer="
-            f"{config.data.tokenizer} of {ours}: expected its own tokenizer; encode the data with tokenizer="
-            f"{config.init_from_llm}"
+            f"init_from_llm={config.init_from_llm} has a vocabulary of {found}, the data was encoded with "
+            f"data.tokenizer={config.data.tokenizer} of {ours}, another one: expected the model's own, with BOI, EOI "
+            f"and PAD; encode the data with tokenizer={config.init_from_llm}"
         )
-    folder.read({plain_name(name): parameter for name, parameter in model.named_parameters()}, ours)
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    folder.read(parameters, config.model, ours, config.seed)
     new = f", {ours - found} new ones at the mean" if ours > found else ""
     return f"from the {folder.model.family} in {folder.path} ({found:,} token ids{new})"
+
+
+def _is_tokenizer_of(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer gives the ids that the one in a model's folder does; True if there is none."""
+    if find_copy(folder) is None:
+        return True
+    return np.array_equal(Tokenizer(folder).encode(PROBE), tokenizer.encode(PROBE))
 
 
 def _refuse_other_meaning(stored: SavedModel, config: PretrainConfig, data: DataSet) -> None:

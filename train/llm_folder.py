@@ -21,6 +21,7 @@ from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from train.config_layers import expanded
 from train.distributed.local_shards import first_element, local
+from train.distributed.parallelize import draw
 from train.pretrain_config import PretrainConfig, read_config
 
 CHUNK = 1 << 22  # elements read at once; changing it does not change what is read
@@ -74,16 +75,19 @@ class LLMFolder:
                         digest.update(stream.read(min(SAMPLE, last - first)))
         return digest.hexdigest()
 
-    def read(self, parameters: Mapping[str, torch.Tensor], vocab_size: int) -> None:
-        """Fill our parameters, or shards of them, by plain name; names that no language model has are left alone.
+    def read(
+        self, parameters: Mapping[str, torch.Tensor], config: TransfusionConfig, vocab_size: int, seed: int
+    ) -> None:
+        """Fill parameters of a model of `config`, or shards of them, by plain name: any subset, of any float dtype.
 
-        Rows of the vocabulary that the model lacks get the mean of its rows, those from `vocab_size` on zeros. Images'
-        own parts get what text's have. Raises ValueError for files that do not hold the model of config.json.
+        Rows of the vocabulary that the language model lacks get the mean of its rows, those from `vocab_size` on zeros.
+        Images' own parts get what text's have. What no language model has, such as patchers, is drawn from (seed,
+        name). Raises ValueError for files that do not hold the model of config.json.
         """
-        trunk = self.model.transformer
+        trunk, files = self.model.transformer, self._files
         with ExitStack() as stack, torch.no_grad():
             try:
-                tensors = self._open(stack)
+                tensors = _open(files, stack)
                 self._check(tensors)
                 for name, parameter in parameters.items():
                     made_of = pieces(name, trunk)
@@ -91,6 +95,8 @@ class LLMFolder:
                         self._read_vocabulary(tensors[made_of[0].name], parameter, vocab_size)
                     elif made_of:
                         self._read_rows(tensors, made_of, parameter)
+                    else:
+                        draw({name: parameter}, config, vocab_size, seed)
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self._name}: damaged: {error}; fetch it again") from None
 
@@ -111,14 +117,6 @@ class LLMFolder:
                 "transformers' save_pretrained makes them)"
             )
         return files
-
-    def _open(self, stack: ExitStack) -> dict[str, Any]:
-        """Return the files' tensors by name, as slices that read what they are asked for."""
-        tensors: dict[str, Any] = {}
-        for file in self._files:
-            opened = stack.enter_context(safe_open(file, framework="pt"))
-            tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not iterable)
-        return tensors
 
     def _check(self, tensors: dict[str, Any]) -> None:
         """Raise ValueError unless the files hold the tensors of config.json, in its shapes."""
@@ -190,6 +188,15 @@ class LLMFolder:
             for at in range(0, known, step):
                 total += tensor[at : min(at + step, known)].double().sum(0)
             mine[new] = (total / known).float().to(mine)  # rounded as every other row
+
+
+def _open(files: list[Path], stack: ExitStack) -> dict[str, Any]:
+    """Return the files' tensors by name, as slices that read what they are asked for."""
+    tensors: dict[str, Any] = {}
+    for file in files:
+        opened = stack.enter_context(safe_open(file, framework="pt"))
+        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not iterable)
+    return tensors
 
 
 def with_llm(config: PretrainConfig) -> PretrainConfig:

@@ -45,7 +45,7 @@ from train.initial_weights import read_initial_weights, read_llm
 from train.llm_folder import with_llm
 from train.metrics import Interval, MetricsLog
 from train.next_batch import CannotContinue, SkipBudget, next_batch
-from train.optim.groups import freeze, frozen_names, table
+from train.optim.groups import freeze, frozen_names, resolve, table
 from train.optim.optimizer import Optimizer
 from train.planning.dry_run import dry_run
 from train.planning.fit import agree_on_memory, check_memory
@@ -116,8 +116,9 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     with torch.device("meta"):
         model = Transfusion(config.model, data.tokenizer.vocab_size)
     adapts = config.model.lora.rank > 0
-    remarks = table(model, config.optim.groups, adapts)
-    freeze(model, config.optim.groups, adapts, compute_dtype(config.parallel, ranks.device))
+    resolve((name for name, _ in model.named_parameters()), config.optim.groups, adapts)
+    rows = table(model, config.optim.groups, adapts)
+    freeze(model, config.optim.groups, compute_dtype(config.parallel, ranks.device), adapts)
     parallelize(model, config.parallel, ranks)
 
     # Where to start: a checkpoint; without one, the weights that init_from names, or init_from_llm; else random ones.
@@ -128,10 +129,11 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     elif config.init_from is not None:
         model.to_empty(device=ranks.device)
         started_from, trained_before = read_initial_weights(model, config, data, ranks)
+    elif config.init_from_llm is not None:
+        model.to_empty(device=ranks.device)
+        started_from = read_llm(model, config, data, ranks)
     else:
         initialize(model, config.seed, ranks.device)
-        if config.init_from_llm is not None:
-            started_from = read_llm(model, config, ranks)
 
     # The optimizer comes after the weights, because EMAs copy them, and before the load, which fills its tensors.
     state = TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, data)
@@ -176,7 +178,7 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
         profiler=Profiler(config.profile, folder.path, ranks),
         origin=origin,
         started_from=started_from or str(origin),
-        groups=remarks,
+        groups=rows,
     )
 
 

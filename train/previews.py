@@ -63,7 +63,7 @@ class Previews:
         assert self._pipeline is not None
         config, model = self.config.preview, self._pipeline.model
         device = self.ranks.device
-        model.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, assign=True)
+        model.load_state_dict({name: weight.to(device, torch.float32) for name, weight in weights.items()}, assign=True)
         try:
             sampler = config.sampler(self.config.diffusion)
             pictures = self._pipeline.draw(config.prompts, sampler, self.config.seed, poll)

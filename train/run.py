@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from data.dataset import DataSet
 from data.loader import Loader
@@ -48,7 +49,7 @@ class Run:
     profiler: Profiler
     origin: ResumePoint
     started_from: str  # in words: a checkpoint, weights, or scratch
-    groups: list[str]  # in words: what of optim.groups and LoRA each parameter is in
+    groups: list[dict[str, Any]]  # what is done with the parameters of each group; see train/optim/groups.py
 
     def loader(self) -> Loader:
         """Return a reader that continues from the state's step and lanes; close it to end its processes."""
@@ -149,7 +150,10 @@ class Run:
             f"{config.data.lanes} x {config.data.sequence_length} tokens a step, {config.optim.steps} steps, "
             f"{self.started_from}{ignored}; config in {self.folder.path / 'config.yaml'}"
         )
-        yield from self.groups
+        for row in self.groups:
+            decay = "" if row["weight_decay"] is None else f", weight decay {row['weight_decay']:g}"
+            how = "frozen" if row["frozen"] else f"learning rate x {row['lr_scale']:g}{decay}"
+            yield f"group {row['group']}: {row['parameters']:,} parameters in {plural(row['tensors'], 'tensor')}, {how}"
         if ranks.device.type == "cpu":
             yield describe_cpu()
         if ranks.device.type == "cuda":

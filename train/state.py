@@ -7,7 +7,6 @@ config.yaml    the resolved config
 trained.keys   which records the run trains on
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from train.distributed.ranks import Ranks
 from train.inference.base import read_base
 from train.inference.saved_model import stored_records
 from train.optim.ema import is_label
-from train.optim.groups import frozen_names
+from train.optim.groups import frozen_names, frozen_set
 from train.optim.optimizer import Optimizer, learning_rate
 from train.pretrain_config import PretrainConfig
 
@@ -180,12 +179,8 @@ def fingerprint(config: PretrainConfig, data: DataSet, frozen: set[str], step: i
         "vae": spec.vae_hash if spec is not None else "none",
         **meaning(config),
         **{f"optim.{name}": getattr(config.optim, name) for name in ("optimizer", "state_dtype")},
-        **({"optim.frozen": f"{len(frozen)} tensors ({_hash(frozen)})"} if frozen else {}),
+        **({"optim.frozen": frozen_set(frozen)} if frozen else {}),
     }
-
-
-def _hash(names: set[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:8]
 
 
 def meaning(config: PretrainConfig) -> dict[str, str]:

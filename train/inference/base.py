@@ -55,7 +55,7 @@ def read_base(
             "training"
         )
     if config.init_from_llm is not None:
-        LLMFolder(config.init_from_llm).read(parameters, vocab_size)
+        LLMFolder(config.init_from_llm).read(parameters, config.model, vocab_size, config.seed)
     elif config.init_from is not None:
         weights = config.init_weights
         SavedModel.use(config.init_from, ranks, lambda saved: saved.read(weights, parameters, ranks, whole=False))

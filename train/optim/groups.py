@@ -1,104 +1,137 @@
-"""Which parameters are trained, how fast, and which stay as they are: `optim.groups`.
+"""Which parameters a run trains, at what rate and decay, and which are frozen (`optim.groups`).
 
-Patterns are matched against plain names, as in fnmatch: `transformer.blocks.*.image.*`. The first group of the config
-that has a matching pattern takes a parameter. What no group takes is trained as `optim` says; with LoRA, only adapters
-and patchers are.
+A group is a list of patterns over plain parameter names; the first group that matches a parameter has it, and what none
+matches is trained as without groups, or frozen if the trunk has adapters (LoRA). Frozen parameters have no gradient,
+moments or averages and are held in the dtype of forward and backward, so that a step computes the same bits as from
+float32 masters. They are not in checkpoints; train/inference/saved_model.py makes them again.
 """
 
 import difflib
+import hashlib
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+from omegaconf import MISSING
 from torch import nn
 
 from train.distributed.parallelize import plain_name
 
-REST, BASE = "(rest)", "(base of LoRA)"  # what no group takes
+ADAPTERS = (".lora_a", ".lora_b")  # how the names of LoRA's parameters end
+ADAPTED = ("transformer.*", "text_*")  # frozen beside adapters unless a group says otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    # Patterns of parameter names, with * for any text. The first group that matches a name takes it; train.view of a
-    # checkpoint lists names, such as transformer.blocks.0.attention.qkv.weight.
-    parameters: list[str] = field(default_factory=list)
-    frozen: bool = False  # stays as it is: without gradients, moments and averages, and not in checkpoints
-    lr_scale: float = 1.0  # times optim.learning_rate, > 0
-    weight_decay: float | None = None  # on matrices, as optim.weight_decay, >= 0; null: that
+    # Patterns over parameter names, such as "transformer.blocks.*.ffn.*", in which * stands for any characters. The
+    # first group that matches a parameter has it; a pattern that matches none is refused.
+    parameters: tuple[str, ...] = MISSING
+    frozen: bool = False  # keep the parameters as they are: no gradients, moments or averages, half the memory
+    lr_scale: float = 1.0  # times the learning rate, > 0
+    weight_decay: float | None = None  # on the group's matrices, >= 0; null: optim.weight_decay
 
     def __post_init__(self) -> None:
-        if not self.lr_scale > 0 or (self.weight_decay is not None and self.weight_decay < 0):
+        if not self.parameters:
+            raise ValueError('optim.groups.NAME.parameters=[]: expected at least one pattern, such as "text_*"')
+        if not 0 < self.lr_scale < math.inf or not 0 <= (self.weight_decay or 0) < math.inf:
             raise ValueError(
-                f"optim.groups: lr_scale={self.lr_scale}, weight_decay={self.weight_decay}: expected more than 0, and "
-                "at least 0 or null; frozen=true trains nothing"
+                f"optim.groups.NAME.lr_scale={self.lr_scale}, weight_decay={self.weight_decay}: expected more than 0, "
+                "and null or at least 0; frozen=true trains nothing"
             )
         if self.frozen and (self.lr_scale != 1 or self.weight_decay is not None):
-            raise ValueError("optim.groups: frozen=true with lr_scale or weight_decay: expected only one of them")
+            raise ValueError(
+                f"optim.groups.NAME.frozen=true with lr_scale={self.lr_scale}, weight_decay={self.weight_decay}: "
+                "frozen parameters have neither; leave them out"
+            )
 
 
-def resolve(
-    names: Iterable[str], groups: Mapping[str, GroupConfig], lora: bool = False
-) -> dict[str, tuple[str, GroupConfig]]:
-    """Return the group of each parameter, as (name, settings).
+Groups = Mapping[str, GroupConfig]  # by name, in the config's order
 
-    `names` are all plain names of the model. Raises ValueError for a pattern that matches none, and for a group that
-    earlier ones leave nothing to.
+
+@dataclass(frozen=True)
+class Group:
+    """What is done with a parameter."""
+
+    name: str  # in the config; in brackets, for what no group matches
+    frozen: bool = False
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+OTHERS, BASE = Group("(others)"), Group("(adapted)", frozen=True)
+
+
+def group_of(name: str, groups: Groups, adapted: bool = False) -> Group:
+    """Return the group of the parameter `name`; `adapted`: the model has adapters."""
+    name = plain_name(name)
+    for key, group in groups.items():
+        if any(fnmatchcase(name, pattern) for pattern in group.parameters):
+            return Group(key, group.frozen, group.lr_scale, group.weight_decay)
+    is_base = any(fnmatchcase(name, pattern) for pattern in ADAPTED) and not name.endswith(ADAPTERS)
+    return BASE if adapted and is_base else OTHERS
+
+
+def resolve(names: Iterable[str], groups: Groups, adapted: bool = False) -> dict[str, Group]:
+    """Return the group of each of a model's parameters.
+
+    Raises ValueError for a pattern that matches none, a group that is left none, and if all are frozen (P10).
     """
-    names, found = list(names), {}
-    for group, config in groups.items():
-        for pattern in config.parameters:
+    names = [plain_name(name) for name in names]
+    found = {name: group_of(name, groups, adapted) for name in names}
+    for key, group in groups.items():
+        for pattern in group.parameters:
             if not any(fnmatchcase(name, pattern) for name in names):
-                near = difflib.get_close_matches(pattern, names, n=2, cutoff=0.3) or names[:2]
+                near = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))
                 raise ValueError(
-                    f"optim.groups.{group}.parameters: {pattern!r} matches no parameter; expected a pattern of names "
-                    f"such as {', '.join(near)}"
+                    f'optim.groups.{key}.parameters: "{pattern}" matches no parameter; names like it are {near}'
                 )
-    for name in names:
-        is_base = lora and name.startswith(("transformer.", "text_")) and not name.endswith((".lora_a", ".lora_b"))
-        otherwise = (BASE, GroupConfig(frozen=True)) if is_base else (REST, GroupConfig())
-        matching = (
-            (group, config) for group, config in groups.items()
-            if any(fnmatchcase(name, pattern) for pattern in config.parameters)
-        )  # fmt: skip
-        found[name] = next(matching, otherwise)
-    if idle := groups.keys() - {group for group, _ in found.values()}:
-        raise ValueError(
-            f"optim.groups: {', '.join(sorted(idle))} takes no parameter, as earlier groups take what it matches or it "
-            "has no patterns; put it before them, or remove it"
-        )
+        if not any(of.name == key for of in found.values()):
+            taken = [name for name in names if any(fnmatchcase(name, pattern) for pattern in group.parameters)]
+            owners = ", ".join(dict.fromkeys(found[name].name for name in taken))
+            raise ValueError(
+                f"optim.groups.{key}: earlier groups ({owners}) have all of its {len(taken)} parameters; put it before "
+                "them, or leave it out"
+            )
+    if all(group.frozen for group in found.values()):
+        raise ValueError("optim.groups: every parameter is frozen: expected some to train; narrow a frozen group")
     return found
 
 
-def freeze(model: nn.Module, groups: Mapping[str, GroupConfig], lora: bool, dtype: torch.dtype) -> None:
-    """Let a meta-device model's frozen parameters need no gradient, and hold them in the compute dtype.
+def freeze(model: nn.Module, groups: Groups, dtype: torch.dtype, adapted: bool = False) -> None:
+    """Freeze a meta-device model's parameters in place and hold them in `dtype`, that of forward and backward.
 
-    A forward then computes the same bits as from float32 masters, which FSDP would round for it each time. Raises
-    ValueError if nothing is left to train.
+    Comes before `parallelize`. A model with fewer blocks than the config's, as a plan rehearses, may lack what a
+    pattern matches; `resolve` refuses patterns.
     """
-    resolved = resolve([plain_name(name) for name, _ in model.named_parameters()], groups, lora)
-    if all(config.frozen for _, config in resolved.values()):
-        raise ValueError("optim.groups: all parameters are frozen; leave some to train")
+    for prefix, module in model.named_modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if group_of(f"{prefix}.{name}" if prefix else name, groups, adapted).frozen:
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+
+
+def table(model: nn.Module, groups: Groups, adapted: bool = False) -> list[dict[str, Any]]:
+    """Return a row for each group of a model: what it has and what is done with it; none where nothing is grouped."""
+    rows: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        if resolved[plain_name(name)][1].frozen:
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(dtype)
+        group = group_of(name, groups, adapted)
+        row = rows.setdefault(group.name, {"group": group.name, "tensors": 0, "parameters": 0})
+        row["tensors"] += 1
+        row["parameters"] += parameter.numel()
+        row |= {"frozen": group.frozen, "lr_scale": group.lr_scale, "weight_decay": group.weight_decay}
+    in_order = [*groups, BASE.name, OTHERS.name]
+    return sorted(rows.values(), key=lambda row: in_order.index(row["group"])) if groups or adapted else []
+
+
+def frozen_set(names: Iterable[str]) -> str:
+    """Return what identifies a set of frozen parameters."""
+    names = sorted(names)
+    digest = hashlib.blake2b("\n".join(names).encode(), digest_size=6).hexdigest()
+    return f"{len(names)} tensors ({digest})" if names else "none"
 
 
 def frozen_names(model: nn.Module) -> set[str]:
     """Return the plain names of the parameters that `freeze` froze."""
     return {plain_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
-
-
-def table(model: nn.Module, groups: Mapping[str, GroupConfig], lora: bool) -> list[str]:
-    """Return a line for each group that something is said of: its parameters and what happens to them."""
-    sizes = {plain_name(name): parameter.numel() for name, parameter in model.named_parameters()}
-    resolved, lines = resolve(sizes, groups, lora), []
-    for group in dict.fromkeys(group for group, _ in resolved.values()):
-        members = [name for name, (of, _) in resolved.items() if of == group]
-        config = resolved[members[0]][1]
-        what = "frozen" if config.frozen else f"trained, lr_scale {config.lr_scale:g}"
-        if config.weight_decay is not None:
-            what += f", weight_decay {config.weight_decay:g}"
-        lines.append(f"{group}: {sum(sizes[name] for name in members):,} parameters in {len(members)} tensors, {what}")
-    return lines if len(lines) > 1 or groups else []

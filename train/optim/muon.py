@@ -9,6 +9,7 @@ Rejected: torch.optim.Muon, which knows no shards and takes stacked gate and up 
 on every rank, which at 7B costs more than forward and backward on 256 GPUs.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def matrices(model: nn.Module) -> dict[torch.Tensor, Parts]:
         elif isinstance(module, FeedForward):
             hidden = module.down.weight.shape[1]
             found |= {module.gate_up.weight: (hidden, hidden), module.down.weight: (module.down.weight.shape[0],)}
-    return {parameter: parts for parameter, parts in found.items() if parameter.requires_grad}
+    return found
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,33 +50,33 @@ class Muon(torch.optim.Optimizer):
     batch: int = 0  # the step; with a parameter's number it is the key of the momentum's rounding
 
     def __init__(
-        self, groups: list[dict[str, Any]], parts: dict[torch.Tensor, Parts], state_dtype: torch.dtype, **settings: Any
+        self,
+        groups: list[dict[str, Any]],
+        parts: Mapping[torch.Tensor, Parts],
+        state_dtype: torch.dtype,
+        **settings: Any,
     ) -> None:
-        """`groups` hold params, each of which has `parts`, and a weight_decay; `settings`: lr, momentum, update_rms."""
-        super().__init__([{**g, "params": sorted(g["params"], key=lambda p: -p.numel())} for g in groups], settings)
+        """`groups` are torch's, each with its weight_decay; `settings`: lr; momentum in [0, 1); update_rms."""
+        super().__init__(groups, settings)
         self._parts = parts
-        for p in [p for group in self.param_groups for p in group["params"]]:
+        found = [(p, group) for group in self.param_groups for p in group["params"]]
+        self._in_order = sorted(found, key=lambda pair: -pair[0].numel())
+        for p, _ in found:
             self.state[p] = {"momentum_buffer": torch.zeros_like(p, dtype=state_dtype)}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update from the gradients, all of which must be present. Collective over the mesh."""
-        number = 0
-        for group in self.param_groups:
-            self._step(group, number)
-            number += len(group["params"])
-
-    def _step(self, group: dict[str, Any], number: int) -> None:
-        """Update a group, whose first parameter has this number among all."""
-        parameters = group["params"]
+        parameters = [p for p, _ in self._in_order]
         skip = torch.zeros((), device=parameters[0].device) if self.found_inf is None else self.found_inf
-        rate = group["lr"] * (1.0 - skip)  # on the device
-        decay = 1.0 - rate * group["weight_decay"]
         ranks, start = parameters[0].device_mesh.size() if is_sharded(parameters[0]) else 1, 0
         while start < len(parameters):
-            dealt = parameters[start : start + ranks * max(1, ROUND // parameters[start].numel())]
-            directions = [self._direction(p, number + start + i, skip.bool()) for i, p in enumerate(dealt)]
-            for p, update in zip(dealt, self._orthogonalized(dealt, directions), strict=True):
+            dealt = self._in_order[start : start + ranks * max(1, ROUND // parameters[start].numel())]
+            directions = [self._direction(p, start + i, skip.bool()) for i, (p, _) in enumerate(dealt)]
+            updates = self._orthogonalized([p for p, _ in dealt], directions)
+            for (p, group), update in zip(dealt, updates, strict=True):
+                rate = group["lr"] * (1.0 - skip)  # on the device
+                decay = 1.0 - rate * group["weight_decay"]
                 local(p).mul_(decay).addcmul_(update, rate * group["update_rms"], value=-1)
             start += len(dealt)
 

@@ -5,6 +5,7 @@ judges, and the optimizers read its flag on the device. `step` names the batch e
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -13,11 +14,10 @@ import torch
 from torch import nn
 
 from train.distributed.local_shards import is_sharded
-from train.distributed.parallelize import plain_name
 from train.optim import muon
 from train.optim.bfloat16_adamw import BFloat16AdamW
 from train.optim.ema import Ema, label
-from train.optim.groups import REST, GroupConfig, resolve
+from train.optim.groups import OTHERS, GroupConfig, group_of
 from train.optim.guard import Guard, GuardConfig
 
 
@@ -42,11 +42,12 @@ class OptimConfig:
     # noise of large models, so 0.2 suits its rate; it is up to 1 in a small model, where more may be better.
     muon_update_rms: float = 0.2
     weight_decay: float = 0.1  # on matrices; none on norms, biases and other parameters with one axis
-    clip_norm: float = 1.0  # global gradient norm, > 0
+    clip_norm: float = 1.0  # norm of all gradients together, > 0; frozen parameters have none
     # Half-lives of averages of the weights, in updates, >= 1; previews and weights=auto use the first.
     ema_half_lives: tuple[int, ...] = ()
-    # Parts that are frozen, or trained at another rate or weight decay, by a name of your choice, in order.
-    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    groups: dict[str, GroupConfig] = field(
+        default_factory=dict
+    )  # parameters that are frozen, or trained in another way
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_learning_rate <= self.learning_rate:
@@ -95,22 +96,22 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 
 
 class Optimizer:
-    """AdamW, optionally Muon, and the EMAs of one model's (sharded) parameters."""
+    """AdamW, optionally Muon, and the EMAs of one model's (sharded) parameters that are not frozen."""
 
     def __init__(self, model: nn.Module, config: OptimConfig, guard: GuardConfig):
         self.config = config
-        named: dict[str, torch.Tensor] = dict(model.named_parameters())
-        self.parameters: dict[str, torch.Tensor] = {name: p for name, p in named.items() if p.requires_grad}
-        self._frozen = {name: p for name, p in named.items() if not p.requires_grad}
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         blocks = muon.matrices(model) if config.optimizer == "muon" else {}
-        groups, of_muon = self._groups(named, blocks)
+        (rest, scales), (of_muon, muon_scales) = (self._groups(blocks, inside=inside) for inside in (False, True))
+        self._lr_scales = [of_part for of_part in (scales, muon_scales) if of_part]  # of each group of each of `parts`
         low = config.state_dtype == "bfloat16"
         adamw = BFloat16AdamW if low else partial(torch.optim.AdamW, fused=True)
         # Set before each update. A number, as for a tensor DTensor would run another variant of fused AdamW, which has
         # no fake kernel, on real tensors of the whole model's size: four copies of it per rank, at the first update.
         rate, betas = 0.0, (config.beta1, config.beta2)
-        self.adamw = adamw(groups, lr=rate, betas=betas, eps=config.eps)
-        self.parts: list[Any] = [self.adamw]  # torch optimizers with `found_inf` and `batch`
+        self.adamw: Any = adamw(rest, lr=rate, betas=betas, eps=config.eps) if rest else None
+        self.parts: list[Any] = [self.adamw] if rest else []  # torch optimizers with `found_inf` and `batch`
         if of_muon:
             settings = {"momentum": config.muon_momentum, "update_rms": config.muon_update_rms, "lr": rate}
             self.parts.append(muon.Muon(of_muon, blocks, torch.bfloat16 if low else torch.float32, **settings))
@@ -118,26 +119,23 @@ class Optimizer:
         self.guard = Guard(guard, next(iter(self.parameters.values())).device)
 
     def _groups(
-        self, named: dict[str, torch.Tensor], blocks: dict[torch.Tensor, muon.Parts]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return torch's parameter groups of the trained parameters: AdamW's and Muon's."""
-        resolved = resolve([plain_name(name) for name in named], self.config.groups)
-        of_adamw: list[dict[str, Any]] = []
-        of_muon: list[dict[str, Any]] = []
-        for group in [*self.config.groups, REST]:
-            config = self.config.groups.get(group, GroupConfig())
-            mine = [p for name, p in self.parameters.items() if resolved[plain_name(name)][0] == group]
-            decay = self.config.weight_decay if config.weight_decay is None else config.weight_decay
-            rest = [p for p in mine if p not in blocks]
-            for chosen, members, weight_decay in (
-                (of_adamw, [p for p in rest if p.ndim > 1], decay),
-                (of_adamw, [p for p in rest if p.ndim <= 1], 0.0),
-                (of_muon, [p for p in mine if p in blocks], decay),
-            ):
-                if members:
-                    settings = {"weight_decay": weight_decay, "lr_scale": config.lr_scale}
-                    chosen.append({"params": members, **settings})
-        return of_adamw, of_muon
+        self, blocks: Mapping[torch.Tensor, muon.Parts], inside: bool
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """Return torch's groups of the trained parameters inside or outside `blocks`, and the lr_scale of each.
+
+        Each group's matrices have its weight decay; norms, biases and other parameters with one axis have none.
+        """
+        config, found = self.config, dict[tuple[int, bool], tuple[dict[str, Any], float]]()
+        in_order = [*config.groups, OTHERS.name]  # decides a parameter's number, and so the rounding of its moments
+        for name, p in self.parameters.items():
+            if (p in blocks) == inside:
+                group = group_of(name, config.groups)
+                decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+                start = {"params": [], "weight_decay": decay if p.ndim > 1 else 0.0}
+                place = found.setdefault((in_order.index(group.name), p.ndim <= 1), (start, group.lr_scale))
+                place[0]["params"].append(p)
+        chosen = [found[key] for key in sorted(found)]
+        return [group for group, _ in chosen], [scale for _, scale in chosen]
 
     @torch.no_grad()
     def update(self, step: int) -> torch.Tensor:
@@ -148,9 +146,9 @@ class Optimizer:
             norm = norm.full_tensor()  # sums over the mesh; every rank takes part
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.clip_norm, norm, foreach=True)
         skip = self.guard.judge(norm)
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = learning_rate(step, self.config) * group["lr_scale"]
+        for part, scales in zip(self.parts, self._lr_scales, strict=True):
+            for group, scale in zip(part.param_groups, scales, strict=True):
+                group["lr"] = learning_rate(step, self.config) * scale
             part.found_inf, part.batch = skip, step
             part.step()
             part.zero_grad(set_to_none=True)
@@ -160,5 +158,5 @@ class Optimizer:
         return norm
 
     def preferred_weights(self) -> dict[str, torch.Tensor]:
-        """Return the weights that weights=auto means: the first average, or the model's if there is none."""
-        return self._frozen | (next(iter(self.emas.values())).weights if self.emas else self.parameters)
+        """Return the whole model that weights=auto means: of the first average, or of the model without one."""
+        return {**self.frozen, **(next(iter(self.emas.values())).weights if self.emas else self.parameters)}

@@ -116,7 +116,7 @@ def planned_model(config: PretrainConfig, vocab_size: int, dtype: torch.dtype = 
     """
     with torch.device("meta"):
         model = Transfusion(config.model, vocab_size)
-    freeze(model, config.optim.groups, config.model.lora.rank > 0, dtype)
+    freeze(model, config.optim.groups, dtype, config.model.lora.rank > 0)
     return model
 
 

@@ -1,0 +1,161 @@
+"""Tokenizers of pretrained language models: ids and texts as the library's own, special ids by the model's config."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Library
+
+from data.tokenizer import Tokenizer, find_copy
+from tests.json_tokenizers import byte_fallback, byte_level, qwen_folder, write_folder
+from train.tokenizer import main
+
+HARD = [
+    "a large red circle", "two\nlines\r\n\tand  three   spaces ", " leading", "trailing ", "", "\0 NUL \0",
+    "\ufeffmark",
+    "👩‍👩‍👧‍👦🏽 🎉🇩🇪", "שלום עולם مرحبا", "e\u0301 NFD, \ufb01 ligature, ½, Å", "x" * 3000, " " * 500, "\n" * 300,
+    "中文和English混合", "\u202eright to left\u202c", "'s 'T 'LL 12345",
+]  # fmt: skip
+SPELLED = "<|im_start|>user<|im_end|> <image> </s> <s> <unk> <|endoftext|> <|vision_start|>"
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return qwen_folder(tmp_path_factory.mktemp("qwen") / "model")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("llama") / "model", byte_fallback())
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama"])
+def test_hard_texts_have_the_librarys_ids_and_come_back_as_it_brings_them_back(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    tokenizer, library = Tokenizer(folder), Library.from_file(str(folder / "tokenizer.json"))
+    for text in HARD:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text).tolist() == ids, text
+        assert tokenizer.decode(ids) == library.decode(ids, skip_special_tokens=False), text
+    exact = [text for text in HARD if tokenizer.decode(tokenizer.encode(text)) == text]
+    assert set(HARD) - set(exact) <= {"e\u0301 NFD, \ufb01 ligature, ½, Å"}  # Qwen's vocabulary normalises to NFC
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama"])
+def test_special_tokens_in_a_text_are_text(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = Tokenizer(request.getfixturevalue(name))
+    ids = tokenizer.encode(SPELLED)
+    assert not set(vars(tokenizer.special).values()) & set(ids.tolist())
+    assert tokenizer.decode(ids) == SPELLED
+    ends = [tokenizer.special.bos, *ids, tokenizer.special.eos, tokenizer.special.boi, tokenizer.special.eoi]
+    assert tokenizer.decode(ends) == SPELLED  # they are left out
+
+
+def test_ends_are_the_models_and_the_rest_is_appended_after_its_rows(tmp_path: Path, qwen: Path, llama: Path) -> None:
+    library = Library.from_file(str(qwen / "tokenizer.json"))
+    plain, padded = Tokenizer(qwen), Tokenizer(qwen_folder(tmp_path / "padded", rows=512))
+    size = library.get_vocab_size()
+    assert plain.special.bos == library.token_to_id("<|endoftext|>")
+    assert plain.special.eos == library.token_to_id("<|im_end|>")
+    of_plain = (plain.special.boi, plain.special.eoi, plain.special.pad, plain.vocab_size)
+    assert of_plain == (size, size + 1, size + 2, size + 3)
+    assert (padded.special.boi, padded.vocab_size) == (512, 515)
+    assert padded.hash != plain.hash
+    assert (Tokenizer(llama).special.bos, Tokenizer(llama).special.eos) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generation_config": {"eos_token_id": ["B", "A"]}}, ("B", "B")),  # without BOS, EOS begins a document
+        ({"tokenizer_config": {"bos_token": "<A>", "eos_token": {"content": "<B>"}}}, ("A", "B")),
+        (
+            {"config": {"bos_token_id": None, "eos_token_id": "A"}, "generation_config": {"bos_token_id": "B"}},
+            ("B", "A"),
+        ),
+    ],
+)
+def test_where_ends_are_looked_for(files: dict, expected: tuple[str, str], tmp_path: Path) -> None:
+    library = byte_level(["<A>", "<B>"])
+    ids = {name: library.token_to_id(f"<{name}>") for name in "AB"}
+
+    def with_ids(value: object) -> object:
+        if isinstance(value, list):
+            return [with_ids(part) for part in value]
+        return ids.get(value, value) if isinstance(value, str) else value
+
+    written = {name: {key: with_ids(value) for key, value in contents.items()} for name, contents in files.items()}
+    special = Tokenizer(write_folder(tmp_path / "model", library, **written)).special
+    assert (special.bos, special.eos) == tuple(ids[name] for name in expected)
+
+
+def test_unused_tokens_are_taken_by_name_into_one_file(tmp_path: Path, qwen: Path) -> None:
+    output = tmp_path / "made" / "tokenizer.json"
+    special = 'special={boi: "<|vision_start|>", eoi: "<|vision_end|>", pad: "<|endoftext|>"}'
+    main([f"source={qwen}", special, f"output={output}"])
+    main([f"source={qwen}", special, f"output={output}"])  # the same again changes nothing
+    library, tokenizer = Library.from_file(str(qwen / "tokenizer.json")), Tokenizer(output)
+    assert tokenizer.special.boi == library.token_to_id("<|vision_start|>")
+    assert tokenizer.special.eoi == library.token_to_id("<|vision_end|>")
+    assert (tokenizer.special.pad, tokenizer.vocab_size) == (tokenizer.special.bos, library.get_vocab_size())
+    assert tokenizer.encode(SPELLED).tolist() == Tokenizer(qwen).encode(SPELLED).tolist()
+    assert tokenizer.hash != Tokenizer(qwen).hash
+
+
+def test_a_copy_stands_for_the_folder(tmp_path: Path, qwen: Path) -> None:
+    tokenizer = Tokenizer(qwen)
+    (tmp_path / tokenizer.file_name).write_bytes(tokenizer.content)
+    copy = find_copy(tmp_path)
+    assert copy is not None
+    assert (Tokenizer(copy).hash, Tokenizer(copy).special) == (tokenizer.hash, tokenizer.special)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("special={boi: '<|nothing|>'}", "is no token"),
+        ("special={boi: a}", "a text can spell it"),
+        ("special={boi: '<|im_start|>', eoi: '<|im_start|>'}", "tokens of their own"),
+        ("special={boi: '<|im_end|>'}", "tokens of their own"),
+        ("special={bos: '<|im_end|>'}", "expected boi, eoi and pad"),
+    ],
+)
+def test_senseless_mappings_are_refused(argument: str, words: str, tmp_path: Path, qwen: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        main([f"source={qwen}", argument, f"output={tmp_path}/out.json"])
+
+
+def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected tokenizer\.json or tokenizer\.model in that folder"):
+        Tokenizer(tmp_path)
+    bad = {
+        "not json": "is not JSON",
+        "[1]": "is not a tokenizer.json",
+        '{"model": {"type": "?"}}': "no end of a document",
+    }
+    for content, words in bad.items():
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=words):
+            Tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 1, "vocab_size": 9}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+def test_a_process_that_forks_after_encoding_is_not_warned(qwen: Path) -> None:
+    """As the encoder's and the loader's do."""
+    code = f"""
+import os
+from data.tokenizer import Tokenizer
+tokenizer = Tokenizer({str(qwen)!r})
+tokenizer.encode("a large red circle")
+if not os.fork():
+    tokenizer.encode("again"); os._exit(0)
+os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

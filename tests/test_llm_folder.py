@@ -1,0 +1,244 @@
+"""A language model's folder: read by rows on any number of ranks, or refused by name (P3, P10)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.transfusion import Transfusion, TransfusionConfig, initial_value, parameter_generator
+from tests.ranks import run_ranks
+from tests.test_language_model import KINDS, VOCAB, imported, llm_config, save_llm
+from train import llm_folder
+from train.config import load_config
+from train.distributed.parallelize import ParallelConfig, gather_weights, parallelize, plain_name
+from train.distributed.ranks import Ranks
+from train.llm_folder import LLMFolder, with_llm
+from train.pretrain_config import PretrainConfig
+
+MORE = 3  # token ids that a tokenizer has beyond the language model's
+
+
+def weights_of(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in imported(folder, MORE, **changes).named_parameters()}
+
+
+def _read_sharded(ranks: Ranks, models: list[tuple[Path, TransfusionConfig]]) -> list[tuple[dict, int]]:
+    llm_folder.CHUNK, found = 500, []
+    for folder, config in models:
+        with torch.device("meta"):
+            model = Transfusion(config, VOCAB + MORE)
+        parallelize(model, ParallelConfig(activation_checkpointing="full", dtype="float32"), ranks)
+        model.to_empty(device="cpu")
+        parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        LLMFolder(folder).read(parameters, config, VOCAB + MORE, seed=0)
+        found.append((gather_weights(parameters), sum(p.to_local().numel() for p in parameters.values())))
+    return found
+
+
+def test_any_number_of_ranks_reads_the_same_bits(tmp_path: Path) -> None:
+    """P3: from files of many shards, in pieces with arbitrary borders, each rank its own rows."""
+    models, expected = [], []
+    for kind in ("qwen3", "qwen2.5-7b"):
+        save_llm(tmp_path / kind, kind, torch.bfloat16, shard="30KB")
+        assert len(list((tmp_path / kind).glob("*.safetensors"))) > 3
+        plain = imported(tmp_path / kind, MORE, vocab_multiple_of=5)
+        models.append((tmp_path / kind, plain.config))
+        expected.append(dict(plain.named_parameters()))
+    for world_size in (2, 4):
+        for results in run_ranks(_read_sharded, world_size, models):
+            for (weights, held), plain in zip(results, expected, strict=True):
+                assert weights.keys() == plain.keys()
+                assert all(torch.equal(weights[name], p) for name, p in plain.items()), world_size
+                assert held < 1.1 * sum(p.numel() for p in plain.values()) / world_size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_new_rows_are_the_mean_and_padding_is_zero(dtype: torch.dtype, tmp_path: Path) -> None:
+    llm = save_llm(tmp_path, "llama-2", dtype)
+    model = imported(tmp_path, MORE, vocab_multiple_of=64)
+    for ours, theirs in ((model.text_embedding, llm.model.embed_tokens), (model.text_head, llm.lm_head)):
+        assert ours is not None
+        rows, mean = ours.weight.detach(), theirs.weight.double().mean(0).float()
+        assert rows.shape[0] == 128 and torch.equal(rows[:VOCAB], theirs.weight)
+        assert torch.equal(rows[VOCAB : VOCAB + MORE], mean.expand(MORE, -1)) and not rows[VOCAB + MORE :].any()
+
+
+def test_any_subset_is_filled_in_any_dtype_and_the_rest_is_drawn(tmp_path: Path) -> None:
+    """What frozen parameters need: bfloat16 that equals the float32 that training would round."""
+    save_llm(tmp_path, "llama-3.2")
+    whole, config = weights_of(tmp_path), imported(tmp_path, MORE).config
+    for name in ("transformer.blocks.1.attention.qkv.weight", "text_embedding.weight", "patches.to_patch.weight"):
+        some = torch.full_like(whole[name], torch.nan, dtype=torch.bfloat16)
+        LLMFolder(tmp_path).read({name: some}, config, VOCAB + MORE, seed=0)
+        assert torch.equal(some, whole[name].bfloat16())
+    drawn = initial_value(name, tuple(some.shape), config, parameter_generator(0, name))
+    assert torch.equal(whole[name], drawn)
+
+
+def test_images_own_weights_start_as_the_texts(tmp_path: Path) -> None:
+    save_llm(tmp_path, "qwen3")
+    weights = weights_of(tmp_path, untied="all")
+    own = {name for name in weights if ".image" in name}
+    assert len(own) == 2 * 8 + 1
+    for name in own:
+        assert torch.equal(weights[name], weights[name.replace(".image_norm", ".norm").replace(".image", "")]), name
+
+
+def test_a_tied_head_in_the_files_must_be_the_embedding(tmp_path: Path) -> None:
+    """Some files hold it, and some rotary frequencies, as transformers wrote them once."""
+    save_llm(tmp_path, "qwen3")
+    expected = weights_of(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored |= {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
+    stored |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    save_file(stored, tmp_path / "model.safetensors")
+    assert all(torch.equal(p, expected[name]) for name, p in weights_of(tmp_path).items())
+    stored["lm_head.weight"][7, 7] += 1
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tie_word_embeddings=true, but lm_head\.weight is not model\.embed_tokens"):
+        weights_of(tmp_path)
+
+
+def test_files_that_do_not_hold_the_model_are_refused_by_name(tmp_path: Path) -> None:
+    save_llm(tmp_path, "mistral")
+    file = tmp_path / "model.safetensors"
+    whole = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    norm = "model.layers.1.input_layernorm.weight"
+    for change, words in (
+        ({norm: None}, f"{norm} is missing"),
+        ({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, r"q_proj\.bias is not in a mistral"),
+        ({norm: torch.ones(47)}, r"is \[47\], expected \[48\]"),
+        ({norm: torch.ones(48, dtype=torch.int8)}, "is I8, expected one of F32, BF16, F16"),
+    ):
+        save_file({name: tensor for name, tensor in (whole | change).items() if tensor is not None}, file)
+        with pytest.raises(ValueError, match=words):
+            weights_of(tmp_path)
+    save_file(whole, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        weights_of(tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors missing; expected safetensors"):
+        weights_of(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"x\.safetensors missing"):
+        weights_of(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
+        LLMFolder(tmp_path / "nowhere")
+
+
+def test_the_hash_notices_a_change_of_any_tensor(tmp_path: Path) -> None:
+    save_llm(tmp_path, "qwen2.5")
+    before, file = LLMFolder(tmp_path).hash, tmp_path / "model.safetensors"
+    assert LLMFolder(tmp_path).hash == before
+    stored = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    for name in stored:
+        save_file(stored | {name: stored[name] * 1.01}, file)
+        assert LLMFolder(tmp_path).hash != before, name
+    save_file(stored, file, {"format": "pt"})
+    assert LLMFolder(tmp_path).hash == before
+
+
+CONFIGS = {
+    "mixture": ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe', .* expected one of llama .*mistral .*qwen2"),
+    "gemma": ({"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "model_type='gemma2'"),
+    "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type='yarn'"),
+    "old linear": ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    "layers' own rope": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+    "part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    "half of llama3": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3 without low_freq_factor"),
+    "attention bias": ({"attention_bias": True}, "attention_bias=true"),
+    "ffn bias": ({"mlp_bias": True}, "mlp_bias=true"),
+    "gelu": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    "split": ({"pretraining_tp": 2}, "pretraining_tp=2"),
+    "no rope": ({"no_rope_layers": [1, 0]}, "layers without rotary positions"),
+    "linear attention": ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+    "no width": ({"hidden_size": None}, "hidden_size missing"),
+    "odd heads": ({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 7}, "head_dim=7"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_what_the_trunk_does_not_compute_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    change, words = CONFIGS[case]
+    contents = llm_config("llama").to_dict() | {"architectures": ["LlamaForCausalLM"]} | change
+    (tmp_path / "config.json").write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=words):
+        LLMFolder(tmp_path)
+
+
+WINDOWS = {
+    "mistral-7b-v0.1": ("mistral", {"sliding_window": 32}, 32),
+    "mistral-7b-v0.3": ("mistral", {"sliding_window": None}, None),
+    "qwen2, unused": ("qwen2", {"sliding_window": 32, "use_sliding_window": False}, None),
+    "qwen2, below": ("qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}, None),
+    "qwen2, above": ("qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1}, 32),
+    "qwen3, by layer": (
+        "qwen3",
+        {"sliding_window": 32, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+        32,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_sequences_longer_than_a_window_are_refused(case: str, tmp_path: Path) -> None:
+    family, settings, window = WINDOWS[case]
+    llm_config(family, **settings).save_pretrained(tmp_path)
+    assert LLMFolder(tmp_path).model.window == window
+    short = _config(tmp_path, "data.sequence_length=32")
+    assert with_llm(short).model.transformer.width == 48
+    long = _config(tmp_path, "data.sequence_length=33")
+    if window is None:
+        with_llm(long)
+    else:
+        with pytest.raises(ValueError, match=r"sequence_length=33: .* windows of 32"):
+            with_llm(long)
+
+
+def _config(folder: Path, *more: str, run_dir: str = "/nowhere") -> PretrainConfig:
+    given = [f"run_dir={run_dir}", "data.tokenizer=x", f"init_from_llm={folder}", "data.sources.a.path=x", *more]
+    return load_config(PretrainConfig, given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_config_is_filled_from_either_form_of_config_json(kind: str, tmp_path: Path) -> None:
+    family, settings = KINDS[kind]
+    new = llm_config(family, **settings)
+    new.save_pretrained(tmp_path)
+    filled = with_llm(_config(tmp_path, "model.transformer.ffn_multiple_of=64"))
+    trunk = filled.model.transformer
+    assert (trunk.width, trunk.layers, trunk.hidden, trunk.ffn_multiple_of) == (48, 2, 96, 64)
+    assert (trunk.heads, trunk.num_kv_heads) == (new.num_attention_heads, new.num_key_value_heads)
+    assert (trunk.qkv_bias, trunk.qk_norm) == (family == "qwen2", family == "qwen3")
+    assert filled.model.tied_embeddings is new.tie_word_embeddings
+    assert with_llm(filled) == filled, "a run's own config.yaml, given again"
+
+    old = json.loads((tmp_path / "config.json").read_text())
+    rope = old.pop("rope_parameters")
+    old["rope_theta"] = rope.pop("rope_theta")
+    old["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert with_llm(_config(tmp_path, "model.transformer.ffn_multiple_of=64")) == filled
+
+
+def test_what_contradicts_config_json_is_refused(tmp_path: Path) -> None:
+    llm_config("qwen3", head_dim=16).save_pretrained(tmp_path)
+    for change, words in {
+        "model.transformer.width=96": r"model\.transformer\.width=96, but it has 48",
+        "model.transformer.rope_theta=500": r"rope_theta=500\.0, but it has 10000\.0",
+        "model.transformer.head_dim=12": r"head_dim=12, but it has 16",
+        "model.transformer.rope_scaling.factor=8": "rope_scaling=",
+        "model.tied_embeddings=true": r"model\.tied_embeddings=True, but it has False; leave these settings out",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            with_llm(_config(tmp_path, change))
+    agreeing = _config(tmp_path, "model.transformer.layers=2", "model.transformer.head_dim=16")
+    assert with_llm(agreeing).model.transformer == LLMFolder(tmp_path).model.transformer
+    with pytest.raises(ValueError, match=r"init_from=a and init_from_llm=.*expected only one"):
+        _config(tmp_path, "init_from=a")
