@@ -28,7 +28,7 @@ def sharded_model(
     """Return an initialized model, sharded over the ranks; `groups` as in `optim.groups`. Collective."""
     with torch.device("meta"):
         model = Transfusion(config, vocab_size)
-    freeze(model, groups or {}, config.lora.rank > 0, compute_dtype(parallel, ranks.device))
+    freeze(model, groups or {}, compute_dtype(parallel, ranks.device), config.lora.rank > 0)
     parallelize(model, parallel, ranks)
     initialize(model, seed, ranks.device)
     return model
