@@ -37,4 +37,4 @@ def test_x(adapted):
     tensors, _, meta = runs.saved_state(run_dir)
     print(sorted(tensors))
     print(meta)
-    print((run_dir/"config.yaml").read_text())
+    print((run_dir / "config.yaml").read_text())

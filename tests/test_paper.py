@@ -8,6 +8,7 @@ import torch
 from model.diffusion import DiffusionConfig
 from model.sampler_config import SamplerConfig
 from model.transformer import SIZES as TRUNKS
+from model.transfusion import Transfusion
 from model.vae import VaeConfig, VaeLossConfig, build_vae
 from train.config import load_config
 from train.distributed.parallelize import ParallelConfig
@@ -95,7 +96,8 @@ def test_the_plan_counts_parameters_by_part(name: str) -> None:
     """The U-Net's are 0.27B within a twentieth at every size; linear patches are next to nothing."""
     counts = {}
     for patches in ("linear", "unet"):
-        counts[patches] = parameters(preset(name, f"model.patches={patches}").model, 32_002)
+        with torch.device("meta"):
+            counts[patches] = parameters(Transfusion(preset(name, f"model.patches={patches}").model, 32_002))
         parts = {"embeddings", "blocks", "patches", "heads"}
         assert counts[patches].keys() == {"total", *parts}
         assert counts[patches]["total"] == sum(counts[patches][part] for part in parts)

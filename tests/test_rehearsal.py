@@ -17,13 +17,14 @@ from train.checkpoints import checkpoint
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.staging import Staging
 from train.distributed.local_shards import local
-from train.distributed.parallelize import ParallelConfig, initialize, parallelize, set_micro_step
+from train.distributed.parallelize import ParallelConfig, compute_dtype, initialize, parallelize, set_micro_step
 from train.distributed.ranks import Ranks
 from train.nested import leaves
+from train.optim.groups import GroupConfig
 from train.optim.optimizer import OptimConfig, Optimizer
 from train.planning import rehearsal
 from train.planning.estimate import largest_batches_of, parameters
-from train.planning.rehearsal import Rehearsal, rehearse
+from train.planning.rehearsal import Rehearsal, planned_model, rehearse
 from train.pretrain_config import PretrainConfig, PreviewConfig
 from train.step import latent_stats, micro_step
 
@@ -38,7 +39,13 @@ CONFIG = PretrainConfig(
     data=DataConfig(tokenizer="", lanes=4, sequence_length=192),
 )
 PARALLEL = {"sharded": {}, "replicated": {"dp_replicate": 2}}
-OPTIM = {"averages": {}, "bfloat16": {"state_dtype": "bfloat16", "ema_half_lives": ()}, "muon": {"optimizer": "muon"}}
+TEXT = {"text": GroupConfig(parameters=("text_*", "transformer.blocks.[0-3].*"), frozen=True)}
+OPTIM = {
+    "averages": {},
+    "bfloat16": {"state_dtype": "bfloat16", "ema_half_lives": ()},
+    "muon": {"optimizer": "muon"},
+    "frozen": {"groups": TEXT},
+}
 
 
 def _variant(parallel: dict[str, Any], optim: dict[str, Any] | None = None) -> PretrainConfig:
@@ -47,8 +54,7 @@ def _variant(parallel: dict[str, Any], optim: dict[str, Any] | None = None) -> P
 
 
 def _trainee(config: PretrainConfig, ranks: Ranks, vocab_size: int) -> tuple[torch.nn.Module, Optimizer]:
-    with torch.device("meta"):
-        model = Transfusion(config.model, vocab_size)
+    model = planned_model(config, vocab_size, compute_dtype(config.parallel, ranks.device))
     parallelize(model, config.parallel, ranks)
     initialize(model, 0, ranks.device)
     return model, Optimizer(model, config.optim, config.guard)
@@ -58,13 +64,15 @@ def _real_states(ranks: Ranks, variants: list[PretrainConfig]) -> list[dict[str,
     found = []
     for config in variants:
         model, optimizer = _trainee(config, ranks, VOCAB)
-        for parameter in model.parameters():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in model.parameters()]
+        gradients = [parameter.grad for parameter in trained]
         optimizer.update(1)
         states = [tensor for part in optimizer.parts for state in part.state.values() for tensor in state.values()]
         held = {
-            "parameters": list(model.parameters()),
+            "parameters": trained,
+            "frozen": [parameter for parameter in model.parameters() if not parameter.requires_grad],
             "gradients": gradients,
             "optimizer": [*states, optimizer.guard.counts],
             "ema": [tensor for ema in optimizer.emas.values() for tensor in ema.weights.values()],
@@ -76,7 +84,7 @@ def _real_states(ranks: Ranks, variants: list[PretrainConfig]) -> list[dict[str,
 @pytest.mark.parametrize(
     ("world_size", "parallel", "optim"),
     [
-        (2, "replicated", ["muon"]),
+        (2, "replicated", ["muon", "frozen"]),
         (4, "sharded", ["averages"]),
         pytest.param(1, "sharded", [*OPTIM], marks=pytest.mark.slow),
         pytest.param(2, "sharded", [*OPTIM], marks=pytest.mark.slow),
@@ -113,8 +121,8 @@ def test_previews_hold_the_whole_model_between_steps() -> None:
     config = replace(CONFIG, preview=PreviewConfig(interval_steps=5, prompts=["a circle"]))
     batches = largest_batches_of(config, 2, GRIDS)[:1]
     found = rehearse(config, VOCAB, 2, batches, cuda=True)
-    states = {kind: found.states[kind] for kind in ("parameters", "optimizer", "ema")}
-    assert found.peaks["preview"] == states | {"preview": 4 * parameters(config.model, VOCAB)["total"]}
+    states = {kind: found.states[kind] for kind in ("parameters", "frozen", "optimizer", "ema")}
+    assert found.peaks["preview"] == states | {"preview": 4 * parameters(planned_model(config, VOCAB))["total"]}
     assert "preview" not in rehearse(CONFIG, VOCAB, 2, batches, cuda=True).peaks
 
 

@@ -110,8 +110,13 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> "FS
     shape, names = mesh_shape(config, ranks.world_size), ("dp_replicate", "dp_shard")
     first = 1 if config.dp_replicate == 1 else 0  # one axis is plain FSDP, without an all-reduce
     mesh = init_device_mesh(ranks.device.type, shape[first:], mesh_dim_names=names[first:])
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(config, ranks.device), reduce_dtype=torch.float32)
+    dtype = compute_dtype(config, ranks.device)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     reshards = config.group_size or not config.keeps_gathered(shape[1])
+    # Frozen parameters are held as forward needs them. A rank that has all of them would only copy them: FSDP gathers
+    # into memory of its own, which would double a language model whose adapters are trained on one GPU.
+    frozen = {p for p in model.parameters() if not p.requires_grad and p.dtype == dtype} if shape[1] == 1 else set()
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, ignored_params=frozen)
     blocks = model.transformer.blocks
     recomputes = config.activation_checkpointing in ("selective", "full")  # auto that no plan has decided: nothing
     if recomputes:
@@ -138,10 +143,10 @@ def parallelize(model: Transfusion, config: ParallelConfig, ranks: Ranks) -> "FS
         if config.compile:
             block.compile(dynamic=False)
         if config.shard_blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
+            shard(block, reshard_after_forward=reshards)
     # The patchers stay in the root's unit: they run once per image grid, a unit gathers at each run, and ranks may have
     # unequal numbers of grids.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    shard(model, reshard_after_forward=False)
     units: list[FSDPModule] = [m for m in model.modules() if isinstance(m, FSDPModule)]  # root, then blocks in order
     for i, unit in enumerate(units):
         if ranks.world_size > 1:  # a single rank's gradients would be copied once more

@@ -37,9 +37,7 @@ def _parameters(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
         "embeddings": f"{plan['vocab_size']:,} token ids{padded} ({plan['vocab_size_from']})",
         "blocks": f"{trunk.layers} layers of width {trunk.width}, {trunk.heads} heads",
         "patches": f"{config.model.patches}, {size}x{size} cells per token",
-        "heads": "the text head"
-        + " is the embedding" * config.model.tied_embeddings
-        + "; the noise head is among the patches",
+        "heads": f"the text head{tied}; the noise head is among the patches",
     }
     trained = plan["trained_parameters"]
     some, of_a_token = trained["total"] < counts["total"], plan["parameters_of_a_token"]

@@ -137,12 +137,12 @@ class _Stage:
         self.cuda, self.ranks, self.live, self.fake = cuda, ranks, _LiveBytes(), FakeTensorMode()
         self.model = planned_model(self.config, vocab_size, compute_dtype(self.config.parallel, ranks.device))
         parallelize(self.model, self.config.parallel, ranks)
-        self.parameters: list[torch.Tensor] = list(self.model.parameters())
-        self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self.stats = latent_stats(None, self.config.model.latent_channels, ranks.device)
         self.fake.allow_non_fake_inputs = True  # meta tensors and the latents' statistics
         with self.fake, self.live:
             self.model.to_empty(device=ranks.device)
+            self.parameters: list[torch.Tensor] = list(self.model.parameters())
+            self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
             self.optimizer = Optimizer(self.model, self.config.optim, self.config.guard)
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)

@@ -10,6 +10,7 @@ from train.planning.fit import LEVELS
 from train.pretrain_config import PretrainConfig
 
 TRIES = 24  # combinations tried, each some seconds
+CHUNK = 1024  # targets at once: logits of a large vocabulary may be the peak where most parameters are frozen
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def _with(config: PretrainConfig, switches: list[Switch]) -> PretrainConfig:
 def _families(config: PretrainConfig, world_size: int) -> Iterator[list[Switch]]:
     """Yield lists of alternatives, the weakest first; a combination has at most one of each list."""
     parallel = config.parallel
+    if config.model.text_loss_chunk > CHUNK:
+        yield [Switch("model.text_loss_chunk", CHUNK, 0.005)]
     if not parallel.shard_blocks:
         yield [Switch("parallel.shard_blocks", True, 0.01)]
     if parallel.group_size or parallel.keeps_gathered(world_size // parallel.dp_replicate):
