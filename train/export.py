@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from data.storage import Location
-from model.language_model import LanguageModel, adapter_weights, to_settings, to_weights
+from model.language_model import LanguageModel, adapter_weights, pieces, to_settings, to_weights
 from model.lora import LoraConfig, merged
 from train.checkpoints.trained_records import TRAINED_FILE
 from train.config import load_config, run_program, to_yaml
 from train.distributed.ranks import alone
 from train.inference.saved_model import EXPORT_MARK, VAE_FOLDER, WEIGHTS_FILE, LoadedModel, load_matching_space
 from train.llm_folder import LLMFolder
+from train.optim.groups import group_of
 from train.output_folder import OutputFolder
 
 
@@ -119,11 +120,21 @@ def write_text_side(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtyp
 
 
 def write_adapters(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype) -> None:
-    """Write the text side's adapters in PEFT's layout; raise ValueError for a model without any."""
+    """Write the text side's adapters in PEFT's layout.
+
+    Raises ValueError for a model without any, and if more of the text side was trained, which the layout cannot hold.
+    """
     lora, trunk = loaded.config.model.lora, loaded.config.model.transformer
-    weights = adapter_weights(dict(loaded.model.named_parameters()), trunk)
+    parameters, groups = dict(loaded.model.named_parameters()), loaded.config.optim.groups
+    weights = adapter_weights(parameters, trunk)
     if not weights:
         raise ValueError("format=peft: the text side has no LoRA adapters; expected a run with model.lora.rank > 0")
+    of_text = [name for name in parameters if pieces(name, trunk) and ".image" not in name]
+    if trained := [name for name in of_text if not group_of(name, groups, adapted=True).frozen]:
+        raise ValueError(
+            f"format=peft: beside adapters, {len(trained)} parameters of the text side were trained, such as "
+            f"{trained[0]}: expected adapters alone; use format=hf, which writes all of the text side"
+        )
     adapted = {name.rpartition(".lora_")[0] for name in weights}
     kinds = {name.rpartition(".")[2] for name in adapted}
     if len(adapted) == trunk.layers * len(kinds):
