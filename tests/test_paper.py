@@ -13,6 +13,7 @@ from train.config import load_config
 from train.distributed.parallelize import ParallelConfig
 from train.optim.optimizer import OptimConfig, learning_rate
 from train.planning.estimate import parameters
+from train.planning.rehearsal import planned_model
 from train.pretrain_config import PretrainConfig
 from train.sample import SampleConfig
 from train.vae_training import VaeTrainConfig
@@ -95,7 +96,7 @@ def test_the_plan_counts_parameters_by_part(name: str) -> None:
     """The U-Net's are 0.27B within a twentieth at every size; linear patches are next to nothing."""
     counts = {}
     for patches in ("linear", "unet"):
-        counts[patches] = parameters(preset(name, f"model.patches={patches}").model, 32_002)
+        counts[patches] = parameters(planned_model(preset(name, f"model.patches={patches}"), 32_002))
         parts = {"embeddings", "blocks", "patches", "heads"}
         assert counts[patches].keys() == {"total", *parts}
         assert counts[patches]["total"] == sum(counts[patches][part] for part in parts)
