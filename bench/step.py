@@ -1,6 +1,6 @@
 """A sharded model and the gradients of a step, as in training but without its loop; for benchmarks and tests."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,19 +9,26 @@ from data.manifest import LatentSpec
 from data.packing import PackedBatch
 from model.diffusion import DiffusionConfig
 from model.transfusion import Transfusion, TransfusionConfig
-from train.distributed.parallelize import ParallelConfig, initialize, parallelize, set_micro_step
+from train.distributed.parallelize import ParallelConfig, compute_dtype, initialize, parallelize, set_micro_step
 from train.distributed.ranks import Ranks
+from train.optim.groups import GroupConfig, freeze
 from train.step import latent_stats, micro_step
 
 FLOAT32 = ParallelConfig(dtype="float32")
 
 
 def sharded_model(
-    config: TransfusionConfig, vocab_size: int, ranks: Ranks, parallel: ParallelConfig = FLOAT32, seed: int = 0
+    config: TransfusionConfig,
+    vocab_size: int,
+    ranks: Ranks,
+    parallel: ParallelConfig = FLOAT32,
+    seed: int = 0,
+    groups: Mapping[str, GroupConfig] | None = None,
 ) -> Transfusion:
-    """Return an initialized model, sharded over the ranks. Collective."""
+    """Return an initialized model, sharded over the ranks; `groups` as in `optim.groups`. Collective."""
     with torch.device("meta"):
         model = Transfusion(config, vocab_size)
+    freeze(model, groups or {}, compute_dtype(parallel, ranks.device), config.lora.rank > 0)
     parallelize(model, parallel, ranks)
     initialize(model, seed, ranks.device)
     return model

@@ -29,9 +29,8 @@ class DataConfig:
     # Share of image tokens (patches) among all, in (0, 1): the weights of sources with and without images are scaled
     # to meet it, captions counting as text (the paper: 0.5). null: weights as given.
     image_share: float | None = None
-    tokenizer: Location = (
-        MISSING  # that made the shards' token ids: a SentencePiece model, a tokenizer.json, or a folder
-    )
+    # What made the shards' token ids: a SentencePiece model, a tokenizer.json, or a folder with one of them.
+    tokenizer: Location = MISSING
     lanes: int = 512  # L, sequences a global batch; the number of ranks may not exceed it
     sequence_length: int = 4096  # S, tokens a sequence
     shuffle_block: int = 1024  # documents a lane shuffles among

@@ -22,7 +22,7 @@ from tests.test_pipeline import load
 from tests.test_tokenizer import foreign_model
 from train.checkpoints import checkpoint
 from train.distributed.ranks import alone
-from train.export import main, tokenizer_config
+from train.export import main
 from train.inference.saved_model import LoadedModel
 
 SAMPLER = SamplerConfig(sampler="ddim", steps=2, max_new_tokens=4)
@@ -75,7 +75,7 @@ def test_weights_and_dtype_are_those_asked_for(drawn: DrawingRun, tmp_path: Path
 
 @torch.no_grad()
 def test_the_text_side_opens_in_transformers(drawn: DrawingRun, tmp_path: Path) -> None:
-    folder = export(drawn, tmp_path / "llama", "format=llama")
+    folder = export(drawn, tmp_path / "llama", "format=hf")
     llama = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     bos, *_ = AutoTokenizer.from_pretrained(folder)("a red").input_ids
     assert bos == llama.config.bos_token_id
@@ -96,8 +96,8 @@ def test_autotokenizer_begins_and_spells_a_text_as_training_does(
     if symbols is not None:
         options = {"user_defined_symbols": symbols, "byte_fallback": True, "vocab_size": 330}
         tokenizer = Tokenizer(foreign_model(tmp_path / "foreign.model", **options))
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer)))
+    for name, content in tokenizer.files().items():
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in ["a red", "  two  spaces", "two\nlines\n\n  more", "ümlaut 中 🎉", "</s> <boi>", "a <eoi> <s>", ""]:
@@ -144,8 +144,8 @@ def test_damage_and_what_does_not_fit_are_refused_by_name(drawn: DrawingRun, tmp
     (folder / "config.yaml").write_text(config.replace("device: cpu", "device: ${oc.env:HOME}"))
     with pytest.raises(ValueError, match="holds an interpolation"):
         LoadedModel.load(folder, alone())
-    with pytest.raises(ValueError, match="it is a Llama export"):
-        LoadedModel.load(export(drawn, tmp_path / "llama", "format=llama"), alone())
+    with pytest.raises(ValueError, match="it has format=hf; export with format=transfusion"):
+        LoadedModel.load(export(drawn, tmp_path / "hf", "format=hf"), alone())
     other = VaeConfig(latent_channels=2, block_channels=(8, 8, 8), layers_per_block=1, norm_groups=2)
     build_vae(other).save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match="has hash"):

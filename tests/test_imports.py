@@ -32,7 +32,7 @@ ROOMS = {
     "optim": {"distributed"},
     "checkpoints": {"distributed"},
     "inference": {"distributed", "optim", "checkpoints", "pretrain_config", "llm_folder"},
-    "planning": {"distributed", "optim", "checkpoints", "pretrain_config"},
+    "planning": {"distributed", "optim", "checkpoints", "pretrain_config", "llm_folder"},
     "pages": {"distributed", "optim", "checkpoints", "pretrain_config", "inference", "planning"},
 }
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

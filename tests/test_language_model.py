@@ -70,16 +70,16 @@ def save_llm(folder: Path, kind: str, dtype: torch.dtype = torch.float32, shard:
                     parameter.normal_(std=0.3)
                 else:
                     parameter.normal_(std=parameter.shape[1] ** -0.5)
-    llm = llm.to(dtype).eval()
-    llm.save_pretrained(folder, max_shard_size=shard)
-    return llm.float()
+    llm.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    # As read back: `to` has rounded the rotary frequencies too, which no file holds.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def imported(folder: Path, more: int = 0, **changes: Any) -> Transfusion:
     """Return our model with the weights of a folder, and `more` token ids than it has."""
     llm = LLMFolder(folder)
-    settings = {"transformer": llm.model.transformer, "tied_embeddings": llm.model.tied_embeddings, **changes}
-    config = TransfusionConfig(latent_channels=2, **settings)
+    settings = {"transformer": llm.model.transformer, "tied_embeddings": llm.model.tied_embeddings}
+    config = TransfusionConfig(**({**settings, "latent_channels": 2} | changes))
     with torch.device("meta"):
         model = Transfusion(config, llm.model.vocab_size + more)
     model.to_empty(device="cpu")
@@ -91,7 +91,8 @@ def logits(model: Transfusion, ids: Tensor) -> Tensor:
     document, image = torch.ones_like(ids), torch.full_like(ids, -1)
     mask = dense_mask(document, image, torch.full_like(ids, ids.shape[1]))
     no_grid = torch.full((*ids.shape, 2), -1)
-    hidden = model.trunk(model.embed_text(ids), torch.arange(ids.shape[1]).expand(len(ids), -1), no_grid, mask)
+    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    hidden = model.trunk(model.embed_text(ids), positions, no_grid, mask, modalities="text")
     return model.text_logits(hidden)
 
 

@@ -1,6 +1,8 @@
 """A language model's folder: read by rows on any number of ranks, or refused by name (P3, P10)."""
 
 import json
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from model.transfusion import Transfusion, TransfusionConfig, initial_value, parameter_generator
 from tests.ranks import run_ranks
-from tests.test_language_model import KINDS, VOCAB, imported, llm_config, save_llm
-from train import llm_folder
-from train.config import load_config
+from tests.test_language_model import KINDS, VOCAB, imported, llm_config, logits, save_llm, some_ids
+from train import llm_folder, pretrain
+from train.config import _resolved, load_config
 from train.distributed.parallelize import ParallelConfig, gather_weights, parallelize, plain_name
 from train.distributed.ranks import Ranks
 from train.llm_folder import LLMFolder, with_llm
-from train.pretrain_config import PretrainConfig
+from train.pretrain_config import PretrainConfig, read_config
 
 MORE = 3  # token ids that a tokenizer has beyond the language model's
 
@@ -55,6 +57,40 @@ def test_any_number_of_ranks_reads_the_same_bits(tmp_path: Path) -> None:
                 assert held < 1.1 * sum(p.numel() for p in plain.values()) / world_size
 
 
+def _peak_memory(ranks: Ranks, folder: Path) -> tuple[int, int]:
+    """Return (bytes that reading needs beside what was there before, bytes of this rank's shards)."""
+
+    def anonymous() -> int:  # without the file's mapped pages, which the kernel takes back at will
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            seen.append(anonymous())
+
+    llm = LLMFolder(folder)
+    config = TransfusionConfig(transformer=llm.model.transformer, tied_embeddings=True)
+    with torch.device("meta"):
+        model = Transfusion(config, llm.model.vocab_size + MORE)
+    parallelize(model, ParallelConfig(activation_checkpointing="none", dtype="float32"), ranks)
+    seen, done = [anonymous()], threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model.to_empty(device="cpu")
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    llm.read(parameters, config, model.vocab_size, seed=0)
+    done.set()
+    watcher.join()
+    return max(seen) - seen[0], sum(p.to_local().numel() * 4 for p in parameters.values())
+
+
+@pytest.mark.slow
+def test_no_rank_holds_a_full_copy(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24, "head_dim": 128}
+    save_llm(tmp_path, "qwen3", torch.bfloat16, shard="30MB", vocab_size=30_000, **sizes)
+    for peak, held in run_ranks(_peak_memory, 4, tmp_path):
+        assert 60 << 20 < held < peak < 2 * held, (peak, held)  # the model is four times that
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_new_rows_are_the_mean_and_padding_is_zero(dtype: torch.dtype, tmp_path: Path) -> None:
     llm = save_llm(tmp_path, "llama-2", dtype)
@@ -78,11 +114,16 @@ def test_any_subset_is_filled_in_any_dtype_and_the_rest_is_drawn(tmp_path: Path)
     assert torch.equal(whole[name], drawn)
 
 
-def test_images_own_weights_start_as_the_texts(tmp_path: Path) -> None:
-    save_llm(tmp_path, "qwen3")
-    weights = weights_of(tmp_path, untied="all")
+@pytest.mark.parametrize(("kind", "each"), [("qwen3", 8), ("qwen2.5", 7), ("mistral", 6)])
+def test_images_own_weights_start_as_the_texts(kind: str, each: int, tmp_path: Path) -> None:
+    """And the text side is the language model's still."""
+    llm, ids = save_llm(tmp_path, kind), some_ids()
+    model = imported(tmp_path, untied="all")
+    with torch.no_grad():
+        assert (logits(model, ids) - llm(ids).logits).abs().max() <= 1e-4
+    weights = dict(model.named_parameters())
     own = {name for name in weights if ".image" in name}
-    assert len(own) == 2 * 8 + 1
+    assert len(own) == 2 * each + 1
     for name in own:
         assert torch.equal(weights[name], weights[name.replace(".image_norm", ".norm").replace(".image", "")]), name
 
@@ -120,6 +161,10 @@ def test_files_that_do_not_hold_the_model_are_refused_by_name(tmp_path: Path) ->
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
         weights_of(tmp_path)
+    for damage in (b"", b"\xff" * 16, (9).to_bytes(8, "little") + b"{'a': 1}\n"):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"init_from_llm=.*damaged.*fetch it again"):
+            _ = LLMFolder(tmp_path).hash
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors missing; expected safetensors"):
         weights_of(tmp_path)
@@ -242,3 +287,21 @@ def test_what_contradicts_config_json_is_refused(tmp_path: Path) -> None:
     assert with_llm(agreeing).model.transformer == LLMFolder(tmp_path).model.transformer
     with pytest.raises(ValueError, match=r"init_from=a and init_from_llm=.*expected only one"):
         _config(tmp_path, "init_from=a")
+
+
+def test_the_resolved_config_is_the_filled_one_and_a_run_that_has_begun_needs_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm_config("qwen3", head_dim=16).save_pretrained(tmp_path / "llm")
+    monkeypatch.setenv("MODELS", str(tmp_path))
+    argv = [f"run_dir={tmp_path}", "data.tokenizer=x", "init_from_llm=$MODELS/llm", "data.sources.a.path=x"]
+    resolved = _resolved(pretrain, argv, check=False)
+    (tmp_path / "config.yaml").write_text(resolved.replace("$MODELS", str(tmp_path)))
+    filled = read_config(tmp_path / "config.yaml")
+    assert filled.model.transformer == LLMFolder(tmp_path / "llm").model.transformer
+    (tmp_path / "llm" / "config.json").unlink()
+    (tmp_path / "llm").rmdir()
+    config = load_config(PretrainConfig, argv)
+    assert with_llm(config).model == filled.model
+    with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
+        with_llm(replace(config, run_dir=str(tmp_path / "new")))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from data.storage import Location
-from model.language_model import adapter_weights, to_settings, to_weights
+from model.language_model import LanguageModel, adapter_weights, to_settings, to_weights
 from model.lora import LoraConfig, merged
 from train.checkpoints.trained_records import TRAINED_FILE
 from train.config import load_config, run_program, to_yaml
@@ -102,10 +102,11 @@ def write_transfusion(
 
 def write_text_side(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype) -> None:
     """Write the text side in transformers' layout; raise ValueError for switches that no family of it has."""
-    model, ids = loaded.config.model, loaded.tokenizer.special
-    contents = to_settings(model, loaded.tokenizer.vocab_size, _family(loaded))
+    model, ids, origin = loaded.config.model, loaded.tokenizer.special, _language_model(loaded)
+    contents = to_settings(model, loaded.tokenizer.vocab_size, origin.family if origin else None)
     contents |= {"torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": ids.bos, "eos_token_id": ids.eos}
-    contents["max_position_embeddings"] = loaded.config.data.sequence_length
+    lengths = [loaded.config.data.sequence_length, *([origin.context] if origin else [])]
+    contents["max_position_embeddings"] = max(lengths)
     folder = output.open_partial()
     weights = merged(dict(loaded.model.named_parameters()), model.lora)
     text = to_weights(weights, model.transformer, loaded.tokenizer.vocab_size)
@@ -113,6 +114,8 @@ def write_text_side(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtyp
     files = {"config.json": json.dumps(contents, indent=1).encode(), **loaded.tokenizer.files()}
     for name, content in files.items():
         (folder / name).write_bytes(content)
+    left_out = ["patchers", *(["images' own weights"] if model.untied != "none" else [])]
+    print(f"train.export: text side as {contents['architectures'][0]}, without {' and '.join(left_out)}")
 
 
 def write_adapters(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype) -> None:
@@ -143,10 +146,10 @@ def write_adapters(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype
     (folder / "adapter_config.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
 
 
-def _family(loaded: LoadedModel) -> str | None:
-    """Return the family of the language model that the run started from, if that is still there."""
+def _language_model(loaded: LoadedModel) -> LanguageModel | None:
+    """Return the language model that the run started from, if that is still there."""
     path = loaded.saved.config.init_from_llm
-    return LLMFolder(path).model.family if path and (Path(path) / "config.json").is_file() else None
+    return LLMFolder(path).model if path and (Path(path) / "config.json").is_file() else None
 
 
 if __name__ == "__main__":

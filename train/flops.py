@@ -7,6 +7,7 @@ thousandth) are left out.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,8 +103,8 @@ class Flops:
         cells = {grid: grid[0] * grid[1] for grid in batch.images}
         pairs = batch.num_attention_pairs
         if self.causal_images:  # the batch counts bidirectional images
-            patches = {grid: count // self.patch_cells for grid, count in cells.items()}
-            pairs -= sum(batch.images[g].num_valid * p * (p - 1) // 2 for g, p in patches.items())
+            of_grid = {grid: count // self.patch_cells for grid, count in cells.items()}
+            pairs -= sum(batch.images[g].num_valid * p * (p - 1) // 2 for g, p in of_grid.items())
         tokens = batch.input_ids.numel() - batch.num_padding
         image_cells = sum(batch.images[grid].num_valid * count for grid, count in cells.items())
         model = self.per_token * tokens + self.per_pair * pairs + self.per_latent_cell * image_cells
@@ -113,13 +114,13 @@ class Flops:
         return model, again + self.again_more_per_patch * patches
 
 
-def _trains(parameters: dict[str, Tensor], *prefixes: str) -> bool:
+def _trains(parameters: Mapping[str, Tensor], *prefixes: str) -> bool:
     """Return whether a parameter is trained whose name starts with one of `prefixes`."""
     return any(parameter.requires_grad for name, parameter in parameters.items() if name.startswith(prefixes))
 
 
 def _count_block(
-    counts: Counter[str], block: dict[str, Tensor], heads: int, activation_checkpointing: str, passes: bool
+    counts: Counter[str], block: Mapping[str, Tensor], heads: int, activation_checkpointing: str, passes: bool
 ) -> bool:
     """Add a block's FLOPs to `counts`; `heads` are the dimensions of all query heads.
 

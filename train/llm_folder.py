@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -23,6 +23,8 @@ from train.config_layers import expanded
 from train.distributed.local_shards import first_element, local
 from train.distributed.parallelize import draw
 from train.pretrain_config import PretrainConfig, read_config
+
+Config = TypeVar("Config", bound=PretrainConfig)
 
 CHUNK = 1 << 22  # elements read at once; changing it does not change what is read
 SAMPLES, SAMPLE = 4, 1024  # parts of each tensor that the hash reads, and their bytes
@@ -59,20 +61,10 @@ class LLMFolder:
         """
         digest = xxhash.xxh3_64()
         for file in self._files:
-            with file.open("rb") as stream:
-                start = 8 + int.from_bytes(stream.read(8), "little")
-                size = file.stat().st_size
-                if start > size:
-                    raise ValueError(f"{self._name}: {file.name} is damaged; fetch it again")
-                header = stream.read(start - 8)
-                digest.update(header + str(size).encode())
-                for name, tensor in json.loads(header).items():
-                    if name == "__metadata__":
-                        continue
-                    first, last = tensor["data_offsets"]
-                    for sample in range(SAMPLES):
-                        stream.seek(start + first + sample * max(0, last - first - SAMPLE) // (SAMPLES - 1))
-                        digest.update(stream.read(min(SAMPLE, last - first)))
+            try:
+                _digest(file, digest)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self._name}: {file.name} is damaged: {error}; fetch it again") from None
         return digest.hexdigest()
 
     def read(
@@ -190,6 +182,23 @@ class LLMFolder:
             mine[new] = (total / known).float().to(mine)  # rounded as every other row
 
 
+def _digest(file: Path, digest: xxhash.xxh3_64) -> None:
+    """Add a safetensors file's size, header and samples (see `LLMFolder.hash`)."""
+    with file.open("rb") as stream:
+        start, size = 8 + int.from_bytes(stream.read(8), "little"), file.stat().st_size
+        if start > size:
+            raise ValueError(f"a header of {start} bytes in {size}")
+        header = stream.read(start - 8)
+        digest.update(header + str(size).encode())
+        for name, tensor in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            first, last = tensor["data_offsets"]
+            for sample in range(SAMPLES):
+                stream.seek(start + first + sample * max(0, last - first - SAMPLE) // (SAMPLES - 1))
+                digest.update(stream.read(min(SAMPLE, last - first)))
+
+
 def _open(files: list[Path], stack: ExitStack) -> dict[str, Any]:
     """Return the files' tensors by name, as slices that read what they are asked for."""
     tensors: dict[str, Any] = {}
@@ -199,7 +208,7 @@ def _open(files: list[Path], stack: ExitStack) -> dict[str, Any]:
     return tensors
 
 
-def with_llm(config: PretrainConfig) -> PretrainConfig:
+def with_llm(config: Config) -> Config:
     """Return the config with model.transformer and tied_embeddings as the language model of `init_from_llm` has them.
 
     A run that has begun needs that folder no more; without it, its own config.yaml says the same. Raises ValueError

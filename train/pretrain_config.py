@@ -54,10 +54,10 @@ class PretrainConfig:
     # checkpoint of another run, until this run has its own.
     resume: Location = "auto"
     init_from: Location | None = None  # weights to start from instead of random ones: a checkpoint, a run or an export
+    init_weights: str = "auto"  # which of its weights: model, ema, ema-N; auto: the first EMA, or the model without one
     # A pretrained language model to start the text side from: a folder with config.json and safetensors, of Llama,
     # Mistral, SmolLM2, Qwen2.5 or Qwen3. Fills model.transformer and model.tied_embeddings.
     init_from_llm: Location | None = None
-    init_weights: str = "auto"  # which of its weights: model, ema, ema-N; auto: the first EMA, or the model without one
     seed: int = 0  # of weights, data order, noise and all other random draws
     vae: Location | None = None  # the data's autoencoder, a folder or hub id, to decode previews; pixels need none
     device: Device = "auto"  # auto: CUDA if available

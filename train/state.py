@@ -9,7 +9,7 @@ trained.keys   which records the run trains on
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ class TrainState:
         frozen = frozen_names(model)
         if frozen:
             facts["vocab_size"] = model.vocab_size  # which a reader must know to make them again
-        return cls(model, optimizer, partial(fingerprint, config, data, frozen), config, facts)
+        return cls(model, optimizer, partial(fingerprint, config, data, frozen=frozen), config, facts)
 
     def mark_done(self, batch: StepBatch) -> None:
         """Count a batch as done, whether or not it made an update."""
@@ -171,7 +171,7 @@ BEFORE = {
 }
 
 
-def fingerprint(config: PretrainConfig, data: DataSet, frozen: set[str], step: int) -> dict[str, str]:
+def fingerprint(config: PretrainConfig, data: DataSet, step: int, frozen: Set[str] = frozenset()) -> dict[str, str]:
     """Return what a resume after `step` must find unchanged: what decides the batches, and what the weights mean."""
     spec = data.latent_spec
     return {

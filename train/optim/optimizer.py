@@ -45,9 +45,8 @@ class OptimConfig:
     clip_norm: float = 1.0  # norm of all gradients together, > 0; frozen parameters have none
     # Half-lives of averages of the weights, in updates, >= 1; previews and weights=auto use the first.
     ema_half_lives: tuple[int, ...] = ()
-    groups: dict[str, GroupConfig] = field(
-        default_factory=dict
-    )  # parameters that are frozen, or trained in another way
+    # Parameters that are frozen, or trained at another rate or weight decay, by a name of your choice, in order.
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_learning_rate <= self.learning_rate:
