@@ -190,9 +190,9 @@ def test_where_frozen_parameters_come_from_is_pinned(
 
 def _reductions(ranks: Ranks) -> dict[str, int]:
     """Return how often FSDP reduces gradients in a backward pass, with all blocks trained and with frozen ones."""
-    import torch.distributed as dist
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-    reduce_scatter, calls = dist.reduce_scatter_tensor, Counter[str]()
+    reduce, calls = _fsdp_param_group.foreach_reduce, Counter[str]()
     for name, frozen in (("trained", False), ("frozen", True)):
         groups = {"still": GroupConfig(parameters=("transformer.blocks.*",), frozen=frozen)}
         of = TransfusionConfig(transformer=TINY.transformer, latent_channels=2)
@@ -200,9 +200,9 @@ def _reductions(ranks: Ranks) -> dict[str, int]:
 
         def counted(*args: Any, name: str = name, **settings: Any) -> Any:
             calls[name] += 1
-            return reduce_scatter(*args, **settings)
+            return reduce(*args, **settings)
 
-        dist.reduce_scatter_tensor = counted
+        _fsdp_param_group.foreach_reduce = counted
         step_on(model, batch_of(*handmade(), [[0, 1, 2], [3, 4, 5]], length=96)).total.backward()
     return dict(calls)
 
