@@ -1,9 +1,12 @@
 """FLOPs are those of the real model, counted by torch, and of the mask that it runs under (P9)."""
 
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +16,9 @@ from data.packing import PackedBatch
 from data.tokenizer import SpecialIds
 from model import linear
 from model.attention import dense_mask
+from model.lora import LoraConfig
+from model.losses import linear_cross_entropy
+from model.modalities import Modalities
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from model.unet import UNetConfig
@@ -40,6 +46,58 @@ def test_flops_are_those_that_torch_counts(kv_heads: int | None) -> None:
     trunk = counted(lambda: model.trunk(h, torch.arange(tokens)[None], no_grid, None))
     assert 3 * trunk == flops.per_token * tokens + flops.per_pair * tokens**2
     assert 3 * counted(lambda: model.text_logits(h)) == flops.per_text_target * tokens
+
+
+LORA = LoraConfig(rank=2)
+BELOW = ("text_*", "patches.*", "transformer.blocks.[01].*")
+TEXT = ("text_*", "transformer.blocks.?.[af]*", "transformer.norm.*")  # all of it with untied=all
+TRAINED = {  # settings of the model, and patterns of frozen parameters
+    "adapters": ({"lora": LORA}, ("text_*", "transformer.*weight")),
+    "adapters of untied": ({"lora": LORA, "untied": "ffn"}, ("text_*", "transformer.*weight")),
+    "patches": ({"tied_embeddings": True}, ("text_*", "transformer.*")),
+    "upper layers": ({}, BELOW),
+    "images": ({"untied": "all"}, TEXT),
+    "images' ffn": ({"untied": "ffn"}, TEXT),
+    "norms": ({}, ("text_*", "patches.*", "transformer.blocks.?.attention.*", "transformer.blocks.?.ffn.*")),
+}
+
+
+def _two_products(x: Tensor, first: Tensor, *_: Any, out_val: Tensor) -> int:
+    return 2 * x.shape[0] * first.numel()
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, split: Tensor, number: int, out_val: Tensor) -> int:
+    return 2 * out_val.numel() * (int(split), len(x) - int(split))[number]
+
+
+_two_products._get_raw = _weight_gradient._get_raw = True  # called with tensors, not with shapes
+OURS = {torch.ops.transfusion.two_products: _two_products, torch.ops.transfusion.weight_gradient: _weight_gradient}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_flops_of_partly_frozen_models_are_those_that_torch_counts(name: str) -> None:
+    """Forward and backward; no gradient passes below the first trained parameter, none is made of a frozen one."""
+    settings, frozen = TRAINED[name]
+    trunk = TransformerConfig(width=32, layers=3, heads=4, head_dim=12, kv_heads=2)
+    model = Transfusion(TransfusionConfig(transformer=trunk, **settings), 50).double()
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(fnmatchcase(key, pattern) for pattern in frozen))
+    tokens, patches = 24, 10
+    is_image = torch.arange(tokens)[None] % 24 < patches
+    flops, modalities = Flops.of_model(model), Modalities(is_image) if model.config.untied != "none" else None
+    needed = any(p.requires_grad for p in [*model.patches.parameters(), model.text_embedding.weight])
+    h = torch.zeros(1, tokens, 32, dtype=torch.float64, requires_grad=needed)
+    position_ids, no_grid = torch.arange(tokens)[None], torch.full((1, tokens, 2), -1)
+    with FlopCounterMode(display=False, custom_mapping=OURS) as counter, sdpa_kernel(SDPBackend.MATH):
+        hidden = model.trunk(h, position_ids, no_grid, None, None, modalities)
+        hidden.sum().backward()
+    assert counter.get_total_flops() == (
+        flops.per_token * tokens + flops.more_per_patch * patches + flops.per_pair * tokens**2
+    )
+    hidden, targets = hidden.detach().requires_grad_()[0], torch.zeros(tokens, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(hidden, model.head_weight, targets)[0].backward()
+    assert counter.get_total_flops() == flops.per_text_target * tokens
 
 
 @pytest.mark.parametrize(

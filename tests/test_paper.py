@@ -8,12 +8,12 @@ import torch
 from model.diffusion import DiffusionConfig
 from model.sampler_config import SamplerConfig
 from model.transformer import SIZES as TRUNKS
-from model.transfusion import Transfusion
 from model.vae import VaeConfig, VaeLossConfig, build_vae
 from train.config import load_config
 from train.distributed.parallelize import ParallelConfig
 from train.optim.optimizer import OptimConfig, learning_rate
 from train.planning.estimate import parameters
+from train.planning.rehearsal import planned_model
 from train.pretrain_config import PretrainConfig
 from train.sample import SampleConfig
 from train.vae_training import VaeTrainConfig
@@ -96,8 +96,7 @@ def test_the_plan_counts_parameters_by_part(name: str) -> None:
     """The U-Net's are 0.27B within a twentieth at every size; linear patches are next to nothing."""
     counts = {}
     for patches in ("linear", "unet"):
-        with torch.device("meta"):
-            counts[patches] = parameters(Transfusion(preset(name, f"model.patches={patches}").model, 32_002))
+        counts[patches] = parameters(planned_model(preset(name, f"model.patches={patches}"), 32_002))
         parts = {"embeddings", "blocks", "patches", "heads"}
         assert counts[patches].keys() == {"total", *parts}
         assert counts[patches]["total"] == sum(counts[patches][part] for part in parts)
