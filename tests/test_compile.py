@@ -30,6 +30,7 @@ from data.tokenizer import Tokenizer
 from model import attention
 from model.attention import block_mask
 from model.diffusion import DiffusionConfig
+from model.lora import LoraConfig
 from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from model.unet import UNetConfig
@@ -38,6 +39,7 @@ from tests.sources import data_config, make_source, pairs, texts
 from train.distributed.parallelize import ParallelConfig, gather_weights, set_micro_step
 from train.distributed.ranks import Ranks
 from train.flops import Flops
+from train.optim.groups import freeze
 from train.step import latent_stats, micro_step
 
 LEVELS = ("none", "selective", "full")
@@ -122,7 +124,7 @@ def _emulate(
             graphs.append(backend.graphs)
             losses.append(loss.item())
         broken = sum(counters["graph_break"].values())
-        grads = gather_weights({name: p.grad for name, p in model.named_parameters()})
+        grads = gather_weights({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         found.append(Found(graphs, broken, backend.flops, losses, grads))
     return found
 
@@ -195,6 +197,24 @@ def test_untied_blocks_are_one_graph_whatever_the_share_of_images(tmp_path: Path
         for batch in batches
     ]
     assert found["none"].losses == pytest.approx(losses, rel=1e-5)
+
+
+def test_adapters_are_in_the_same_graph_and_no_frozen_weight_has_a_gradient(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """The products are those that `Flops` counts; an adapter's are computed again, a frozen weight's are not."""
+    of = replace(LINEAR, lora=LoraConfig(rank=2))
+    found = _of_levels(of, _batches(tmp_path, tokenizer, [(4, 4)], []), 1, ("none", "selective"), dtype="bfloat16")
+    _assert_same_bits(found)
+    with torch.device("meta"):
+        model = Transfusion(of, VOCAB)
+    freeze(model, {}, torch.bfloat16, adapted=True)
+    for level, step in found.items():
+        assert step.graphs == [1, 1] and not step.broken, level
+        assert all(".lora_" in name or name.startswith("patches.") for name in step.grads)
+        flops = Flops.of_model(model, level, compiled=True)
+        products = step.flops["forward", "mm"] + step.flops["backward", "mm"]
+        assert products == (flops.per_token + flops.again_per_token) * ROWS * LENGTH, level
 
 
 def test_blocks_that_are_not_compiled_attend_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
