@@ -30,7 +30,7 @@ from train.distributed.ranks import Ranks
 if TYPE_CHECKING:  # FSDP takes half a second to import: only the functions that need it do
     from torch.distributed.fsdp import FSDPModule
 
-ADAPTER_WIDENS = 16  # a product with at least so many times as many outputs as inputs is taken for an adapter's second
+ADAPTER_WIDENS = 16  # a product with more than so many times as many outputs as inputs is taken for an adapter's second
 GRAPHS = 64  # that compiled blocks may have in all before torch runs further ones uncompiled; its own limit is 8
 
 
@@ -198,7 +198,7 @@ def reshard(model: nn.Module) -> None:
 
 def is_cheap(inputs: int, outputs: int) -> bool:
     """Return whether a product of this shape costs little time for the memory of its output."""
-    return outputs < inputs or outputs >= ADAPTER_WIDENS * inputs  # the second: an adapter's
+    return outputs < inputs or outputs > ADAPTER_WIDENS * inputs  # the second: an adapter's
 
 
 def _recompute_policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
