@@ -108,7 +108,7 @@ def _(grad: Tensor, x: Tensor, split: Tensor, number: int) -> Tensor:
 class _TwoProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: Tensor, second: Tensor, split: Tensor) -> Tensor:
-        ctx.save_for_backward(x, first, second, split)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None, first, second, split)
         return two_products(x, first, second, split)
 
     @staticmethod

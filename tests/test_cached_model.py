@@ -27,7 +27,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_of_multiples_of_8_rows_give_a_row_the_same_bits(threads: int, dtype: torch.dtype) -> None:
     """What `CachedModel._padding` builds on; not so for 1 to 7 rows."""
-    for inputs, outputs in ((16, 48), (128, 384), (704, 256), (768, 3000)):
+    for inputs, outputs in ((16, 48), (128, 384), (704, 256), (768, 3000), (704, 4), (4, 256)):  # the last as LoRA's
         generator = torch.Generator().manual_seed(inputs)
         x = torch.randn(520, inputs, generator=generator).to(dtype)
         weight, bias = torch.randn(outputs, inputs, generator=generator).to(dtype), torch.ones(outputs, dtype=dtype)
@@ -39,7 +39,7 @@ def test_products_of_multiples_of_8_rows_give_a_row_the_same_bits(threads: int, 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="another torch, whose products are all MKL's")
 def test_onednns_products_of_two_rows_or_more_give_a_row_the_same_bits_and_equal_torchs(threads: int) -> None:
-    for inputs, outputs in ((16, 48), (128, 384), (704, 256), (768, 3000)):
+    for inputs, outputs in ((16, 48), (128, 384), (704, 256), (768, 3000), (704, 4), (4, 256)):  # the last as LoRA's
         generator = torch.Generator().manual_seed(inputs)
         x, layer = torch.randn(65, inputs, generator=generator), Linear(inputs, outputs)
         with torch.no_grad():

@@ -49,7 +49,9 @@ def test_float32_runs_on_onednn_and_bfloat16_as_before() -> None:
 def test_a_frozen_weight_and_a_leaf_without_gradient_get_none() -> None:
     layer, x = Linear(16, 8), torch.randn(4, 16, requires_grad=True)
     layer.weight.requires_grad_(False)
-    layer(x).sum().backward()
+    y = layer(x)
+    assert not any(saved is x for saved in y.grad_fn.saved_tensors), "kept for a gradient that nobody needs"
+    y.sum().backward()
     assert layer.weight.grad is None and x.grad is not None
     layer = Linear(16, 8)
     layer(x.detach()).sum().backward()

@@ -16,6 +16,7 @@ from model.diffusion import (
     to_x0_and_eps,
 )
 from model.draws import SeededDraws
+from model.lora import LoraConfig
 from model.nucleus import sample_tokens
 from model.sampler import Prompt, SpecialTokens, generate
 from model.sampler_config import SamplerConfig
@@ -32,10 +33,11 @@ FLOW = DiffusionConfig(schedule="flow", prediction="v", shift=2.0, shift_by_size
 UNET = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
 
 
-def tiny_model(seed=0, patches="linear", image_attention="bidirectional", untied="none", **changes):
+def tiny_model(seed=0, patches="linear", image_attention="bidirectional", untied="none", rank=0, **changes):
     trunk = TransformerConfig(**{"width": 16, "layers": 2, "heads": 2, "ffn_hidden": 24, **changes})
     settings = {"patches": patches, "unet": UNET, "image_attention": image_attention, "untied": untied}
-    config = TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS, **settings)
+    lora = LoraConfig(rank=rank)
+    config = TransfusionConfig(transformer=trunk, patch_size=2, latent_channels=CHANNELS, lora=lora, **settings)
     model = Transfusion(config, VOCAB)
     init_weights(model, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -45,6 +47,9 @@ def tiny_model(seed=0, patches="linear", image_attention="bidirectional", untied
         for name, parameter in model.patches.named_parameters():
             if name.endswith("conv_out.weight"):  # zero at the start
                 parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        for name, parameter in model.transformer.named_parameters():
+            if name.endswith("lora_b"):  # likewise
+                parameter.normal_(std=0.05, generator=generator)
         model.text_head.weight.mul_(2)
     return model
 
@@ -206,7 +211,8 @@ MIXED = [
         ({"sampler": "dpm++", "guidance_interval": (200, 600)}, {"patches": "unet"}, "v"),
         ({}, {"image_attention": "causal"}, "v"),
         ({}, {"untied": "ffn"}, "v"),
-        ({}, {"untied": "all", "qk_norm": True, "head_dim": 12}, "v"),
+        ({}, {"untied": "all", "qk_norm": True, "head_dim": 12, "rank": 3}, "v"),
+        ({}, {"rank": 3}, "eps"),
         ({"sampler": "euler", "guidance_interval": (200, 600)}, {}, "flow"),
         ({"sampler": "heun", "steps": 4}, {"patches": "unet"}, "flow"),
     ],

@@ -12,6 +12,7 @@ from model.transfusion import Transfusion
 from train.checkpoints.trained_records import TrainedRecords
 from train.distributed.parallelize import plain_name
 from train.distributed.ranks import Ranks
+from train.inference.base import read_saved
 from train.inference.saved_model import SavedModel
 from train.llm_folder import LLMFolder
 from train.pretrain_config import PretrainConfig
@@ -35,7 +36,7 @@ def read_initial_weights(
         _refuse_other_meaning(stored, config, data)
         parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         with torch.no_grad():
-            chosen = stored.read(config.init_weights, parameters, ranks)
+            chosen = read_saved(stored, config, parameters, model.vocab_size, ranks)
         if ranks.is_first and (changed := differences(meaning(stored.config), meaning(config))):
             log.warning("%s was trained with different settings: %s", stored.folder, "; ".join(changed.values()))
         return f"from the weights ({chosen}) of {stored.folder}, step {stored.step}", stored.trained_records

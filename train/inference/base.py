@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from model.lora import is_adapter
 from train.distributed.parallelize import draw
 from train.distributed.ranks import Ranks
 from train.inference.saved_model import SavedModel
@@ -57,10 +58,41 @@ def read_base(
     if config.init_from_llm is not None:
         LLMFolder(config.init_from_llm).read(parameters, config.model, vocab_size, config.seed)
     elif config.init_from is not None:
-        weights = config.init_weights
-        SavedModel.use(config.init_from, ranks, lambda saved: saved.read(weights, parameters, ranks, whole=False))
+        SavedModel.use(
+            config.init_from, ranks, lambda saved: read_saved(saved, config, parameters, vocab_size, ranks, whole=False)
+        )
     else:
         draw(parameters, config.model, vocab_size, config.seed)
+
+
+def read_saved(
+    saved: SavedModel,
+    config: PretrainConfig,
+    parameters: Mapping[str, torch.Tensor],
+    vocab_size: int,
+    ranks: Ranks,
+    *,
+    whole: bool = True,
+) -> str:
+    """Fill parameters, or shards, by plain name from a trained model; return which of its weights were read.
+
+    What it may lack: images' own parts are copies of text's then, adapters are drawn. The parameters are all that it
+    has, or some with whole=False. Collective; raises ValueError for others, and other sizes.
+    """
+    names, copies, drawn, known = saved.names(), {}, {}, {}
+    for name, parameter in parameters.items():
+        of_text = name.replace(".image.", ".").replace(".image_norm.", ".norm.")
+        if name in names:
+            known[name] = parameter
+        elif is_adapter(name):
+            drawn[name] = parameter
+        elif of_text in names:
+            copies[of_text] = parameter
+        else:
+            known[name] = parameter  # refused below, by name
+    draw(drawn, config.model, vocab_size, config.seed)
+    saved.read(config.init_weights, copies, ranks, whole=False)
+    return saved.read(config.init_weights, known, ranks, whole=whole)
 
 
 def with_base(config: PretrainConfig, path: str | None) -> PretrainConfig:

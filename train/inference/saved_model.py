@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 WEIGHTS_FILE, VAE_FOLDER = "model.safetensors", "vae"
+PORTION = 1 << 28  # elements, of all ranks, read at once where they are converted
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ class SavedModel:
             f"{self.folder} was trained with the tokenizer of hash {expected}, none of {tried}; set tokenizer=FILE"
         )
 
+    def names(self) -> set[str]:
+        """Return the plain names of the model's parameters."""
+        with torch.device("meta"):
+            return {name for name, _ in Transfusion(self.config.model, 1).named_parameters()}
+
     def chosen(self, weights: str, key: str = "weights") -> str:
         """Return which weights `weights` means (see `choose`); `key` is the option that names them."""
         kept = [self.meta["weights"]] if self.exported else self.config.optim.weights
@@ -150,8 +156,29 @@ class SavedModel:
 
             read_base(self.config, frozen, self.meta["vocab_size"], self.meta["base"], ranks)
         trained = {name: tensor for name, tensor in parameters.items() if name not in frozen}
-        checkpoint.load(self.folder, {chosen: trained}, ranks, whole=whole)
+        _load(self.folder, chosen, trained, ranks, whole)
         return chosen
+
+
+def _load(folder: Path, weights: str, parameters: Mapping[str, torch.Tensor], ranks: Ranks, whole: bool) -> None:
+    """Read from a checkpoint, which holds float32, also into parameters of other dtypes; those a few at a time."""
+    others = {name: tensor for name, tensor in parameters.items() if tensor.dtype != torch.float32}
+    if not (parameters or whole):
+        return
+    if not others:
+        checkpoint.load(folder, {weights: dict(parameters)}, ranks, whole=whole)
+        return
+    checkpoint.load(
+        folder, {weights: {name: parameters[name] for name in parameters.keys() - others}}, ranks, whole=False
+    )
+    portion: dict[str, torch.Tensor] = {}
+    for i, (name, tensor) in enumerate(others.items(), start=1):
+        portion[name] = torch.empty_like(tensor, dtype=torch.float32)
+        if i == len(others) or sum(tensor.numel() for tensor in portion.values()) > PORTION:
+            checkpoint.load(folder, {weights: portion}, ranks, whole=False)
+            for loaded, exact in portion.items():
+                local(others[loaded]).copy_(local(exact))
+            portion = {}
 
 
 def stored_records(folder: Path) -> TrainedRecords | None:
