@@ -145,3 +145,22 @@ def test_what_cannot_be_exported_or_made_again_is_refused_with_the_remedy(
         export.main(argv)
     export.main([*argv, f"base={elsewhere}"])
     shutil.move(elsewhere, llm)
+
+
+def test_an_export_of_ours_gets_adapters_of_its_own(
+    adapted: Path, run_dir: Path, tokenizer: Tokenizer, pictures: dict[str, Path], vae_folder: Path, tmp_path: Path
+) -> None:
+    """Its weights are the frozen base, read again when the new run's checkpoint is opened."""
+    folder = tmp_path / "merged"
+    export.main([f"checkpoint={adapted}", f"output={folder}", "merge=true", f"vae={vae_folder}"])
+    base = LoadedModel.load(folder, alone())
+    argv = runs.settings(
+        run_dir, tokenizer, pictures, init_from=folder, optim__steps=1, model__lora__rank=2, model__untied="ffn"
+    )
+    trunk = {name: value for name, value in vars(base.config.model.transformer).items() if name != "rope_scaling"}
+    argv = [argument for argument in argv if "model.transformer" not in argument]
+    argv += [f"model.transformer.{name}={'null' if value is None else value}" for name, value in trunk.items()]
+    assert f"of {folder}, step 6" in runs.finish(argv, 1)
+    opened = LoadedModel.load(run_dir, alone(), "model").model
+    for name, parameter in base.model.named_parameters():
+        assert name.startswith("patches.") != torch.equal(parameter, opened.get_parameter(name)), name

@@ -28,7 +28,10 @@ ROUND = 1 << 22  # elements that a rank orthogonalizes at once, or one matrix if
 
 
 def matrices(model: nn.Module) -> dict[torch.Tensor, Parts]:
-    """Return the parameters that Muon updates: the blocks' matrices, not embeddings, heads, patchers and norms."""
+    """Return the parameters that Muon updates: the blocks' trained matrices, not embeddings, heads, patchers and norms.
+
+    Nor adapters (model/lora.py): what should be orthogonal is a weight's update, not the updates of its two factors.
+    """
     found: dict[torch.Tensor, Parts] = {}
     for module in model.modules():
         if isinstance(module, Attention):
