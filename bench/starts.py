@@ -118,20 +118,19 @@ def train_and_score(config: StartsConfig, folder: Path, name: str, seed: int) ->
 
 
 def language_model(config: StartsConfig, folder: Path) -> dict[str, Command]:
-    """Return the commands that train, score and export the language model, by name."""
+    """Return the commands that train and export the language model, by name."""
     place = folder / f"{config.steps}-steps" / LLM
     settings = training(config, folder, place, 0, config.steps) | {
         "data.sources.scenes": "null",
         "vae": "null",
         "data.sources.texts.weight": 1,
+        "evaluation.heldout.texts": folder / "encoded" / "text_heldout",
+        "evaluation.interval_steps": config.steps,
     }
-    score = {"checkpoint": place, "output": f"{place}-scores", "heldout.texts": folder / "encoded" / "text_heldout"}
-    export = {"checkpoint": place, "output": f"{place}-hf", "format": "hf"}
-    bare = (sys.executable, "-m")
+    export = {"checkpoint": place, "output": f"{place}-hf", "format": "hf", "weights": "model"}
     return {
         f"{LLM} {config.steps}": (*program("pretrain"), *pairs(settings)),
-        f"{LLM} {config.steps} scores": (*bare, "train.evaluate", *pairs(score)),
-        f"{LLM} {config.steps} export": (*bare, "train.export", *pairs(export)),
+        f"{LLM} {config.steps} export": (sys.executable, "-m", "train.export", *pairs(export)),
     }
 
 
@@ -196,7 +195,7 @@ def scores_of(config: StartsConfig, folder: Path, name: str, seed: int) -> dict[
 
 def record_of(config: StartsConfig, folder: Path, argv: list[str], errors: dict[str, str]) -> dict[str, Any]:
     """Return the JSON object of everything that is finished."""
-    before = json.loads((folder / f"{config.steps}-steps" / f"{LLM}-scores" / "evaluation.json").read_text("utf-8"))
+    own = [row for row in rows_of(folder / f"{config.steps}-steps" / LLM) if "heldout/texts/text_loss" in row]
     cases = {}
     for name in CASES:
         found = [scores_of(config, folder, name, seed) for seed in range(config.seeds)]
@@ -208,7 +207,7 @@ def record_of(config: StartsConfig, folder: Path, argv: list[str], errors: dict[
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {"python": platform.python_version(), "torch": version("torch")},
         "command": " ".join(["python -m bench.starts", *(a for a in argv if not a.startswith("folder="))]),
-        "text_loss_of_the_language_model": before["heldout"]["texts"]["text_loss"],
+        "text_loss_of_the_language_model": own[-1]["heldout/texts/text_loss"],
         **{name: getattr(config, name) for name in ("seeds", "steps", "prompts")},
         "cases": cases,
         "errors": errors,
@@ -262,8 +261,8 @@ def rewrite(page: Path, record: dict[str, Any]) -> None:
         f"`{record['command']}`: {record['seeds']} seeds, {record['prompts']} scenes a split. {record['date']}, "
         f"{record['machine']}, {versions}. By seed: text loss in nats a token on held-out texts, error of x0 on "
         "held-out scenes, and known combinations that were drawn and described rightly, with Wilson intervals of 95 % "
-        f"over all seeds. The language model's own text loss is {record['text_loss_of_the_language_model']:.4f}. `--help` "
-        "explains the cases.",
+        f"over all seeds. The language model's own text loss is {record['text_loss_of_the_language_model']:.4f}. "
+        "`--help` explains the cases.",
         table(record),
         *failed,
         below,
