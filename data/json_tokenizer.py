@@ -74,6 +74,11 @@ def self_contained(path: Path, special: Mapping[str, str] | None = None) -> dict
     tokens = _tokens(content)
     ids = _ends(path.parent, tokens)
     next_id = max(_model_size(path.parent), 1 + max(tokens.values(), default=-1))
+    if outside := {name: i for name, i in ids.items() if not 0 <= i < next_id}:
+        raise ValueError(
+            f"tokenizer {path}: {outside} by the config.json beside it, but it has {next_id} token ids; expected those "
+            "of one model: fetch both again"
+        )
     for name in APPENDED:
         if special and name in special:
             ids[name] = _unused(special[name], name, tokens, content, path)
@@ -120,7 +125,7 @@ def _ends(folder: Path, tokens: dict[str, int]) -> dict[str, int]:
             token = token.get("content") if isinstance(token, dict) else token
             given = contents.get(f"{name}_token_id", tokens.get(token) if isinstance(token, str) else None)
             given = given[0] if isinstance(given, list) and given else given
-            if isinstance(given, int):
+            if type(given) is int:
                 found.setdefault(name, given)
     for name, usual in (("eos", "</s>"), ("bos", "<s>")):
         if name not in found and usual in tokens:

@@ -28,6 +28,7 @@ FAMILIES = {
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Whole numbers that a config.json must state; transformers' defaults for them differ from version to version.
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LIMIT = 1 << 24  # they are below it in every model
 ROPE_NEEDED = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of type llama3
 
 
@@ -56,8 +57,8 @@ def read_settings(contents: dict[str, Any], name: str) -> LanguageModel:
             "start from a model of such a family"
         )
     needed = NEEDED if family == "llama" else (*NEEDED, "num_key_value_heads")
-    if missing := [key for key in needed if type(contents.get(key)) is not int or contents[key] < 1]:
-        raise ValueError(f"{name}: {', '.join(missing)} missing or not a number: expected as transformers writes them")
+    if missing := [key for key in needed if type(contents.get(key)) is not int or not 0 < contents[key] < LIMIT]:
+        raise ValueError(f"{name}: {', '.join(missing)} missing or not a possible number: expected as transformers writes them")
     _refuse_unknown(contents, family, name)
     heads, width = contents["num_attention_heads"], contents["hidden_size"]
     head_dim = contents.get("head_dim") or (128 if family == "qwen3" else width // heads)
@@ -77,7 +78,9 @@ def read_settings(contents: dict[str, Any], name: str) -> LanguageModel:
             qk_norm=family == "qwen3",
         )
         context = int(contents.get("max_position_embeddings") or 0)
-    except (TypeError, ValueError) as error:
+        if transformer.head_width >= LIMIT:
+            raise ValueError(f"head_dim={head_dim}")
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name}: config.json: {error}; fetch it again") from None
     tied = bool(contents.get("tie_word_embeddings", False))
     window = _window(contents, family)

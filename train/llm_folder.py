@@ -49,7 +49,10 @@ class LLMFolder:
             raise ValueError(f"{self._name}: config.json is not JSON: {error}; fetch it again") from None
         if not isinstance(contents, dict):
             raise ValueError(f"{self._name}: config.json is {type(contents).__name__}, expected a mapping")
-        self.model: LanguageModel = read_settings(contents, self._name)
+        try:
+            self.model: LanguageModel = read_settings(contents, self._name)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{self._name}: config.json has a value of another kind: {error}; fetch it again") from None
 
     @cached_property
     def hash(self) -> str:

@@ -77,11 +77,14 @@ def group_of(name: str, groups: Groups, adapted: bool = False) -> Group:
 def resolve(names: Iterable[str], groups: Groups, adapted: bool = False) -> dict[str, Group]:
     """Return the group of each of a model's parameters.
 
-    Raises ValueError for a pattern that matches none, a group that is left none, and if all are frozen (P10).
+    Raises ValueError for a pattern that matches none, a group that is left none or has a name of ours, and if all are
+    frozen (P10).
     """
     names = [plain_name(name) for name in names]
     found = {name: group_of(name, groups, adapted) for name in names}
     for key, group in groups.items():
+        if key in (OTHERS.name, BASE.name):
+            raise ValueError(f"optim.groups: {key} stands for what no group matches; choose another name")
         for pattern in group.parameters:
             if not any(fnmatchcase(name, pattern) for name in names):
                 near = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))
