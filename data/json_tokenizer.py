@@ -112,7 +112,7 @@ def _beside(folder: Path, name: str) -> dict[str, Any]:
 def _model_size(folder: Path) -> int:
     """Return the rows of the embedding of the model in a folder, which may be more than its tokens; 0: unknown."""
     size = _beside(folder, "config.json").get("vocab_size")
-    return size if isinstance(size, int) else 0
+    return size if type(size) is int and size < 1 << 31 else 0
 
 
 def _ends(folder: Path, tokens: dict[str, int]) -> dict[str, int]:

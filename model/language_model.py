@@ -5,6 +5,7 @@ embedding rotates pairs (i, i + K/2) where ours, like Meta's own code, rotates (
 keys are permuted, and with them their biases and norms.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,8 +79,8 @@ def read_settings(contents: dict[str, Any], name: str) -> LanguageModel:
             qk_norm=family == "qwen3",
         )
         context = int(contents.get("max_position_embeddings") or 0)
-        if transformer.head_width >= LIMIT:
-            raise ValueError(f"head_dim={head_dim}")
+        if not (transformer.head_width < LIMIT and math.isfinite(theta) and math.isfinite(transformer.norm_eps)):
+            raise ValueError(f"head_dim={head_dim}, rope_theta={theta}, rms_norm_eps={transformer.norm_eps}")
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name}: config.json: {error}; fetch it again") from None
     tied = bool(contents.get("tie_word_embeddings", False))
