@@ -177,14 +177,14 @@ def stages(config: ObjectivesConfig, folder: Path) -> dict[str, Command]:
     need = {case.data for case in chosen} | {case.space for case in chosen}
     scenes, tokenizer = folder / "scenes", folder / "tokenizer.model"
     found: dict[str, Command] = {}
-    found["scenes"] = (*program("scenes"), f"output={scenes}", *(SMOKE_SCENES if config.smoke else ()))
+    found["scenes"] = (*_program("scenes"), f"output={scenes}", *(SMOKE_SCENES if config.smoke else ()))
     inputs = f"inputs=[{scenes}/train,{scenes}/text]"
-    found["tokenizer"] = (*program("tokenizer"), inputs, f"output={tokenizer}")
+    found["tokenizer"] = (*_program("tokenizer"), inputs, f"output={tokenizer}")
     if need != {"pixels"}:
         short = ("optim.steps=8", "optim.warmup_steps=2") if config.smoke else ()
         folders = (f"inputs=[{scenes}/train]", f"heldout=[{scenes}/heldout]", f"output={folder}/vae")
-        found["vae"] = (*program("vae", ranks=config.jobs), *folders, *short)
-    encode, encoded = (*program("encode"), f"tokenizer={tokenizer}"), folder / "encoded"
+        found["vae"] = (*_program("vae", ranks=config.jobs), *folders, *short)
+    encode, encoded = (*_program("encode"), f"tokenizer={tokenizer}"), folder / "encoded"
     for name in (name for name in DATA if name in need):
         settings = [setting.format(folder=folder) for setting in DATA[name]]
         if name not in SPACES:
@@ -220,7 +220,7 @@ def commands(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> tu
         "data.sources.texts.path": encoded / "text",
     }
     space = [setting.format(folder=folder) for setting in SPACES[case.space]]
-    train = (*program("pretrain"), *pairs(settings), *space, *case.train)
+    train = (*_program("pretrain"), *_pairs(settings), *space, *case.train)
     settings = {
         "checkpoint": place,
         "output": place / f"scores-{config.prompts}",
@@ -230,7 +230,7 @@ def commands(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> tu
         "max_prompts": config.prompts,
         **({"steps": 4} if config.smoke else {}),
     }
-    return train, (*program("evaluate"), *pairs(settings), *case.sample)
+    return train, (*_program("evaluate"), *_pairs(settings), *case.sample)
 
 
 def train_and_score(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> None:
@@ -301,13 +301,13 @@ def _folder_of(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> 
     return folder / f"{config.steps}-steps" / f"{name}-{seed}"
 
 
-def program(name: str, ranks: int = 1) -> Command:
+def _program(name: str, ranks: int = 1) -> Command:
     """Return the start of the command of a program with the demo's config."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
     return (sys.executable, *launcher, "-m", f"train.{name}", f"config={HERE}/configs/demo/{name}.yaml")
 
 
-def pairs(settings: dict[str, Any]) -> Iterator[str]:
+def _pairs(settings: dict[str, Any]) -> Iterator[str]:
     return (f"{key}={value}" for key, value in settings.items())
 
 
