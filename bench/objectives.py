@@ -22,10 +22,11 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -144,17 +145,26 @@ def train_and_score_all(config: ObjectivesConfig, folder: Path, errors: dict[str
     """Do the runs that are not finished, the first seed of a wave's cases first; yield after each. Fills `errors`."""
     wanted = [(CASES[name].wave, seed, name) for name in config.cases for seed in range(config.seeds)]
     wanted.sort(key=lambda run: run[:2])  # stable
-    runs = [(name, seed) for _, seed, name in wanted if _scores(config, folder, name, seed) is None]
+    runs = {
+        f"{name}-{seed}": partial(train_and_score, config, folder, name, seed)
+        for _, seed, name in wanted
+        if _scores(config, folder, name, seed) is None
+    }
+    yield from side_by_side(runs, config.jobs, errors)
+
+
+def side_by_side(runs: Mapping[str, Callable[[], None]], jobs: int, errors: dict[str, str]) -> Iterator[None]:
+    """Do the runs, `jobs` at a time; yield after each. Fills `errors` with what those raised that failed."""
     start = time.monotonic()
-    with ThreadPoolExecutor(config.jobs) as pool:
-        futures = {pool.submit(train_and_score, config, folder, *run): run for run in runs}
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run): name for name, run in runs.items()}
         try:
             for done, future in enumerate(as_completed(futures), 1):
-                name, seed = futures[future]
+                name = futures[future]
                 if error := future.exception():
-                    errors[f"{name}-{seed}"] = str(error)
+                    errors[name] = str(error)
                 left = datetime.timedelta(seconds=round((time.monotonic() - start) / done * (len(runs) - done)))
-                print(f"{name} seed {seed}: {error or 'done'}; {done}/{len(runs)}, {left} left", file=sys.stderr)
+                print(f"{name}: {error or 'done'}; {done}/{len(runs)}, {left} left", file=sys.stderr)
                 yield
         except KeyboardInterrupt:  # the running ones got it too, and save
             pool.shutdown(cancel_futures=True)
@@ -177,14 +187,14 @@ def stages(config: ObjectivesConfig, folder: Path) -> dict[str, Command]:
     need = {case.data for case in chosen} | {case.space for case in chosen}
     scenes, tokenizer = folder / "scenes", folder / "tokenizer.model"
     found: dict[str, Command] = {}
-    found["scenes"] = (*_program("scenes"), f"output={scenes}", *(SMOKE_SCENES if config.smoke else ()))
+    found["scenes"] = (*program("scenes"), f"output={scenes}", *(SMOKE_SCENES if config.smoke else ()))
     inputs = f"inputs=[{scenes}/train,{scenes}/text]"
-    found["tokenizer"] = (*_program("tokenizer"), inputs, f"output={tokenizer}")
+    found["tokenizer"] = (*program("tokenizer"), inputs, f"output={tokenizer}")
     if need != {"pixels"}:
         short = ("optim.steps=8", "optim.warmup_steps=2") if config.smoke else ()
         folders = (f"inputs=[{scenes}/train]", f"heldout=[{scenes}/heldout]", f"output={folder}/vae")
-        found["vae"] = (*_program("vae", ranks=config.jobs), *folders, *short)
-    encode, encoded = (*_program("encode"), f"tokenizer={tokenizer}"), folder / "encoded"
+        found["vae"] = (*program("vae", ranks=config.jobs), *folders, *short)
+    encode, encoded = (*program("encode"), f"tokenizer={tokenizer}"), folder / "encoded"
     for name in (name for name in DATA if name in need):
         settings = [setting.format(folder=folder) for setting in DATA[name]]
         if name not in SPACES:
@@ -204,33 +214,43 @@ def stages(config: ObjectivesConfig, folder: Path) -> dict[str, Command]:
 
 def commands(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> tuple[Command, Command]:
     """Return the commands that train one case from one seed, and that score it."""
-    case, place, encoded = CASES[name], _folder_of(config, folder, name, seed), folder / "encoded"
+    case, place = CASES[name], _folder_of(config, folder, name, seed)
+    space = [setting.format(folder=folder) for setting in SPACES[case.space]]
+    train = (*train_command(folder, place, seed, config.steps, case.data), *space, *case.train)
+    return train, (*score_command(folder, place, config.prompts, case.space, config.smoke), *case.sample)
+
+
+def train_command(folder: Path, place: Path, seed: int, steps: int, data: str) -> Command:
+    """Return the command that trains the demo's model on the encoded folder `data`; `vae=` is missing."""
     settings: dict[str, Any] = {
         "run_dir": place,
         "seed": seed,
         "micro_batch_size": 24,  # one forward a step
-        "optim.steps": config.steps,
-        "optim.warmup_steps": min(30, config.steps // 2),
-        "checkpoint.interval_steps": max(200, config.steps // 2),
+        "optim.steps": steps,
+        "optim.warmup_steps": min(30, steps // 2),
+        "checkpoint.interval_steps": max(200, steps // 2),
         "checkpoint.keep_last": 1,
         "preview.interval_steps": "null",
         "log.wandb": "disabled",
         "data.tokenizer": folder / "tokenizer.model",
-        "data.sources.scenes.path": encoded / case.data,
-        "data.sources.texts.path": encoded / "text",
+        "data.sources.scenes.path": folder / "encoded" / data,
+        "data.sources.texts.path": folder / "encoded" / "text",
     }
-    space = [setting.format(folder=folder) for setting in SPACES[case.space]]
-    train = (*_program("pretrain"), *_pairs(settings), *space, *case.train)
-    settings = {
+    return (*program("pretrain"), *pairs(settings))
+
+
+def score_command(folder: Path, place: Path, prompts: int, space: str, smoke: bool) -> Command:
+    """Return the command that scores the run in `place` on held-out scenes and texts."""
+    settings: dict[str, Any] = {
         "checkpoint": place,
-        "output": place / f"scores-{config.prompts}",
+        "output": place / f"scores-{prompts}",
         "scenes": folder / "scenes" / "heldout",
-        "heldout.scenes": encoded / f"{case.space}-heldout",
-        "heldout.texts": encoded / "text_heldout",
-        "max_prompts": config.prompts,
-        **({"steps": 4} if config.smoke else {}),
+        "heldout.scenes": folder / "encoded" / f"{space}-heldout",
+        "heldout.texts": folder / "encoded" / "text_heldout",
+        "max_prompts": prompts,
+        **({"steps": 4} if smoke else {}),
     }
-    return train, (*_program("evaluate"), *_pairs(settings), *case.sample)
+    return (*program("evaluate"), *pairs(settings))
 
 
 def train_and_score(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> None:
@@ -274,20 +294,24 @@ def record_of(config: ObjectivesConfig, folder: Path, argv: list[str], errors: d
 
 def _summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Return [right, of] over all seeds for each of the judge's questions, and the rest by seed."""
-    found: dict[str, Any] = {}
-    for task in ("text_to_image", "image_to_text"):
-        found[task] = {}
-        for goal, share in seeds[0][task].items():
-            split = goal.removeprefix("all_") if goal.startswith("all_") else "seen"
-            asked = [scores["data"]["scenes"]["items_of_split"].get(split, 0) for scores in seeds]
-            right = [round((scores[task][goal] or 0) * of) for scores, of in zip(seeds, asked, strict=True)]
-            found[task][goal] = {"right": sum(right), "of": sum(asked), "by_seed": right}
-            assert share is None or asked[0] > 0
+    found: dict[str, Any] = {task: judged(seeds, task) for task in ("text_to_image", "image_to_text")}
     losses = [scores["heldout"]["scenes"] for scores in seeds]
     for key in ("x0_error", "image_loss", "captioning_loss"):
         found[key] = [of_seed[key] for of_seed in losses]
     bins = [of_seed["x0_error_by_log_snr"] for of_seed in losses]
     found["x0_error_by_log_snr"] = {name: [of_seed[name]["error"] for of_seed in bins] for name in bins[0]}
+    return found
+
+
+def judged(seeds: list[dict[str, Any]], task: str) -> dict[str, Any]:
+    """Return how many answers to each of the judge's questions were right, of how many, over all seeds and by seed."""
+    found: dict[str, Any] = {}
+    for goal, share in seeds[0][task].items():
+        split = goal.removeprefix("all_") if goal.startswith("all_") else "seen"
+        asked = [scores["data"]["scenes"]["items_of_split"].get(split, 0) for scores in seeds]
+        right = [round((scores[task][goal] or 0) * of) for scores, of in zip(seeds, asked, strict=True)]
+        found[goal] = {"right": sum(right), "of": sum(asked), "by_seed": right}
+        assert share is None or asked[0] > 0
     return found
 
 
@@ -301,13 +325,13 @@ def _folder_of(config: ObjectivesConfig, folder: Path, name: str, seed: int) -> 
     return folder / f"{config.steps}-steps" / f"{name}-{seed}"
 
 
-def _program(name: str, ranks: int = 1) -> Command:
+def program(name: str, ranks: int = 1) -> Command:
     """Return the start of the command of a program with the demo's config."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
     return (sys.executable, *launcher, "-m", f"train.{name}", f"config={HERE}/configs/demo/{name}.yaml")
 
 
-def _pairs(settings: dict[str, Any]) -> Iterator[str]:
+def pairs(settings: dict[str, Any]) -> Iterator[str]:
     return (f"{key}={value}" for key, value in settings.items())
 
 

@@ -32,26 +32,26 @@ def table(cases: dict[str, Any]) -> str:
     rows = {
         name: [
             ", ".join(map(str, case["text_to_image"]["all"]["by_seed"])),
-            *(_share(**case[task][goal]) for task, goal in COLUMNS.values()),
-            ", ".join(map(_number, case["x0_error"])),
+            *(share(**case[task][goal]) for task, goal in COLUMNS.values()),
+            ", ".join(map(number, case["x0_error"])),
         ]
         for name, case in cases.items()
     }
-    return _markdown(["by seed", *(name.strip() for name in COLUMNS), "x0 error"], rows)
+    return markdown(["by seed", *(name.strip() for name in COLUMNS), "x0 error"], rows)
 
 
 def levels_table(cases: dict[str, Any]) -> str:
     """Return a Markdown table of the error of x0 by log SNR, means of the seeds."""
     levels = {name: case["x0_error_by_log_snr"] for name, case in cases.items()}
-    rows = {name: [_number(sum(errors) / len(errors)) for errors in found.values()] for name, found in levels.items()}
-    return _markdown([f"log SNR {name}" for name in next(iter(levels.values()))], rows)
+    rows = {name: [number(sum(errors) / len(errors)) for errors in found.values()] for name, found in levels.items()}
+    return markdown([f"log SNR {name}" for name in next(iter(levels.values()))], rows)
 
 
 def rewrite(page: Path, record: dict[str, Any]) -> None:
     """Write the record's tables to a page, a table a space; keep what it says from BELOW on."""
     old = page.read_text(encoding="utf-8") if page.exists() else ""
     below = old[old.index(BELOW) :] if BELOW in old else f"{BELOW}\n"
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    versions = ", ".join(f"{name} {which}" for name, which in record["versions"].items())
     text = [
         "# Objectives and captions on scenes",
         f"`{record['command']}`: {record['steps']} steps a run, {record['seeds']} seeds, {record['prompts']} scenes a "
@@ -67,17 +67,17 @@ def rewrite(page: Path, record: dict[str, Any]) -> None:
     page.write_text("\n\n".join([*text, below]), encoding="utf-8")
 
 
-def _share(right: int, of: int, by_seed: list[int]) -> str:
+def share(right: int, of: int, by_seed: list[int]) -> str:
     if not of:
         return "–"
     low, high = wilson(right, of)
     return f"{right / of:.3f} [{low:.2f}, {high:.2f}]"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return f"{value:.4f}" if value < 1 else f"{value:.2f}"
 
 
-def _markdown(columns: list[str], rows: dict[str, list[str]]) -> str:
+def markdown(columns: list[str], rows: dict[str, list[str]]) -> str:
     lines = [["case", *columns], ["---"] * (len(columns) + 1), *([name, *row] for name, row in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
