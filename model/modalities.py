@@ -45,11 +45,25 @@ class Modalities:
 
     def sort(self, x: Tensor) -> Tensor:
         """Return [1, B * S, ...] of x [B, S, ...]."""
-        return x.flatten(0, 1).index_select(0, self.order)[None]
+        return _Permute.apply(x.flatten(0, 1), self.order, self.place)[None]
 
     def unsort(self, x: Tensor) -> Tensor:
         """Return [B, S, ...] of x [1, B * S, ...]."""
-        return x[0].index_select(0, self.place).unflatten(0, self.shape)
+        return _Permute.apply(x[0], self.place, self.order).unflatten(0, self.shape)
+
+
+class _Permute(torch.autograd.Function):
+    """x[order]; its gradient is a gather too, where that of index_select would add up atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
 
 
 def norm_pair(text: nn.RMSNorm, image: nn.RMSNorm, x: Tensor, modalities: Modalities) -> Tensor:
