@@ -52,7 +52,7 @@ class LLMFolder:
         try:
             self.model: LanguageModel = read_settings(contents, self._name)
         except (TypeError, AttributeError) as error:
-            raise ValueError(f"{self._name}: config.json has a value of another kind: {error}; fetch it again") from None
+            raise ValueError(f"{self._name}: config.json: {error}; fetch it again") from None
 
     @cached_property
     def hash(self) -> str:
