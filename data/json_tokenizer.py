@@ -10,17 +10,20 @@ appended after its vocabulary, or are unused tokens of it, by name.
 """
 
 import json
+import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 TOKENIZER = "tokenizer.json"
+LIMIT = 1 << 31  # of token ids
 APPENDED = ("boi", "eoi", "pad")
 
 
 class JsonVocabulary:
     def __init__(self, content: dict[str, Any], name: str) -> None:
         """Take a self-contained file's content; raise ValueError if `name`, where it is from, does not hold one."""
+        self._name = name
         from tokenizers import Tokenizer as Library  # a tenth of a second: only where one is read
 
         try:
@@ -35,17 +38,32 @@ class JsonVocabulary:
         added = self._library.get_added_tokens_decoder()
         self._control = {i for i, token in added.items() if token.special} | set(self.special.values())
         self.size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
-        unknown = content["tokenizer"].get("model", {}).get("unk_token")
-        self.unknown: int | None = None if unknown is None else self._library.token_to_id(unknown)
+        if (
+            not (max(self.size, 1 + max(self.special.values())) <= self.vocab_size < LIMIT)
+            or min(self.special.values()) < 0
+        ):
+            raise ValueError(
+                f"tokenizer {name}: {self.size} tokens, {self.special}, vocab_size {self.vocab_size}: expected ids "
+                "below vocab_size, and that below 2^31; fetch it again"
+            )
+        model = content["tokenizer"].get("model", {})
+        unknown = model.get("unk_token")
+        self.unknown: int | None = model.get("unk_id") if unknown is None else self._library.token_to_id(unknown)
 
         self.model = json.dumps(content["tokenizer"], ensure_ascii=False).encode()
 
     def encode(self, text: str) -> list[int]:
-        return self._library.encode(text, add_special_tokens=False).ids
+        return self._encoding(text).ids
 
     def unknown_in(self, text: str) -> list[str]:
-        found = self._library.encode(text, add_special_tokens=False)
+        found = self._encoding(text)
         return [text[a:b] for i, (a, b) in zip(found.ids, found.offsets, strict=True) if i == self.unknown]
+
+    def _encoding(self, text: str) -> Any:
+        try:
+            return self._library.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"tokenizer {self._name} cannot encode {text[:80]!r}: {error}; use another one") from None
 
     def piece(self, token_id: int) -> str:
         return self._library.id_to_token(token_id) or ""
@@ -65,13 +83,17 @@ def self_contained(path: Path, special: Mapping[str, str] | None = None) -> dict
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"tokenizer {path} is not JSON: {error}; fetch it again") from None
-    if not isinstance(content, dict) or "model" not in content | content.get("tokenizer", {}):
+    inner = content.get("tokenizer", content) if isinstance(content, dict) else None
+    if not isinstance(inner, dict) or "model" not in inner:
         raise ValueError(f"tokenizer {path} is not a tokenizer.json; name one, or the folder of its model")
     if "tokenizer" in content:
         if special:
             raise ValueError(f"source={path} has its special ids already; give the folder of the model that it is from")
         return content
-    tokens = _tokens(content)
+    try:
+        tokens = _tokens(content)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"tokenizer {path} is not a tokenizer.json: {error!r}; fetch it again") from None
     ids = _ends(path.parent, tokens)
     next_id = max(_model_size(path.parent), 1 + max(tokens.values(), default=-1))
     if outside := {name: i for name, i in ids.items() if not 0 <= i < next_id}:
@@ -96,7 +118,8 @@ def _tokens(content: dict[str, Any]) -> dict[str, int]:
     vocabulary = content["model"].get("vocab") or {}
     if isinstance(vocabulary, list):  # Unigram: (piece, score) in order
         vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens") or []}}
+    tokens = {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens") or []}}
+    return {token: operator.index(token_id) for token, token_id in tokens.items()}
 
 
 def _beside(folder: Path, name: str) -> dict[str, Any]:
@@ -112,7 +135,7 @@ def _beside(folder: Path, name: str) -> dict[str, Any]:
 def _model_size(folder: Path) -> int:
     """Return the rows of the embedding of the model in a folder, which may be more than its tokens; 0: unknown."""
     size = _beside(folder, "config.json").get("vocab_size")
-    return size if type(size) is int and size < 1 << 31 else 0
+    return size if type(size) is int and size < LIMIT else 0
 
 
 def _ends(folder: Path, tokens: dict[str, int]) -> dict[str, int]:
@@ -143,7 +166,7 @@ def _unused(token: str, name: str, tokens: dict[str, int], content: dict[str, An
     if token not in tokens:
         near = [added["content"] for added in content.get("added_tokens") or []][-8:]
         raise ValueError(f"special.{name}={token!r} is no token of {path}; it has, for example, {', '.join(near)}")
-    content = {"special": dict.fromkeys(("bos", "eos", *APPENDED), 0), "vocab_size": 0, "tokenizer": content}
+    content = {"special": dict.fromkeys(("bos", "eos", *APPENDED), 0), "vocab_size": LIMIT - 1, "tokenizer": content}
     if tokens[token] in JsonVocabulary(content, str(path)).encode(token):
         raise ValueError(
             f"special.{name}={token!r}: a text can spell it; expected a special token of {path}, or leave "

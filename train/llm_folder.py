@@ -52,7 +52,11 @@ class LLMFolder:
         try:
             self.model: LanguageModel = read_settings(contents, self._name)
         except (TypeError, AttributeError) as error:
-            raise ValueError(f"{self._name}: config.json holds another kind of value: {error}; fetch it again") from None
+<<<<<<< HEAD
+            raise ValueError(f"{self._name}: config.json has a value of another kind: {error}") from None
+=======
+            raise ValueError(f"{self._name}: config.json: {error}; fetch it again") from None
+>>>>>>> attack
 
     @cached_property
     def hash(self) -> str:
