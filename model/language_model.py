@@ -60,11 +60,7 @@ def read_settings(contents: dict[str, Any], name: str) -> LanguageModel:
     needed = NEEDED if family == "llama" else (*NEEDED, "num_key_value_heads")
     if missing := [key for key in needed if type(contents.get(key)) is not int or not 0 < contents[key] < LIMIT]:
         raise ValueError(
-<<<<<<< HEAD
-            f"{name}: {', '.join(missing)} missing, or no such number as expected as transformers writes them"
-=======
             f"{name}: {', '.join(missing)} missing or no possible number: expected as transformers writes them"
->>>>>>> attack
         )
     _refuse_unknown(contents, family, name)
     heads, width = contents["num_attention_heads"], contents["hidden_size"]

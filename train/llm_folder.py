@@ -52,11 +52,7 @@ class LLMFolder:
         try:
             self.model: LanguageModel = read_settings(contents, self._name)
         except (TypeError, AttributeError) as error:
-<<<<<<< HEAD
-            raise ValueError(f"{self._name}: config.json has a value of another kind: {error}") from None
-=======
             raise ValueError(f"{self._name}: config.json: {error}; fetch it again") from None
->>>>>>> attack
 
     @cached_property
     def hash(self) -> str:
