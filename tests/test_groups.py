@@ -56,6 +56,7 @@ def test_the_first_group_that_matches_takes_a_parameter() -> None:
         ({"a": GroupConfig(parameters=("transformer.block.*",))}, 'optim.groups.a.parameters: "transformer.block.*"'),
         ({**LMFUSION, "late": GroupConfig(parameters=("patches.*",))}, "optim.groups.late: earlier groups (images)"),
         ({"all": GroupConfig(parameters=("*",), frozen=True)}, "every parameter is frozen"),
+        ({"(others)": GroupConfig(parameters=("text_*",))}, "optim.groups: (others) stands for what no group matches"),
     ],
 )
 def test_senseless_groups_are_refused(groups: dict[str, GroupConfig], words: str) -> None:

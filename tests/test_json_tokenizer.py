@@ -1,12 +1,14 @@
 """Tokenizers of pretrained language models: ids and texts as the library's own, special ids by the model's config."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Library
+from tokenizers import models
 
 from data.tokenizer import Tokenizer, find_copy
 from tests.json_tokenizers import byte_fallback, byte_level, qwen_folder, write_folder
@@ -136,6 +138,11 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
         "not json": "is not JSON",
         "[1]": "is not a tokenizer.json",
         '{"model": {"type": "?"}}': "no end of a document",
+        '{"tokenizer": "x"}': "is not a tokenizer.json",
+        '{"model": "x"}': "is not a tokenizer.json",
+        '{"model": {"vocab": {"a": "b"}}}': "is not a tokenizer.json",
+        '{"model": {"vocab": [1]}}': "is not a tokenizer.json",
+        '{"model": {}, "added_tokens": [{"content": "x"}]}': "is not a tokenizer.json",
     }
     for content, words in bad.items():
         (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
@@ -144,6 +151,32 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 1, "vocab_size": 9}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("special", "vocab_size"), [({"boi": 500}, 500), ({"bos": -1}, 500), ({}, 100), ({}, 1 << 31)])
+def test_ids_outside_of_the_vocabulary_are_refused(special: dict, vocab_size: int, tmp_path: Path, qwen: Path) -> None:
+    content = json.loads(Tokenizer(qwen).content)
+    content |= {"special": content["special"] | special, "vocab_size": vocab_size}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="expected ids below vocab_size"):
+        Tokenizer(tmp_path)
+
+
+def test_ends_of_another_model_are_refused(tmp_path: Path, qwen: Path) -> None:
+    shutil.copytree(qwen, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"eos_token_id": 9999}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"'eos': 9999.* by the config\.json beside it"):
+        Tokenizer(tmp_path / "model")
+
+
+def test_what_no_token_covers_is_unigrams_unknown_or_refused(tmp_path: Path) -> None:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)]
+    write_folder(tmp_path, Library(models.Unigram(pieces, unk_id=0)), config={"eos_token_id": 1})
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.unknown == 0 and tokenizer.unknown_in("ab") == ["b"]
+    write_folder(tmp_path, Library(models.Unigram(pieces, unk_id=None)), config={"eos_token_id": 1})
+    with pytest.raises(ValueError, match="cannot encode 'ab'"):
+        Tokenizer(tmp_path).encode("ab")
 
 
 def test_a_process_that_forks_after_encoding_is_not_warned(qwen: Path) -> None:

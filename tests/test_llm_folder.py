@@ -204,6 +204,12 @@ CONFIGS = {
     "no rope": ({"no_rope_layers": [1, 0]}, "layers without rotary positions"),
     "linear attention": ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
     "no width": ({"hidden_size": None}, "hidden_size missing"),
+    "many layers": ({"num_hidden_layers": 10**30}, "num_hidden_layers missing or no possible number"),
+    "wide heads": ({"head_dim": 10**30}, "head_dim=1000"),
+    "no number": ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+    "infinite": ({"max_position_embeddings": float("inf")}, "config.json: cannot convert float infinity"),
+    "layer types": ({"layer_types": 3}, "config.json: 'int' object is not iterable"),
+    "list": ({"model_type": []}, "config.json: unhashable"),
     "odd heads": ({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 7}, "head_dim=7"),
 }
 
