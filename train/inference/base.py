@@ -41,7 +41,7 @@ def read_base(
     `expected` is what `base_of` returned when the run began. Raises FileNotFoundError or ValueError if that is gone or
     something else now.
     """
-    name = "init_from_llm" if config.init_from_llm is not None else "init_from"
+    name = "init_from_llm" if expected.startswith("language model") else "init_from"
     try:
         found = base_of(config, ranks)
     except FileNotFoundError as error:
