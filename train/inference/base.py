@@ -76,18 +76,18 @@ def read_saved(
 ) -> str:
     """Fill parameters, or shards, by plain name from a trained model; return which of its weights were read.
 
-    What it may lack: images' own parts are copies of text's then, adapters are drawn. The parameters are all that it
-    has, or some with whole=False. Collective; raises ValueError for others, and other sizes.
+    What it may lack: images' own parts, adapters among them, are copies of text's then; other adapters are drawn. The
+    parameters are all that it has, or some with whole=False. Collective; raises ValueError for others, and other sizes.
     """
     names, copies, drawn, known = saved.names(), {}, {}, {}
     for name, parameter in parameters.items():
         of_text = name.replace(".image.", ".").replace(".image_norm.", ".norm.")
         if name in names:
             known[name] = parameter
-        elif is_adapter(name):
-            drawn[name] = parameter
         elif of_text in names:
             copies[of_text] = parameter
+        elif is_adapter(name):
+            drawn[name] = parameter
         else:
             known[name] = parameter  # refused below, by name
     draw(drawn, config.model, vocab_size, config.seed)

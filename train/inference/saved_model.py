@@ -152,6 +152,7 @@ class SavedModel:
         frozen: dict[str, torch.Tensor] = {}
         if "base" in self.meta:
             frozen = {name: tensor for name, tensor in parameters.items() if name not in stored}
+        if frozen:
             from train.inference.base import read_base  # which uses this module
 
             read_base(self.config, frozen, self.meta["vocab_size"], self.meta["base"], ranks)

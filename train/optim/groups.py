@@ -18,9 +18,9 @@ import torch
 from omegaconf import MISSING
 from torch import nn
 
+from model.lora import is_adapter
 from train.distributed.parallelize import plain_name
 
-ADAPTERS = (".lora_a", ".lora_b")  # how the names of LoRA's parameters end
 ADAPTED = ("transformer.*", "text_*")  # frozen beside adapters unless a group says otherwise
 
 
@@ -70,7 +70,7 @@ def group_of(name: str, groups: Groups, adapted: bool = False) -> Group:
     for key, group in groups.items():
         if any(fnmatchcase(name, pattern) for pattern in group.parameters):
             return Group(key, group.frozen, group.lr_scale, group.weight_decay)
-    is_base = any(fnmatchcase(name, pattern) for pattern in ADAPTED) and not name.endswith(ADAPTERS)
+    is_base = any(fnmatchcase(name, pattern) for pattern in ADAPTED) and not is_adapter(name)
     return BASE if adapted and is_base else OTHERS
 
 
