@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.attention import RopeScaling
+from model.modalities import text_name
 from model.transformer import TransformerConfig
 from model.transfusion import TransfusionConfig
 
@@ -203,8 +204,8 @@ def pieces(name: str, trunk: TransformerConfig) -> list[Piece]:
         "text_embedding.weight": Piece(EMBEDDING, 0),
         "text_head.weight": Piece(HEAD, 0),
         "transformer.norm.weight": Piece("model.norm.weight", width),
-        "transformer.image_norm.weight": Piece("model.norm.weight", width),
     }
+    name = text_name(name)
     if name in whole:
         return [whole[name]]
     start, _, rest = name.partition("transformer.blocks.")
@@ -212,7 +213,6 @@ def pieces(name: str, trunk: TransformerConfig) -> list[Piece]:
     if start or not part:
         return []
     layer, attention, mlp = (f"model.layers.{number}.{of}" for of in ("", "self_attn.", "mlp."))
-    part = part.removeprefix("image.")
     if part in ("attention.qkv.weight", "attention.qkv.bias"):
         kind = part.rpartition(".")[2]
         return [
@@ -248,7 +248,7 @@ def to_weights(parameters: dict[str, Tensor], trunk: TransformerConfig, vocab_si
     """Return transformers' state dict of the text side of our `parameters`, unsharded, by plain name."""
     weights = {}
     for name, parameter in parameters.items():
-        if ".image." in name or name == "transformer.image_norm.weight":
+        if text_name(name) != name:
             continue
         rows = 0
         for piece in pieces(name, trunk):
@@ -267,7 +267,7 @@ def adapter_weights(parameters: Mapping[str, Tensor], trunk: TransformerConfig) 
     weights = {}
     for name, down in parameters.items():
         layer = name.removesuffix(".lora_a")
-        if layer == name or ".image." in name:
+        if layer == name or text_name(name) != name:
             continue
         rows, up = 0, parameters[f"{layer}.lora_b"].detach()
         for piece in pieces(f"{layer}.weight", trunk):

@@ -22,6 +22,11 @@ Untied = Literal["none", "ffn", "all"]
 Modality = Literal["text", "image"]
 
 
+def text_name(name: str) -> str:
+    """Return the name of text's own part in the place of images' part `name`; of any other parameter, its name."""
+    return name.replace(".image.", ".").replace(".image_norm.", ".norm.")
+
+
 class Modalities:
     """Which tokens of a batch are images', and the order in which text comes first.
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from data.storage import Location
 from model.language_model import LanguageModel, adapter_weights, pieces, to_settings, to_weights
 from model.lora import LoraConfig, merged
+from model.modalities import text_name
 from train.checkpoints.trained_records import TRAINED_FILE
 from train.config import load_config, run_program, to_yaml
 from train.distributed.ranks import alone
@@ -129,7 +130,7 @@ def write_adapters(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype
     weights = adapter_weights(parameters, trunk)
     if not weights:
         raise ValueError("format=peft: the text side has no LoRA adapters; expected a run with model.lora.rank > 0")
-    of_text = [name for name in parameters if pieces(name, trunk) and ".image" not in name]
+    of_text = [name for name in parameters if pieces(name, trunk) and text_name(name) == name]
     if trained := [name for name in of_text if not group_of(name, groups, adapted=True).frozen]:
         raise ValueError(
             f"format=peft: beside adapters, {len(trained)} parameters of the text side were trained, such as "

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from model.lora import is_adapter
+from model.modalities import text_name
 from train.distributed.parallelize import draw
 from train.distributed.ranks import Ranks
 from train.inference.saved_model import SavedModel
@@ -81,7 +82,7 @@ def read_saved(
     """
     names, copies, drawn, known = saved.names(), {}, {}, {}
     for name, parameter in parameters.items():
-        of_text = name.replace(".image.", ".").replace(".image_norm.", ".norm.")
+        of_text = text_name(name)
         if name in names:
             known[name] = parameter
         elif of_text in names:

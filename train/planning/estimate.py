@@ -15,6 +15,7 @@ from data.largest_batch import Grid, largest_batches
 from data.packing import PackedBatch
 from data.tokenizer import SpecialIds
 from model.latent_space import Pixels
+from model.modalities import text_name
 from model.transfusion import Transfusion
 from train.flops import Flops
 from train.planning.rehearsal import Collective
@@ -47,7 +48,7 @@ def parameters(model: Transfusion, *, trained: bool = False) -> dict[str, int]:
 def parameters_of_a_token(model: Transfusion) -> int:
     """Return how many parameters a token can use: all but the untied ones of the other modality."""
     names = model.named_parameters()
-    return sum(parameter.numel() for name, parameter in names if ".image." not in name and ".image_norm." not in name)
+    return sum(parameter.numel() for name, parameter in names if text_name(name) == name)
 
 
 def rows_per_rank(config: PretrainConfig, world_size: int) -> tuple[int, int]:
