@@ -211,3 +211,18 @@ def _reductions(ranks: Ranks) -> dict[str, int]:
 def test_a_frozen_block_reduces_nothing() -> None:
     found = run_ranks(_reductions, 2)[0]
     assert found == {"trained": 3, "frozen": 1}  # two blocks and the rest; the rest
+
+
+def test_a_run_goes_back_although_the_run_that_it_started_from_has_gone_on(
+    frozen_run: Callable[..., list[str]], base: Path, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
+) -> None:
+    """Its frozen parameters are those of the checkpoint that it started from, while that is kept."""
+    shutil.copytree(base, tmp_path / "base")
+    first = frozen_run(tmp_path / "run", init_from=tmp_path / "base", optim__steps=2, checkpoint__interval_steps=1)
+    finish(first, None)
+    before = LoadedModel.load(tmp_path / "run", alone(), "model")
+    finish(settings(tmp_path / "base", tokenizer, sources, optim__steps=3), None)
+    assert "going back" in finish([*first, "resume=1"], None)
+    after = LoadedModel.load(tmp_path / "run", alone(), "model")
+    found = dict(after.model.named_parameters())
+    assert all(torch.equal(found[name], weight) for name, weight in before.model.named_parameters())

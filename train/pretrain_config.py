@@ -90,7 +90,9 @@ class PretrainConfig:
         channels = self.model.latent_channels
         if self.vae == Pixels.hash and channels != Pixels.channels:
             raise ValueError(f"vae=pixels and model.latent_channels={channels}: expected {Pixels.channels} channels")
-        if self.init_from is not None and self.resume not in ("auto", "none"):
+        # A run with frozen parameters reads them from there again, whatever it resumes from.
+        freezes = self.model.lora.rank > 0 or any(group.frozen for group in self.optim.groups.values())
+        if self.init_from is not None and self.resume not in ("auto", "none") and not freezes:
             raise ValueError(f"init_from={self.init_from} and resume={self.resume}: expected only one of the two")
         if self.init_from is not None and self.init_from_llm is not None:
             raise ValueError(

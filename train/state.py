@@ -139,9 +139,9 @@ class TrainState:
         if ranks.is_first and (added or dropped):
             log.warning("EMAs that start from the weights of %s: %s; dropped: %s", path, sorted(added), sorted(dropped))
         frozen = {plain_name(name): p for name, p in self.model.named_parameters() if not p.requires_grad}
-        if frozen:
-            self.base = meta["base"]
+        if frozen and self.base != meta["base"]:  # not after a rollback: they have not changed
             read_base(self.config, frozen, self.model.vocab_size, meta["base"], ranks)
+            self.base = meta["base"]
         self.optimizer.guard.counts.copy_(torch.tensor(meta["guard"]))
         self.progress, self.back_to, self.metrics = Progress(**meta["progress"]), meta["back_to"], meta["metrics"]
         self.lane_states = {int(lane): LaneState.from_json(state) for lane, state in lanes.items()}

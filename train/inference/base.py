@@ -6,11 +6,14 @@ pinned by a hash in the checkpoint.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from model.lora import is_adapter
 from model.modalities import text_name
+from train.checkpoints import checkpoint
+from train.checkpoints.lookup import identity
 from train.distributed.parallelize import draw
 from train.distributed.ranks import Ranks
 from train.inference.saved_model import SavedModel
@@ -43,6 +46,8 @@ def read_base(
     something else now.
     """
     name = "init_from_llm" if expected.startswith("language model") else "init_from"
+    if (path := config.init_from) is not None:
+        config = replace(config, init_from=ranks.on_first(lambda: _checkpoint_of(path, expected)))
     try:
         found = base_of(config, ranks)
     except FileNotFoundError as error:
@@ -64,6 +69,14 @@ def read_base(
         )
     else:
         draw(parameters, config.model, vocab_size, config.seed)
+
+
+def _checkpoint_of(path: str, expected: str) -> str:
+    """Return the checkpoint of the run at `path` that is `expected`, as the run may have gone on; else `path`."""
+    for folder in checkpoint.saved(Path(path) / "checkpoints"):
+        if (found := identity(folder)) is not None and expected.endswith(f" of {found}"):
+            return str(folder)
+    return path
 
 
 def read_saved(

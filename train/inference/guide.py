@@ -50,7 +50,12 @@ def load_with_guide(
     model, own_guide = SavedModel.use(checkpoint, ranks, read)
     if guide is None:
         return model, own_guide
-    return model, SavedModel.use(guide, ranks, lambda saved: read_guide(saved, model), "guide")
+    common = model.saved.meta.get("base")  # None: nothing is frozen
+
+    def read_other(saved: SavedModel) -> LoadedModel:
+        return read_guide(saved.on(base) if common is not None and saved.meta.get("base") == common else saved, model)
+
+    return model, SavedModel.use(guide, ranks, read_other, "guide")
 
 
 def require_comparable(guide: SavedModel, model: SavedModel) -> None:
