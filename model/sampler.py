@@ -137,6 +137,7 @@ class _Decoding:
         self.cached_model = CachedModel(model, len(self.rows), *sizes, unconditional, batch, guide)
         never = torch.zeros(model.vocab_size, dtype=torch.bool)
         never[[special.bos, special.eoi, *special.never]] = True
+        never[special.eos] = False  # a language model without BOS or PAD has EOS in its place
         self._never = never.to(self.cached_model.device)
 
     def prefill(self) -> None:

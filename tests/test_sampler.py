@@ -315,3 +315,14 @@ def test_limits_hold():
     assert run(model, [], settings()) == []
     with pytest.raises(ValueError, match="max_length=8"):
         run(model, [Prompt((text(*([5] * 4)),), draw=True)], settings(max_length=8))
+
+
+def test_an_end_that_is_bos_and_pad_as_well_still_ends_a_text():
+    """As of language models without BOS, such as GPT-2."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.text_head.weight.zero_()  # any allowed token is as likely
+    special = SpecialTokens(bos=2, eos=2, boi=3, eoi=4, never=(2,))
+    prompts, config = [Prompt((), index=i) for i in range(4)], settings(max_images=0, max_new_tokens=40)
+    outputs = generate(model, prompts, config, diffusion_of("eps"), special, GRID, SeededDraws(0))
+    assert all(sum(map(len, parts)) < 40 for parts in outputs)

@@ -139,11 +139,8 @@ class Run:
         memory = loader_bytes(data, config.data, ranks.world_size)
         parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in memory.items() if size >= 2**16)
         yield f"data takes at most {sum(memory.values()) / 2**20:,.1f} MiB of host memory a rank: {parts or 'tables'}"
-        ignored = (
-            " (init_from counts only without checkpoints)"
-            if (config.init_from or config.init_from_llm) and self.origin.checkpoint
-            else ""
-        )
+        start = "init_from" if config.init_from else "init_from_llm" if config.init_from_llm else None
+        ignored = f" ({start} counts only without checkpoints)" if start and self.origin.checkpoint else ""
         num_parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
         yield (
             f"{num_parameters / 1e6:.2f}M parameters, {plural(ranks.world_size, 'rank')} on {ranks.device.type}, "

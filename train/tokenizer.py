@@ -44,6 +44,8 @@ class TokenizerConfig(KeysConfig):
             raise ValueError(f"special={self.special}: expected source=FOLDER with it")
         if self.source is not None and not self.output.endswith(".json"):
             raise ValueError(f"output={self.output}: expected a name that ends in .json, as with source")
+        if self.source is not None and self.inputs:
+            raise ValueError(f"source={self.source} and inputs={self.inputs}: expected one of them; none is trained")
         if self.max_failed_files < 0:
             raise ValueError(f"max_failed_files={self.max_failed_files}: expected 0 or more")
 
@@ -77,7 +79,10 @@ def main(argv: list[str]) -> None:
 
 def take(source: Path, special: dict[str, str], output: Path) -> None:
     """Write a pretrained model's tokenizer with its special ids; raise ValueError if `output` holds another."""
-    content = self_contained(source / TOKENIZER if source.is_dir() else source, special)
+    path = source / TOKENIZER if source.is_dir() else source
+    if not path.is_file():
+        raise FileNotFoundError(f"source={source}: expected a {TOKENIZER}; a SentencePiece model is used as it is")
+    content = self_contained(path, special)
     written = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
     if output.is_file() and output.read_bytes() != written:
         raise ValueError(f"output={output} exists and differs: delete it, or name another file")

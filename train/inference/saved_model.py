@@ -107,18 +107,21 @@ class SavedModel:
 
         Raises ValueError if none of them is the one that the model was trained with.
         """
-        copies = [
-            str(find_copy(folder) or folder / "tokenizer.model") for folder in (self.folder, self.folder.parent.parent)
-        ]
-        places = [path] if path else [*copies, self.config.data.tokenizer]
-        found = {place: Tokenizer(place) for place in places if Path(place).exists()}
-        expected = self.meta["fingerprint"]["tokenizer"]
-        for tokenizer in found.values():
+        copies = [find_copy(folder) for folder in (self.folder, self.folder.parent.parent)]
+        places = [path] if path else [*(str(copy) for copy in copies if copy), self.config.data.tokenizer]
+        expected, tried = self.meta["fingerprint"]["tokenizer"], []
+        for place in dict.fromkeys(places):
+            try:
+                tokenizer = Tokenizer(place)
+            except (FileNotFoundError, ValueError) as error:  # a later place may have it
+                tried.append(str(error))
+                continue
             if tokenizer.hash == expected:
                 return tokenizer
-        tried = ", ".join(f"{place} ({found[place].hash if place in found else 'not there'})" for place in places)
+            tried.append(f"{place} ({tokenizer.hash})")
         raise ValueError(
-            f"{self.folder} was trained with the tokenizer of hash {expected}, none of {tried}; set tokenizer=FILE"
+            f"{self.folder} was trained with the tokenizer of hash {expected}, none of {', '.join(tried)}; "
+            "set tokenizer=FILE"
         )
 
     def names(self) -> set[str]:
