@@ -151,6 +151,8 @@ def test_pictures_learn_beside_a_frozen_text_side(
     stored = checkpoint.tensors(newest, "model")
     assert stored == {name for name in after if ".image" in name or name.startswith("patches.")}
     assert checkpoint.tensors(newest, "ema-3") == stored
+    groups = {row["group"]: (row["frozen"], row["tensors"]) for row in checkpoint.meta_of(newest)["groups"]}
+    assert groups == {"images": (False, len(stored)), "text": (True, len(after) - len(stored))}
     averaged = LoadedModel.load(tmp_path / "run", alone(), "ema-3")
     assert torch.equal(text_logits(start), text_logits(averaged))
     assert not torch.equal(averaged.model.patches.to_patch.weight, after["patches.to_patch.weight"])

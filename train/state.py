@@ -33,7 +33,7 @@ from train.distributed.ranks import Ranks
 from train.inference.base import read_base
 from train.inference.saved_model import stored_records
 from train.optim.ema import is_label
-from train.optim.groups import frozen_names, frozen_set
+from train.optim.groups import frozen_names, frozen_set, table
 from train.optim.optimizer import Optimizer, learning_rate
 from train.pretrain_config import PretrainConfig
 
@@ -62,7 +62,7 @@ class TrainState:
     optimizer: Optimizer
     fingerprint: Callable[[int], dict[str, str]]  # by step: what a resume after it must find unchanged
     config: PretrainConfig
-    data_facts: dict  # what a sampler must know of the data: `latent_spec`, `grids`, `vocab_size`
+    data_facts: dict  # for readers: `latent_spec`, `grids`; of grouped or frozen parameters also `groups`, `vocab_size`
     base: str | None = None  # identifies the source of the frozen parameters (train/inference/base.py); None: none are
     progress: Progress = field(default_factory=Progress)
     lane_states: dict[int, LaneState] = field(default_factory=dict)
@@ -74,6 +74,8 @@ class TrainState:
     def begin(cls, model: Transfusion, optimizer: Optimizer, config: PretrainConfig, data: DataSet) -> "TrainState":
         """Return the state before the first step."""
         facts: dict[str, Any] = {"latent_spec": data.latent_spec and data.latent_spec.fields(), "grids": data.grids}
+        if rows := table(model, config.optim.groups, config.model.lora.rank > 0):
+            facts["groups"] = rows
         frozen = frozen_names(model)
         if frozen:
             facts["vocab_size"] = model.vocab_size  # which a reader must know to make them again

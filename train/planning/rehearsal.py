@@ -32,7 +32,7 @@ from model.transfusion import Transfusion
 from train.distributed.local_shards import is_sharded
 from train.distributed.parallelize import compute_dtype, parallelize, set_micro_step
 from train.distributed.ranks import Ranks, alone
-from train.optim.groups import freeze
+from train.optim.groups import freeze, resolve
 from train.optim.optimizer import Optimizer
 from train.pretrain_config import PretrainConfig
 from train.step import latent_stats, micro_step, noise_schedule
@@ -103,17 +103,16 @@ def rehearse(
     layers = config.model.transformer.layers
     least = max(DEPTH, config.parallel.prefetch + 3)  # layers from which on each further one adds the same
     with _ranks_of(world_size) as ranks:
-        if layers <= least + 1 or not _layers_alike(planned_model(config, vocab_size)):
+        whole = planned_model(config, vocab_size)
+        resolve((name for name, _ in whole.named_parameters()), config.optim.groups, config.model.lora.rank > 0)
+        if layers <= least + 1 or not _layers_alike(whole):
             return _Stage(config, layers, vocab_size, ranks, cuda).rehearse(batches)
         low, high = (_Stage(config, depth, vocab_size, ranks, cuda).rehearse(batches) for depth in (least, least + 1))
     return low.extended(high, layers - least)
 
 
 def planned_model(config: PretrainConfig, vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> Transfusion:
-    """Return the run's model on the meta device; what is frozen requires no gradient and is held in `dtype`.
-
-    Raises ValueError for patterns of names that match nothing (P10).
-    """
+    """Return the run's model on the meta device; what is frozen requires no gradient and is held in `dtype`."""
     with torch.device("meta"):
         model = Transfusion(config.model, vocab_size)
     freeze(model, config.optim.groups, dtype, config.model.lora.rank > 0)
