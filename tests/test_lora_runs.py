@@ -147,6 +147,7 @@ def test_what_cannot_be_exported_or_made_again_is_refused_with_the_remedy(
     shutil.move(elsewhere, llm)
 
 
+@pytest.mark.slow
 def test_an_export_of_ours_gets_adapters_of_its_own(
     adapted: Path, run_dir: Path, tokenizer: Tokenizer, pictures: dict[str, Path], vae_folder: Path, tmp_path: Path
 ) -> None:

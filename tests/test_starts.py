@@ -59,7 +59,8 @@ def test_a_presets_model_is_the_published_one_and_fits_its_hardware(
     assert counts["total"] - counts["patches"] - 64 * width == total and found["vocab_size"] == vocab_size + 3
 
 
-@pytest.mark.parametrize("more", [LORA, pytest.param(LMFUSION, marks=pytest.mark.slow)], ids=["lora", "lmfusion"])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [LORA, LMFUSION], ids=["lora", "lmfusion"])
 def test_only_what_is_trained_takes_states(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """LMFusion's recipe: text frozen in bfloat16, images' copy of the trunk trained; and LoRA on one GPU."""
     found = planned("smollm2-360m", tmp_path, capsys, "gpu=4090", *more)
