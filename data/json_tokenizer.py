@@ -7,13 +7,18 @@ What a document needs beyond it, BOS, EOS, BOI, EOI and PAD, is decided once and
 BOS and EOS are the model's own, by config.json, generation_config.json or tokenizer_config.json beside it. A model
 without BOS begins a document with EOS, as GPT-2 and Qwen do. Of several ends the first counts. BOI, EOI and PAD are
 appended after its vocabulary, or are unused tokens of it, by name.
+
+No text can spell these, nor a token that its file marks as special. Other added tokens (Qwen's <think>) are words like
+any other: texts spell them, and they are decoded.
 """
 
 import json
-import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
 
 TOKENIZER = "tokenizer.json"
 LIMIT = 1 << 31  # of token ids
@@ -23,34 +28,36 @@ APPENDED = ("boi", "eoi", "pad")
 class JsonVocabulary:
     def __init__(self, content: dict[str, Any], name: str) -> None:
         """Take a self-contained file's content; raise ValueError if `name`, where it is from, does not hold one."""
-        self._name = name
-        from tokenizers import Tokenizer as Library  # a tenth of a second: only where one is read
-
         try:
-            self._library = Library.from_str(json.dumps(content["tokenizer"]))
+            self._content: dict[str, Any] = content["tokenizer"]
             self.special: dict[str, int] = {key: int(content["special"][key]) for key in ("bos", "eos", *APPENDED)}
             self.vocab_size = int(content["vocab_size"])
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"tokenizer {name} is not a tokenizer.json: {error}; fetch it again") from None
-        self._library.encode_special_tokens = True  # text that spells <|im_start|> stays text
-        self._library.no_padding()
-        self._library.no_truncation()
-        added = self._library.get_added_tokens_decoder()
-        self._control = {i for i, token in added.items() if token.special} | set(self.special.values())
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"tokenizer {name} lacks its special ids: {error!r}; make it again") from None
+        self._name, self._library = name, _library(self._content, name)
         self.size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
-        if (
-            not (max(self.size, 1 + max(self.special.values())) <= self.vocab_size < LIMIT)
-            or min(self.special.values()) < 0
-        ):
+        ids = self.special.values()
+        if min(ids) < 0 or not max(self.size, 1 + max(ids)) <= self.vocab_size < LIMIT:
             raise ValueError(
                 f"tokenizer {name}: {self.size} tokens, {self.special}, vocab_size {self.vocab_size}: expected ids "
                 "below vocab_size, and that below 2^31; fetch it again"
             )
-        model = content["tokenizer"].get("model", {})
+        model = self._content["model"]
         unknown = model.get("unk_token")
         self.unknown: int | None = model.get("unk_id") if unknown is None else self._library.token_to_id(unknown)
+        added = self._library.get_added_tokens_decoder()
+        self._control = {i for i, token in added.items() if token.special} | set(self.special.values())
+        spelled = {i: piece for i in self._control - {self.unknown} if i in self.encode(piece := self.piece(i))}
+        if spelled:
+            raise ValueError(
+                f"tokenizer {name}: a text can spell {', '.join(spelled.values())}, which must not be text: expected "
+                "special tokens outside the reach of its model, as those of BPE are; use another"
+            )
 
-        self.model = json.dumps(content["tokenizer"], ensure_ascii=False).encode()
+    @property
+    def model(self) -> bytes:
+        """Return the tokenizer.json."""
+        return json.dumps(self._content, ensure_ascii=False).encode()
 
     def encode(self, text: str) -> list[int]:
         return self._encoding(text).ids
@@ -73,6 +80,22 @@ class JsonVocabulary:
         return self._library.decode(ids, skip_special_tokens=False)
 
 
+def _library(content: dict[str, Any], name: str | Path) -> "Library":
+    """Return the library's tokenizer, to which texts are text; raise ValueError if there is none in `content`."""
+    from tokenizers import Tokenizer as Library  # a tenth of a second: only where one is read
+
+    try:
+        library = Library.from_str(json.dumps(content))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"tokenizer {name} is not a tokenizer.json: {error}; fetch it again") from None
+    library.encode_special_tokens = True  # text that spells <|im_start|> stays text
+    library.no_padding()
+    library.no_truncation()
+    if getattr(library.model, "dropout", None):
+        library.model.dropout = None  # a text has one encoding
+    return library
+
+
 def self_contained(path: Path, special: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return the self-contained content of a tokenizer.json and the files beside it; of such a content, itself.
 
@@ -84,26 +107,27 @@ def self_contained(path: Path, special: Mapping[str, str] | None = None) -> dict
     except ValueError as error:
         raise ValueError(f"tokenizer {path} is not JSON: {error}; fetch it again") from None
     inner = content.get("tokenizer", content) if isinstance(content, dict) else None
-    if not isinstance(inner, dict) or "model" not in inner:
+    if not isinstance(inner, dict) or not isinstance(inner.get("model"), dict):
         raise ValueError(f"tokenizer {path} is not a tokenizer.json; name one, or the folder of its model")
-    if "tokenizer" in content:
+    if inner is not content:
         if special:
             raise ValueError(f"source={path} has its special ids already; give the folder of the model that it is from")
         return content
-    try:
-        tokens = _tokens(content)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"tokenizer {path} is not a tokenizer.json: {error!r}; fetch it again") from None
-    ids = _ends(path.parent, tokens)
+    library = _library(content, path)
+    tokens = library.get_vocab(with_added_tokens=True)
     next_id = max(_model_size(path.parent), 1 + max(tokens.values(), default=-1))
+    ids = _ends(path.parent, tokens)
     if outside := {name: i for name, i in ids.items() if not 0 <= i < next_id}:
         raise ValueError(
             f"tokenizer {path}: {outside} by the config.json beside it, but it has {next_id} token ids; expected those "
             "of one model: fetch both again"
         )
+    for token in content.get("added_tokens") or []:
+        if token["id"] in ids.values():  # of all tokens, these are never text
+            token["special"] = True
     for name in APPENDED:
         if special and name in special:
-            ids[name] = _unused(special[name], name, tokens, content, path)
+            ids[name] = _unused(special[name], name, library, path)
         else:
             ids[name], next_id = next_id, next_id + 1
     if special and (unknown := special.keys() - set(APPENDED)):
@@ -111,15 +135,6 @@ def self_contained(path: Path, special: Mapping[str, str] | None = None) -> dict
     if ids["boi"] == ids["eoi"] or {ids["boi"], ids["eoi"]} & {ids["bos"], ids["eos"], ids["pad"]}:
         raise ValueError(f"special: {ids}: expected tokens of their own for boi and eoi")
     return {"special": ids, "vocab_size": next_id, "tokenizer": content}
-
-
-def _tokens(content: dict[str, Any]) -> dict[str, int]:
-    """Return the ids of the vocabulary and of the added tokens, by token."""
-    vocabulary = content["model"].get("vocab") or {}
-    if isinstance(vocabulary, list):  # Unigram: (piece, score) in order
-        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-    tokens = {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens") or []}}
-    return {token: operator.index(token_id) for token, token_id in tokens.items()}
 
 
 def _beside(folder: Path, name: str) -> dict[str, Any]:
@@ -161,15 +176,15 @@ def _ends(folder: Path, tokens: dict[str, int]) -> dict[str, int]:
     return {"bos": found.get("bos", found["eos"]), "eos": found["eos"]}
 
 
-def _unused(token: str, name: str, tokens: dict[str, int], content: dict[str, Any], path: Path) -> int:
+def _unused(token: str, name: str, library: "Library", path: Path) -> int:
     """Return the id of a token that no text can spell; raise ValueError for another."""
-    if token not in tokens:
-        near = [added["content"] for added in content.get("added_tokens") or []][-8:]
+    token_id = library.token_to_id(token)
+    if token_id is None:
+        near = [added.content for added in library.get_added_tokens_decoder().values()][-8:]
         raise ValueError(f"special.{name}={token!r} is no token of {path}; it has, for example, {', '.join(near)}")
-    content = {"special": dict.fromkeys(("bos", "eos", *APPENDED), 0), "vocab_size": LIMIT - 1, "tokenizer": content}
-    if tokens[token] in JsonVocabulary(content, str(path)).encode(token):
+    if token_id in library.encode(token, add_special_tokens=False).ids:
         raise ValueError(
             f"special.{name}={token!r}: a text can spell it; expected a special token of {path}, or leave "
             f"{name} out, which appends one"
         )
-    return tokens[token]
+    return token_id

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, models, processors
 from tokenizers import Tokenizer as Library
-from tokenizers import models
 
 from data.tokenizer import Tokenizer, find_copy
+from tests import runs
+from tests.encoding.jobs import arguments, picture_record, raw_folder
 from tests.json_tokenizers import byte_fallback, byte_level, qwen_folder, write_folder
+from train import encode, sample
 from train.tokenizer import main
 
 HARD = [
@@ -137,20 +140,21 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
     bad = {
         "not json": "is not JSON",
         "[1]": "is not a tokenizer.json",
-        '{"model": {"type": "?"}}': "no end of a document",
         '{"tokenizer": "x"}': "is not a tokenizer.json",
         '{"model": "x"}': "is not a tokenizer.json",
         '{"model": {"vocab": {"a": "b"}}}': "is not a tokenizer.json",
         '{"model": {"vocab": [1]}}': "is not a tokenizer.json",
         '{"model": {}, "added_tokens": [{"content": "x"}]}': "is not a tokenizer.json",
+        '{"model": {"type": "?"}}': "is not a tokenizer.json",
+        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}': "no end of a document",
+        '{"tokenizer": {"model": {}}, "special": {"bos": 1}}': "lacks its special ids",
     }
     for content, words in bad.items():
         (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=words):
             Tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 1, "vocab_size": 9}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
-        Tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"expected a tokenizer\.json"):
+        main([f"source={tmp_path / 'none'}", f"output={tmp_path}/out.json"])
 
 
 @pytest.mark.parametrize(("special", "vocab_size"), [({"boi": 500}, 500), ({"bos": -1}, 500), ({}, 100), ({}, 1 << 31)])
@@ -170,13 +174,74 @@ def test_ends_of_another_model_are_refused(tmp_path: Path, qwen: Path) -> None:
 
 
 def test_what_no_token_covers_is_unigrams_unknown_or_refused(tmp_path: Path) -> None:
-    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)]
-    write_folder(tmp_path, Library(models.Unigram(pieces, unk_id=0)), config={"eos_token_id": 1})
+
+    def with_end(library: Library) -> Library:
+        library.add_special_tokens([AddedToken("<end>", special=True)])
+        return library
+
+    pieces = [("<unk>", 0.0), ("b", 0.0), ("a", -1.0)]
+    write_folder(tmp_path, with_end(Library(models.Unigram(pieces, unk_id=0))), config={"eos_token_id": 3})
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.unknown == 0 and tokenizer.unknown_in("ab") == ["b"]
-    write_folder(tmp_path, Library(models.Unigram(pieces, unk_id=None)), config={"eos_token_id": 1})
-    with pytest.raises(ValueError, match="cannot encode 'ab'"):
-        Tokenizer(tmp_path).encode("ab")
+    assert tokenizer.unknown == 0 and tokenizer.unknown_in("ac") == ["c"]
+    write_folder(tmp_path, with_end(Library(models.Unigram(pieces, unk_id=None))), config={"eos_token_id": 3})
+    with pytest.raises(ValueError, match="cannot encode '<end>'"):
+        Tokenizer(tmp_path)
+
+
+def test_an_end_is_never_text_whatever_its_file_says(tmp_path: Path) -> None:
+    """But other added tokens that are not marked as special are words, as to the library."""
+    library = byte_level([])
+    library.add_tokens([AddedToken("</end>", special=False), AddedToken("<think>", special=False)])
+    end, think = map(library.token_to_id, ("</end>", "<think>"))
+    folder = write_folder(tmp_path / "model", library, config={"eos_token_id": end})
+    tokenizer, text = Tokenizer(folder), "a</end> <think>b"
+    ids = tokenizer.encode(text).tolist()
+    assert end not in ids and think in ids and tokenizer.decode(ids) == text
+    with pytest.raises(ValueError, match="a text can spell it"):
+        main([f"source={folder}", "special={boi: <think>}", f"output={tmp_path}/out.json"])
+
+
+def test_a_vocabulary_whose_words_are_special_tokens_is_refused(tmp_path: Path) -> None:
+    """Unigram finds `</s>` in any text; nothing keeps the library from it."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "▁a</s>")]
+    library = Library(models.Unigram(pieces, unk_id=0))
+    library.add_special_tokens([AddedToken("</s>", special=True), AddedToken("<unk>", special=True)])
+    with pytest.raises(ValueError, match="a text can spell </s>, which must not be text"):
+        Tokenizer(write_folder(tmp_path / "model", library))
+
+
+def test_neither_templates_nor_truncation_nor_dropout_touch_a_text(tmp_path: Path, qwen: Path) -> None:
+    library = Library.from_file(str(qwen / "tokenizer.json"))
+    expected = Tokenizer(qwen).encode(HARD[0] * 9).tolist()
+    end = ("<|endoftext|>", library.token_to_id("<|endoftext|>"))
+    library.post_processor = processors.TemplateProcessing(f"{end[0]} $A {end[0]}", special_tokens=[end])
+    library.enable_truncation(3)
+    library.enable_padding(length=500)
+    library.model.dropout = 0.9
+    tokenizer = Tokenizer(write_folder(tmp_path / "model", library, config={"eos_token_id": end[1]}))
+    assert tokenizer.encode(HARD[0] * 9).tolist() == expected
+
+
+@pytest.mark.slow
+def test_texts_and_pictures_train_and_are_sampled_with_a_language_models_tokenizer(
+    tmp_path: Path, vae_folder: Path
+) -> None:
+    """From raw pictures to samples, by threads and workers that fork, without a warning; then from the copy."""
+    folder = write_folder(tmp_path / "model", byte_level(["<|end|>"]), tokenizer_config={"eos_token": "<|end|>"})
+    main([f"source={folder}", 'special={pad: "<|end|>"}', f"output={tmp_path / 'made.json'}"])
+    tokenizer = Tokenizer(tmp_path / "made.json")
+    given = raw_folder(tmp_path / "raw", {"0": [picture_record(i) for i in range(12)]})
+    encoded = tmp_path / "encoded"
+    encode.main(arguments(given, encoded, tokenizer, vae=vae_folder, decode_threads=2))
+    run_dir = tmp_path / "run"
+    argv = runs.settings(run_dir, tokenizer, {"pairs": encoded}, vae=vae_folder, optim__steps=2)
+    assert "forked" not in runs.finish([*argv, "checkpoint.interval_steps=2"], 1)
+    assert not (run_dir / "tokenizer.model").exists()
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "made.json").rename(tmp_path / "moved.json")  # the run has its copy
+    quick = ["steps=2", "max_new_tokens=4", "device=cpu", f"output={tmp_path / 'samples'}"]
+    sample.main([f"checkpoint={run_dir}", "prompt=a <|end|> 🎉", *quick])
+    assert (tmp_path / "samples" / "sheet.png").is_file()
 
 
 def test_a_process_that_forks_after_encoding_is_not_warned(qwen: Path) -> None:

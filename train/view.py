@@ -30,7 +30,7 @@ class ViewConfig:
     verify: bool = True  # read every byte of the checkpoints against their checksums; false: trust them
     json: bool = False  # print one JSON object instead of text
     vae: Location | None = None  # autoencoder that encoded the pictures; null: no sheet.png, except of pixels
-    tokenizer: Location | None = None  # SentencePiece model of the token ids; null: captions from the records' json
+    tokenizer: Location | None = None  # of the token ids, a file or folder; null: captions from the records' json
     n: int = 32  # documents shown, 1 to 1000
     seed: int = 0  # of the choice of documents
     patch_size: int = 2  # latent cells a side of an image token, as in the model to be trained; 1 or more
