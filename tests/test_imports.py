@@ -29,11 +29,12 @@ EVERYWHERE = {"config", "console", "flops", "hardware", "nested", "step"}
 ROOMS = {
     "distributed": set(),
     "encoding": {"distributed"},
+    "evaluation": {"distributed", "optim", "checkpoints", "pretrain_config", "inference", "output_folder"},
     "optim": {"distributed"},
     "checkpoints": {"distributed"},
     "inference": {"distributed", "optim", "checkpoints", "pretrain_config", "llm_folder"},
     "planning": {"distributed", "optim", "checkpoints", "pretrain_config", "llm_folder"},
-    "pages": {"distributed", "optim", "checkpoints", "pretrain_config", "inference", "planning"},
+    "pages": {"distributed", "optim", "checkpoints", "pretrain_config", "inference", "planning", "evaluation"},
 }
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

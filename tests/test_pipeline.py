@@ -30,7 +30,7 @@ from train.distributed.ranks import alone
 from train.distributed.signals import StopKind, StopSignal
 from train.inference.guide import require_comparable
 from train.inference.pipeline import Pipeline, PipelineConfig, Progress
-from train.metrics import MetricsLog
+from train.metrics_log import MetricsLog
 from train.optim.optimizer import Optimizer
 from train.pretrain_config import PretrainConfig
 from train.previews import Previews

@@ -20,7 +20,7 @@ import pytest
 from tests.ranks import children, is_running
 from train.checkpoints.run_folder import RunFolder
 from train.distributed.ranks import alone
-from train.metrics import LogConfig, MetricsLog
+from train.metrics_log import LogConfig, MetricsLog
 from train.wandb_page import ID_FILE
 
 BLOCK = 32768  # bytes of a block of LevelDB's log format, in which a .wandb file is written after 7 bytes of its own

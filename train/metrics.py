@@ -1,16 +1,11 @@
-"""Metrics: sums over the steps of a log interval, reduced over ranks once, and where the rows are written (P9, P13).
+"""Metrics: sums over the steps of a log interval, reduced over ranks once (P9). docs/metrics.md explains each."""
 
-A row goes to metrics.jsonl first; wandb gets a copy (train/wandb_page.py).
-"""
-
-import logging
 import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,29 +15,11 @@ from data.lane_state import LaneState
 from data.loader import epochs
 from data.packing import PADDING_DOCUMENT
 from model.log_snr_bins import BINS, mean_by_bin, mean_over_bins
-from train.checkpoints.run_folder import RunFolder
-from train.console import say
 from train.distributed.ranks import Ranks
 from train.flops import Flops
 from train.hardware import find, probe_seconds
 from train.next_batch import AgreedBatch
 from train.step import StepLoss
-from train.wandb_page import WandbPage
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    interval_steps: int = 10  # steps between rows of metrics.jsonl, >= 1
-    # null: the environment's WANDB_MODE, by default disabled. offline: written to the run folder or WANDB_DIR only;
-    # online without a key or a network is offline.
-    wandb: Literal["disabled", "offline", "online"] | None = None
-    project: str | None = None  # wandb project; null: WANDB_PROJECT, else transfusion
-
-    def __post_init__(self) -> None:
-        if self.interval_steps < 1:
-            raise ValueError(f"log.interval_steps={self.interval_steps}: expected at least 1")
 
 
 class Interval:
@@ -154,28 +131,6 @@ class Interval:
         }
         self._reset(now)
         return row
-
-
-class MetricsLog:
-    """Writes rows to the run folder and, if configured and reachable, to its wandb page; rank 0 only."""
-
-    def __init__(self, config: LogConfig, folder: RunFolder, ranks: Ranks, run_config: dict[str, Any]):
-        self.folder = folder
-        mode = config.wandb if ranks.is_first else "disabled"
-        self._page = WandbPage(mode, config.project, folder.path, run_config)
-        if self._page.place is not None:
-            say(f"wandb: {self._page.place}")
-
-    def write(self, row: dict[str, Any]) -> None:
-        self.folder.append_metrics(row)
-        self._page.log(row)
-
-    def picture(self, path: os.PathLike, step: int) -> None:
-        """Show a saved picture on the wandb page."""
-        self._page.picture(path, step)
-
-    def close(self) -> None:
-        self._page.close()
 
 
 def _slowest(peers_wait_s: Sequence[float], probes_s: Sequence[float], seconds: float) -> tuple[int, float]:

@@ -43,7 +43,8 @@ from train.heldout import Heldout
 from train.inference.base import base_of
 from train.initial_weights import read_initial_weights, read_llm
 from train.llm_folder import with_llm
-from train.metrics import Interval, MetricsLog
+from train.metrics import Interval
+from train.metrics_log import MetricsLog
 from train.next_batch import CannotContinue, SkipBudget, next_batch
 from train.optim.groups import freeze, frozen_names, resolve, table
 from train.optim.optimizer import Optimizer

@@ -21,7 +21,7 @@ from train.config import load_config
 from train.distributed.parallelize import ParallelConfig
 from train.distributed.ranks import Device
 from train.heldout import KINDS, HeldoutConfig, metric_name
-from train.metrics import LogConfig
+from train.metrics_log import LogConfig
 from train.optim.guard import GuardConfig
 from train.optim.optimizer import OptimConfig
 from train.profile import ProfileConfig

@@ -13,7 +13,7 @@ from train.distributed.parallelize import gather_weights
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopSignal
 from train.inference.pipeline import Pipeline
-from train.metrics import MetricsLog
+from train.metrics_log import MetricsLog
 from train.optim.optimizer import Optimizer
 from train.pretrain_config import PretrainConfig
 

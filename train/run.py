@@ -23,7 +23,8 @@ from train.distributed.process import set_allocator, wait_for
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopKind, StopSignal, shield_worker
 from train.heldout import KINDS, Heldout, metric_name
-from train.metrics import Interval, MetricsLog
+from train.metrics import Interval
+from train.metrics_log import MetricsLog
 from train.optim.optimizer import learning_rate
 from train.pretrain_config import PretrainConfig
 from train.previews import Previews
