@@ -163,7 +163,7 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     # A checkpoint of this folder need not be saved again; one of another run is saved here by the first save.
     if origin.checkpoint is not None and origin.checkpoint.parent == folder.checkpoints:
         saver.saved_step = state.progress.step
-    log = MetricsLog(config.log, folder, ranks, asdict(config))
+    log = MetricsLog(config.log, folder, ranks, asdict(config), state.progress.step, origin.back_to)
     return Run(
         config=config,
         data=data,
