@@ -85,6 +85,7 @@ class WandbPage:
             # Not in the thread: a loader worker, forked meanwhile, would wait for ever for what is half imported.
             import wandb  # noqa: F401
 
+            _disable_telemetry()
             self._identity = self._read_identity()
             if went_back is not None and self._dropped:
                 self._identity = self._forked(went_back)
@@ -165,7 +166,8 @@ class WandbPage:
         self._shown: dict[str, Any] = dict(run.summary) if run.resumed else {}  # last values, of the step `step`
         if run.offline:  # each attempt writes a file of its own, and `wandb sync` appends one to the other
             mine = Path(run.dir).parent
-            for path in sorted(mine.parent.glob(f"*run-*-{run.id}/run-{run.id}.wandb")):
+            files = mine.parent.glob(f"*run-*-{run.id}*/run-{run.id}.wandb")  # -1, -2 follow in the same second
+            for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
                 if path.parent != mine:
                     for record in records(path, LAST_BLOCKS):
                         self._shown.update(row_of(record))
@@ -321,6 +323,14 @@ def meaning(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
+
+
+def _disable_telemetry() -> None:
+    """Turn off what would wait for ever, for a lock of wandb's own, when wandb's process dies while it starts."""
+    with suppress(ImportError, AttributeError):  # of other versions
+        from wandb.analytics.opentelemetry import opentelemetry_proxy
+
+        opentelemetry_proxy.disable()
 
 
 def _forget() -> None:
