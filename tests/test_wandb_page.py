@@ -234,16 +234,22 @@ def test_previews_are_tables_of_pictures_with_their_prompts_and_survive_wandb_to
             if step == 2:
                 signal_service(log, signal.SIGKILL)
     rows, *_ = page(tmp_path / "run")
-    assert [("previews_step" in row, row["step"]) for row in rows] == [(kind, s) for s in (1, 2, 3) for kind in (False, True)]
-    for row in rows[1::2]:
-        path, *_ = tmp_path.glob(f"run/wandb/*/files/{row['previews/path']}")
-        table = json.loads(path.read_text())
+    expected = [(kind, step) for step in (1, 2, 3) for kind in (False, True)]
+    assert [("previews_step" in row, row["step"]) for row in rows] == expected
+    files = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    tables = [record.artifact for path in files for record in records(path) if record.HasField("artifact")]
+    assert len(tables) == 3
+    for step, artifact in enumerate(tables, start=1):
+        where = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+        table = json.loads(where["previews.table.json"].read_text())
         assert table["columns"] == ["step", "prompt", "picture"]
-        assert [(step, prompt) for step, prompt, _ in table["data"]] == [(row["step"], prompt) for prompt in prompts]
+        assert [(step, prompt) for step, prompt, _ in table["data"]] == [(step, prompt) for prompt in prompts]
         for number, (*_, picture) in enumerate(table["data"], start=1):
-            with Image.open(path.parents[2] / picture["path"]) as shown:
+            path = where[picture["path"]]
+            with Image.open(path) as shown:
                 pixels = np.asarray(shown.convert("RGB"))
-            assert (pixels == 60 * number).all() and pixels.shape[1] == row["step"] * pixels.shape[0]
+            assert (pixels == 60 * number).all() and pixels.shape[1] == step * pixels.shape[0]
+            assert path.is_relative_to(tmp_path / "run"), "it moves with the run folder"
 
 
 def test_a_run_has_its_page_wherever_it_lies_and_a_copy_may_have_its_own(tmp_path: Path) -> None:

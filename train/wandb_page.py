@@ -81,6 +81,9 @@ class WandbPage:
             return
         # Its error reports would go to a server of its own, for which an exit without a network waits 10 s.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self._dir = os.environ.get("WANDB_DIR") or str(folder)
+        # Where the pictures of tables wait to be sent; by default in the home folder.
+        os.environ.setdefault("WANDB_DATA_DIR", str(Path(self._dir, "wandb").absolute()))
         try:
             # Not in the thread: a loader worker, forked meanwhile, would wait for ever for what is half imported.
             import wandb  # noqa: F401
@@ -193,7 +196,7 @@ class WandbPage:
         forked = identity.get("forked_from")
         given: dict[str, Any] = {
             "project": self._project,
-            "dir": os.environ.get("WANDB_DIR") or str(self._folder),
+            "dir": self._dir,
             "id": identity["id"],
             "name": f"{name} from step {forked['step']}" if forked else name,
             "group": identity.get("group", identity["id"]),
