@@ -15,6 +15,8 @@ import os
 import sys
 from typing import Any, TextIO
 
+from train.live_line import LINE
+
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
 
@@ -23,11 +25,16 @@ class _Standard(io.FileIO):
 
     def __init__(self, descriptor: int, lasting: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self._lasting = lasting
+        self._descriptor, self._lasting, self._is_terminal = descriptor, lasting, self.isatty()
 
     def write(self, data: Any, /) -> int:
+        if self._is_terminal:
+            LINE.clear()
         try:
-            return super().write(data)
+            written = super().write(data)
+            if self._is_terminal and self._descriptor == 1 and bytes(data[-1:]) == b"\n":
+                LINE.restore()
+            return written
         except OSError as error:
             if self._lasting:
                 return len(data)
