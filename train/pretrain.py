@@ -48,6 +48,7 @@ from train.metrics_log import MetricsLog
 from train.next_batch import CannotContinue, SkipBudget, next_batch
 from train.optim.groups import freeze, frozen_names, resolve, table
 from train.optim.optimizer import Optimizer
+from train.optim.part_norms import part_sizes
 from train.planning.dry_run import dry_run
 from train.planning.fit import agree_on_memory, check_memory
 from train.pretrain_config import PretrainConfig
@@ -222,7 +223,7 @@ def run_steps(run: Run) -> tuple[str, int]:
     config, ranks, progress = run.config, run.ranks, run.state.progress
     recomputed, compiled = config.parallel.activation_checkpointing, config.parallel.compile
     flops = Flops.of_model(run.state.model, recomputed, compiled)
-    interval = Interval(flops, ranks, list(config.data.sources))
+    interval = Interval(flops, ranks, list(config.data.sources), part_sizes(run.state.optimizer.parameters))
     console = Console(config.optim.steps, progress.step, ranks)
     budget = SkipBudget(config.data.max_bad_documents, len(run.data.too_long))
     why, status = "done", 0
@@ -252,7 +253,7 @@ def run_steps(run: Run) -> tuple[str, int]:
                 run.state.mark_done(batch)
             else:
                 losses, grad_norm = run_step(run, batch, agreed.vote)
-                interval.add(agreed, losses, grad_norm)
+                interval.add(agreed, losses, grad_norm, run.state.optimizer.part_sums)
             run.profiler.after(progress.step)
             if progress.step == console.first_step + 1:
                 ranks.set_timeout(60 * config.timeout_minutes)  # compiled and warm: from here on collectives are fast
@@ -291,7 +292,8 @@ def run_step(run: Run, batch: StepBatch, vote: Vote) -> tuple[list[StepLoss], to
             is_last=number == len(batch.micro_batches),
         )
         losses.append(loss)
-    grad_norm = state.optimizer.update(batch.step)  # skipped on the device if the norm is not finite (P8)
+    # Skipped on the device if the norm is not finite (P8).
+    grad_norm = state.optimizer.update(batch.step, measure=batch.step % run.config.log.interval_steps == 0)
     state.optimizer.guard.note(batch, losses, grad_norm)
     state.mark_done(batch)
     state.progress.images_seen += vote.images
