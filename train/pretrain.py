@@ -14,9 +14,11 @@ The losses, and how to add one: train/step.py.
 """
 
 import os
+import socket
 import sys
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -104,6 +106,7 @@ def main(argv: list[str]) -> int:
                 status = DIED
                 words = f"train.pretrain: stopped after step {run.state.progress.step}: {error}"
                 report_to_torchrun(words)
+                run.log.event("stop", run.state.progress.step, str(error), status=status)
                 if ranks.is_first:
                     print(words, file=sys.stderr)
         run.log.close()
@@ -160,11 +163,14 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     ranks.on_first(lambda: write_durably(folder.path / "config.yaml", to_yaml(config).encode()))
     ranks.on_first(lambda: write_durably(folder.path / data.tokenizer.file_name, data.tokenizer.content))
 
-    saver = Saver(folder, config.checkpoint, ranks)
+    log = MetricsLog(config.log, folder, ranks, asdict(config))
+    saver = Saver(folder, config.checkpoint, ranks, partial(log.event, "save_failed"))
     # A checkpoint of this folder need not be saved again; one of another run is saved here by the first save.
     if origin.checkpoint is not None and origin.checkpoint.parent == folder.checkpoints:
         saver.saved_step = state.progress.step
-    log = MetricsLog(config.log, folder, ranks, asdict(config))
+    hosts = sorted(set(ranks.gather(socket.gethostname())))
+    where = {"ranks": ranks.world_size, "hosts": hosts, "device": ranks.device.type}
+    log.event("start", state.progress.step, started_from or str(origin), **where)
     return Run(
         config=config,
         data=data,
@@ -211,6 +217,7 @@ def train(run: Run) -> int:
         raise
     why, status = ended
     words = f"pretrain: {why} after step {state.progress.step}" + ("; saved" if state.progress.step else "")
+    run.log.event("stop", state.progress.step, why, status=status)
     if run.ranks.is_first:
         say(words)
     if status:
