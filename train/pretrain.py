@@ -163,7 +163,7 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     ranks.on_first(lambda: write_durably(folder.path / "config.yaml", to_yaml(config).encode()))
     ranks.on_first(lambda: write_durably(folder.path / data.tokenizer.file_name, data.tokenizer.content))
 
-    log = MetricsLog(config.log, folder, ranks, asdict(config))
+    log = MetricsLog(config.log, folder, ranks, asdict(config), state.progress.step, origin.back_to)
     saver = Saver(folder, config.checkpoint, ranks, partial(log.event, "save_failed"))
     # A checkpoint of this folder need not be saved again; one of another run is saved here by the first save.
     if origin.checkpoint is not None and origin.checkpoint.parent == folder.checkpoints:

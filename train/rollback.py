@@ -73,6 +73,6 @@ def go_back(run: Run, bad_updates: list[BadUpdate]) -> None:
         f"back to {path}; the batches of steps {first} to {last} are left out: they count as steps and train nothing "
         f"(guard.exclude_before={run.config.guard.exclude_before})"
     )
-    run.log.event("went_back", state.progress.step, words, left_out=[first, last])
+    run.log.event("went_back", state.progress.step, words, to=state.progress.step, left_out=[first, last])
     if run.ranks.is_first:
         say(f"pretrain: {words}")
