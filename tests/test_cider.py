@@ -47,13 +47,16 @@ def test_the_best_caption_is_the_reference_itself_and_its_interval_holds_the_mea
     [
         ("A man riding a wave on top of a surfboard.", "a man riding a wave on top of a surfboard"),
         ("The dog's bowl isn't full; it can't be!", "the dog 's bowl is n't full it ca n't be"),
-        ("Two dogs' \"new\" toys -- and black-and-white cats...", "two dogs new toys and black-and-white cats"),
+        ('Two dogs\' "new" toys -- and black-and-white cats...', "two dogs new toys and black-and-white cats"),
         ("They'll say we've 1,000 cakes at 10:30", "they 'll say we 've 1,000 cakes at 10:30"),
-        ("A (red) sign in the U.S. by Mr. Smith at 5 o'clock", "a -lrb- red -rrb- sign in the u.s. by mr. smith at 5 o'clock"),
+        (
+            "A (red) sign of Mr. Smith in the U.S. at 5 o'clock",
+            "a -lrb- red -rrb- sign of mr. smith in the u.s. at 5 o'clock",
+        ),
         ("I cannot, gonna try & pay $5 for 50%", "i can not gon na try & pay $ 5 for 50 %"),
         ("A 2nd café’s 747 jet", "a 2nd café 's 747 jet"),
         ("  \n ", ""),
     ],
-)  # fmt: skip
+)
 def test_tokens_follow_the_treebank(caption: str, expected: str) -> None:
     assert tokens_of(caption) == expected.split()
