@@ -132,6 +132,14 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def encode_preview(pixels: np.ndarray, side: int) -> bytes:
+    """Return uint8 [H, W, 3] as a lossy WebP file of at most `side` pixels a side."""
+    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    picture.thumbnail((side, side))
+    picture.save(buffer, "WEBP", quality=80, method=0)
+    return buffer.getvalue()
+
+
 def to_unit(pixels: np.ndarray) -> np.ndarray:
     """uint8 [N, H, W, 3] -> f32 [N, 3, H, W] in [-1, 1], the VAE's range."""
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1
