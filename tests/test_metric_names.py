@@ -12,22 +12,24 @@ from data.tokenizer import Tokenizer
 from tests import runs
 from tests.damage import garble
 from tests.sources import make_source, pairs
+from train.metric_sections import section_of
 from train.metrics_log import EVENTS
 
 PAGE = Path(__file__).parent.parent / "docs/metrics.md"
 ANY = {"SOURCE": r"\w+", "NAME": r"\w+", "BIN": r"-?\d\.\.-?\d", "PART": r"[a-z_]+", "REASON": r".+"}
 
 
-def documented() -> Iterator[str]:
-    """Yield each name of the tables of metrics as a pattern."""
-    tables = PAGE.read_text(encoding="utf-8").partition("## Events")[0]
-    for line in tables.splitlines():
+def documented() -> Iterator[tuple[str, str]]:
+    """Yield the section's heading and the pattern of each name in the tables of metrics."""
+    heading = ""
+    for line in PAGE.read_text(encoding="utf-8").partition("## Events")[0].splitlines():
+        heading = line[3:] if line.startswith("## ") else heading
         if line.startswith("| `"):
             for name in re.findall(r"`([^`]+)`", line.split("|")[1]):
                 pattern = re.escape(name)
                 for word, stands_for in ANY.items():
                     pattern = re.sub(rf"\b{word}\b", lambda _, found=stands_for: found, pattern)
-                yield pattern
+                yield heading, pattern
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +59,18 @@ def run_dirs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, sou
 
 def test_every_logged_name_is_documented_and_every_documented_name_is_logged(run_dirs: list[Path]) -> None:
     logged = {name for row in runs.rows(run_dirs[0]) for name in row}
-    patterns = list(documented())
+    patterns = [pattern for _, pattern in documented()]
     assert len(patterns) == len(set(patterns)) > 60
     assert [name for name in logged if sum(bool(re.fullmatch(p, name)) for p in patterns) != 1] == []
     assert [p for p in patterns if not any(re.fullmatch(p, name) for name in logged)] == []
     page = PAGE.read_text(encoding="utf-8").partition("## Events")[2]
     assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == EVENTS.keys()
+
+
+def test_the_page_of_a_run_has_the_sections_of_the_documentation() -> None:
+    headings = {"Losses": "loss", "Gradients and updates": "gradients", "Held-out": "heldout"}
+    for heading, pattern in documented():
+        assert section_of(re.sub(r"\\.*", "", pattern)) in (None, headings.get(heading, heading.lower())), pattern
 
 
 def test_the_parts_of_a_metric_add_up_to_it(run_dirs: list[Path]) -> None:
