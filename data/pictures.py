@@ -16,6 +16,7 @@ from data.shards import BadRecord
 
 MAX_PIXELS = 64 * 1024 * 1024  # more is taken for a decompression bomb
 MAX_SCANS = 100  # of a JPEG: each is a pass over all pixels, however few its bytes; 1 to 12 are usual
+JPEG_QUALITY = 95  # 0...100
 MARGIN, LINE, LINES = 6, 12, 3  # of a contact sheet: pixels, pixels, lines of text under a picture
 _TILE = 2048  # pixels a side that are made opaque at a time
 _JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of a segment or the end; others occur in compressed data
@@ -118,6 +119,13 @@ def encode_png(pixels: np.ndarray) -> bytes:
     """Return uint8 [H, W, 3] as PNG bytes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def encode_jpeg(pixels: np.ndarray) -> bytes:
+    """Return uint8 [H, W, 3] as JPEG bytes of JPEG_QUALITY."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
 
 
