@@ -32,7 +32,6 @@ def write_prompts(folder: Path, benchmark: str) -> list[str]:
         "hpsv2": json.dumps(TEXTS),
         "wise": json.dumps([{"Prompt": t, "prompt_id": 401 + i, "Explanation": "x"} for i, t in enumerate(TEXTS)]),
         "mjhq30k": json.dumps({f"ab{i}": {"category": "art", "prompt": text} for i, text in enumerate(TEXTS)}),
-        "coco30k": json.dumps({"annotations": [{"id": 9 - i, "caption": text} for i, text in enumerate(TEXTS)]}),
     }
     if benchmark == "dpg":
         for name, text in zip(("1", "256", "COCOval2014_3"), TEXTS, strict=True):
@@ -74,7 +73,6 @@ LAYOUTS = {
     "hpsv2": [f"anime/0000{i}.jpg" for i in range(3)],
     "wise": ["401.png", "402.png", "403.png"],
     "mjhq30k": ["ab0.png", "ab1.png", "ab2.png"],
-    "coco30k": ["00000007.png", "00000008.png", "00000009.png"],
 }
 
 

@@ -5,14 +5,12 @@ picture is drawn from its prompt and its number, so neither depends on what else
 """
 
 import json
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-Benchmark = Literal["geneval", "dpg", "t2i_compbench", "hpsv2", "wise", "mjhq30k", "coco30k"]
-COCO_CAPTIONS = 30_000  # drawn at random, as usual; which ones is decided by a fixed seed
+Benchmark = Literal["geneval", "dpg", "t2i_compbench", "hpsv2", "wise", "mjhq30k"]
 
 
 @dataclass(frozen=True)
@@ -101,14 +99,6 @@ def _mjhq30k(path: Path) -> Layout:
     return Layout([File(f"{name}.png", row["prompt"]) for name, row in rows.items()])
 
 
-def _coco30k(path: Path) -> Layout:
-    """Pictures of captions drawn at random from COCO's annotations, named by the annotation."""
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["annotations"]
-    rows = sorted(rows, key=lambda row: row["id"])
-    chosen = random.Random(0).sample(rows, min(COCO_CAPTIONS, len(rows)))
-    return Layout([File(f"{int(row['id']):08d}.png", row["caption"].strip()) for row in chosen])
-
-
 def _lines(path: Path) -> Iterator[str]:
     return (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
@@ -120,7 +110,6 @@ READERS: dict[Benchmark, Callable[[Path], Layout]] = {
     "hpsv2": _hpsv2,
     "wise": _wise,
     "mjhq30k": _mjhq30k,
-    "coco30k": _coco30k,
 }
 EXPECTED: dict[Benchmark, str] = {
     "geneval": "its prompts/evaluation_metadata.jsonl",
@@ -129,5 +118,4 @@ EXPECTED: dict[Benchmark, str] = {
     "hpsv2": "anime.json, concept-art.json, paintings.json and photo.json of HPDv2's benchmark",
     "wise": "its data/cultural_common_sense.json, spatio-temporal_reasoning.json and natural_science.json",
     "mjhq30k": "its meta_data.json",
-    "coco30k": "COCO's captions_val2014.json",
 }
