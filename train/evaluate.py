@@ -1,4 +1,4 @@
-"""Evaluate a trained model: losses on held-out data, the judge's scores on scenes.
+"""Evaluate a trained model: losses on held-out data, the judge's scores on scenes, distances of drawn pictures.
 
 Writes evaluation.json (every score with its 95 % interval, and what they depend on), examples.jsonl and its pictures.
 Held-out folders with training records are refused. Under torchrun the ranks divide the work; their number changes no
@@ -24,6 +24,7 @@ from train.config import load_config, run_program
 from train.distributed.agreement import facts_of, program_facts
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.signals import StopSignal
+from train.evaluation.generation import GenerationConfig, evaluate_generation
 from train.evaluation.part import Part, bar_of
 from train.evaluation.scenes import evaluate_scenes
 from train.evaluation.scores import Score
@@ -42,6 +43,8 @@ class EvaluateConfig(PipelineConfig):
     # with captions last, x0_error (drawing, comparable between predictions and schedules; docs/training.md).
     heldout: dict[str, Location] = field(default_factory=dict)
 
+    generation: GenerationConfig = field(default_factory=GenerationConfig)  # pictures against those of their captions
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_prompts < 1:
@@ -51,7 +54,11 @@ class EvaluateConfig(PipelineConfig):
 CONFIG = EvaluateConfig
 GROUP = True  # its ranks form a process group
 # May differ between ranks; the contents are compared instead.
-OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide")
+OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base")
+OWN += ("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip")
+# What a drawn picture depends on besides its caption and number.
+DRAWN_BY = ("weights", "weights_hash", "base", "guide", "dtype", "device", "seed", "settings", "resolution")
+DRAWN_BY += ("batch_size",)
 PACKAGES = ("torch", "numpy", "pillow", "transformers", "diffusers")
 
 
@@ -71,7 +78,7 @@ def main(argv: list[str]) -> int | None:
     if config.heldout:
         results["heldout"], results["data"]["heldout"] = _heldout_losses(config, manifests, pipeline, ranks)
         scores |= _heldout_scores(results["heldout"])
-    for name, measure in _parts(config, pipeline, output, ranks).items():
+    for name, measure in _parts(config, pipeline, results, output, ranks).items():
         part = measure()
         scores |= part.scores
         examples += part.examples
@@ -90,17 +97,24 @@ def main(argv: list[str]) -> int | None:
 
 def _refuse_nothing(config: EvaluateConfig) -> None:
     """Raise ValueError for an evaluation that would score nothing."""
-    if not (config.heldout or config.scenes):
-        raise ValueError("nothing to score: give heldout.NAME=FOLDER or scenes=FOLDER")
+    if not (config.heldout or config.scenes or config.generation.pictures):
+        raise ValueError("nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER or generation.pictures=FOLDER")
 
 
-def _parts(config: EvaluateConfig, pipeline: Pipeline, output: Path, ranks: Ranks) -> dict[str, Callable[[], Part]]:
+def _parts(
+    config: EvaluateConfig, pipeline: Pipeline, described: dict[str, Any], output: Path, ranks: Ranks
+) -> dict[str, Callable[[], Part]]:
     """Return what is asked for besides held-out losses, by its name in `data`, in the order of the work."""
     bar, sampler = bar_of(ranks), config.suited_to(pipeline.config.diffusion)
     parts: dict[str, Callable[[], Part]] = {}
     if (scenes := config.scenes) is not None:
         per_split, seed = config.max_prompts, config.seed
         parts["scenes"] = lambda: evaluate_scenes(pipeline, scenes, per_split, sampler, seed, output, ranks, bar)
+    if (generation := config.generation).pictures is not None:
+        drawn_by = {key: described[key] for key in DRAWN_BY}
+        parts["generation"] = lambda: evaluate_generation(
+            pipeline, generation, sampler, config.seed, drawn_by, output, ranks, bar
+        )
     return parts
 
 
