@@ -33,8 +33,7 @@ from tqdm import tqdm
 
 from data.durable import write_durably
 from data.storage import Location
-from train.config import load_config, run_program
-from train.config_layers import read_yaml
+from train.config import load_config, read_yaml, run_program
 from train.optim.optimizer import learning_rate
 from train.pages.reference_band import NAMES, Band, Curve, compare, settings_of, smoothed
 from train.pretrain_config import PretrainConfig
@@ -253,9 +252,10 @@ def how(runs: int) -> str:
     """Say how low and high are made."""
     return (
         f"A value is the median of a run's last {SMOOTHED_ROWS} rows. low and high are exp(m -+ "
-        f"{tolerance_factor(runs):.2f} s) of the mean m and standard deviation s of the logs of {runs} runs, s pooled over {POOLED_ROWS} rows on either side: Howe's tolerance interval of {CONTENT:.0%} of all runs with "
-        f"{CONFIDENCE:.0%} confidence. left_out: how the band of the other runs judges a run. faults_found: how the "
-        f"band judges runs with a fault, stopped at step {FAULTY_STEPS}"
+        f"{tolerance_factor(runs):.2f} s) of the mean m and standard deviation s of the logs of {runs} runs, s pooled "
+        f"over {POOLED_ROWS} rows on either side: Howe's tolerance interval, which with {CONFIDENCE:.0%} confidence "
+        f"holds {CONTENT:.0%} of all runs. left_out: how the band of the other runs judges a run. faults_found: how "
+        f"the band judges runs with a fault, stopped at step {FAULTY_STEPS}"
     )
 
 

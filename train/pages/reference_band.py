@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from train.config_layers import read_yaml
+from train.config import read_yaml
 from train.nested import leaves
 
 FOLDER = Path(__file__).parents[2] / "bench" / "results" / "bands"
