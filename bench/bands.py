@@ -132,11 +132,10 @@ def main(argv: list[str]) -> int:
 
 
 def trainings(config: BandsConfig) -> list[Training]:
-    """Return the runs, the seeds of a machine in order; faults have seeds that no other run has."""
+    """Return the runs, machine by machine, then the faults, whose seeds no other run has."""
     found = [Training(m, f"pretrain-{seed}", seed) for m, seeds in config.seeds.items() for seed in seeds]
-    names = list(FAULTS)
-    first = max(training.seed for training in found) + 1
-    return found + [Training("native", f"fault-{n}", first + names.index(n), n) for n in names if n in config.faults]
+    faults = [name for name in FAULTS if name in config.faults]
+    return found + [Training("native", f"fault-{name}", 100 + [*FAULTS].index(name), name) for name in faults]
 
 
 def prepare(root: Path, machine: Machine) -> None:
