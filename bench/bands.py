@@ -29,11 +29,13 @@ from pathlib import Path
 from statistics import NormalDist, mean, median, variance
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from data.durable import write_durably
 from data.storage import Location
 from train.config import load_config, read_yaml, run_program
+from train.distributed.parallelize import ParallelConfig, compute_dtype
 from train.optim.optimizer import learning_rate
 from train.pages.reference_band import NAMES, Band, Curve, compare, settings_of, smoothed
 from train.pretrain_config import PretrainConfig
@@ -190,12 +192,13 @@ def record_of(wanted: Sequence[Training], folder: Path, argv: list[str]) -> dict
         for name, of_run in good.items()
     }
     found = {name: compare(of_run, band) for name, of_run in faulty.items()}
+    native = str(compute_dtype(ParallelConfig(), torch.device("cpu"))).removeprefix("torch.")
     return {
         "bench": "bands",
         **asdict(band),
         "how": how(len(good)),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, native dtype {native}",
         "machines": machines,
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "diffusers", "numpy")}},
         "command": " ".join(["python -m bench.bands", *(a for a in argv if not a.startswith("folder="))]),
