@@ -17,12 +17,10 @@ from tests.pages import Page
 from train.checkpoints.run_folder import RunFolder
 from train.config import load_config, to_yaml
 from train.distributed.ranks import alone
-from train.evaluate import _write_examples
-from train.inference.scene_scores import SceneItem, shares
+from train.evaluation.scenes import SceneItem, shares, write_examples
 from train.pages.metric_curves import CHARTS, POINTS, _thinned, draw_charts
 from train.pages.page import read_picture, spread
 from train.pages.report_inputs import ReportConfig
-from train.pages.report_sections import _interval
 from train.pretrain_config import PretrainConfig
 from train.report import main
 
@@ -60,7 +58,8 @@ def make_evaluation(folder: Path, told: str | None = None) -> list[tuple[SceneIt
     right = [i < 18 and text == item.caption for i, (text, item) in enumerate(zip(captions, items, strict=True))]
     described = [(text, Verdict(*[is_right] * 3)) for text, is_right in zip(captions, right, strict=True)]
     folder.mkdir()
-    _write_examples(folder, items, drawn, described)
+    lines = write_examples(folder, items, drawn, described)
+    (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = {"sampler": "ddim", "steps": 50, "guidance": 3.5, "clip_x0": None}
     scores = {"step": 300, "seed": 11, "settings": settings, "weights": "ema-69"}
     scores["guide"] = {"checkpoint": "run/checkpoints/step-00000100", "step": 100, "weights": "ema-7"}
@@ -69,8 +68,11 @@ def make_evaluation(folder: Path, told: str | None = None) -> list[tuple[SceneIt
     found = {of_bin: {"error": error, "images": images} for of_bin, (error, images) in by_bin.items()}
     scores["heldout"][HOSTILE]["x0_error_by_log_snr"] = found
     scores["heldout"]["earlier"] = {"text_loss": 1.5, "image_loss": 0.5}
-    scores["text_to_image"] = shares(items, [verdict for _, verdict in drawn])
-    scores["image_to_text"] = shares(items, [verdict for _, verdict in described])
+    answers = {"text_to_image": drawn, "image_to_text": described}
+    found = {task: shares(items, [verdict for _, verdict in of_task]) for task, of_task in answers.items()}
+    scores["scores"] = {
+        f"scenes/{task}/{goal}": vars(share) for task, of_task in found.items() for goal, share in of_task.items()
+    }
     (folder / "evaluation.json").write_text(json.dumps(scores))
     return [(item, *pair) for item, *pair in zip(items, [v for _, v in drawn], [v for _, v in described], strict=True)]
 
@@ -173,7 +175,9 @@ def test_scores_are_the_evaluations_with_number_range_and_settings(whole) -> Non
     scores = json.loads((root / "evaluation/evaluation.json").read_text())
     for task in ("text_to_image", "image_to_text"):
         for goal in ("all", "all_unseen", "all_two_shapes"):
-            assert f"{100 * scores[task][goal]:.1f}\u00a0%" in text
+            score = scores["scores"][f"scenes/{task}/{goal}"]
+            assert f"{100 * score['value']:.1f}\u00a0%" in text
+            assert f"{100 * score['low']:.0f}–{100 * score['high']:.0f}\u00a0%" in text
     right = sum(drawn.all_right for item, drawn, _ in judged if item.split == "seen")
     assert f"{right} of 8, " in text
     settings = {"training step": 300, "sampler": "ddim", "steps": 50, "guidance": 3.5, "seed": 11}
@@ -181,12 +185,6 @@ def test_scores_are_the_evaluations_with_number_range_and_settings(whole) -> Non
     for name, value in settings.items():
         assert f"{name}{value}" in text
     assert "weightsema-69" in text and "clip x0" not in text  # off is not shown
-
-
-def test_the_range_is_wilsons() -> None:
-    """9 of 10 and 0 of 10: textbook values."""
-    assert _interval(0.9, 10) == "60–98\u00a0%"
-    assert _interval(0.0, 10) == "0–28\u00a0%"
 
 
 def test_small_pictures_are_embedded_exactly(whole) -> None:

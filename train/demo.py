@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         seconds[stage.name] = time.monotonic() - start
         write_durably(marks[i], json.dumps({**made_by, "seconds": seconds[stage.name]}, indent=1).encode())
     scores = json.loads((folder / "evaluation/evaluation.json").read_text(encoding="utf-8"))
-    summary = {key: scores[key] for key in ("text_to_image", "image_to_text", "heldout")}
+    summary = {key: scores[key] for key in ("scores", "heldout")}
     summary["seconds"] = {**seconds, "total": sum(seconds.values())}
     text = json.dumps(summary, indent=1)
     write_durably(folder / "demo.json", text.encode())

@@ -51,11 +51,11 @@ def _scores(inputs: ReportInputs) -> str:
         "A picture is right when a judge that never sees the prompt finds the requested colour, shape and position "
         "in it; a caption is right when it names them. Training never used these wordings. Ranges: 95\u00a0% (Wilson)."
     )
-    if "text_to_image" not in scores:
+    if not any(name.startswith("scenes/") for name in scores["scores"]):
         raise LeftOut("The evaluation had no scenes to judge (train.evaluate scenes=FOLDER).")
     tasks = {"text_to_image": ("Text → image", "drawn_verdict"), "image_to_text": ("Image → text", "caption_verdict")}
     for task, (title, verdict) in tasks.items():
-        tiles = block("tiles", [_tile(inputs, scores[task], split, verdict) for split in SPLITS])
+        tiles = block("tiles", [_tile(inputs, scores["scores"], task, split, verdict) for split in SPLITS])
         html += f"<h3>{title}: all right</h3>{tiles}"
     settings = {**scores["settings"], "training_step": scores["step"]}
     settings |= {"seed": scores["seed"], "weights": scores["weights"]}
@@ -65,19 +65,20 @@ def _scores(inputs: ReportInputs) -> str:
     return html + fact_list(shown)
 
 
-def _tile(inputs: ReportInputs, shares: dict[str, float | None], split: str, verdict: str) -> str:
+def _tile(inputs: ReportInputs, scores: dict[str, Any], task: str, split: str, verdict: str) -> str:
     """Return the share of right answers in large print, with the share of each attribute below."""
-    share = shares["all" if split == "seen" else f"all_{split}"]
-    if share is None:
+    score = scores.get(f"scenes/{task}/{'all' if split == 'seen' else f'all_{split}'}")
+    if score is None:
         return ""
     name, what = SPLITS[split]
-    verdicts = [example[verdict] for example in inputs.examples if example["split"] == split]
-    number, goals = "number not recorded", ""
-    if count := len(verdicts):
-        number = f"{round(share * count)} of {count}, {_interval(share, count)}"
-        for goal in verdicts[0]:
-            part = sum(verdict[goal] for verdict in verdicts) / count
-            goals += f"<li>{escape(goal)}<span>{_percent(part)}</span></li>"
+    share, count = score["value"], score["items"]
+    verdicts = [example[verdict] for example in inputs.examples if example.get("split") == split]
+    goals = ""
+    for goal in verdicts[0] if verdicts else ():
+        part = sum(verdict[goal] for verdict in verdicts) / len(verdicts)
+        goals += f"<li>{escape(goal)}<span>{_percent(part)}</span></li>"
+    interval = f"{100 * score['low']:.0f}–{100 * score['high']:.0f}\u00a0%"
+    number = f"{round(share * count)} of {count}, {interval}"
     parts = [f"<span>{name}</span><b>{_percent(share)}</b>", note(number), note(what), f"<ul>{goals}</ul>"]
     return block("tile main" if split == "seen" else "tile", parts)
 
@@ -145,19 +146,20 @@ def _by_split(inputs: ReportInputs, answer: str) -> str:
         text = prompt if answer == "drawn" else example["caption"]
         return card(image(pixels, prompt), text, example[verdict], below)
 
-    if not inputs.examples:
+    examples = [example for example in inputs.examples if "split" in example]
+    if not examples:
         raise LeftOut(_absent(inputs.config, "evaluation", "examples.jsonl"))
     html = ""
-    for split in dict.fromkeys(example["split"] for example in inputs.examples):
+    for split in dict.fromkeys(example["split"] for example in examples):
         name, what = SPLITS.get(split, (split, ""))
-        of_split = [example for example in inputs.examples if example["split"] == split]
+        of_split = [example for example in examples if example["split"] == split]
         right = [example for example in of_split if all(example[verdict].values())]
         failed = [example for example in of_split if not all(example[verdict].values())]
         some = spread(right, inputs.config.num_right)
         html += f"<h3>{escape(name)}: {len(right)} of {len(of_split)} right</h3>{note(what)}"
         headings = {f"Every failure: {len(failed)}": failed, f"Right: {len(some)} of {len(right)} shown": some}
-        for heading, examples in headings.items():
-            html += f"<h4>{heading}</h4>{block('cards', list(map(show, examples)))}" if examples else ""
+        for heading, shown in headings.items():
+            html += f"<h4>{heading}</h4>{block('cards', list(map(show, shown)))}" if shown else ""
     return html
 
 
@@ -166,14 +168,15 @@ def _codec(inputs: ReportInputs) -> str:
     name = config.vae or (inputs.recipe.vae if inputs.recipe else None)
     if name in (None, Pixels.hash):
         raise LeftOut("No VAE is named (vae=FOLDER, or vae in the run's config), or pictures are kept as such.")
-    if not inputs.examples:
+    examples = [example for example in inputs.examples if "true" in example]
+    if not examples:
         raise LeftOut("Its pictures come from the evaluation's examples, and there are none yet.")
     try:
         space = load_latent_space(name)
     except (FileNotFoundError, ValueError) as error:
         raise LeftOut(f"The VAE could not be loaded: {error}") from None
     cards, verdicts = [], []
-    for example in spread(inputs.examples, config.num_reconstructions):
+    for example in spread(examples, config.num_reconstructions):
         prompt, original = example["prompt"], _picture(config.evaluation, example["true"])
         if original is None:
             continue
@@ -270,14 +273,6 @@ def _seen(pixels: np.ndarray) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}\u00a0%"
-
-
-def _interval(share: float, count: int) -> str:
-    """Return the 95 % score interval of a share (Wilson 1927)."""
-    z = 1.96
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return f"{100 * max(centre - half, 0):.0f}–{100 * min(centre + half, 1):.0f}\u00a0%"
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[ReportInputs], str]], ...] = (
