@@ -6,6 +6,7 @@ number touches nothing else. Rejected: a list of rows, which each chart would wa
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +80,14 @@ class Columns:
             parts = self._parts.get(name)
             self._series[name] = Series(*map(np.concatenate, zip(*parts, strict=True))) if parts else NOTHING
         return self._series[name]
+
+    def rows(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        """Return the rows again, one a step, of some numbers alone."""
+        found: dict[int, dict[str, Any]] = {}
+        for name in names:
+            for step, value in zip(self[name].steps.astype(int).tolist(), self[name].values.tolist(), strict=True):
+                found.setdefault(step, {"step": step})[name] = value
+        return [found[step] for step in sorted(found)]
 
     def words(self, name: str) -> list[str]:
         """Return the texts that rows have under a name."""

@@ -30,11 +30,11 @@ def _summary(found: list[Finding]) -> str:
     look = [finding.topic for finding in found if not finding.healthy]
     if not look:
         return f'<p class="verdict ok">✓ Healthy in all {len(found)} topics.</p>'
-    return f'<p class="verdict no">▲ Look at {", ".join(map(escape, look))}; the other {len(found) - len(look)} are healthy.</p>'
+    return f'<p class="verdict look">▲ Look at {", ".join(map(escape, look))}; the other {len(found) - len(look)} are healthy.</p>'
 
 
 def _finding(finding: Finding) -> str:
-    sign, kind, word = ("✓", "ok", "healthy") if finding.healthy else ("▲", "no", "look at this")
+    sign, kind, word = ("✓", "ok", "healthy") if finding.healthy else ("▲", "look", "look at this")
     head = f'<dt><span class="{kind}" title="{word}">{sign}</span> {escape(finding.topic)}</dt>'
     return f'<dl class="finding {kind}">{head}<dd>{escape(finding.words)}<i>{escape(finding.rule)}</i></dd></dl>'
 
@@ -56,12 +56,19 @@ def timelines(inputs: ReportInputs) -> str:
             continue
         html += f"<h3>{escape(run.name)}</h3>" if len(inputs.runs) > 1 else ""
         rows = [
-            [escape(moment.when), "" if moment.step is None else f"{moment.step:,}", escape(moment.kind), escape(moment.words)]
+            [
+                escape(moment.when),
+                "" if moment.step is None else f"{moment.step:,}",
+                escape(moment.kind),
+                escape(moment.words),
+            ]
             for moment in moments
         ]
         html += block("charts wide", [chart]) if chart else ""
         left_out = f"The newest of {number} moments." if len(moments) < min(number, 80) else ""
-        html += table(["time", "step", "what", ""], rows, "moments") + (note(left_out) if left_out else "") if rows else ""
+        html += (
+            table(["time", "step", "what", ""], rows, "moments") + (note(left_out) if left_out else "") if rows else ""
+        )
     if not html:
         raise LeftOut("Nothing happened yet: fewer than two rows, no events.jsonl and no bad_updates.jsonl.")
     return html
@@ -77,7 +84,9 @@ def _over_time(run: RunInputs) -> str:
     starts = [event.get("time") for event in run.events if event.get("kind") == "start"]
     scale = 3600 if unit == "hours" else 60
     marks = [(at - start) / scale for at in starts if isinstance(at, int | float) and at > start]
-    chart = Chart("Steps over time", f"{unit} since the first row; dashed: started again", "zero", over=unit, marks=marks[:50])
+    chart = Chart(
+        "Steps over time", f"{unit} since the first row; dashed: started again", "zero", over=unit, marks=marks[:50]
+    )
     return draw_chart(chart, [Curve("", hours, times.steps, dotted=True)])
 
 
@@ -96,7 +105,9 @@ def differences(inputs: ReportInputs) -> str:
     if not rows:
         return note(f"All {len(names)} settings are the same.")
     head = ["setting", *(f"{chr(65 + i)} {escape(run.name)}" for i, run in enumerate(inputs.runs))]
-    return note(f"{len(rows)} of {len(names)} settings differ; a dash: the run's version has none.") + table(head, rows, "texts")
+    return note(f"{len(rows)} of {len(names)} settings differ; a dash: the run's version has none.") + table(
+        head, rows, "texts"
+    )
 
 
 def _setting(value: Any) -> str:

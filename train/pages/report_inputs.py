@@ -12,6 +12,7 @@ from typing import Any
 from data.storage import Location
 from train.config_layers import read_yaml
 from train.pages.metric_columns import Columns, read_json_lines
+from train.pages.reference_band import Band, Verdict, compare, load_band
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class ReportConfig:
     num_previews: int = 6  # preview sheets shown, from the first to the last, >= 2
     num_reconstructions: int = 8  # pictures passed through the VAE, 0 or more
     num_best: int = 6  # examples with the best and with the worst scores, each, 0 or more
+    # Band of reference runs to compare with: a name in bench/results/bands, or a file of bench.bands; null: none.
+    reference: Location | None = None
     title: str = "Transfusion: training report"  # of the page
     output: Location | None = None  # file to write; null: report.html in the first run folder
 
@@ -36,6 +39,10 @@ class ReportConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
         if not self.run:
             raise ValueError("run=[]: expected the run_dir of at least one `python -m train.pretrain`")
+
+
+class LeftOut(Exception):
+    """A section has nothing to show; the message is printed in its place."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,8 @@ class ReportInputs:
     samples: list[dict[str, Any]]
     seconds: dict[str, float]  # of each finished stage, in the order they finished
     unreadable: list[str]  # a sentence for each file with unreadable lines
+    band: Band | None = None  # of the reference
+    verdicts: dict[str, Verdict] = field(default_factory=dict)  # how each run compares with it, by name
 
 
 def gather(config: ReportConfig, command: str) -> ReportInputs:
@@ -92,7 +101,14 @@ def gather(config: ReportConfig, command: str) -> ReportInputs:
     stages = {path.stem: _object(path) for path in sorted(marks, key=lambda path: path.stat().st_mtime)}
     samples = _json_lines(Path(config.samples) / "results.jsonl", unreadable) if config.samples else []
     seconds = {name: mark["seconds"] for name, mark in stages.items() if "seconds" in mark}  # finished ones have it
-    return ReportInputs(config, command, runs, evaluations, samples, seconds, unreadable)
+    band = load_band(config.reference) if config.reference else None
+    verdicts = {run.name: _verdict(run, band) for run in runs} if band else {}
+    return ReportInputs(config, command, runs, evaluations, samples, seconds, unreadable, band, verdicts)
+
+
+def _verdict(run: RunInputs, band: Band) -> Verdict:
+    rows = run.columns.rows([*band.curves, *band.per_step])
+    return compare(rows, band, run.recipe or None)
 
 
 def _run(folder: Path, name: str, unreadable: list[str]) -> RunInputs:

@@ -69,10 +69,12 @@ def _losses(run: RunInputs) -> Iterator[Finding]:
     rule = f"not finite, or {SPIKE:.0%} above the median of the {BLOCK} rows before"
     if not any(map(len, known.values())):
         return
-    words = [f"the {kind} loss is not finite in {plural(len(s), "row")}, first at step {int(s[0]):,}" for kind, s in lost]
+    words = [
+        f"the {kind} loss is not finite in {plural(len(s), 'row')}, first at step {int(s[0]):,}" for kind, s in lost
+    ]
     if jumps:
         kind, step, factor = max(jumps, key=lambda jump: jump[2])
-        words.append(f"{plural(len(jumps), "spike")}, the highest {factor:.1f} times ({kind}, step {int(step):,})")
+        words.append(f"{plural(len(jumps), 'spike')}, the highest {factor:.1f} times ({kind}, step {int(step):,})")
     yield Finding("Losses", not words, _sentence(words) or "All finite, without spikes.", rule)
 
 
@@ -112,7 +114,9 @@ def _held_out(run: RunInputs) -> Iterator[Finding]:
             least, last, best = float(series.values.min()), float(series.values[-1]), best + 1
             if last > (1 + WORSE) * least and series.values[-3:].min() > least:
                 at = int(series.steps[series.values.argmin()])
-                worse.append(f"{label.replace('_', ' ')} was best at step {at:,} and is {last / least - 1:.1%} above it")
+                worse.append(
+                    f"{label.replace('_', ' ')} was best at step {at:,} and is {last / least - 1:.1%} above it"
+                )
     if best:
         words = _sentence(worse[:3]) or "No held-out loss has been better before."
         yield Finding("Held-out", not worse, words, f"{WORSE:.0%} above its best of at least three measurements ago")
@@ -228,8 +232,12 @@ def _restarts(run: RunInputs) -> Iterator[Finding]:
     words += [f"{died} of them after an attempt that died without saying so"] if died else []
     sizes = [event["ranks"] for event in run.events if isinstance(event.get("ranks"), int)]
     if len(set(sizes)) > 1:
-        words.append(f"on {', then '.join(str(size) for i, size in enumerate(sizes) if sizes[i - 1 : i] != [size])} ranks")
-    yield Finding("Restarts", not died, _sentence([", ".join(words)]) if words else "One start.", "an attempt that died")
+        words.append(
+            f"on {', then '.join(str(size) for i, size in enumerate(sizes) if sizes[i - 1 : i] != [size])} ranks"
+        )
+    yield Finding(
+        "Restarts", not died, _sentence([", ".join(words)]) if words else "One start.", "an attempt that died"
+    )
 
 
 def _mean(run: RunInputs, name: str) -> float | None:

@@ -217,7 +217,9 @@ def _band(chart: Chart, frame: _Frame) -> str:
         return ""
     places, low, high = chart.band
     x = frame.along(places)
-    return f'<path class="band" d="{_path(np.append(x, x[::-1]), np.append(frame.down(high), frame.down(low)[::-1]))}Z"/>'
+    return (
+        f'<path class="band" d="{_path(np.append(x, x[::-1]), np.append(frame.down(high), frame.down(low)[::-1]))}Z"/>'
+    )
 
 
 def _marks(chart: Chart, frame: _Frame) -> str:
