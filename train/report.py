@@ -23,23 +23,30 @@ GATHERED = ("run", "evaluation")  # may be given several times
 def main(argv: list[str]) -> None:
     config = load_config(CONFIG, _gathered(argv))
     inputs = gather(config, shlex.join(["python", "-m", "train.report", *argv]))
-    sections, left_out = [], []
+    sections: list[tuple[str, str, str]] = []
+    left_out: dict[str, str] = {}
     for name, title, write in SECTIONS:
         try:
             inside = write(inputs)
         except LeftOut as reason:
-            if name == "differences":
-                continue  # nobody misses it on the page of one run
-            inside = f'<p class="absent">{escape(str(reason))}</p>'
-            left_out.append(f"left out {title}: {reason}")
+            left_out[title] = str(reason)
+            continue
         sections.append((name, title, inside))
+    if left_out:
+        sections.insert(-1, ("absent", "Left out", _listed(left_out)))
     output = Path(config.output or f"{config.run[0]}/report.html")
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as file:
         file.write(document(config.title, _progress(inputs), sections).encode())
     print(f"report: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
-    for line in left_out + inputs.unreadable:
+    for line in [f"left out {title}: {reason}" for title, reason in left_out.items()] + inputs.unreadable:
         print(f"report: {line}")
+
+
+def _listed(left_out: dict[str, str]) -> str:
+    """Return each section that has nothing to show, and why."""
+    rows = [f"<li><b>{escape(title)}</b> {escape(reason)}</li>" for title, reason in left_out.items()]
+    return f'<ul class="absent">{"".join(rows)}</ul>'
 
 
 def _gathered(argv: list[str]) -> list[str]:

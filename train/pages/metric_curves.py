@@ -161,4 +161,4 @@ def _by(runs: Sequence[RunInputs], pattern: str) -> dict[str, str]:
 
 def _held_out(runs: Sequence[RunInputs], kind: str) -> dict[str, str]:
     raw, average = _by(runs, f"heldout/(.*)/{kind}"), _by(runs, f"heldout_ema/(.*)/{kind}")
-    return {f"held-out {name}": of for name, of in raw.items()} | {f"its average, {n}": of for n, of in average.items()}
+    return {f"held-out {n}": of for n, of in raw.items()} | {f"held-out {n}, EMA": of for n, of in average.items()}

@@ -20,7 +20,7 @@ from train.pages.svg_chart import number
 
 COLUMNS = 120  # steps are averaged into at most so many
 VIRIDIS = ("440154", "482878", "3e4989", "31688e", "26828e", "1f9e89", "35b779", "6ece58", "b5de2b", "fde725")
-LEFT, TOP, CELL, WIDTH = 44, 6, 19, 300  # units of the SVG
+LEFT, TOP, CELL, WIDTH = 42, 6, 19, 230  # units of the SVG
 
 
 def draw_noise_maps(runs: Sequence[RunInputs]) -> str:
@@ -42,7 +42,7 @@ def _prefixes(columns: Columns) -> dict[str, str]:
     """Return what is before the bins in the names of rows, and what it is in words."""
     names = [re.fullmatch("(heldout|heldout_ema)/(.*)/x0_error/-?[0-9]+\\.\\..*", name) for name in columns.names]
     held_out = {match[0].rpartition("/")[0]: match for match in names if match}
-    words = {"heldout": "Held-out", "heldout_ema": "Held-out, weights' average"}
+    words = {"heldout": "Held-out", "heldout_ema": "Held-out, EMA"}
     return {"x0_error": "Training"} | {at: f"{words[m[1]]}: {m[2]}" for at, m in held_out.items()}
 
 
@@ -75,12 +75,12 @@ def _figure(
         y = TOP + CELL * (i + 0.5) + 3.5
         texts += f'<text x="{LEFT - 5}" y="{y}" text-anchor="end">{escape(of_bin.replace("-", "−"))}</text>'
         known = row[np.isfinite(row)]
-        texts += f'<text x="{LEFT + WIDTH + 5}" y="{y}">{number(float(known[-1])) if len(known) else "—"}</text>'
+        texts += f'<text x="{LEFT + WIDTH + 5}" y="{y}">{f"{known[-1]:.3g}" if len(known) else "—"}</text>'
     bottom = TOP + height + 14
     texts += f'<text x="{LEFT}" y="{bottom}">step {number(steps[0])}</text>'
     texts += f'<text x="{LEFT + WIDTH}" y="{bottom}" text-anchor="end">{number(steps[1])}</text>'
-    box = f'viewBox="0 0 {LEFT + WIDTH + 42} {bottom + 6}" class="chart map"'
-    caption = f"<figcaption><b>{escape(title)}</b>error of x0 by log SNR; at the right, the newest</figcaption>"
+    box = f'viewBox="0 0 {LEFT + WIDTH + 48} {bottom + 6}" class="chart map"'
+    caption = f"<figcaption><b>{escape(title)}</b>error of x0 by log SNR; the newest at the right</figcaption>"
     label = escape(f"{title}: error of x0 by log SNR and step")
     return f'<figure role="img" aria-label="{label}">{caption}<svg {box}>{drawn}{texts}</svg></figure>'
 
@@ -104,6 +104,6 @@ def _colours(shares: np.ndarray) -> np.ndarray:
 
 
 def _scale_bar(scale: tuple[float, float]) -> str:
-    low, high = (number(10**end) for end in scale)
+    low, high = (f"{10**end:.2g}" for end in scale)
     bar = _picture(10 ** np.linspace(*scale, 64)[None], scale)
     return f'<p class="note scale">{low} <img src="{bar}" alt="scale" width="160" height="10"> {high}, logarithmic</p>'

@@ -30,13 +30,15 @@ def _summary(found: list[Finding]) -> str:
     look = [finding.topic for finding in found if not finding.healthy]
     if not look:
         return f'<p class="verdict ok">✓ Healthy in all {len(found)} topics.</p>'
-    return f'<p class="verdict look">▲ Look at {", ".join(map(escape, look))}; the other {len(found) - len(look)} are healthy.</p>'
+    words = f"▲ Look at {', '.join(look)}; the other {len(found) - len(look)} topics are healthy."
+    return f'<p class="verdict look">{escape(words)}</p>'
 
 
 def _finding(finding: Finding) -> str:
     sign, kind, word = ("✓", "ok", "healthy") if finding.healthy else ("▲", "look", "look at this")
     head = f'<dt><span class="{kind}" title="{word}">{sign}</span> {escape(finding.topic)}</dt>'
-    return f'<dl class="finding {kind}">{head}<dd>{escape(finding.words)}<i>{escape(finding.rule)}</i></dd></dl>'
+    kind = "finding" if finding.healthy else "finding look"
+    return f'<dl class="{kind}">{head}<dd>{escape(finding.words)}<i>Look if {escape(finding.rule)}.</i></dd></dl>'
 
 
 def _reference(inputs: ReportInputs, run: RunInputs) -> list[Finding]:
@@ -44,7 +46,7 @@ def _reference(inputs: ReportInputs, run: RunInputs) -> list[Finding]:
     if verdict is None:
         return []
     words = f"{verdict.words[0].upper()}{verdict.words[1:]}."
-    return [Finding("Reference", verdict.within, words, "a tenth of a curve's rows outside of the band")]
+    return [Finding("Reference", verdict.within, words, "a tenth of a curve's rows lie outside of the band")]
 
 
 def timelines(inputs: ReportInputs) -> str:

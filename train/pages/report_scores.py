@@ -3,6 +3,7 @@
 import math
 import re
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ SPLITS = {
     "two_shapes": ("Two shapes", "in pairs that training never showed together"),
 }
 TASKS = {"text_to_image": ("Text → image", "drawn_verdict"), "image_to_text": ("Image → text", "caption_verdict")}
+ABOUT = (
+    "A picture is right when a judge that never sees the prompt finds the requested colour, shape and position in it; a "
+    "caption is right when it names them. Training never used these wordings. Ranges: 95\u00a0%."
+)
 # Scores compare only at equal values of these.
 SETTINGS = (
     *("training_step", "sampler", "steps", "spacing", "eta", "guidance", "guidance_interval", "guidance_rescale"),
@@ -38,13 +43,7 @@ def scores(inputs: ReportInputs) -> str:
             html += f"<h3>{escape(one.name)}</h3>" if len(done) > 1 else ""
             html += "".join(_tiles(one, task) for task in TASKS)
     if html:
-        html = (
-            note(
-                "A picture is right when a judge that never sees the prompt finds the requested colour, shape and position "
-                "in it; a caption is right when it names them. Training never used these wordings. Ranges: 95\u00a0%."
-            )
-            + html
-        )
+        html = note(ABOUT) + html
     html += f"<h3>All scores</h3>{_table(done)}" if any(one.scores for one in done) else ""
     for one in done:
         html += (f"<h4>{escape(one.name)}</h4>" if len(done) > 1 else "") + fact_list(_settings(one.facts))
@@ -102,7 +101,7 @@ def _apart(found: list[dict[str, Any] | None]) -> str:
     if len(ends) < 2:
         return ""
     ends.sort()
-    return "apart" if all(a[1] < b[0] for a, b in zip(ends, ends[1:], strict=False)) else "overlap"
+    return "apart" if all(a[1] < b[0] for a, b in pairwise(ends)) else "overlap"
 
 
 def _interval(score: dict[str, Any], share: bool) -> str:

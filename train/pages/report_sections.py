@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable
 from functools import partial
 from html import escape
-from pathlib import Path
 
 import numpy as np
 
@@ -43,12 +42,11 @@ def _curves(inputs: ReportInputs) -> str:
     if not html:
         raise LeftOut(f"Fewer than two rows in {inputs.runs[0].folder}/metrics.jsonl yet: nothing to draw.")
     about = (
-        "Strong: the moving mean. Faint: every row. Dots: held-out data. Dashed uprights: where the run began again."
+        "Strong: the moving mean over a thirtieth of the rows; its end is the number shown. Faint: every row. Dots: "
     )
-    if len(inputs.runs) > 1:
-        about = (
-            "Strong: the moving mean. Faint: every row. Dots: held-out data. A letter at each curve's end is its run."
-        )
+    about += "held-out data. "
+    one = "Dashed uprights: where the run began again."
+    about += one if len(inputs.runs) == 1 else "The letter at a curve's end names its run."
     return note(about) + SWITCH + html
 
 
@@ -68,7 +66,7 @@ def _speed(inputs: ReportInputs) -> str:
         raise LeftOut(f"Fewer than two rows in {inputs.runs[0].folder}/metrics.jsonl yet: nothing to draw.")
     titles = [name if len(inputs.runs) > 1 else "Where time went" for name in of_runs]
     figures = [found.draw(title) for title, found in zip(titles, of_runs.values(), strict=True)]
-    times = f"<h3>Where time went</h3>{time_table(of_runs)}{block('charts', figures)}" if of_runs else ""
+    times = f"<h3>Where time went</h3>{block('beside', [time_table(of_runs), *figures])}" if of_runs else ""
     return times + (f"<h3>Throughput and memory</h3>{drawn}" if drawn else "")
 
 
@@ -121,13 +119,13 @@ def _making(inputs: ReportInputs) -> str:
 
 SECTIONS: tuple[tuple[str, str, Callable[[ReportInputs], str]], ...] = (
     ("health", "Health", health),
+    ("timeline", "What happened when", timelines),
     ("differences", "Differences of config", differences),
     ("scores", "Scores", scores),
     ("prompts", "Drawn from prompts", prompts),
     ("curves", "Training", _curves),
     ("noise", "Noise levels", _noise),
     ("speed", "Speed", _speed),
-    ("timeline", "What happened when", timelines),
     ("previews", "Pictures during training", _previews),
     ("examples", "Best and worst", best_and_worst),
     ("drawings", "Held-out prompts", partial(by_split, answer="drawn")),

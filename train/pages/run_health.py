@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def _progress(run: RunInputs, now: float) -> Iterator[Finding]:
     if last is None:
         return
     of = f" of {steps:,}" if isinstance(steps, int) else ""
-    rule = f"no row for {SILENT} times the usual interval"
+    rule = f"there is no row for {SILENT} times the usual interval, and ten minutes"
     at = f"Step {int(last):,}{of}"
     stop = next((event for event in reversed(run.events) if event.get("kind") in ("start", "stop")), {})
     if isinstance(steps, int) and last >= steps:
@@ -57,7 +58,7 @@ def _progress(run: RunInputs, now: float) -> Iterator[Finding]:
     elif len(times) > 2:
         silence, usual = now - float(times.values[-1]), float(np.median(np.diff(times.values[-100:])))
         silent = silence > max(SILENT * usual, 600)
-        words = f"the newest row is {spoken(silence)} old: stopped, waiting or hanging" if silent else "running"
+        words = f"the newest row is {spoken(silence)} old: stopped, waiting or hanging" if silent else "it is running"
         yield Finding("Progress", not silent, f"{at}; {words}.", rule)
 
 
@@ -66,7 +67,7 @@ def _losses(run: RunInputs) -> Iterator[Finding]:
     lost = [(kind, one.steps[~np.isfinite(one.values)]) for kind, one in known.items()]
     lost = [(kind, steps) for kind, steps in lost if len(steps)]
     jumps = [(kind, *found) for kind, one in known.items() for found in _spikes(one.finite)]
-    rule = f"not finite, or {SPIKE:.0%} above the median of the {BLOCK} rows before"
+    rule = f"a value is not finite, or {SPIKE:.0%} above the median of the {BLOCK} rows before"
     if not any(map(len, known.values())):
         return
     words = [
@@ -101,7 +102,7 @@ def _falling(run: RunInputs) -> Iterator[Finding]:
         healthy &= bool(change < -error)
         how = f"falls by {-change / before.mean():.1%}" if change < -error else "no longer falls"
         words.append(f"the {kind} loss {f'rises by {change / before.mean():.1%}' if change > error else how}")
-    rule = "mean of the last quarter against the quarter before, two standard errors"
+    rule = "the last quarter's mean is not two standard errors below that of the quarter before"
     if words:
         yield Finding("Learning", healthy, _sentence(words), rule)
 
@@ -119,7 +120,9 @@ def _held_out(run: RunInputs) -> Iterator[Finding]:
                 )
     if best:
         words = _sentence(worse[:3]) or "No held-out loss has been better before."
-        yield Finding("Held-out", not worse, words, f"{WORSE:.0%} above its best of at least three measurements ago")
+        yield Finding(
+            "Held-out", not worse, words, f"one is {WORSE:.0%} above its best, and the last three did not reach that"
+        )
 
 
 def _updates(run: RunInputs) -> Iterator[Finding]:
@@ -133,7 +136,9 @@ def _updates(run: RunInputs) -> Iterator[Finding]:
         words.append(f"{int(skipped):,} of {int(run.columns.last('step') or 0):,} updates were skipped{at}")
     if back:
         words.append(f"the run went back {int(back)} times, and left batches out")
-    yield Finding("Updates", not words, _sentence(words) or "None was skipped.", "any skipped update, any going back")
+    yield Finding(
+        "Updates", not words, _sentence(words) or "None was skipped.", "an update was skipped, or the run went back"
+    )
 
 
 def _clipping(run: RunInputs) -> Iterator[Finding]:
@@ -145,7 +150,7 @@ def _clipping(run: RunInputs) -> Iterator[Finding]:
     words = f"{share:.0%} of the newer half's rows are above optim.clip_norm={clip:g}; the median is "
     words += number(float(np.median(newer)))
     always = ": every update has the same length, whatever its gradient" if share > CLIPPED else ""
-    yield Finding("Clipping", share <= CLIPPED, f"{words}{always}.", f"{CLIPPED:.0%} of the rows")
+    yield Finding("Clipping", share <= CLIPPED, f"{words}{always}.", f"more than {CLIPPED:.0%} are")
 
 
 def _data(run: RunInputs) -> Iterator[Finding]:
@@ -160,7 +165,7 @@ def _data(run: RunInputs) -> Iterator[Finding]:
             words.append(f"{share:.1%} of the token slots are {what}")
     padding = _mean(run, "padding_share")
     well = "No document was skipped" + (f"; {padding:.1%} of the token slots are padding." if padding else ".")
-    rule = f"any skipped document, padding above {PADDING:.0%}, idle rows above {IDLE:.0%}"
+    rule = f"a document was skipped, padding is above {PADDING:.0%}, or idle rows are above {IDLE:.0%}"
     yield Finding("Data", not words, _sentence(words) or well, rule)
 
 
@@ -177,7 +182,7 @@ def _reading(run: RunInputs) -> Iterator[Finding]:
         at = int(stalls.steps[stalls.values.argmax()])
         much.append(f"up to step {at:,} it waited for data for {worst:.0%} of an interval")
     well = ", ".join(f"{words} {share:.1%}" for words, _, share in found)
-    rule = f"waiting for data or saves above {STALL:.0%} of the time, evaluations above {MEASURING:.0%}"
+    rule = f"waiting for data or saves takes {STALL:.0%} of the time, or evaluations {MEASURING:.0%}"
     yield Finding("Stalls", not much, _sentence(much) or f"Shares of time: {well}.", rule)
 
 
@@ -193,7 +198,7 @@ def _waiting(run: RunInputs) -> Iterator[Finding]:
     host = f" on {Counter(hosts).most_common(1)[0][0]}" if hosts else ""
     often = f"rank {rank} is the slowest in {count / len(ranks):.0%} of the rows{host}"
     words = f"Others wait {share:.1%} of the time for the slowest" + (f"; {often}." if share > LAG else " rank.")
-    yield Finding("Slowest rank", share <= LAG, words, f"above {LAG:.0%} of the time")
+    yield Finding("Slowest rank", share <= LAG, words, f"it is above {LAG:.0%} of the time")
 
 
 def _speed(run: RunInputs) -> Iterator[Finding]:
@@ -207,7 +212,7 @@ def _speed(run: RunInputs) -> Iterator[Finding]:
     what = f"MFU is {newest:.1%}" if name == "mfu" else f"{number(newest)} tokens/s"
     steps = series.steps[len(series) * tenths.index(best) // 10]
     words = f"{what}; {drop:.0%} less than around step {int(steps):,}." if drop > SLOWER else f"{what}, and steady."
-    yield Finding("Speed", drop <= SLOWER, words, f"the newest tenth {SLOWER:.0%} below the best tenth")
+    yield Finding("Speed", drop <= SLOWER, words, f"the newest tenth is {SLOWER:.0%} below the best tenth")
 
 
 def _memory(run: RunInputs) -> Iterator[Finding]:
@@ -219,12 +224,14 @@ def _memory(run: RunInputs) -> Iterator[Finding]:
     device = run.columns.last("device_memory_gib") or 0
     also = f"; device {device:.1f} GiB" if device else ""
     words = f"Host {newest:.1f} GiB{also}" + (f", growing by {growth:.0%}" if growth > MEMORY else "")
-    yield Finding("Memory", growth <= MEMORY, f"{words}.", f"host grows by {MEMORY:.0%} from one quarter to the next")
+    yield Finding(
+        "Memory", growth <= MEMORY, f"{words}.", f"host memory grows by {MEMORY:.0%} from the third quarter to the last"
+    )
 
 
 def _restarts(run: RunInputs) -> Iterator[Finding]:
     kinds = [event.get("kind") for event in run.events if event.get("kind") in ("start", "stop")]
-    died = sum(one == after == "start" for one, after in zip(kinds, kinds[1:], strict=False))
+    died = sum(one == after == "start" for one, after in pairwise(kinds))
     attempts = max(run.attempts, kinds.count("start"))
     if not attempts:
         return
@@ -236,7 +243,10 @@ def _restarts(run: RunInputs) -> Iterator[Finding]:
             f"on {', then '.join(str(size) for i, size in enumerate(sizes) if sizes[i - 1 : i] != [size])} ranks"
         )
     yield Finding(
-        "Restarts", not died, _sentence([", ".join(words)]) if words else "One start.", "an attempt that died"
+        "Restarts",
+        not died,
+        _sentence([", ".join(words)]) if words else "One start.",
+        "an attempt died without saying so",
     )
 
 

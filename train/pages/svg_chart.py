@@ -14,7 +14,7 @@ import numpy as np
 PLACES = 240  # along the horizontal axis; more would not be seen
 SMOOTHED = 30  # the moving mean is over this part of a curve's rows: one thirtieth
 STYLES = 6  # of curves: colour and dash, in page.css
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360.0, 205.0, 42.0, 16.0, 8.0, 24.0  # units of the SVG
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320.0, 190.0, 42.0, 14.0, 8.0, 24.0  # units of the SVG
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """The ranges of both axes, and where their values lie in the SVG."""
 
     x: tuple[float, float]
@@ -86,7 +86,9 @@ def _drawable(chart: Chart, curve: Curve) -> dict[str, np.ndarray]:
 
 
 def _last(curve: Curve) -> str:
-    return number(float(curve.values[np.isfinite(curve.values)][-1]))
+    """Return the end of what is drawn strongly."""
+    values = _finite(curve).values
+    return number(float(values[-1] if curve.dotted else _smoothed(values)[-1]))
 
 
 def _key(curve: Curve, letters: bool) -> str:
@@ -105,10 +107,10 @@ def _draw(chart: Chart, curves: Sequence[Curve], kind: str) -> str:
     letters = "".join(_letter(curve, frame) for curve in curves) if chart.letters else ""
     box = f'viewBox="0 0 {WIDTH:g} {HEIGHT:g}" class="chart {kind}"'
     clipped = f"<svg {size}>{inside}</svg>"  # an inner svg is a clip path without an id
-    return f"<svg {box}>{_axes(chart, frame)}{clipped}{_level(chart, frame)}{letters}</svg>"
+    return f"<svg {box}>{axes(frame, chart.over)}{clipped}{_level(chart, frame)}{letters}</svg>"
 
 
-def _frame(chart: Chart, curves: Sequence[Curve], log: bool) -> _Frame:
+def _frame(chart: Chart, curves: Sequence[Curve], log: bool) -> Frame:
     places = np.concatenate([curve.places for curve in curves])
     first, last = float(places.min()), float(places.max())
     finite = [curve.values[np.isfinite(curve.values)] for curve in curves]
@@ -116,23 +118,25 @@ def _frame(chart: Chart, curves: Sequence[Curve], log: bool) -> _Frame:
     if log:
         low, high = np.log10(values.min()), np.log10(values.max())
         room = max(0.04 * (high - low), 0.01)
-        return _Frame((first, max(last, first + 1e-9)), (float(low - room), float(high + room)), True)
+        return Frame((first, max(last, first + 1e-9)), (float(low - room), float(high + room)), True)
     # A switch to linear looks at the end of a curve: the few largest values, mostly of its start, may leave the frame.
     high = max(float(np.percentile(part, 98 if chart.scale == "log" else 100)) for part in finite)
     high = chart.top or 1.06 * max(high, *(float(_smoothed(part)[len(part) // 20 :].max()) for part in finite))
     low = min(0.0, float(values.min()))
     if chart.scale == "log" and (least := float(values.min())) > 0.5 * high:
         low = least - 0.04 * (high - least)
-    return _Frame((first, max(last, first + 1e-9)), (low, high if high > low else low + 1), False)
+    return Frame((first, max(last, first + 1e-9)), (low, high if high > low else low + 1), False)
 
 
-def _axes(chart: Chart, frame: _Frame) -> str:
+def axes(frame: Frame, over: str = "step", percent: bool = False) -> str:
+    """Return grid lines and the labels of both axes, outside of the frame."""
     lines = texts = ""
     for value in _ticks(*frame.y, log=frame.log):
         y = TOP + float(frame.down(np.array(value)))
+        label = f"{100 * value:.3g}%" if percent else number(value)
         lines += f"M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"
-        texts += f'<text x="{LEFT - 5:g}" y="{y + 3.5:.1f}" text-anchor="end">{number(value)}</text>'
-    whole = [value for value in _ticks(*frame.x, log=False, about=4) if chart.over != "step" or value % 1 == 0]
+        texts += f'<text x="{LEFT - 5:g}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>'
+    whole = [value for value in _ticks(*frame.x, log=False, about=4) if over != "step" or value % 1 == 0]
     for value in whole:
         x = LEFT + float(frame.along(np.array(value)))
         anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
@@ -146,8 +150,7 @@ def _ticks(low: float, high: float, *, log: bool, about: int = 5) -> list[float]
         factors = (1, 2, 5) if high - low < 1.7 else (1,)
         decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
         every = max(1, round((high - low) / 6))
-        found = [f * 10.0**d for d in decades for f in factors if low <= np.log10(f) + d <= high and d % every == 0]
-        return found
+        return [f * 10.0**d for d in decades for f in factors if low <= np.log10(f) + d <= high and d % every == 0]
     if log:
         low, high = 10**low, 10**high
     raw = (high - low) / about
@@ -171,7 +174,7 @@ def _finite(curve: Curve) -> Curve:
     return replace(curve, places=curve.places[known], values=curve.values[known])
 
 
-def _faint(curve: Curve, frame: _Frame) -> str:
+def _faint(curve: Curve, frame: Frame) -> str:
     """Return all values: as a line, or as the area between the lowest and highest of each place."""
     curve = _finite(curve)
     if curve.dotted or len(curve.places) < SMOOTHED * 2:
@@ -185,7 +188,7 @@ def _faint(curve: Curve, frame: _Frame) -> str:
     return f'<path class="f{curve.style % STYLES} raw" d="{around}Z"/>'
 
 
-def _strong(curve: Curve, frame: _Frame) -> str:
+def _strong(curve: Curve, frame: Frame) -> str:
     curve = _finite(curve)
     smooth = curve.values if curve.dotted else _smoothed(curve.values)
     starts = _thinned(curve)
@@ -198,21 +201,22 @@ def _strong(curve: Curve, frame: _Frame) -> str:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Return the centred moving mean; near both ends it is over fewer values, so that neither is pulled inward."""
+    """Return the centred moving mean. Near its start it is over fewer values, so that a steep start stays steep."""
     half = len(values) // SMOOTHED // 2
     places = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(places, len(values) - 1 - places))
+    first = places - np.minimum(half, places)
+    after = np.minimum(places + np.minimum(half, places), len(values) - 1) + 1
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
+    return (sums[after] - sums[first]) / (after - first)
 
 
-def _not_finite(curve: Curve, frame: _Frame) -> str:
+def _not_finite(curve: Curve, frame: Frame) -> str:
     lost = curve.places[~np.isfinite(curve.values)]
     crosses = [f"M{x - 3:.1f} 2l6 6m0 -6l-6 6" for x in frame.along(lost[:PLACES])]
     return f'<path class="lost" d="{"".join(crosses)}"><title>not finite</title></path>' if crosses else ""
 
 
-def _band(chart: Chart, frame: _Frame) -> str:
+def _band(chart: Chart, frame: Frame) -> str:
     if chart.band is None:
         return ""
     places, low, high = chart.band
@@ -222,12 +226,12 @@ def _band(chart: Chart, frame: _Frame) -> str:
     )
 
 
-def _marks(chart: Chart, frame: _Frame) -> str:
+def _marks(chart: Chart, frame: Frame) -> str:
     lines = "".join(f"M{x:.1f} 0V{frame.height:g}" for x in frame.along(np.array(chart.marks, dtype=np.float64)))
     return f'<path class="mark" d="{lines}"/>' if lines else ""
 
 
-def _level(chart: Chart, frame: _Frame) -> str:
+def _level(chart: Chart, frame: Frame) -> str:
     if chart.level is None or not -0.01 <= (y := float(frame.down(np.array(chart.level[0])))) <= frame.height:
         return ""
     line = f'<path class="level" d="M{LEFT:g} {TOP + y:.1f}H{WIDTH - RIGHT:g}"/>'
@@ -235,7 +239,7 @@ def _level(chart: Chart, frame: _Frame) -> str:
     return line + words
 
 
-def _letter(curve: Curve, frame: _Frame) -> str:
+def _letter(curve: Curve, frame: Frame) -> str:
     """Return a run's letter at the end of its curve, readable without colour."""
     curve = _finite(curve)
     end = curve.values[-1:] if curve.dotted else _smoothed(curve.values)[-1:]

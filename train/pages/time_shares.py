@@ -12,7 +12,7 @@ import numpy as np
 
 from train.pages.metric_columns import Columns
 from train.pages.page import table
-from train.pages.svg_chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, number
+from train.pages.svg_chart import HEIGHT, LEFT, TOP, WIDTH, Frame, axes
 
 KINDS = {
     "data_stall_share": "waiting for data",
@@ -46,35 +46,26 @@ class TimeShares:
         hours = dict(zip([*KINDS.values(), COMPUTING], (of_kind.sum(1) / 3600).tolist(), strict=True))
         outside = float(time.max() - time.min()) + float(seconds[0]) - float(seconds.sum())
         hours[OUTSIDE] = max(outside, 0.0) / 3600
-        return cls(series[0].steps[starts], sums / np.maximum(sums.sum(0), 1e-9), hours)
+        ends = np.append(starts[1:], len(seconds)) - 1
+        return cls(series[0].steps[ends], sums / np.maximum(sums.sum(0), 1e-9), hours)
 
     def draw(self, title: str) -> str:
         """Return the shares as areas on top of one another, computing left out as it is the rest."""
-        width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-        first, last = float(self.steps[0]), float(self.steps[-1])
-        x = LEFT + (self.steps - first) / max(last - first, 1e-9) * width
-        tops = np.vstack([np.zeros(len(x)), np.cumsum(self.shares[:-1], axis=0)])
+        tops = np.vstack([np.zeros(len(self.steps)), np.cumsum(self.shares[:-1], axis=0)])
         most = min(1.0, max(0.02, 1.1 * float(tops.max())))
-        y = TOP + height * (1 - tops / most)
-        areas = texts = ""
-        for i in range(len(tops) - 1):
+        frame = Frame((float(self.steps[0]), float(self.steps[-1])), (0.0, most), False)
+        x, y = LEFT + frame.along(self.steps), TOP + frame.down(tops)
+        areas = keys = ""
+        for i, name in enumerate(KINDS.values()):
             points = [*zip(x, y[i], strict=True), *zip(x[::-1], y[i + 1][::-1], strict=True)]
             areas += f'<path class="s{i}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in points)}Z"/>'
-        for share in np.linspace(0, most, 5):
-            at = TOP + height * (1 - share / most)
-            areas += f'<path class="grid" d="M{LEFT} {at:.1f}h{width}"/>'
-            texts += f'<text x="{LEFT - 5}" y="{at + 3.5:.1f}" text-anchor="end">{100 * share:.3g}%</text>'
-        for step, anchor, place in ((first, "start", LEFT), (last, "end", WIDTH - RIGHT)):
-            texts += f'<text x="{place}" y="{HEIGHT - 9}" text-anchor="{anchor}">{number(step)}</text>'
-        keys = "".join(
-            f'<span><svg viewBox="0 0 26 8" class="key"><path class="s{i}" d="M0 0H26V8H0Z"/></svg>{escape(name)}</span>'
-            for i, name in enumerate(KINDS.values())
-        )
+            sample = f'<svg viewBox="0 0 26 8" class="key"><path class="s{i}" d="M0 0H26V8H0Z"/></svg>'
+            keys += f"<span>{sample}{escape(name)}</span>"
         caption = f"<figcaption><b>{escape(title)}</b>share of time, summed; the rest is computing</figcaption>"
-        drawing = f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" class="chart">{areas}{texts}</svg>'
+        box = f'viewBox="0 0 {WIDTH:g} {HEIGHT:g}" class="chart"'
+        drawing = f'<svg {box}>{axes(frame, percent=True)}{areas}</svg><div class="legend">{keys}</div>'
         label = f"{title}: {100 * float(self.shares[-1].mean()):.0f} % computing"
-        legend = f'<div class="legend">{keys}</div>'
-        return f'<figure role="img" aria-label="{escape(label)}">{caption}{drawing}{legend}</figure>'
+        return f'<figure role="img" aria-label="{escape(label)}">{caption}{drawing}</figure>'
 
 
 def time_table(of_runs: dict[str, TimeShares]) -> str:
