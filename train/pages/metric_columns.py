@@ -7,6 +7,7 @@ number touches nothing else. Rejected: a list of rows, which each chart would wa
 import json
 import re
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,11 +43,13 @@ class Columns:
         self._parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._series: dict[str, Series] = {}
         self._words: dict[str, list[str]] = {}
-        lines = path.read_bytes().splitlines() if path.is_file() else []
-        for start in range(0, len(lines), CHUNK):
-            rows, unreadable = _parse(lines[start : start + CHUNK])
-            self.unreadable += unreadable
-            self._add([row for row in rows if isinstance(row.get("step"), int)])
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            while lines := list(islice(file, CHUNK)):
+                rows, unreadable = _parse(lines)
+                self.unreadable += unreadable
+                self._add([row for row in rows if isinstance(row.get("step"), int)])
 
     def _add(self, rows: list[dict[str, Any]]) -> None:
         self.num_rows += len(rows)

@@ -31,6 +31,7 @@ class Group:
     unit: str
     scale: str  # log or zero, as in svg_chart.Chart
     members: dict[str, str]
+    exact: bool = False  # not noisy: nothing is smoothed
     divided_by: str = ""  # a name whose value each is divided by; tokens/: by the sum of all numbers of that prefix
 
 
@@ -53,16 +54,22 @@ def update_groups(runs: Sequence[RunInputs]) -> list[Group]:
         Group("Gradient norm", "before clipping, at the last step of each row", "log", {"all": "grad_norm"}),
         Group("Gradient norm by part", "before clipping", "log", _by(runs, "grad_norm/(.*)")),
         Group("Update to weight", "ratio of norms, by part", "log", _by(runs, "update_ratio/(.*)")),
-        Group("Learning rate", "of AdamW", "zero", {"": "learning_rate"}),
+        Group("Learning rate", "of AdamW", "zero", {"": "learning_rate"}, exact=True),
     ]
 
 
 def data_groups(runs: Sequence[RunInputs]) -> list[Group]:
     tokens, kinds = _by(runs, "tokens/(.*)"), {"text": "text_tokens", "image": "image_tokens"}
     return [
-        Group("Tokens by source", "share of those trained on", "zero", tokens if len(tokens) > 1 else {}, "tokens/"),
-        Group("Tokens by kind", "share of those trained on", "zero", kinds, "_tokens"),
-        Group("Epoch by source", "passes over the source", "zero", _by(runs, "epoch/(.*)")),
+        Group(
+            "Tokens by source",
+            "share of those trained on",
+            "zero",
+            tokens if len(tokens) > 1 else {},
+            divided_by="tokens/",
+        ),
+        Group("Tokens by kind", "share of those trained on", "zero", kinds, divided_by="_tokens"),
+        Group("Epoch by source", "passes over the source", "zero", _by(runs, "epoch/(.*)"), exact=True),
         Group(
             "Padding", "share of all token slots", "zero", {"padding": "padding_share", "idle rows": "idle_row_share"}
         ),
@@ -77,8 +84,8 @@ def speed_groups(runs: Sequence[RunInputs]) -> list[Group]:
         Group("FLOPs", "share of the dense bf16 peak", "zero", mfu),
         Group("FLOP/s", "model TFLOP/s a rank", "zero", {"": "model_tflops_per_s_per_rank"}),
         Group("Slowest rank", "share of the time that others wait for it", "zero", {"": "slowest_lag_share"}),
-        Group("Device memory", "GiB, peak of the largest rank", "zero", {"": "device_memory_gib"}),
-        Group("Host memory", "GiB, resident, of the largest rank", "zero", {"": "host_memory_gib"}),
+        Group("Device memory", "GiB, peak of the largest rank", "zero", {"": "device_memory_gib"}, exact=True),
+        Group("Host memory", "GiB, resident, of the largest rank", "zero", {"": "host_memory_gib"}, exact=True),
     ]
 
 
@@ -114,7 +121,7 @@ def _one_run(run: RunInputs, group: Group, members: dict[str, str], bands: dict)
 def _several(runs: Sequence[RunInputs], group: Group, label: str, name: str, bands: dict) -> str:
     curves = [_curve(run, group, name, run.name, i) for i, run in enumerate(runs)]
     alone = len(group.members) == 1 and label in ("", "training", "all")
-    title = group.title if alone else f"{group.title}: {label}"
+    title = group.title if alone else f"{group.title.removesuffix(', held-out')}: {label}"
     return draw_chart(_chart(runs[0], group, title, {label: name}, bands, [], True), curves)
 
 
@@ -134,7 +141,7 @@ def _curve(run: RunInputs, group: Group, name: str, label: str, style: int) -> C
     if group.divided_by and len(series):
         others = [n for n in run.columns.names if n.startswith(group.divided_by) or n.endswith(group.divided_by)]
         series = share_of(series, [run.columns[n] for n in others if n in group.members.values()])
-    return Curve(label, series.steps, series.values, style, dotted=name.startswith("heldout"))
+    return Curve(label, series.steps, series.values, style, exact=group.exact or name.startswith("heldout"))
 
 
 def share_of(series: Series, parts: Sequence[Series]) -> Series:

@@ -8,7 +8,7 @@ from train.pages.page import block, note, table
 from train.pages.reference_band import Verdict
 from train.pages.report_inputs import LeftOut, ReportInputs, RunInputs
 from train.pages.run_health import Finding, findings
-from train.pages.run_timeline import timeline
+from train.pages.run_timeline import MOST, timeline
 from train.pages.svg_chart import Chart, Curve, draw_chart
 
 LONGEST = 60  # characters of a setting that are shown
@@ -50,46 +50,40 @@ def _reference(inputs: ReportInputs, run: RunInputs) -> list[Finding]:
 
 
 def timelines(inputs: ReportInputs) -> str:
-    html = ""
-    for run in inputs.runs:
+    tables, several = [], len(inputs.runs) > 1
+    for i, run in enumerate(inputs.runs):
         moments, number = timeline(run)
-        chart = _over_time(run)
-        if not (moments or chart):
-            continue
-        html += f"<h3>{escape(run.name)}</h3>" if len(inputs.runs) > 1 else ""
         rows = [
-            [
-                escape(moment.when),
-                "" if moment.step is None else f"{moment.step:,}",
-                escape(moment.kind),
-                escape(moment.words),
-            ]
+            [moment.when, "" if moment.step is None else f"{moment.step:,}", moment.kind, moment.words]
             for moment in moments
         ]
-        html += block("charts wide", [chart]) if chart else ""
-        left_out = f"The newest of {number} moments." if len(moments) < min(number, 80) else ""
-        html += (
-            table(["time", "step", "what", ""], rows, "moments") + (note(left_out) if left_out else "") if rows else ""
-        )
-    if not html:
+        if rows:
+            title = f"<h4>{chr(65 + i)} {escape(run.name)}</h4>" if several else ""
+            about = note(f"The newest of {number} moments.") if len(moments) == MOST else ""
+            escaped = [[escape(cell) for cell in row] for row in rows]
+            tables.append(title + about + table(["time", "step", "what", ""], escaped, "moments"))
+    chart = _over_time(inputs.runs)
+    if not (tables or chart):
         raise LeftOut("Nothing happened yet: fewer than two rows, no events.jsonl and no bad_updates.jsonl.")
-    return html
+    return block("beside", [chart, *(block("part", [of_run]) for of_run in tables)])
 
 
-def _over_time(run: RunInputs) -> str:
-    times = run.columns["time"]
-    if len(times) < 2:
+def _over_time(runs: list[RunInputs]) -> str:
+    """Return each run's steps over the time since its first row; starts after that are marked for a single run."""
+    known = [(i, run, run.columns["time"]) for i, run in enumerate(runs) if len(run.columns["time"]) > 1]
+    if not known:
         return ""
-    start = float(times.values[0])
-    hours = (times.values - start) / 3600
-    unit, hours = ("hours", hours) if hours[-1] >= 2 else ("minutes", 60 * hours)
-    starts = [event.get("time") for event in run.events if event.get("kind") == "start"]
-    scale = 3600 if unit == "hours" else 60
-    marks = [(at - start) / scale for at in starts if isinstance(at, int | float) and at > start]
-    chart = Chart(
-        "Steps over time", f"{unit} since the first row; dashed: started again", "zero", over=unit, marks=marks[:50]
-    )
-    return draw_chart(chart, [Curve("", hours, times.steps, dotted=True)])
+    longest = max(float(times.values[-1] - times.values[0]) for _, _, times in known)
+    unit, size = ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0)
+    curves = [
+        Curve(run.name if len(runs) > 1 else "", (times.values - times.values[0]) / size, times.steps, i, exact=True)
+        for i, run, times in known
+    ]
+    first = float(known[0][2].values[0])
+    starts = [event.get("time") for event in runs[0].events if event.get("kind") == "start"] if len(runs) == 1 else []
+    marks = [(at - first) / size for at in starts if isinstance(at, int | float) and at > first][:MOST]
+    about = f"{unit} since the first row" + ("; dashed: started again" if marks else "")
+    return draw_chart(Chart("Steps over time", about, "zero", over=unit, marks=marks, letters=len(runs) > 1), curves)
 
 
 def differences(inputs: ReportInputs) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from data.storage import Location
 from train.config_layers import read_yaml
+from train.evaluation.scores import share
 from train.pages.metric_columns import Columns, read_json_lines
 from train.pages.reference_band import Band, Verdict, compare, load_band
 
@@ -130,11 +131,15 @@ def _run(folder: Path, name: str, unreadable: list[str]) -> RunInputs:
 def _evaluation(folder: Path, name: str, unreadable: list[str]) -> EvaluationInputs:
     path = folder / "evaluation.json"
     facts = _object(path, "run train.evaluate again") if path.is_file() else {}
+    examples = _json_lines(folder / "examples.jsonl", unreadable)
     scores = facts.get("scores", {})
     for task in ("text_to_image", "image_to_text"):  # where earlier versions had the scenes' shares
-        shares = facts.get(task) or {}
-        scores |= {f"scenes/{task}/{goal}": {"value": share} for goal, share in shares.items() if share is not None}
-    return EvaluationInputs(folder, name, facts, scores, _json_lines(folder / "examples.jsonl", unreadable))
+        for goal, value in (facts.get(task) or {}).items():
+            split = goal.removeprefix("all_") if goal.startswith("all_") else "seen"
+            count = sum(example.get("split") == split for example in examples)
+            if value is not None and count:
+                scores[f"scenes/{task}/{goal}"] = vars(share(round(value * count), count))
+    return EvaluationInputs(folder, name, facts, scores, examples)
 
 
 def _names(paths: list[str]) -> list[str]:

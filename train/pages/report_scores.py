@@ -20,8 +20,8 @@ SPLITS = {
 }
 TASKS = {"text_to_image": ("Text → image", "drawn_verdict"), "image_to_text": ("Image → text", "caption_verdict")}
 ABOUT = (
-    "A picture is right when a judge that never sees the prompt finds the requested colour, shape and position in it; a "
-    "caption is right when it names them. Training never used these wordings. Ranges: 95\u00a0%."
+    "A picture is right when a judge that never sees the prompt finds the requested colour, shape and position in it; "
+    "a caption is right when it names them. Training never used these wordings. Ranges: 95\u00a0%."
 )
 # Scores compare only at equal values of these.
 SETTINGS = (
@@ -67,8 +67,8 @@ def _tile(one: EvaluationInputs, task: str, split: str, verdict: str) -> str:
     for goal in verdicts[0] if verdicts else ():
         part = sum(verdict[goal] for verdict in verdicts) / len(verdicts)
         goals += f"<li>{escape(goal)}<span>{_percent(part)}</span></li>"
-    share, count = score["value"], score.get("items")
-    counted = f"{round(share * count)} of {count}, {_interval(score, True)}" if count else "number not recorded"
+    share, count = score["value"], score["items"]
+    counted = f"{round(share * count)} of {count}, {_interval(score, True)}"
     parts = [f"<span>{name}</span><b>{_percent(share)}</b>", note(counted), note(what), f"<ul>{goals}</ul>"]
     return block("tile main" if split == "seen" else "tile", parts)
 
@@ -170,7 +170,7 @@ def _by_level(name: str, bins: dict[str, dict[str, Any]]) -> str:
             points.append(((int(ends[1]) + int(ends[2])) / 2, found["error"]))
     places, values = np.array(sorted(points), dtype=np.float64).reshape(-1, 2).T
     chart = Chart("Error of x0", f"{name}: mean squared, by noise level", "log", "log SNR")
-    return draw_chart(chart, [Curve("", places, values, dotted=True)])
+    return draw_chart(chart, [Curve("", places, values, exact=True)])
 
 
 def absent(inputs: ReportInputs, what: str, file: str) -> str:

@@ -17,13 +17,16 @@ STYLES = 6  # of curves: colour and dash, in page.css
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 320.0, 190.0, 42.0, 14.0, 8.0, 24.0  # units of the SVG
 
 
+LINE = 11.0  # height of a letter
+
+
 @dataclass(frozen=True)
 class Curve:
     name: str
     places: np.ndarray  # float64 [R], ascending or nearly so
     values: np.ndarray  # float64 [R]; what is not finite is marked at the upper edge
     style: int = 0
-    dotted: bool = False  # few measurements: each is a dot, and nothing is smoothed
+    exact: bool = False  # nothing is smoothed, and if there are few values each is a dot
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def _drawable(chart: Chart, curve: Curve) -> dict[str, np.ndarray]:
 def _last(curve: Curve) -> str:
     """Return the end of what is drawn strongly."""
     values = _finite(curve).values
-    return number(float(values[-1] if curve.dotted else _smoothed(values)[-1]))
+    return number(float(values[-1] if curve.exact else _smoothed(values)[-1]))
 
 
 def _key(curve: Curve, letters: bool) -> str:
@@ -104,7 +107,7 @@ def _draw(chart: Chart, curves: Sequence[Curve], kind: str) -> str:
     inside += "".join(_faint(curve, frame) for curve in curves) + "".join(_strong(curve, frame) for curve in curves)
     inside += "".join(_not_finite(curve, frame) for curve in curves)
     size = f'x="{LEFT:g}" y="{TOP:g}" width="{frame.width:g}" height="{frame.height:g}"'
-    letters = "".join(_letter(curve, frame) for curve in curves) if chart.letters else ""
+    letters = _letters(curves, frame) if chart.letters else ""
     box = f'viewBox="0 0 {WIDTH:g} {HEIGHT:g}" class="chart {kind}"'
     clipped = f"<svg {size}>{inside}</svg>"  # an inner svg is a clip path without an id
     return f"<svg {box}>{axes(frame, chart.over)}{clipped}{_level(chart, frame)}{letters}</svg>"
@@ -177,7 +180,7 @@ def _finite(curve: Curve) -> Curve:
 def _faint(curve: Curve, frame: Frame) -> str:
     """Return all values: as a line, or as the area between the lowest and highest of each place."""
     curve = _finite(curve)
-    if curve.dotted or len(curve.places) < SMOOTHED * 2:
+    if curve.exact or len(curve.places) < SMOOTHED * 2:
         return ""
     starts = _thinned(curve)
     x = frame.along(curve.places[starts])
@@ -190,14 +193,14 @@ def _faint(curve: Curve, frame: Frame) -> str:
 
 def _strong(curve: Curve, frame: Frame) -> str:
     curve = _finite(curve)
-    smooth = curve.values if curve.dotted else _smoothed(curve.values)
+    smooth = curve.values if curve.exact else _smoothed(curve.values)
     starts = _thinned(curve)
     starts = np.append(starts, len(smooth) - 1) if starts[-1] != len(smooth) - 1 else starts
     x, y = frame.along(curve.places[starts]), frame.down(smooth[starts])
     style = curve.style % STYLES
     dots = "".join(f'<circle class="f{style}" cx="{a:.1f}" cy="{b:.1f}" r="1.8"/>' for a, b in zip(x, y, strict=True))
     line = f'<path class="c{style}" d="{_path(x, y)}"><title>{escape(curve.name)}</title></path>'
-    return line + (dots if curve.dotted and len(x) <= 60 else "")
+    return line + (dots if curve.exact and len(x) <= 60 else "")
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
@@ -239,13 +242,17 @@ def _level(chart: Chart, frame: Frame) -> str:
     return line + words
 
 
-def _letter(curve: Curve, frame: Frame) -> str:
-    """Return a run's letter at the end of its curve, readable without colour."""
-    curve = _finite(curve)
-    end = curve.values[-1:] if curve.dotted else _smoothed(curve.values)[-1:]
-    y = TOP + min(max(float(frame.down(end)[0]), 4), frame.height - 2)
-    x = LEFT + float(frame.along(curve.places[-1:])[0])
-    return f'<text class="end" x="{x + 3:.1f}" y="{y + 3.5:.1f}">{chr(65 + curve.style % 26)}</text>'
+def _letters(curves: Sequence[Curve], frame: Frame) -> str:
+    """Return each run's letter at the end of its curve, readable without colour; those that would touch move apart."""
+    ends = []
+    for curve in map(_finite, curves):
+        end = curve.values[-1:] if curve.exact else _smoothed(curve.values)[-1:]
+        ends.append((TOP + float(frame.down(end)[0]), LEFT + float(frame.along(curve.places[-1:])[0]), curve.style))
+    texts, lowest = "", TOP + frame.height + LINE
+    for y, x, style in sorted(ends, reverse=True):
+        lowest = min(y, lowest - LINE)
+        texts += f'<text class="end" x="{x + 3:.1f}" y="{lowest + 3.5:.1f}">{chr(65 + style % 26)}</text>'
+    return texts
 
 
 def number(value: float) -> str:
