@@ -69,7 +69,7 @@ def draw_chart(chart: Chart, curves: Sequence[Curve]) -> str:
     """Return a `<figure>`, or nothing if no curve has two values to draw."""
     drawable = [replace(curve, **_drawable(chart, curve)) for curve in curves]
     curves = [curve for curve in drawable if np.isfinite(curve.values).sum() > 1]
-    if not curves:
+    if not any(curve.values.any() for curve in curves):  # a number that is always 0 says nothing
         return ""
     kinds = ("log", "linear") if chart.scale == "log" else ("",)
     drawings = "".join(_draw(chart, curves, kind) for kind in kinds)
@@ -117,7 +117,7 @@ def _frame(chart: Chart, curves: Sequence[Curve], log: bool) -> Frame:
     places = np.concatenate([curve.places for curve in curves])
     first, last = float(places.min()), float(places.max())
     finite = [curve.values[np.isfinite(curve.values)] for curve in curves]
-    values = np.concatenate(finite)
+    values = np.concatenate([*finite, *([[chart.level[0]]] if chart.level else [])])
     if log:
         low, high = np.log10(values.min()), np.log10(values.max())
         room = max(0.04 * (high - low), 0.01)
