@@ -110,8 +110,8 @@ def _refuse_nothing(config: EvaluateConfig) -> None:
     """Raise ValueError for an evaluation that would score nothing."""
     if not (config.heldout or config.scenes or config.choices or config.captioning.pictures or config.benchmark):
         raise ValueError(
-            "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, captioning.pictures=FOLDER or "
-            "benchmark=NAME"
+            "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, captioning.pictures=FOLDER, "
+            "or benchmark=NAME"
         )
 
 

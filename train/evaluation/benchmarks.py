@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _record(pipeline: Pipeline, benchmark: str, layout: Layout, sampler: Sampler
         "dtype": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
         "size": [side * pipeline.space.stride for side in pipeline.grid],
         "seed": seed,
-        **vars(sampler),
+        **{field.name: getattr(sampler, field.name) for field in fields(SamplerConfig)},
     }
     return json.loads(json.dumps(record))  # as it is read back
 
