@@ -6,7 +6,6 @@ score but for the order of float additions.
 """
 
 import json
-import math
 import platform
 import time
 from collections.abc import Callable
@@ -176,7 +175,8 @@ def _heldout_losses(
     saved = pipeline.saved
     assert saved is not None
     _refuse_trained(saved, config.heldout, ranks)
-    heldout = Heldout(HeldoutConfig(heldout=config.heldout), pipeline.config, saved.latent_spec, ranks)
+    measured_on = HeldoutConfig(heldout=config.heldout)
+    heldout = Heldout(measured_on, pipeline.config, saved.latent_spec, ranks, intervals=True)
     losses = heldout.losses(pipeline.model, pipeline.stats, StopSignal())  # not installed: Ctrl-C ends the program
     assert isinstance(losses, dict)
     data = {
@@ -191,14 +191,14 @@ def _heldout_losses(
 
 
 def _heldout_scores(losses: dict[str, Any]) -> dict[str, Score]:
-    """Return held-out losses as scores, with perplexities; without intervals."""
+    """Return held-out losses as scores; their intervals leave `losses`."""
     scores = {}
     for name, found in losses.items():
-        if (loss := found["text_loss"]) is not None:
-            found = {"perplexity": math.exp(min(loss, 700.0)), **found}
+        intervals = found.pop("intervals")
         for kind in ("perplexity", *KINDS):
-            if found.get(kind) is not None:
-                scores[f"heldout/{name}/{kind}"] = Score(found[kind], None, None, found["documents"])
+            if found[kind] is not None:
+                low, high = intervals.get(kind, (None, None))
+                scores[f"heldout/{name}/{kind}"] = Score(found[kind], low, high, found["documents"])
     return scores
 
 
