@@ -70,8 +70,8 @@ class Preparation:
             return cls(size, int(found.get("resample", 3)), crop, float(scale), tuple(mean), tuple(std))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{key}={name}: its preprocessor_config.json is not one of CLIP, DINOv2 or SigLIP ({error!r}); expected "
-                "size, image_mean and image_std"
+                f"{key}={name}: its preprocessor_config.json is not one of CLIP, DINOv2 or SigLIP ({error!r}); "
+                "expected size, image_mean and image_std"
             ) from None
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
