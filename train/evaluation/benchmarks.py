@@ -69,8 +69,8 @@ def draw_benchmark(
 def _begin(folder: Path, layout: Layout, settings: dict[str, Any]) -> None:
     """Make the folder, its folders and its text files; see `begin`."""
     begin(folder, folder.with_suffix(".json"), settings)
-    for name in {Path(file.name).parent for file in layout.files}:
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    for path in {(folder / file.name).parent for file in layout.files}:
+        path.mkdir(parents=True, exist_ok=True)
     for name, text in layout.beside.items():
         write_durably(folder / name, text.encode())
 

@@ -82,8 +82,8 @@ def evaluate_captioning(
         for number in shown:
             line = {"true": files[number], "caption": captions[number], "references": items[number].references}
             examples.append({**line, "score": float(scores[number]), "score_name": "cider"})
-    data = {"pictures": config.pictures, "annotations": config.annotations, "split": config.split}
-    data |= {"fingerprint": fingerprint, "items": len(items)}
+    paths = {"pictures": config.pictures, "annotations": config.annotations, "split": config.split}
+    data = {**paths, "fingerprint": fingerprint, "items": len(items)}
     return Part({"captioning/cider": bootstrap(scores)}, examples, data)
 
 
