@@ -19,6 +19,7 @@ from data.shards import BadRecord
 
 MAX_PIXELS = 64 * 1024 * 1024  # more is taken for a decompression bomb
 MAX_SCANS = 100  # of a JPEG: each is a pass over all pixels, however few its bytes; 1 to 12 are usual
+JPEG_QUALITY = 95  # 0...100
 MARGIN, LINE, LINES = 6, 12, 3  # of a contact sheet: pixels, pixels, lines of text under a picture
 CELLS = "cells"  # in the PNG of a contact sheet: left, upper, right, lower and title of each picture, as JSON
 _TILE = 2048  # pixels a side that are made opaque at a time
@@ -137,6 +138,13 @@ def encode_preview(pixels: np.ndarray, side: int) -> bytes:
     picture, buffer = Image.fromarray(pixels), io.BytesIO()
     picture.thumbnail((side, side))
     picture.save(buffer, "WEBP", quality=80, method=0)
+    return buffer.getvalue()
+
+
+def encode_jpeg(pixels: np.ndarray) -> bytes:
+    """Return uint8 [H, W, 3] as JPEG bytes of JPEG_QUALITY."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
 
 

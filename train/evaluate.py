@@ -23,7 +23,12 @@ from train.config import load_config, run_program
 from train.distributed.agreement import facts_of, program_facts
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.signals import StopSignal
+from train.evaluation.benchmark_layouts import Benchmark
+from train.evaluation.benchmarks import draw_benchmark
+from train.evaluation.captioning import CaptioningConfig, evaluate_captioning
 from train.evaluation.generation import GenerationConfig, evaluate_generation
+from train.evaluation.multiple_choice import evaluate_choices
+from train.evaluation.paper_table import paper_table
 from train.evaluation.part import Part, bar_of
 from train.evaluation.scenes import evaluate_scenes
 from train.evaluation.scores import Score
@@ -41,19 +46,29 @@ class EvaluateConfig(PipelineConfig):
     # Encoded folders by name, not trained on: text_loss and image_loss (drawing) with captions first, captioning_loss
     # with captions last, x0_error (drawing, comparable between predictions and schedules; docs/training.md).
     heldout: dict[str, Location] = field(default_factory=dict)
-
+    # Files of multiple-choice questions by name, JSON lines: ours, or the Llama-2 suite's as released.
+    choices: dict[str, Location] = field(default_factory=dict)
+    captioning: CaptioningConfig = field(default_factory=CaptioningConfig)  # pictures to describe, scored with CIDEr
+    benchmark: Benchmark | None = None  # draw its prompts into output/BENCHMARK for its own scorer; null: none
+    benchmark_prompts: list[Location] = field(default_factory=list)  # its own prompt files (docs/evaluation.md)
     generation: GenerationConfig = field(default_factory=GenerationConfig)  # pictures against those of their captions
+    table: bool = False  # print the paper's row beside the scores
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_prompts < 1:
             raise ValueError(f"max_prompts={self.max_prompts}: expected at least 1")
+        if (self.benchmark is None) != (not self.benchmark_prompts):
+            raise ValueError(
+                f"benchmark={self.benchmark}, benchmark_prompts={self.benchmark_prompts}: expected both, or neither"
+            )
 
 
 CONFIG = EvaluateConfig
 GROUP = True  # its ranks form a process group
 # May differ between ranks; the contents are compared instead.
 OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base")
+OWN += ("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts")
 OWN += ("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip")
 # What a drawn picture depends on besides its caption and number.
 DRAWN_BY = ("weights", "weights_hash", "base", "guide", "dtype", "device", "seed", "settings", "resolution")
@@ -90,14 +105,21 @@ def main(argv: list[str]) -> int | None:
         with atomic_write(output / "evaluation.json") as file:
             file.write(json.dumps(results, indent=1).encode())
         print(json.dumps(results, indent=1))
+        if config.table:
+            print(paper_table(pipeline.model, results))
     ranks.close()
     return 0
 
 
 def _refuse_nothing(config: EvaluateConfig) -> None:
     """Raise ValueError for an evaluation that would score nothing."""
-    if not (config.heldout or config.scenes or config.generation.pictures):
-        raise ValueError("nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER or generation.pictures=FOLDER")
+    if not (config.heldout or config.scenes or config.choices or config.benchmark) and not any(
+        part.pictures for part in (config.captioning, config.generation)
+    ):
+        raise ValueError(
+            "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, generation.pictures=FOLDER, "
+            "captioning.pictures=FOLDER or benchmark=NAME"
+        )
 
 
 def _parts(
@@ -106,6 +128,16 @@ def _parts(
     """Return what is asked for besides held-out losses, by its name in `data`, in the order of the work."""
     bar, sampler = bar_of(ranks), config.suited_to(pipeline.config.diffusion)
     parts: dict[str, Callable[[], Part]] = {}
+    if choices := config.choices:
+        parts["choices"] = lambda: evaluate_choices(pipeline, choices, output, ranks, bar)
+    if (captioning := config.captioning).pictures is not None:
+        parts["captioning"] = lambda: evaluate_captioning(
+            pipeline, captioning, sampler, config.seed, output, ranks, bar
+        )
+    if (benchmark := config.benchmark) is not None:
+        parts["benchmark"] = lambda: draw_benchmark(
+            pipeline, benchmark, config.benchmark_prompts, sampler, config.seed, output, ranks, bar
+        )
     if (scenes := config.scenes) is not None:
         per_split, seed = config.max_prompts, config.seed
         parts["scenes"] = lambda: evaluate_scenes(pipeline, scenes, per_split, sampler, seed, output, ranks, bar)

@@ -43,6 +43,7 @@ INIT_S, FINISH_S, STOP_S = 20, 60, 20  # the longest to wait for a server: at th
 STATISTICS_S = 30.0  # between samples of this machine's statistics
 LAST_BLOCKS = 128  # of an offline page, 4 MiB: its last step's rows
 SHARE = 0.1  # of a core, at most, for rows of the past while training runs
+TOKENS_SEEN = "progress/tokens_seen"
 REQUEUE = 75  # the exit status after a stop signal
 
 log = logging.getLogger(__name__)
@@ -267,8 +268,10 @@ class WandbPage:
             del self._pictures[0]
 
     def _has(self, items: dict[str, Any]) -> bool:
-        """Return whether the page had this row when it was opened."""
+        """Return whether the page had this row, or that of the same step of an earlier attempt, when it was opened."""
         step, last = items["step"], self._shown.get("step", -1)
+        if TOKENS_SEEN in items:  # a row of training: what else it has includes times
+            items = {TOKENS_SEEN: items[TOKENS_SEEN]}
         return step < last or (step == last and items.items() <= self._shown.items())
 
     def _fork(self, step: int) -> None:
