@@ -68,8 +68,8 @@ CONFIG = EvaluateConfig
 GROUP = True  # its ranks form a process group
 # May differ between ranks; the contents are compared instead.
 OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base")
-OWN += ("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts")
 OWN += ("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip")
+OWN += ("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts")
 # What a drawn picture depends on besides its caption and number.
 DRAWN_BY = ("weights", "weights_hash", "base", "guide", "dtype", "device", "seed", "settings", "resolution")
 DRAWN_BY += ("batch_size",)
@@ -113,12 +113,11 @@ def main(argv: list[str]) -> int | None:
 
 def _refuse_nothing(config: EvaluateConfig) -> None:
     """Raise ValueError for an evaluation that would score nothing."""
-    if not (config.heldout or config.scenes or config.choices or config.benchmark) and not any(
-        part.pictures for part in (config.captioning, config.generation)
-    ):
+    tasks = (config.heldout, config.scenes, config.choices, config.captioning.pictures, config.generation.pictures)
+    if not any((*tasks, config.benchmark)):
         raise ValueError(
-            "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, generation.pictures=FOLDER, "
-            "captioning.pictures=FOLDER or benchmark=NAME"
+            "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, captioning.pictures=FOLDER, "
+            "generation.pictures=FOLDER or benchmark=NAME"
         )
 
 
@@ -128,6 +127,7 @@ def _parts(
     """Return what is asked for besides held-out losses, by its name in `data`, in the order of the work."""
     bar, sampler = bar_of(ranks), config.suited_to(pipeline.config.diffusion)
     parts: dict[str, Callable[[], Part]] = {}
+    drawn_by = {key: described[key] for key in DRAWN_BY}
     if choices := config.choices:
         parts["choices"] = lambda: evaluate_choices(pipeline, choices, output, ranks, bar)
     if (captioning := config.captioning).pictures is not None:
@@ -136,13 +136,12 @@ def _parts(
         )
     if (benchmark := config.benchmark) is not None:
         parts["benchmark"] = lambda: draw_benchmark(
-            pipeline, benchmark, config.benchmark_prompts, sampler, config.seed, output, ranks, bar
+            pipeline, benchmark, config.benchmark_prompts, sampler, config.seed, drawn_by, output, ranks, bar
         )
     if (scenes := config.scenes) is not None:
         per_split, seed = config.max_prompts, config.seed
         parts["scenes"] = lambda: evaluate_scenes(pipeline, scenes, per_split, sampler, seed, output, ranks, bar)
     if (generation := config.generation).pictures is not None:
-        drawn_by = {key: described[key] for key in DRAWN_BY}
         parts["generation"] = lambda: evaluate_generation(
             pipeline, generation, sampler, config.seed, drawn_by, output, ranks, bar
         )

@@ -8,7 +8,6 @@ goes on with those that are missing.
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,13 +18,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.durable import atomic_write, write_durably
+from data.durable import atomic_write
 from data.pictures import decode_picture, encode_png
 from data.storage import Location
 from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.distributed.shared_folder import require_shared
 from train.evaluation.captioned import CaptionedConfig, read_captioned
+from train.evaluation.drawn_folder import begin
 from train.evaluation.features import Batch, FeatureModels, Features
 from train.evaluation.part import Bar, Part
 from train.evaluation.scores import Score, bootstrap
@@ -90,7 +90,8 @@ def evaluate_generation(
     size = (pipeline.grid[0] * pipeline.space.stride, pipeline.grid[1] * pipeline.space.stride)
     models = FeatureModels.load(config.models, config.clip, ranks.device)
     listed = ranks.on_first(lambda: list_captions(config))
-    ranks.on_first(lambda: _begin(output / DRAWN, {**described, "captions": listed.fingerprint}))
+    settings = {**described, "captions": listed.fingerprint}
+    ranks.on_first(lambda: begin(output / DRAWN, output / DRAWN / SETTINGS, settings))
     require_shared(output / DRAWN, "output", ranks)
     batches = batches_of(len(listed.captions), pipeline.batch_size, ranks)
     _draw(pipeline, listed.captions, batches, sampler, seed, output / DRAWN, bar)
@@ -129,21 +130,6 @@ def batches_of(count: int, batch_size: int, ranks: Ranks) -> list[range]:
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     first, last = (len(batches) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
     return batches[first:last]
-
-
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of drawn pictures; raise ValueError if it holds those of other settings."""
-    folder.mkdir(exist_ok=True)
-    mark, settings = folder / SETTINGS, json.loads(json.dumps(settings))  # as the mark reads back
-    if mark.is_file():
-        found = json.loads(mark.read_text(encoding="utf-8"))
-        changed = [key for key in settings | found if settings.get(key) != found.get(key)]
-        if changed:
-            raise ValueError(
-                f"output: {folder} holds pictures drawn with another {', '.join(changed)}; expected none, or the "
-                "same to go on with. Choose another output, or remove that folder to draw them again"
-            )
-    write_durably(mark, json.dumps(settings, indent=1).encode())
 
 
 def _draw(
