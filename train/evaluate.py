@@ -67,12 +67,16 @@ class EvaluateConfig(PipelineConfig):
 CONFIG = EvaluateConfig
 GROUP = True  # its ranks form a process group
 # May differ between ranks; the contents are compared instead.
-OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base")
-OWN += ("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip")
-OWN += ("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts")
+OWN = (
+    *("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base"),
+    *("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip"),
+    *("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts"),
+)
 # What a drawn picture depends on besides its caption and number.
-DRAWN_BY = ("weights", "weights_hash", "base", "guide", "dtype", "device", "seed", "settings", "resolution")
-DRAWN_BY += ("batch_size",)
+DRAWN_BY = (
+    *("weights", "weights_hash", "base", "guide", "dtype", "device", "seed"),
+    *("settings", "resolution", "batch_size"),
+)
 PACKAGES = ("torch", "numpy", "pillow", "transformers", "diffusers")
 
 
