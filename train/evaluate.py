@@ -23,6 +23,7 @@ from train.config import load_config, run_program
 from train.distributed.agreement import facts_of, program_facts
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.signals import StopSignal
+from train.evaluation.answers import AnswersConfig, write_answers
 from train.evaluation.benchmark_layouts import Benchmark
 from train.evaluation.benchmarks import draw_benchmark
 from train.evaluation.captioning import CaptioningConfig, evaluate_captioning
@@ -49,6 +50,7 @@ class EvaluateConfig(PipelineConfig):
     # Files of multiple-choice questions by name, JSON lines: ours, or the Llama-2 suite's as released.
     choices: dict[str, Location] = field(default_factory=dict)
     captioning: CaptioningConfig = field(default_factory=CaptioningConfig)  # pictures to describe, scored with CIDEr
+    answers: AnswersConfig = field(default_factory=AnswersConfig)  # questions about pictures, for others' scorers
     benchmark: Benchmark | None = None  # draw its prompts into output/BENCHMARK for its own scorer; null: none
     benchmark_prompts: list[Location] = field(default_factory=list)  # its own prompt files (docs/evaluation.md)
     generation: GenerationConfig = field(default_factory=GenerationConfig)  # pictures against those of their captions
@@ -66,11 +68,13 @@ class EvaluateConfig(PipelineConfig):
 
 CONFIG = EvaluateConfig
 GROUP = True  # its ranks form a process group
+SLOWEST_S = 86400.0  # that ranks wait for the slowest to draw its share; a lost one is noticed at once
 # May differ between ranks; the contents are compared instead.
 OWN = (
     *("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base"),
     *("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip"),
     *("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts"),
+    *("answers.questions", "answers.pictures"),
 )
 # What a drawn picture depends on besides its caption and number.
 DRAWN_BY = (
@@ -85,7 +89,8 @@ def main(argv: list[str]) -> int | None:
     _refuse_nothing(config)
     manifests = {name: Manifest.load(path) for name, path in config.heldout.items()}
     contents = {f"heldout.{name} (contents)": manifest.content_hash for name, manifest in manifests.items()}
-    ranks = init_ranks(timeout_s=1800, device=config.device, facts={**facts_of(config, OWN), **contents})
+    facts = {**facts_of(config, OWN), **contents}
+    ranks = init_ranks(timeout_s=1800, checkpoint_timeout_s=SLOWEST_S, device=config.device, facts=facts)
     start = time.monotonic()
     pipeline = Pipeline.load(config, ranks)
     output = Path(config.output)
@@ -118,10 +123,10 @@ def main(argv: list[str]) -> int | None:
 def _refuse_nothing(config: EvaluateConfig) -> None:
     """Raise ValueError for an evaluation that would score nothing."""
     tasks = (config.heldout, config.scenes, config.choices, config.captioning.pictures, config.generation.pictures)
-    if not any((*tasks, config.benchmark)):
+    if not any((*tasks, config.answers.questions, config.benchmark)):
         raise ValueError(
             "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, captioning.pictures=FOLDER, "
-            "generation.pictures=FOLDER or benchmark=NAME"
+            "generation.pictures=FOLDER, answers.questions=FILE or benchmark=NAME"
         )
 
 
@@ -138,6 +143,8 @@ def _parts(
         parts["captioning"] = lambda: evaluate_captioning(
             pipeline, captioning, sampler, config.seed, output, ranks, bar
         )
+    if (answers := config.answers).questions is not None:
+        parts["answers"] = lambda: write_answers(pipeline, answers, sampler, config.seed, output, ranks, bar)
     if (benchmark := config.benchmark) is not None:
         parts["benchmark"] = lambda: draw_benchmark(
             pipeline, benchmark, config.benchmark_prompts, sampler, config.seed, drawn_by, output, ranks, bar
