@@ -29,12 +29,13 @@ from pathlib import Path
 from statistics import NormalDist, mean, median, variance
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from data.durable import write_durably
 from data.storage import Location
-from train.config import load_config, run_program
-from train.config_layers import read_yaml
+from train.config import load_config, read_yaml, run_program
+from train.distributed.parallelize import ParallelConfig, compute_dtype
 from train.optim.optimizer import learning_rate
 from train.pages.reference_band import NAMES, Band, Curve, compare, settings_of, smoothed
 from train.pretrain_config import PretrainConfig
@@ -133,11 +134,10 @@ def main(argv: list[str]) -> int:
 
 
 def trainings(config: BandsConfig) -> list[Training]:
-    """Return the runs, the seeds of a machine in order; faults have seeds that no other run has."""
+    """Return the runs, machine by machine, then the faults, whose seeds no other run has."""
     found = [Training(m, f"pretrain-{seed}", seed) for m, seeds in config.seeds.items() for seed in seeds]
-    names = list(FAULTS)
-    first = max(training.seed for training in found) + 1
-    return found + [Training("native", f"fault-{n}", first + names.index(n), n) for n in names if n in config.faults]
+    faults = [name for name in FAULTS if name in config.faults]
+    return found + [Training("native", f"fault-{name}", 100 + [*FAULTS].index(name), name) for name in faults]
 
 
 def prepare(root: Path, machine: Machine) -> None:
@@ -192,12 +192,13 @@ def record_of(wanted: Sequence[Training], folder: Path, argv: list[str]) -> dict
         for name, of_run in good.items()
     }
     found = {name: compare(of_run, band) for name, of_run in faulty.items()}
+    native = str(compute_dtype(ParallelConfig(), torch.device("cpu"))).removeprefix("torch.")
     return {
         "bench": "bands",
         **asdict(band),
         "how": how(len(good)),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, native dtype {native}",
         "machines": machines,
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "diffusers", "numpy")}},
         "command": " ".join(["python -m bench.bands", *(a for a in argv if not a.startswith("folder="))]),
@@ -253,9 +254,10 @@ def how(runs: int) -> str:
     """Say how low and high are made."""
     return (
         f"A value is the median of a run's last {SMOOTHED_ROWS} rows. low and high are exp(m -+ "
-        f"{tolerance_factor(runs):.2f} s) of the mean m and standard deviation s of the logs of {runs} runs, s pooled over {POOLED_ROWS} rows on either side: Howe's tolerance interval of {CONTENT:.0%} of all runs with "
-        f"{CONFIDENCE:.0%} confidence. left_out: how the band of the other runs judges a run. faults_found: how the "
-        f"band judges runs with a fault, stopped at step {FAULTY_STEPS}"
+        f"{tolerance_factor(runs):.2f} s) of the mean m and standard deviation s of the logs of {runs} runs, s pooled "
+        f"over {POOLED_ROWS} rows on either side: Howe's tolerance interval, which with {CONFIDENCE:.0%} confidence "
+        f"holds {CONTENT:.0%} of all runs. left_out: how the band of the other runs judges a run. faults_found: how "
+        f"the band judges runs with a fault, stopped at step {FAULTY_STEPS}"
     )
 
 

@@ -64,7 +64,7 @@ def test_the_words_say_what_leaves_the_band_where_and_which_way(band: Band) -> N
     course = verdict.by_metric["text_loss"]
     assert course.inside_share == pytest.approx(13 / 40) and verdict.by_metric["x0_error"].within
     verdict = compare(changed(rows, "text_loss", 0.25, 240, 500), band)
-    assert "text loss is below it from step 280 to 560" in verdict.words
+    assert "text loss is below it from step 280 to 540" in verdict.words
 
 
 def test_odd_rows_change_nothing_and_numbers_that_are_none_do(band: Band) -> None:

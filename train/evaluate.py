@@ -68,14 +68,19 @@ class EvaluateConfig(PipelineConfig):
 
 CONFIG = EvaluateConfig
 GROUP = True  # its ranks form a process group
+SLOWEST_S = 86400.0  # that ranks wait for the slowest to draw its share; a lost one is noticed at once
 # May differ between ranks; the contents are compared instead.
-OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base")
-OWN += ("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip")
-OWN += ("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts")
-OWN += ("answers.questions", "answers.pictures")
+OWN = (
+    *("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base"),
+    *("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip"),
+    *("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts"),
+    *("answers.questions", "answers.pictures"),
+)
 # What a drawn picture depends on besides its caption and number.
-DRAWN_BY = ("weights", "weights_hash", "base", "guide", "dtype", "device", "seed", "settings", "resolution")
-DRAWN_BY += ("batch_size",)
+DRAWN_BY = (
+    *("weights", "weights_hash", "base", "guide", "dtype", "device", "seed"),
+    *("settings", "resolution", "batch_size"),
+)
 PACKAGES = ("torch", "numpy", "pillow", "transformers", "diffusers")
 
 
@@ -84,7 +89,8 @@ def main(argv: list[str]) -> int | None:
     _refuse_nothing(config)
     manifests = {name: Manifest.load(path) for name, path in config.heldout.items()}
     contents = {f"heldout.{name} (contents)": manifest.content_hash for name, manifest in manifests.items()}
-    ranks = init_ranks(timeout_s=1800, device=config.device, facts={**facts_of(config, OWN), **contents})
+    facts = {**facts_of(config, OWN), **contents}
+    ranks = init_ranks(timeout_s=1800, checkpoint_timeout_s=SLOWEST_S, device=config.device, facts=facts)
     start = time.monotonic()
     pipeline = Pipeline.load(config, ranks)
     output = Path(config.output)
