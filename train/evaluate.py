@@ -1,4 +1,5 @@
-"""Evaluate a trained model: losses on held-out data, the judge's scores on scenes, distances of drawn pictures.
+"""Evaluate a trained model: held-out losses, multiple choice, captions, distances of drawn pictures, scenes, and
+pictures and answers for the scorers of published benchmarks (docs/evaluation.md).
 
 Writes evaluation.json (every score with its 95 % interval, and what they depend on), examples.jsonl and its pictures.
 Held-out folders with training records are refused. Under torchrun the ranks divide the work; their number changes no

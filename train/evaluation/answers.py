@@ -14,6 +14,7 @@ from data.pictures import decode_picture
 from data.storage import Location
 from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
+from train.evaluation.generation import batches_of
 from train.evaluation.part import Bar, Part
 from train.inference.pipeline import Part as PromptPart
 from train.inference.pipeline import Pipeline, text_alone
@@ -63,23 +64,22 @@ def write_answers(
     bar: Bar,
 ) -> Part:
     """Answer each question after its picture, if it has one, and write answers.jsonl; give no scores. Collective."""
-    rows, size, saved = read_questions(config), ranks.world_size, pipeline.saved
+    rows, saved = read_questions(config), pipeline.saved
     fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
     ranks.require_alike({"answers.questions (contents)": fingerprint})
-    numbers, mine = range(ranks.rank, len(rows), size), []
-    with bar("answers", len(numbers)) as progress:
-        for start in range(0, len(numbers), pipeline.batch_size):
-            chunk = numbers[start : start + pipeline.batch_size]
-            prompts = [_prompt(pipeline, config, rows[number]) for number in chunk]
-            for parts in pipeline.complete(prompts, text_alone(sampler), seed, progress.update, chunk):
-                mine.append("".join(part for part in parts if isinstance(part, str)).strip())
-    parts_of_ranks = ranks.gather(mine)
+    batches, mine = batches_of(len(rows), pipeline.batch_size)[ranks.rank :: ranks.world_size], []
+    with bar("answers", sum(map(len, batches))) as progress:
+        for batch in batches:
+            prompts = [_prompt(pipeline, config, rows[number]) for number in batch]
+            answered = pipeline.complete(prompts, text_alone(sampler), seed, progress.update, batch)
+            texts = ["".join(part for part in parts if isinstance(part, str)) for parts in answered]
+            mine += zip(batch, texts, strict=True)
+    found = dict(pair for part in ranks.gather(mine) for pair in part)
     model_id = pipeline.weights if saved is None else f"{saved.folder.name}-{pipeline.weights}"
     lines = []
     for number, row in enumerate(rows):
-        text, answer_id = parts_of_ranks[number % size][number // size], f"{fingerprint}-{number}"
-        answer = {"question_id": row["question_id"], "prompt": row["text"], "text": text, "answer_id": answer_id}
-        lines.append({**answer, "model_id": model_id, "metadata": {}})
+        answer = {"question_id": row["question_id"], "prompt": row["text"], "text": found[number].strip()}
+        lines.append({**answer, "answer_id": f"{fingerprint}-{number}", "model_id": model_id, "metadata": {}})
     if ranks.is_first:
         with atomic_write(output / "answers.jsonl") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -1,7 +1,7 @@
-"""Pictures of a published benchmark's prompts, for its own scorer. Files that are there are not drawn again.
+"""Pictures of a published benchmark's prompts, for its own scorer. Batches whose files are there are not drawn again.
 
 What the pictures depend on is kept beside their folder, so that a call with other settings is refused instead of mixing
-them. Ranks divide the files; a picture is the same whichever rank draws it and whenever (P12).
+them. Ranks divide the batches, which are the same on any number of them: so is every picture (P12).
 """
 
 import hashlib
@@ -50,16 +50,20 @@ def draw_benchmark(
     folder = output / benchmark
     ranks.on_first(lambda: _begin(folder, layout, {**described, "prompts": fingerprint}))
     require_shared(folder, "output", ranks)
-    missing = ranks.on_first(lambda: [i for i, file in enumerate(layout.files) if not (folder / file.name).is_file()])
-    firsts = np.cumsum([0, *(file.pictures for file in layout.files)]).tolist()  # sample numbers
-    mine = missing[ranks.rank :: ranks.world_size]
-    with bar(benchmark, sum(layout.files[i].pictures for i in mine)) as progress:
-        for chunk in _chunks(mine, layout.files, pipeline.batch_size):
-            numbers = [firsts[i] + k for i in chunk for k in range(layout.files[i].pictures)]
-            texts = [layout.files[i].prompt for i in chunk for _ in range(layout.files[i].pictures)]
+    batches = list(_batches(layout.files, pipeline.batch_size))
+    missing = ranks.on_first(
+        lambda: [i for i, batch in enumerate(batches) if not all((folder / file.name).is_file() for file, _ in batch)]
+    )
+    mine = [batches[i] for i in missing[ranks.rank :: ranks.world_size]]
+    with bar(benchmark, sum(file.pictures for batch in mine for file, _ in batch)) as progress:
+        for batch in mine:
+            numbers = [first + k for file, first in batch for k in range(file.pictures)]
+            texts = [file.prompt for file, _ in batch for _ in range(file.pictures)]
             pictures = iter(pipeline.draw(texts, sampler, seed, progress.update, numbers))
-            for i in chunk:
-                _write(folder / layout.files[i].name, [next(pictures) for _ in range(layout.files[i].pictures)])
+            for file, _ in batch:
+                of_file = [next(pictures) for _ in range(file.pictures)]
+                if not (folder / file.name).is_file():
+                    _write(folder / file.name, of_file)
     ranks.gather(None)  # all files are there before a line says so
     examples = [{"prompt": file.prompt, "drawn": f"{benchmark}/{file.name}"} for file in layout.files[:SHOWN]]
     data = {"name": benchmark, "folder": str(folder), "files": len(layout.files), "fingerprint": fingerprint}
@@ -75,16 +79,18 @@ def _begin(folder: Path, layout: Layout, settings: dict[str, Any]) -> None:
         write_durably(folder / name, text.encode())
 
 
-def _chunks(numbers: Sequence[int], files: Sequence[File], most: int) -> Iterator[list[int]]:
-    """Yield files of at most `most` pictures together; one of more by itself."""
-    chunk: list[int] = []
-    for number in numbers:
-        if chunk and sum(files[i].pictures for i in [*chunk, number]) > most:
-            yield chunk
-            chunk = []
-        chunk.append(number)
-    if chunk:
-        yield chunk
+def _batches(files: Sequence[File], most: int) -> Iterator[list[tuple[File, int]]]:
+    """Yield files, each with the number of its first picture, of at most `most` pictures together or one of more."""
+    batch: list[tuple[File, int]] = []
+    start = number = 0
+    for file in files:
+        if batch and number + file.pictures - start > most:
+            yield batch
+            batch, start = [], number
+        batch.append((file, number))
+        number += file.pictures
+    if batch:
+        yield batch
 
 
 def _write(path: Path, pictures: Sequence[np.ndarray]) -> None:
