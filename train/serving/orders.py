@@ -48,6 +48,7 @@ class Order:
     seed: int
     n: int
     previews: bool
+    unknown: tuple[str, ...]  # parts of the texts that the tokenizer does not know: the model cannot tell them apart
 
     @property
     def key(self) -> tuple[bool, SamplerConfig]:
@@ -97,7 +98,9 @@ class Orders:
         previews = given.get("previews", True)
         if not isinstance(previews, bool):
             raise Refusal(f"previews={_shown(previews)}", "true or false", "correct it or leave it out")
-        return Order(parts, sampler, draw, seed, n, previews)
+        texts = [part for part in parts if isinstance(part, str)]
+        unknown = tuple(dict.fromkeys(piece for text in texts for piece in self.pipeline.tokenizer.unknown_in(text)))
+        return Order(parts, sampler, draw, seed, n, previews, unknown)
 
     def _sampler(self, given: Mapping[str, Any], names: Sequence[str]) -> SamplerConfig:
         hints = get_type_hints(SamplerConfig)
