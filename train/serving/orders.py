@@ -131,10 +131,7 @@ class Orders:
         """Refuse a prompt that is longer than any sequence of the training."""
         patches = math.prod(self.pipeline.grid) // self.pipeline.model.config.patch_size**2
         longest = self.pipeline.config.data.sequence_length
-        try:
-            tokens = sum(len(self.pipeline.tokenizer.encode(p)) if isinstance(p, str) else patches + 2 for p in parts)
-        except UnicodeEncodeError:
-            raise Refusal("a text with half a surrogate pair", "Unicode text", "correct the text") from None
+        tokens = sum(len(self.pipeline.tokenizer.encode(p)) if isinstance(p, str) else patches + 2 for p in parts)
         if tokens > longest:
             raise Refusal(f"a prompt of {tokens:,} tokens", f"at most {longest:,}, as in training", "shorten it")
 
@@ -155,6 +152,8 @@ def _text(given: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or len(value) > MOST_CHARACTERS:
         found = f"{len(value):,} characters" if isinstance(value, str) else _shown(value)
         raise Refusal(f"{name}: {found}", f"a text of at most {MOST_CHARACTERS:,} characters", f'give "{name}": "..."')
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise Refusal(f"{name} with half a surrogate pair", "Unicode text", "correct the text")
     return value
 
 
