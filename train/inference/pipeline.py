@@ -73,9 +73,8 @@ class Pipeline:
 
     model: Transfusion
     tokenizer: Tokenizer
-    space: LatentSpace
+    latents: tuple[LatentSpace, LatentSpec] | None  # of the training data; None: it was text alone
     stats: LatentStats
-    latent_spec: LatentSpec  # of the training data; pictures in prompts have its resolution
     grid: tuple[int, int]  # latent size of new pictures
     config: PretrainConfig  # that the model was trained with
     batch_size: int = BATCH
@@ -126,15 +125,34 @@ class Pipeline:
         vae_path: str | None,
         device: torch.device | None = None,  # None: the model's; of one whose weights come later, it must be given
     ) -> "Pipeline":
-        """Combine a model with the latent space of its data; raise ValueError for any other, or for text alone."""
-        if spec is None or not grids:
-            raise ValueError("the model was trained on text alone: it draws no pictures")
+        """Combine a model with the latent space of its data; raise ValueError for any other.
+
+        Without a spec, of a model that was trained on text alone, it only writes.
+        """
         device = device or next(model.parameters()).device
-        space = load_matching_space(vae_path, spec).to(device)
         stats = latent_stats(spec, config.model.latent_channels, device)
+        if spec is None or not grids:
+            return cls(model, tokenizer, None, stats, (config.model.patch_size,) * 2, config)
+        space = load_matching_space(vae_path, spec).to(device)
         # The grid nearest to a square; among equals the largest.
         grid = min(grids, key=lambda grid: (max(grid) / min(grid), -grid[0] * grid[1]))
-        return cls(model, tokenizer, space, stats, spec, grid, config)
+        return cls(model, tokenizer, (space, spec), stats, grid, config)
+
+    @property
+    def space(self) -> LatentSpace:
+        """Return the latent space of pictures; raise ValueError for a model that was trained on text alone."""
+        return self.require_pictures()[0]
+
+    @property
+    def latent_spec(self) -> LatentSpec:
+        """Return that of the training data, the resolution of pictures in prompts; raise ValueError for text alone."""
+        return self.require_pictures()[1]
+
+    def require_pictures(self) -> tuple[LatentSpace, LatentSpec]:
+        """Raise ValueError for a model that was trained on text alone."""
+        if self.latents is None:
+            raise ValueError("the model was trained on text alone: it neither draws nor sees pictures")
+        return self.latents
 
     def describe_guide(self) -> dict[str, Any] | None:
         """Return which weights of which step guide, for a record of results; None without autoguidance."""
@@ -175,6 +193,8 @@ class Pipeline:
         [resolution, resolution, 3]. `numbers` identify the samples; None counts from 0. Instead of a seed, draws may be
         given. `watch` sees pictures while they are denoised, whitened; `decode` makes pixels of them.
         """
+        if draw or config.max_images:
+            self.require_pictures()
         self._warn_of_unknown({part for prompt in prompts for part in prompt if isinstance(part, str)})
         numbers = numbers or range(len(prompts))
         given = [[part for part in prompt if isinstance(part, np.ndarray)] for prompt in prompts]
