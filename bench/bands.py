@@ -1,15 +1,16 @@
 """Make the demo's reference band: its curves' spread over seeds and machines: `python -m bench.bands`.
 
-Each machine makes its own data by the demo's stages, as the VAE's rounding is its own, and trains the demo's model from
-several seeds; then come trainings with a fault each, which the band must tell apart. Machines, by name:
+Each machine makes its own data by the demo's stages and trains the demo's model from its seeds; then come trainings
+with a fault each, which the band must tell apart. The machines differ in what rounding depends on: a VAE rounded
+otherwise is another VAE after 800 steps, and moves the image loss more than a seed does. By name:
 
-  native    as `make demo` runs here: two ranks, in bfloat16 if the CPU has it
-  avx2      as on a CPU without AVX-512: float32, and the kernels of AVX2
-  one-rank  one rank instead of two, in the other stages too
+  native                    as `make demo` runs here: two ranks, in bfloat16 if the CPU has it
+  one-, three-, four-ranks  another number of ranks, in the other stages too
+  avx2, avx2-one-rank       as on a CPU without AVX-512: float32, and the kernels of AVX2
 
 Runs go one after the other. A finished one is not repeated and an interrupted one resumes, so the same command goes on.
 `output` gets the band, all runs' curves, and how a band without a run judges it (train/pages/reference_band.py); the
-last line is one JSON object. The defaults take half an hour on two cores.
+last line is one JSON object. The defaults take three quarters of an hour on two cores.
 """
 
 import datetime
@@ -25,17 +26,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from statistics import NormalDist, mean, variance
+from statistics import NormalDist, mean, median, variance
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from data.durable import write_durably
 from data.storage import Location
-from train.config import load_config, run_program
-from train.config_layers import read_yaml
+from train.config import load_config, read_yaml, run_program
+from train.distributed.parallelize import ParallelConfig, compute_dtype
 from train.optim.optimizer import learning_rate
-from train.pages.reference_band import FOLDER, NAMES, Band, Curve, compare, settings_of, smoothed
+from train.pages.reference_band import NAMES, Band, Curve, compare, settings_of, smoothed
 from train.pretrain_config import PretrainConfig
 
 HERE = Path(__file__).resolve().parent.parent
@@ -53,11 +55,16 @@ class Machine:
 
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+FLOAT32 = ("parallel.dtype=float32",)
 MACHINES = {
     "native": Machine(),
-    "avx2": Machine(settings=("parallel.dtype=float32",), environment=AVX2),
-    "one-rank": Machine(ranks=1),
+    "avx2": Machine(2, FLOAT32, AVX2),
+    "four-ranks": Machine(4),
+    "one-rank": Machine(1),
+    "three-ranks": Machine(3),
+    "avx2-one-rank": Machine(1, FLOAT32, AVX2),
 }
+SEEDS = {"native": [0, 1], "avx2": [0], "four-ranks": [2], "one-rank": [3], "three-ranks": [4], "avx2-one-rank": [1]}
 FAULTS = {  # what a bug would do to a training, as settings
     "rate-x10": ("optim.learning_rate=0.04",),
     "pictures-always-first": ("data.order.caption_first=0",),
@@ -72,16 +79,16 @@ FAULTS = {  # what a bug would do to a training, as settings
 @dataclass(frozen=True, kw_only=True)
 class BandsConfig:
     folder: Location = "runs/bands"  # everything is made here, 300 MB
-    seeds: dict[str, int] = field(default_factory=lambda: {"native": 5, "avx2": 2, "one-rank": 1})  # runs by machine
+    seeds: dict[str, list[int]] = field(default_factory=lambda: SEEDS)  # of the runs by machine; NAME=[]: none of it
     faults: list[str] = field(default_factory=lambda: [*FAULTS])  # to train with, by name
-    output: Location = str(FOLDER / "demo.json")  # the band
+    output: Location = "bench/results/bands/demo.json"  # the band
 
     def __post_init__(self) -> None:
         for name, known in (("seeds", MACHINES), ("faults", FAULTS)):
             if unknown := [key for key in getattr(self, name) if key not in known]:
                 raise ValueError(f"{name}: {', '.join(unknown)}: expected some of {', '.join(known)}")
-        if sum(self.seeds.values()) < 3:
-            raise ValueError(f"seeds={self.seeds}: expected three runs at least, for a spread")
+        if sum(map(len, self.seeds.values())) < 3:
+            raise ValueError(f"seeds={self.seeds}: expected four runs at least: three tell how the fourth differs")
 
 
 CONFIG = BandsConfig
@@ -127,11 +134,10 @@ def main(argv: list[str]) -> int:
 
 
 def trainings(config: BandsConfig) -> list[Training]:
-    """Return the runs, the seeds of a machine in order; faults have seeds that no other run has."""
-    found = [Training(m, f"pretrain-{seed}", seed) for m, seeds in config.seeds.items() for seed in range(seeds)]
-    names = list(FAULTS)
-    first = max(config.seeds.values())
-    return found + [Training("native", f"fault-{n}", first + names.index(n), n) for n in names if n in config.faults]
+    """Return the runs, machine by machine, then the faults, whose seeds no other run has."""
+    found = [Training(m, f"pretrain-{seed}", seed) for m, seeds in config.seeds.items() for seed in seeds]
+    faults = [name for name in FAULTS if name in config.faults]
+    return found + [Training("native", f"fault-{name}", 100 + [*FAULTS].index(name), name) for name in faults]
 
 
 def prepare(root: Path, machine: Machine) -> None:
@@ -178,7 +184,7 @@ def record_of(wanted: Sequence[Training], folder: Path, argv: list[str]) -> dict
     first = next(t for t in wanted if not t.fault)
     settings = settings_of(read_yaml(str(folder / first.machine / "runs" / "demo" / first.name / "config.yaml")))
     seeds = len({t.seed for t in wanted if not t.fault})
-    machines = {t.machine: asdict(MACHINES[t.machine]) for t in wanted}
+    machines = {t.machine: asdict(MACHINES[t.machine]) for t in wanted if not t.fault}
     made_from = f"{len(good)} runs: {seeds} seeds, {len(machines)} machines"
     band = band_of("demo", good, settings, made_from)
     left_out = {
@@ -186,12 +192,13 @@ def record_of(wanted: Sequence[Training], folder: Path, argv: list[str]) -> dict
         for name, of_run in good.items()
     }
     found = {name: compare(of_run, band) for name, of_run in faulty.items()}
+    native = str(compute_dtype(ParallelConfig(), torch.device("cpu"))).removeprefix("torch.")
     return {
         "bench": "bands",
         **asdict(band),
         "how": how(len(good)),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, native dtype {native}",
         "machines": machines,
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "diffusers", "numpy")}},
         "command": " ".join(["python -m bench.bands", *(a for a in argv if not a.startswith("folder="))]),
@@ -215,7 +222,7 @@ def band_of(name: str, runs: Mapping[str, list[dict]], settings: dict[str, Any],
 
 
 def curve_of(runs: Sequence[Sequence[float | None]]) -> Curve:
-    """Return, row by row, exp of the mean log of the runs' values, and of it -+ factor x standard deviation.
+    """Return, row by row, the median of the runs' values, and exp of their mean log -+ factor x standard deviation.
 
     The deviation is pooled over neighbouring rows: of a few runs a single row's is often far too small.
     """
@@ -225,7 +232,8 @@ def curve_of(runs: Sequence[Sequence[float | None]]) -> Curve:
     curve = Curve([], [], [])
     for i, middle in enumerate(means):
         spread = k * math.sqrt(mean(variances[max(0, i - POOLED_ROWS) : i + POOLED_ROWS + 1]))
-        for values, place in ((curve.median, middle), (curve.low, middle - spread), (curve.high, middle + spread)):
+        places = ((curve.median, median(logs[i])), (curve.low, middle - spread), (curve.high, middle + spread))
+        for values, place in places:
             values.append(float(f"{math.exp(place):.5g}"))
     return curve
 
@@ -245,11 +253,11 @@ def tolerance_factor(runs: int) -> float:
 def how(runs: int) -> str:
     """Say how low and high are made."""
     return (
-        f"A value is the median of a run's last {SMOOTHED_ROWS} rows. median, low and high are exp(m) and "
-        f"exp(m -+ {tolerance_factor(runs):.2f} s) of the mean m and standard deviation s of the logs of {runs} runs, "
-        f"s pooled over {POOLED_ROWS} rows on either side: Howe's tolerance interval of {CONTENT:.0%} of all runs with "
-        f"{CONFIDENCE:.0%} confidence. left_out: how the band of the other runs judges a run. faults_found: how the "
-        f"band judges runs with a fault, stopped at step {FAULTY_STEPS}"
+        f"A value is the median of a run's last {SMOOTHED_ROWS} rows. low and high are exp(m -+ "
+        f"{tolerance_factor(runs):.2f} s) of the mean m and standard deviation s of the logs of {runs} runs, s pooled "
+        f"over {POOLED_ROWS} rows on either side: Howe's tolerance interval, which with {CONFIDENCE:.0%} confidence "
+        f"holds {CONTENT:.0%} of all runs. left_out: how the band of the other runs judges a run. faults_found: how "
+        f"the band judges runs with a fault, stopped at step {FAULTY_STEPS}"
     )
 
 
@@ -282,8 +290,7 @@ def _start(command: list[str], root: Path, machine: Machine, log: Path) -> subpr
 
 def _expect_success(status: int, log: Path) -> None:
     if status:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        raise RuntimeError(f"status {status}, {lines[-1].strip()} (see {log}); the same command goes on")
+        raise RuntimeError(f"status {status} (see the end of {log}); the same command goes on")
 
 
 def _json(record: Mapping[str, Any], depth: int = 2) -> str:

@@ -1,6 +1,7 @@
 """Picture bytes -> pixels at the encoder's resolution, and back; contact sheets. The only user of Pillow."""
 
 import io
+import json
 import re
 import struct
 import textwrap
@@ -8,15 +9,19 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
 from data.shards import BadRecord
 
 MAX_PIXELS = 64 * 1024 * 1024  # more is taken for a decompression bomb
 MAX_SCANS = 100  # of a JPEG: each is a pass over all pixels, however few its bytes; 1 to 12 are usual
+JPEG_QUALITY = 95  # 0...100
 MARGIN, LINE, LINES = 6, 12, 3  # of a contact sheet: pixels, pixels, lines of text under a picture
+CELLS = "cells"  # in the PNG of a contact sheet: left, upper, right, lower and title of each picture, as JSON
 _TILE = 2048  # pixels a side that are made opaque at a time
 _JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of a segment or the end; others occur in compressed data
 Size = tuple[int, int]  # pixels, (height, width)
@@ -67,6 +72,13 @@ def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray
         box = (left, top, left + kept_width, top + kept_height)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(picture)
+
+
+def resized(pixels: np.ndarray, size: Size, resample: int) -> np.ndarray:
+    """Return uint8 [H, W, 3] at another size by one of Pillow's filters (2 bilinear, 3 bicubic), which antialias."""
+    if pixels.shape[:2] == size:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling(resample)))
 
 
 @cache
@@ -121,6 +133,21 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def encode_preview(pixels: np.ndarray, side: int) -> bytes:
+    """Return uint8 [H, W, 3] as a lossy WebP file of at most `side` pixels a side."""
+    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    picture.thumbnail((side, side))
+    picture.save(buffer, "WEBP", quality=80, method=0)
+    return buffer.getvalue()
+
+
+def encode_jpeg(pixels: np.ndarray) -> bytes:
+    """Return uint8 [H, W, 3] as JPEG bytes of JPEG_QUALITY."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
 def to_unit(pixels: np.ndarray) -> np.ndarray:
     """uint8 [N, H, W, 3] -> f32 [N, 3, H, W] in [-1, 1], the VAE's range."""
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1
@@ -131,8 +158,31 @@ def from_unit(pixels: np.ndarray) -> np.ndarray:
     return ((np.clip(pixels, -1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 
+def write_sheet(file: BinaryIO, pictures: Sequence[np.ndarray], titles: Sequence[str]) -> None:
+    """Write a contact sheet as a PNG that also says where each picture is and what its title is."""
+    sheet, boxes = _contact_sheet(pictures, titles)
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(CELLS, json.dumps([[*box, title] for box, title in zip(boxes, titles, strict=True)]))
+    sheet.save(file, "PNG", pnginfo=info)
+
+
+def read_sheet(path: Path) -> list[tuple[np.ndarray, str]]:
+    """Return the pictures of a contact sheet, uint8 [H, W, 3] at its scale, and their titles."""
+    with Image.open(path, formats=("PNG",)) as file:
+        sheet, cells = file.convert("RGB"), json.loads(file.info.get(CELLS, "[]"))
+    whole = [(0, 0, *sheet.size, "")]  # of an earlier version
+    return [(np.asarray(sheet.crop(tuple(box))), title) for *box, title in cells or whole]
+
+
 def contact_sheet(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int = 4) -> Image.Image:
     """Return a sheet of uint8 [H, W, 3] pictures, all at one scale, each with its title below."""
+    return _contact_sheet(pictures, titles, columns)[0]
+
+
+def _contact_sheet(
+    pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int = 4
+) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+    """Return the sheet, and of each picture the left, upper, right and lower pixel."""
     assert len(pictures) == len(titles) > 0, (len(pictures), len(titles))
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
     scale = max(1, round(128 / width))
@@ -141,10 +191,12 @@ def contact_sheet(pictures: Sequence[np.ndarray], titles: Sequence[str], columns
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * cell_w + MARGIN, rows * cell_h + MARGIN), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
+    boxes = []
     for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
         left, top = MARGIN + i % columns * cell_w, MARGIN + i // columns * cell_h
         size = picture.shape[1] * scale, picture.shape[0] * scale
         sheet.paste(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC), (left, top))
+        boxes.append((left, top, left + size[0], top + size[1]))
         lines = textwrap.wrap(title, max(8, width * scale // 6))[:LINES]
         pen.multiline_text((left, top + height * scale + 1), "\n".join(lines), fill="black", font=font, spacing=1)
-    return sheet
+    return sheet, boxes

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
@@ -21,9 +20,8 @@ from tests.ranks import children, is_running
 from train.checkpoints.run_folder import RunFolder
 from train.distributed.ranks import alone
 from train.metrics_log import LogConfig, MetricsLog
+from train.wandb_file import records, row_of
 from train.wandb_page import ID_FILE
-
-BLOCK = 32768  # bytes of a block of LevelDB's log format, in which a .wandb file is written after 7 bytes of its own
 
 
 @pytest.fixture(autouse=True)
@@ -37,35 +35,22 @@ def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         wandb.teardown()
 
 
-def records(path: Path) -> Iterator[Any]:
-    """Yield the records of a .wandb file."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, at, parts = path.read_bytes(), 7, b""
-    while at + 7 <= len(content):
-        if (left := BLOCK - at % BLOCK) < 7:
-            at += left
-            continue
-        size, kind = struct.unpack_from("<HB", content, at + 4)
-        parts += content[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(parts)
-            parts = b""
+def page(folder: Path, page_id: str | None = None) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
+    """Return what a run's offline page holds: its rows, the summary, whether its last file was finished."""
+    page_id = page_id or json.loads((folder / ID_FILE).read_text())["id"]
+    rows, summary, finished = [], {}, False
+    for path in sorted(folder.glob(f"wandb/offline-run-*-{page_id}/*.wandb")):
+        finished = False
+        for record in records(path):
+            rows += [row_of(record)] if record.HasField("history") else []
+            for item in record.summary.update:
+                summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+            finished |= record.HasField("exit")
+    return rows, summary, finished
 
 
-def page(folder: Path) -> tuple[list[int], dict[str, Any], bool]:
-    """Return what the only offline page in a folder holds: steps of the rows, the summary, whether it was finished."""
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    steps, summary, finished = [], {}, False
-    for record in records(path):
-        if record.HasField("history"):
-            row = {item.nested_key[0] if item.nested_key else item.key: item for item in record.history.item}
-            steps.append(json.loads(row["step"].value_json))
-        for item in record.summary.update:
-            summary[item.key or item.nested_key[0]] = json.loads(item.value_json)
-        finished |= record.HasField("exit")
-    return steps, summary, finished
+def steps_of(rows: list[dict[str, Any]]) -> list[int]:
+    return [row["step"] for row in rows]
 
 
 def signal_service(number: signal.Signals) -> None:
@@ -95,8 +80,8 @@ def test_a_signal_that_reaches_wandb_too_costs_the_page_no_row(number: signal.Si
                 signal_service(number)
             log.write({"step": step, "text_loss": 1 / step})
         signal_service(number)
-    steps, summary, finished = page(tmp_path / "run")
-    assert steps == [1, 2, 3, 4, 5, 6] and finished
+    rows, summary, finished = page(tmp_path / "run")
+    assert steps_of(rows) == [1, 2, 3, 4, 5, 6] and finished
     assert summary["step"] == 6 and summary["text_loss"] == 1 / 6
 
 
@@ -206,7 +191,7 @@ def test_online_without_a_key_or_a_network_keeps_an_offline_page(
     monkeypatch.setenv("WANDB_API_KEY", key)
     with open_log(tmp_path / "run", LogConfig(wandb="online")) as log:
         log.write({"step": 1})
-    assert page(tmp_path / "run")[0] == [1]
+    assert steps_of(page(tmp_path / "run")[0]) == [1]
     assert "the page is kept offline" in caplog.text and f"offline, in {tmp_path / 'run'}" in capsys.readouterr().out
 
 

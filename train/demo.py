@@ -17,6 +17,7 @@ from pathlib import Path
 from data.durable import write_durably
 from data.storage import Location
 from train.config import load_config, run_program
+from train.pages.reference_band import compare_folder, load_band
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -100,6 +101,9 @@ def main(argv: list[str]) -> int:
     text = json.dumps(summary, indent=1)
     write_durably(folder / "demo.json", text.encode())
     print(f"{text}\nreport: {folder / 'report.html'}")
+    if not config.smoke:  # too short to compare
+        verdict = compare_folder(folder / "pretrain", load_band("demo"))
+        print(f"losses: {verdict.words}{'' if verdict.within else ' (what to do: docs/training.md)'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Evaluate a trained model: losses on held-out data, the judge's scores on scenes.
+"""Evaluate a trained model: losses on held-out data, the judge's scores on scenes, distances of drawn pictures.
 
 Writes evaluation.json (every score with its 95 % interval, and what they depend on), examples.jsonl and its pictures.
 Held-out folders with training records are refused. Under torchrun the ranks divide the work; their number changes no
@@ -6,7 +6,6 @@ score but for the order of float additions.
 """
 
 import json
-import math
 import platform
 import time
 from collections.abc import Callable
@@ -24,6 +23,12 @@ from train.config import load_config, run_program
 from train.distributed.agreement import facts_of, program_facts
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.signals import StopSignal
+from train.evaluation.benchmark_layouts import Benchmark
+from train.evaluation.benchmarks import draw_benchmark
+from train.evaluation.captioning import CaptioningConfig, evaluate_captioning
+from train.evaluation.generation import GenerationConfig, evaluate_generation
+from train.evaluation.multiple_choice import evaluate_choices
+from train.evaluation.paper_table import paper_table
 from train.evaluation.part import Part, bar_of
 from train.evaluation.scenes import evaluate_scenes
 from train.evaluation.scores import Score
@@ -41,17 +46,33 @@ class EvaluateConfig(PipelineConfig):
     # Encoded folders by name, not trained on: text_loss and image_loss (drawing) with captions first, captioning_loss
     # with captions last, x0_error (drawing, comparable between predictions and schedules; docs/training.md).
     heldout: dict[str, Location] = field(default_factory=dict)
+    # Files of multiple-choice questions by name, JSON lines: ours, or the Llama-2 suite's as released.
+    choices: dict[str, Location] = field(default_factory=dict)
+    captioning: CaptioningConfig = field(default_factory=CaptioningConfig)  # pictures to describe, scored with CIDEr
+    benchmark: Benchmark | None = None  # draw its prompts into output/BENCHMARK for its own scorer; null: none
+    benchmark_prompts: list[Location] = field(default_factory=list)  # its own prompt files (docs/evaluation.md)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)  # pictures against those of their captions
+    table: bool = False  # print the paper's row beside the scores
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_prompts < 1:
             raise ValueError(f"max_prompts={self.max_prompts}: expected at least 1")
+        if (self.benchmark is None) != (not self.benchmark_prompts):
+            raise ValueError(
+                f"benchmark={self.benchmark}, benchmark_prompts={self.benchmark_prompts}: expected both, or neither"
+            )
 
 
 CONFIG = EvaluateConfig
 GROUP = True  # its ranks form a process group
 # May differ between ranks; the contents are compared instead.
-OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide")
+OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base")
+OWN += ("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts")
+OWN += ("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip")
+# What a drawn picture depends on besides its caption and number.
+DRAWN_BY = ("weights", "weights_hash", "base", "guide", "dtype", "device", "seed", "settings", "resolution")
+DRAWN_BY += ("batch_size",)
 PACKAGES = ("torch", "numpy", "pillow", "transformers", "diffusers")
 
 
@@ -71,7 +92,7 @@ def main(argv: list[str]) -> int | None:
     if config.heldout:
         results["heldout"], results["data"]["heldout"] = _heldout_losses(config, manifests, pipeline, ranks)
         scores |= _heldout_scores(results["heldout"])
-    for name, measure in _parts(config, pipeline, output, ranks).items():
+    for name, measure in _parts(config, pipeline, results, output, ranks).items():
         part = measure()
         scores |= part.scores
         examples += part.examples
@@ -84,23 +105,47 @@ def main(argv: list[str]) -> int | None:
         with atomic_write(output / "evaluation.json") as file:
             file.write(json.dumps(results, indent=1).encode())
         print(json.dumps(results, indent=1))
+        if config.table:
+            print(paper_table(pipeline.model, results))
     ranks.close()
     return 0
 
 
 def _refuse_nothing(config: EvaluateConfig) -> None:
     """Raise ValueError for an evaluation that would score nothing."""
-    if not (config.heldout or config.scenes):
-        raise ValueError("nothing to score: give heldout.NAME=FOLDER or scenes=FOLDER")
+    if not (config.heldout or config.scenes or config.choices or config.benchmark) and not any(
+        part.pictures for part in (config.captioning, config.generation)
+    ):
+        raise ValueError(
+            "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, generation.pictures=FOLDER, "
+            "captioning.pictures=FOLDER or benchmark=NAME"
+        )
 
 
-def _parts(config: EvaluateConfig, pipeline: Pipeline, output: Path, ranks: Ranks) -> dict[str, Callable[[], Part]]:
+def _parts(
+    config: EvaluateConfig, pipeline: Pipeline, described: dict[str, Any], output: Path, ranks: Ranks
+) -> dict[str, Callable[[], Part]]:
     """Return what is asked for besides held-out losses, by its name in `data`, in the order of the work."""
     bar, sampler = bar_of(ranks), config.suited_to(pipeline.config.diffusion)
     parts: dict[str, Callable[[], Part]] = {}
+    if choices := config.choices:
+        parts["choices"] = lambda: evaluate_choices(pipeline, choices, output, ranks, bar)
+    if (captioning := config.captioning).pictures is not None:
+        parts["captioning"] = lambda: evaluate_captioning(
+            pipeline, captioning, sampler, config.seed, output, ranks, bar
+        )
+    if (benchmark := config.benchmark) is not None:
+        parts["benchmark"] = lambda: draw_benchmark(
+            pipeline, benchmark, config.benchmark_prompts, sampler, config.seed, output, ranks, bar
+        )
     if (scenes := config.scenes) is not None:
         per_split, seed = config.max_prompts, config.seed
         parts["scenes"] = lambda: evaluate_scenes(pipeline, scenes, per_split, sampler, seed, output, ranks, bar)
+    if (generation := config.generation).pictures is not None:
+        drawn_by = {key: described[key] for key in DRAWN_BY}
+        parts["generation"] = lambda: evaluate_generation(
+            pipeline, generation, sampler, config.seed, drawn_by, output, ranks, bar
+        )
     return parts
 
 
@@ -145,7 +190,8 @@ def _heldout_losses(
     saved = pipeline.saved
     assert saved is not None
     _refuse_trained(saved, config.heldout, ranks)
-    heldout = Heldout(HeldoutConfig(heldout=config.heldout), pipeline.config, saved.latent_spec, ranks)
+    measured_on = HeldoutConfig(heldout=config.heldout)
+    heldout = Heldout(measured_on, pipeline.config, saved.latent_spec, ranks, intervals=True)
     losses = heldout.losses(pipeline.model, pipeline.stats, StopSignal())  # not installed: Ctrl-C ends the program
     assert isinstance(losses, dict)
     data = {
@@ -160,14 +206,14 @@ def _heldout_losses(
 
 
 def _heldout_scores(losses: dict[str, Any]) -> dict[str, Score]:
-    """Return held-out losses as scores, with perplexities; without intervals."""
+    """Return held-out losses as scores; their intervals leave `losses`."""
     scores = {}
     for name, found in losses.items():
-        if (loss := found["text_loss"]) is not None:
-            found = {"perplexity": math.exp(min(loss, 700.0)), **found}
+        intervals = found.pop("intervals")
         for kind in ("perplexity", *KINDS):
-            if found.get(kind) is not None:
-                scores[f"heldout/{name}/{kind}"] = Score(found[kind], None, None, found["documents"])
+            if found[kind] is not None:
+                low, high = intervals.get(kind, (None, None))
+                scores[f"heldout/{name}/{kind}"] = Score(found[kind], low, high, found["documents"])
     return scores
 
 

@@ -6,7 +6,7 @@ import torch
 
 from data.dataset import DataSet
 from data.durable import atomic_write
-from data.pictures import contact_sheet
+from data.pictures import write_sheet
 from model.transfusion import Transfusion
 from train.checkpoints.run_folder import RunFolder
 from train.distributed.parallelize import gather_weights
@@ -75,7 +75,7 @@ class Previews:
         path = self.folder.path / "previews" / f"step-{step:08d}.png"
         try:
             with atomic_write(path) as file:
-                contact_sheet(pictures, config.prompts).save(file, "PNG")
+                write_sheet(file, pictures, config.prompts)
         except OSError as error:  # a full disk costs the preview, not the run
             log.warning("no preview of step %d: %s", step, error)
             return

@@ -16,6 +16,7 @@ class MetricsFile:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
+        self.dropped: list[dict[str, Any]] = []  # the rows that the last `cut` dropped
         self._unwritten: list[str] = []
 
     def append(self, row: dict[str, Any]) -> None:
@@ -41,6 +42,7 @@ class MetricsFile:
         Unless `evaluated`, also the held-out losses of that step: the checkpoint lacks them because the run was
         stopped, but a later attempt may have written them. A kill leaves the old file or the new one.
         """
+        self.dropped = []
         if not self.path.exists():
             return
         kept, unreadable = [], 0
@@ -48,8 +50,10 @@ class MetricsFile:
             step = _step_of(line)
             if step is None:
                 unreadable += 1
-            elif step < last_step or (step == last_step and (evaluated or b'"heldout/' not in line)):
+            elif step < last_step or (step == last_step and (evaluated or b'"heldout' not in line)):
                 kept.append(line)
+            else:
+                self.dropped.append(json.loads(line))
         if unreadable:
             log.warning("%s: dropped %d unreadable line(s), torn by a kill", self.path, unreadable)
         write_durably(self.path, b"".join(kept))

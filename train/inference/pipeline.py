@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 from model.denoising import first_step_error
 from model.draws import SeededDraws
 from model.latent_space import LatentSpace, LatentStats, to_raw
-from model.sampler import Prompt, SpecialTokens, generate
+from model.sampler import Prompt, SpecialTokens, Watch, generate
 from model.sampler_config import SamplerConfig
 from model.transfusion import Transfusion
 from train.distributed.ranks import Device, Ranks
@@ -181,15 +181,17 @@ class Pipeline:
         self,
         prompts: Sequence[Sequence[Part]],
         config: SamplerConfig,
-        seed: int,
+        seed: int | SeededDraws,
         progress: Progress = lambda rows: None,
         numbers: Sequence[int] | None = None,
         draw: bool = False,
+        watch: Watch = lambda numbers, step, x0: None,
     ) -> Iterator[list[Part]]:
         """Yield, batch by batch, what follows each prompt of text and pictures: a function of (prompt, seed, number).
 
         `draw`: begin with a picture; otherwise with text, and the model decides. Pictures in prompts are
-        [resolution, resolution, 3]. `numbers` identify the samples; None counts from 0.
+        [resolution, resolution, 3]. `numbers` identify the samples; None counts from 0. Instead of a seed, draws may be
+        given. `watch` sees pictures while they are denoised, whitened; `decode` makes pixels of them.
         """
         if draw or config.max_images:
             self.require_pictures()
@@ -197,7 +199,8 @@ class Pipeline:
         numbers = numbers or range(len(prompts))
         given = [[part for part in prompt if isinstance(part, np.ndarray)] for prompt in prompts]
         places = [(number, i) for number, parts in zip(numbers, given, strict=True) for i in range(len(parts))]
-        latents = iter(self._encode([picture for parts in given for picture in parts], places, SeededDraws(seed)))
+        draws = SeededDraws(seed) if isinstance(seed, int) else seed
+        latents = iter(self._encode([picture for parts in given for picture in parts], places, draws))
         rows = []
         for number, prompt in zip(numbers, prompts, strict=True):
             segments = [
@@ -205,8 +208,8 @@ class Pipeline:
                 for part in prompt
             ]
             rows.append(Prompt(segments, draw=draw, index=number))
-        for outputs in self._generate(rows, config, seed, progress):
-            pictures = iter(self._decode([part for parts in outputs for part in parts if part.ndim == 3]))
+        for outputs in self._generate(rows, config, draws, progress, watch):
+            pictures = iter(self.decode([part for parts in outputs for part in parts if part.ndim == 3]))
             for parts in outputs:
                 yield [next(pictures) if part.ndim == 3 else self.tokenizer.decode(part) for part in parts]
 
@@ -258,23 +261,25 @@ class Pipeline:
                 noise = torch.stack(of_batch).to(stored.device)
             yield from self.stats.whiten(to_raw(stored, noise)).cpu()
 
-    def _decode(self, latents: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
+    @torch.no_grad()
+    def decode(self, latents: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
+        """Yield the picture uint8 [H, W, 3] of each of the whitened latents f32 [C, h, w]."""
         for start in range(0, len(latents), self.batch_size):
             batch = torch.stack(tuple(latents[start : start + self.batch_size]))
             raw = self.stats.unwhiten(batch.to(self.stats.mean.device))
             yield from from_unit(_in_portions(self.space.decode, raw).cpu().numpy())
 
     def _generate(
-        self, rows: list[Prompt], config: SamplerConfig, seed: int, progress: Progress
+        self, rows: list[Prompt], config: SamplerConfig, draws: SeededDraws, progress: Progress, watch: Watch
     ) -> Iterator[list[list[torch.Tensor]]]:
         """Yield the outputs of each batch of rows."""
         ids = self.tokenizer.special
         special = SpecialTokens(bos=ids.bos, eos=ids.eos, boi=ids.boi, eoi=ids.eoi, never=(ids.pad,))
         for start in range(0, len(rows), self.batch_size):
             chosen, full = rows[start : start + self.batch_size], min(self.batch_size, len(rows))
-            draws, diffusion = SeededDraws(seed), self.config.diffusion
-            guide = None if self.guide is None else self.guide.model
-            yield generate(self.model, chosen, config, diffusion, special, self.grid, draws, progress, full, guide)
+            diffusion, guide = self.config.diffusion, None if self.guide is None else self.guide.model
+            settings = (config, diffusion, special, self.grid, draws)
+            yield generate(self.model, chosen, *settings, progress, full, guide, watch)
 
 
 def _in_portions(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:

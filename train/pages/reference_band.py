@@ -2,9 +2,9 @@
 
 A band is the spread of a recipe's logged curves over seeds and machines (bench/results/bands/NAME.json). A run is
 compared up to the step that it has reached, if the settings that decide its curves are the band's. Each value is the
-median of the last rows, in the band and in the run, so that one odd row changes nothing; a metric has left the band if
-more than a tenth of its rows, and more than two, lie outside. Rejected: a test of the final loss alone, which says
-nothing of a run in progress and little of what went wrong.
+median of the last rows, in the band and in the run, so that one odd row changes nothing. A metric has left the band if
+more than a tenth of its rows, and more than two, lie outside, or each of its last three. Rejected: a test of the final
+loss alone, which says nothing of a run in progress and little of what went wrong.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from train.config_layers import read_yaml
+from train.config import read_yaml
 from train.nested import leaves
 
 FOLDER = Path(__file__).parents[2] / "bench" / "results" / "bands"
@@ -97,7 +97,8 @@ def compare(rows: Sequence[Mapping[str, Any]], band: Band, config: Mapping[str, 
 
     Without `config` the caller vouches for it.
     """
-    rows = [row for row in rows if "text_loss" in row and row["step"] in set(band.steps)]
+    steps = set(band.steps)
+    rows = [row for row in rows if row["step"] in steps and any(row.get(metric) is not None for metric in band.curves)]
     if differ := differences(config, band) if config is not None else []:
         more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
         return Verdict(False, f"not comparable with the band of {band.name}: {'; '.join(differ[:4])}{more}", {})
@@ -153,7 +154,8 @@ def _course(metric: str, by_step: Mapping[int, Mapping[str, Any]], band: Band) -
     if not rows:
         return None
     below, above = ([row for row in rows if row[1] < row[2]], [row for row in rows if row[1] > row[3]])
-    within = len(below) + len(above) <= max(ALLOWED_ROWS, ALLOWED_SHARE * len(rows))
+    newest = [row for row in below + above if row in rows[-ALLOWED_ROWS - 1 :]]
+    within = len(newest) <= ALLOWED_ROWS and len(below) + len(above) <= max(ALLOWED_ROWS, ALLOWED_SHARE * len(rows))
     words, name = "", NAMES.get(metric, metric)
     if not within:
         way, outside = ("above", above) if len(above) >= len(below) else ("below", below)

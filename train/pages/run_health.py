@@ -162,7 +162,7 @@ def _data(run: RunInputs) -> Iterator[Finding]:
     skipped = run.columns.last("skipped_documents")
     if skipped is None:
         return
-    reasons = {reason: run.columns.last(n) for reason, n in run.columns.matching("skipped_documents/(.*)").items()}
+    reasons = {reason: run.columns.last(n) for reason, n in run.columns.matching("skips/(.*)").items()}
     by_reason = ", ".join(f"{int(count):,} {reason}" for reason, count in reasons.items() if count)
     words = [f"{plural(int(skipped), 'document')} skipped{f' ({by_reason})' if by_reason else ''}"] if skipped else []
     for name, what, most in (("padding_share", "padding", PADDING), ("idle_row_share", "idle rows", IDLE)):

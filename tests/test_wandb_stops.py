@@ -1,0 +1,92 @@
+"""The wandb page of real runs that are stopped, requeued, killed and taken back: each row once, on the right page."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import runs
+from tests.ranks import children
+from tests.runs import Arguments
+from tests.test_wandb_page import page, steps_of
+from train.wandb_page import ID_FILE
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def is_wandb(pid: int) -> bool:
+    return b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def assert_complete(run_dir: Path, finished: bool = True) -> None:
+    """Each row of metrics.jsonl is on the page once, in order and to the last digit; the summary is of the last."""
+    shown, summary, exited = page(run_dir)
+    written = [row for row in runs.rows(run_dir) if "text_loss" in row]
+    assert steps_of(shown) == steps_of(written)
+    assert [row["text_loss"] for row in shown] == [row["text_loss"] for row in written]
+    assert summary["step"] == written[-1]["step"] and summary["loss"] == written[-1]["loss"]
+    assert exited == finished
+
+
+def test_a_page_survives_a_signal_to_all_processes_a_kill_and_two_requeues(run_dir: Path, arguments: Arguments) -> None:
+    """SIGUSR1 to ranks and wandb alike, as Slurm sends it; then SIGKILL to all of them; then to the end."""
+    argv = arguments(log__wandb="offline", optim__steps=30, checkpoint__interval_steps=10)
+    for number, status, until in ((signal.SIGUSR1, 75, 6), (signal.SIGKILL, -9, 18)):
+        with runs.launch(argv, 2) as run:
+            runs.wait_for(runs.reached(run_dir, until), run)
+            services = [pid for process in run.processes for pid in children(process.pid) if is_wandb(pid)]
+            assert len(services) <= 1, "rank 0's alone"
+            for pid in services:
+                os.kill(pid, number)
+            run.signal(number)
+            assert set(run.wait()) == {status}, run.output
+        if status == 75:
+            assert_complete(run_dir)
+    runs.finish(argv, 2)
+    assert_complete(run_dir)
+    assert len(runs.rows(run_dir)) == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "to", "status"),
+    [
+        (signal.SIGTERM, "agent", 1),  # torchrun signals its ranks, waits for them and says so itself
+        (signal.SIGINT, "group", 1),  # Ctrl-C in a terminal
+        (signal.SIGUSR1, "ranks", 1),
+        (signal.SIGTERM, "all", 1),  # scancel, a preemption, systemd
+    ],
+)
+def test_under_torchrun_too(
+    run_dir: Path, arguments: Arguments, tmp_path: Path, number: int, to: str, status: int
+) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "train.pretrain", *arguments(log__wandb="offline", optim__steps=100000)]
+    with (tmp_path / "log").open("wb") as log:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not runs.reached(run_dir, 8)() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ranks = [pid for pid in children(run.pid) if b"train.pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    services = [pid for rank in ranks for pid in children(rank) if is_wandb(pid)]
+    time.sleep(1)  # a rank has more to send than one row
+    if to == "group":
+        os.killpg(run.pid, number)
+    for pid in {"agent": [run.pid], "group": [], "ranks": ranks, "all": [run.pid, *ranks, *services]}[to]:
+        os.kill(pid, number)
+    assert run.wait(90) != 0
+    words = (tmp_path / "log").read_text()
+    assert f"stopped by {signal.Signals(number).name}" in words and "; saved" in words, words
+    assert_complete(run_dir)
