@@ -60,7 +60,7 @@ def run_variant(name: str, switches: tuple[str, ...], options: argparse.Namespac
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(HERE)}
         subprocess.run([*launcher, "-m", *command], check=True, stdout=sys.stderr, env=environment)
     scores = json.loads((folder / "scores" / "evaluation.json").read_text(encoding="utf-8"))
-    return {key: scores[key] for key in ("text_to_image", "image_to_text", "heldout")}
+    return {key: scores[key] for key in ("scores", "heldout")}
 
 
 def main() -> int:

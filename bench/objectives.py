@@ -31,7 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench.objectives_page import rewrite, table
+from bench.objectives_page import COLUMNS, rewrite, table
 from data.storage import Location
 from train.config import load_config, run_program
 
@@ -305,13 +305,13 @@ def _summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def judged(seeds: list[dict[str, Any]], task: str) -> dict[str, Any]:
     """Return how many answers to each of the judge's questions were right, of how many, over all seeds and by seed."""
+    prefix, nothing = f"scenes/{task}/", {"value": 0.0, "items": 0}
+    asked = [name.removeprefix(prefix) for scores in seeds for name in scores["scores"] if name.startswith(prefix)]
     found: dict[str, Any] = {}
-    for goal, share in seeds[0][task].items():
-        split = goal.removeprefix("all_") if goal.startswith("all_") else "seen"
-        asked = [scores["data"]["scenes"]["items_of_split"].get(split, 0) for scores in seeds]
-        right = [round((scores[task][goal] or 0) * of) for scores, of in zip(seeds, asked, strict=True)]
-        found[goal] = {"right": sum(right), "of": sum(asked), "by_seed": right}
-        assert share is None or asked[0] > 0
+    for goal in dict.fromkeys([*(goal for _, goal in COLUMNS.values()), *asked]):
+        shares = [scores["scores"].get(prefix + goal, nothing) for scores in seeds]
+        right = [round(share["value"] * share["items"]) for share in shares]
+        found[goal] = {"right": sum(right), "of": sum(share["items"] for share in shares), "by_seed": right}
     return found
 
 

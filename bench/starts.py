@@ -188,7 +188,7 @@ def _summary(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Return the judge's answers over all seeds and the held-out losses by seed."""
     found: dict[str, Any] = {"seeds": [*by_seed], "judge": {}}
     done = [*by_seed.values()]
-    if done[0].get("text_to_image"):
+    if any(name.startswith("scenes/") for name in done[0]["scores"]):
         found["judge"] = {task: judged(done, task) for task in ("text_to_image", "image_to_text")}
         for key in ("image_loss", "x0_error", "captioning_loss"):
             found[key] = [scores["heldout"]["scenes"][key] for scores in done]

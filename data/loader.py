@@ -193,9 +193,11 @@ class Loader:
         sequences = [row.row or empty for row in rows] + [empty] * missing
         lanes = [row.lane for row in rows] + [0] * missing  # an empty sequence draws nothing
         draws = [draw_images(settings.seed, step, *each) for each in zip(lanes, sequences, strict=True)]
+        sources = [[source for source, *_ in row.documents] for row in rows] + [[]] * missing
+        parts = [slice(i, i + size) for i in range(0, len(sequences), size)]
         batches = [
-            collate(sequences[i : i + size], draws[i : i + size], settings.patch_size)
-            for i in range(0, len(sequences), size)
+            collate(sequences[part], draws[part], settings.patch_size, sources[part], len(self.data.sources))
+            for part in parts
         ]
         return StepBatch(
             step=step,

@@ -123,6 +123,8 @@ class PackedBatch:
     text_target_index: torch.Tensor  # int64 [T], padding slots repeat index 0
     text_targets: torch.Tensor  # int64 [T], IGNORE in padding slots
     image_token_index: torch.Tensor  # int64 [sum of N * P over `images`, in its order], padding slots 0
+    group_ids: torch.Tensor  # int64 [B, S], what losses are also summed by, in 0...num_groups - 1; padding 0
+    num_groups: int  # the sources in training, documents in an evaluation
     images: dict[tuple[int, int], ImageBatch]
     num_text_targets: int
     num_images: int
@@ -132,6 +134,12 @@ class PackedBatch:
     def num_image_tokens(self, patch_size: int) -> int:
         """Return how many tokens are images' patches of `patch_size` latent cells a side."""
         return sum(batch.num_valid * math.prod(patch_grid(grid, patch_size)) for grid, batch in self.images.items())
+
+    def first_image_tokens(self, patch_size: int) -> torch.Tensor:
+        """Return where the image in each slot begins, int64 [sum of N over `images`] into the flattened [B * S]."""
+        patches = {grid: math.prod(patch_grid(grid, patch_size)) for grid in self.images}
+        parts = self.image_token_index.split([len(self.images[grid].u) * count for grid, count in patches.items()])
+        return torch.cat([part[::count] for part, count in zip(parts, patches.values(), strict=True)])
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Copy to `device`; from pinned memory the copies do not block."""
@@ -260,7 +268,13 @@ def capacity(count: int) -> int:
     return size * 3 // 4 if size >= 4 and count <= size * 3 // 4 else size
 
 
-def collate(rows: Sequence[PackedSequence], draws: Sequence[ImageDraws], patch_size: int) -> PackedBatch:
+def collate(
+    rows: Sequence[PackedSequence],
+    draws: Sequence[ImageDraws],
+    patch_size: int,
+    sources: Sequence[Sequence[int]] | None = None,  # of each row's documents; None: one source
+    num_sources: int = 1,
+) -> PackedBatch:
     """Stack rows into a batch; images are grouped by latent grid, each group padded to its capacity."""
     names = ("input_ids", "labels", "document_ids", "image_ids", "position_ids", "visible_until", "grid_positions")
     stack = {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in names}
@@ -293,11 +307,21 @@ def collate(rows: Sequence[PackedSequence], draws: Sequence[ImageDraws], patch_s
         text_targets=text_targets,
         image_token_index=torch.cat(token_index) if token_index else torch.zeros(0, dtype=torch.int64),
         images=images,
+        group_ids=_by_token(stack["document_ids"], sources),
+        num_groups=num_sources,
         num_text_targets=len(targets),
         num_images=sum(len(group) for group in groups.values()),
         num_padding=int((stack["document_ids"] == PADDING_DOCUMENT).sum()),
         num_attention_pairs=sum(row.num_attention_pairs for row in rows),
     )
+
+
+def _by_token(document_ids: torch.Tensor, sources: Sequence[Sequence[int]] | None) -> torch.Tensor:
+    """Return int64 [B, S]: the source of each token's document; 0 of padding, or without `sources`."""
+    if sources is None:
+        return torch.zeros_like(document_ids, dtype=torch.int64)
+    rows = [np.array([0, *of_row])[ids] for of_row, ids in zip(sources, document_ids.numpy(), strict=True)]
+    return torch.from_numpy(np.stack(rows))
 
 
 def _padded(values: Sequence) -> torch.Tensor:

@@ -19,6 +19,7 @@ from data.shards import BadRecord
 
 MAX_PIXELS = 64 * 1024 * 1024  # more is taken for a decompression bomb
 MAX_SCANS = 100  # of a JPEG: each is a pass over all pixels, however few its bytes; 1 to 12 are usual
+JPEG_QUALITY = 95  # 0...100
 MARGIN, LINE, LINES = 6, 12, 3  # of a contact sheet: pixels, pixels, lines of text under a picture
 CELLS = "cells"  # in the PNG of a contact sheet: left, upper, right, lower and title of each picture, as JSON
 _TILE = 2048  # pixels a side that are made opaque at a time
@@ -73,6 +74,13 @@ def decode_picture(data: bytes, sizes: Sequence[Size], where: str) -> np.ndarray
     return np.asarray(picture)
 
 
+def resized(pixels: np.ndarray, size: Size, resample: int) -> np.ndarray:
+    """Return uint8 [H, W, 3] at another size by one of Pillow's filters (2 bilinear, 3 bicubic), which antialias."""
+    if pixels.shape[:2] == size:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling(resample)))
+
+
 @cache
 def _silence_pillow() -> None:
     """Silence Pillow's warnings about what it tolerates (odd EXIF, large pictures), as nothing can be done."""
@@ -122,6 +130,21 @@ def encode_png(pixels: np.ndarray) -> bytes:
     """Return uint8 [H, W, 3] as PNG bytes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def encode_jpeg(pixels: np.ndarray) -> bytes:
+    """Return uint8 [H, W, 3] as JPEG bytes of JPEG_QUALITY."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def encode_preview(pixels: np.ndarray, side: int) -> bytes:
+    """Return uint8 [H, W, 3] as a lossy WebP file of at most `side` pixels a side."""
+    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    picture.thumbnail((side, side))
+    picture.save(buffer, "WEBP", quality=80, method=0)
     return buffer.getvalue()
 
 

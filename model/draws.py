@@ -1,6 +1,7 @@
 """The random numbers of sampling."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,3 +34,18 @@ class SeededDraws:
     def _hash(self, *parts: int | str) -> int:
         text = "/".join(str(part) for part in (self.seed, *parts))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class DrawsOfSamples(SeededDraws):
+    """Draws of samples that each have a seed of their own: `index` is a place in `samples`, of (seed, index).
+
+    Samples with different seeds share a batch so, and each draws what it would alone.
+    """
+
+    def __init__(self, samples: Sequence[tuple[int, int]]) -> None:
+        self.samples = samples
+
+    def _hash(self, *parts: int | str) -> int:
+        kind, place, *rest = parts
+        seed, index = self.samples[int(place)]
+        return SeededDraws(seed)._hash(kind, index, *rest)

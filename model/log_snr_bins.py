@@ -19,20 +19,30 @@ def log_snr_of_uniform(u: Tensor) -> Tensor:
 
 
 def sum_by_bin(errors: Tensor, log_snr: Tensor, valid: Tensor) -> Tensor:
-    """Return f64 [2, bins]: the sum of x0 errors [N] and the number of images in each bin of their log SNR f64 [N].
+    """Return f64 [3, bins]: sums of x0 errors [N], numbers of images and sums of squares by bin of log SNR f64 [N].
 
     Images that are not `valid` (bool [N]) count nowhere, whatever their numbers.
     """
     numbers = ((log_snr - EDGES[0]) / WIDTH).floor()
     inside = (numbers[:, None] == torch.arange(len(BINS), device=errors.device)) & valid[:, None]  # [N, bins]
-    return torch.stack([torch.where(inside, errors.double()[:, None], 0.0).sum(0), inside.sum(0)])
+    counted = torch.where(inside, errors.double()[:, None], 0.0)
+    return torch.stack([counted.sum(0), inside.sum(0), counted.square().sum(0)])
 
 
 def mean_by_bin(sums: Tensor) -> list[float | None]:
     """Return the mean error in each bin of sums on the host, as of `sum_by_bin`; None for a bin without images."""
-    return [error / count if count else None for error, count in sums.T.tolist()]
+    return [error / count if count else None for error, count, _ in sums.T.tolist()]
 
 
 def mean_over_bins(means: list[float | None]) -> float | None:
     """Return the mean of `mean_by_bin`, each bin alike; None if one is empty: without it, it is of other levels."""
     return None if None in means else sum(mean for mean in means if mean is not None) / len(means)
+
+
+def half_width(sums: Tensor) -> float | None:
+    """Return half the 95 % interval (normal) of `mean_over_bins` of `sum_by_bin`; None with a bin of under 2 images."""
+    total, count, squares = sums
+    if bool((count < 2).any()):
+        return None
+    variances = (squares - total.square() / count) / (count - 1) / count
+    return 1.96 * float(variances.clamp(min=0).sum().sqrt()) / len(BINS)

@@ -1,4 +1,4 @@
-"""Both losses, as (sum, count): the step divides by the global count.
+"""Both losses, as (sum, count, each term): the step divides by the global count.
 
 A mean here would be a mean of means over ranks and micro-batches, wrong wherever their counts differ.
 """
@@ -16,26 +16,26 @@ IGNORE = -100  # target of an unused slot
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 4096, vocab_size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return (f32 sum of -log softmax(hidden weight^T)[target], int64 number of targets that are not -100).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (f32 sum of -log softmax(hidden weight^T)[target], int64 number of targets that are not -100, each term).
 
     `hidden` [T, D], `weight` [V, D], `targets` int64 [T]. Rows of `weight` from `vocab_size` on are padding: products
     run on them, but their probabilities and gradients are exactly 0. Logits exist for `chunk` rows at a time, with the
     softmax in f32. The forward computes the gradients too, from each chunk's softmax, so no logits are kept or
-    recomputed.
+    recomputed. Third come the terms of the sum f32 [T], without gradient, 0 where the target is -100.
     """
-    total = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, vocab_size or len(weight))
-    return total, (targets != IGNORE).sum()
+    total, nll = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, vocab_size or len(weight))
+    return total, (targets != IGNORE).sum(), nll
 
 
 def noise_error(
     pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (f32 sum over valid images of weight * mean squared error, int64 number of valid images), and of each.
+    """Return (f32 sum over valid images of weight * mean squared error, int64 number of valid images, each's).
 
     `pred`, `target` [N, C, h, w]; `valid` bool [N]; `weight` f32 [N]. The mean is over one image's elements, so every
     image counts once, whatever its size (the paper, equation 3). Third come these means f32 [N], without weight or
-    gradient.
+    gradient, of unused slots too.
     """
     means = (pred.float() - target.float()).square().flatten(1).mean(1)
     error = means if weight is None else means * weight
@@ -44,19 +44,20 @@ def noise_error(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, vocab_size: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, vocab_size: int
+    ) -> tuple[Tensor, Tensor]:
         loss_of = compiled_chunk_loss() if hidden.is_cuda else chunk_loss_on_cpu
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # f32 even for bf16 weights: a sum over many chunks.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        total = hidden.new_zeros((), dtype=torch.float32)
+        nll = hidden.new_empty(len(targets), dtype=torch.float32)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             x, target = hidden[part], targets[part]
             logits = x @ weight.T  # [chunk, V]
-            nll, grad_logits = loss_of(logits, target, vocab_size, needs_hidden or needs_weight)
-            total += nll
+            nll[part], grad_logits = loss_of(logits, target, vocab_size, needs_hidden or needs_weight)
             if grad_logits is None:
                 continue
             if grad_hidden is not None:
@@ -64,10 +65,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ x
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return total
+        ctx.mark_non_differentiable(nll)
+        return nll.sum(), nll
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         # One dimension, not none, so that the product with bf16 is computed in f32: 1 / count in bf16 is off by up to
         # 0.4 %, differently each step.
         scale = grad_total.reshape(1)
@@ -78,19 +80,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Return (f32 sum of -log softmax, its gradient by the logits in their dtype, or None) of logits [T, V].
+    """Return (-log softmax f32 [T], the gradient of its sum by the logits, in their dtype, or None) of logits [T, V].
 
     Written to be compiled: the two passes over the logits are all that touches memory, where eager ones make ten.
     """
     columns, trained = torch.arange(logits.shape[1], device=logits.device), targets != IGNORE
     log_probs = F.log_softmax(torch.where(columns < vocab_size, logits.float(), -torch.inf), dim=-1)
     nll = -log_probs.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    total = torch.where(trained, nll, 0.0).sum()
+    nll = torch.where(trained, nll, 0.0)
     if not with_gradient:
-        return total, None
+        return nll, None
     # d nll / d logits = softmax - onehot, 0 where the target is ignored.
     onehot = (columns == targets[:, None]).float()
-    return total, ((log_probs.exp() - onehot) * trained[:, None]).to(logits.dtype)
+    return nll, ((log_probs.exp() - onehot) * trained[:, None]).to(logits.dtype)
 
 
 def chunk_loss_on_cpu(
@@ -100,13 +102,13 @@ def chunk_loss_on_cpu(
     if vocab_size < logits.shape[1]:
         logits[:, vocab_size:] = -torch.inf
     log_probs = F.log_softmax(logits.float(), dim=-1)
-    total = F.nll_loss(log_probs, targets, ignore_index=IGNORE, reduction="sum")
+    nll = F.nll_loss(log_probs, targets, ignore_index=IGNORE, reduction="none")
     if not with_gradient:
-        return total, None
+        return nll, None
     trained = (targets != IGNORE)[:, None]
     gradient = log_probs.exp_()
     gradient.scatter_add_(1, targets.clamp(min=0)[:, None], -trained.to(torch.float32))
-    return total, gradient.mul_(trained).to(logits.dtype)
+    return nll, gradient.mul_(trained).to(logits.dtype)
 
 
 @functools.cache

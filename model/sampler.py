@@ -25,6 +25,10 @@ from model.nucleus import sample_tokens
 from model.sampler_config import SamplerConfig
 from model.transfusion import Grid, Transfusion
 
+# Called after each denoising step with the `index` of each row that is being drawn, the number of the step from 1, and
+# the clean latents f32 [r, C, h, w] that the model predicts so far, on its device.
+Watch = Callable[[Sequence[int], int, Tensor], object]
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -59,19 +63,21 @@ def generate(
     progress: Callable[[float], object] = lambda rows: None,
     batch: int | None = None,
     guide: Transfusion | None = None,
+    watch: Watch = lambda indices, step, x0: None,
 ) -> list[list[Tensor]]:
     """Return for each prompt what follows it: text int64 [len] without special tokens, and latents f32 [C, h, w].
 
     The model is unsharded; `grid` is the latent size (h, w) of new pictures. `progress(rows)` is called with the
-    fraction of rows that each forward completed; the sum is the number of prompts. `batch` is the rows of a full batch,
-    if these are its incomplete last one: on CUDA, bits are the same at the same `batch`. A `guide` of the same tokens,
-    latents and patch size is the weak model of guidance, in place of the model without its prompt. Raises ValueError
-    for a prompt that does not fit in `max_length`.
+    fraction of rows that each forward completed; the sum is the number of prompts. What it or `watch` raises ends the
+    sampling between two forwards. `batch` is the rows of a full batch, if these are its incomplete last one: on CUDA,
+    bits are the same at the same `batch`. A `guide` of the same tokens, latents and patch size is the weak model of
+    guidance, in place of the model without its prompt. Raises ValueError for a prompt that does not fit in
+    `max_length`.
     """
     if not prompts:
         return []
     batch = batch or len(prompts)
-    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws, progress, batch, guide)
+    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws, progress, batch, guide, watch)
     decoding.prefill()
     while not all(row.mode == "done" for row in decoding.rows):
         decoding.text_mode()
@@ -122,8 +128,9 @@ class _Decoding:
         progress: Callable[[float], object],
         batch: int,
         guide: Transfusion | None,
+        watch: Watch,
     ) -> None:
-        self._progress, self._reported = progress, 0.0
+        self._progress, self._reported, self._watch = progress, 0.0, watch
         self.config, self.diffusion = config.suited_to(diffusion), diffusion
         self.special, self.draws = special, draws
         self.patch_size = model.config.patch_size
@@ -202,7 +209,13 @@ class _Decoding:
     def _denoise(self, chosen: Sequence[int]) -> Tensor:
         """Return clean latents f32 [r, C, h, w], denoised after the chosen rows; the cache keeps nothing of them."""
         predict = self.cached_model.denoiser(chosen, self.shape[1:], self.config.guidance_rescale)
-        noise, report = partial(self._noise, chosen), partial(self._report, chosen)
+        indices = [self.rows[i].index for i in chosen]
+
+        def report(step: int, x0: Tensor) -> None:
+            self._watch(indices, step, x0)
+            self._report(chosen, step)
+
+        noise = partial(self._noise, chosen)
         return denoise(predict, noise, self.config, self.diffusion, math.prod(self.shape), report)
 
     def _report(self, drawing: Sequence[int] = (), steps: int = 0) -> None:

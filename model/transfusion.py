@@ -67,6 +67,7 @@ class TransfusionOutput(NamedTuple):
     text_nll_sum: Tensor  # f32 scalar
     text_count: Tensor  # int64 scalar
     noise_pred: dict[Grid, Tensor]  # [N_cap, C, h, w] each; noise, or what `diffusion.prediction` says
+    text_nll: Tensor  # f32 [T_cap], the terms of the sum, without gradient
 
 
 class Timesteps:
@@ -135,12 +136,12 @@ class Transfusion(nn.Module):
 
         # index_select, not indexing: its backward is one index_add instead of a sort.
         at_targets, chunk = hidden.index_select(0, text_target_index), self.config.text_loss_chunk
-        nll_sum, count = linear_cross_entropy(at_targets, self.head_weight, text_targets, chunk, self.vocab_size)
+        nll_sum, count, nll = linear_cross_entropy(at_targets, self.head_weight, text_targets, chunk, self.vocab_size)
         image_hidden = hidden.index_select(0, image_token_index).split([t[..., 0].numel() for t in valid_tokens])
         noise_pred = {}
         for (grid, (tokens, skips)), part in zip(encoded.items(), image_hidden, strict=True):
             noise_pred[grid] = self.predict_noise(part.view(tokens.shape), skips, timesteps[grid], *grid)
-        return TransfusionOutput(nll_sum, count, noise_pred)
+        return TransfusionOutput(nll_sum, count, noise_pred, nll)
 
     @property
     def head_weight(self) -> Tensor:

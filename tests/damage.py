@@ -2,7 +2,9 @@
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
+from data.manifest import Manifest
 from tests.tars import BLOCK
 
 
@@ -40,3 +42,17 @@ def overwrite(rng: random.Random, data: bytes) -> tuple[str, bytes]:
 
 def any_damage(rng: random.Random, data: bytes) -> tuple[str, bytes]:
     return rng.choice([cut, overwrite, lambda rng, data: flip(rng, data)[:2]])(rng, data)
+
+
+def garble(folder: Path, records: dict[int, list[int]]) -> list[str]:
+    """Flip a bit in the middle of records, by shard; return their names."""
+    manifest, names = Manifest.load(folder), []
+    for shard, numbers in records.items():
+        path = Path(manifest.shard_path(shard))
+        content = bytearray(path.read_bytes())
+        for record in numbers:
+            offset, length, _ = manifest.load_index(shard).spans[record].tolist()
+            content[offset + length // 2] ^= 1
+            names.append(f"{path}#{record}")
+        path.write_bytes(content)
+    return names

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from train import demo
-from train.config import load_config
+from train.config import load_config, to_yaml
 from train.demo import STAGES, DemoConfig, Stage
+from train.pretrain_config import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
+BAND = ROOT / "bench" / "results" / "bands" / "demo.json"
 
 
 @pytest.mark.parametrize("smoke", [False, True])
@@ -29,6 +31,17 @@ def test_every_stage_is_a_command_that_its_program_accepts(monkeypatch: pytest.M
         assert Path(arguments[0].removeprefix("config=")) == stage.config_file.relative_to(ROOT)
 
 
+def pretrain(folder: Path, **factors: float) -> None:
+    """Write what a real run of the demo logged, its metrics multiplied by `factors`."""
+    run = next(iter(json.loads(BAND.read_text(encoding="utf-8"))["runs"].values()))
+    values = {name: [value * factors.get(name, 1) for value in of_run] for name, of_run in run.items()}
+    rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config(PretrainConfig, [f"config={ROOT}/configs/demo/pretrain.yaml"])
+    (folder / "config.yaml").write_text(to_yaml(config))
+
+
 def test_the_time_left_follows_the_pace_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that took 80 s for a quarter of the work needs four minutes for the rest."""
     monkeypatch.setattr(demo, "STAGES", [Stage("one", 4.0), Stage("two", 6.0), Stage("three", 30.0)])
@@ -37,12 +50,13 @@ def test_the_time_left_follows_the_pace_of_this_machine(monkeypatch: pytest.Monk
 
 
 def test_finished_stages_are_skipped_and_those_after_a_changed_one_run_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Also if the demo was interrupted in between."""
+    """Also if the demo was interrupted in between. At the end it says whether its losses are as they should be."""
     folder = tmp_path / "runs" / "demo"
+    pretrain(folder / "pretrain")
     (folder / "evaluation").mkdir(parents=True)
-    scores = {key: {} for key in ("text_to_image", "image_to_text", "heldout")}
+    scores = {key: {} for key in ("scores", "heldout")}
     (folder / "evaluation" / "evaluation.json").write_text(json.dumps(scores))
     (tmp_path / "configs" / "demo").mkdir(parents=True)
     (tmp_path / "train").mkdir()
@@ -61,7 +75,13 @@ def test_finished_stages_are_skipped_and_those_after_a_changed_one_run_again(
         return [len((folder / name).read_text()) for name in ("one", "two", "three")]
 
     assert runs(0) == [1, 1, 1]
+    assert "losses: within the band of demo" in capsys.readouterr().out.splitlines()[-1]
+    pretrain(folder / "pretrain", image_loss=1.5)
     assert runs(0) == [1, 1, 1], "all are finished"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "outside the band" in last and "image loss is above" in last and "text loss" not in last
+    assert demo.main([f"root={tmp_path}", "smoke=true"]) == 0
+    assert "report" in (printed := capsys.readouterr().out) and "band" not in printed
     (tmp_path / "configs" / "demo" / "one.yaml").write_text("a: 2")
     (tmp_path / "fail").touch()
     assert runs(1) == [2, 2, 1], "one has changed, two fails"

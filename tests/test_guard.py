@@ -56,7 +56,8 @@ def _blame(ranks: Ranks) -> list[str]:
         guard.judge(torch.tensor(norm))
         micro_batch = SimpleNamespace(input_ids=torch.zeros(2, 8), num_text_targets=10, num_images=0)
         documents = {lane: [(0, lane, step)] for lane in range(first, first + 4)}
-        losses = [StepLoss(*torch.tensor([0.0, 10 * value, 0.0]), torch.zeros(2, 6)) for value in text]
+        none = torch.zeros(3, 6), torch.zeros(2, 1), torch.zeros(2)
+        losses = [StepLoss(*torch.tensor([0.0, 10 * value, 0.0]), *none) for value in text]
         batch: Any = SimpleNamespace(step=step, micro_batches=[micro_batch] * 2, documents=documents)
         guard.note(batch, losses, torch.tensor(norm))
     found, too_many = guard.review(lambda position: "{}/{}#{}".format(*position), ranks)

@@ -87,7 +87,8 @@ def test_what_cannot_be_measured_is_refused_at_the_start(
     starts = [(uneven, words)]
     text_only = make_source(tmp_path / "texts", tokenizer, texts(20, seed=79))
     silent = [*argv, f"evaluation.heldout.texts={text_only}", "checkpoint.best_metric=heldout/texts/image_loss"]
-    starts.append(([*silent, "evaluation.interval_steps=5"], ["expected one of ['heldout/texts/text_loss']"]))
+    both = "expected one of ['heldout/texts/text_loss', 'heldout_ema/texts/text_loss']"
+    starts.append(([*silent, "evaluation.interval_steps=5"], [both]))
     runs.assert_refused(*starts)
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 HOUSE = ("data", "model", "train", "slurm", "bench", "tests")
 PROGRAMS = {
     *("pretrain", "vae", "tokenizer", "encode", "scenes", "sample"),
-    *("evaluate", "plan", "export", "view", "report", "demo"),
+    *("evaluate", "plan", "export", "view", "report", "demo", "serve"),
 }
 MAY_IMPORT = {
     "data": {"data"},
@@ -34,6 +34,7 @@ ROOMS = {
     "checkpoints": {"distributed"},
     "inference": {"distributed", "optim", "checkpoints", "pretrain_config", "llm_folder"},
     "planning": {"distributed", "optim", "checkpoints", "pretrain_config", "llm_folder"},
+    "serving": {"distributed", "pretrain_config", "inference"},
     "pages": {"distributed", "optim", "checkpoints", "pretrain_config", "inference", "planning", "evaluation"},
 }
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

@@ -36,11 +36,12 @@ def test_a_bin_holds_its_lower_edge_and_what_is_beyond_all_or_not_valid_counts_n
     valid = torch.tensor([True] * 9 + [False, True])
     sums = sum_by_bin(errors, torch.tensor(log_snr, dtype=torch.float64), valid)
     assert BINS == ("-6..-4", "-4..-2", "-2..0", "0..2", "2..4", "4..6")
-    assert sums.tolist() == [[6.0, 8.0, 0.0, 16.5, 0.0, 32.0], [2, 1, 0, 2, 0, 1]]
+    squares = [20.0, 64.0, 0.0, 256.25, 0.0, 1024.0]
+    assert sums.tolist() == [[6.0, 8.0, 0.0, 16.5, 0.0, 32.0], [2, 1, 0, 2, 0, 1], squares]
 
 
 def test_the_mean_over_bins_counts_each_alike_and_is_none_if_one_is_empty() -> None:
-    sums = torch.tensor([[2.0, 8.0, 3.0, 4.0, 5.0, 6.0], [4, 1, 3, 1, 1, 1]])
+    sums = torch.tensor([[2.0, 8.0, 3.0, 4.0, 5.0, 6.0], [4, 1, 3, 1, 1, 1], [0] * 6])
     assert mean_by_bin(sums) == [0.5, 8.0, 1.0, 4.0, 5.0, 6.0]
     assert mean_over_bins(mean_by_bin(sums)) == pytest.approx(24.5 / 6)
     assert mean_over_bins(mean_by_bin(sums * torch.tensor([1, 0, 1, 1, 1, 1]))) is None

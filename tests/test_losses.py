@@ -28,15 +28,18 @@ def test_cross_entropy_equals_its_definition():
         if target >= 0:
             logits = weight.double() @ x
             expected += logits.exp().sum().log() - logits[target]
-    total, count = linear_cross_entropy(hidden, weight, targets, chunk=4)
+    total, count, each = linear_cross_entropy(hidden, weight, targets, chunk=4)
     assert abs(total - expected) < 1e-4
     assert count == (targets >= 0).sum()
+    assert not each.requires_grad and each[targets < 0].eq(0).all() and each.sum() == pytest.approx(total.item())
+    terms = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="none")
+    assert torch.allclose(each, terms, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 37, 100])
 def test_chunks_change_neither_the_sum_nor_the_gradients(chunk):
     hidden, weight, targets = problem()
-    total, _ = linear_cross_entropy(hidden, weight, targets, chunk=chunk)
+    total, *_ = linear_cross_entropy(hidden, weight, targets, chunk=chunk)
     expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")
     assert torch.allclose(total, expected, rtol=1e-6)
     for ours, theirs in zip(gradients(total, hidden, weight), gradients(expected, hidden, weight), strict=True):
@@ -45,7 +48,7 @@ def test_chunks_change_neither_the_sum_nor_the_gradients(chunk):
 
 def test_bf16_is_near_f32():
     hidden, weight, targets = problem(dtype=torch.bfloat16)
-    total, _ = linear_cross_entropy(hidden, weight, targets, chunk=8)
+    total, *_ = linear_cross_entropy(hidden, weight, targets, chunk=8)
     expected = F.cross_entropy(hidden.float() @ weight.float().T, targets, ignore_index=-100, reduction="sum")
     assert total.dtype == torch.float32
     assert abs(total / expected - 1) < 1e-2
@@ -58,7 +61,7 @@ def test_bf16_is_near_f32():
 def test_the_global_count_scales_bf16_gradients_without_being_rounded(count):
     """1 / count in bf16 is off by up to 0.39 %: a text gradient is the f32 product of sum and scale, rounded once."""
     hidden, weight, targets = problem(tokens=200, dtype=torch.bfloat16)
-    total, _ = linear_cross_entropy(hidden, weight, targets)
+    total, *_ = linear_cross_entropy(hidden, weight, targets)
     sums = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
     for ours, whole in zip(torch.autograd.grad(total / count, (hidden, weight)), sums, strict=True):
         assert torch.equal(ours, (whole.float() / count).bfloat16())
@@ -97,10 +100,10 @@ class ProductWidths(TorchDispatchMode):
 def test_padding_of_the_vocabulary_changes_nothing_but_the_width_of_the_products():
     """Whatever the padding rows hold: they get no probability and a gradient of exactly 0."""
     hidden, weight, targets = problem(vocab=29)
-    expected, _ = linear_cross_entropy(hidden, weight, targets, chunk=16)
+    expected, *_ = linear_cross_entropy(hidden, weight, targets, chunk=16)
     padded = torch.cat([weight.detach(), torch.full((35, 16), 7.0)]).requires_grad_()
     with ProductWidths() as products:
-        total, count = linear_cross_entropy(hidden, padded, targets, chunk=16, vocab_size=29)
+        total, count, _ = linear_cross_entropy(hidden, padded, targets, chunk=16, vocab_size=29)
     assert 64 in products.sizes and 29 not in products.sizes
     assert count == (targets >= 0).sum() and torch.allclose(total, expected, rtol=1e-6)
     ours, theirs = gradients(total, hidden, padded), gradients(expected, hidden, weight)
@@ -134,7 +137,7 @@ def test_the_chunks_body_of_gpus_is_that_of_cpus_and_one_graph_for_any_number_of
 
 def test_nothing_to_predict_is_zero_with_zero_gradients():
     hidden, weight, targets = problem()
-    total, count = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    total, count, _ = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
     assert total == 0 and count == 0
     assert all(grad.eq(0).all() for grad in gradients(total, hidden, weight))
 
@@ -142,7 +145,7 @@ def test_nothing_to_predict_is_zero_with_zero_gradients():
 def test_without_gradients_the_sum_is_the_same():
     hidden, weight, targets = problem()
     with torch.no_grad():
-        frozen, _ = linear_cross_entropy(hidden, weight, targets, chunk=8)
+        frozen, *_ = linear_cross_entropy(hidden, weight, targets, chunk=8)
     assert torch.equal(frozen, linear_cross_entropy(hidden, weight, targets, chunk=8)[0].detach())
 
 
@@ -169,7 +172,7 @@ def test_noise_error_sends_no_gradient_to_unused_slots():
 def test_cross_entropy_equals_torchs_own():
     hidden, weight, targets = problem()
     expected = F.linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction="sum")
-    total, _ = linear_cross_entropy(hidden, weight, targets, chunk=8)
+    total, *_ = linear_cross_entropy(hidden, weight, targets, chunk=8)
     assert torch.allclose(total, expected, rtol=1e-5)
     for ours, theirs in zip(gradients(total, hidden, weight), gradients(expected, hidden, weight), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
@@ -181,6 +184,6 @@ def test_gradients_pass_gradcheck_in_f64():
     def reference(hidden, weight):
         return F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")
 
-    total, _ = linear_cross_entropy(hidden, weight, targets, chunk=4)
+    total, *_ = linear_cross_entropy(hidden, weight, targets, chunk=4)
     for ours, theirs in zip(gradients(total, hidden, weight), gradients(reference(hidden, weight), hidden, weight)):  # noqa: B905
         assert torch.allclose(ours, theirs, atol=1e-5)

@@ -1,5 +1,6 @@
 """Numbers that mean what their names say (P9), and a logger that cannot stop training (P13)."""
 
+import math
 import socket
 import time
 from dataclasses import fields, replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from data.lane_state import Cursor, LaneState
+from data.packing import PackedBatch
 from model.log_snr_bins import BINS
 from tests.ranks import run_ranks
 from train import hardware, metrics
@@ -30,9 +32,11 @@ from train.step import StepLoss
 
 
 def _loss(text: float, image: float) -> StepLoss:
-    x0_errors = torch.zeros(2, len(BINS), dtype=torch.float64)
-    x0_errors[:, 1:3] = torch.tensor([[2.0, 6.0], [1.0, 4.0]]) * image  # sums, counts
-    return StepLoss(torch.tensor(0.0), torch.tensor(text), torch.tensor(image), x0_errors)
+    x0_errors = torch.zeros(3, len(BINS), dtype=torch.float64)
+    x0_errors[:2, 1:3] = torch.tensor([[2.0, 6.0], [1.0, 4.0]]) * image  # sums, counts
+    by_group = torch.tensor([[0.75 * text, 0.25 * text], [0.0, image]], dtype=torch.float64)
+    by_order = torch.tensor([0.25 * image, 0.75 * image], dtype=torch.float64)
+    return StepLoss(torch.tensor(0.0), torch.tensor(text), torch.tensor(image), x0_errors, by_group, by_order)
 
 
 def _vote(**counts: int) -> Vote:
@@ -42,15 +46,23 @@ def _vote(**counts: int) -> Vote:
 
 
 def _batch(slots: int, pairs: int) -> Any:
-    """Two micro-batches of five rows, one of them idle, with 20 tokens, 5 text targets and 3 images of 4 cells."""
+    """Two micro-batches of five rows, one of them idle, with 20 tokens, 5 text targets and 3 images of a patch.
+
+    The rows shown are 2 tokens long, the second documents are of source b; the other 13 tokens are not shown.
+    """
     document_ids = torch.tensor([[1, 2], [1, 0], [0, 0], [1, 1], [1, 1]])
-    micro_batch = SimpleNamespace(
+    images = SimpleNamespace(num_valid=3, u=torch.zeros(4), before_caption=torch.tensor([False, True, True, True]))
+    micro_batch = PackedBatch.__new__(PackedBatch)
+    vars(micro_batch).update(
         input_ids=torch.zeros(slots),
         document_ids=document_ids,
+        group_ids=(document_ids == 2).long(),
+        text_target_index=torch.tensor([0, 1, 2, 6, 7, 0]),
+        image_token_index=torch.tensor([1, 6, 8, 0]),
         num_padding=slots - 20,
         num_attention_pairs=pairs,
         num_text_targets=5,
-        images={(2, 2): SimpleNamespace(num_valid=3)},
+        images={(2, 2): images},
     )
     documents = {0: [(0, 0, 1), (1, 0, 1)], 3: [(1, 2, 3)]}
     return SimpleNamespace(micro_batches=[micro_batch, micro_batch], documents=documents)
@@ -59,19 +71,20 @@ def _batch(slots: int, pairs: int) -> Any:
 def _two_rows(ranks: Ranks) -> list[dict]:
     """Two steps and a row, one step and a row, with other numbers on each rank."""
     flops = Flops(per_token=10.0, per_pair=1.0, per_text_target=100.0, per_latent_cell=1000.0, again_per_token=5.0)
-    interval = Interval(flops, ranks, ["a", "b"])
+    flops = replace(flops, bagel_per_token=20.0, bagel_per_square=3.0)
+    interval = Interval(flops, ranks, ["a", "b"], {"trunk": 100})
     interval.peak_flops = 1e6  # of a device that is not here
     mine = ranks.rank + 1
-    states = {ranks.rank: LaneState(7, [Cursor(ranks.rank, 5, 0), Cursor(3, 0, 0)], [], {}, [], [])}
+    states = {ranks.rank: LaneState(7, [Cursor(ranks.rank, 5, 0), Cursor(3, 0, 0)], [], {"not a tar": mine}, [], [])}
     rows = []
     for steps in (2, 1):
         for _ in range(steps):
             vote = _vote(text_targets=30, images=6, tokens=120, documents_skipped=4)
             losses = [_loss(10.0 * mine, 1.0 * mine), _loss(5.0, 0.0)]
             batch, lag = _batch(slots=50, pairs=7 * mine), abs(ranks.rank - 1)
-            interval.add(
-                AgreedBatch(batch, vote, data_wait_s=0.0, peers_wait_s=lag), losses, grad_norm=torch.tensor(2.5)
-            )
+            agreed = AgreedBatch(batch, vote, data_wait_s=0.0, peers_wait_s=lag)
+            parts = {"trunk": torch.tensor([mine, 20.0, 0.01 * mine, 1.0 * mine], dtype=torch.float64)}
+            interval.add(agreed, losses, torch.tensor(2.5), parts if steps == 2 else None)
         interval.checkpoint_s = interval.evaluation_s = 0.0
         rows.append(interval.row(states))
     return rows
@@ -81,13 +94,22 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
     """P2, P9: sums over ranks by global counts, although ranks differ; nothing is carried into the next row."""
     of_ranks = run_ranks(_two_rows, 3)
     timed = {"tokens_per_s", "images_per_s", "step_s", "model_tflops_per_s_per_rank", "slowest_lag_share", "mfu", "hfu"}
-    timed |= {"slowest_host", "host_memory_gib", "time"}
+    timed |= {"mfu_bagel", "slowest_host", "host_memory_gib", "time"}
     for first, second in of_ranks:
         for row, steps in ((first, 2), (second, 1)):
             assert {name: row[name] for name in row.keys() - timed} == pytest.approx(
                 {
                     "interval_steps": steps,
-                    "text_loss": (10 + 20 + 30 + 3 * 5) / 30,
+                    "text_loss": 2.5,  # (10 + 20 + 30 + 3 * 5) / 30
+                    "perplexity": math.exp(2.5),
+                    "text_loss/a": 0.75 * 75 / 24,  # 4 of 5 targets, in 6 micro-batches
+                    "perplexity/a": math.exp(0.75 * 75 / 24),
+                    "text_loss/b": 0.25 * 75 / 6,
+                    "perplexity/b": math.exp(0.25 * 75 / 6),
+                    "image_loss/b": (1 + 2 + 3) / 6,
+                    "image_loss/a": 0.0,
+                    "image_loss_by_order/caption_first": 0.25,  # a quarter of 6, on one of 3 images
+                    "image_loss_by_order/image_first": 0.375,
                     "image_loss": (1 + 2 + 3) / 6,
                     "x0_error": None,  # bins without images: the mean would be of other levels
                     "x0_error/-4..-2": 2.0,
@@ -101,12 +123,20 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
                     "device_memory_gib": 0.0,
                     "attention_imbalance": 1.5,
                     "grad_norm": 2.5,
+                    **({"grad_norm/trunk": 10**0.5, "update_ratio/trunk": 0.1} if steps == 2 else {}),
                     "skipped_documents": 4,
                     "epoch_min": 0,
                     "epoch_mean": (0 + 1 + 2 + 3 * 3) / 6,
                     "epoch_max": 3,
                     "epoch/a": (0 + 1 + 2) / 3,
                     "epoch/b": 3,
+                    "text_tokens": steps * (120 - 18),
+                    "image_tokens": steps * 18,
+                    "tokens/a": steps * 6 * 6,
+                    "tokens/b": steps * 6,
+                    "images/a": steps * 6 * 2,
+                    "images/b": steps * 6,
+                    "skips/not a tar": 1 + 2 + 3,
                     "documents/a": 3 * steps,
                     "documents/b": 2 * 3 * steps,
                 }
@@ -118,6 +148,8 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
             assert row["model_tflops_per_s_per_rank"] == pytest.approx(flops / per_s / 3 / 1e12, rel=1e-6)
             assert row["mfu"] == pytest.approx(row["model_tflops_per_s_per_rank"] * 1e6, rel=1e-6)
             assert row["hfu"] / row["mfu"] == pytest.approx(1 + steps * 5 * 120 / flops, rel=1e-6)
+            by_bagel = steps * 2 * 3 * (20 * 20 + 3 * (1 + 1 + 1 + 4 + 4))
+            assert row["mfu_bagel"] / row["mfu"] == pytest.approx(by_bagel / flops, rel=1e-6)
             assert row["tokens_per_s"] == pytest.approx(120 * steps / per_s, rel=1e-6)
 
 
@@ -133,7 +165,7 @@ def _timed_rows(ranks: Ranks, device_wait_s: float) -> tuple[float, list[dict]]:
         return fetch(tensor)
 
     torch.Tensor.cpu = slow_fetch  # in this process alone
-    interval, rows = Interval(Flops(10.0, 1.0, 100.0, 1000.0, 5.0), ranks, ["a", "b"]), []
+    interval, rows = Interval(Flops(10.0, 1.0, 100.0, 1000.0), ranks, ["a", "b"]), []
     start = interval._start
     for _ in range(2):
         batch = AgreedBatch(_batch(slots=50, pairs=7), _vote(tokens=120), data_wait_s=0.0, peers_wait_s=0.0)

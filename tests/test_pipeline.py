@@ -176,8 +176,21 @@ def test_what_is_not_the_trainings_own_is_refused(drawn: DrawingRun, tmp_path: P
     train_tokenizer((f"green triangles, {i} of them" for i in range(200)), other, 290)
     with pytest.raises(ValueError, match=rf"was trained with the tokenizer of hash .* none of {other} "):
         load(drawn.run_dir, tokenizer=str(other))
-    with pytest.raises(ValueError, match="trained on text alone"):
-        Pipeline.of(torch.nn.Linear(1, 1), drawn.tokenizer, None, None, [], None)
+
+
+def test_a_model_trained_on_text_alone_writes_and_neither_draws_nor_sees(drawn: DrawingRun, pipeline: Pipeline) -> None:
+    made = Pipeline.of(pipeline.model, pipeline.tokenizer, pipeline.config, None, [], None)
+    sampler, picture = SamplerConfig(max_new_tokens=4, max_images=0), np.zeros((32, 32, 3), np.uint8)
+    (parts,) = made.complete([["a red"]], sampler, seed=0)
+    assert all(isinstance(part, str) for part in parts)
+    for ask in (
+        lambda: made.draw(["a red"], sampler, 0),
+        lambda: made.describe([picture], sampler, 0),
+        lambda: list(made.complete([["a red"]], SamplerConfig(), 0)),
+        lambda: made.latent_spec,
+    ):
+        with pytest.raises(ValueError, match="trained on text alone: it neither draws nor sees pictures"):
+            ask()
 
 
 def test_an_earlier_checkpoint_or_other_weights_of_the_same_one_guide(drawn: DrawingRun, pipeline: Pipeline) -> None:

@@ -14,9 +14,9 @@ import torch
 from data.dataset import open_data
 from data.lane_state import LaneState
 from data.loader import Loader
-from data.manifest import Manifest
 from data.tokenizer import Tokenizer, train_tokenizer
 from tests import runs
+from tests.damage import garble
 from tests.disks import fill, small_disk
 from tests.runs import SAVE_EVERY, STEPS, Arguments, DrawingRun
 from tests.sources import make_source, pairs
@@ -83,27 +83,13 @@ def test_what_only_some_ranks_could_notice_is_refused_by_all_without_a_hang(
     assert not (tmp_path / "lanes").exists() and not list((tmp_path / "vae").glob("*/*"))
 
 
-def _garble(folder: Path, records: dict[int, list[int]]) -> list[str]:
-    """Flip a bit in the middle of records, by shard; return their names."""
-    manifest, names = Manifest.load(folder), []
-    for shard, numbers_ in records.items():
-        path = Path(manifest.shard_path(shard))
-        content = bytearray(path.read_bytes())
-        for record in numbers_:
-            offset, length, _ = manifest.load_index(shard).spans[record].tolist()
-            content[offset + length // 2] ^= 1
-            names.append(f"{path}#{record}")
-        path.write_bytes(content)
-    return names
-
-
 def test_corrupt_records_are_skipped_counted_and_named_when_the_budget_is_spent(
     tmp_path: Path, run_dir: Path, tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
 ) -> None:
     """P7: skipped, and the same ones after a resume; past the budget all ranks save and stop in an orderly way, so that
     the run continues once the budget is raised."""
     damaged = shutil.copytree(pairs_folder, tmp_path / "pairs")
-    names = _garble(damaged, {0: [3, 4, 17], 1: [2], 2: [0, 21]})
+    names = garble(damaged, {0: [3, 4, 17], 1: [2], 2: [0, 21]})
     sources = {"pairs": damaged, "texts": texts_folder}
     argv = runs.settings(run_dir, tokenizer, sources, optim__steps=12)
     config = load_config(PretrainConfig, argv)

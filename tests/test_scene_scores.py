@@ -31,9 +31,10 @@ from train import evaluate, export
 from train.checkpoints import checkpoint
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopSignal
+from train.evaluation.scenes import SceneItem, judge, read_scenes, shares
+from train.evaluation.scores import share
 from train.heldout import KINDS, Heldout, HeldoutConfig, captions_alone
 from train.inference.pipeline import Pipeline, PipelineConfig
-from train.inference.scene_scores import SceneItem, judge, read_scenes, shares
 from train.scenes import write_held_out
 
 
@@ -91,16 +92,16 @@ def test_truth_scores_one_and_the_answers_come_back_in_order_on_any_number_of_ra
     assert all(found == [right, wrong] for of_ranks in by_world_size for found in of_ranks)
     for scores, wrong_scores in zip(right, wrong, strict=True):
         assert set(scores) == {"all", "colour", "shape", "position", "all_unseen", "all_two_shapes"}
-        assert set(scores.values()) == {1.0}
-        assert wrong_scores["all"] < 0.5
+        assert {score.value for score in scores.values()} == {1.0} and scores["all"].items == 12
+        assert wrong_scores["all"].value < 0.5
 
 
-def test_shares_are_of_their_own_split_and_none_where_there_is_nothing_to_judge() -> None:
+def test_shares_are_of_their_own_split_and_absent_where_there_is_nothing_to_judge() -> None:
     blank, shape = np.zeros((8, 8, 3), np.uint8), Shape(shape="circle", colour="red", position="centre", size="small")
     items = [SceneItem(split, "", blank, (shape,)) for split in ("seen", "seen", "seen", "unseen")]
     right = [(True, True, True), (True, False, True), (False, False, True), (True, True, True)]
-    expected = {"all": 1 / 3, "colour": 2 / 3, "shape": 1 / 3, "position": 1.0}
-    expected |= {"all_unseen": 1.0, "all_two_shapes": None}
+    expected = {"all": share(1, 3), "colour": share(2, 3), "shape": share(1, 3), "position": share(3, 3)}
+    expected |= {"all_unseen": share(1, 1)}
     assert shares(items, [Verdict(*verdict) for verdict in right]) == expected
 
 

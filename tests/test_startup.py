@@ -12,6 +12,7 @@ from tests.test_imports import PROGRAMS, ROOT
 # Each takes 0.3 s or more to import, and is imported where it is used. In order: DTensor, FSDP, DCP, the compiler.
 HEAVY = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo")
 HEAVY += ("sympy", "diffusers", "transformers", "wandb", "submitit", "webdataset", "torchdata", "matplotlib", "scipy")
+HEAVY += ("starlette", "uvicorn")
 # A program runs as its command line does, in a fork of a process that has imported torch alone.
 RUN = """
 import json, os, runpy, sys

@@ -127,7 +127,7 @@ def test_every_parameter_has_a_finite_gradient_whatever_the_batch_holds(images, 
 
 def test_unused_slots_change_nothing():
     model, batch = tiny_model(), tiny_batch()
-    nll, _, pred = model(**batch)
+    nll, _, pred, _ = model(**batch)
     batch["noisy"][4, 4][1] = 1e3
     batch["input_ids"][batch["is_image"]] = 0
     changed = model(**batch)

@@ -1,34 +1,42 @@
-"""Evaluate a trained model on held-out scenes and shards: the judge's scores, losses of text and images, x0 error.
+"""Evaluate a trained model: held-out losses, multiple choice, captions, distances of drawn pictures, scenes, and
+pictures and answers for the scorers of published benchmarks (docs/evaluation.md).
 
-Writes evaluation.json (scores, data and every setting that they depend on), examples.jsonl and its pictures. Held-out
-folders with training records are refused.
+Writes evaluation.json (every score with its 95 % interval, and what they depend on), examples.jsonl and its pictures.
+Held-out folders with training records are refused. Under torchrun the ranks divide the work; their number changes no
+score but for the order of float additions.
 """
 
 import json
+import platform
 import time
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
 from data.durable import atomic_write
 from data.manifest import Manifest
-from data.pictures import encode_png
-from data.scene_judge import Verdict
 from data.storage import Location
 from model.sampler_config import SamplerConfig
 from train.checkpoints.trained_records import TrainedRecords
 from train.config import load_config, run_program
-from train.distributed.agreement import facts_of
+from train.distributed.agreement import facts_of, program_facts
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.signals import StopSignal
-from train.heldout import Heldout, HeldoutConfig
-from train.inference.pipeline import BAR_FORMAT, Pipeline, PipelineConfig
+from train.evaluation.answers import AnswersConfig, write_answers
+from train.evaluation.benchmark_layouts import Benchmark
+from train.evaluation.benchmarks import draw_benchmark
+from train.evaluation.captioning import CaptioningConfig, evaluate_captioning
+from train.evaluation.generation import GenerationConfig, evaluate_generation
+from train.evaluation.multiple_choice import evaluate_choices
+from train.evaluation.paper_table import paper_table
+from train.evaluation.part import Part, bar_of
+from train.evaluation.scenes import evaluate_scenes
+from train.evaluation.scores import Score
+from train.heldout import KINDS, Heldout, HeldoutConfig
+from train.inference.pipeline import Pipeline, PipelineConfig
 from train.inference.saved_model import SavedModel
-from train.inference.scene_scores import SceneItem, describe_scenes, judge, read_scenes, shares
 from train.output_folder import make_writable
 
 
@@ -40,87 +48,184 @@ class EvaluateConfig(PipelineConfig):
     # Encoded folders by name, not trained on: text_loss and image_loss (drawing) with captions first, captioning_loss
     # with captions last, x0_error (drawing, comparable between predictions and schedules; docs/training.md).
     heldout: dict[str, Location] = field(default_factory=dict)
+    # Files of multiple-choice questions by name, JSON lines: ours, or the Llama-2 suite's as released.
+    choices: dict[str, Location] = field(default_factory=dict)
+    captioning: CaptioningConfig = field(default_factory=CaptioningConfig)  # pictures to describe, scored with CIDEr
+    answers: AnswersConfig = field(default_factory=AnswersConfig)  # questions about pictures, for others' scorers
+    benchmark: Benchmark | None = None  # draw its prompts into output/BENCHMARK for its own scorer; null: none
+    benchmark_prompts: list[Location] = field(default_factory=list)  # its own prompt files (docs/evaluation.md)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)  # pictures against those of their captions
+    table: bool = False  # print the paper's row beside the scores
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_prompts < 1:
             raise ValueError(f"max_prompts={self.max_prompts}: expected at least 1")
+        if (self.benchmark is None) != (not self.benchmark_prompts):
+            raise ValueError(
+                f"benchmark={self.benchmark}, benchmark_prompts={self.benchmark_prompts}: expected both, or neither"
+            )
 
 
 CONFIG = EvaluateConfig
 GROUP = True  # its ranks form a process group
+SLOWEST_S = 86400.0  # that ranks wait for the slowest to draw its share; a lost one is noticed at once
 # May differ between ranks; the contents are compared instead.
-OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide")
+OWN = (
+    *("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base"),
+    *("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip"),
+    *("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts"),
+    *("answers.questions", "answers.pictures"),
+)
+# What a drawn picture depends on besides its caption and number.
+DRAWN_BY = (
+    *("weights", "weights_hash", "base", "guide", "dtype", "device", "seed"),
+    *("settings", "resolution", "batch_size"),
+)
+PACKAGES = ("torch", "numpy", "pillow", "transformers", "diffusers")
 
 
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
+    _refuse_nothing(config)
     manifests = {name: Manifest.load(path) for name, path in config.heldout.items()}
-    fingerprints = {name: manifest.content_hash for name, manifest in manifests.items()}
-    contents = {f"heldout.{name} (contents)": value for name, value in fingerprints.items()}
-    ranks = init_ranks(timeout_s=1800, device=config.device, facts={**facts_of(config, OWN), **contents})
+    contents = {f"heldout.{name} (contents)": manifest.content_hash for name, manifest in manifests.items()}
+    facts = {**facts_of(config, OWN), **contents}
+    ranks = init_ranks(timeout_s=1800, checkpoint_timeout_s=SLOWEST_S, device=config.device, facts=facts)
     start = time.monotonic()
     pipeline = Pipeline.load(config, ranks)
-    saved, sampler = pipeline.saved, config.suited_to(pipeline.config.diffusion)
-    assert saved is not None
     output = Path(config.output)
     ranks.on_first(lambda: make_writable(output))  # only rank 0 writes
+    results = _describe(config, pipeline, ranks)
+    scores: dict[str, Score] = {}
+    examples: list[dict[str, Any]] = []
+    if config.heldout:
+        results["heldout"], results["data"]["heldout"] = _heldout_losses(config, manifests, pipeline, ranks)
+        scores |= _heldout_scores(results["heldout"])
+    for name, measure in _parts(config, pipeline, results, output, ranks).items():
+        part = measure()
+        scores |= part.scores
+        examples += part.examples
+        results["data"][name] = part.data
+    results["scores"] = {name: vars(score) for name, score in scores.items()}
+    results["seconds"] = time.monotonic() - start
+    if ranks.is_first:
+        with atomic_write(output / "examples.jsonl") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in examples).encode())
+        with atomic_write(output / "evaluation.json") as file:
+            file.write(json.dumps(results, indent=1).encode())
+        print(json.dumps(results, indent=1))
+        if config.table:
+            print(paper_table(pipeline.model, results))
+    ranks.close()
+    return 0
+
+
+def _refuse_nothing(config: EvaluateConfig) -> None:
+    """Raise ValueError for an evaluation that would score nothing."""
+    tasks = (config.heldout, config.scenes, config.choices, config.captioning.pictures, config.generation.pictures)
+    if not any((*tasks, config.answers.questions, config.benchmark)):
+        raise ValueError(
+            "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, captioning.pictures=FOLDER, "
+            "generation.pictures=FOLDER, answers.questions=FILE or benchmark=NAME"
+        )
+
+
+def _parts(
+    config: EvaluateConfig, pipeline: Pipeline, described: dict[str, Any], output: Path, ranks: Ranks
+) -> dict[str, Callable[[], Part]]:
+    """Return what is asked for besides held-out losses, by its name in `data`, in the order of the work."""
+    bar, sampler = bar_of(ranks), config.suited_to(pipeline.config.diffusion)
+    parts: dict[str, Callable[[], Part]] = {}
+    drawn_by = {key: described[key] for key in DRAWN_BY}
+    if choices := config.choices:
+        parts["choices"] = lambda: evaluate_choices(pipeline, choices, output, ranks, bar)
+    if (captioning := config.captioning).pictures is not None:
+        parts["captioning"] = lambda: evaluate_captioning(
+            pipeline, captioning, sampler, config.seed, output, ranks, bar
+        )
+    if (answers := config.answers).questions is not None:
+        parts["answers"] = lambda: write_answers(pipeline, answers, sampler, config.seed, output, ranks, bar)
+    if (benchmark := config.benchmark) is not None:
+        parts["benchmark"] = lambda: draw_benchmark(
+            pipeline, benchmark, config.benchmark_prompts, sampler, config.seed, drawn_by, output, ranks, bar
+        )
+    if (scenes := config.scenes) is not None:
+        per_split, seed = config.max_prompts, config.seed
+        parts["scenes"] = lambda: evaluate_scenes(pipeline, scenes, per_split, sampler, seed, output, ranks, bar)
+    if (generation := config.generation).pictures is not None:
+        parts["generation"] = lambda: evaluate_generation(
+            pipeline, generation, sampler, config.seed, drawn_by, output, ranks, bar
+        )
+    return parts
+
+
+def _describe(config: EvaluateConfig, pipeline: Pipeline, ranks: Ranks) -> dict[str, Any]:
+    """Return what the scores depend on, but for the data that they are measured on. Collective."""
+    saved = pipeline.saved
+    assert saved is not None
     trained = saved.meta["fingerprint"]  # exports of an earlier version have only the tokenizer's
     training = {
         name: {"path": source.path, "fingerprint": trained.get(f"source {number}", "unknown").split()[0]}
         for number, (name, source) in enumerate(saved.config.data.sources.items())
     }
-    results: dict[str, Any] = {
+    height_width = None if pipeline.latents is None else [side * pipeline.space.stride for side in pipeline.grid]
+    sampler = config.suited_to(pipeline.config.diffusion)
+    return {
         "checkpoint": str(saved.folder.resolve()),
         "step": saved.step,
         "weights": pipeline.weights,
+        "weights_hash": ranks.on_first(saved.weights_hash),
+        "base": saved.meta.get("base"),  # where the frozen ones come from
         "guide": pipeline.describe_guide(),
         "dtype": config.dtype,
+        "device": ranks.device.type,
         "seed": config.seed,
         "settings": {field.name: getattr(sampler, field.name) for field in fields(SamplerConfig)},
+        "resolution": height_width,  # of drawn pictures
+        "batch_size": config.batch_size,
         "world_size": ranks.world_size,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, **_code()},
         "data": {"training": training},
     }
-    if config.heldout:
-        results["data"]["heldout"] = {
-            name: {
-                "path": path,
-                "fingerprint": fingerprints[name],
-                **({"captions": manifests[name].captions} if manifests[name].captions else {}),  # weights
-            }
-            for name, path in config.heldout.items()
+
+
+def _code() -> dict[str, str]:
+    return {name: value for name, value in program_facts().items() if name.startswith("code")}
+
+
+def _heldout_losses(
+    config: EvaluateConfig, manifests: dict[str, Manifest], pipeline: Pipeline, ranks: Ranks
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the losses of each held-out source (train/heldout.py), and what they were measured on. Collective."""
+    saved = pipeline.saved
+    assert saved is not None
+    _refuse_trained(saved, config.heldout, ranks)
+    measured_on = HeldoutConfig(heldout=config.heldout)
+    heldout = Heldout(measured_on, pipeline.config, saved.latent_spec, ranks, intervals=True)
+    losses = heldout.losses(pipeline.model, pipeline.stats, StopSignal())  # not installed: Ctrl-C ends the program
+    assert isinstance(losses, dict)
+    data = {
+        name: {
+            "path": path,
+            "fingerprint": manifests[name].content_hash,
+            **({"captions": manifests[name].captions} if manifests[name].captions else {}),  # weights
         }
-        _refuse_trained(saved, config.heldout, ranks)
-        heldout = Heldout(HeldoutConfig(heldout=config.heldout), pipeline.config, pipeline.latent_spec, ranks)
-        never = StopSignal()  # not installed: Ctrl-C ends the program
-        results["heldout"] = heldout.losses(pipeline.model, pipeline.stats, never)
-    if config.scenes is not None:
-        items = read_scenes(Path(config.scenes), pipeline.latent_spec.resolution, config.max_prompts)
-        results["data"]["scenes"] = {"path": config.scenes, **describe_scenes(items)}
-        results |= _scene_scores(config, pipeline, items, output, ranks)
-    results["seconds"] = time.monotonic() - start
-    if ranks.is_first:
-        with atomic_write(output / "evaluation.json") as file:
-            file.write(json.dumps(results, indent=1).encode())
-        print(json.dumps(results, indent=1))
-    ranks.close()
-    return 0
-
-
-def _scene_scores(
-    config: EvaluateConfig, pipeline: Pipeline, items: list[SceneItem], output: Path, ranks: Ranks
-) -> dict[str, dict[str, float | None]]:
-    """Return the judge's scores of drawn and of described scenes; write every example on rank 0. Collective."""
-    ranks.require_alike({"scenes (contents)": str(zlib.crc32(repr([item.caption for item in items]).encode()))})
-    total = 2 * -(-len(items) // ranks.world_size)
-    with tqdm(desc="evaluate", total=total, bar_format=BAR_FORMAT, disable=not ranks.is_first, mininterval=1) as bar:
-        drawn, described = judge(pipeline, items, config, config.seed, ranks, bar.update)
-    if ranks.is_first:
-        _write_examples(output, items, drawn, described)
-    return {
-        "text_to_image": shares(items, [verdict for _, verdict in drawn]),
-        "image_to_text": shares(items, [verdict for _, verdict in described]),
+        for name, path in config.heldout.items()
     }
+    return losses, data
+
+
+def _heldout_scores(losses: dict[str, Any]) -> dict[str, Score]:
+    """Return held-out losses as scores; their intervals leave `losses`."""
+    scores = {}
+    for name, found in losses.items():
+        intervals = found.pop("intervals")
+        for kind in ("perplexity", *KINDS):
+            if found[kind] is not None:
+                low, high = intervals.get(kind, (None, None))
+                scores[f"heldout/{name}/{kind}"] = Score(found[kind], low, high, found["documents"])
+    return scores
 
 
 def _refuse_trained(saved: SavedModel, heldout: dict[str, str], ranks: Ranks) -> None:
@@ -136,33 +241,6 @@ def _refuse_trained(saved: SavedModel, heldout: dict[str, str], ranks: Ranks) ->
             f"{error}: evaluate it where its training data is, or train one more step and export that"
         ) from None
     TrainedRecords.read(sources, heldout, ranks)
-
-
-def _write_examples(
-    output: Path, items: list[SceneItem], drawn: list[tuple[np.ndarray, Verdict]], described: list[tuple[str, Verdict]]
-) -> None:
-    """Write each scene's drawn and true pictures, its caption and both verdicts."""
-    folder = output / "pictures"
-    folder.mkdir(exist_ok=True)
-    lines = []
-    examples = zip(items, drawn, described, strict=True)
-    for i, (item, (picture, drawn_verdict), (caption, caption_verdict)) in enumerate(examples):
-        for name, pixels in (("drawn", picture), ("true", item.picture)):
-            with atomic_write(folder / f"{i:04d}-{name}.png") as file:
-                file.write(encode_png(pixels))
-        lines.append(
-            {
-                "split": item.split,
-                "prompt": item.caption,
-                "drawn": f"pictures/{i:04d}-drawn.png",
-                "drawn_verdict": vars(drawn_verdict),
-                "true": f"pictures/{i:04d}-true.png",
-                "caption": caption,
-                "caption_verdict": vars(caption_verdict),
-            }
-        )
-    with atomic_write(output / "examples.jsonl") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 if __name__ == "__main__":

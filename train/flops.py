@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.packing import PackedBatch
+from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig
 from train.distributed.parallelize import is_cheap, plain_name
 
@@ -40,6 +41,8 @@ class Flops:
     again_per_pair: float = 0.0
     again_per_latent_cell: float = 0.0
     again_more_per_patch: float = 0.0
+    bagel_per_token: float = 0.0
+    bagel_per_square: float = 0.0  # per square of a document's length
 
     @classmethod
     def of(
@@ -84,6 +87,8 @@ class Flops:
             again_per_pair=counts["again_pair"],
             again_per_latent_cell=2 * again_cell * trains_patches,
             again_more_per_patch=counts["again_patch"] - counts["again_token"],
+            bagel_per_token=6 * (trunk.layers * _weights_of_block(trunk) + 2 * trunk.width * model.vocab_size),
+            bagel_per_square=12 * trunk.layers * trunk.heads * trunk.head_width,
         )
 
     @property
@@ -112,6 +117,22 @@ class Flops:
         patches = image_cells // self.patch_cells
         model += self.more_per_patch * patches + self.per_text_target * batch.num_text_targets
         return model, again + self.again_more_per_patch * patches
+
+    def of_batch_by_bagel(self, batch: PackedBatch) -> float:
+        """Return a micro-batch's FLOPs as BAGEL's trainer counts them, for comparison with its figures.
+
+        Every token passes embedding and head as products, attention is over whole documents without a mask, and
+        patchers and frozen weights do not count (qwen2_flop_coefficients of its train_utils).
+        """
+        tokens = batch.input_ids.numel() - batch.num_padding
+        squares = sum(int(torch.bincount(row)[1:].square().sum()) for row in batch.document_ids)
+        return self.bagel_per_token * tokens + self.bagel_per_square * squares
+
+
+def _weights_of_block(trunk: TransformerConfig) -> int:
+    """Return the weights of a block's matrices."""
+    attention = trunk.head_width * (2 * trunk.heads + 2 * trunk.num_kv_heads)
+    return trunk.width * (attention + 3 * trunk.hidden)
 
 
 def _trains(parameters: Mapping[str, Tensor], *prefixes: str) -> bool:

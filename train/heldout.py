@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -30,8 +31,9 @@ from model.transfusion import Transfusion
 from train.distributed.parallelize import reshard
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopKind, StopSignal
+from train.evaluation.loss_intervals import by_document, intervals, of_documents, perplexity
 from train.next_batch import next_batch
-from train.step import micro_step
+from train.step import StepLoss, micro_step
 
 if TYPE_CHECKING:
     from train.pretrain_config import PretrainConfig
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 # prediction (drawing). Captions last: nats per text target of the captions (describing). Captions first again, at noise
 # levels spread evenly over the bins of log SNR: mean squared error of whitened x0, its mean over the bins.
 KINDS = ("text_loss", "image_loss", "captioning_loss", "x0_error")
+RAW, EMA = "heldout", "heldout_ema"  # of the weights as they are, and of their first average
 X0_SEED = 0  # of the last, whatever a run's own: runs of several seeds are compared in the same noise
 
 
@@ -52,6 +55,7 @@ class HeldoutConfig:
     # Sequences per batch over all ranks, at most the source's documents; more ranks than that idle. With
     # parallel.compile, micro_batch_size of them for each rank need no further compilation.
     lanes: int = 8
+    ema: bool = True  # also measure the first average of the weights, if the run keeps one; takes as long again
     max_batches: int | None = None  # per source and pass, >= 1; null: each document once
 
     def __post_init__(self) -> None:
@@ -87,9 +91,11 @@ class Heldout:
         *,
         rows: int | None = None,  # at most, of a rank's micro-batch; None: any number
         like_training: bool = False,  # with gradients enabled, as compiled code otherwise differs and is compiled again
+        intervals: bool = False,  # of the losses too, which keeps the losses of each document
     ) -> None:
         """Raise ValueError for another tokenizer or latent space; TrainedRecords refuses what was trained on."""
         self._config, self._ranks, self._rows, self._like_training = config, ranks, rows, like_training
+        self._intervals = intervals
         self._diffusion = replace(
             trained.diffusion,
             before_caption_max_timestep=None,
@@ -137,11 +143,11 @@ class Heldout:
             rows=min(config.micro_batch_size, -(-config.data.lanes // ranks.world_size)),
             like_training=config.parallel.compile,
         )
-        best = config.checkpoint.best_metric
-        if best is not None and best not in heldout.metrics:
-            raise ValueError(
-                f"checkpoint.best_metric={best}: expected one of {heldout.metrics}, which the data can give"
-            )
+        best, metrics = config.checkpoint.best_metric, heldout.metrics
+        if config.evaluation.ema and config.optim.ema_half_lives:
+            metrics += [EMA + name.removeprefix(RAW) for name in metrics]
+        if best is not None and best not in metrics:
+            raise ValueError(f"checkpoint.best_metric={best}: expected one of {metrics}, which the data can give")
         return heldout
 
     @property
@@ -153,31 +159,38 @@ class Heldout:
     def losses(self, model: Transfusion, stats: LatentStats, stop: StopSignal) -> dict[str, dict[str, Any]] | StopKind:
         """Return the losses of each source (see KINDS), None where there is nothing to measure, and their counts.
 
-        `x0_error_by_log_snr` has each bin's error and number of images; with an empty bin, `x0_error` is None. If any
-        rank receives a stop signal, returns which instead. Collective.
+        `x0_error_by_log_snr` has each bin's error and number of images; with an empty bin, `x0_error` is None.
+        `intervals`, if asked for, has (low, high) of each loss at 95 %. If any rank receives a stop signal, returns
+        which instead. Collective.
         """
         measured = {}
         for name, orders in self._sources.items():
             nothing = {"text_nll": 0.0, "image_error": 0.0, "text_targets": 0, "images": 0, "documents": 0}
-            sums, x0_errors = {"image_first": nothing}, torch.zeros(2, len(BINS))
+            sums, x0_errors = {"image_first": nothing}, torch.zeros(3, len(BINS))
+            documents = dict.fromkeys(orders, np.zeros((0, 4)))
             for order in orders:
                 found = self._sums(name, order, model, stats, stop)
                 if isinstance(found, StopKind):
                     return found
-                of_losses, of_bins = found.split([len(nothing), 2 * len(BINS)])
+                totals, documents[order] = found
+                of_losses, of_bins = totals.split([len(nothing), 3 * len(BINS)])
                 sums[order] = dict(zip(nothing, of_losses.tolist(), strict=True))
                 if order == "denoising":
-                    x0_errors = of_bins.view(2, -1)
+                    x0_errors = of_bins.view(3, -1)
             first, last = sums["caption_first"], sums["image_first"]
             counts = {key: int(first[key]) for key in ("documents", "text_targets", "images")}
             counts["caption_targets"] = int(last["text_targets"])
+            text_loss = first["text_nll"] / counts["text_targets"] if counts["text_targets"] else None
             measured[name] = {
-                "text_loss": first["text_nll"] / counts["text_targets"] if counts["text_targets"] else None,
+                "text_loss": text_loss,
+                "perplexity": perplexity(text_loss),
                 "image_loss": first["image_error"] / counts["images"] if counts["images"] else None,
                 "captioning_loss": last["text_nll"] / last["text_targets"] if last["text_targets"] else None,
                 **self._x0_errors(name, x0_errors),
                 **counts,
             }
+            if self._intervals:
+                measured[name]["intervals"] = intervals(documents, x0_errors)
         return measured
 
     def _x0_errors(self, name: str, sums: torch.Tensor) -> dict[str, Any]:
@@ -202,12 +215,16 @@ class Heldout:
     @torch.no_grad()
     def _sums(
         self, name: str, order: str, model: Transfusion, stats: LatentStats, stop: StopSignal
-    ) -> torch.Tensor | StopKind:
-        """Return all ranks' sums, f64 [5 + 2 bins], or why to stop: `_measure`'s, documents fifth. Collective."""
+    ) -> tuple[torch.Tensor, np.ndarray] | StopKind:
+        """Return all ranks' sums, f64 [5 + 3 bins], or why to stop: `_measure`'s, documents fifth. Collective.
+
+        Also f64 [documents, 4]: text nll, text targets, image error and images of each, if intervals are asked for.
+        """
         ranks, (config, data) = self._ranks, self._sources[name][order]
         most = self._config.max_batches or math.inf
         documents: set[Position] = set()
-        sums = torch.zeros(4 + 2 * len(BINS), dtype=torch.float64, device=ranks.device)
+        each: list[torch.Tensor] = []
+        sums = torch.zeros(4 + 3 * len(BINS), dtype=torch.float64, device=ranks.device)
         rows = self._rows or config.lanes
         loader = Loader(
             data, config, rank=ranks.rank, world_size=ranks.world_size, micro_batch_size=rows, may_idle=True
@@ -225,21 +242,27 @@ class Heldout:
                 for micro_batch in batch.micro_batches:
                     if order == "image_first":
                         micro_batch = captions_alone(micro_batch, data.settings.special.boi)
-                    sums += self._measure(model, micro_batch, stats, uniform_log_snr=order == "denoising")
+                    if self._intervals:
+                        micro_batch = by_document(micro_batch)
+                    loss = self._measure(model, micro_batch, stats, uniform_log_snr=order == "denoising")
+                    counts = torch.tensor([micro_batch.num_text_targets, micro_batch.num_images], device=ranks.device)
+                    sums += torch.cat([loss.text_nll[None], loss.image_error[None], counts, loss.x0_errors.flatten()])
+                    if self._intervals:
+                        each.append(of_documents(micro_batch, loss, model.config.patch_size))
         finally:
             loader.close()
             reshard(model)
         sums = sums.cpu()
         sums = torch.cat([sums[:4], torch.tensor([len(documents)]), sums[4:]])
         dist.all_reduce(sums, group=ranks.vote_group)
-        return sums
+        if not self._intervals:
+            return sums, np.zeros((0, 4))
+        mine = torch.cat(each).cpu().numpy() if each else np.zeros((0, 4))
+        return sums, np.concatenate(ranks.gather(mine))
 
-    def _measure(
-        self, model: Transfusion, batch: PackedBatch, stats: LatentStats, uniform_log_snr: bool
-    ) -> torch.Tensor:
-        """Return f64 [4 + 2 bins] of a micro-batch: text nll, image error, text targets, images; x0 errors by bin."""
+    def _measure(self, model: Transfusion, batch: PackedBatch, stats: LatentStats, uniform_log_snr: bool) -> StepLoss:
         with torch.set_grad_enabled(self._like_training):
-            loss = micro_step(
+            return micro_step(
                 model,
                 batch.to(self._ranks.device),
                 stats=stats,
@@ -249,9 +272,6 @@ class Heldout:
                 global_images=1,
                 uniform_log_snr=uniform_log_snr,
             )
-        counts = loss.text_nll.new_tensor([batch.num_text_targets, batch.num_images])
-        losses = torch.cat([torch.stack([loss.text_nll, loss.image_error]), counts]).double()
-        return torch.cat([losses, loss.x0_errors.flatten()])
 
 
 def captions_alone(batch: PackedBatch, boi: int) -> PackedBatch:
@@ -264,6 +284,6 @@ def captions_alone(batch: PackedBatch, boi: int) -> PackedBatch:
     return replace(batch, text_targets=targets, num_text_targets=int(kept.sum()))
 
 
-def metric_name(source: str, kind: str) -> str:
-    """Return a loss's name in metrics.jsonl and in `checkpoint.best_metric`."""
-    return f"heldout/{source}/{kind}"
+def metric_name(source: str, kind: str, weights: str = RAW) -> str:
+    """Return a loss's name in metrics.jsonl and in `checkpoint.best_metric`; `weights` is RAW or EMA."""
+    return f"{weights}/{source}/{kind}"

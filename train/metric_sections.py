@@ -8,13 +8,16 @@ HEADLINE = ("loss", "text_loss", "image_loss", "grad_norm", "learning_rate", "to
 STEMS = {
     "loss": ("loss", "text_loss", "perplexity", "image_loss", "image_loss_by_order", "x0_error"),
     "gradients": ("grad_norm", "update_ratio", "learning_rate", "skipped_updates"),
-    "data": ("tokens", "images", "documents", "epoch", "epoch_min", "epoch_mean", "epoch_max", "text_tokens")
-    + ("image_tokens", "padding_share", "idle_row_share", "skipped_documents"),
-    "speed": ("tokens_per_s", "images_per_s", "step_s", "mfu", "hfu", "mfu_bagel", "model_tflops_per_s_per_rank")
-    + ("data_stall_share", "checkpoint_stall_share", "evaluation_share", "attention_imbalance", "slowest_lag_share")
-    + ("stop_s",),
+    "data": (
+        *("tokens", "images", "documents", "epoch", "epoch_min", "epoch_mean", "epoch_max", "text_tokens"),
+        *("image_tokens", "padding_share", "idle_row_share", "skipped_documents", "skips"),
+    ),
+    "speed": (
+        *("tokens_per_s", "images_per_s", "step_s", "mfu", "hfu", "mfu_bagel", "model_tflops_per_s_per_rank"),
+        *("data_stall_share", "checkpoint_stall_share", "evaluation_share", "slowest_lag_share", "attention_imbalance"),
+    ),
     "memory": ("host_memory_gib", "device_memory_gib"),
-    "progress": ("tokens_seen", "images_seen", "rollbacks"),
+    "progress": ("tokens_seen", "images_seen", "rollbacks", "stop_s"),
     "heldout": ("heldout", "heldout_ema"),
 }
 # A panel of these would show nothing: the axis and its clock, a constant, and names.

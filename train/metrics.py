@@ -1,9 +1,12 @@
 """Metrics: sums over the steps of a log interval, reduced over ranks once (P9). docs/metrics.md explains each."""
 
+import math
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +16,57 @@ import torch.distributed as dist
 
 from data.lane_state import LaneState
 from data.loader import epochs
-from data.packing import PADDING_DOCUMENT
+from data.packing import PADDING_DOCUMENT, PackedBatch
 from model.log_snr_bins import BINS, mean_by_bin, mean_over_bins
 from train.distributed.ranks import Ranks
+from train.evaluation.loss_intervals import perplexity
 from train.flops import Flops
 from train.hardware import find, probe_seconds
 from train.next_batch import AgreedBatch
+from train.optim.part_norms import sizes
 from train.step import StepLoss
+
+ORDERS = ("caption_first", "image_first")
+HOST_SUMS = ("slots", "rows", "idle_rows", "flops", "flops_again", "flops_by_bagel", "image_tokens", "data_wait_s")
+BY_SOURCE = ("text_targets", "images", "tokens", "documents")
+
+
+@dataclass(frozen=True)
+class _OfRank:
+    """What a rank tells the others at a row, besides sums."""
+
+    epochs: np.ndarray  # int64 [lanes, sources]
+    skips: Counter[str]  # by reason, since the run began
+    peers_wait_s: float
+    attention_pairs: int
+    host: str
+    host_memory_gib: float
+    device_memory_gib: float
+    probe_s: float  # of equal products on its GPU
 
 
 class Interval:
     """Sums over the steps since the last row; `row()` reduces them over ranks and resets them."""
 
-    def __init__(self, flops: Flops, ranks: Ranks, sources: Sequence[str]):
-        self.flops, self.ranks, self.sources = flops, ranks, sources
+    def __init__(self, flops: Flops, ranks: Ranks, sources: Sequence[str], part_sizes: Mapping[str, int] | None = None):
+        """`part_sizes`: how many trained weights each part of the model has, for the norms of its gradients."""
+        self.flops, self.ranks, self.sources, self.part_sizes = flops, ranks, sources, dict(part_sizes or {})
         on_cuda = ranks.device.type == "cuda"
         gpu = find(torch.cuda.get_device_name(ranks.device)) if on_cuda else None
-        self.peak_flops = gpu and 1e12 * gpu.peak_tflops
+        self.peak_flops = 1e12 * gpu.peak_tflops if gpu else None
         self._reset(time.monotonic())
 
     def _reset(self, now: float) -> None:
-        # Text nll, image error, and the x0 errors' sums and counts by bin of log SNR.
-        self._device_sums = torch.zeros(2 + 2 * len(BINS), dtype=torch.float64, device=self.ranks.device)
-        self._sums = dict.fromkeys(("slots", "rows", "idle_rows", "flops", "flops_again", "data_wait_s"), 0.0)
+        # Text nll and image error, their sums by source and order, the x0 errors' sums by bin of log SNR.
+        numbers = 2 + 2 * len(self.sources) + len(ORDERS) + 3 * len(BINS)
+        self._device_sums = torch.zeros(numbers, dtype=torch.float64, device=self.ranks.device)
+        self._sums = dict.fromkeys(HOST_SUMS, 0.0)
+        self._by_source = np.zeros((len(BY_SOURCE), len(self.sources)))
+        self._of_order = np.zeros(len(ORDERS))  # images
         self._global = dict.fromkeys(("text_targets", "images", "tokens"), 0)
         self._last: dict[str, Any] = {}  # of the last step only
+        self._parts: dict[str, torch.Tensor] = {}  # likewise
         self._attention_pairs = 0  # of this rank's sequences
-        self._documents = [0] * len(self.sources)  # of this rank by source; each part of a cut one counts
         self._peers_wait_s = 0.0  # this rank waited for the others
         self.num_steps = 0
         self.checkpoint_s = 0.0  # the loop waited for saves
@@ -48,89 +75,180 @@ class Interval:
             torch.cuda.reset_peak_memory_stats()
         self._start = now
 
-    def add(self, agreed: AgreedBatch, losses: list[StepLoss], grad_norm: torch.Tensor) -> None:
-        """Add one step of this rank; the global counts are the vote's."""
+    def add(
+        self,
+        agreed: AgreedBatch,
+        losses: list[StepLoss],
+        grad_norm: torch.Tensor,
+        parts: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add one step of this rank; the global counts are the vote's, `parts` what `PartNorms.sums` measured."""
         batch, vote = agreed.batch, agreed.vote
         assert batch is not None
         for loss in losses:
-            losses_of_both = torch.stack([loss.text_nll, loss.image_error]).to(torch.float64)
-            self._device_sums += torch.cat([losses_of_both, loss.x0_errors.flatten()])
-        for micro_batch in batch.micro_batches:
-            first_documents = micro_batch.document_ids[:, 0]  # still on the host
-            self._sums["slots"] += micro_batch.input_ids.numel()
-            self._sums["rows"] += len(first_documents)
-            self._sums["idle_rows"] += int((first_documents == PADDING_DOCUMENT).sum())
-            model, again = self.flops.of_batch(micro_batch)
-            self._sums["flops"] += model
-            self._sums["flops_again"] += again
-            self._attention_pairs += micro_batch.num_attention_pairs
+            both = torch.stack([loss.text_nll, loss.image_error]).to(torch.float64)
+            sums = (both, loss.by_group.flatten(), loss.by_order, loss.x0_errors.flatten())
+            self._device_sums += torch.cat(sums)
+        for micro_batch in batch.micro_batches:  # still on the host
+            self._count(micro_batch)
         for positions in batch.documents.values():
             for source, *_ in positions:
-                self._documents[source] += 1
+                self._by_source[-1, source] += 1
         self._sums["data_wait_s"] += agreed.data_wait_s
         self._peers_wait_s += agreed.peers_wait_s
         self._global["text_targets"] += vote.text_targets
         self._global["images"] += vote.images
         self._global["tokens"] += vote.tokens
         self._last = {"grad_norm": grad_norm, "skipped_documents": vote.documents_skipped}
+        self._parts = dict(parts or {})
         self.num_steps += 1
+
+    def _count(self, batch: PackedBatch) -> None:
+        """Add what a micro-batch holds."""
+        first_documents, groups = batch.document_ids[:, 0], batch.group_ids.flatten()
+        model, again = self.flops.of_batch(batch)
+        patch_size = math.isqrt(self.flops.patch_cells)
+        counts = (
+            *(batch.input_ids.numel(), len(first_documents), int((first_documents == PADDING_DOCUMENT).sum())),
+            *(model, again, self.flops.of_batch_by_bagel(batch), batch.num_image_tokens(patch_size)),
+        )
+        for name, count in zip(HOST_SUMS, counts, strict=False):
+            self._sums[name] += count
+        self._attention_pairs += batch.num_attention_pairs
+        used = [groups[batch.text_target_index[: batch.num_text_targets]]]
+        if batch.images:
+            valid = torch.cat([torch.arange(len(of.u)) < of.num_valid for of in batch.images.values()])
+            later = torch.cat([of.before_caption for of in batch.images.values()])[valid]
+            used.append(groups[batch.first_image_tokens(patch_size)[valid]])
+            self._of_order += np.array([int((~later).sum()), int(later.sum())])
+        else:
+            used.append(groups[:0])
+        used.append(groups[batch.document_ids.flatten() != PADDING_DOCUMENT])
+        for counted, of in zip(self._by_source, used, strict=False):
+            counted += np.bincount(of.numpy(), minlength=len(self.sources))
 
     def row(self, lane_states: dict[int, LaneState]) -> dict[str, float]:
         """Return the interval's metrics, the same on every rank. Collective; waits for the device."""
-        sums = torch.cat([self._device_sums.cpu(), torch.tensor(list(self._sums.values()), dtype=torch.float64)])
+        fetched = [self._device_sums, *self._parts.values()]
+        host = [np.array(list(self._sums.values())), self._by_source.ravel(), self._of_order]
+        sums = torch.cat([torch.cat(fetched).cpu(), *map(torch.from_numpy, host)])
         dist.all_reduce(sums, group=self.ranks.vote_group)
         now = time.monotonic()  # after the waits for device and peers, which are part of the steps
-        seconds = now - self._start
-        losses, by_bin, others = sums.tensor_split([2, 2 + 2 * len(BINS)])
-        (text_nll, image_error), x0_errors = losses.tolist(), mean_by_bin(by_bin.view(2, -1))
-        slots, rows, idle_rows, model_flops, flops_again, data_wait_s = others.tolist()
-        flops_per_s = model_flops / seconds / self.ranks.world_size
-        hardware_share = (model_flops + flops_again) / max(model_flops, 1)
-        probe_s = probe_seconds(self.ranks.device)
-        mine = (epochs(lane_states), self._documents, self._attention_pairs, socket.gethostname(), *_memory_gib())
-        gathered = zip(*self.ranks.gather((*mine, self._peers_wait_s, probe_s)), strict=True)
-        of_ranks, documents, pairs, hosts, host_gib, device_gib, peers_wait_s, probes_s = gathered
-        epoch = np.concatenate(of_ranks)  # [L, sources]
-        slowest, lag_share = _slowest(peers_wait_s, probes_s, seconds)
-        counts, world_size = self._global, self.ranks.world_size
+        of_ranks: list[_OfRank] = self.ranks.gather(self._of_rank(lane_states))
+        seconds, lengths = now - self._start, [2, 2 * len(self.sources), len(ORDERS), 3 * len(BINS)]
+        lengths += [4 * len(self._parts), len(HOST_SUMS), self._by_source.size, len(ORDERS)]
+        losses, by_source, by_order, by_bin, parts, others, counts, of_order = sums.split(lengths)
+        of_sources = dict(zip(BY_SOURCE, counts.view(len(BY_SOURCE), -1).tolist(), strict=True))
+        totals = dict(zip(HOST_SUMS, others.tolist(), strict=True))
         row = {
             "interval_steps": self.num_steps,  # that the sums and means below are over
-            "text_loss": text_nll / counts["text_targets"] if counts["text_targets"] else None,  # nats per text target
-            "image_loss": image_error / counts["images"] if counts["images"] else None,  # mean squared error
-            # Mean squared error of x0, over bins of log SNR and in each that held images (docs/training.md); null: one
-            # held none, so that the mean is always of the same levels.
-            "x0_error": mean_over_bins(x0_errors),
-            **{f"x0_error/{name}": error for name, error in zip(BINS, x0_errors, strict=True) if error is not None},
-            "tokens_per_s": counts["tokens"] / seconds,
-            "images_per_s": counts["images"] / seconds,
-            "step_s": seconds / max(self.num_steps, 1),
-            "padding_share": 1 - counts["tokens"] / max(slots, 1),  # of all token slots, idle rows included
-            "idle_row_share": idle_rows / max(rows, 1),  # of all rows: lanes not divisible by ranks, or ended
-            "data_stall_share": data_wait_s / world_size / seconds,
-            "checkpoint_stall_share": self.checkpoint_s / seconds,
-            "evaluation_share": self.evaluation_s / seconds,  # previews included
-            "model_tflops_per_s_per_rank": flops_per_s / 1e12,
-            # Shares of the device's dense bf16 peak: model FLOPs without and with recomputation; null: peak unknown.
-            "mfu": self.peak_flops and flops_per_s / self.peak_flops,
-            "hfu": self.peak_flops and flops_per_s * hardware_share / self.peak_flops,
-            "attention_imbalance": max(pairs) / max(np.mean(pairs), 1),  # the largest rank's pairs over the mean
-            "slowest_rank": slowest,  # which waited least for the others, or whose GPU is slowest: see `_slowest`
-            "slowest_host": hosts[slowest],
-            "slowest_lag_share": lag_share,  # of the time that others waited
-            "host_memory_gib": max(host_gib),  # resident now, of the largest rank without its loader workers
-            "device_memory_gib": max(device_gib),  # peak of the largest rank; 0 without CUDA
-            "grad_norm": float(self._last["grad_norm"]),  # before clipping, of the last step
-            "skipped_documents": self._last["skipped_documents"],  # since the run began
-            "epoch_min": int(epoch.min()),  # over lanes and sources
-            "epoch_mean": float(epoch.mean()),
-            "epoch_max": int(epoch.max()),
-            # By source: mean epoch over lanes, and documents (each part of a cut one) in the interval's sequences.
-            **{f"epoch/{name}": float(of_source.mean()) for name, of_source in zip(self.sources, epoch.T, strict=True)},
-            **{f"documents/{n}": int(c) for n, c in zip(self.sources, np.sum(documents, axis=0), strict=True)},
+            **self._losses(float(losses[0]), float(losses[1]), by_bin.view(3, -1)),
+            **self._losses_by(by_source.view(2, -1).tolist(), of_sources, by_order.tolist(), of_order.tolist()),
+            **self._gradients(parts.view(-1, 4).tolist()),
+            **self._data(totals, of_sources, of_ranks),
+            **self._speed(totals, seconds, of_ranks),
             "time": time.time(),  # seconds since 1970
         }
         self._reset(now)
         return row
+
+    def _of_rank(self, lane_states: dict[int, LaneState]) -> "_OfRank":
+        skips = sum((Counter(state.skipped) for state in lane_states.values()), Counter[str]())
+        memory, probe_s = _memory_gib(), probe_seconds(self.ranks.device)
+        wait_s, pairs = self._peers_wait_s, self._attention_pairs
+        return _OfRank(epochs(lane_states), skips, wait_s, pairs, socket.gethostname(), *memory, probe_s)
+
+    def _losses(self, text_nll: float, image_error: float, x0_sums: torch.Tensor) -> dict[str, float | None]:
+        counts, x0_errors = self._global, mean_by_bin(x0_sums)
+        text_loss = _mean(text_nll, counts["text_targets"])
+        return {
+            "text_loss": text_loss,
+            "perplexity": perplexity(text_loss),
+            "image_loss": _mean(image_error, counts["images"]),
+            "x0_error": mean_over_bins(x0_errors),
+            **{f"x0_error/{name}": error for name, error in zip(BINS, x0_errors, strict=True) if error is not None},
+        }
+
+    def _losses_by(
+        self, by_source: list[list[float]], counts: dict[str, list[float]], by_order: list[float], images: list[float]
+    ) -> dict[str, float]:
+        """Return the losses of each source and order that had targets or images."""
+        found = {}
+        for name, nll, targets in zip(self.sources, by_source[0], counts["text_targets"], strict=True):
+            found[f"text_loss/{name}"] = _mean(nll, targets)
+            found[f"perplexity/{name}"] = perplexity(_mean(nll, targets))
+        for name, error, count in zip(self.sources, by_source[1], counts["images"], strict=True):
+            found[f"image_loss/{name}"] = _mean(error, count)
+        for name, error, count in zip(ORDERS, by_order, images, strict=True):
+            found[f"image_loss_by_order/{name}"] = _mean(error, count)
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _gradients(self, parts: list[list[float]]) -> dict[str, float | None]:
+        found: dict[str, float | None] = {"grad_norm": float(self._last["grad_norm"])}
+        for part, sums in zip(self._parts, parts, strict=True):
+            found[f"grad_norm/{part}"], found[f"update_ratio/{part}"] = sizes(sums, self.part_sizes[part])
+        return found
+
+    def _data(
+        self, totals: dict[str, float], of_sources: dict[str, list[float]], of_ranks: list["_OfRank"]
+    ) -> dict[str, float]:
+        """Return what was trained on."""
+        epoch, tokens = np.concatenate([rank.epochs for rank in of_ranks]), self._global["tokens"]  # [L, sources]
+        skips = sum((rank.skips for rank in of_ranks), Counter[str]())
+        by_source = {
+            **{f"epoch/{name}": float(of.mean()) for name, of in zip(self.sources, epoch.T, strict=True)},
+            **{
+                f"{kind}/{name}": int(count)
+                for kind in BY_SOURCE[1:]
+                for name, count in zip(self.sources, of_sources[kind], strict=True)
+            },
+        }
+        return {
+            "text_tokens": tokens - int(totals["image_tokens"]),
+            "image_tokens": int(totals["image_tokens"]),
+            "padding_share": 1 - tokens / max(totals["slots"], 1),
+            "idle_row_share": totals["idle_rows"] / max(totals["rows"], 1),
+            "skipped_documents": self._last["skipped_documents"],
+            **{f"skips/{reason}": count for reason, count in sorted(skips.items())},
+            "epoch_min": int(epoch.min()),
+            "epoch_mean": float(epoch.mean()),
+            "epoch_max": int(epoch.max()),
+            **by_source,
+        }
+
+    def _speed(self, totals: dict[str, float], seconds: float, of_ranks: list["_OfRank"]) -> dict[str, Any]:
+        """Return how fast it went, on what and waiting for what."""
+        waits, probes = [rank.peers_wait_s for rank in of_ranks], [rank.probe_s for rank in of_ranks]
+        slowest, lag_share = _slowest(waits, probes, seconds)
+        pairs: list[int] = [rank.attention_pairs for rank in of_ranks]
+        rank_seconds = seconds * self.ranks.world_size
+        model_flops, peak = totals["flops"], self.peak_flops
+
+        def of_peak(flops: float) -> float | None:
+            return flops / rank_seconds / peak if peak else None
+
+        return {
+            "tokens_per_s": self._global["tokens"] / seconds,
+            "images_per_s": self._global["images"] / seconds,
+            "step_s": seconds / max(self.num_steps, 1),
+            "data_stall_share": totals["data_wait_s"] / rank_seconds,
+            "checkpoint_stall_share": self.checkpoint_s / seconds,
+            "evaluation_share": self.evaluation_s / seconds,
+            "model_tflops_per_s_per_rank": model_flops / rank_seconds / 1e12,
+            "mfu": of_peak(model_flops),
+            "hfu": of_peak(model_flops + totals["flops_again"]),
+            "mfu_bagel": of_peak(totals["flops_by_bagel"]),
+            "attention_imbalance": max(pairs) / max(float(np.mean(pairs)), 1.0),
+            "slowest_rank": slowest,
+            "slowest_host": of_ranks[slowest].host,
+            "slowest_lag_share": lag_share,
+            "host_memory_gib": max(rank.host_memory_gib for rank in of_ranks),
+            "device_memory_gib": max(rank.device_memory_gib for rank in of_ranks),
+        }
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
 def _slowest(peers_wait_s: Sequence[float], probes_s: Sequence[float], seconds: float) -> tuple[int, float]:

@@ -14,9 +14,11 @@ The losses, and how to add one: train/step.py.
 """
 
 import os
+import socket
 import sys
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,6 +50,7 @@ from train.metrics_log import MetricsLog
 from train.next_batch import CannotContinue, SkipBudget, next_batch
 from train.optim.groups import freeze, frozen_names, resolve, table
 from train.optim.optimizer import Optimizer
+from train.optim.part_norms import part_sizes
 from train.planning.dry_run import dry_run
 from train.planning.fit import agree_on_memory, check_memory
 from train.pretrain_config import PretrainConfig
@@ -103,6 +106,7 @@ def main(argv: list[str]) -> int:
                 status = DIED
                 words = f"train.pretrain: stopped after step {run.state.progress.step}: {error}"
                 report_to_torchrun(words)
+                run.log.event("stop", run.state.progress.step, str(error), status=status)
                 if ranks.is_first:
                     print(words, file=sys.stderr)
         run.log.close()
@@ -159,11 +163,14 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     ranks.on_first(lambda: write_durably(folder.path / "config.yaml", to_yaml(config).encode()))
     ranks.on_first(lambda: write_durably(folder.path / data.tokenizer.file_name, data.tokenizer.content))
 
-    saver = Saver(folder, config.checkpoint, ranks)
+    log = MetricsLog(config.log, folder, ranks, asdict(config), state.progress.step, origin.back_to)
+    saver = Saver(folder, config.checkpoint, ranks, partial(log.event, "save_failed"))
     # A checkpoint of this folder need not be saved again; one of another run is saved here by the first save.
     if origin.checkpoint is not None and origin.checkpoint.parent == folder.checkpoints:
         saver.saved_step = state.progress.step
-    log = MetricsLog(config.log, folder, ranks, asdict(config), state.progress.step, origin.back_to)
+    hosts = sorted(set(ranks.gather(socket.gethostname())))
+    where = {"ranks": ranks.world_size, "hosts": hosts, "device": ranks.device.type}
+    log.event("start", state.progress.step, started_from or str(origin), **where)
     return Run(
         config=config,
         data=data,
@@ -210,6 +217,7 @@ def train(run: Run) -> int:
         raise
     why, status = ended
     words = f"pretrain: {why} after step {state.progress.step}" + ("; saved" if state.progress.step else "")
+    run.log.event("stop", state.progress.step, why, status=status)
     if run.ranks.is_first:
         say(words)
     if status:
@@ -222,7 +230,7 @@ def run_steps(run: Run) -> tuple[str, int]:
     config, ranks, progress = run.config, run.ranks, run.state.progress
     recomputed, compiled = config.parallel.activation_checkpointing, config.parallel.compile
     flops = Flops.of_model(run.state.model, recomputed, compiled)
-    interval = Interval(flops, ranks, list(config.data.sources))
+    interval = Interval(flops, ranks, list(config.data.sources), part_sizes(run.state.optimizer.parameters))
     console = Console(config.optim.steps, progress.step, ranks)
     budget = SkipBudget(config.data.max_bad_documents, len(run.data.too_long))
     why, status = "done", 0
@@ -252,7 +260,7 @@ def run_steps(run: Run) -> tuple[str, int]:
                 run.state.mark_done(batch)
             else:
                 losses, grad_norm = run_step(run, batch, agreed.vote)
-                interval.add(agreed, losses, grad_norm)
+                interval.add(agreed, losses, grad_norm, run.state.optimizer.part_sums)
             run.profiler.after(progress.step)
             if progress.step == console.first_step + 1:
                 ranks.set_timeout(60 * config.timeout_minutes)  # compiled and warm: from here on collectives are fast
@@ -291,7 +299,8 @@ def run_step(run: Run, batch: StepBatch, vote: Vote) -> tuple[list[StepLoss], to
             is_last=number == len(batch.micro_batches),
         )
         losses.append(loss)
-    grad_norm = state.optimizer.update(batch.step)  # skipped on the device if the norm is not finite (P8)
+    # Skipped on the device if the norm is not finite (P8).
+    grad_norm = state.optimizer.update(batch.step, measure=batch.step % run.config.log.interval_steps == 0)
     state.optimizer.guard.note(batch, losses, grad_norm)
     state.mark_done(batch)
     state.progress.images_seen += vote.images

@@ -40,6 +40,7 @@ class Previews:
                 model = Transfusion(config.model, data.tokenizer.vocab_size).eval()
             spec, grids = data.latent_spec, data.grids
             self._pipeline = Pipeline.of(model, data.tokenizer, config, spec, grids, config.vae, ranks.device)
+            self._pipeline.require_pictures()
             (folder.path / "previews").mkdir(exist_ok=True)
 
         if config.preview.interval_steps is not None:

@@ -29,6 +29,8 @@ def review_updates(run: Run) -> None:
     """
     bad_updates, too_many = run.state.optimizer.guard.review(run.data.name_of, run.ranks)
     run.folder.append("bad_updates.jsonl", map(asdict, bad_updates))
+    for update in bad_updates:
+        run.log.event("skipped_update", update.step, str(update))
     if run.ranks.is_first:
         for update in bad_updates:
             say(f"pretrain: skipped the update of {update}")
@@ -67,8 +69,10 @@ def go_back(run: Run, bad_updates: list[BadUpdate]) -> None:
     state.progress.excluded = [*before.excluded, (first, last)]
     run.saver.saved_step = state.progress.step if path.parent == run.folder.checkpoints else 0
     run.ranks.on_first(lambda: run.folder.metrics.cut(state.progress.step, evaluated=bool(state.metrics)))
+    words = (
+        f"back to {path}; the batches of steps {first} to {last} are left out: they count as steps and train nothing "
+        f"(guard.exclude_before={run.config.guard.exclude_before})"
+    )
+    run.log.event("went_back", state.progress.step, words, to=state.progress.step, left_out=[first, last])
     if run.ranks.is_first:
-        say(
-            f"pretrain: back to {path}; the batches of steps {first} to {last} are left out: they count as steps "
-            f"and train nothing (guard.exclude_before={run.config.guard.exclude_before})"
-        )
+        say(f"pretrain: {words}")

@@ -6,6 +6,7 @@ train/pretrain.py puts the parts together and runs the loop; train/rollback.py t
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from train.distributed.cpu_settings import describe_cpu
 from train.distributed.process import set_allocator, wait_for
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopKind, StopSignal, shield_worker
-from train.heldout import KINDS, Heldout, metric_name
+from train.heldout import EMA, KINDS, RAW, Heldout, metric_name
 from train.metrics import Interval
 from train.metrics_log import MetricsLog
 from train.optim.optimizer import learning_rate
@@ -81,24 +82,25 @@ class Run:
         step = self.state.progress.step
         if not step or self.heldout is None or not self.config.evaluation.due(step) or self.state.metrics:
             return StopKind.NONE
-        start = self._clock()
-        measured = self.heldout.losses(self.state.model, self.stats, self.stop)
+        start, optimizer = self._clock(), self.state.optimizer
+        losses: dict[str, float] = {}
+        row: dict[str, float] = {}
+        for weights in (RAW, EMA) if self.config.evaluation.ema and optimizer.emas else (RAW,):
+            with optimizer.averaged() if weights == EMA else nullcontext():
+                measured = self.heldout.losses(self.state.model, self.stats, self.stop)
+            if isinstance(measured, StopKind):
+                interval.evaluation_s += time.monotonic() - start
+                return measured
+            for name, found in measured.items():
+                losses |= {metric_name(name, kind, weights): found[kind] for kind in KINDS if found[kind] is not None}
+                row |= _heldout_row(name, found, weights)
         interval.evaluation_s += time.monotonic() - start
-        if isinstance(measured, StopKind):
-            return measured
-        losses = {metric_name(name, kind): found[kind] for name, found in measured.items() for kind in KINDS}
-        self.state.metrics = {name: loss for name, loss in losses.items() if loss is not None}
+        self.state.metrics = losses
         if self.saver.saved_step == step:
             self.saver.saved_step = 0  # it was saved without these metrics: save it again
-        by_bin = {
-            metric_name(name, f"x0_error/{bin_}"): of_bin["error"]
-            for name, found in measured.items()
-            for bin_, of_bin in found["x0_error_by_log_snr"].items()
-            if of_bin["images"]
-        }
-        self.log.write({"step": step, **self.state.metrics, **by_bin})
+        self.log.write({"step": step, **losses, **row})
         if self.ranks.is_first:
-            say("  ".join([f"step {step}", *(f"{name} {loss:.4f}" for name, loss in self.state.metrics.items())]))
+            say("  ".join([f"step {step}", *(f"{name} {loss:.4f}" for name, loss in losses.items())]))
         return StopKind.NONE
 
     def draw_previews(self, interval: Interval) -> None:
@@ -159,3 +161,10 @@ class Run:
         if data.too_long:
             count = plural(len(data.too_long), "document")
             yield f"warning: left out of training: {count}: {'; '.join(data.too_long[:8])}"
+
+
+def _heldout_row(name: str, found: dict[str, Any], weights: str) -> dict[str, float]:
+    """Return what a row says of a held-out source beside its losses: perplexity, and x0_error by bin."""
+    row = {} if found["perplexity"] is None else {metric_name(name, "perplexity", weights): found["perplexity"]}
+    of_bins = found["x0_error_by_log_snr"].items()
+    return row | {metric_name(name, f"x0_error/{of}", weights): bin_["error"] for of, bin_ in of_bins if bin_["images"]}

@@ -46,7 +46,9 @@ class StepLoss:
     total: torch.Tensor  # [] what backward runs on, already divided by the global counts
     text_nll: torch.Tensor  # [] detached sum over text targets, nats
     image_error: torch.Tensor  # [] detached sum over images of the weighted mean squared error of the prediction
-    x0_errors: torch.Tensor  # f64 [2, bins] by log SNR: detached sum of whitened x0's error, number of images
+    x0_errors: torch.Tensor  # f64 [3, bins] by log SNR: see model/log_snr_bins.sum_by_bin, of whitened x0
+    by_group: torch.Tensor  # f64 [2, groups]: text_nll and image_error of each of the batch's groups
+    by_order: torch.Tensor  # f64 [2]: image_error of images with their caption first, and of those before it
 
 
 def latent_stats(spec: LatentSpec | None, channels: int, device: torch.device) -> LatentStats:
@@ -129,13 +131,36 @@ def micro_step(
         weight = loss_weights(levels[grid], diffusion)
         error_sum, _, each = noise_error(pred, targets[grid], valid[grid], weight)
         image_sum = image_sum + error_sum
-        errors.append((each, *levels[grid], valid[grid]))
-    error, signal, sigma, counted = (torch.cat(parts) for parts in zip(*errors, strict=True))  # of all grids at once
+        errors.append((each, each if weight is None else each * weight, *levels[grid], valid[grid]))
+    error, weighted, signal, sigma, counted = (torch.cat(parts) for parts in zip(*errors, strict=True))  # of all grids
     level = Level(signal, sigma)
-    x0_errors = sum_by_bin(error * x0_error_factor(level, diffusion), level.log_snr, counted)
     text = output.text_nll_sum / max(global_text_targets, 1)
     image = image_sum / max(global_images, 1)
-    return StepLoss(text + image_weight * image, output.text_nll_sum.detach(), image_sum.detach(), x0_errors)
+    return StepLoss(
+        text + image_weight * image,
+        output.text_nll_sum.detach(),
+        image_sum.detach(),
+        sum_by_bin(error * x0_error_factor(level, diffusion), level.log_snr, counted),
+        *_sums(batch, model.config.patch_size, output.text_nll.double(), torch.where(counted, weighted.double(), 0.0)),
+    )
+
+
+def _sums(
+    batch: PackedBatch, patch_size: int, text_nll: torch.Tensor, image_errors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses by group f64 [2, groups] and the images' by order f64 [2].
+
+    They are sums of `text_nll` f64 [T] and `image_errors` f64 [N of all grids], 0 in unused slots.
+    """
+    groups, by_group = batch.group_ids.flatten(), text_nll.new_zeros(2, batch.num_groups)
+    by_group[0].index_add_(0, groups[batch.text_target_index], text_nll)
+    if not batch.images:
+        return by_group, text_nll.new_zeros(2)
+    by_group[1].index_add_(0, groups[batch.first_image_tokens(patch_size)], image_errors)
+    later = torch.cat([images.before_caption for images in batch.images.values()])
+    return by_group, torch.stack(
+        [torch.where(later, 0.0, image_errors).sum(), torch.where(later, image_errors, 0.0).sum()]
+    )
 
 
 def _mask_builder(model: Transfusion, device: torch.device) -> Callable[..., Mask]:

@@ -50,7 +50,7 @@ class MetricsFile:
             step = _step_of(line)
             if step is None:
                 unreadable += 1
-            elif step < last_step or (step == last_step and (evaluated or b'"heldout/' not in line)):
+            elif step < last_step or (step == last_step and (evaluated or b'"heldout' not in line)):
                 kept.append(line)
             else:
                 self.dropped.append(json.loads(line))

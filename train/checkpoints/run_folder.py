@@ -4,6 +4,7 @@
     <run>/attempt.json    number and token of the newest start, which owns the folder (P5)
     <run>/tokenizer.*     copy of the tokenizer it trains with, so that the folder can be moved
     <run>/metrics.jsonl   one JSON object per row, each with its `step`
+    <run>/events.jsonl    starts, stops and what went wrong (train/metrics_log.py)
     <run>/bad_updates.jsonl   skipped updates with the documents of their batches (train/optim/guard.py)
     <run>/checkpoints/    see train/checkpoints/checkpoint.py
 

@@ -9,6 +9,7 @@ Rejected: DCP's async_save, whose stager fails on CPU and whose executor would h
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +41,16 @@ class Saver:
     write took, None before any.
     """
 
-    def __init__(self, folder: RunFolder, config: CheckpointConfig, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: CheckpointConfig,
+        ranks: Ranks,
+        on_failure: Callable[[int, str], None] = lambda step, words: None,  # of a write; called on every rank
+    ) -> None:
         self.saved_step = 0
         self.seconds: float | None = None
-        self._folder, self._config, self._ranks = folder, config, ranks
+        self._folder, self._config, self._ranks, self._on_failure = folder, config, ranks, on_failure
         self._background = ranks.in_background()
         self._staging = Staging(ranks.device)
         self._thread: threading.Thread | None = None
@@ -80,6 +87,7 @@ class Saver:
             self._failures_in_a_row, self.saved_step = 0, self._step
             return
         self._failures_in_a_row += 1
+        self._on_failure(self._step, str(error))
         most = self._config.max_failures_in_a_row if tolerate else 1
         if not isinstance(error, CheckpointError) or self._failures_in_a_row >= most:
             raise error

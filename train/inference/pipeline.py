@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 from model.denoising import first_step_error
 from model.draws import SeededDraws
 from model.latent_space import LatentSpace, LatentStats, to_raw
-from model.sampler import Prompt, SpecialTokens, generate
+from model.sampler import Prompt, SpecialTokens, Watch, generate
 from model.sampler_config import SamplerConfig
 from model.transfusion import Transfusion
 from train.distributed.ranks import Device, Ranks
@@ -73,9 +73,8 @@ class Pipeline:
 
     model: Transfusion
     tokenizer: Tokenizer
-    space: LatentSpace
+    latents: tuple[LatentSpace, LatentSpec] | None  # of the training data; None: it was text alone
     stats: LatentStats
-    latent_spec: LatentSpec  # of the training data; pictures in prompts have its resolution
     grid: tuple[int, int]  # latent size of new pictures
     config: PretrainConfig  # that the model was trained with
     batch_size: int = BATCH
@@ -126,15 +125,34 @@ class Pipeline:
         vae_path: str | None,
         device: torch.device | None = None,  # None: the model's; of one whose weights come later, it must be given
     ) -> "Pipeline":
-        """Combine a model with the latent space of its data; raise ValueError for any other, or for text alone."""
-        if spec is None or not grids:
-            raise ValueError("the model was trained on text alone: it draws no pictures")
+        """Combine a model with the latent space of its data; raise ValueError for any other.
+
+        Without a spec, of a model that was trained on text alone, it only writes.
+        """
         device = device or next(model.parameters()).device
-        space = load_matching_space(vae_path, spec).to(device)
         stats = latent_stats(spec, config.model.latent_channels, device)
+        if spec is None or not grids:
+            return cls(model, tokenizer, None, stats, (config.model.patch_size,) * 2, config)
+        space = load_matching_space(vae_path, spec).to(device)
         # The grid nearest to a square; among equals the largest.
         grid = min(grids, key=lambda grid: (max(grid) / min(grid), -grid[0] * grid[1]))
-        return cls(model, tokenizer, space, stats, spec, grid, config)
+        return cls(model, tokenizer, (space, spec), stats, grid, config)
+
+    @property
+    def space(self) -> LatentSpace:
+        """Return the latent space of pictures; raise ValueError for a model that was trained on text alone."""
+        return self.require_pictures()[0]
+
+    @property
+    def latent_spec(self) -> LatentSpec:
+        """Return that of the training data, the resolution of pictures in prompts; raise ValueError for text alone."""
+        return self.require_pictures()[1]
+
+    def require_pictures(self) -> tuple[LatentSpace, LatentSpec]:
+        """Raise ValueError for a model that was trained on text alone."""
+        if self.latents is None:
+            raise ValueError("the model was trained on text alone: it neither draws nor sees pictures")
+        return self.latents
 
     def describe_guide(self) -> dict[str, Any] | None:
         """Return which weights of which step guide, for a record of results; None without autoguidance."""
@@ -163,21 +181,26 @@ class Pipeline:
         self,
         prompts: Sequence[Sequence[Part]],
         config: SamplerConfig,
-        seed: int,
+        seed: int | SeededDraws,
         progress: Progress = lambda rows: None,
         numbers: Sequence[int] | None = None,
         draw: bool = False,
+        watch: Watch = lambda numbers, step, x0: None,
     ) -> Iterator[list[Part]]:
         """Yield, batch by batch, what follows each prompt of text and pictures: a function of (prompt, seed, number).
 
         `draw`: begin with a picture; otherwise with text, and the model decides. Pictures in prompts are
-        [resolution, resolution, 3]. `numbers` identify the samples; None counts from 0.
+        [resolution, resolution, 3]. `numbers` identify the samples; None counts from 0. Instead of a seed, draws may be
+        given. `watch` sees pictures while they are denoised, whitened; `decode` makes pixels of them.
         """
+        if draw or config.max_images:
+            self.require_pictures()
         self._warn_of_unknown({part for prompt in prompts for part in prompt if isinstance(part, str)})
         numbers = numbers or range(len(prompts))
         given = [[part for part in prompt if isinstance(part, np.ndarray)] for prompt in prompts]
         places = [(number, i) for number, parts in zip(numbers, given, strict=True) for i in range(len(parts))]
-        latents = iter(self._encode([picture for parts in given for picture in parts], places, SeededDraws(seed)))
+        draws = SeededDraws(seed) if isinstance(seed, int) else seed
+        latents = iter(self._encode([picture for parts in given for picture in parts], places, draws))
         rows = []
         for number, prompt in zip(numbers, prompts, strict=True):
             segments = [
@@ -185,8 +208,8 @@ class Pipeline:
                 for part in prompt
             ]
             rows.append(Prompt(segments, draw=draw, index=number))
-        for outputs in self._generate(rows, config, seed, progress):
-            pictures = iter(self._decode([part for parts in outputs for part in parts if part.ndim == 3]))
+        for outputs in self._generate(rows, config, draws, progress, watch):
+            pictures = iter(self.decode([part for parts in outputs for part in parts if part.ndim == 3]))
             for parts in outputs:
                 yield [next(pictures) if part.ndim == 3 else self.tokenizer.decode(part) for part in parts]
 
@@ -238,23 +261,25 @@ class Pipeline:
                 noise = torch.stack(of_batch).to(stored.device)
             yield from self.stats.whiten(to_raw(stored, noise)).cpu()
 
-    def _decode(self, latents: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
+    @torch.no_grad()
+    def decode(self, latents: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
+        """Yield the picture uint8 [H, W, 3] of each of the whitened latents f32 [C, h, w]."""
         for start in range(0, len(latents), self.batch_size):
             batch = torch.stack(tuple(latents[start : start + self.batch_size]))
             raw = self.stats.unwhiten(batch.to(self.stats.mean.device))
             yield from from_unit(_in_portions(self.space.decode, raw).cpu().numpy())
 
     def _generate(
-        self, rows: list[Prompt], config: SamplerConfig, seed: int, progress: Progress
+        self, rows: list[Prompt], config: SamplerConfig, draws: SeededDraws, progress: Progress, watch: Watch
     ) -> Iterator[list[list[torch.Tensor]]]:
         """Yield the outputs of each batch of rows."""
         ids = self.tokenizer.special
         special = SpecialTokens(bos=ids.bos, eos=ids.eos, boi=ids.boi, eoi=ids.eoi, never=(ids.pad,))
         for start in range(0, len(rows), self.batch_size):
             chosen, full = rows[start : start + self.batch_size], min(self.batch_size, len(rows))
-            draws, diffusion = SeededDraws(seed), self.config.diffusion
-            guide = None if self.guide is None else self.guide.model
-            yield generate(self.model, chosen, config, diffusion, special, self.grid, draws, progress, full, guide)
+            diffusion, guide = self.config.diffusion, None if self.guide is None else self.guide.model
+            settings = (config, diffusion, special, self.grid, draws)
+            yield generate(self.model, chosen, *settings, progress, full, guide, watch)
 
 
 def _in_portions(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:

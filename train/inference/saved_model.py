@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from data.manifest import LatentSpec
@@ -123,6 +124,16 @@ class SavedModel:
             f"{self.folder} was trained with the tokenizer of hash {expected}, none of {', '.join(tried)}; "
             "set tokenizer=FILE"
         )
+
+    def weights_hash(self) -> str:
+        """Return a hash of the weights: of an export's file, or of the sizes and hashes of a checkpoint's files."""
+        if not self.exported:
+            return self.identity
+        digest = xxhash.xxh3_128()
+        with open(self.folder / WEIGHTS_FILE, "rb") as file:
+            while piece := file.read(1 << 24):
+                digest.update(piece)
+        return digest.hexdigest()
 
     def names(self) -> set[str]:
         """Return the plain names of the model's parameters."""

@@ -5,7 +5,8 @@ judges, and the optimizers read its flag on the device. `step` names the batch e
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -13,12 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from train.distributed.local_shards import is_sharded
+from train.distributed.local_shards import is_sharded, local
 from train.optim import muon
 from train.optim.bfloat16_adamw import BFloat16AdamW
 from train.optim.ema import Ema, label
 from train.optim.groups import OTHERS, GroupConfig, group_of
 from train.optim.guard import Guard, GuardConfig
+from train.optim.part_norms import PartNorms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,7 @@ class Optimizer:
             self.parts.append(muon.Muon(of_muon, blocks, torch.bfloat16 if low else torch.float32, **settings))
         self.emas = {label(half_life): Ema(self.parameters, half_life) for half_life in config.ema_half_lives}
         self.guard = Guard(guard, next(iter(self.parameters.values())).device)
+        self.part_sums: dict[str, torch.Tensor] = {}  # of the last update, if it was measured; see part_norms.py
 
     def _groups(
         self, blocks: Mapping[torch.Tensor, muon.Parts], inside: bool
@@ -137,8 +140,12 @@ class Optimizer:
         return [group for group, _ in chosen], [scale for _, scale in chosen]
 
     @torch.no_grad()
-    def update(self, step: int) -> torch.Tensor:
-        """Clip, update, average, clear the gradients. Returns the gradient norm before clipping, f32 []."""
+    def update(self, step: int, measure: bool = False) -> torch.Tensor:
+        """Clip, update, average, clear the gradients; `measure`: and fill `part_sums`.
+
+        Returns the gradient norm before clipping, f32 [].
+        """
+        parts = PartNorms(self.parameters) if measure else None
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads, norm_type=2.0, foreach=True)
         if is_sharded(norm):
@@ -151,10 +158,29 @@ class Optimizer:
             part.found_inf, part.batch = skip, step
             part.step()
             part.zero_grad(set_to_none=True)
+        self.part_sums = parts.sums() if parts else {}
         _, _, good_updates, _ = self.guard.counts
         for ema in self.emas.values():
             ema.update(self.parameters, good_updates, keep=1.0 - skip)
         return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the model have the weights of the first average meanwhile, bit for bit and a tensor at a time."""
+        weights = next(iter(self.emas.values())).weights
+        self._exchange(weights)
+        try:
+            yield
+        finally:
+            self._exchange(weights)
+
+    @torch.no_grad()
+    def _exchange(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            mine, theirs = local(parameter), local(weights[name])
+            kept = mine.clone()
+            mine.copy_(theirs)
+            theirs.copy_(kept)
 
     def preferred_weights(self) -> dict[str, torch.Tensor]:
         """Return the whole model that weights=auto means: of the first average, or of the model without one."""

@@ -1,27 +1,34 @@
 """Scores of a trained model on scenes: it draws them and describes them, and the judge compares with the truth.
 
-(Held-out losses: train/heldout.py.) Items are divided among ranks and results gathered; they are the same for every
+Items are divided among ranks and results gathered; they are the same for every
 number of ranks up to the order of float additions.
 """
 
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data.durable import atomic_write
 from data.inputs import expand
-from data.pictures import decode_picture
+from data.pictures import decode_picture, encode_png
 from data.raw import TAR, captions_of, picture_of
 from data.scene_judge import Verdict, compare, score
 from data.scenes import Shape, parse_caption
 from data.shards import BadRecords, read_shard
 from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
+from train.evaluation.part import Bar, Part
+from train.evaluation.scores import Score, share
 from train.inference.pipeline import Pipeline, Progress
+
+GOALS = ("all", "colour", "shape", "position", "all_unseen", "all_two_shapes")  # what shares are of
 
 
 @dataclass(frozen=True)
@@ -78,19 +85,76 @@ def judge(
     return _in_order(ranks, drawn), _in_order(ranks, described)
 
 
-def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str, float | None]:
-    """Return the share of right answers: by goal for the split `seen`, of wholly right ones for the other splits."""
+def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str, Score]:
+    """Return the shares of right answers by GOALS, those that there are scenes for.
 
-    def share(split: str, goal: str) -> float | None:
+    The split `seen` has one for each attribute; of the other splits, only what is wholly right counts.
+    """
+    found = {}
+    for goal in GOALS:
+        of_split = goal.removeprefix("all_") if goal.startswith("all_") else "seen"
         right = [
-            verdict.all_right if goal == "all" else getattr(verdict, goal)
+            verdict.all_right if goal.startswith("all") else getattr(verdict, goal)
             for item, verdict in zip(items, verdicts, strict=True)
-            if item.split == split
+            if item.split == of_split
         ]
-        return sum(right) / len(right) if right else None
+        if right:
+            found[goal] = share(sum(right), len(right))
+    return found
 
-    scores = {goal: share("seen", goal) for goal in ("all", "colour", "shape", "position")}
-    return {**scores, "all_unseen": share("unseen", "all"), "all_two_shapes": share("two_shapes", "all")}
+
+def evaluate_scenes(
+    pipeline: Pipeline,
+    folder: str,
+    per_split: int,
+    sampler: SamplerConfig,
+    seed: int,
+    output: Path,
+    ranks: Ranks,
+    bar: Bar,
+) -> Part:
+    """Judge at most `per_split` scenes of each split, drawn and described; write their pictures on rank 0. Collective.
+
+    Scores are `scenes/text_to_image/GOAL` and `scenes/image_to_text/GOAL`.
+    """
+    items = read_scenes(Path(folder), pipeline.latent_spec.resolution, per_split)
+    ranks.require_alike({"scenes (contents)": str(zlib.crc32(repr([item.caption for item in items]).encode()))})
+    with bar("scenes", 2 * -(-len(items) // ranks.world_size)) as progress:
+        drawn, described = judge(pipeline, items, sampler, seed, ranks, progress.update)
+    examples = write_examples(output, items, drawn, described) if ranks.is_first else []
+    tasks = {"text_to_image": [verdict for _, verdict in drawn], "image_to_text": [verdict for _, verdict in described]}
+    scores = {
+        f"scenes/{task}/{goal}": found
+        for task, verdicts in tasks.items()
+        for goal, found in shares(items, verdicts).items()
+    }
+    return Part(scores, examples, {"path": folder, **describe_scenes(items)})
+
+
+def write_examples(
+    output: Path, items: list[SceneItem], drawn: list[tuple[np.ndarray, Verdict]], described: list[tuple[str, Verdict]]
+) -> list[dict[str, Any]]:
+    """Write each scene's drawn and true pictures; return lines of examples.jsonl with its caption and both verdicts."""
+    folder = output / "pictures"
+    folder.mkdir(exist_ok=True)
+    lines = []
+    examples = zip(items, drawn, described, strict=True)
+    for i, (item, (picture, drawn_verdict), (caption, caption_verdict)) in enumerate(examples):
+        for name, pixels in (("drawn", picture), ("true", item.picture)):
+            with atomic_write(folder / f"{i:04d}-{name}.png") as file:
+                file.write(encode_png(pixels))
+        lines.append(
+            {
+                "split": item.split,
+                "prompt": item.caption,
+                "drawn": f"pictures/{i:04d}-drawn.png",
+                "drawn_verdict": vars(drawn_verdict),
+                "true": f"pictures/{i:04d}-true.png",
+                "caption": caption,
+                "caption_verdict": vars(caption_verdict),
+            }
+        )
+    return lines
 
 
 def _in_order(ranks: Ranks, mine: list) -> list:

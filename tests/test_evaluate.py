@@ -1,0 +1,39 @@
+"""The program that evaluates: what it refuses, what it writes, and that it works on models of text alone."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bench.ranks import ProgramRanks
+from data.tokenizer import Tokenizer
+from tests.runs import expect, finish, settings
+from tests.sources import make_source, texts
+from train import evaluate
+
+
+def test_an_evaluation_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"nothing to score: give .*heldout.NAME=FOLDER"):
+        evaluate.main(["checkpoint=runs/any"])
+
+
+def test_a_model_trained_on_text_alone_has_text_losses_and_is_refused_scenes(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    data = make_source(tmp_path / "data", tokenizer, texts(40))
+    held = make_source(tmp_path / "held", tokenizer, texts(10, seed=9))
+    finish(settings(tmp_path / "run", tokenizer, {"texts": data}, optim__steps=2), None)
+    argv = [f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}", f"heldout.texts={held}", "device=cpu"]
+    with ProgramRanks(evaluate.main, argv, None, tmp_path / "log") as run:
+        expect(run, 0)
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    loss, perplexity = (found["scores"][f"heldout/texts/{kind}"] for kind in ("text_loss", "perplexity"))
+    assert loss["value"] == found["heldout"]["texts"]["text_loss"] and loss["items"] == 10
+    assert perplexity["value"] == pytest.approx(math.exp(loss["value"]))
+    assert found["resolution"] is None and set(found["scores"]) == {
+        "heldout/texts/text_loss",
+        "heldout/texts/perplexity",
+    }
+    with ProgramRanks(evaluate.main, [*argv, f"scenes={tmp_path}"], None, tmp_path / "refused") as run:
+        assert "was trained on text alone" in expect(run, 2)

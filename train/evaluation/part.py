@@ -1,0 +1,31 @@
+"""What each part of an evaluation returns, and how it shows its progress."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from train.distributed.ranks import Ranks
+from train.evaluation.scores import Score
+from train.inference.pipeline import BAR_FORMAT
+
+Bar = Callable[
+    [str, float], tqdm
+]  # (what is done, this rank's rows) -> a progress bar with an ETA, silent but on rank 0
+
+
+class Part(NamedTuple):
+    """Results of one part, alike on every rank but for `examples`, which rank 0 has."""
+
+    scores: dict[str, Score]  # by their names in evaluation.json
+    # Lines of examples.jsonl, one a sample; paths in them are relative to the output folder. `score` and `score_name`,
+    # if given, tell the best from the worst: higher is better.
+    examples: list[dict[str, Any]]
+    data: dict[str, Any] = {}  # what was measured on: path, fingerprint, counts; goes into data.NAME
+
+
+def bar_of(ranks: Ranks) -> Bar:
+    """Return what opens a progress bar."""
+    return lambda what, rows: tqdm(
+        desc=what, total=rows, bar_format=BAR_FORMAT, disable=not ranks.is_first, mininterval=1
+    )
