@@ -13,9 +13,7 @@ from typing import Any
 
 from train.config import SIGNAL_DELAY
 from train.distributed.ranks import Ranks
-from train.live_line import LINE, is_terminal
-
-WARNING = "\x1b[1;33m{}\x1b[0m"  # bold yellow
+from train.live_line import LINE, is_terminal, stand_out
 
 
 def say(words: str) -> None:
@@ -23,11 +21,9 @@ def say(words: str) -> None:
 
     In a terminal, lines that begin "warning:", or a program's name and that, stand out.
     """
-    if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
-        lines = words.split("\n")
-        words = "\n".join(WARNING.format(line) if "warning: " in line[:32] else line for line in lines)
+    lines = [stand_out(line, sys.stdout) if "warning: " in line[:32] else line for line in words.split("\n")]
     with suppress(OSError):
-        print(words, flush=True)
+        print("\n".join(lines), flush=True)
 
 
 def plural(count: int, noun: str) -> str:

@@ -56,6 +56,11 @@ def is_terminal(stream: object) -> bool:
     return bool(getattr(stream, "isatty", bool)()) and os.environ.get("TERM", "dumb") != "dumb"
 
 
+def stand_out(words: str, stream: object) -> str:
+    """Return words as they are printed to `stream`: coloured in a terminal, unless NO_COLOR is set."""
+    return f"\x1b[1;33m{words}\x1b[0m" if is_terminal(stream) and not os.environ.get("NO_COLOR") else words
+
+
 def _columns() -> int:
     try:
         return max(2, os.get_terminal_size(1).columns or 80)
