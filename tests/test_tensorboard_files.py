@@ -51,5 +51,5 @@ def test_each_step_is_shown_once_with_what_was_run_last(tmp_path: Path) -> None:
 
 def test_without_the_package_it_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with RunFolder(tmp_path, alone()) as folder, pytest.raises(ValueError, match="tensorboard=true.*pip install"):
+    with RunFolder(tmp_path, alone()) as folder, pytest.raises(ValueError, match=r"tensorboard=true: .*: pip install"):
         MetricsLog(LogConfig(tensorboard=True), folder, alone(), {})
