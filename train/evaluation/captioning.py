@@ -65,7 +65,8 @@ def evaluate_captioning(
     listed = repr([(item.image_id, item.references) for item in items])
     fingerprint = hashlib.sha256(listed.encode()).hexdigest()[:16]
     ranks.require_alike({"captioning (contents)": fingerprint})
-    batches, mine = batches_of(len(items), count)[ranks.rank :: ranks.world_size], []
+    batches = batches_of(len(items), count)[ranks.rank :: ranks.world_size]
+    mine: list[tuple[int, str]] = []
     with bar("captions", sum(map(len, batches))) as progress:
         for batch in batches:
             pictures = [items[number].pixels(side) for number in batch]
