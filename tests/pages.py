@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-VOID = {"meta", "img", "br", "use", "path", "hr"}
+VOID = {"meta", "img", "input", "br", "use", "path", "hr"}
 
 
 class Page(HTMLParser):

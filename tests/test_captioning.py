@@ -86,7 +86,7 @@ def test_what_cannot_be_read_is_refused_by_name(coco: Path, tmp_path: Path) -> N
     ]:
         with pytest.raises(error, match=words):
             list(read_captioned(replace(config_of(coco, "karpathy"), **change)))
-    with pytest.raises(ValueError, match="give the folder of the pictures"):
+    with pytest.raises(ValueError, match="give their folder"):
         CaptioningConfig(annotations="x.json")
 
 

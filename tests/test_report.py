@@ -18,15 +18,14 @@ from train.checkpoints.run_folder import RunFolder
 from train.config import load_config, to_yaml
 from train.distributed.ranks import alone
 from train.evaluation.scenes import SceneItem, shares, write_examples
-from train.pages.metric_curves import CHARTS, POINTS, _thinned, draw_charts
 from train.pages.page import read_picture, spread
 from train.pages.report_inputs import ReportConfig
 from train.pretrain_config import PretrainConfig
 from train.report import main
 
 HOSTILE = '<script>alert("1")</script><img src=http://evil.example/x onerror=alert(1)>&amp;\'"'
-SECTIONS = ["scores", "prompts", "curves", "previews", "drawings", "captions", "codec", "heldout", "seconds"]
-SECTIONS += ["settings", "making"]
+SECTIONS = ["health", "timeline", "scores", "prompts", "curves", "noise", "speed", "previews", "examples", "drawings"]
+SECTIONS += ["captions", "codec", "heldout", "seconds", "settings", "absent", "making"]
 
 
 def scene(split: str, i: int) -> SceneItem:
@@ -41,7 +40,9 @@ def make_run(folder: Path, rows: int = 30) -> None:
         for i in range(1, rows + 1):
             row = {"step": 10 * i, "tokens_seen": 5000 * i, "images_seen": 100 * i, "grad_norm": 2.0}
             row |= {"text_loss": 3 / i, "image_loss": 1 / i, "learning_rate": 1e-3 / i}
-            row |= {"tokens_per_s": 900.5, "images_per_s": 20.0, "skipped_updates": 0}
+            row |= {"tokens_per_s": 900.5, "images_per_s": 20.0, "skipped_updates": 0, "time": 1e9 + 30 * i}
+            row |= {"step_s": 3.0, "interval_steps": 10, "data_stall_share": 0.01, "checkpoint_stall_share": 0.0}
+            row |= {"evaluation_share": 0.0, "x0_error/-2..0": 0.5 / i, "x0_error/0..2": 0.2 / i}
             run.append_metrics(row)
     settings = [f"run_dir={folder}", "optim.steps=400", "optim.ema_half_lives=[69]", "data.tokenizer=t"]
     config = load_config(PretrainConfig, settings)
@@ -59,6 +60,8 @@ def make_evaluation(folder: Path, told: str | None = None) -> list[tuple[SceneIt
     described = [(text, Verdict(*[is_right] * 3)) for text, is_right in zip(captions, right, strict=True)]
     folder.mkdir()
     lines = write_examples(folder, items, drawn, described)
+    for i, line in enumerate(lines):
+        line |= {"score": i / 10, "score_name": told or "likeness"}
     (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = {"sampler": "ddim", "steps": 50, "guidance": 3.5, "clip_x0": None}
     scores = {"step": 300, "seed": 11, "settings": settings, "weights": "ema-69"}
@@ -114,7 +117,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, Path, list]:
 def test_a_whole_report_has_every_section_and_is_well_formed(whole) -> None:
     page, root, _ = whole
     assert [attrs["id"] for tag, attrs in page.elements if tag == "section"] == SECTIONS
-    assert page.classes()["absent"] == 0
+    assert re.findall(r"<li><b>([^<]*)", page.section("absent").html) == ["Differences of config"]
     assert page.unbalanced == [] and page.open == []
     assert "300 of 400" in page.text and (root / "report.html").stat().st_size < 3e6
     assert sorted(path.name for path in root.glob("report*")) == ["report.html"]  # nothing left beside it
@@ -140,7 +143,7 @@ def test_captions_titles_and_names_are_shown_and_never_interpreted(whole) -> Non
     page = whole[0]
     assert "evil.example" not in "".join(str(attrs.get("src")) for _, attrs in page.elements)
     assert all("onerror" not in attrs for _, attrs in page.elements)
-    for part in (page, *(page.section(name) for name in ("prompts", "captions", "heldout", "making"))):
+    for part in (page, *(page.section(name) for name in ("prompts", "captions", "examples", "heldout", "making"))):
         assert "</script>" in part.text and not part.unbalanced
 
 
@@ -217,19 +220,26 @@ def test_previews_stages_and_losses_are_those_on_disk(whole) -> None:
     part = page.section("heldout")
     assert "1.25003.49—0.75002.5000" in part.text and "1.50004.480.5000——" in part.text
     labels = [attrs["aria-label"] for tag, attrs in part.elements if tag == "figure"]
-    assert labels == ["Error of x0, 0.125 at log SNR 5.0"]
+    assert labels == ["Error of x0: 0.125 at log SNR 5"]
+
+
+def test_the_best_and_the_worst_examples_are_shown_by_their_scores(whole) -> None:
+    part = whole[0].section("examples")
+    shown = [float(value) for value in re.findall(r"score ([0-9.]+)", part.text)]
+    assert shown == [2.3, 2.2, 2.1, 2.0, 1.9, 1.8, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 
 
 def test_a_run_in_progress_is_reported_and_each_lack_explained(tmp_path: Path, capsys) -> None:
     make_run(tmp_path / "run", rows=1)
     page = report(tmp_path, f"samples={tmp_path / 'nothing'}")
-    present = [name for name in SECTIONS if page.section(name).classes()["absent"] == 0]
-    assert present == ["settings", "making"]
+    present = [attrs["id"] for tag, attrs in page.elements if tag == "section"]
+    assert present == ["health", "settings", "absent", "making"]
     assert "10 of 400" in page.text
-    assert "results.jsonl is not there yet, or empty; train.sample writes it" in page.section("prompts").text
-    assert "evaluation=FOLDER" in page.section("scores").text
-    assert "Fewer than two rows" in page.section("curves").text
-    assert capsys.readouterr().out.count("left out") == len(SECTIONS) - len(present)
+    lacks = page.section("absent").text
+    assert "results.jsonl is not there yet, or empty; train.sample writes it" in lacks
+    assert "evaluation=FOLDER" in lacks and "Fewer than two rows" in lacks
+    # All sections, the differences of runs among them, are there or named.
+    assert capsys.readouterr().out.count("left out") == len(SECTIONS) + 1 - len(present)
 
 
 def test_a_vae_that_is_gone_and_a_lost_picture_cost_only_themselves(tmp_path: Path) -> None:
@@ -237,7 +247,7 @@ def test_a_vae_that_is_gone_and_a_lost_picture_cost_only_themselves(tmp_path: Pa
     make_evaluation(tmp_path / "evaluation")
     (tmp_path / "evaluation/pictures/0000-drawn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
     page = report(tmp_path, f"evaluation={tmp_path / 'evaluation'}", f"vae={tmp_path}/gone/vae")
-    assert "no such folder" in page.section("codec").text
+    assert "no such folder" in page.section("absent").text
     assert page.section("drawings").text.count("picture missing or unreadable") == 1
 
 
@@ -271,34 +281,6 @@ def test_pictures_outside_their_folder_are_not_read(tmp_path: Path) -> None:
     assert read_picture(tmp_path, "secret.png") is not None
     assert read_picture(tmp_path / "in", "../secret.png") is None
     assert read_picture(tmp_path / "in", str(tmp_path / "secret.png")) is None
-
-
-def test_curves_leave_out_what_cannot_be_drawn_and_take_the_pages_colours() -> None:
-    rows = [{"step": i, "grad_norm": float("nan") if i == 3 else 2.0 / i, "text_loss": 0.0} for i in range(1, 9)]
-    figures = draw_charts(rows, 1.5)
-    assert len(figures) == 1 and "Gradient norm" in figures[0] and "clipped above" in figures[0]
-    assert "var(--accent)" in figures[0] and "#0102" not in figures[0] and "http" not in figures[0]
-    assert draw_charts(rows, 1.5) == figures  # the same rows, the same bytes
-
-
-def test_ids_of_several_charts_do_not_collide() -> None:
-    held = [f"heldout/{name}/x0_error" for name in ("pairs", HOSTILE)]
-    rows = [{"step": i, **dict.fromkeys([chart.key for chart in CHARTS] + held, 1.0 + i)} for i in range(1, 9)]
-    html = "".join(draw_charts(rows))
-    assert html.count("Error of x0: ") == 2 * len(held) and "<script" not in html
-    ids = re.findall(r' id="([^"]+)"', html)
-    assert len(ids) == len(set(ids)) > len(CHARTS)
-    assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', html)) <= set(ids)
-
-
-def test_a_long_run_is_averaged_and_says_so() -> None:
-    points = np.stack([np.arange(5 * POINTS + 3), np.random.default_rng(0).random(5 * POINTS + 3)], axis=1)
-    steps, values, size = _thinned(points)
-    assert size == 6 and len(steps) <= POINTS
-    for i in (0, 7, len(steps) - 1):
-        assert np.allclose((steps[i], values[i]), points[6 * i : 6 * i + 6].mean(0))
-    rows = [{"step": int(step), "text_loss": value + 1} for step, value in points]
-    assert "each point is the mean of 6 rows" in draw_charts(rows)[0]
 
 
 def test_spread_keeps_the_first_and_the_last() -> None:

@@ -1,8 +1,10 @@
-"""Report a run in one HTML file: scores, curves, pictures, failures, config. The file needs no network.
+"""Report runs in one HTML file: health, curves, where time went, scores, pictures, config. The file needs no network.
 
-Sections without data say why they are empty, so a run in progress can be reported too.
+One run, or several side by side: run=A run=B. Sections without data say why they are empty, so a run in progress can be
+reported too.
 """
 
+import json
 import shlex
 import time
 from html import escape
@@ -11,43 +13,76 @@ from pathlib import Path
 from data.durable import atomic_write
 from train.config import load_config, run_program
 from train.pages.page import document
-from train.pages.report_inputs import ReportConfig, ReportInputs, gather
-from train.pages.report_sections import SECTIONS, LeftOut
+from train.pages.report_inputs import LeftOut, ReportConfig, ReportInputs, RunInputs, gather
+from train.pages.report_sections import SECTIONS
 
 CONFIG = ReportConfig
+GATHERED = ("run", "evaluation")  # may be given several times
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(CONFIG, argv)
+    config = load_config(CONFIG, _gathered(argv))
     inputs = gather(config, shlex.join(["python", "-m", "train.report", *argv]))
-    sections, left_out = [], []
+    sections: list[tuple[str, str, str]] = []
+    left_out: dict[str, str] = {}
     for name, title, write in SECTIONS:
         try:
             inside = write(inputs)
         except LeftOut as reason:
-            inside = f'<p class="absent">{escape(str(reason))}</p>'
-            left_out.append(f"left out {title}: {reason}")
+            left_out[title] = str(reason)
+            continue
         sections.append((name, title, inside))
-    output = Path(config.output or f"{config.run}/report.html")
+    if left_out:
+        sections.insert(-1, ("absent", "Left out", _listed(left_out)))
+    output = Path(config.output or f"{config.run[0]}/report.html")
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as file:
         file.write(document(config.title, _progress(inputs), sections).encode())
     print(f"report: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
-    for line in left_out + inputs.unreadable:
+    for line in [f"left out {title}: {reason}" for title, reason in left_out.items()] + inputs.unreadable:
         print(f"report: {line}")
 
 
+def _listed(left_out: dict[str, str]) -> str:
+    """Return each section that has nothing to show, and why."""
+    rows = [f"<li><b>{escape(title)}</b> {escape(reason)}</li>" for title, reason in left_out.items()]
+    return f'<ul class="absent">{"".join(rows)}</ul>'
+
+
+def _gathered(argv: list[str]) -> list[str]:
+    """Return the arguments with run=A run=B as run=[A,B], and evaluation= likewise; a list replaces those before it."""
+    kept = [argument for argument in argv if argument.partition("=")[0] not in GATHERED]
+    for key in GATHERED:
+        given = [value for name, _, value in (argument.partition("=") for argument in argv) if name == key]
+        if len(given) > 1 and not any(value.startswith("[") for value in given):
+            given = [json.dumps(given, ensure_ascii=False)]
+        kept += [f"{key}={value}" for value in given]
+    return kept
+
+
 def _progress(inputs: ReportInputs) -> dict[str, str]:
-    """Return the header's facts: how far the run is, and when the report was made."""
-    facts = {"run": inputs.config.run}
-    if inputs.rows:
-        row = inputs.rows[-1]
-        steps = inputs.recipe.optim.steps if inputs.recipe else None
-        facts["step"] = f"{row['step']:,}" + (f" of {steps:,}" if steps else "")
-        names = {"images_seen": "pictures seen", "tokens_seen": "tokens seen", "epoch_mean": "epoch"}
-        names |= {"skipped_updates": "skipped updates", "skipped_documents": "skipped documents"}
-        facts |= {name: f"{round(row[key], 2):,}" for key, name in names.items() if key in row}
+    """Return the header's facts: how far each run is, and when the report was made."""
+    facts: dict[str, str] = {}
+    for i, run in enumerate(inputs.runs):
+        letter = f"{chr(65 + i)} " if len(inputs.runs) > 1 else ""
+        facts[f"{letter}run"] = str(run.folder)
+        if len(inputs.runs) == 1:
+            facts |= _facts_of(run)
+        elif (step := run.columns.last("step")) is not None:
+            facts[f"{letter}run"] += f", step {int(step):,}"
     return facts | {"reported": time.strftime("%Y-%m-%d %H:%M")}
+
+
+def _facts_of(run: RunInputs) -> dict[str, str]:
+    step, steps = run.columns.last("step"), run.setting("optim.steps")
+    if step is None:
+        return {}
+    facts = {"step": f"{int(step):,}" + (f" of {steps:,}" if isinstance(steps, int) else "")}
+    names = {"images_seen": "pictures seen", "tokens_seen": "tokens seen", "epoch_mean": "epoch"}
+    for key, name in names.items():
+        if (value := run.columns.last(key)) is not None:
+            facts[name] = f"{value:,.2f}" if key == "epoch_mean" else f"{int(value):,}"
+    return facts
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ about as 1/N, so only distances of equal numbers compare.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from train.distributed.ranks import Ranks
 from train.evaluation.scores import Score
 
-BLOCKS = 10  # of the jackknife; a sample's is its number modulo BLOCKS
+BLOCKS = 10  # of the jackknife; of drawn pictures
 T_95 = 2.262157  # Student's, two-sided, of BLOCKS - 1 degrees of freedom
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD
 ROWS = 256  # of the kernel's matrix held at once
@@ -26,41 +26,41 @@ ROWS = 256  # of the kernel's matrix held at once
 
 @dataclass
 class Moments:
-    """Count, sum and sum of outer products of features by block: f64 [BLOCKS], [BLOCKS, D], [BLOCKS, D, D]."""
+    """Count, sum and sum of outer products of features by block: f64 [B], [B, D], [B, D, D].
+
+    A sample's block is its number modulo B: BLOCKS for what an interval is wanted of, else 1.
+    """
 
     counts: Tensor
     sums: Tensor
     products: Tensor
 
     @classmethod
-    def of(cls, features: Iterable[tuple[Tensor, Tensor]], dim: int, device: torch.device | str = "cpu") -> "Moments":
-        """Add up (numbers [N], features [N, D]) of samples, a batch at a time."""
-        float64 = {"dtype": torch.float64, "device": device}
-        found = cls(
-            torch.zeros(BLOCKS, **float64),
-            torch.zeros(BLOCKS, dim, **float64),
-            torch.zeros(BLOCKS, dim, dim, **float64),
-        )
-        for numbers, batch in features:
-            for block, rows in _by_block(numbers, batch.to(**float64)):
-                found.counts[block] += len(rows)
-                found.sums[block] += rows.sum(0)
-                found.products[block] += rows.T @ rows
-        return found
+    def zeros(cls, blocks: int, dim: int, device: torch.device) -> "Moments":
+        shapes = ((blocks,), (blocks, dim), (blocks, dim, dim))
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
-    def over_ranks(self, ranks: Ranks) -> "Moments":
-        """Return the sums over all ranks. Collective."""
+    def add(self, numbers: Sequence[int], features: Tensor) -> None:
+        """Add a batch of features [N, D]; `numbers` are those of its samples."""
+        of_sample = torch.tensor(numbers, device=self.counts.device) % len(self.counts)
+        for block in of_sample.unique().tolist():
+            rows = features.to(self.sums)[of_sample == block]
+            self.counts[block] += len(rows)
+            self.sums[block] += rows.sum(0)
+            self.products[block] += rows.T @ rows
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add up all ranks' sums on each. Collective."""
         if ranks.world_size > 1:
             for tensor in (self.counts, self.sums, self.products):
                 dist.all_reduce(tensor)
-        return self
 
     def gaussian(self, without: int | None = None) -> tuple[int, Tensor, Tensor]:
         """Return count, mean f64 [D] and unbiased covariance [D, D] of all samples, or of all but one block's.
 
         There must be two.
         """
-        kept = [block for block in range(BLOCKS) if block != without]
+        kept = [block for block in range(len(self.counts)) if block != without]
         count = int(self.counts[kept].sum())
         mean = self.sums[kept].sum(0) / count
         products = self.products.sum(0) - (0 if without is None else self.products[without])
@@ -108,23 +108,16 @@ def cmmd(drawn: Tensor, references: Tensor, ranks: Ranks) -> Score:
 
 
 def jackknife(value: float, without_one: Iterable[float], counts: Tensor) -> Score:
-    """Return `value` with the interval of its values `without_one` block each; None with an empty block.
+    """Return `value` with the interval of its values `without_one` block each; None with less than two in a block.
 
     Tukey 1958; `without_one` is only asked for its values if there is an interval.
     """
     items = int(counts.sum())
-    if counts.min() < 2:
+    if len(counts) < BLOCKS or counts.min() < 2:
         return Score(value, None, None, items)
     values = torch.tensor(list(without_one), dtype=torch.float64)
     error = math.sqrt((BLOCKS - 1) / BLOCKS * float((values - values.mean()).square().sum()))
     return Score(value, value - T_95 * error, value + T_95 * error, items)
-
-
-def _by_block(numbers: Tensor, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for block in range(BLOCKS):
-        chosen = rows[(numbers % BLOCKS == block).to(rows.device)]
-        if len(chosen):
-            yield block, chosen
 
 
 def _kernel_sums(left: Tensor, right: Tensor, ranks: Ranks) -> Tensor:

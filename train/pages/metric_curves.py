@@ -1,134 +1,171 @@
-"""Curves of a run as inline SVG: rows of metrics.jsonl in, small multiples out.
+"""Which numbers of metrics.jsonl are drawn together, and in what unit: the curves of one run, or of several.
 
-A long run is averaged down to at most POINTS points a curve, and the chart says so. The SVG takes its colours from the
-page (`currentColor`, CSS variables), so light, dark and print need one drawing. Rejected: a plotting script in the
-page, which would bring megabytes and something that executes.
+Numbers of one unit share a chart where a page shows one run: training's, the held-out ones of the raw weights and of
+their average, those of each source. Where it shows several runs, each number has a chart and the curves are the runs.
 """
 
-import io
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Any
 
 import numpy as np
 
-POINTS = 600  # of a curve; more would not be seen
-# Matplotlib needs colours; each of these is replaced by one of the page.
-COLOURS = {"#010203": "currentColor", "#010204": "var(--line)", "#010205": "var(--accent)", "#010206": "var(--soft)"}
-INK, LINE, ACCENT, SOFT = COLOURS
+from train.pages.metric_columns import Series
+from train.pages.page import block
+from train.pages.report_inputs import RunInputs
+from train.pages.svg_chart import Chart, Curve, draw_chart
+
+NATS, SQUARED = "nats a text target", "mean squared error of the prediction"
+# Held-out losses: (kind, title, unit). Text loss and x0 error join training's, which have their unit.
+HELD_OUT = (
+    ("image_loss", "Image loss, held-out", f"{SQUARED}, over all timesteps"),
+    ("captioning_loss", "Captioning loss, held-out", "nats a token of captions after their image"),
+)
+BANDED = ("text_loss", "image_loss", "x0_error", "grad_norm")  # a reference band has these
 
 
 @dataclass(frozen=True)
-class Chart:
-    """What one small multiple shows; `scale` log needs positive values, zero starts the vertical axis at 0."""
+class Group:
+    """Numbers that one chart shows: by what each is called, its name in metrics.jsonl."""
 
-    key: str  # of the rows
     title: str
     unit: str
-    scale: str  # log or zero
-    over: str = "step"  # the horizontal axis
+    scale: str  # log or zero, as in svg_chart.Chart
+    members: dict[str, str]
+    exact: bool = False  # not noisy: nothing is smoothed
+    divided_by: str = ""  # a name whose value each is divided by; tokens/: by the sum of all numbers of that prefix
 
 
-CHARTS = (
-    Chart("text_loss", "Text loss", "nats a text target, training data, log scale", "log"),
-    Chart("image_loss", "Image loss", "mean squared error of the prediction, training data, log scale", "log"),
-    Chart("x0_error", "Error of x0", "mean squared, mean over bins of log SNR, training data, log scale", "log"),
-    Chart("grad_norm", "Gradient norm", "before clipping, at the step of each row, log scale", "log"),
-    Chart("learning_rate", "Learning rate", "of AdamW", "zero"),
-    Chart("tokens_per_s", "Tokens", "tokens a second, all ranks", "zero"),
-    Chart("images_per_s", "Images", "images a second, all ranks", "zero"),
-)
+def loss_groups(runs: Sequence[RunInputs]) -> list[Group]:
+    text, image = _by(runs, "text_loss/(.*)"), _by(runs, "image_loss/(.*)")
+    groups = [
+        Group("Text loss", NATS, "log", {"training": "text_loss", **_held_out(runs, "text_loss")}),
+        Group("Text loss by source", f"{NATS}, training", "log", text),
+        Group("Image loss", f"{SQUARED}, training", "log", {"training": "image_loss"}),
+        Group("Image loss by source", f"{SQUARED}, training", "log", image if len(image) > 1 else {}),
+        Group("Image loss by order", f"{SQUARED}, training", "log", _by(runs, "image_loss_by_order/(.*)")),
+    ]
+    groups += [Group(title, unit, "log", _held_out(runs, kind)) for kind, title, unit in HELD_OUT]
+    about = "mean squared, mean over bins of log SNR"
+    return [*groups, Group("Error of x0", about, "log", {"training": "x0_error", **_held_out(runs, "x0_error")})]
 
 
-def draw_charts(rows: list[dict[str, Any]], clip_norm: float | None = None) -> list[str]:
-    """Return a `<figure>` for each chart that has at least two finite values in `rows` (each with its `step`).
+def update_groups(runs: Sequence[RunInputs]) -> list[Group]:
+    return [
+        Group("Gradient norm", "before clipping, at the last step of each row", "log", {"all": "grad_norm"}),
+        Group("Gradient norm by part", "before clipping", "log", _by(runs, "grad_norm/(.*)")),
+        Group("Update to weight", "ratio of norms, by part", "log", _by(runs, "update_ratio/(.*)")),
+        Group("Learning rate", "of AdamW", "zero", {"": "learning_rate"}, exact=True),
+    ]
 
-    Held-out errors of x0 follow the charts of training. `clip_norm` is marked in the chart of the gradient norm.
-    """
-    names = dict.fromkeys(name for row in rows for name in row if re.fullmatch("heldout/.*/x0_error", name))
-    unit = "mean squared, mean over bins of log SNR, held-out data, log scale"
-    held_out = [Chart(name, f"Error of x0: {name[8:-9]}", unit, "log") for name in names]
+
+def data_groups(runs: Sequence[RunInputs]) -> list[Group]:
+    tokens, kinds = _by(runs, "tokens/(.*)"), {"text": "text_tokens", "image": "image_tokens"}
+    return [
+        Group(
+            "Tokens by source",
+            "share of those trained on",
+            "zero",
+            tokens if len(tokens) > 1 else {},
+            divided_by="tokens/",
+        ),
+        Group("Tokens by kind", "share of those trained on", "zero", kinds, divided_by="_tokens"),
+        Group("Epoch by source", "passes over the source", "zero", _by(runs, "epoch/(.*)"), exact=True),
+        Group(
+            "Padding", "share of all token slots", "zero", {"padding": "padding_share", "idle rows": "idle_row_share"}
+        ),
+    ]
+
+
+def speed_groups(runs: Sequence[RunInputs]) -> list[Group]:
+    mfu = {"MFU": "mfu", "HFU": "hfu", "MFU by Bagel's formula": "mfu_bagel"}
+    return [
+        Group("Tokens", "tokens a second, all ranks", "zero", {"": "tokens_per_s"}),
+        Group("Images", "images a second, all ranks", "zero", {"": "images_per_s"}),
+        Group("FLOPs", "share of the dense bf16 peak", "zero", mfu),
+        Group("FLOP/s", "model TFLOP/s a rank", "zero", {"": "model_tflops_per_s_per_rank"}),
+        Group("Slowest rank", "share of the time that others wait for it", "zero", {"": "slowest_lag_share"}),
+        Group("Device memory", "GiB, peak of the largest rank", "zero", {"": "device_memory_gib"}, exact=True),
+        Group("Host memory", "GiB, resident, of the largest rank", "zero", {"": "host_memory_gib"}, exact=True),
+    ]
+
+
+def draw_groups(runs: Sequence[RunInputs], groups: Sequence[Group], bands: dict | None = None) -> str:
+    """Return the charts that have something to show; `bands` by name: places, low, high of the reference."""
     figures = []
-    for chart in (*CHARTS, *held_out):
-        points = [(row["step"], row[chart.key]) for row in rows if row.get(chart.key) is not None]
-        figures.append(draw_chart(chart, points, clip_norm if chart.key == "grad_norm" else None))
-    return [figure for figure in figures if figure]
-
-
-def draw_chart(chart: Chart, points: list[tuple[float, float]], clipped_above: float | None = None) -> str:
-    """Return a `<figure>` of (x, value) points, or nothing if fewer than two of them can be drawn."""
-    points = [(x, value) for x, value in points if np.isfinite(value) and (chart.scale != "log" or value > 0)]
-    if len(points) < 2:
-        return ""
-    places, values, rows_a_point = _thinned(np.array(points, dtype=np.float64))
-    svg = _draw(chart, places, values, clipped_above)
-    note = f"; each point is the mean of {rows_a_point} rows" if rows_a_point > 1 else ""
-    caption = f"<figcaption><b>{escape(chart.title)}</b>{escape(chart.unit + note)}</figcaption>"
-    last = f"{chart.title}, {points[-1][1]:.4g} at {chart.over} {points[-1][0]}"
-    return f'<figure role="img" aria-label="{escape(last)}">{caption}{svg}</figure>'
-
-
-def _thinned(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Average neighbours of [R, 2] so that at most POINTS remain; the last mean may be of fewer rows."""
-    size = -(-len(points) // POINTS)
-    starts = np.arange(0, len(points), size)
-    means = np.add.reduceat(points, starts) / np.diff([*starts, len(points)])[:, None]
-    return means[:, 0], means[:, 1], size
-
-
-def _draw(chart: Chart, places: np.ndarray, values: np.ndarray, clipped_above: float | None) -> str:
-    """Return the curve as an `<svg>` for a page that may hold several: its ids begin with the chart's key."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": chart.key, "text.color": INK, "font.size": 9}
-    style |= {"axes.edgecolor": LINE, "xtick.color": SOFT, "ytick.color": SOFT, "grid.color": LINE}
-    with rc_context(style):
-        drawing = Figure(figsize=(4.2, 2.3), layout="constrained")
-        axes = drawing.add_subplot(axisbelow=True)
-        axes.plot(places, values, color=ACCENT, linewidth=1.6, solid_joinstyle="round")
-        shown = values
-        if clipped_above is not None:
-            shown = np.append(values, clipped_above)
-            axes.axhline(clipped_above, color=SOFT, linewidth=1, linestyle="--")
-            axes.annotate("clipped above", (1, clipped_above), (0, 3), xycoords=("axes fraction", "data"), ha="right",
-                          color=SOFT, textcoords="offset points", fontsize=8)  # fmt: skip
-        if chart.scale == "log":
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if shown.max() < 20 * shown.min() else (1,)))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+    for group in groups:
+        members = {label: name for label, name in group.members.items() if any(len(r.columns[name]) for r in runs)}
+        if len(runs) == 1:
+            figures.append(_one_run(runs[0], group, members, bands or {}))
         else:
-            axes.set_ylim(0, values.max() * 1.08 or 1)
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(_tick))
-        axes.set_xlabel(chart.over, color=SOFT)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.6)
-        axes.tick_params(which="both", length=0)
-        buffer = io.StringIO()
-        drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _for_the_page(buffer.getvalue(), chart.key)
+            figures += [_several(runs, group, label, name, bands or {}) for label, name in members.items()]
+    shown = [figure for figure in figures if figure]
+    return block("charts", shown) if shown else ""
 
 
-def _tick(value: float, _: int) -> str:
-    if value != 0 and abs(value) < 1e-4:
-        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
-    return f"{value:,.10g}"
+def resumed_at(run: RunInputs) -> list[float]:
+    """Return the steps at which the run was started again or went back, for marks in its charts."""
+    kinds = [("start", "step"), ("went_back", "to")]
+    found = [event.get(key) for kind, key in kinds for event in run.events if event.get("kind") == kind]
+    return sorted({float(step) for step in found if isinstance(step, int) and step > 0})[:50]
 
 
-def _for_the_page(svg: str, key: str) -> str:
-    """Return only the drawing: no prologue, size, metadata, or style rules that would reach the page around it."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (?:width|height)="[^"]*"', "", svg, count=2)
-    svg = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    prefix = re.sub(r"\W+", "-", key)
-    svg = re.sub(r'((?: id="|url\(#|href="#))', rf"\1{prefix}-", svg)
-    svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
-    for colour, meant in COLOURS.items():
-        svg = svg.replace(colour, meant)
-    return svg
+def _one_run(run: RunInputs, group: Group, members: dict[str, str], bands: dict) -> str:
+    curves = [
+        _curve(run, group, name, label if len(members) > 1 else "", i)
+        for i, (label, name) in enumerate(members.items())
+    ]
+    chart = _chart(run, group, group.title, members, bands, resumed_at(run), False)
+    return draw_chart(chart, curves)
+
+
+def _several(runs: Sequence[RunInputs], group: Group, label: str, name: str, bands: dict) -> str:
+    curves = [_curve(run, group, name, run.name, i) for i, run in enumerate(runs)]
+    alone = len(group.members) == 1 and label in ("", "training", "all")
+    title = group.title if alone else f"{group.title.removesuffix(', held-out')}: {label}"
+    return draw_chart(_chart(runs[0], group, title, {label: name}, bands, [], True), curves)
+
+
+def _chart(
+    run: RunInputs, group: Group, title: str, members: dict[str, str], bands: dict, marks: list[float], letters: bool
+) -> Chart:
+    banded = next((name for name in members.values() if name in bands), None)
+    clip = run.setting("optim.clip_norm") if "grad_norm" in members.values() else None
+    level = (float(clip), "clipped above") if isinstance(clip, int | float) and clip > 0 else None
+    unit = group.unit + ("; grey: the reference" if banded else "")
+    band = bands[banded] if banded else None
+    return Chart(title, unit, group.scale, level=level, marks=marks, band=band, letters=letters)
+
+
+def _curve(run: RunInputs, group: Group, name: str, label: str, style: int) -> Curve:
+    series = run.columns[name]
+    if group.divided_by and len(series):
+        others = [n for n in run.columns.names if n.startswith(group.divided_by) or n.endswith(group.divided_by)]
+        series = share_of(series, [run.columns[n] for n in others if n in group.members.values()])
+    return Curve(label, series.steps, series.values, style, exact=group.exact or name.startswith("heldout"))
+
+
+def share_of(series: Series, parts: Sequence[Series]) -> Series:
+    """Return a series divided by the sum of `parts`, at the steps that all of them have."""
+    steps = series.steps
+    for part in parts:
+        steps = np.intersect1d(steps, part.steps)
+    total = sum((_at(part, steps) for part in parts), np.zeros(len(steps)))
+    return Series(steps, _at(series, steps) / np.maximum(total, 1e-9))
+
+
+def _at(series: Series, steps: np.ndarray) -> np.ndarray:
+    """Return the newest value of a series at each of some of its steps."""
+    order = np.argsort(series.steps, kind="stable")
+    return series.values[order][np.searchsorted(series.steps[order], steps, side="right") - 1]
+
+
+def _by(runs: Sequence[RunInputs], pattern: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for run in runs:
+        found |= run.columns.matching(pattern)
+    return {label.replace("_", " "): name for label, name in found.items()}
+
+
+def _held_out(runs: Sequence[RunInputs], kind: str) -> dict[str, str]:
+    raw, average = _by(runs, f"heldout/(.*)/{kind}"), _by(runs, f"heldout_ema/(.*)/{kind}")
+    return {f"held-out {n}": of for n, of in raw.items()} | {f"held-out {n}, EMA": of for n, of in average.items()}

@@ -48,7 +48,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str) -> str:
     """Return a table whose cells are HTML."""
     lines = ["".join(f"<th>{cell}</th>" for cell in head)]
     lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    return f'<table class="{kind}">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
+    rows_of = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table class="{kind}">{rows_of}</table></div>'
 
 
 def block(kind: str, parts: Sequence[str]) -> str:
