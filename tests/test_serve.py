@@ -68,7 +68,7 @@ class Server:
 @contextmanager
 def serving(drawn: DrawingRun, log: Path, *more: str) -> Iterator[Server]:
     argv = [f"checkpoint={drawn.run_dir}", "device=cpu", "port=0", "sampler=ddim", "steps=4", "guidance=2"]
-    argv += ["max_new_tokens=6", "preview_share=1", "max_waiting=3", *more]
+    argv += ["max_new_tokens=6", "preview_share=1", "max_waiting=3", "seed=9", *more]
     with ProgramRanks(serve.main, argv, None, log, {"TRANSFUSION_TOKEN": TOKEN}) as program:
         yield Server(program)
 
@@ -135,7 +135,8 @@ def test_waiting_requests_of_equal_settings_share_a_batch_and_each_gets_its_own_
     one, two, three = (pictures(events[-1]) for events in ended)
     assert np.array_equal(one[0], pipeline.draw(["a"], SAMPLER, seed=1)[0])
     assert all(np.array_equal(*p) for p in zip(two, pipeline.draw([PROMPTS[1]] * 2, SAMPLER, seed=2), strict=True))
-    assert len(three) == 1 and server.ask("DELETE", f"/api/requests/{long['id']}")[0] == 404
+    assert len(three) == 1 and ended[2][-1]["settings"]["seed"] == 9, "the server's, where none is given"
+    assert server.ask("DELETE", f"/api/requests/{long['id']}")[0] == 404
 
 
 def test_a_client_that_hangs_up_frees_the_model(server: Server) -> None:
