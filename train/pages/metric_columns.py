@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 CHUNK = 1000  # lines parsed together
+LARGEST = 1e300  # of an integer
 
 
 class Series(NamedTuple):
@@ -58,11 +59,15 @@ class Columns:
             found = [row.get(name) for row in rows]
             try:
                 values = np.array(found, dtype=np.float64)  # null becomes nan
-            except (ValueError, TypeError, OverflowError):
+            except (ValueError, TypeError, OverflowError):  # some are no numbers
                 self._words.setdefault(name, []).extend(value for value in found if isinstance(value, str))
-                continue
+                found = [value if isinstance(value, float) or type(value) is int else None for value in found]
+                found = [value if value is None or abs(value) < LARGEST or value != value else None for value in found]
+                values = np.array(found, dtype=np.float64)
             if None in found:
                 there = np.array([value is not None for value in found])
+                if not there.any():
+                    continue
                 self._parts.setdefault(name, []).append((steps[there], values[there]))
             else:
                 self._parts.setdefault(name, []).append((steps, values))

@@ -4,6 +4,7 @@ Only what the run wrote is asked: metrics.jsonl, events.jsonl, bad_updates.jsonl
 numbers that it needs says nothing. Thresholds are the constants here; they are for looking, none of them stops a run.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -97,27 +98,31 @@ def _falling(run: RunInputs) -> Iterator[Finding]:
         if len(series) < LEAST_ROWS:
             continue
         before, newest = np.array_split(series.values[len(series) // 2 :], 2)
-        change = newest.mean() - before.mean()
-        error = 2 * np.sqrt(before.var() / len(before) + newest.var() / len(newest))
-        healthy &= bool(change < -error)
-        how = f"falls by {-change / before.mean():.1%}" if change < -error else "no longer falls"
-        words.append(f"the {kind} loss {f'rises by {change / before.mean():.1%}' if change > error else how}")
-    rule = "the last quarter's mean is not two standard errors below that of the quarter before"
+        (level, error), (now, error_now) = _median(before), _median(newest)
+        change, error = (now - level) / level, 2 * math.hypot(error, error_now) / level
+        healthy &= change < -error
+        how = f"falls by {-change:.1%}" if change < -error else "no longer falls"
+        words.append(f"the {kind} loss {f'rises by {change:.1%}' if change > error else how}")
+    rule = "the last quarter's median is not two standard errors below that of the quarter before"
     if words:
         yield Finding("Learning", healthy, _sentence(words), rule)
 
 
+def _median(values: np.ndarray) -> tuple[float, float]:
+    """Return the median and its standard error, from the median deviation: a spike moves neither."""
+    middle = float(np.median(values))
+    return middle, 1.253 * 1.4826 * float(np.median(np.abs(values - middle))) / math.sqrt(len(values))
+
+
 def _held_out(run: RunInputs) -> Iterator[Finding]:
     best, worse = 0, []
-    for label, name in run.columns.matching("heldout(?:_ema)?/(.*_loss|.*/x0_error)").items():
+    for label, name in run.columns.matching("(heldout(?:_ema)?/(?:.*_loss|.*/x0_error))").items():
         series = run.columns[name].finite
         if len(series) > 2:
             least, last, best = float(series.values.min()), float(series.values[-1]), best + 1
             if last > (1 + WORSE) * least and series.values[-3:].min() > least:
                 at = int(series.steps[series.values.argmin()])
-                worse.append(
-                    f"{label.replace('_', ' ')} was best at step {at:,} and is {last / least - 1:.1%} above it"
-                )
+                worse.append(f"the best {label} was at step {at:,}; now it is {last / least - 1:.1%} higher")
     if best:
         words = _sentence(worse[:3]) or "No held-out loss has been better before."
         yield Finding(
@@ -237,7 +242,9 @@ def _restarts(run: RunInputs) -> Iterator[Finding]:
         return
     words = [f"{attempts} starts"] if attempts > 1 else []
     words += [f"{died} of them after an attempt that died without saying so"] if died else []
-    sizes = [event["ranks"] for event in run.events if isinstance(event.get("ranks"), int)]
+    sizes = [
+        event["ranks"] for event in run.events if event.get("kind") == "start" and isinstance(event.get("ranks"), int)
+    ]
     if len(set(sizes)) > 1:
         words.append(
             f"on {', then '.join(str(size) for i, size in enumerate(sizes) if sizes[i - 1 : i] != [size])} ranks"

@@ -248,11 +248,16 @@ def _letters(curves: Sequence[Curve], frame: Frame) -> str:
     for curve in map(_finite, curves):
         end = curve.values[-1:] if curve.exact else _smoothed(curve.values)[-1:]
         ends.append((TOP + float(frame.down(end)[0]), LEFT + float(frame.along(curve.places[-1:])[0]), curve.style))
-    texts, lowest = "", TOP + frame.height + LINE
-    for y, x, style in sorted(ends, reverse=True):
-        lowest = min(y, lowest - LINE)
-        texts += f'<text class="end" x="{x + 3:.1f}" y="{lowest + 3.5:.1f}">{chr(65 + style % 26)}</text>'
-    return texts
+    ends.sort(reverse=True)
+    places = [y for y, _, _ in ends]
+    for i in range(1, len(places)):
+        places[i] = min(places[i], places[i - 1] - LINE)
+    for i in reversed(range(len(places))):  # back into the frame
+        places[i] = max(places[i], places[i + 1] + LINE if i + 1 < len(places) else TOP)
+    return "".join(
+        f'<text class="end" x="{x + 3:.1f}" y="{y + 3.5:.1f}">{chr(65 + style % 26)}</text>'
+        for y, (_, x, style) in zip(places, ends, strict=True)
+    )
 
 
 def number(value: float) -> str:
