@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ from train.pretrain_config import PretrainConfig
 HERE = Path(__file__).resolve().parent.parent
 STEPS, FAULTY_STEPS = 800, 400  # of the demo; a fault shows in half of them
 SMOOTHED_ROWS, POOLED_ROWS = 5, 3  # of a value; on either side of a row, whose variances are one row's
+PLACES = ("folder=", "output=")
 COUNTS = ("step", "tokens_seen", "images_seen")
 CONTENT, CONFIDENCE = 0.95, 0.9  # of the tolerance interval
 
@@ -201,7 +203,7 @@ def record_of(wanted: Sequence[Training], folder: Path, argv: list[str]) -> dict
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, native dtype {native}",
         "machines": machines,
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "diffusers", "numpy")}},
-        "command": " ".join(["python -m bench.bands", *(a for a in argv if not a.startswith("folder="))]),
+        "command": shlex.join(["python", "-m", "bench.bands", *(a for a in argv if not a.startswith(PLACES))]),
         "left_out": {name: verdict.words for name, verdict in left_out.items()},
         "faults_found": {name: verdict.words for name, verdict in found.items()},
         "runs": {name: columns(of_run) for name, of_run in good.items()},

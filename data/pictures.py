@@ -133,18 +133,18 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def encode_jpeg(pixels: np.ndarray) -> bytes:
+    """Return uint8 [H, W, 3] as JPEG bytes of JPEG_QUALITY."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
 def encode_preview(pixels: np.ndarray, side: int) -> bytes:
     """Return uint8 [H, W, 3] as a lossy WebP file of at most `side` pixels a side."""
     picture, buffer = Image.fromarray(pixels), io.BytesIO()
     picture.thumbnail((side, side))
     picture.save(buffer, "WEBP", quality=80, method=0)
-    return buffer.getvalue()
-
-
-def encode_jpeg(pixels: np.ndarray) -> bytes:
-    """Return uint8 [H, W, 3] as JPEG bytes of JPEG_QUALITY."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
 
 

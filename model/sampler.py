@@ -212,8 +212,8 @@ class _Decoding:
         indices = [self.rows[i].index for i in chosen]
 
         def report(step: int, x0: Tensor) -> None:
-            self._report(chosen, step)
             self._watch(indices, step, x0)
+            self._report(chosen, step)
 
         noise = partial(self._noise, chosen)
         return denoise(predict, noise, self.config, self.diffusion, math.prod(self.shape), report)

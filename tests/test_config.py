@@ -269,7 +269,14 @@ TEXTS = {
         "log.project",
     ),
     *("checkpoint.best_metric", "program", "gpus_per_node", "time", "array", "then", "setup", "env", "sbatch"),
-    *("text_key", "special", "captioning.split", "model.lora.parameters", "optim.groups.parameters"),
+    *(
+        "text_key",
+        "special",
+        "captioning.split",
+        "generation.split",
+        "model.lora.parameters",
+        "optim.groups.parameters",
+    ),
 }
 
 

@@ -11,9 +11,15 @@ import pytest
 from data.tokenizer import Tokenizer
 from tests import runs
 from tests.damage import garble
+from tests.ranks import run_ranks
 from tests.sources import make_source, pairs
+from train.distributed.ranks import Ranks
+from train.distributed.signals import StopSignal
+from train.heldout import KINDS, Heldout, HeldoutConfig
+from train.inference.saved_model import LoadedModel
 from train.metric_sections import section_of
 from train.metrics_log import EVENTS
+from train.step import latent_stats
 
 PAGE = Path(__file__).parent.parent / "docs/metrics.md"
 ANY = {"SOURCE": r"\w+", "NAME": r"\w+", "BIN": r"-?\d\.\.-?\d", "PART": r"[a-z_]+", "REASON": r".+"}
@@ -102,3 +108,20 @@ def test_events_tell_of_starts_and_stops(run_dirs: list[Path]) -> None:
     events = [json.loads(line) for line in (run_dirs[1] / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(event["kind"], event["step"], event["attempt"]) for event in events] == [("start", 0, 1), ("stop", 6, 1)]
     assert events[0]["ranks"] == 2 and len(events[0]["hosts"]) == 1 and events[1]["status"] == 0
+
+
+def _measured(ranks: Ranks, run_dir: Path, weights: str) -> dict[str, float]:
+    loaded = LoadedModel.load(run_dir, ranks, weights)
+    config, spec = HeldoutConfig(heldout={"pairs": str(run_dir.parent / "heldout")}), loaded.saved.latent_spec
+    stats = latent_stats(spec, 2, ranks.device)
+    losses = Heldout(config, loaded.config, spec, ranks).losses(loaded.model, stats, StopSignal())
+    assert isinstance(losses, dict)
+    return {kind: losses["pairs"][kind] for kind in (*KINDS, "perplexity")}
+
+
+def test_held_out_losses_of_a_run_are_those_of_its_checkpoint(run_dirs: list[Path]) -> None:
+    """Of the weights and of their average; so each pass saw the weights that its name says."""
+    row = runs.rows(run_dirs[0])[-1]
+    for prefix, weights in (("heldout", "model"), ("heldout_ema", "ema")):
+        (losses,) = run_ranks(_measured, 1, run_dirs[0], weights)
+        assert losses == pytest.approx({kind: row[f"{prefix}/pairs/{kind}"] for kind in losses}, rel=1e-4), prefix

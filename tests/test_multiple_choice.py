@@ -173,7 +173,7 @@ def test_labels_lie_beside_the_rows_and_what_has_none_is_refused_by_line(tmp_pat
             read_questions(tmp_path / "bad.jsonl")
 
 
-def _write_questions(path: Path) -> Path:
+def write_questions(path: Path) -> Path:
     rows = [
         {"context": context, "choices": [" ".join(WORDS[j : j + 2]) for j in range(3)], "answer": i % 3}
         for i, (context, _) in enumerate(REQUESTS[:10])
@@ -183,7 +183,7 @@ def _write_questions(path: Path) -> Path:
 
 
 def test_the_part_gives_scores_by_name_and_a_line_for_each_question(drawn: DrawingRun, tmp_path: Path) -> None:
-    path = _write_questions(tmp_path / "made.jsonl")
+    path = write_questions(tmp_path / "made.jsonl")
     part = evaluate_choices(load(drawn.run_dir), {"made": str(path), "again": str(path)}, tmp_path, alone(), _silent)
     assert part.scores["choices/made/accuracy"].items == 10
     assert part.scores["choices/made/accuracy"] == part.scores["choices/again/accuracy"]
@@ -207,6 +207,6 @@ def _on_ranks(ranks: Ranks, run_dir: Path, path: Path, output: Path) -> dict:
 
 @pytest.mark.slow
 def test_any_number_of_ranks_gives_the_same_scores(drawn: DrawingRun, tmp_path: Path) -> None:
-    path = _write_questions(tmp_path / "made.jsonl")
+    path = write_questions(tmp_path / "made.jsonl")
     by_world_size = [run_ranks(_on_ranks, n, drawn.run_dir, path, tmp_path) for n in (1, 3)]
     assert all(found == by_world_size[0][0] for of_ranks in by_world_size for found in of_ranks)

@@ -15,7 +15,7 @@ import pytest
 from tests import runs
 from tests.ranks import children
 from tests.runs import Arguments
-from tests.test_wandb_page import page, steps_of
+from tests.test_wandb_page import is_service, page, steps_of
 from train.wandb_page import ID_FILE
 
 ROOT = Path(__file__).parent.parent
@@ -24,10 +24,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-
-
-def is_wandb(pid: int) -> bool:
-    return b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def assert_complete(run_dir: Path, finished: bool = True) -> None:
@@ -46,7 +42,7 @@ def test_a_page_survives_a_signal_to_all_processes_a_kill_and_two_requeues(run_d
     for number, status, until in ((signal.SIGUSR1, 75, 6), (signal.SIGKILL, -9, 18)):
         with runs.launch(argv, 2) as run:
             runs.wait_for(runs.reached(run_dir, until), run)
-            services = [pid for process in run.processes for pid in children(process.pid) if is_wandb(pid)]
+            services = [pid for process in run.processes for pid in children(process.pid) if is_service(pid)]
             assert len(services) <= 1, "rank 0's alone"
             for pid in services:
                 os.kill(pid, number)
@@ -80,7 +76,7 @@ def test_under_torchrun_too(
     while not runs.reached(run_dir, 8)() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     ranks = [pid for pid in children(run.pid) if b"train.pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    services = [pid for rank in ranks for pid in children(rank) if is_wandb(pid)]
+    services = [pid for rank in ranks for pid in children(rank) if is_service(pid)]
     time.sleep(1)  # a rank has more to send than one row
     if to == "group":
         os.killpg(run.pid, number)

@@ -1,4 +1,5 @@
-"""Evaluate a trained model: losses on held-out data, the judge's scores on scenes, distances of drawn pictures.
+"""Evaluate a trained model: held-out losses, multiple choice, captions, distances of drawn pictures, scenes, and
+pictures and answers for the scorers of published benchmarks (docs/evaluation.md).
 
 Writes evaluation.json (every score with its 95 % interval, and what they depend on), examples.jsonl and its pictures.
 Held-out folders with training records are refused. Under torchrun the ranks divide the work; their number changes no
@@ -23,6 +24,7 @@ from train.config import load_config, run_program
 from train.distributed.agreement import facts_of, program_facts
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.signals import StopSignal
+from train.evaluation.answers import AnswersConfig, write_answers
 from train.evaluation.benchmark_layouts import Benchmark
 from train.evaluation.benchmarks import draw_benchmark
 from train.evaluation.captioning import CaptioningConfig, evaluate_captioning
@@ -49,6 +51,7 @@ class EvaluateConfig(PipelineConfig):
     # Files of multiple-choice questions by name, JSON lines: ours, or the Llama-2 suite's as released.
     choices: dict[str, Location] = field(default_factory=dict)
     captioning: CaptioningConfig = field(default_factory=CaptioningConfig)  # pictures to describe, scored with CIDEr
+    answers: AnswersConfig = field(default_factory=AnswersConfig)  # questions about pictures, for others' scorers
     benchmark: Benchmark | None = None  # draw its prompts into output/BENCHMARK for its own scorer; null: none
     benchmark_prompts: list[Location] = field(default_factory=list)  # its own prompt files (docs/evaluation.md)
     generation: GenerationConfig = field(default_factory=GenerationConfig)  # pictures against those of their captions
@@ -66,13 +69,19 @@ class EvaluateConfig(PipelineConfig):
 
 CONFIG = EvaluateConfig
 GROUP = True  # its ranks form a process group
+SLOWEST_S = 86400.0  # that ranks wait for the slowest to draw its share; a lost one is noticed at once
 # May differ between ranks; the contents are compared instead.
-OWN = ("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base")
-OWN += ("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts")
-OWN += ("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip")
+OWN = (
+    *("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base"),
+    *("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip"),
+    *("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts"),
+    *("answers.questions", "answers.pictures"),
+)
 # What a drawn picture depends on besides its caption and number.
-DRAWN_BY = ("weights", "weights_hash", "base", "guide", "dtype", "device", "seed", "settings", "resolution")
-DRAWN_BY += ("batch_size",)
+DRAWN_BY = (
+    *("weights", "weights_hash", "base", "guide", "dtype", "device", "seed"),
+    *("settings", "resolution", "batch_size"),
+)
 PACKAGES = ("torch", "numpy", "pillow", "transformers", "diffusers")
 
 
@@ -81,7 +90,8 @@ def main(argv: list[str]) -> int | None:
     _refuse_nothing(config)
     manifests = {name: Manifest.load(path) for name, path in config.heldout.items()}
     contents = {f"heldout.{name} (contents)": manifest.content_hash for name, manifest in manifests.items()}
-    ranks = init_ranks(timeout_s=1800, device=config.device, facts={**facts_of(config, OWN), **contents})
+    facts = {**facts_of(config, OWN), **contents}
+    ranks = init_ranks(timeout_s=1800, checkpoint_timeout_s=SLOWEST_S, device=config.device, facts=facts)
     start = time.monotonic()
     pipeline = Pipeline.load(config, ranks)
     output = Path(config.output)
@@ -113,12 +123,11 @@ def main(argv: list[str]) -> int | None:
 
 def _refuse_nothing(config: EvaluateConfig) -> None:
     """Raise ValueError for an evaluation that would score nothing."""
-    if not (config.heldout or config.scenes or config.choices or config.benchmark) and not any(
-        part.pictures for part in (config.captioning, config.generation)
-    ):
+    tasks = (config.heldout, config.scenes, config.choices, config.captioning.pictures, config.generation.pictures)
+    if not any((*tasks, config.answers.questions, config.benchmark)):
         raise ValueError(
-            "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, generation.pictures=FOLDER, "
-            "captioning.pictures=FOLDER or benchmark=NAME"
+            "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, captioning.pictures=FOLDER, "
+            "generation.pictures=FOLDER, answers.questions=FILE or benchmark=NAME"
         )
 
 
@@ -128,21 +137,23 @@ def _parts(
     """Return what is asked for besides held-out losses, by its name in `data`, in the order of the work."""
     bar, sampler = bar_of(ranks), config.suited_to(pipeline.config.diffusion)
     parts: dict[str, Callable[[], Part]] = {}
+    drawn_by = {key: described[key] for key in DRAWN_BY}
     if choices := config.choices:
         parts["choices"] = lambda: evaluate_choices(pipeline, choices, output, ranks, bar)
     if (captioning := config.captioning).pictures is not None:
         parts["captioning"] = lambda: evaluate_captioning(
             pipeline, captioning, sampler, config.seed, output, ranks, bar
         )
+    if (answers := config.answers).questions is not None:
+        parts["answers"] = lambda: write_answers(pipeline, answers, sampler, config.seed, output, ranks, bar)
     if (benchmark := config.benchmark) is not None:
         parts["benchmark"] = lambda: draw_benchmark(
-            pipeline, benchmark, config.benchmark_prompts, sampler, config.seed, output, ranks, bar
+            pipeline, benchmark, config.benchmark_prompts, sampler, config.seed, drawn_by, output, ranks, bar
         )
     if (scenes := config.scenes) is not None:
         per_split, seed = config.max_prompts, config.seed
         parts["scenes"] = lambda: evaluate_scenes(pipeline, scenes, per_split, sampler, seed, output, ranks, bar)
     if (generation := config.generation).pictures is not None:
-        drawn_by = {key: described[key] for key in DRAWN_BY}
         parts["generation"] = lambda: evaluate_generation(
             pipeline, generation, sampler, config.seed, drawn_by, output, ranks, bar
         )

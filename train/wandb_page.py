@@ -71,7 +71,7 @@ class WandbPage:
         self._run: Any = None  # None: not yet, or no longer
         self._restarts_left = 0
         self._pictures: list[Path] = []  # not yet sent, in order of their steps
-        self._newest_picture = 0  # the step of the last one that is not of an abandoned past
+        self._newest_picture = 0  # the step of the last that is known; a later sheet may be of an abandoned past
         self._forks_waiting = 0
         self._begun = False  # the page was open in this attempt
         self._todo: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -103,9 +103,10 @@ class WandbPage:
         """Send a saved sheet of pictures."""
 
         def note() -> None:
-            self._pictures.append(path)
-            self._newest_picture = max(self._newest_picture, _step_of(path))
-            self._catch_up()
+            if _step_of(path) > self._newest_picture:
+                self._pictures.append(path)
+                self._newest_picture = _step_of(path)
+                self._catch_up()
 
         self._ask(note)
 
@@ -172,6 +173,7 @@ class WandbPage:
         self._offset = 0
         sheets = sorted((self._folder / "previews").glob("step-*.png"))
         self._pictures = [path for path in sheets if _step_of(path) <= max(last, self._newest_picture)]
+        self._newest_picture = max([_step_of(path) for path in self._pictures], default=0)
 
     def _start(self) -> Any:
         import wandb

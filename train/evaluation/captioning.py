@@ -1,6 +1,6 @@
 """Captions of pictures, scored with CIDEr against several references, and written for COCO's own scorer.
 
-Ranks divide the pictures; their number changes no caption on a CPU.
+Ranks divide the batches of consecutive pictures, so that their number changes no caption.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.evaluation.captioned import Captioned, CaptionedConfig, read_captioned
 from train.evaluation.cider import cider, tokens_of
+from train.evaluation.generation import batches_of
 from train.evaluation.part import Bar, Part
 from train.evaluation.scores import bootstrap
 from train.inference.pipeline import Pipeline
@@ -53,28 +54,29 @@ def evaluate_captioning(
     Both are in COCO's forms, and pycocoevalcap scores the one against the other. The score is pycocoevalcap's: papers
     print 100 times that.
     """
-    size, rank, side = ranks.world_size, ranks.rank, pipeline.latent_spec.resolution
-    items = [
-        item if number % size == rank else replace(item, data=b"") for number, item in enumerate(read_captioned(config))
-    ]
+    side, count = pipeline.latent_spec.resolution, pipeline.batch_size
+
+    def is_mine(number: int) -> bool:
+        return number // count % ranks.world_size == ranks.rank
+
+    items = [item if is_mine(number) else replace(item, data=b"") for number, item in enumerate(read_captioned(config))]
     if not items:
         raise ValueError(f"captioning.pictures={config.pictures}: no pictures with captions")
     listed = repr([(item.image_id, item.references) for item in items])
     fingerprint = hashlib.sha256(listed.encode()).hexdigest()[:16]
     ranks.require_alike({"captioning (contents)": fingerprint})
-    numbers, mine = range(rank, len(items), size), []
-    with bar("captions", len(numbers)) as progress:
-        for start in range(0, len(numbers), pipeline.batch_size):
-            chunk = numbers[start : start + pipeline.batch_size]
-            pictures = [items[number].pixels(side) for number in chunk]
-            mine += pipeline.describe(pictures, sampler, seed, progress.update, chunk)
-    parts = ranks.gather([" ".join(caption.split()) for caption in mine])
-    captions = [parts[number % size][number // size] for number in range(len(items))]
+    batches, mine = batches_of(len(items), count)[ranks.rank :: ranks.world_size], []
+    with bar("captions", sum(map(len, batches))) as progress:
+        for batch in batches:
+            pictures = [items[number].pixels(side) for number in batch]
+            described = pipeline.describe(pictures, sampler, seed, progress.update, batch)
+            mine += zip(batch, (" ".join(caption.split()) for caption in described), strict=True)
+    captions = [caption for _, caption in sorted(pair for part in ranks.gather(mine) for pair in part)]
     references = [[tokens_of(reference) for reference in item.references] for item in items]
     scores = cider([tokens_of(caption) for caption in captions], references)
     order = np.argsort(-scores, kind="stable").tolist()
     shown = sorted({*order[:SHOWN], *order[-SHOWN:]})
-    pictures_shown = ranks.gather({n: encode_png(items[n].pixels(side)) for n in shown if n % size == rank})
+    pictures_shown = ranks.gather({n: encode_png(items[n].pixels(side)) for n in shown if is_mine(n)})
     examples = []
     if ranks.is_first:
         _write_coco(output, items, captions)
@@ -82,8 +84,8 @@ def evaluate_captioning(
         for number in shown:
             line = {"true": files[number], "caption": captions[number], "references": items[number].references}
             examples.append({**line, "score": float(scores[number]), "score_name": "cider"})
-    data = {"pictures": config.pictures, "annotations": config.annotations, "split": config.split}
-    data |= {"fingerprint": fingerprint, "items": len(items)}
+    paths = {"pictures": config.pictures, "annotations": config.annotations, "split": config.split}
+    data = {**paths, "fingerprint": fingerprint, "items": len(items)}
     return Part({"captioning/cider": bootstrap(scores)}, examples, data)
 
 

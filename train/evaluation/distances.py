@@ -108,12 +108,12 @@ def cmmd(drawn: Tensor, references: Tensor, ranks: Ranks) -> Score:
 
 
 def jackknife(value: float, without_one: Iterable[float], counts: Tensor) -> Score:
-    """Return `value` with the interval of its values `without_one` block each; None with an empty block.
+    """Return `value` with the interval of its values `without_one` block each; None with less than two in a block.
 
     Tukey 1958; `without_one` is only asked for its values if there is an interval.
     """
     items = int(counts.sum())
-    if counts.min() < 2:
+    if len(counts) < BLOCKS or counts.min() < 2:
         return Score(value, None, None, items)
     values = torch.tensor(list(without_one), dtype=torch.float64)
     error = math.sqrt((BLOCKS - 1) / BLOCKS * float((values - values.mean()).square().sum()))

@@ -63,8 +63,8 @@ class FeatureModels:
         vision = {name: VisionModel.load(path, device, f"generation.models.{name}") for name, path in names.items()}
         if clip is None:
             return cls(vision, None, None, device)
-        key = "generation.clip"
-        return cls(vision, VisionModel.load(clip, device, key), ClipText.load(clip, device, key), device)
+        of_clip = VisionModel.load(clip, device, "generation.clip")
+        return cls(vision, of_clip, ClipText.of(of_clip, "generation.clip"), device)
 
     @property
     def described(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ goes on with those that are missing.
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,13 +18,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.durable import atomic_write, write_durably
+from data.durable import atomic_write
 from data.pictures import decode_picture, encode_png
 from data.storage import Location
 from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.distributed.shared_folder import require_shared
 from train.evaluation.captioned import CaptionedConfig, read_captioned
+from train.evaluation.drawn_folder import begin
 from train.evaluation.features import Batch, FeatureModels, Features
 from train.evaluation.part import Bar, Part
 from train.evaluation.scores import Score, bootstrap
@@ -90,10 +90,11 @@ def evaluate_generation(
     size = (pipeline.grid[0] * pipeline.space.stride, pipeline.grid[1] * pipeline.space.stride)
     models = FeatureModels.load(config.models, config.clip, ranks.device)
     listed = ranks.on_first(lambda: list_captions(config))
-    ranks.on_first(lambda: _begin(output / DRAWN, {**described, "captions": listed.fingerprint}))
+    settings = {**described, "captions": listed.fingerprint}
+    ranks.on_first(lambda: begin(output / DRAWN, output / DRAWN / SETTINGS, settings))
     require_shared(output / DRAWN, "output", ranks)
-    batches = batches_of(len(listed.captions), pipeline.batch_size, ranks)
-    _draw(pipeline, listed.captions, batches, sampler, seed, output / DRAWN, bar)
+    _draw(pipeline, listed.captions, sampler, seed, output / DRAWN, ranks, bar)
+    batches = of_rank(batches_of(len(listed.captions), pipeline.batch_size), ranks)
     kept = {"fingerprint": listed.fingerprint, "size": size, "models": models.described}
     references = _references(config, models, kept, batches, output, ranks, bar)
     with bar("features", sum(map(len, batches))) as progress:
@@ -124,43 +125,29 @@ def list_captions(config: GenerationConfig) -> Listed:
     return Listed(captions, digest.hexdigest()[:16])
 
 
-def batches_of(count: int, batch_size: int, ranks: Ranks) -> list[range]:
-    """Return this rank's batches of consecutive sample numbers, the same batches on any number of ranks."""
-    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+def batches_of(count: int, batch_size: int) -> list[range]:
+    """Return the batches of consecutive sample numbers in which pictures are drawn and looked at."""
+    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+def of_rank(batches: list[range], ranks: Ranks) -> list[range]:
+    """Return this rank's share, consecutive ones."""
     first, last = (len(batches) * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
     return batches[first:last]
 
 
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of drawn pictures; raise ValueError if it holds those of other settings."""
-    folder.mkdir(exist_ok=True)
-    mark, settings = folder / SETTINGS, json.loads(json.dumps(settings))  # as the mark reads back
-    if mark.is_file():
-        found = json.loads(mark.read_text(encoding="utf-8"))
-        changed = [key for key in settings | found if settings.get(key) != found.get(key)]
-        if changed:
-            raise ValueError(
-                f"output: {folder} holds pictures drawn with another {', '.join(changed)}; expected none, or the "
-                "same to go on with. Choose another output, or remove that folder to draw them again"
-            )
-    write_durably(mark, json.dumps(settings, indent=1).encode())
-
-
 def _draw(
-    pipeline: Pipeline,
-    captions: list[str],
-    batches: list[range],
-    sampler: SamplerConfig,
-    seed: int,
-    folder: Path,
-    bar: Bar,
+    pipeline: Pipeline, captions: list[str], sampler: SamplerConfig, seed: int, folder: Path, ranks: Ranks, bar: Bar
 ) -> None:
-    """Draw the batches of which a picture is missing."""
-    missing = [batch for batch in batches if not all((folder / name_of(number)).is_file() for number in batch)]
+    """Draw the batches of which a picture is missing, divided among ranks; wait for all of them. Collective."""
+    batches = batches_of(len(captions), pipeline.batch_size)
+    there = ranks.on_first(lambda: {path.name for path in folder.iterdir()})  # names not asked for are not cached
+    missing = of_rank([batch for batch in batches if not there.issuperset(map(name_of, batch))], ranks)
     with bar("pictures", sum(map(len, missing))) as progress:
         for batch in missing:
             pictures = pipeline.draw([captions[number] for number in batch], sampler, seed, progress.update, batch)
             _write(folder, zip(batch, pictures, strict=True))
+    ranks.gather(None)
 
 
 def _references(

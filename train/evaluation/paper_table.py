@@ -29,7 +29,7 @@ COLUMNS = (
     Column("Llama 2 suite, %", None, 100, f"choices.NAME= of all of {', '.join(SUITE)}"),
     Column("COCO CIDEr", "captioning/cider", 100, "captioning.pictures="),
     Column("COCO FID", "pictures/inception_fid", 1, "generation.inception=true"),
-    Column("COCO CLIP", "pictures/clip_score", 100, "generation.clip="),
+    Column("COCO CLIP", "pictures/clip_score", 1, "generation.clip="),
 )
 # By patches and size: the columns in order.
 PAPER: dict[str, dict[str, tuple[float, ...]]] = {

@@ -105,12 +105,12 @@ def _winogrande(row: dict[str, Any]) -> Question:
 
 
 def _arc(row: dict[str, Any]) -> Question:
-    question, choices = row["question"], row.get("choices")
+    question = row["question"]
     if isinstance(question, dict):  # as released
         question, choices = question["stem"], question["choices"]
         labels, texts = [choice["label"] for choice in choices], [choice["text"] for choice in choices]
     else:
-        labels, texts = choices["label"], choices["text"]
+        labels, texts = row["choices"]["label"], row["choices"]["text"]
     return _asked(f"Question: {question}\nAnswer:", texts, labels.index(row["answerKey"]))
 
 

@@ -5,8 +5,8 @@ preprocessor_config.json says, by Pillow, as the library does without torchvisio
 installed. (torchvision's own antialiasing differs in the last bit of a pixel.)
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from data.pictures import resized
 
-# Of each kind of model: its class, and which of its outputs are the features. DINOv2's is its class token after the
-# last norm, as in Stein et al. 2023; CLIP's is projected into the space that it shares with texts.
+# By model_type. Features are the pooled output: of DINOv2 the class token after the last norm, as in Stein et al. 2023;
+# CLIP's are projected into the space that it shares with texts.
 CLASSES = {
-    "dinov2": ("Dinov2Model", "pooler_output"),
-    "dinov2_with_registers": ("Dinov2WithRegistersModel", "pooler_output"),
-    "clip": ("CLIPVisionModelWithProjection", "image_embeds"),
-    "clip_vision_model": ("CLIPVisionModelWithProjection", "image_embeds"),
-    "siglip": ("SiglipVisionModel", "pooler_output"),
-    "siglip_vision_model": ("SiglipVisionModel", "pooler_output"),
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "clip": "CLIPModel",
+    "clip_vision_model": "CLIPVisionModelWithProjection",
+    "siglip": "SiglipModel",
+    "siglip_vision_model": "SiglipVisionModel",
 }
 KNOWN_STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
 
@@ -92,13 +92,9 @@ class Preparation:
 
 @dataclass
 class VisionModel:
-    """A model and what it is, for a record of results."""
-
-    run: Callable[[Tensor], Tensor]  # f32 [N, 3, H, W] -> f32 [N, D]
+    module: Any  # of transformers, or the vision side of it and more
     prepare: Preparation
-    dim: int
-    device: torch.device
-    described: dict[str, Any] = field(default_factory=dict)  # path, class, hash of its weights
+    described: dict[str, Any]  # path, class and hash of its weights, for a record of results
 
     @classmethod
     def load(cls, name: str, device: torch.device, key: str) -> "VisionModel":
@@ -106,17 +102,30 @@ class VisionModel:
 
         Raises ValueError for what is not there, and for models of other kinds.
         """
-        module, output = _load(name, device, key)
-        prepare = Preparation.read(name, key)
-        described = {"path": name, "class": type(module).__name__, "weights": weights_hash(module)}
-        dim = getattr(module.config, "projection_dim" if output == "image_embeds" else "hidden_size")
-        return cls(lambda pixels: getattr(module(pixel_values=pixels), output), prepare, dim, device, described)
+        import transformers
+
+        if (kind := _kind(name, key)) not in CLASSES:
+            raise ValueError(f"{key}={name}: its model_type is {kind}; expected one of {', '.join(CLASSES)}")
+        prepare, module = Preparation.read(name, key), _read(getattr(transformers, CLASSES[kind]), name, device, key)
+        return cls(module, prepare, {"path": name, "class": CLASSES[kind], "weights": weights_hash(module)})
+
+    @property
+    def dim(self) -> int:
+        """Return D, the size of its features."""
+        projection, vision = self._sides()
+        return vision.config.hidden_size if projection is None else projection.out_features
 
     @torch.no_grad()
     def features(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Return f32 [N, D] on the CPU of one batch of pictures uint8 [H, W, 3]."""
+        projection, vision = self._sides()
         pixels = torch.from_numpy(np.stack([self.prepare(picture) for picture in pictures]))
-        return self.run(pixels.to(self.device)).float().cpu()
+        pooled = vision(pixel_values=pixels.to(self.module.device)).pooler_output
+        return (pooled if projection is None else projection(pooled)).float().cpu()
+
+    def _sides(self) -> tuple[Any, Any]:
+        """Return the projection, None if there is none, and the vision side."""
+        return getattr(self.module, "visual_projection", None), getattr(self.module, "vision_model", self.module)
 
 
 @dataclass
@@ -125,18 +134,17 @@ class ClipText:
 
     module: Any
     tokenizer: Any
-    device: torch.device
 
     @classmethod
-    def load(cls, name: str, device: torch.device, key: str) -> "ClipText":
-        """Load the text side of a CLIP model; raise ValueError for a model or folder without one."""
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection
+    def of(cls, model: VisionModel, key: str) -> "ClipText":
+        """Return the text side of a loaded CLIP; raise ValueError for another model or a folder without tokenizer."""
+        from transformers import AutoTokenizer
 
-        if (kind := _kind(name, key)) != "clip":
-            raise ValueError(f"{key}={name}: its model_type is {kind}; expected clip, with texts and pictures")
-        module = _read(CLIPTextModelWithProjection, name, device, key)
+        name = model.described["path"]
+        if model.described["class"] != "CLIPModel":
+            raise ValueError(f"{key}={name} is a {model.described['class']}; expected a CLIPModel, with texts")
         try:
-            return cls(module, AutoTokenizer.from_pretrained(name), device)
+            return cls(model.module, AutoTokenizer.from_pretrained(name))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{key}={name}: no tokenizer ({_first_line(error)}); put the model's own beside it"
@@ -145,9 +153,10 @@ class ClipText:
     @torch.no_grad()
     def features(self, texts: Sequence[str]) -> Tensor:
         """Return f32 [N, D] on the CPU of one batch of texts, each cut to what the model takes (77 tokens)."""
-        most = self.module.config.max_position_embeddings
+        most = self.module.text_model.config.max_position_embeddings
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
-        return self.module(**tokens.to(self.device)).text_embeds.float().cpu()
+        given = {key: tokens[key].to(self.module.device) for key in ("input_ids", "attention_mask")}
+        return self.module.text_projection(self.module.text_model(**given).pooler_output).float().cpu()
 
 
 def clip_scores(pictures: Tensor, texts: Tensor) -> np.ndarray:
@@ -167,15 +176,6 @@ def weights_hash(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load(name: str, device: torch.device, key: str) -> tuple[torch.nn.Module, str]:
-    import transformers
-
-    if (kind := _kind(name, key)) not in CLASSES:
-        raise ValueError(f"{key}={name}: its model_type is {kind}; expected one of {', '.join(CLASSES)}")
-    class_name, output = CLASSES[kind]
-    return _read(getattr(transformers, class_name), name, device, key), output
-
-
 def _kind(name: str, key: str) -> str:
     from transformers import PretrainedConfig
 
@@ -187,7 +187,7 @@ def _kind(name: str, key: str) -> str:
         ) from None
 
 
-def _read(model_class: Any, name: str, device: torch.device, key: str) -> torch.nn.Module:
+def _read(model_class: Any, name: str, device: torch.device, key: str) -> Any:
     """Load weights in float32; raise ValueError unless they are safetensors and all there (P11)."""
     try:
         module, found = model_class.from_pretrained(

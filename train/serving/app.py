@@ -81,14 +81,16 @@ def build_app(batcher: Batcher, orders: Orders, info: dict[str, Any], host: str,
         Route("/api/describe", describe, methods=["POST"]),
         Route("/api/requests/{name}", cancel, methods=["DELETE"]),
     ]
-    return Guard(Starlette(routes=routes, exception_handlers={Refusal: _refuse, HTTPException: _refuse}), host, token)
+    handlers: dict[Any, Any] = dict.fromkeys((Refusal, HTTPException, Exception), _refuse)
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), host, token)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         found = f"{request.method} {request.url.path[:80]}"
         error = Refusal(found, "a route of this server", "see docs/sampling.md", error.status_code)
-    assert isinstance(error, Refusal)
+    if not isinstance(error, Refusal):  # a mistake of ours; uvicorn logs it
+        error = Refusal(type(error).__name__, "an answer", "see the server's log", 500)
     return JSONResponse(error.as_json(), error.status, {"Retry-After": "5"} if error.status == 503 else None)
 
 

@@ -39,7 +39,7 @@ class Job:
     def __init__(self, order: Order, listen: Callable[[Event, bool], object]) -> None:
         self.id, self.order, self._listen = secrets.token_hex(8), order, listen
         self.ended = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # as a listener may cancel
 
     def tell(self, event: str, **facts: Any) -> None:
         with self._lock:
@@ -82,7 +82,8 @@ class Batcher:
             if len(self._waiting) >= self.most_waiting:
                 found, most = f"{len(self._waiting)} requests wait", f"at most {self.most_waiting} (max_waiting)"
                 raise Refusal(found, most, "try again in a while, or cancel some", status=503)
-            job.tell("queued", id=job.id, waiting=len(self._waiting) + len(self._running))
+            before = len(self._waiting) + sum(not other.ended for other in self._running)
+            job.tell("queued", id=job.id, waiting=before, unknown=order.unknown)
             self._waiting.append(job)
             self._changed.notify_all()
         return job

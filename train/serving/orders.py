@@ -48,6 +48,7 @@ class Order:
     seed: int
     n: int
     previews: bool
+    unknown: tuple[str, ...]  # parts of the texts that the tokenizer does not know: the model cannot tell them apart
 
     @property
     def key(self) -> tuple[bool, SamplerConfig]:
@@ -97,7 +98,9 @@ class Orders:
         previews = given.get("previews", True)
         if not isinstance(previews, bool):
             raise Refusal(f"previews={_shown(previews)}", "true or false", "correct it or leave it out")
-        return Order(parts, sampler, draw, seed, n, previews)
+        texts = [part for part in parts if isinstance(part, str)]
+        unknown = tuple(dict.fromkeys(piece for text in texts for piece in self.pipeline.tokenizer.unknown_in(text)))
+        return Order(parts, sampler, draw, seed, n, previews, unknown)
 
     def _sampler(self, given: Mapping[str, Any], names: Sequence[str]) -> SamplerConfig:
         hints = get_type_hints(SamplerConfig)
@@ -128,10 +131,7 @@ class Orders:
         """Refuse a prompt that is longer than any sequence of the training."""
         patches = math.prod(self.pipeline.grid) // self.pipeline.model.config.patch_size**2
         longest = self.pipeline.config.data.sequence_length
-        try:
-            tokens = sum(len(self.pipeline.tokenizer.encode(p)) if isinstance(p, str) else patches + 2 for p in parts)
-        except UnicodeEncodeError:
-            raise Refusal("a text with half a surrogate pair", "Unicode text", "correct the text") from None
+        tokens = sum(len(self.pipeline.tokenizer.encode(p)) if isinstance(p, str) else patches + 2 for p in parts)
         if tokens > longest:
             raise Refusal(f"a prompt of {tokens:,} tokens", f"at most {longest:,}, as in training", "shorten it")
 
@@ -152,6 +152,8 @@ def _text(given: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or len(value) > MOST_CHARACTERS:
         found = f"{len(value):,} characters" if isinstance(value, str) else _shown(value)
         raise Refusal(f"{name}: {found}", f"a text of at most {MOST_CHARACTERS:,} characters", f'give "{name}": "..."')
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise Refusal(f"{name} with half a surrogate pair", "Unicode text", "correct the text")
     return value
 
 

@@ -143,7 +143,7 @@ function draw(request) {
   const facts = [`seed ${request.seed}`, `${request.steps} steps`, `guidance ${request.guidance}`, request.sampler];
   const shell = command("/api/draw", "application/json", `-d ${quoted(JSON.stringify(request))}`);
   const entry = new Entry(request.prompt || "(no words)", facts.join(" · "), shell, () => draw(request));
-  const images = Array.from({ length: request.n }, (_, i) => {
+  const images = Array.from({ length: Math.min(request.n, info.limits.n) || 0 }, (_, i) => {
     const image = new Image();
     image.alt = `picture ${i + 1} of ${request.n}: not begun`;
     const place = document.createElement("div");
@@ -166,6 +166,9 @@ function draw(request) {
       if (event.event === "queued") {
         entry.id = event.id;
         entry.say(event.waiting ? `Waiting for ${event.waiting} before it…` : "Beginning…");
+        if (event.unknown.length) {
+          entry.part(".facts").textContent += ` · unknown to the tokenizer: ${event.unknown.join(" ")}`;
+        }
       } else if (event.event === "started") {
         entry.say(event.rows > request.n ? `Beginning, in a batch of ${event.rows}…` : "Beginning…");
       } else if (event.event === "step") {

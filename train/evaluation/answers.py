@@ -1,0 +1,94 @@
+"""Answers to questions about pictures, for the scorers of visual question answering that read LLaVA's answer files.
+
+Questions are JSON lines {"question_id", "image", "text"}; answers are written as LLaVA's model_vqa.py does.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.durable import atomic_write
+from data.pictures import decode_picture
+from data.storage import Location
+from model.sampler_config import SamplerConfig
+from train.distributed.ranks import Ranks
+from train.evaluation.generation import batches_of
+from train.evaluation.part import Bar, Part
+from train.inference.pipeline import Part as PromptPart
+from train.inference.pipeline import Pipeline, text_alone
+
+QUESTION = "{question}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersConfig:
+    # Questions about pictures, JSON lines {"question_id", "image", "text"}, to answer in answers.jsonl; null: none.
+    questions: Location | None = None
+    pictures: Location = "."  # folder in which the names of `image` lie
+    template: str = QUESTION  # what the model reads after the picture; {question} stands for the question's text
+
+    def __post_init__(self) -> None:
+        if QUESTION not in self.template:
+            raise ValueError(f"answers.template={self.template!r}: expected a text with {QUESTION} in it")
+
+
+def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
+    """Read the lines; raise ValueError for one of another form, FileNotFoundError for a picture that is missing."""
+    assert config.questions is not None
+    path, rows = Path(config.questions), []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows.append({"question_id": row["question_id"], "text": str(row["text"]), "image": row.get("image")})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"answers.questions={path}:{number}: {type(error).__name__}: {error}; expected question_id, image, text"
+            ) from None
+    missing = [row["image"] for row in rows if row["image"] and not (Path(config.pictures) / row["image"]).is_file()]
+    if missing:
+        raise FileNotFoundError(f"answers.pictures={config.pictures}: {len(missing)} are not there, as {missing[0]}")
+    if not rows:
+        raise ValueError(f"answers.questions={path}: no questions; expected a JSON object a line")
+    return rows
+
+
+def write_answers(
+    pipeline: Pipeline,
+    config: AnswersConfig,
+    sampler: SamplerConfig,
+    seed: int,
+    output: Path,
+    ranks: Ranks,
+    bar: Bar,
+) -> Part:
+    """Answer each question after its picture, if it has one, and write answers.jsonl; give no scores. Collective."""
+    rows, saved = read_questions(config), pipeline.saved
+    fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+    ranks.require_alike({"answers.questions (contents)": fingerprint})
+    batches, mine = batches_of(len(rows), pipeline.batch_size)[ranks.rank :: ranks.world_size], []
+    with bar("answers", sum(map(len, batches))) as progress:
+        for batch in batches:
+            prompts = [_prompt(pipeline, config, rows[number]) for number in batch]
+            answered = pipeline.complete(prompts, text_alone(sampler), seed, progress.update, batch)
+            texts = ["".join(part for part in parts if isinstance(part, str)) for parts in answered]
+            mine += zip(batch, texts, strict=True)
+    found = dict(pair for part in ranks.gather(mine) for pair in part)
+    model_id = pipeline.weights if saved is None else f"{saved.folder.name}-{pipeline.weights}"
+    lines = []
+    for number, row in enumerate(rows):
+        answer = {"question_id": row["question_id"], "prompt": row["text"], "text": found[number].strip()}
+        lines.append({**answer, "answer_id": f"{fingerprint}-{number}", "model_id": model_id, "metadata": {}})
+    if ranks.is_first:
+        with atomic_write(output / "answers.jsonl") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+    return Part({}, [], {"questions": config.questions, "fingerprint": fingerprint, "items": len(rows)})
+
+
+def _prompt(pipeline: Pipeline, config: AnswersConfig, row: dict[str, Any]) -> list[PromptPart]:
+    text = config.template.replace(QUESTION, row["text"])
+    if not row["image"]:
+        return [text]
+    path, side = Path(config.pictures) / row["image"], pipeline.latent_spec.resolution
+    return [decode_picture(path.read_bytes(), [(side, side)], str(path)), text]

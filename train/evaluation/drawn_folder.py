@@ -1,0 +1,24 @@
+"""A folder of drawn pictures, which an interrupted evaluation goes on to fill, with a mark of what they depend on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.durable import write_durably
+from train.output_folder import make_writable
+
+
+def begin(folder: Path, mark: Path, settings: dict[str, Any]) -> None:
+    """Make the folder and its mark, a file; raise ValueError if it holds pictures of other settings."""
+    make_writable(folder)
+    settings = json.loads(json.dumps(settings))  # as the mark reads back
+    if mark.is_file():
+        found = json.loads(mark.read_text(encoding="utf-8"))
+        if changed := [key for key in settings | found if settings.get(key) != found.get(key)]:
+            raise ValueError(
+                f"output: {folder} holds pictures drawn with another {', '.join(changed)}; expected none, or the "
+                "same to go on with. Choose another output, or remove that folder to draw them again"
+            )
+    elif any(folder.iterdir()):
+        raise ValueError(f"output: {folder} is not empty, but {mark} is missing; expected both. Choose another output")
+    write_durably(mark, json.dumps(settings, indent=1).encode())
