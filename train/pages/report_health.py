@@ -46,7 +46,8 @@ def _reference(inputs: ReportInputs, run: RunInputs) -> list[Finding]:
     if verdict is None:
         return []
     words = f"{verdict.words[0].upper()}{verdict.words[1:]}."
-    return [Finding("Reference", verdict.within, words, "a tenth of a curve's rows lie outside of the band")]
+    ill = bool(verdict.by_metric) and not verdict.within  # what cannot be compared is not ill
+    return [Finding("Reference", not ill, words, "a tenth of a curve's rows lie outside of the band")]
 
 
 def timelines(inputs: ReportInputs) -> str:
