@@ -37,7 +37,7 @@ def read(folder: Path) -> RunInputs:
 
 def unhealthy(folder: Path, now: float | None = None) -> dict[str, str]:
     """Return what to look at: the sentence by topic."""
-    return {found.topic: found.words for found in findings(read(folder), now) if not found.healthy}
+    return {found.topic: found.words for found in findings(read(folder), now) if found.healthy is False}
 
 
 def change(folder: Path, how: Callable[[int, dict], object]) -> None:
@@ -216,6 +216,7 @@ def test_the_reference_band_is_drawn_and_its_verdict_is_a_topic(run: Path, tmp_p
     assert page.section("curves").classes()["band"] == 2  # both scales
     change(run, lambda i, row: row.update(text_loss=2 * row["text_loss"]))
     main([f"run={run}", f"reference={tmp_path / 'band.json'}"])
+    assert page.section("health").classes()["verdict ok"] == 1
     assert "Outside the band of mine" in Page((run / "report.html").read_text()).section("health").text
 
 

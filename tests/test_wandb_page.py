@@ -233,7 +233,9 @@ def test_previews_are_tables_of_pictures_with_their_prompts_and_survive_wandb_to
             if step == 2:
                 signal_service(signal.SIGKILL)
     rows, *_ = page(tmp_path / "run")
-    assert [("previews_step" in row, row["step"]) for row in rows] == [(kind, s) for s in (1, 2, 3) for kind in (False, True)]
+    assert [("previews_step" in row, row["step"]) for row in rows] == [
+        (kind, s) for s in (1, 2, 3) for kind in (False, True)
+    ]
     for row in rows[1::2]:
         (path,) = tmp_path.glob(f"run/wandb/*/files/{row['previews/path']}")
         table = json.loads(path.read_text())
