@@ -208,7 +208,7 @@ def summary(
         "bit_identical": identical,
         "documents_lost": documents["lost"],
         "documents_repeated": documents["repeated"],
-        "seconds_to_first_step": _spread([e.seconds_to_first_step for e in entries if e not in slow]),
+        "seconds_to_first_step": _spread([e.seconds_to_first_step for e in entries if e not in without]),
         "seconds_to_first_step_without_wandb": _spread([e.seconds_to_first_step for e in without]),
         "seconds_to_end": _spread([e.seconds_to_end for e in entries if e.fault.kind == "kill_rank"]),
         "seconds_to_end_frozen": _spread([e.seconds_to_end for e in entries if e.fault.kind == "sigstop"]),
