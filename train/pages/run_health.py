@@ -51,11 +51,11 @@ def _progress(run: RunInputs, now: float) -> Iterator[Finding]:
     of = f" of {steps:,}" if isinstance(steps, int) else ""
     rule = f"there is no row for {SILENT} times the usual interval, and ten minutes"
     at = f"Step {int(last):,}{of}"
-    stop = next((event for event in reversed(run.events) if event.get("kind") in ("start", "stop")), {})
+    ends = [event for event in run.events if event.get("kind") in ("start", "stop")]
     if isinstance(steps, int) and last >= steps:
         yield Finding("Progress", True, f"Finished: step {int(last):,}.", rule)
-    elif stop.get("kind") == "stop":
-        yield Finding("Progress", stop.get("status") in (0, 75), f"{at}; {stop.get('words', 'it stopped')}.", rule)
+    elif ends and (stop := ends[-1])["kind"] == "stop":
+        yield Finding("Progress", stop.get("status") in (0, 75, 130), f"{at}; {stop.get('words', 'it stopped')}.", rule)
     elif len(times) > 2:
         silence, usual = now - float(times.values[-1]), float(np.median(np.diff(times.values[-100:])))
         silent = silence > max(SILENT * usual, 600)
