@@ -35,7 +35,10 @@ ROOMS = {
     "inference": {"distributed", "optim", "checkpoints", "pretrain_config", "llm_folder"},
     "planning": {"distributed", "optim", "checkpoints", "pretrain_config", "llm_folder"},
     "serving": {"distributed", "pretrain_config", "inference"},
-    "pages": {"distributed", "optim", "checkpoints", "pretrain_config", "inference", "planning", "evaluation"},
+    "pages": {
+        *("distributed", "optim", "checkpoints", "pretrain_config", "inference", "planning", "evaluation"),
+        "config_layers",
+    },
 }
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

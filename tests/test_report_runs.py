@@ -37,7 +37,7 @@ def read(folder: Path) -> RunInputs:
 
 def unhealthy(folder: Path, now: float | None = None) -> dict[str, str]:
     """Return what to look at: the sentence by topic."""
-    return {found.topic: found.words for found in findings(read(folder), now) if not found.healthy}
+    return {found.topic: found.words for found in findings(read(folder), now) if found.healthy is False}
 
 
 def change(folder: Path, how: Callable[[int, dict], object]) -> None:
@@ -66,8 +66,8 @@ def test_a_healthy_run_is_healthy_in_every_topic(run: Path) -> None:
         ("Updates", lambda i, row: row.update(skipped_updates=int(i > 5), rollbacks=2),
          "1 of 2,000 updates were skipped; the run went back 2 times"),
         ("Clipping", lambda i, row: row.update(grad_norm=2.5), "100% of the newer half's rows .* the median is 2.5"),
-        ("Data", lambda i, row: row.update({"skipped_documents": 7, "skipped_documents/corrupt": 4, "skipped_documents/"
-         "too large": 3, "padding_share": 0.3}), r"7 documents skipped \(4 corrupt, 3 too large\); 30.0% .* padding"),
+        ("Data", lambda i, row: row.update({"skipped_documents": 7, "skips/corrupt": 4, "skips/too large": 3,
+         "padding_share": 0.3}), r"7 documents skipped \(4 corrupt, 3 too large\); 30.0% .* padding"),
         ("Stalls", lambda i, row: row.update(data_stall_share=0.9 if i == 40 else 0.0),
          "Up to step 410 it waited for data for 90% of an interval"),
         ("Slowest rank", lambda i, row: row.update(slowest_lag_share=0.2, slowest_rank=5, slowest_host="node9"),
@@ -216,6 +216,7 @@ def test_the_reference_band_is_drawn_and_its_verdict_is_a_topic(run: Path, tmp_p
     assert page.section("curves").classes()["band"] == 2  # both scales
     change(run, lambda i, row: row.update(text_loss=2 * row["text_loss"]))
     main([f"run={run}", f"reference={tmp_path / 'band.json'}"])
+    assert page.section("health").classes()["verdict ok"] == 1
     assert "Outside the band of mine" in Page((run / "report.html").read_text()).section("health").text
 
 

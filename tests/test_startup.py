@@ -11,7 +11,7 @@ from tests.test_imports import PROGRAMS, ROOT
 
 # Each takes 0.3 s or more to import, and is imported where it is used. In order: DTensor, FSDP, DCP, the compiler.
 HEAVY = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo")
-HEAVY += ("sympy", "diffusers", "transformers", "wandb", "submitit", "webdataset", "torchdata", "matplotlib", "scipy")
+HEAVY += ("sympy", "diffusers", "transformers", "wandb", "submitit", "webdataset", "torchdata", "scipy")
 HEAVY += ("starlette", "uvicorn")
 # A program runs as its command line does, in a fork of a process that has imported torch alone.
 RUN = """
@@ -47,7 +47,7 @@ def test_no_program_imports_a_large_library_for_its_help_or_a_refusal() -> None:
 
 def test_programs_without_tensors_do_not_import_torch() -> None:
     """They answer in a third of a second."""
-    for name in ("train.demo", "train.scenes", "train.tokenizer", "slurm.launch"):
+    for name in ("train.demo", "train.report", "train.scenes", "train.tokenizer", "slurm.launch"):
         code = f"import runpy, sys; import {name}; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, name
 

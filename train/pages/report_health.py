@@ -27,17 +27,19 @@ def health(inputs: ReportInputs) -> str:
 
 
 def _summary(found: list[Finding]) -> str:
-    look = [finding.topic for finding in found if not finding.healthy]
+    look = [finding.topic for finding in found if finding.healthy is False]
+    well = sum(finding.healthy is True for finding in found)
     if not look:
-        return f'<p class="verdict ok">✓ Healthy in all {len(found)} topics.</p>'
-    words = f"▲ Look at {', '.join(look)}; the other {len(found) - len(look)} topics are healthy."
+        return f'<p class="verdict ok">✓ Healthy in all {well} topics.</p>'
+    words = f"▲ Look at {', '.join(look)}; {well} other topics are healthy."
     return f'<p class="verdict look">{escape(words)}</p>'
 
 
 def _finding(finding: Finding) -> str:
-    sign, kind, word = ("✓", "ok", "healthy") if finding.healthy else ("▲", "look", "look at this")
+    signs = {True: ("✓", "ok", "healthy"), False: ("▲", "look", "look at this"), None: ("○", "note", "not known")}
+    sign, kind, word = signs[finding.healthy]
     head = f'<dt><span class="{kind}" title="{word}">{sign}</span> {escape(finding.topic)}</dt>'
-    kind = "finding" if finding.healthy else "finding look"
+    kind = "finding look" if finding.healthy is False else "finding"
     return f'<dl class="{kind}">{head}<dd>{escape(finding.words)}<i>Look if {escape(finding.rule)}.</i></dd></dl>'
 
 
@@ -46,7 +48,8 @@ def _reference(inputs: ReportInputs, run: RunInputs) -> list[Finding]:
     if verdict is None:
         return []
     words = f"{verdict.words[0].upper()}{verdict.words[1:]}."
-    return [Finding("Reference", verdict.within, words, "a tenth of a curve's rows lie outside of the band")]
+    healthy = verdict.within if verdict.by_metric else None  # it cannot be compared
+    return [Finding("Reference", healthy, words, "a tenth of a curve's rows lie outside of the band")]
 
 
 def timelines(inputs: ReportInputs) -> str:

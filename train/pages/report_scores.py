@@ -175,9 +175,11 @@ def _by_level(name: str, bins: dict[str, dict[str, Any]]) -> str:
 
 def absent(inputs: ReportInputs, what: str, file: str) -> str:
     """Say why an input is missing and which program writes it."""
-    program = {"evaluation": "train.evaluate", "samples": "train.sample"}[what]
-    folders = {"evaluation": [str(one.folder) for one in inputs.evaluations], "samples": [inputs.config.samples]}[what]
-    if not any(folders):
+    if what == "evaluation":
+        program, folders = "train.evaluate", [str(one.folder) for one in inputs.evaluations]
+    else:
+        program, folders = "train.sample", [inputs.config.samples] if inputs.config.samples else []
+    if not folders:
         return f"No folder is named ({what}=FOLDER, written by {program})."
     return f"{folders[0]}/{file} is not there yet, or empty; {program} writes it."
 

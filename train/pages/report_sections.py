@@ -29,11 +29,10 @@ SWITCH = (
 
 
 def _curves(inputs: ReportInputs) -> str:
-    band = inputs.band
-    bands = {
-        name: tuple(np.array(numbers, dtype=np.float64) for numbers in (band.steps, curve.low, curve.high))
-        for name, curve in (band.curves if band else {}).items()
-    }
+    bands = {}
+    if (band := inputs.band) is not None:
+        for name, curve in band.curves.items():
+            bands[name] = tuple(np.array(numbers, dtype=float) for numbers in (band.steps, curve.low, curve.high))
     groups = {"Losses": loss_groups, "Gradients and updates": update_groups, "Data": data_groups}
     html = ""
     for title, groups_of in groups.items():

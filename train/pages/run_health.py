@@ -18,7 +18,7 @@ from train.pages.report_inputs import RunInputs
 from train.pages.svg_chart import number
 from train.pages.time_shares import spoken
 
-LEAST_ROWS = 24  # fewer say nothing about a trend
+LEAST_ROWS = 16  # fewer say nothing about a trend
 SPIKE, BLOCK = 0.3, 50  # above the median of the block of rows before, and a block's rows
 CLIPPED = 0.95  # of the newer half's rows: more is always
 SLOWER = 0.1  # than the best
@@ -31,7 +31,7 @@ SILENT = 10  # times the interval between rows, and at least ten minutes
 @dataclass(frozen=True)
 class Finding:
     topic: str
-    healthy: bool
+    healthy: bool | None  # None: it cannot be said
     words: str
     rule: str
 
@@ -51,11 +51,11 @@ def _progress(run: RunInputs, now: float) -> Iterator[Finding]:
     of = f" of {steps:,}" if isinstance(steps, int) else ""
     rule = f"there is no row for {SILENT} times the usual interval, and ten minutes"
     at = f"Step {int(last):,}{of}"
-    stop = next((event for event in reversed(run.events) if event.get("kind") in ("start", "stop")), {})
+    ends = [event for event in run.events if event.get("kind") in ("start", "stop")]
     if isinstance(steps, int) and last >= steps:
         yield Finding("Progress", True, f"Finished: step {int(last):,}.", rule)
-    elif stop.get("kind") == "stop":
-        yield Finding("Progress", stop.get("status") in (0, 75), f"{at}; {stop.get('words', 'it stopped')}.", rule)
+    elif ends and (stop := ends[-1])["kind"] == "stop":
+        yield Finding("Progress", stop.get("status") in (0, 75, 130), f"{at}; {stop.get('words', 'it stopped')}.", rule)
     elif len(times) > 2:
         silence, usual = now - float(times.values[-1]), float(np.median(np.diff(times.values[-100:])))
         silent = silence > max(SILENT * usual, 600)
@@ -154,7 +154,7 @@ def _clipping(run: RunInputs) -> Iterator[Finding]:
     share = float((newer > clip).mean())
     words = f"{share:.0%} of the newer half's rows are above optim.clip_norm={clip:g}; the median is "
     words += number(float(np.median(newer)))
-    always = ": every update has the same length, whatever its gradient" if share > CLIPPED else ""
+    always = ": every gradient is scaled to the same length" if share > CLIPPED else ""
     yield Finding("Clipping", share <= CLIPPED, f"{words}{always}.", f"more than {CLIPPED:.0%} are")
 
 

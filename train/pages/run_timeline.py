@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
@@ -95,8 +96,8 @@ def _stalls(run: RunInputs) -> Iterator[Moment]:
         starts = np.arange(0, len(series), -(-len(series) // PIECES))
         sizes = np.diff([*starts, len(series)])
         shares = np.add.reduceat(np.nan_to_num(series.values), starts) / sizes
-        for much, group in groupby(range(len(starts)), key=lambda piece, shares=shares: bool(shares[piece] > MUCH)):
-            pieces = list(group)
+        for much, group in groupby(enumerate((shares > MUCH).tolist()), key=itemgetter(1)):
+            pieces = [piece for piece, _ in group]
             if much:
                 first, last = starts[pieces[0]], starts[pieces[-1]] + sizes[pieces[-1]] - 1
                 until = f"steps {int(series.steps[first]):,} to {int(series.steps[last]):,}"

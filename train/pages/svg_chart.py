@@ -67,7 +67,7 @@ class Frame:
 
 def draw_chart(chart: Chart, curves: Sequence[Curve]) -> str:
     """Return a `<figure>`, or nothing if no curve has two values to draw."""
-    drawable = [replace(curve, **_drawable(chart, curve)) for curve in curves]
+    drawable = [_drawable(chart, curve) for curve in curves]
     curves = [curve for curve in drawable if np.isfinite(curve.values).sum() > 1]
     if not any(curve.values.any() for curve in curves):  # a number that is always 0 says nothing
         return ""
@@ -82,10 +82,10 @@ def draw_chart(chart: Chart, curves: Sequence[Curve]) -> str:
     return f'<figure role="img" aria-label="{escape(label)}">{caption}{drawings}{legend}</figure>'
 
 
-def _drawable(chart: Chart, curve: Curve) -> dict[str, np.ndarray]:
+def _drawable(chart: Chart, curve: Curve) -> Curve:
     """Leave out what a logarithm does not have."""
     shown = ~(curve.values <= 0) if chart.scale == "log" else np.full(len(curve.values), True)
-    return {"places": curve.places[shown], "values": curve.values[shown]}
+    return replace(curve, places=curve.places[shown], values=curve.values[shown])
 
 
 def _last(curve: Curve) -> str:

@@ -87,7 +87,8 @@ def spoken(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f}\u00a0s"
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    parts, left = [], round(seconds)
+    parts: list[str] = []
+    left = round(seconds)
     for unit, size in units:
         if left >= size or parts:
             parts.append(f"{left // size}\u00a0{unit}")
