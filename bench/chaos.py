@@ -200,7 +200,7 @@ def summary(
             group["resumed"] += entry.resumed
         return groups
 
-    slow = [entry for entry in entries if KINDS[entry.fault.kind].delay_s]
+    without = [entry for entry in entries if entry.fault.kind == "wandb_unreachable"]
     return {
         "faults": len(entries),
         "resumed": sum(entry.resumed for entry in entries),
@@ -208,8 +208,8 @@ def summary(
         "bit_identical": identical,
         "documents_lost": documents["lost"],
         "documents_repeated": documents["repeated"],
-        "seconds_to_first_step": _spread([e.seconds_to_first_step for e in entries if e not in slow]),
-        "seconds_to_first_step_without_wandb": _spread([e.seconds_to_first_step for e in slow]),
+        "seconds_to_first_step": _spread([e.seconds_to_first_step for e in entries if e not in without]),
+        "seconds_to_first_step_without_wandb": _spread([e.seconds_to_first_step for e in without]),
         "seconds_to_end": _spread([e.seconds_to_end for e in entries if e.fault.kind == "kill_rank"]),
         "seconds_to_end_frozen": _spread([e.seconds_to_end for e in entries if e.fault.kind == "sigstop"]),
         "frozen_outwaited": sum(entry.outwaited for entry in entries),  # peers still ran after the timeout

@@ -88,7 +88,6 @@ class Kind:
     changes: dict[str, Any] = field(default_factory=dict)  # of the struck attempt's settings
     environment: dict[str, str] = field(default_factory=dict)
     timeout_s: float = 12.0  # of the struck attempt's collectives
-    delay_s: float = 0.0  # by which it may delay the first step
     least_ranks: int = 1
     needs_mount: bool = False
 
@@ -228,7 +227,7 @@ def suffer(scene: Scene) -> None:
 
 
 def unreachable_logger(scene: Scene) -> None:
-    """It may cost only the time that the trainer waits for it; then the attempt is stopped in an orderly way."""
+    """It costs no time until the end; the attempt is stopped in an orderly way."""
     if not scene.attempt.running or scene.job.last_step() < scene.target:
         raise NotSurvived(f"without wandb it ended with {scene.attempt.statuses} before step {scene.target}")
     scene.attempt.signal(signal.SIGTERM)
@@ -270,10 +269,8 @@ KINDS = {
     **dict.fromkeys(DAMAGES, Kind(TRAINING, damage)),
     "disk_full": Kind(OUTSIDE, suffer, full_disk, needs_mount=True),
     "read_only": Kind(OUTSIDE, suffer, read_only, needs_mount=True),
-    # Rank 0 waits 20 s for wandb, and its peers wait for rank 0.
-    "wandb_unreachable": Kind(
-        ("step",), unreachable_logger, None, {"log.wandb": "online"}, NO_WANDB, timeout_s=36.0, delay_s=20.0
-    ),
+    # Nothing waits for wandb but the end, 20 s after a stop signal.
+    "wandb_unreachable": Kind(("step",), unreachable_logger, None, {"log.wandb": "online"}, NO_WANDB, timeout_s=36.0),
     "shard_vanishes": Kind(OUTSIDE, suffer, vanished_shard, {"data.max_bad_documents": 0}),
     "second_copy": Kind(OUTSIDE, second_copy),
 }

@@ -198,7 +198,7 @@ class Trajectory:
         check_rows(job.rows(), before, resume, first.has_come())
         if entry is not None:
             entry.seconds_to_first_step = first.seconds
-            if first.seconds is not None and first.seconds > LATE_S + KINDS[entry.fault.kind].delay_s:
+            if first.seconds is not None and first.seconds > LATE_S:
                 raise NotSurvived(f"its first step came after {first.seconds:.0f} s")
         if first.has_come() or entry is None:
             for earlier in self.entries:

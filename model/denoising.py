@@ -26,13 +26,14 @@ def denoise(
     config: SamplerConfig,
     diffusion: DiffusionConfig,
     numbers: int,
-    report: Callable[[int, Tensor], object],
+    report: Callable[[int, Tensor], list[int] | None],
 ) -> Tensor:
     """Return clean latents [N, C, h, w] of `numbers` = C h w numbers each.
 
     `predict(x_t, timestep, guidance)` is the noise head's prediction. `noise(0)` is where the images start, and
     `noise(i)` what a random sampler adds in step i. `report(i, x0)` is called after step i, counted from 1, with the
-    clean latents that the model predicted in it; what it raises ends the denoising.
+    clean latents that the model predicted in it. It returns which images, by place and in which order, go on; None: all
+    as they are. What it raises ends the denoising.
     """
     steps = NoiseSchedule.of(diffusion, numbers).sampling_steps(config.steps, config.spacing)
     eta = config.eta if config.sampler == "ddim" else 0.0
@@ -62,7 +63,11 @@ def denoise(
             if config.sampler == "heun" and cleaner is not CLEAN:
                 x_next = heun_step(x_t, (x0, eps), implied(x_next, t_next, cleaner), level, cleaner)
             x_t = x_next
-        report(step, x0)
+        kept = report(step, x0)
+        if kept is not None:
+            x_t, before = x_t[kept], before and (before[0][kept], before[1])
+            if not kept:
+                break
     return x_t
 
 

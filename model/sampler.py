@@ -64,6 +64,7 @@ def generate(
     batch: int | None = None,
     guide: Transfusion | None = None,
     watch: Watch = lambda indices, step, x0: None,
+    left: Callable[[int], bool] = lambda index: False,
 ) -> list[list[Tensor]]:
     """Return for each prompt what follows it: text int64 [len] without special tokens, and latents f32 [C, h, w].
 
@@ -72,12 +73,12 @@ def generate(
     sampling between two forwards. `batch` is the rows of a full batch, if these are its incomplete last one: on CUDA,
     bits are the same at the same `batch`. A `guide` of the same tokens, latents and patch size is the weak model of
     guidance, in place of the model without its prompt. Raises ValueError for a prompt that does not fit in
-    `max_length`.
+    `max_length`. After each forward the rows of whose index `left` is true end with what they have.
     """
     if not prompts:
         return []
     batch = batch or len(prompts)
-    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws, progress, batch, guide, watch)
+    decoding = _Decoding(model, prompts, config, diffusion, special, grid, draws, progress, batch, guide, watch, left)
     decoding.prefill()
     while not all(row.mode == "done" for row in decoding.rows):
         decoding.text_mode()
@@ -129,8 +130,9 @@ class _Decoding:
         batch: int,
         guide: Transfusion | None,
         watch: Watch,
+        left: Callable[[int], bool],
     ) -> None:
-        self._progress, self._reported, self._watch = progress, 0.0, watch
+        self._progress, self._reported, self._watch, self._left = progress, 0.0, watch, left
         self.config, self.diffusion = config.suited_to(diffusion), diffusion
         self.special, self.draws = special, draws
         self.patch_size = model.config.patch_size
@@ -165,7 +167,8 @@ class _Decoding:
         """Sample tokens until every row has begun a picture or is done. The host waits for the device once a token."""
         while True:
             for i, row in enumerate(self.rows):
-                if row.mode == "text" and (row.num_tokens == self.config.max_new_tokens or not self._fits(i, 1)):
+                is_full = row.num_tokens == self.config.max_new_tokens or not self._fits(i, 1)
+                if row.mode == "text" and (is_full or self._left(row.index)):
                     row.mode = "done"
             active = [i for i, row in enumerate(self.rows) if row.mode == "text"]
             if not active:
@@ -192,8 +195,8 @@ class _Decoding:
         drawing = [i for i, row in enumerate(self.rows) if row.mode == "image"]
         continuing: dict[int, Tensor] = {}
         for chosen in self.cached_model.chunks(drawing, self.patches):
-            latents = self._denoise(chosen)
-            for i, picture, copy in zip(chosen, latents, latents.cpu(), strict=True):
+            rows, latents = self._denoise(chosen)
+            for i, picture, copy in zip(rows, latents, latents.cpu(), strict=True):
                 row = self.rows[i]
                 row.output.append(copy)
                 row.num_images += 1
@@ -206,17 +209,36 @@ class _Decoding:
             self.cached_model.append_text({i: [self.special.eoi] for i in continuing}, 1)
         self._report()
 
-    def _denoise(self, chosen: Sequence[int]) -> Tensor:
-        """Return clean latents f32 [r, C, h, w], denoised after the chosen rows; the cache keeps nothing of them."""
-        predict = self.cached_model.denoiser(chosen, self.shape[1:], self.config.guidance_rescale)
-        indices = [self.rows[i].index for i in chosen]
+    def _denoise(self, chosen: list[int]) -> tuple[list[int], Tensor]:
+        """Return the chosen rows but those that left, and clean latents f32 [r, C, h, w], denoised after them.
 
-        def report(step: int, x0: Tensor) -> None:
-            self._watch(indices, step, x0)
-            self._report(chosen, step)
+        The cache keeps nothing of them.
+        """
+        rows, denoiser = chosen, partial(self.cached_model.denoiser, grid=self.shape[1:])
+        predict = denoiser(rows, rescale=self.config.guidance_rescale)
 
-        noise = partial(self._noise, chosen)
-        return denoise(predict, noise, self.config, self.diffusion, math.prod(self.shape), report)
+        def report(step: int, x0: Tensor) -> list[int] | None:
+            nonlocal rows, predict
+            self._watch([self.rows[i].index for i in rows], step, x0)
+            self._report(rows, step)
+            staying = [i for i in rows if not self._left(self.rows[i].index)]
+            if len(staying) == len(rows):
+                return None
+            for i in set(rows) - set(staying):
+                self.rows[i].mode = "done"
+            before, rows = rows, next(iter(self.cached_model.chunks(staying, self.patches)), [])
+            predict = denoiser(rows, rescale=self.config.guidance_rescale) if rows else predict
+            return [before.index(i) for i in rows]
+
+        latents = denoise(
+            lambda x_t, t, guidance: predict(x_t, t, guidance),
+            lambda step: self._noise(rows, step),
+            self.config,
+            self.diffusion,
+            math.prod(self.shape),
+            report,
+        )
+        return rows, latents
 
     def _report(self, drawing: Sequence[int] = (), steps: int = 0) -> None:
         """Report progress since the last report, in rows; rows that are `drawing` are `steps` into a picture."""

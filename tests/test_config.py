@@ -269,14 +269,8 @@ TEXTS = {
         "log.project",
     ),
     *("checkpoint.best_metric", "program", "gpus_per_node", "time", "array", "then", "setup", "env", "sbatch"),
-    *(
-        "text_key",
-        "special",
-        "captioning.split",
-        "generation.split",
-        "model.lora.parameters",
-        "optim.groups.parameters",
-    ),
+    *("text_key", "special", "model.lora.parameters", "optim.groups.parameters"),
+    *("captioning.split", "generation.split", "answers.template"),
 }
 
 

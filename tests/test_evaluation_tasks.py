@@ -10,7 +10,7 @@ from tests.runs import DrawingRun, expect
 from tests.test_benchmarks import LAYOUTS, files_of, write_prompts
 from tests.test_captioning import coco  # noqa: F401
 from tests.test_multiple_choice import write_questions
-from train import evaluate
+from train import evaluate, report
 
 
 @pytest.mark.slow
@@ -35,6 +35,9 @@ def test_one_evaluation_does_all_tasks_alike_on_one_and_two_ranks(
         lines = [json.loads(line) for line in (output / "examples.jsonl").read_text().splitlines()]
         assert all((output / line.get("drawn", line.get("true"))).is_file() for line in lines)
         assert sum("score" in line for line in lines) == found[-1]["data"]["captioning"]["items"] == 6
+    page = tmp_path / "report.html"
+    report.main([f"run={drawn.run_dir}", f"evaluation=[{tmp_path / 'output1'}]", f"vae={drawn.vae}", f"output={page}"])
+    assert "cider, of 6 examples" in page.read_text() and "a large red circle beside 0 squares." in page.read_text()
     one, two = found
     assert captions[0] == captions[1] and one["scores"] == two["scores"]
     names = {f"choices/made/{kind}" for kind in ("accuracy", "accuracy_per_character", "accuracy_per_token")}

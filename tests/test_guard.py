@@ -14,6 +14,7 @@ from data.tokenizer import Tokenizer
 from tests.ranks import run_ranks
 from tests.runs import assert_same_end, finish, launch, numbers, rows, saved_state, saved_steps, settings, wait_for
 from tests.sources import make_source, pairs
+from tests.test_wandb_page import page, steps_of
 from train.config import load_config
 from train.distributed.ranks import Ranks
 from train.optim.guard import Guard, GuardConfig
@@ -167,8 +168,10 @@ def test_going_back_on_request_and_by_itself_happens_once_and_abandoned_rows_are
 ) -> None:
     """P4: the same command again, as a requeue gives it, continues."""
     run_dir = tmp_path / "run"
-    finish(_argv(run_dir, tokenizer, poisoned, guard__max_bad_in_a_row=5, checkpoint__interval_steps=2), 1)
-    changes = {"guard__max_rollbacks": 2, "guard__exclude_before": 3, "checkpoint__interval_steps": 2, "resume": 4}
+    common: dict[str, Any] = {"checkpoint__interval_steps": 2, "log__wandb": "offline"}
+    finish(_argv(run_dir, tokenizer, poisoned, guard__max_bad_in_a_row=5, **common), 1)
+    first_page = page(run_dir)[0]
+    changes = {"guard__max_rollbacks": 2, "guard__exclude_before": 3, "resume": 4, **common}
     argv = _argv(run_dir, tokenizer, poisoned, **changes)
     assert "going back as resume= says" in finish(argv, 1)
     kept = {aside.name: len(rows(aside)) for aside in run_dir.glob("abandoned-*")}
@@ -176,3 +179,7 @@ def test_going_back_on_request_and_by_itself_happens_once_and_abandoned_rows_are
     again = finish(argv, 1)
     assert "going back as resume= says" not in again and f"done after step {END}" in again
     assert len(list(run_dir.glob("abandoned-*"))) == 3
+    assert steps_of(first_page) == list(range(1, END + 1))
+    assert steps_of(page(run_dir)[0]) == [row["step"] for row in rows(run_dir)] != steps_of(first_page)
+    ids = {path.stem for path in run_dir.glob("wandb/offline-run-*/*.wandb")}
+    assert len(ids) == 1 + len(kept), "a page for what the run was, one for each time that it went back"

@@ -110,7 +110,7 @@ def test_another_recipe_or_other_data_is_not_compared(band: Band) -> None:
     assert words(*elsewhere, "parallel.dtype=float32", "data.num_workers=1", "evaluation.lanes=4").startswith("within")
     assert "optim.steps is 12, the band's 800" in words("optim.steps=12", "optim.warmup_steps=2")
     assert "data.lanes is 12, the band's 24" in words("data.lanes=12")
-    assert "data.sources.more.weight is 1.0, the band's absent" in words("data.sources.more.path=p")
+    assert "data.sources.more.weight is 1, the band's absent" in words("data.sources.more.path=p")
     assert "log.interval_steps is 10" in words("log.interval_steps=10")
     fewer = [{**row, "images_seen": 0.9 * row["images_seen"]} for row in rows]
     assert "other data: 79 images a step, the band's 88" in words(rows=fewer)

@@ -15,7 +15,7 @@ from model.diffusion import (
     dpmpp_step,
     to_x0_and_eps,
 )
-from model.draws import DrawsOfSamples, SeededDraws
+from model.draws import SeededDraws
 from model.lora import LoraConfig
 from model.nucleus import sample_tokens
 from model.sampler import Prompt, SpecialTokens, generate
@@ -291,22 +291,6 @@ def test_progress_rises_to_the_number_of_prompts():
     config = settings(max_new_tokens=0, max_images=1, steps=4)
     generate(tiny_model(), pictures, config, DiffusionConfig(), SPECIAL, GRID, SeededDraws(0), shares.append)
     assert [round(share, 6) for share in shares if share] == [0.75] * 4
-
-
-def test_who_watches_sees_each_rows_estimate_and_changes_no_bits():
-    """The last estimate of a deterministic sampler is the picture; samples keep their own seeds in one batch (P12)."""
-    model, seen = tiny_model(), []
-    prompts = [Prompt((text(5),), draw=True, index=i) for i in range(3)]
-    config, draws = settings(max_new_tokens=0), DrawsOfSamples([(4, 0), (0, 7), (4, 1)])
-    rest = (config, DiffusionConfig(), SPECIAL, GRID)
-    outputs = generate(model, prompts, *rest, draws, watch=lambda *step: seen.append(step))
-    assert [step for _, step, _ in seen] == [1, 2, 3, 4] and all(set(rows) == {0, 1, 2} for rows, *_ in seen)
-    rows, _, x0 = seen[-1]
-    assert all(torch.equal(x0[place], outputs[row][0]) for place, row in enumerate(rows))
-    assert not torch.allclose(seen[0][2], x0, atol=1e-3)
-    alone = [Prompt((text(5),), draw=True, index=i) for i in (0, 1)]
-    of_seed = generate(model, alone, *rest, SeededDraws(4))
-    assert torch.equal(of_seed[0][0], outputs[0][0]) and torch.equal(of_seed[1][0], outputs[2][0])
 
 
 def test_a_row_alone_and_in_a_batch_agree_within_rounding():

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Server:
 @contextmanager
 def serving(drawn: DrawingRun, log: Path, *more: str) -> Iterator[Server]:
     argv = [f"checkpoint={drawn.run_dir}", "device=cpu", "port=0", "sampler=ddim", "steps=4", "guidance=2"]
-    argv += ["max_new_tokens=6", "preview_share=1", "max_waiting=3", *more]
+    argv += ["max_new_tokens=6", "preview_share=1", "max_waiting=3", "seed=9", *more]
     with ProgramRanks(serve.main, argv, None, log, {"TRANSFUSION_TOKEN": TOKEN}) as program:
         yield Server(program)
 
@@ -135,7 +136,8 @@ def test_waiting_requests_of_equal_settings_share_a_batch_and_each_gets_its_own_
     one, two, three = (pictures(events[-1]) for events in ended)
     assert np.array_equal(one[0], pipeline.draw(["a"], SAMPLER, seed=1)[0])
     assert all(np.array_equal(*p) for p in zip(two, pipeline.draw([PROMPTS[1]] * 2, SAMPLER, seed=2), strict=True))
-    assert len(three) == 1 and server.ask("DELETE", f"/api/requests/{long['id']}")[0] == 404
+    assert len(three) == 1 and ended[2][-1]["settings"]["seed"] == 9, "the server's, where none is given"
+    assert server.ask("DELETE", f"/api/requests/{long['id']}")[0] == 404
 
 
 def test_a_client_that_hangs_up_frees_the_model(server: Server) -> None:
@@ -189,6 +191,37 @@ def test_a_batch_that_nobody_waits_for_ends_after_the_step_that_runs(pipeline: P
     assert len(forwards) == 3 + SAMPLER.steps and len(pictures(events[-1])) == 2
     with pytest.raises(Exception, match="the server stops"):
         batcher.submit(orders.draw({"prompt": "b"}), keep)
+
+
+def test_a_request_that_is_cancelled_leaves_its_batch_to_the_others(pipeline: Pipeline) -> None:
+    """They get the same bits in forwards of fewer rows."""
+    orders, rows, started, ended = Orders(pipeline, SAMPLER), [], threading.Event(), threading.Event()
+    ids: dict[str, str] = {}
+    last: dict[str, dict] = {}
+
+    def listen(name: str, event: dict, is_last: bool) -> None:
+        ids.setdefault(name, event.get("id", ""))
+        if name == "first":
+            started.set()
+        if name == "large" and event.get("step") == 2:
+            batcher.cancel(ids["large"])
+        if is_last:
+            last[name] = event
+            if {"large", "small"} <= last.keys():
+                ended.set()
+
+    with batching(pipeline) as batcher:
+        batcher.submit(orders.draw(LONG), partial(listen, "first"))
+        assert started.wait(30)
+        batcher.submit(orders.draw({"prompt": "a", "n": 30}), partial(listen, "large"))
+        batcher.submit(orders.draw({"prompt": "b", "seed": 4}), partial(listen, "small"))
+        hook = pipeline.model.patches.to_patch.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+        batcher.cancel(ids["first"])
+        assert ended.wait(30)
+    hook.remove()
+    assert last["large"]["event"] == "cancelled" and last["small"]["rows"] == 31
+    assert rows[-1] == rows[-2] < 10 < 60 < rows[-3], rows
+    assert np.array_equal(pictures(last["small"])[0], pipeline.draw(["b"], SAMPLER, seed=4)[0])
 
 
 def test_previews_take_the_share_of_time_that_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,8 @@ def page(folder: Path, page_id: str | None = None) -> tuple[list[dict[str, Any]]
     """Return what a run's offline page holds: its rows, the summary, whether its last file was finished."""
     page_id = page_id or json.loads((folder / ID_FILE).read_text())["id"]
     rows, summary, finished = [], {}, False
-    for path in sorted(folder.glob(f"wandb/offline-run-*-{page_id}/*.wandb")):
+    files = folder.glob(f"wandb/offline-run-*-{page_id}*/*.wandb")
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
         finished = False
         for record in records(path):
             rows += [row_of(record)] if record.HasField("history") else []
@@ -58,14 +59,14 @@ def steps_of(rows: list[dict[str, Any]]) -> list[int]:
     return [row["step"] for row in rows]
 
 
-def signal_service(number: signal.Signals) -> None:
-    """Send a signal to wandb's service, a child of this process, once it runs, and wait until it is gone."""
-    deadline = time.monotonic() + 30
-    while not (services := [pid for pid in children() if is_running(pid) and is_service(pid)]):
-        assert time.monotonic() < deadline, "wandb's service does not start"
-        time.sleep(0.01)
-    for service in services:
+def signal_service(log: MetricsLog, number: signal.Signals) -> None:
+    """Send a signal to wandb's service, a child of this process, once it has what was logged; wait until it is gone."""
+    idle = threading.Event()
+    log._page._ask(idle.set)
+    assert idle.wait(30), "wandb's service does not start"
+    for service in [pid for pid in children() if is_running(pid) and is_service(pid)]:
         os.kill(service, number)
+        deadline = time.monotonic() + 30
         while is_running(service):
             assert time.monotonic() < deadline, f"wandb's service outlived {number}"
             time.sleep(0.01)
@@ -89,9 +90,9 @@ def test_a_signal_that_reaches_wandb_too_costs_the_page_no_row(number: signal.Si
     with open_log(tmp_path / "run", LogConfig(wandb="offline")) as log:
         for step in range(1, 7):
             if step in (3, 6):
-                signal_service(number)
+                signal_service(log, number)
             log.write({"step": step, "text_loss": 1 / step})
-        signal_service(number)
+        signal_service(log, number)
     rows, summary, finished = page(tmp_path / "run")
     assert steps_of(rows) == [1, 2, 3, 4, 5, 6] and finished
     assert summary["step"] == 6 and summary["text_loss"] == 1 / 6
@@ -152,7 +153,7 @@ def test_online_too_what_did_not_reach_the_server_is_sent_again_and_nothing_twic
                 while not Server.rows and time.monotonic() < deadline:
                     time.sleep(0.05)
             if step in (6, 12):
-                signal_service(signal.SIGTERM)
+                signal_service(log, signal.SIGTERM)
     server.shutdown()
     assert [json.loads(Server.rows[n])["step"] for n in sorted(Server.rows)] == [n // 2 for n in range(2, 26)]
     assert json.loads(Server.summary)["heldout/x/text_loss"] == 1 / 12
@@ -231,20 +232,24 @@ def test_previews_are_tables_of_pictures_with_their_prompts_and_survive_wandb_to
                 write_sheet(file, pictures, prompts)
             log.picture(path, step)
             if step == 2:
-                signal_service(signal.SIGKILL)
+                signal_service(log, signal.SIGKILL)
     rows, *_ = page(tmp_path / "run")
-    assert [("previews_step" in row, row["step"]) for row in rows] == [
-        (kind, s) for s in (1, 2, 3) for kind in (False, True)
-    ]
-    for row in rows[1::2]:
-        (path,) = tmp_path.glob(f"run/wandb/*/files/{row['previews/path']}")
-        table = json.loads(path.read_text())
+    expected = [(kind, step) for step in (1, 2, 3) for kind in (False, True)]
+    assert [("previews_step" in row, row["step"]) for row in rows] == expected
+    files = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    tables = [record.artifact for path in files for record in records(path) if record.HasField("artifact")]
+    assert len(tables) == 3
+    for step, artifact in enumerate(tables, start=1):
+        where = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+        table = json.loads(where["previews.table.json"].read_text())
         assert table["columns"] == ["step", "prompt", "picture"]
-        assert [(step, prompt) for step, prompt, _ in table["data"]] == [(row["step"], prompt) for prompt in prompts]
+        assert [(step, prompt) for step, prompt, _ in table["data"]] == [(step, prompt) for prompt in prompts]
         for number, (*_, picture) in enumerate(table["data"], start=1):
-            with Image.open(path.parents[2] / picture["path"]) as shown:
+            path = where[picture["path"]]
+            with Image.open(path) as shown:
                 pixels = np.asarray(shown.convert("RGB"))
-            assert (pixels == 60 * number).all() and pixels.shape[1] == row["step"] * pixels.shape[0]
+            assert (pixels == 60 * number).all() and pixels.shape[1] == step * pixels.shape[0]
+            assert path.is_relative_to(tmp_path / "run"), "it moves with the run folder"
 
 
 def test_a_run_has_its_page_wherever_it_lies_and_a_copy_may_have_its_own(tmp_path: Path) -> None:

@@ -1,14 +1,11 @@
 """The wandb page of real runs that are stopped, requeued, killed and taken back: each row once, on the right page."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +13,6 @@ from tests import runs
 from tests.ranks import children
 from tests.runs import Arguments
 from tests.test_wandb_page import is_service, page, steps_of
-from train.wandb_page import ID_FILE
 
 ROOT = Path(__file__).parent.parent
 

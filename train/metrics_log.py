@@ -53,12 +53,12 @@ class MetricsLog:
         Raises ValueError if a package that is asked for is missing.
         """
         self.folder, self.status = folder, 0
+        self._files: TensorboardFiles | None = None
 
         def open_files() -> None:
             if config.tensorboard:
                 self._files = TensorboardFiles(folder.path / "tensorboard", step)
 
-        self._files: TensorboardFiles | None = None
         ranks.on_first(open_files)
         mode, dropped = config.wandb if ranks.is_first else "disabled", folder.metrics.dropped
         self._page = WandbPage(mode, config.project, folder.path, run_config, dropped, went_back)

@@ -234,7 +234,7 @@ def run_steps(run: Run) -> tuple[str, int]:
     console = Console(config.optim.steps, progress.step, ranks)
     budget = SkipBudget(config.data.max_bad_documents, len(run.data.too_long))
     why, status = "done", 0
-    with closing(run.loader()) as loader:
+    with console, closing(run.loader()) as loader:
         # If a stop cut short the evaluation of the step that we resume from, do it now, and save that step with it.
         stopped = run.evaluate(interval)
         if run.state.metrics and not run.saver.saved_step:

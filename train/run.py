@@ -18,7 +18,7 @@ from model.latent_space import LatentStats
 from train.checkpoints.resume import ResumePoint
 from train.checkpoints.run_folder import RunFolder
 from train.checkpoints.saver import Saver
-from train.console import Console, plural, say
+from train.console import Console, heldout_table, plural, say
 from train.distributed.cpu_settings import describe_cpu
 from train.distributed.process import set_allocator, wait_for
 from train.distributed.ranks import Ranks
@@ -100,7 +100,7 @@ class Run:
             self.saver.saved_step = 0  # it was saved without these metrics: save it again
         self.log.write({"step": step, **losses, **row})
         if self.ranks.is_first:
-            say("  ".join([f"step {step}", *(f"{name} {loss:.4f}" for name, loss in losses.items())]))
+            say(heldout_table(step, losses | row))
         return StopKind.NONE
 
     def draw_previews(self, interval: Interval) -> None:

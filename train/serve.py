@@ -7,9 +7,7 @@ described in docs/sampling.md.
 """
 
 import asyncio
-import signal
 import socket
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,54 +58,32 @@ def main(argv: list[str]) -> int:
 
 async def _serve(config: ServeConfig, pipeline: Pipeline, token: str | None, listener: socket.socket) -> int:
     """Serve until a signal; return the exit status."""
-    import uvicorn
-
     from train.serving.app import build_app
     from train.serving.batcher import Batcher
     from train.serving.orders import Orders
+    from train.serving.server import Server
 
-    class Server(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self):  # type: ignore[no-untyped-def]
-            yield  # uvicorn would raise them again at its end
+    def announce() -> None:
+        host, port = listener.getsockname()[:2]
+        what = f"{pipeline.weights} of step {model['step']:,} of {config.checkpoint}"
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"serve: {what} at {where}\nserve: {PURPOSE} Ctrl-C ends it.", flush=True)
 
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            host, port = listener.getsockname()[:2]
-            what = f"{pipeline.weights} of step {model['step']:,} of {config.checkpoint}"
-            where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            print(f"serve: {what} at {where}\nserve: {PURPOSE} Ctrl-C ends it.", flush=True)
-
-    model = describe(config, pipeline)
-    batcher = Batcher(pipeline, config.preview_share, config.max_waiting, model)
-    orders = Orders(pipeline, config)
+    model, orders = describe(config, pipeline), Orders(pipeline, config, config.seed)
     info = {
         "model": model,
-        "picture": [side * pipeline.space.stride for side in pipeline.grid],
+        "picture": [side * pipeline.space.stride for side in pipeline.grid],  # height, width
         "defaults": {**asdict(orders.defaults.suited_to(pipeline.config.diffusion)), "seed": config.seed},
         "limits": {"n": pipeline.batch_size, "waiting": config.max_waiting},
         "purpose": PURPOSE,
     }
-    app = build_app(batcher, orders, info, config.host, token)
-    quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
-    quiet |= {"ws": "none", "http": "h11", "loop": "asyncio", "timeout_graceful_shutdown": 5}
-    server, status = Server(uvicorn.Config(app, limit_concurrency=64, **quiet)), 0
-
-    def stop(number: int) -> None:
-        nonlocal status
-        status = 130 if number == signal.SIGINT else 0
-        asyncio.get_running_loop().remove_signal_handler(number)  # a second one ends the process at once
-        batcher.stop()
-        server.should_exit = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    batcher = Batcher(pipeline, config.preview_share, config.max_waiting, model)
     try:
-        await server.serve(sockets=[listener])
+        app = build_app(batcher, orders, info, config.host, token)
+        return await Server(app, listener, announce, batcher.stop).until_signal()
     finally:
         batcher.stop()
         await asyncio.to_thread(batcher.join)
-    return status
 
 
 def describe(config: ServeConfig, pipeline: Pipeline) -> dict[str, Any]:

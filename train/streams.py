@@ -11,9 +11,12 @@ instead, also when standard output is a full disk: its results are in files.
 
 import errno
 import io
+import logging
 import os
 import sys
 from typing import Any, TextIO
+
+from train.live_line import LINE, stand_out
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
@@ -23,11 +26,16 @@ class _Standard(io.FileIO):
 
     def __init__(self, descriptor: int, lasting: bool) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self._lasting = lasting
+        self._descriptor, self._lasting, self._is_terminal = descriptor, lasting, self.isatty()
 
     def write(self, data: Any, /) -> int:
+        if self._is_terminal:
+            LINE.clear()
         try:
-            return super().write(data)
+            written = super().write(data)
+            if self._is_terminal and self._descriptor == 1 and bytes(data[-1:]) == b"\n":
+                LINE.restore()
+            return written
         except OSError as error:
             if self._lasting:
                 return len(data)
@@ -44,6 +52,8 @@ def open_streams(*, lasting: bool = False) -> None:
         os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.stdout, sys.stderr = _reopened(sys.stdout, 1, lasting), _reopened(sys.stderr, 2, lasting)
+    if logging.lastResort is not None:  # prints warnings where nothing else is set up
+        logging.lastResort.setFormatter(logging.Formatter(stand_out("%(message)s", sys.stderr)))
 
 
 def _reopened(stream: TextIO | None, descriptor: int, lasting: bool) -> TextIO | None:

@@ -17,8 +17,9 @@ WHOLE, FIRST, LAST = 1, 2, 4  # kinds of parts
 
 def records(path: Path, last_blocks: int | None = None) -> Iterator[Any]:
     """Yield the records (wandb's protobuf `Record`) that are whole, of the whole file or of its last blocks."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
+    messages: Any = wandb_internal_pb2  # made when it is imported
     with path.open("rb") as file:
         size = path.stat().st_size
         start = 0 if last_blocks is None else max(0, (size - 1) // BLOCK + 1 - last_blocks) * BLOCK
@@ -37,7 +38,7 @@ def records(path: Path, last_blocks: int | None = None) -> Iterator[Any]:
             parts, begun = b"", True
         parts += part
         if kind in (WHOLE, LAST) and begun:
-            yield Record.FromString(parts)
+            yield messages.Record.FromString(parts)
 
 
 def row_of(record: Any) -> dict[str, Any]:

@@ -81,10 +81,14 @@ class WandbPage:
             return
         # Its error reports would go to a server of its own, for which an exit without a network waits 10 s.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self._dir = os.environ.get("WANDB_DIR") or str(folder)
+        # Where the pictures of tables wait to be sent; by default in the home folder.
+        os.environ.setdefault("WANDB_DATA_DIR", str(Path(self._dir, "wandb").absolute()))
         try:
             # Not in the thread: a loader worker, forked meanwhile, would wait for ever for what is half imported.
             import wandb  # noqa: F401
 
+            _disable_telemetry()
             self._identity = self._read_identity()
             if went_back is not None and self._dropped:
                 self._identity = self._forked(went_back)
@@ -165,7 +169,8 @@ class WandbPage:
         self._shown: dict[str, Any] = dict(run.summary) if run.resumed else {}  # last values, of the step `step`
         if run.offline:  # each attempt writes a file of its own, and `wandb sync` appends one to the other
             mine = Path(run.dir).parent
-            for path in sorted(mine.parent.glob(f"*run-*-{run.id}/run-{run.id}.wandb")):
+            files = mine.parent.glob(f"*run-*-{run.id}*/run-{run.id}.wandb")  # -1, -2 follow in the same second
+            for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
                 if path.parent != mine:
                     for record in records(path, LAST_BLOCKS):
                         self._shown.update(row_of(record))
@@ -191,7 +196,7 @@ class WandbPage:
         forked = identity.get("forked_from")
         given: dict[str, Any] = {
             "project": self._project,
-            "dir": os.environ.get("WANDB_DIR") or str(self._folder),
+            "dir": self._dir,
             "id": identity["id"],
             "name": f"{name} from step {forked['step']}" if forked else name,
             "group": identity.get("group", identity["id"]),
@@ -321,6 +326,14 @@ def meaning(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
+
+
+def _disable_telemetry() -> None:
+    """Turn off what would wait for ever, for a lock of wandb's own, when wandb's process dies while it starts."""
+    with suppress(ImportError, AttributeError):  # of other versions
+        from wandb.analytics.opentelemetry import opentelemetry_proxy
+
+        opentelemetry_proxy.disable()
 
 
 def _forget() -> None:

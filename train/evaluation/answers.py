@@ -67,7 +67,8 @@ def write_answers(
     rows, saved = read_questions(config), pipeline.saved
     fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
     ranks.require_alike({"answers.questions (contents)": fingerprint})
-    batches, mine = batches_of(len(rows), pipeline.batch_size)[ranks.rank :: ranks.world_size], []
+    batches = batches_of(len(rows), pipeline.batch_size)[ranks.rank :: ranks.world_size]
+    mine: list[tuple[int, str]] = []
     with bar("answers", sum(map(len, batches))) as progress:
         for batch in batches:
             prompts = [_prompt(pipeline, config, rows[number]) for number in batch]

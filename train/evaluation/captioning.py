@@ -65,7 +65,8 @@ def evaluate_captioning(
     listed = repr([(item.image_id, item.references) for item in items])
     fingerprint = hashlib.sha256(listed.encode()).hexdigest()[:16]
     ranks.require_alike({"captioning (contents)": fingerprint})
-    batches, mine = batches_of(len(items), count)[ranks.rank :: ranks.world_size], []
+    batches = batches_of(len(items), count)[ranks.rank :: ranks.world_size]
+    mine: list[tuple[int, str]] = []
     with bar("captions", sum(map(len, batches))) as progress:
         for batch in batches:
             pictures = [items[number].pixels(side) for number in batch]
@@ -82,8 +83,11 @@ def evaluate_captioning(
         _write_coco(output, items, captions)
         files = _write_pictures(output, {number: data for part in pictures_shown for number, data in part.items()})
         for number in shown:
-            line = {"true": files[number], "caption": captions[number], "references": items[number].references}
-            examples.append({**line, "score": float(scores[number]), "score_name": "cider"})
+            references_of = items[number].references
+            line = {"prompt": references_of[0], "true": files[number], "references": references_of}
+            examples.append(
+                {**line, "caption": captions[number], "score": float(scores[number]), "score_name": "cider"}
+            )
     paths = {"pictures": config.pictures, "annotations": config.annotations, "split": config.split}
     data = {**paths, "fingerprint": fingerprint, "items": len(items)}
     return Part({"captioning/cider": bootstrap(scores)}, examples, data)

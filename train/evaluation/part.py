@@ -27,5 +27,9 @@ class Part(NamedTuple):
 def bar_of(ranks: Ranks) -> Bar:
     """Return what opens a progress bar."""
     return lambda what, rows: tqdm(
-        desc=what, total=rows, bar_format=BAR_FORMAT, disable=not ranks.is_first, mininterval=1
+        desc=what,
+        total=rows + 1e-6,  # fractions of rows do not add up to whole ones
+        bar_format=BAR_FORMAT,
+        disable=not ranks.is_first,
+        mininterval=1,
     )

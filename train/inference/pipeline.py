@@ -186,12 +186,14 @@ class Pipeline:
         numbers: Sequence[int] | None = None,
         draw: bool = False,
         watch: Watch = lambda numbers, step, x0: None,
+        left: Callable[[int], bool] = lambda number: False,
     ) -> Iterator[list[Part]]:
         """Yield, batch by batch, what follows each prompt of text and pictures: a function of (prompt, seed, number).
 
         `draw`: begin with a picture; otherwise with text, and the model decides. Pictures in prompts are
         [resolution, resolution, 3]. `numbers` identify the samples; None counts from 0. Instead of a seed, draws may be
-        given. `watch` sees pictures while they are denoised, whitened; `decode` makes pixels of them.
+        given. `watch` sees pictures while they are denoised, whitened; `decode` makes pixels of them. A
+        sample of whose number `left` is true is given up, and ends with what it has.
         """
         if draw or config.max_images:
             self.require_pictures()
@@ -208,7 +210,7 @@ class Pipeline:
                 for part in prompt
             ]
             rows.append(Prompt(segments, draw=draw, index=number))
-        for outputs in self._generate(rows, config, draws, progress, watch):
+        for outputs in self._generate(rows, config, draws, progress, watch, left):
             pictures = iter(self.decode([part for parts in outputs for part in parts if part.ndim == 3]))
             for parts in outputs:
                 yield [next(pictures) if part.ndim == 3 else self.tokenizer.decode(part) for part in parts]
@@ -270,7 +272,13 @@ class Pipeline:
             yield from from_unit(_in_portions(self.space.decode, raw).cpu().numpy())
 
     def _generate(
-        self, rows: list[Prompt], config: SamplerConfig, draws: SeededDraws, progress: Progress, watch: Watch
+        self,
+        rows: list[Prompt],
+        config: SamplerConfig,
+        draws: SeededDraws,
+        progress: Progress,
+        watch: Watch,
+        left: Callable[[int], bool],
     ) -> Iterator[list[list[torch.Tensor]]]:
         """Yield the outputs of each batch of rows."""
         ids = self.tokenizer.special
@@ -279,7 +287,7 @@ class Pipeline:
             chosen, full = rows[start : start + self.batch_size], min(self.batch_size, len(rows))
             diffusion, guide = self.config.diffusion, None if self.guide is None else self.guide.model
             settings = (config, diffusion, special, self.grid, draws)
-            yield generate(self.model, chosen, *settings, progress, full, guide, watch)
+            yield generate(self.model, chosen, *settings, progress, full, guide, watch, left)
 
 
 def _in_portions(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:

@@ -133,7 +133,9 @@ def differences(config: Mapping[str, Any], band: Band) -> list[str]:
         n for n in {**band.settings, **mine} if n.startswith("data.sources.") or (n in mine and n in band.settings)
     ]
     pairs = {name: (mine.get(name, "absent"), band.settings.get(name, "absent")) for name in known}
-    return [f"{name} is {is_}, the band's {its}" for name, (is_, its) in pairs.items() if not _equal(is_, its)]
+    return [
+        f"{n} is {_shown(is_)}, the band's {_shown(its)}" for n, (is_, its) in pairs.items() if not _equal(is_, its)
+    ]
 
 
 def smoothed(values: Sequence[float | None], rows: int) -> list[float | None]:
@@ -180,6 +182,10 @@ def _equal(one: Any, other: Any) -> bool:
     """Compare as YAML does: 1e-5 and 0.00001, a tuple and a list, are the same."""
     numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in (one, other)]
     return math.isclose(one, other, rel_tol=1e-9) if all(numbers) else _plain(one) == _plain(other)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: Any) -> Any:

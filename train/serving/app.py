@@ -63,7 +63,7 @@ def build_app(batcher: Batcher, orders: Orders, info: dict[str, Any], host: str,
         job, events = _submit(batcher, await read(request, orders.describe))
         answer = await _last(job, events, request)
         if answer["event"] != "done":
-            return JSONResponse(answer, 500 if answer["event"] == "failed" else 499)
+            raise Refusal(answer.get("error", "cancelled"), "an answer", answer.get("remedy", "ask again"), 500)
         text = "".join(part["text"] for part in answer["samples"][0] if "text" in part)
         return JSONResponse({"text": text, **{name: answer[name] for name in ("id", "seconds", "settings")}})
 

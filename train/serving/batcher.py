@@ -1,8 +1,8 @@
 """One thread owns the model. Orders wait in a bounded queue; those of equal settings run side by side in one batch.
 
 An order that arrives while a batch runs waits for the next: rows do not join a batch that has begun. Each picture has
-the bits that `train.sample` gives it (P12). One that is cancelled gets its last event at once. Its rows run on only for
-the others of its batch; a batch that nobody waits for ends after the forward that is running.
+the bits that `train.sample` gives it (P12). One that is cancelled gets its last event at once, and its
+rows leave the batch after the forward that is running.
 """
 
 import base64
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,8 @@ class Batcher:
 
         poll(0)
         prompts = [job.order.parts for job, _ in samples]
-        outputs = list(self.pipeline.complete(prompts, order.sampler, draws, poll, draw=order.draw, watch=watch))
+        run = partial(self.pipeline.complete, draw=order.draw, watch=watch, left=lambda place: samples[place][0].ended)
+        outputs = list(run(prompts, order.sampler, draws, poll))
         for job in batch:
             mine = [parts for (owner, _), parts in zip(samples, outputs, strict=True) if owner is job]
             settings = {**self._facts, **asdict(order.sampler), "seed": job.order.seed, "n": job.order.n}

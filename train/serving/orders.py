@@ -57,10 +57,10 @@ class Order:
 
 
 class Orders:
-    """Reads orders for one model; `defaults` are the options of sampling that a client leaves out."""
+    """Reads orders for one model; `defaults` and `seed` are what a client leaves out."""
 
-    def __init__(self, pipeline: Pipeline, defaults: SamplerConfig) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Pipeline, defaults: SamplerConfig, seed: int = 0) -> None:
+        self.pipeline, self.seed = pipeline, seed
         names = [field.name for field in fields(SamplerConfig)]
         self.defaults = SamplerConfig(**{name: getattr(defaults, name) for name in names})
 
@@ -94,7 +94,7 @@ class Orders:
     def _order(self, parts: tuple[Part, ...], given: Mapping[str, Any], sampler: SamplerConfig, draw: bool) -> Order:
         self._require_room(parts)
         n = _integer(given, "n", 1, 1, self.pipeline.batch_size)
-        seed = _integer(given, "seed", 0, 0, MOST_SEED)
+        seed = _integer(given, "seed", self.seed, 0, MOST_SEED)
         previews = given.get("previews", True)
         if not isinstance(previews, bool):
             raise Refusal(f"previews={_shown(previews)}", "true or false", "correct it or leave it out")
@@ -158,7 +158,9 @@ def _text(given: Mapping[str, Any], name: str) -> str:
 
 
 def _integer(given: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:
-    value = given.get(name, default)
+    if name not in given:
+        return default
+    value = given[name]
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise Refusal(f"{name}={_shown(value)}", f"a whole number in {least}...{most}", "correct it or leave it out")
     return value
