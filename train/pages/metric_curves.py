@@ -65,7 +65,7 @@ def data_groups(runs: Sequence[RunInputs]) -> list[Group]:
         Group("Tokens by kind", "share of those trained on", "zero", kinds, divided_by="_tokens"),
         Group("Epoch by source", "passes over the source", "zero", _by(runs, "epoch/(.*)"), exact=True),
         Group(
-            "Padding", "share of all token slots", "zero", {"padding": "padding_share", "idle rows": "idle_row_share"}
+            "Unused", "share of all token slots", "zero", {"padding": "padding_share", "idle rows": "idle_row_share"}
         ),
     ]
 
