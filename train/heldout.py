@@ -31,7 +31,8 @@ from model.transfusion import Transfusion
 from train.distributed.parallelize import reshard
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopKind, StopSignal
-from train.evaluation.loss_intervals import by_document, intervals, of_documents, perplexity
+from train.evaluation.loss_intervals import by_document, intervals, of_documents
+from train.evaluation.scores import perplexity
 from train.next_batch import next_batch
 from train.step import StepLoss, micro_step
 
@@ -183,7 +184,7 @@ class Heldout:
             text_loss = first["text_nll"] / counts["text_targets"] if counts["text_targets"] else None
             measured[name] = {
                 "text_loss": text_loss,
-                "perplexity": perplexity(text_loss),
+                "perplexity": None if text_loss is None else perplexity(text_loss),
                 "image_loss": first["image_error"] / counts["images"] if counts["images"] else None,
                 "captioning_loss": last["text_nll"] / last["text_targets"] if last["text_targets"] else None,
                 **self._x0_errors(name, x0_errors),
