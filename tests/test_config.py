@@ -270,7 +270,7 @@ TEXTS = {
     ),
     *("checkpoint.best_metric", "program", "gpus_per_node", "time", "array", "then", "setup", "env", "sbatch"),
     *("text_key", "special", "model.lora.parameters", "optim.groups.parameters"),
-    *("captioning.split", "generation.split", "answers.template"),
+    *("captioning.split", "generation.split", "answers.template", "host"),
 }
 
 

@@ -46,7 +46,7 @@ def test_every_program_whose_ranks_work_together_compares_before_it_reads(tmp_pa
     of_program = {
         vae.main: [f"inputs=[{tmp_path / 'a.tar'}]", f"output={tmp_path / 'vae'}"],
         sample.main: ["checkpoint=nowhere", "prompt=a circle"],
-        evaluate.main: ["checkpoint=nowhere"],
+        evaluate.main: ["checkpoint=nowhere", "scenes=nowhere"],
     }
     for main, argv in of_program.items():
         argv = [*argv, "device=cpu"]

@@ -266,11 +266,16 @@ def test_what_is_no_run_or_damaged_is_refused_with_a_remedy(tmp_path: Path) -> N
         main([f"run={tmp_path / 'absent'}"])
     with pytest.raises(ValueError, match=r"not a run folder of train.pretrain"):
         main([f"run={tmp_path}"])
+    with pytest.raises(ValueError, match=r"run=.*a.*expected each folder once"):
+        main(["run=a", "run=a/"])
     with pytest.raises(ValueError, match=r"num_right=-1: expected at least 0"):
         main(["num_right=-1"])
     make_run(tmp_path / "run")
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(ValueError, match=r"evaluation.json: damaged .* run train.evaluate again"):
+        main([f"run={tmp_path / 'run'}", f"evaluation={tmp_path}", f"output={tmp_path / 'r.html'}"])
+    (tmp_path / "evaluation.json").write_text('{"scores": [1]}')
+    with pytest.raises(ValueError, match=r"evaluation.json: its scores are not those of train.evaluate"):
         main([f"run={tmp_path / 'run'}", f"evaluation={tmp_path}", f"output={tmp_path / 'r.html'}"])
     assert not (tmp_path / "r.html").exists()
 

@@ -1,11 +1,13 @@
 """The report in a browser: no complaints, no requests, narrow and wide windows, both scales."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.browser import browser, needs_browser, show
 from tests.logged_runs import logged_run
+from tests.pages import Page
 from tests.runs import DrawingRun
 from tests.test_report import whole  # noqa: F401 (a fixture)
 from train.report import main
@@ -40,6 +42,12 @@ def test_a_page_is_quiet_and_fits_its_window(pages: dict[str, Path], name: str, 
         assert seen.complaints == [] and seen.requests == [pages[name].as_uri()]
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate(OVERFLOWING) == [] and page.evaluate(TINY) == []
+
+
+def test_a_run_that_was_trained_tells_its_start_and_its_end(pages: dict[str, Path]) -> None:
+    page = Page(pages["trained"].read_text())
+    assert re.search(r"start.*from scratch.*stop.*done", page.section("timeline").text)
+    assert "Finished: step 6" in page.section("health").text and page.classes()["chart map"] > 0
 
 
 def test_scales_switch_without_a_script(pages: dict[str, Path]) -> None:

@@ -53,17 +53,15 @@ def test_a_page_survives_a_signal_to_all_processes_a_kill_and_two_requeues(run_d
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "to", "status"),
+    ("number", "to"),
     [
-        (signal.SIGTERM, "agent", 1),  # torchrun signals its ranks, waits for them and says so itself
-        (signal.SIGINT, "group", 1),  # Ctrl-C in a terminal
-        (signal.SIGUSR1, "ranks", 1),
-        (signal.SIGTERM, "all", 1),  # scancel, a preemption, systemd
+        (signal.SIGTERM, "agent"),  # torchrun signals its ranks and waits for them
+        (signal.SIGINT, "group"),  # Ctrl-C in a terminal
+        (signal.SIGUSR1, "ranks"),
+        (signal.SIGTERM, "all"),  # scancel, a preemption, systemd
     ],
 )
-def test_under_torchrun_too(
-    run_dir: Path, arguments: Arguments, tmp_path: Path, number: int, to: str, status: int
-) -> None:
+def test_under_torchrun_too(run_dir: Path, arguments: Arguments, tmp_path: Path, number: int, to: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "train.pretrain", *arguments(log__wandb="offline", optim__steps=100000)]
     with (tmp_path / "log").open("wb") as log:

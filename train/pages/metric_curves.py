@@ -36,12 +36,12 @@ class Group:
 
 
 def loss_groups(runs: Sequence[RunInputs]) -> list[Group]:
-    text, image = _by(runs, "text_loss/(.*)"), _by(runs, "image_loss/(.*)")
+    text, image = _by_source(runs, "text_loss"), _by_source(runs, "image_loss")
     groups = [
         Group("Text loss", NATS, "log", {"training": "text_loss", **_held_out(runs, "text_loss")}),
         Group("Text loss by source", f"{NATS}, training", "log", text),
         Group("Image loss", f"{SQUARED}, training", "log", {"training": "image_loss"}),
-        Group("Image loss by source", f"{SQUARED}, training", "log", image if len(image) > 1 else {}),
+        Group("Image loss by source", f"{SQUARED}, training", "log", image),
         Group("Image loss by order", f"{SQUARED}, training", "log", _by(runs, "image_loss_by_order/(.*)")),
     ]
     groups += [Group(title, unit, "log", _held_out(runs, kind)) for kind, title, unit in HELD_OUT]
@@ -59,19 +59,13 @@ def update_groups(runs: Sequence[RunInputs]) -> list[Group]:
 
 
 def data_groups(runs: Sequence[RunInputs]) -> list[Group]:
-    tokens, kinds = _by(runs, "tokens/(.*)"), {"text": "text_tokens", "image": "image_tokens"}
+    tokens, kinds = _by_source(runs, "tokens"), {"text": "text_tokens", "image": "image_tokens"}
     return [
-        Group(
-            "Tokens by source",
-            "share of those trained on",
-            "zero",
-            tokens if len(tokens) > 1 else {},
-            divided_by="tokens/",
-        ),
+        Group("Tokens by source", "share of those trained on", "zero", tokens, divided_by="tokens/"),
         Group("Tokens by kind", "share of those trained on", "zero", kinds, divided_by="_tokens"),
         Group("Epoch by source", "passes over the source", "zero", _by(runs, "epoch/(.*)"), exact=True),
         Group(
-            "Padding", "share of all token slots", "zero", {"padding": "padding_share", "idle rows": "idle_row_share"}
+            "Unused", "share of all token slots", "zero", {"padding": "padding_share", "idle rows": "idle_row_share"}
         ),
     ]
 
@@ -163,7 +157,13 @@ def _by(runs: Sequence[RunInputs], pattern: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for run in runs:
         found |= run.columns.matching(pattern)
-    return {label.replace("_", " "): name for label, name in found.items()}
+    return found
+
+
+def _by_source(runs: Sequence[RunInputs], number: str) -> dict[str, str]:
+    """Return the numbers of each source; none of a single source, which are those of all."""
+    found = _by(runs, f"{number}/(.*)")
+    return found if len(found) > 1 else {}
 
 
 def _held_out(runs: Sequence[RunInputs], kind: str) -> dict[str, str]:

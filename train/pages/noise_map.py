@@ -20,16 +20,16 @@ from train.pages.svg_chart import number
 
 COLUMNS = 120  # steps are averaged into at most so many
 VIRIDIS = ("440154", "482878", "3e4989", "31688e", "26828e", "1f9e89", "35b779", "6ece58", "b5de2b", "fde725")
-LEFT, TOP, CELL, WIDTH = 42, 6, 19, 230  # units of the SVG
+LEFT, TOP, CELL, WIDTH = 42, 6, 19, 224  # units of the SVG
 
 
 def draw_noise_maps(runs: Sequence[RunInputs]) -> str:
     """Return a map of training and of each held-out source for each run; nothing without errors by bin."""
     grids = []
-    for run in runs:
+    for i, run in enumerate(runs):
         for prefix, what in _prefixes(run.columns).items():
             if (grid := _grid(run.columns, prefix)) is not None:
-                grids.append((what if len(runs) == 1 else f"{what}: {run.name}", *grid))
+                grids.append((what if len(runs) == 1 else f"{chr(65 + i)} {run.name}: {what}", *grid))
     if not grids:
         return ""
     known = np.concatenate([cells[np.isfinite(cells)] for _, _, _, cells in grids])
@@ -79,7 +79,7 @@ def _figure(
     bottom = TOP + height + 14
     texts += f'<text x="{LEFT}" y="{bottom}">step {number(steps[0])}</text>'
     texts += f'<text x="{LEFT + WIDTH}" y="{bottom}" text-anchor="end">{number(steps[1])}</text>'
-    box = f'viewBox="0 0 {LEFT + WIDTH + 48} {bottom + 6}" class="chart map"'
+    box = f'viewBox="0 0 {LEFT + WIDTH + 54} {bottom + 6}" class="chart map"'
     caption = f"<figcaption><b>{escape(title)}</b>error of x0 by log SNR; the newest at the right</figcaption>"
     label = escape(f"{title}: error of x0 by log SNR and step")
     return f'<figure role="img" aria-label="{label}">{caption}<svg {box}>{drawn}{texts}</svg></figure>'

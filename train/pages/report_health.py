@@ -1,5 +1,6 @@
 """The report's first sections: is each run healthy, what happened to it and when, and how do several runs differ."""
 
+import time
 from html import escape
 from typing import Any
 
@@ -64,7 +65,9 @@ def timelines(inputs: ReportInputs) -> str:
             title = f"<h4>{chr(65 + i)} {escape(run.name)}</h4>" if several else ""
             about = note(f"The newest of {number} moments.") if len(moments) == MOST else ""
             escaped = [[escape(cell) for cell in row] for row in rows]
-            tables.append(title + about + table(["time", "step", "what", ""], escaped, "moments"))
+            tables.append(
+                title + about + table([f"time ({time.strftime('%Z')})", "step", "what", ""], escaped, "moments")
+            )
     chart = _over_time(inputs.runs)
     if not (tables or chart):
         raise LeftOut("Nothing happened yet: fewer than two rows, no events.jsonl and no bad_updates.jsonl.")
@@ -77,7 +80,7 @@ def _over_time(runs: list[RunInputs]) -> str:
     if not known:
         return ""
     longest = max(float(times.values[-1] - times.values[0]) for _, _, times in known)
-    unit, size = ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0)
+    unit, size = ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
     curves = [
         Curve(run.name if len(runs) > 1 else "", (times.values - times.values[0]) / size, times.steps, i, exact=True)
         for i, run, times in known

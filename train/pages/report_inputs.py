@@ -40,6 +40,9 @@ class ReportConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
         if not self.run:
             raise ValueError("run=[]: expected the run_dir of at least one `python -m train.pretrain`")
+        for name, folders in (("run", self.run), ("evaluation", self.evaluation)):
+            if len({Path(folder) for folder in folders}) < len(folders):
+                raise ValueError(f"{name}={folders}: expected each folder once")
 
 
 class LeftOut(Exception):
@@ -133,6 +136,8 @@ def _evaluation(folder: Path, name: str, unreadable: list[str]) -> EvaluationInp
     facts = _object(path, "run train.evaluate again") if path.is_file() else {}
     examples = _json_lines(folder / "examples.jsonl", unreadable)
     scores = facts.get("scores", {})
+    if not isinstance(scores, dict) or not all(isinstance(score, dict) for score in scores.values()):
+        raise ValueError(f"{path}: its scores are not those of train.evaluate; run that again")
     for task in ("text_to_image", "image_to_text"):  # where earlier versions had the scenes' shares
         for goal, value in (facts.get(task) or {}).items():
             split = goal.removeprefix("all_") if goal.startswith("all_") else "seen"

@@ -121,6 +121,7 @@ class Entry {
     this.say(words, 0);
     this.part("progress").hidden = this.part(".cancel").hidden = true;
     this.part(".again").hidden = false;
+    for (const place of this.pictures.querySelectorAll("div")) place.remove(); // of pictures that never came
   }
 
   // The time since it was asked, which counts waiting.
