@@ -51,11 +51,11 @@ def test_each_run_lies_within_the_band_of_the_others(band: Band) -> None:
 
 
 def test_real_faults_leave_the_band(band: Band) -> None:
-    """So it is not too wide. A lost warm-up of 30 steps is made up for before the first rows are over."""
+    """So it is not too wide. Clipping that is lost may not show: Muon's updates hardly depend on gradients' sizes."""
     verdicts = {name: compare(rows, band) for name, rows in stored("faults").items()}
     found = {name for name, verdict in verdicts.items() if not verdict.within}
     assert found >= {"rate-x10", "pictures-always-first", "no-image-loss"}
-    assert {name for name in verdicts if name not in found} <= {"no-warm-up", "no-clipping"}
+    assert {name for name in verdicts if name not in found} <= {"no-clipping"}
     assert "image loss is above it from step" in verdicts["no-image-loss"].words
 
 
