@@ -65,7 +65,7 @@ def test_a_healthy_run_is_healthy_in_every_topic(run: Path) -> None:
         ("Learning", lambda i, row: row.update(text_loss=2 + 0.01 * (i % 2) + 1e-3 * i), r"The text loss rises by \d"),
         ("Updates", lambda i, row: row.update(skipped_updates=int(i > 5), rollbacks=2),
          "1 of 2,000 updates were skipped; the run went back 2 times"),
-        ("Clipping", lambda i, row: row.update(grad_norm=2.5), "100% of the newer half's rows .* the median is 2.5"),
+        ("Clipping", lambda i, row: row.update(grad_norm=5.5), "100% of the newer half's rows .* the median is 5.5"),
         ("Data", lambda i, row: row.update({"skipped_documents": 7, "skips/corrupt": 4, "skips/too large": 3,
          "padding_share": 0.3}), r"7 documents skipped \(4 corrupt, 3 too large\); 30.0% .* padding"),
         ("Stalls", lambda i, row: row.update(data_stall_share=0.9 if i == 40 else 0.0),
