@@ -9,11 +9,13 @@ import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.config import SIGNAL_DELAY
-from train.distributed.ranks import Ranks
 from train.live_line import LINE, is_terminal, stand_out
+
+if TYPE_CHECKING:
+    from train.distributed.ranks import Ranks  # it imports torch, and the report has no need of it
 
 
 def say(words: str) -> None:
@@ -37,7 +39,7 @@ class Console:
     Use as a context: at its end, the last line stays.
     """
 
-    def __init__(self, steps: int, first_step: int, ranks: Ranks):
+    def __init__(self, steps: int, first_step: int, ranks: "Ranks"):
         self.steps, self.first_step, self.ranks = steps, first_step, ranks
         self._start = time.monotonic()
         self._signal_delay_s = float(os.environ.get(SIGNAL_DELAY, "inf"))
