@@ -16,6 +16,7 @@ from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.evaluation.generation import batches_of
 from train.evaluation.part import Bar, Part
+from train.evaluation.texts import OTHER_FORM, lines_of, text_of
 from train.inference.pipeline import Part as PromptPart
 from train.inference.pipeline import Pipeline, text_alone
 
@@ -38,11 +39,14 @@ def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
     """Read the lines; raise ValueError for one of another form, FileNotFoundError for a picture that is missing."""
     assert config.questions is not None
     path, rows = Path(config.questions), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            rows.append({"question_id": row["question_id"], "text": str(row["text"]), "image": row.get("image")})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            image = text_of(row.get("image") or "")
+            rows.append({"question_id": row["question_id"], "text": text_of(row["text"]), "image": image})
+        except OTHER_FORM as error:
             raise ValueError(
                 f"answers.questions={path}:{number}: {type(error).__name__}: {error}; expected question_id, image, text"
             ) from None

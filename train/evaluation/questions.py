@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.evaluation.texts import OTHER_FORM, lines_of, text_of
+
 DELIMITER = " "  # between a context and a choice
 
 
@@ -31,12 +33,8 @@ def read_questions(path: Path) -> list[Question]:
 
     Raises FileNotFoundError, or ValueError naming the line for a row of no known form or without its answer.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        beside = path.with_name(f"{path.stem}-labels.lst")
-        labels = beside.read_text(encoding="utf-8").split() if beside.is_file() else None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected JSON lines in UTF-8 ({error})") from None
+    lines, beside = lines_of(path), path.with_name(f"{path.stem}-labels.lst")
+    labels = " ".join(lines_of(beside)).split() if beside.is_file() else None
     if labels is not None and len(labels) != sum(map(bool, map(str.strip, lines))):
         raise ValueError(f"{beside}: {len(labels)} labels; expected one a line of {path.name}; remove one of the two")
     questions: list[Question] = []
@@ -57,7 +55,9 @@ def _question(line: str, label: str | None, where: str) -> Question:
         keys = {key for key, value in row.items() if value not in (None, "")}
         form = next((form for needed, form in FORMS if needed <= keys), None)
         question = form(row) if form is not None else None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        for text in () if question is None else (*question.contexts, *question.choices):
+            text_of(text)
+    except OTHER_FORM as error:
         raise ValueError(f"{where}: not readable as a question ({type(error).__name__}: {error})") from None
     if question is None:
         wanted = "; ".join(", ".join(sorted(needed)) for needed, _ in FORMS)
