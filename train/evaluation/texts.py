@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 # What code raises that meets JSON of another form: a list for an object, a name for a number, an endless one.
-OTHER_FORM = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+OTHER_FORM = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
