@@ -106,7 +106,7 @@ def _of_karpathy(content: dict[str, Any], config: CaptionedConfig, folder: Path)
         if image["split"] == wanted:
             beside, below = folder / image["filename"], folder / image.get("filepath", "") / image["filename"]
             references = tuple(sentence["raw"].strip() for sentence in image["sentences"])
-            image_id = image.get("cocoid", image["imgid"])  # Flickr's have no cocoid
+            image_id = image["cocoid" if "cocoid" in image else "imgid"]  # Flickr's have no cocoid
             yield Captioned(image_id, references, str(below if below.is_file() else beside))
 
 
