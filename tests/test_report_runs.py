@@ -185,7 +185,7 @@ def evaluation(folder: Path, value: float, sampler: str) -> Path:
     score = {"value": value, "low": value - 1, "high": value + 1, "items": 500}
     facts = {"step": 9, "seed": 1, "weights": "ema-9", "settings": {"sampler": sampler}}
     accuracy = {"value": 0.5, "low": None, "high": None, "items": 4}
-    scores = {"pictures/cmmd": score, "choices/hellaswag/accuracy": accuracy}
+    scores = {"pictures/cmmd": score, "choices/hellaswag/accuracy_per_character": accuracy}
     (folder / "evaluation.json").write_text(json.dumps(facts | {"scores": scores}))
     return folder
 
@@ -195,7 +195,7 @@ def test_evaluations_stand_side_by_side_with_intervals_and_differences(run: Path
     main([f"run={run}", f"evaluation=[{named[0]},{named[1]}]"])
     text = Page((run / "report.html").read_text()).section("scores").text
     assert "pictures/cmmd10 9–11 50012.5 11.5–13.5 500apart" in text
-    assert "choices/hellaswag/accuracy50.0\u00a0%  450.0\u00a0%  4" in text
+    assert "choices/hellaswag/accuracy_per_character50.0\u00a0%  450.0\u00a0%  4" in text
     assert "settings.samplerddimeuler" in text and "weightsema" in text
 
 

@@ -16,6 +16,7 @@ from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.evaluation.generation import batches_of
 from train.evaluation.part import Bar, Part
+from train.evaluation.text_lines import read_lines
 from train.inference.pipeline import Part as PromptPart
 from train.inference.pipeline import Pipeline, text_alone
 
@@ -38,7 +39,7 @@ def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
     """Read the lines; raise ValueError for one of another form, FileNotFoundError for a picture that is missing."""
     assert config.questions is not None
     path, rows = Path(config.questions), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in read_lines(path):
         try:
             row = json.loads(line)
             rows.append({"question_id": row["question_id"], "text": str(row["text"]), "image": row.get("image")})

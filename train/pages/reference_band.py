@@ -87,9 +87,14 @@ def load_band(name: str) -> Band:
 
 def compare_folder(run: Path, band: Band) -> Verdict:
     """Compare a run folder's metrics.jsonl, if its config.yaml is comparable; a row being written does not count."""
-    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    return compare(rows, band, read_yaml(str(run / "config.yaml")))
+    return compare(rows_of(run), band, read_yaml(str(run / "config.yaml")))
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """Return the whole rows of a run's metrics.jsonl; none if there is no file."""
+    file = run / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def compare(rows: Sequence[Mapping[str, Any]], band: Band, config: Mapping[str, Any] | None = None) -> Verdict:

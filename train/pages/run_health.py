@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from train.console import plural
 from train.pages.metric_columns import Series
 from train.pages.report_inputs import RunInputs
 from train.pages.svg_chart import number
@@ -259,11 +260,6 @@ def _mean(run: RunInputs, name: str) -> float | None:
     """Return the mean over steps, nan left out."""
     series = run.columns[name].finite
     return float(series.values.mean()) if len(series) else None
-
-
-def plural(count: int, noun: str) -> str:
-    """Return "1 row", "2 rows"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _sentence(parts: list[str]) -> str:
