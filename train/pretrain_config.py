@@ -37,7 +37,10 @@ class PreviewConfig:
 
     def __post_init__(self) -> None:
         if self.interval_steps is not None and (self.interval_steps < 1 or not self.prompts):
-            raise ValueError("preview.interval_steps: expected at least 1, and preview.prompts to draw")
+            raise ValueError(
+                f"preview.interval_steps={self.interval_steps}: expected at least 1, and preview.prompts to draw; "
+                "null for none"
+            )
         self.sampler(DiffusionConfig())  # raises for invalid settings
 
     def sampler(self, diffusion: DiffusionConfig) -> SamplerConfig:
