@@ -69,11 +69,16 @@ def test_features_are_the_librarys_and_the_clip_score_is_clips_own_cosine(
 
 
 def test_what_cannot_be_used_is_refused_with_its_option_and_a_remedy(dinov2: Path, clip: Path, tmp_path: Path) -> None:
-    key, copies = "generation.models.x", iter(range(9))
+    key, copies = "generation.models.x", iter(range(20))
 
     def changed(folder: Path, file: str, **changes: object) -> str:
         copy = shutil.copytree(folder, tmp_path / str(next(copies)))
         change_json(copy / file, **changes) if changes else (copy / file).unlink()
+        return str(copy)
+
+    def half(folder: Path, file: str) -> str:
+        copy = shutil.copytree(folder, tmp_path / str(next(copies)))
+        (copy / file).write_bytes((copy / file).read_bytes()[:-100])
         return str(copy)
 
     for name, words in (
@@ -84,6 +89,11 @@ def test_what_cannot_be_used_is_refused_with_its_option_and_a_remedy(dinov2: Pat
         (changed(dinov2, CONFIG, size={"longest_edge": 3}), "expected size, image_mean"),
         (changed(clip, CONFIG, do_resize=False), "a crop of .* from pictures of None"),
         (changed(dinov2, "model.safetensors"), "no readable weights in safetensors"),
+        (changed(dinov2, CONFIG, size={"shortest_edge": 10**6}), "a size of"),
+        (changed(dinov2, CONFIG, image_std=[1, 1, 0]), "image_std"),
+        (changed(dinov2, CONFIG, resample=99), "99 is not a valid"),
+        (half(dinov2, "model.safetensors"), "no readable weights in safetensors"),
+        (half(dinov2, "config.json"), "no model there"),
         (changed(dinov2, "config.json", num_hidden_layers=3), "weights are missing, such as encoder.layer.2"),
     ):
         with pytest.raises(ValueError, match=rf"generation.models.x={name}.*{words}"):

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from PIL import Image
 from torch import Tensor
 
 from data.pictures import resized
+from train.evaluation.texts import OTHER_FORM
 
 # By model_type. Features are the pooled output: of DINOv2 the class token after the last norm, as in Stein et al. 2023;
 # CLIP's are projected into the space that it shares with texts.
@@ -26,6 +28,7 @@ CLASSES = {
     "siglip": "SiglipModel",
     "siglip_vision_model": "SiglipVisionModel",
 }
+MOST_SIDE = 4096  # pixels of a model's input
 KNOWN_STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
 
 
@@ -49,8 +52,8 @@ class Preparation:
         from transformers import ImageProcessingMixin
 
         try:
-            found, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        except (OSError, ValueError) as error:
+            found = dict(ImageProcessingMixin.get_image_processor_dict(name)[0])
+        except (OSError, *OTHER_FORM) as error:
             raise ValueError(
                 f"{key}={name}: no preprocessor_config.json ({_first_line(error)}); put the model's own beside it"
             ) from None
@@ -63,14 +66,19 @@ class Preparation:
             default_square = "crop_size" not in found  # what a single number means in configs of early versions
             size = _size(found["size"], default_square) if found.get("do_resize", True) else None
             crop = _size(found["crop_size"], True) if found.get("do_center_crop", "crop_size" in found) else None
-            assert not isinstance(crop, int)
+            if isinstance(crop, int):
+                raise ValueError(f"a crop of {found['crop_size']}")
             if crop is not None and (size is None or np.less(size, crop).any()):
                 raise ValueError(f"a crop of {crop} from pictures of {size}")
             scale = found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 1.0
             normalizes = found.get("do_normalize", True)
             mean, std = (found["image_mean"], found["image_std"]) if normalizes else ([0.0] * 3, [1.0] * 3)
-            return cls(size, int(found.get("resample", 3)), crop, float(scale), tuple(mean), tuple(std))
-        except (KeyError, TypeError, ValueError) as error:
+            of_channels = [tuple(map(float, three)) for three in (mean, std)]
+            if not all(len(three) == 3 and np.isfinite((*three, scale)).all() for three in of_channels) or 0 in std:
+                raise ValueError(f"scale {scale}, image_mean {mean}, image_std {std}")
+            resample = Image.Resampling(found.get("resample", 3))
+            return cls(size, int(resample), crop, float(scale), *of_channels)
+        except OTHER_FORM as error:
             raise ValueError(
                 f"{key}={name}: its preprocessor_config.json is not one of CLIP, DINOv2 or SigLIP ({error!r}); "
                 "expected size, image_mean and image_std"
@@ -147,7 +155,7 @@ class ClipText:
             raise ValueError(f"{key}={name} is a {model.described['class']}; expected a CLIPModel, with texts")
         try:
             return cls(model.module, AutoTokenizer.from_pretrained(name))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as of weights
             raise ValueError(
                 f"{key}={name}: no tokenizer ({_first_line(error)}); put the model's own beside it"
             ) from None
@@ -182,8 +190,8 @@ def _kind(name: str, key: str) -> str:
     from transformers import PretrainedConfig
 
     try:
-        return PretrainedConfig.get_config_dict(name)[0].get("model_type", "not given")
-    except (OSError, ValueError) as error:
+        return str(PretrainedConfig.get_config_dict(name)[0].get("model_type", "not given"))
+    except (OSError, *OTHER_FORM) as error:
         raise ValueError(
             f"{key}={name}: no model there ({_first_line(error)}); give a folder with config.json, or a hub id"
         ) from None
@@ -195,7 +203,7 @@ def _read(model_class: Any, name: str, device: torch.device, key: str) -> Any:
         module, found = model_class.from_pretrained(
             name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the libraries' errors for half a file share no class
         raise ValueError(f"{key}={name}: no readable weights in safetensors ({_first_line(error)})") from None
     if found["missing_keys"]:
         raise ValueError(
@@ -205,9 +213,14 @@ def _read(model_class: Any, name: str, device: torch.device, key: str) -> Any:
 
 
 def _size(value: Any, square: bool) -> int | tuple[int, int]:
-    if isinstance(value, int):
-        return (value, value) if square else value
-    return int(value["shortest_edge"]) if "shortest_edge" in value else (int(value["height"]), int(value["width"]))
+    """Return a size of a config: of the shorter side, or (height, width); refuse what no model has."""
+    names = ("shortest_edge",) if not isinstance(value, int) and "shortest_edge" in value else ("height", "width")
+    sides = (value,) if isinstance(value, int) else tuple(int(value[name]) for name in names)
+    if not all(0 < side <= MOST_SIDE for side in sides):
+        raise ValueError(f"a size of {value}")
+    if len(sides) == 2:
+        return sides[0], sides[1]
+    return (sides[0], sides[0]) if square and isinstance(value, int) else sides[0]
 
 
 def _first_line(error: Exception) -> str:
