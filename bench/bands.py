@@ -38,7 +38,7 @@ from data.storage import Location
 from train.config import load_config, read_yaml, run_program
 from train.distributed.parallelize import ParallelConfig, compute_dtype
 from train.optim.optimizer import learning_rate
-from train.pages.reference_band import NAMES, Band, Curve, compare, settings_of, smoothed
+from train.pages.reference_band import NAMES, Band, Curve, compare, rows_of, settings_of, smoothed
 from train.pretrain_config import PretrainConfig
 
 HERE = Path(__file__).resolve().parent.parent
@@ -177,7 +177,7 @@ def train(wanted: Sequence[Training], folder: Path) -> None:
 
 def record_of(wanted: Sequence[Training], folder: Path, argv: list[str]) -> dict[str, Any]:
     """Return the band, the curves that it is made of, and its judgement of each run by the others."""
-    rows = {training: rows_of(folder / training.machine / "runs" / "demo" / training.name) for training in wanted}
+    rows = {training: steps_of(folder / training.machine / "runs" / "demo" / training.name) for training in wanted}
     good = {f"{t.machine}-{t.seed}": found for t, found in rows.items() if not t.fault}
     faulty = {t.fault: found for t, found in rows.items() if t.fault}
     first = next(t for t in wanted if not t.fault)
@@ -260,16 +260,14 @@ def how(runs: int) -> str:
     )
 
 
-def rows_of(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the whole rows of training steps in a run's metrics.jsonl; none if there is no file."""
-    file = run_dir / "metrics.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    return [row for line in lines if line.endswith(b"\n") and "text_loss" in (row := json.loads(line))]
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Return a run's whole rows of training steps; none if there is no file."""
+    return [row for row in rows_of(run_dir) if "text_loss" in row]
 
 
 def last_step(run_dir: Path) -> int:
     """Return the step of the last row, 0 without any."""
-    return max((row["step"] for row in rows_of(run_dir)), default=0)
+    return max((row["step"] for row in steps_of(run_dir)), default=0)
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:

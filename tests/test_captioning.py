@@ -44,7 +44,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images.append({"id": 100 + i, "file_name": name})
         annotations += [{"image_id": 100 + i, "id": 2 * i + j, "caption": text} for j, text in enumerate(texts)]
         sentences = [{"raw": text, "tokens": text.split()} for text in texts]
-        entry = {"filepath": "val2014", "filename": name, "cocoid": 100 + i, "imgid": i, "sentences": sentences}
+        entry = {"filepath": "val2014", "filename": name, "cocoid": 100 + i, "sentences": sentences}
         karpathy.append({**entry, "split": "val" if i == 2 else "test"})
     (folder / "captions_val2014.json").write_text(json.dumps({"images": images, "annotations": annotations[::-1]}))
     (folder / "dataset_coco.json").write_text(json.dumps({"images": karpathy, "dataset": "coco"}))

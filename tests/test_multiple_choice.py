@@ -157,6 +157,9 @@ def test_labels_lie_beside_the_rows_and_what_has_none_is_refused_by_line(tmp_pat
         read_questions(path)
     (tmp_path / "valid-labels.lst").write_text("1\n0\n")
     assert [question.answer for question in read_questions(path)] == [1, 0]
+    rows = [json.dumps({"goal": "a\u2028b\x85", "sol1": "x", "sol2": "y"}, ensure_ascii=False)] * 2  # no ends of lines
+    path.write_text("\n\n".join(rows), encoding="utf-8")
+    assert [question.contexts[0] for question in read_questions(path)] == ["Question: a\u2028b\x85\nAnswer:"] * 2
     (tmp_path / "valid-labels.lst").write_text("1\n")
     with pytest.raises(ValueError, match="1 labels; expected one a line"):
         read_questions(path)
@@ -171,6 +174,9 @@ def test_labels_lie_beside_the_rows_and_what_has_none_is_refused_by_line(tmp_pat
         (tmp_path / "bad.jsonl").write_text(row)
         with pytest.raises(ValueError, match=words):
             read_questions(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=r"bad\.jsonl: not UTF-8"):
+        read_questions(tmp_path / "bad.jsonl")
 
 
 def write_questions(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """A run lies within its recipe's band up to its step, a fault outside; what cannot be compared is not. On real runs."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -50,23 +51,23 @@ def test_each_run_lies_within_the_band_of_the_others(band: Band) -> None:
 
 
 def test_real_faults_leave_the_band(band: Band) -> None:
-    """So it is not too wide. A lost warm-up of 30 steps is made up for before the first rows are over."""
+    """So it is not too wide. Clipping that is lost may not show: Muon's updates hardly depend on gradients' sizes."""
     verdicts = {name: compare(rows, band) for name, rows in stored("faults").items()}
     found = {name for name, verdict in verdicts.items() if not verdict.within}
     assert found >= {"rate-x10", "pictures-always-first", "no-image-loss"}
-    assert {name for name in verdicts if name not in found} <= {"no-warm-up", "no-clipping"}
+    assert {name for name in verdicts if name not in found} <= {"no-clipping"}
     assert "image loss is above it from step" in verdicts["no-image-loss"].words
 
 
 def test_the_words_say_what_leaves_the_band_where_and_which_way(band: Band) -> None:
+    """A row or two after the first that is outside, as values are medians."""
     rows = changed(next(iter(stored("runs").values())), "text_loss", 2, 240)
     verdict = compare(rows, band)
-    assert not verdict.within and "text loss is above it from step 280 on: " in verdict.words  # of 240 to 320 three are
+    assert not verdict.within and re.search("text loss is above it from step 2[68]0 on: ", verdict.words)
     assert "at step 800, expected 0." in verdict.words and "image" not in verdict.words
-    course = verdict.by_metric["text_loss"]
-    assert course.inside_share == pytest.approx(13 / 40) and verdict.by_metric["x0_error"].within
-    verdict = compare(changed(rows, "text_loss", 0.25, 240, 500), band)
-    assert "text loss is below it from step 280 to 540" in verdict.words
+    assert verdict.by_metric["text_loss"] in verdict.words and verdict.by_metric["x0_error"] == ""
+    lowered = changed(next(iter(stored("runs").values())), "text_loss", 0.5, 240, 500)
+    assert re.search("text loss is below it from step 2[68]0 to 5[24]0: ", compare(lowered, band).words)
 
 
 def test_odd_rows_change_nothing_and_numbers_that_are_none_do(band: Band) -> None:

@@ -93,7 +93,7 @@ def test_no_number_and_no_text_costs_more_than_its_section_or_becomes_html(run: 
         ("Learning", lambda i, row: row.update(text_loss=2 + 0.01 * (i % 2) + 1e-3 * i), r"The text loss rises by \d"),
         ("Updates", lambda i, row: row.update(skipped_updates=int(i > 5), rollbacks=2),
          "1 of 2,000 updates were skipped; the run went back 2 times"),
-        ("Clipping", lambda i, row: row.update(grad_norm=2.5), "100% of the newer half's rows .* the median is 2.5"),
+        ("Clipping", lambda i, row: row.update(grad_norm=5.5), "100% of the newer half's rows .* the median is 5.5"),
         ("Data", lambda i, row: row.update({"skipped_documents": 7, "skips/corrupt": 4, "skips/too large": 3,
          "padding_share": 0.3}), r"7 documents skipped \(4 corrupt, 3 too large\); 30.0% .* padding"),
         ("Stalls", lambda i, row: row.update(data_stall_share=0.9 if i == 40 else 0.0),
@@ -213,7 +213,7 @@ def evaluation(folder: Path, value: float, sampler: str) -> Path:
     score = {"value": value, "low": value - 1, "high": value + 1, "items": 500}
     facts = {"step": 9, "seed": 1, "weights": "ema-9", "settings": {"sampler": sampler}}
     accuracy = {"value": 0.5, "low": None, "high": None, "items": 4}
-    scores = {"pictures/cmmd": score, "choices/hellaswag/accuracy": accuracy}
+    scores = {"pictures/cmmd": score, "choices/hellaswag/accuracy_per_character": accuracy}
     (folder / "evaluation.json").write_text(json.dumps(facts | {"scores": scores}))
     return folder
 
@@ -223,7 +223,7 @@ def test_evaluations_stand_side_by_side_with_intervals_and_differences(run: Path
     main([f"run={run}", f"evaluation=[{named[0]},{named[1]}]"])
     text = Page((run / "report.html").read_text()).section("scores").text
     assert "pictures/cmmd10 9–11 50012.5 11.5–13.5 500apart" in text
-    assert "choices/hellaswag/accuracy50.0\u00a0%  450.0\u00a0%  4" in text
+    assert "choices/hellaswag/accuracy_per_character50.0\u00a0%  450.0\u00a0%  4" in text
     assert "settings.samplerddimeuler" in text and "weightsema" in text
 
 

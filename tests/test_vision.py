@@ -87,6 +87,7 @@ def test_what_cannot_be_used_is_refused_with_its_option_and_a_remedy(dinov2: Pat
         (changed(dinov2, CONFIG), "no preprocessor_config.json"),
         (changed(dinov2, CONFIG, do_pad=True), r"'do_pad'.* are not known"),
         (changed(dinov2, CONFIG, size={"longest_edge": 3}), "expected size, image_mean"),
+        (changed(clip, CONFIG, do_resize=False), "a crop of .* from pictures of None"),
         (changed(dinov2, "model.safetensors"), "no readable weights in safetensors"),
         (changed(dinov2, CONFIG, size={"shortest_edge": 10**6}), "a size of"),
         (changed(dinov2, CONFIG, image_std=[1, 1, 0]), "image_std"),

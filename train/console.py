@@ -9,11 +9,13 @@ import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.config import SIGNAL_DELAY
-from train.distributed.ranks import Ranks
 from train.live_line import LINE, is_terminal, stand_out
+
+if TYPE_CHECKING:
+    from train.distributed.ranks import Ranks  # it imports torch, and the report has no need of it
 
 
 def say(words: str) -> None:
@@ -37,7 +39,7 @@ class Console:
     Use as a context: at its end, the last line stays.
     """
 
-    def __init__(self, steps: int, first_step: int, ranks: Ranks):
+    def __init__(self, steps: int, first_step: int, ranks: "Ranks"):
         self.steps, self.first_step, self.ranks = steps, first_step, ranks
         self._start = time.monotonic()
         self._signal_delay_s = float(os.environ.get(SIGNAL_DELAY, "inf"))
@@ -57,25 +59,18 @@ class Console:
         done, left = row["step"] - self.first_step, self.steps - row["step"]
         seconds = min((time.monotonic() - self._start) / max(done, 1) * left, 1e9)
         losses = [f"{kind} {row[f'{kind}_loss']:.4f}" for kind in ("text", "image") if row[f"{kind}_loss"] is not None]
-        mfu = "" if row["mfu"] is None else f"MFU {row['mfu']:.1%}  "
-        lag = ""
+        begin, left_s = f"step {row['step']}/{self.steps}", f"{timedelta(seconds=round(seconds))} left"
+        tokens, images = f"{row['tokens_per_s']:,.0f} tokens/s", f"{row['images_per_s']:,.1f} images/s"
+        norm = f"norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.1e}"
+        mfu = [] if row["mfu"] is None else [f"MFU {row['mfu']:.1%}"]
+        lag = []
         if row["slowest_lag_share"] > 0.1:
-            lag = f"  waits {row['slowest_lag_share']:.0%} for rank {row['slowest_rank']} on {row['slowest_host']}"
-        words = (
-            f"step {row['step']}/{self.steps}  {'  '.join(losses)}  "
-            f"norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.1e}  {row['tokens_per_s']:,.0f} tokens/s  "
-            f"{row['images_per_s']:,.1f} images/s  {mfu}{timedelta(seconds=round(seconds))} left{lag}"
-        )
-        if is_terminal(sys.stdout):
-            # What matters most comes first: a narrow terminal cuts the rest.
-            self._line = (
-                f"step {row['step']}/{self.steps}  {'  '.join(losses)}  {row['tokens_per_s']:,.0f} tokens/s  {mfu}"
-                f"{timedelta(seconds=round(seconds))} left  {row['images_per_s']:,.1f} images/s  "
-                f"norm {row['grad_norm']:.2f}  lr {row['learning_rate']:.1e}{lag}"
-            )
+            lag = [f"waits {row['slowest_lag_share']:.0%} for rank {row['slowest_rank']} on {row['slowest_host']}"]
+        if is_terminal(sys.stdout):  # what matters most comes first: a narrow one cuts the rest
+            self._line = "  ".join([begin, *losses, tokens, *mfu, left_s, images, norm, *lag])
             LINE.show(self._line)
         else:
-            say(words)
+            say("  ".join([begin, *losses, norm, tokens, images, *mfu, left_s, *lag]))
         if row["stop_s"] is not None and row["stop_s"] > self._signal_delay_s:
             say(
                 f"pretrain: warning: a stop takes a step and up to two saves, {row['stop_s']:.0f} s, and the signal "

@@ -10,6 +10,7 @@ batch and the collectives of a sharded model always match.
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ from model.transfusion import Transfusion
 from train.distributed.parallelize import reshard
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopKind, StopSignal
-from train.evaluation.loss_intervals import by_document, intervals, of_documents, perplexity
+from train.evaluation.loss_intervals import by_document, intervals, of_documents
+from train.evaluation.scores import perplexity
 from train.next_batch import next_batch
 from train.step import StepLoss, micro_step
 
@@ -74,6 +76,10 @@ class HeldoutConfig:
     def measured(self) -> dict[str, Location]:
         """Return the folders that a run measures itself on."""
         return self.heldout if self.interval_steps is not None else {}
+
+    def weights(self, has_average: bool) -> tuple[str, ...]:
+        """Return which weights a run measures: RAW, and EMA if it keeps an average."""
+        return (RAW, EMA) if self.ema and has_average else (RAW,)
 
     def due(self, step: int) -> bool:
         return self.interval_steps is not None and step % self.interval_steps == 0
@@ -143,18 +149,16 @@ class Heldout:
             rows=min(config.micro_batch_size, -(-config.data.lanes // ranks.world_size)),
             like_training=config.parallel.compile,
         )
-        best, metrics = config.checkpoint.best_metric, heldout.metrics
-        if config.evaluation.ema and config.optim.ema_half_lives:
-            metrics += [EMA + name.removeprefix(RAW) for name in metrics]
+        best = config.checkpoint.best_metric
+        metrics = heldout.metrics(config.evaluation.weights(bool(config.optim.ema_half_lives)))
         if best is not None and best not in metrics:
             raise ValueError(f"checkpoint.best_metric={best}: expected one of {metrics}, which the data can give")
         return heldout
 
-    @property
-    def metrics(self) -> list[str]:
-        """Return the names of what `losses` can measure."""
+    def metrics(self, weights: Sequence[str]) -> list[str]:
+        """Return the names of what `losses` can measure of each of the weights."""
         kinds = {name: KINDS if len(orders) > 1 else KINDS[:1] for name, orders in self._sources.items()}
-        return [metric_name(name, kind) for name, of_source in kinds.items() for kind in of_source]
+        return [metric_name(name, kind, of) for of in weights for name, found in kinds.items() for kind in found]
 
     def losses(self, model: Transfusion, stats: LatentStats, stop: StopSignal) -> dict[str, dict[str, Any]] | StopKind:
         """Return the losses of each source (see KINDS), None where there is nothing to measure, and their counts.
@@ -183,7 +187,7 @@ class Heldout:
             text_loss = first["text_nll"] / counts["text_targets"] if counts["text_targets"] else None
             measured[name] = {
                 "text_loss": text_loss,
-                "perplexity": perplexity(text_loss),
+                "perplexity": None if text_loss is None else perplexity(text_loss),
                 "image_loss": first["image_error"] / counts["images"] if counts["images"] else None,
                 "captioning_loss": last["text_nll"] / last["text_targets"] if last["text_targets"] else None,
                 **self._x0_errors(name, x0_errors),

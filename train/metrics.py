@@ -19,7 +19,7 @@ from data.loader import epochs
 from data.packing import PADDING_DOCUMENT, PackedBatch
 from model.log_snr_bins import BINS, mean_by_bin, mean_over_bins
 from train.distributed.ranks import Ranks
-from train.evaluation.loss_intervals import perplexity
+from train.evaluation.scores import perplexity
 from train.flops import Flops
 from train.hardware import find, probe_seconds
 from train.next_batch import AgreedBatch
@@ -128,7 +128,7 @@ class Interval:
             counted += np.bincount(of.numpy(), minlength=len(self.sources))
 
     def row(self, lane_states: dict[int, LaneState]) -> dict[str, float]:
-        """Return the interval's metrics, the same on every rank. Collective; waits for the device."""
+        """Return the interval's metrics, on every rank the same but for its clock. Collective; waits for the device."""
         fetched = [self._device_sums, *self._parts.values()]
         host = [np.array(list(self._sums.values())), self._by_source.ravel(), self._of_order]
         sums = torch.cat([torch.cat(fetched).cpu(), *map(torch.from_numpy, host)])
@@ -152,7 +152,7 @@ class Interval:
         self._reset(now)
         return row
 
-    def _of_rank(self, lane_states: dict[int, LaneState]) -> "_OfRank":
+    def _of_rank(self, lane_states: dict[int, LaneState]) -> _OfRank:
         skips = sum((Counter(state.skipped) for state in lane_states.values()), Counter[str]())
         memory, probe_s = _memory_gib(), probe_seconds(self.ranks.device)
         wait_s, pairs = self._peers_wait_s, self._attention_pairs
@@ -163,7 +163,7 @@ class Interval:
         text_loss = _mean(text_nll, counts["text_targets"])
         return {
             "text_loss": text_loss,
-            "perplexity": perplexity(text_loss),
+            "perplexity": None if text_loss is None else perplexity(text_loss),
             "image_loss": _mean(image_error, counts["images"]),
             "x0_error": mean_over_bins(x0_errors),
             **{f"x0_error/{name}": error for name, error in zip(BINS, x0_errors, strict=True) if error is not None},
@@ -173,10 +173,10 @@ class Interval:
         self, by_source: list[list[float]], counts: dict[str, list[float]], by_order: list[float], images: list[float]
     ) -> dict[str, float]:
         """Return the losses of each source and order that had targets or images."""
-        found = {}
+        found: dict[str, float | None] = {}
         for name, nll, targets in zip(self.sources, by_source[0], counts["text_targets"], strict=True):
-            found[f"text_loss/{name}"] = _mean(nll, targets)
-            found[f"perplexity/{name}"] = perplexity(_mean(nll, targets))
+            if (loss := _mean(nll, targets)) is not None:
+                found |= {f"text_loss/{name}": loss, f"perplexity/{name}": perplexity(loss)}
         for name, error, count in zip(self.sources, by_source[1], counts["images"], strict=True):
             found[f"image_loss/{name}"] = _mean(error, count)
         for name, error, count in zip(ORDERS, by_order, images, strict=True):
@@ -190,7 +190,7 @@ class Interval:
         return found
 
     def _data(
-        self, totals: dict[str, float], of_sources: dict[str, list[float]], of_ranks: list["_OfRank"]
+        self, totals: dict[str, float], of_sources: dict[str, list[float]], of_ranks: list[_OfRank]
     ) -> dict[str, float]:
         """Return what was trained on."""
         epoch, tokens = np.concatenate([rank.epochs for rank in of_ranks]), self._global["tokens"]  # [L, sources]
@@ -216,7 +216,7 @@ class Interval:
             **by_source,
         }
 
-    def _speed(self, totals: dict[str, float], seconds: float, of_ranks: list["_OfRank"]) -> dict[str, Any]:
+    def _speed(self, totals: dict[str, float], seconds: float, of_ranks: list[_OfRank]) -> dict[str, Any]:
         """Return how fast it went, on what and waiting for what."""
         waits, probes = [rank.peers_wait_s for rank in of_ranks], [rank.probe_s for rank in of_ranks]
         slowest, lag_share = _slowest(waits, probes, seconds)

@@ -20,7 +20,7 @@ from train.checkpoints.checkpoint import MOST_MINUTES, CheckpointConfig
 from train.config import load_config
 from train.distributed.parallelize import ParallelConfig
 from train.distributed.ranks import Device
-from train.heldout import EMA, KINDS, RAW, HeldoutConfig, metric_name
+from train.heldout import KINDS, HeldoutConfig, metric_name
 from train.metrics_log import LogConfig
 from train.optim.guard import GuardConfig
 from train.optim.optimizer import OptimConfig
@@ -37,7 +37,10 @@ class PreviewConfig:
 
     def __post_init__(self) -> None:
         if self.interval_steps is not None and (self.interval_steps < 1 or not self.prompts):
-            raise ValueError("preview.interval_steps: expected at least 1, and preview.prompts to draw")
+            raise ValueError(
+                f"preview.interval_steps={self.interval_steps}: expected at least 1, and preview.prompts to draw; "
+                "null for none"
+            )
         self.sampler(DiffusionConfig())  # raises for invalid settings
 
     def sampler(self, diffusion: DiffusionConfig) -> SamplerConfig:
@@ -99,8 +102,8 @@ class PretrainConfig:
                 f"init_from={self.init_from} and init_from_llm={self.init_from_llm}: expected only one of the two"
             )
         best = self.checkpoint.best_metric
-        both = (RAW, EMA) if self.evaluation.ema and self.optim.ema_half_lives else (RAW,)
-        names = [metric_name(name, kind, of) for of in both for name in self.evaluation.heldout for kind in KINDS]
+        weights = self.evaluation.weights(bool(self.optim.ema_half_lives))
+        names = [metric_name(name, kind, of) for of in weights for name in self.evaluation.heldout for kind in KINDS]
         if best is not None and (self.evaluation.interval_steps is None or best not in names):
             raise ValueError(
                 f"checkpoint.best_metric={best}: expected one of {names or 'evaluation.heldout.NAME=FOLDER'}, measured "

@@ -23,7 +23,7 @@ from train.distributed.cpu_settings import describe_cpu
 from train.distributed.process import set_allocator, wait_for
 from train.distributed.ranks import Ranks
 from train.distributed.signals import StopKind, StopSignal, shield_worker
-from train.heldout import EMA, KINDS, RAW, Heldout, metric_name
+from train.heldout import EMA, KINDS, Heldout, metric_name
 from train.metrics import Interval
 from train.metrics_log import MetricsLog
 from train.optim.optimizer import learning_rate
@@ -85,7 +85,7 @@ class Run:
         start, optimizer = self._clock(), self.state.optimizer
         losses: dict[str, float] = {}
         row: dict[str, float] = {}
-        for weights in (RAW, EMA) if self.config.evaluation.ema and optimizer.emas else (RAW,):
+        for weights in self.config.evaluation.weights(bool(optimizer.emas)):
             with optimizer.averaged() if weights == EMA else nullcontext():
                 measured = self.heldout.losses(self.state.model, self.stats, self.stop)
             if isinstance(measured, StopKind):

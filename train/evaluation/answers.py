@@ -16,7 +16,7 @@ from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.evaluation.generation import batches_of
 from train.evaluation.part import Bar, Part
-from train.evaluation.texts import OTHER_FORM, lines_of, text_of
+from train.evaluation.texts import OTHER_FORM, read_lines, text_of
 from train.inference.pipeline import Part as PromptPart
 from train.inference.pipeline import Pipeline, text_alone
 
@@ -39,9 +39,7 @@ def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
     """Read the lines; raise ValueError for one of another form, FileNotFoundError for a picture that is missing."""
     assert config.questions is not None
     path, rows = Path(config.questions), []
-    for number, line in enumerate(lines_of(path), start=1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         try:
             row = json.loads(line)
             image = text_of(row.get("image") or "")

@@ -5,12 +5,12 @@ picture is drawn from its prompt and its number, so neither depends on what else
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from train.evaluation.texts import OTHER_FORM, lines_of, text_of
+from train.evaluation.texts import OTHER_FORM, read_lines, text_of
 
 Benchmark = Literal["geneval", "dpg", "t2i_compbench", "hpsv2", "wise", "mjhq30k"]
 LONGEST = 240  # bytes of a file's name: most disks take 255, of which the name while it is written needs some
@@ -65,7 +65,7 @@ def read_layout(benchmark: Benchmark, prompts: Sequence[str]) -> Layout:
 def _geneval(path: Path) -> Layout:
     """NNNNN/metadata.jsonl is a line of the file; four pictures are in NNNNN/samples."""
     files, beside = [], {}
-    for index, line in enumerate(_lines(path)):
+    for index, (_, line) in enumerate(read_lines(path)):
         beside[f"{index:05d}/metadata.jsonl"] = line
         prompt = text_of(json.loads(line)["prompt"])
         files += [File(f"{index:05d}/samples/{i:04d}.png", prompt) for i in range(4)]
@@ -82,7 +82,7 @@ def _dpg(path: Path) -> Layout:
 
 def _t2i_compbench(path: Path) -> Layout:
     """Ten pictures a prompt; the scorers take the prompt from the name, up to the first underscore."""
-    prompts = [line.split("\t")[0].strip() for line in _lines(path)]
+    prompts = [line.split("\t")[0].strip() for _, line in read_lines(path)]
     if bad := next((prompt for prompt in prompts if "/" in prompt or "_" in prompt), None):
         raise ValueError(f"{bad!r} cannot be a file's name: it has '/' or '_'")
     names = (prompt for prompt in prompts for _ in range(10))
@@ -105,10 +105,6 @@ def _wise(path: Path) -> Layout:
 def _mjhq30k(path: Path) -> Layout:
     rows = json.loads(path.read_text(encoding="utf-8"))
     return Layout([File(f"{text_of(name)}.png", text_of(row["prompt"])) for name, row in rows.items()])
-
-
-def _lines(path: Path) -> Iterator[str]:
-    return (line for line in lines_of(path) if line.strip())
 
 
 def _is_safe(name: str) -> bool:

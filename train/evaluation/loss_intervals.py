@@ -1,6 +1,5 @@
 """Intervals of held-out losses: they are summed by document, and documents are drawn again (scores.bootstrap)."""
 
-import math
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +8,7 @@ import torch
 
 from data.packing import IGNORE, PackedBatch
 from model.log_snr_bins import half_width, mean_by_bin, mean_over_bins
-from train.evaluation.scores import bootstrap
+from train.evaluation.scores import bootstrap, perplexity
 from train.step import StepLoss
 
 
@@ -55,18 +54,8 @@ def intervals(documents: dict[str, np.ndarray], x0_errors: torch.Tensor) -> dict
             found[kind] = score.low, score.high
     if "text_loss" in found:
         low, high = found["text_loss"]
-        found["perplexity"] = exp(low), exp(high)
+        found["perplexity"] = perplexity(low), perplexity(high)
     mean, half = mean_over_bins(mean_by_bin(x0_errors)), half_width(x0_errors)
     if mean is not None and half is not None:
         found["x0_error"] = mean - half, mean + half
     return found
-
-
-def perplexity(text_loss: float | None) -> float | None:
-    """Return exp of nats a target."""
-    return None if text_loss is None else exp(text_loss)
-
-
-def exp(nats: float) -> float:
-    """Return e^nats, at most e^100, as a diverged loss would overflow."""
-    return math.exp(min(nats, 100.0))

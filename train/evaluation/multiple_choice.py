@@ -79,7 +79,7 @@ def accuracies(questions: Sequence[Question], likelihoods: Sequence[Sequence[Lik
 def log_likelihoods(
     pipeline: Pipeline, requests: Sequence[tuple[str, str]], progress: Progress = lambda requests: None
 ) -> list[Likelihood]:
-    """Return how likely each continuation is after its context; see `pieces` for what is refused."""
+    """Return how likely each continuation is after its context; see `piece_of` for what is refused."""
     length = pipeline.config.data.sequence_length
     laid_out = [piece_of(pipeline.tokenizer, *request, length) for request in requests]
     order = sorted(range(len(requests)), key=lambda i: -len(laid_out[i]))  # rows then fill well

@@ -9,9 +9,8 @@ from train.distributed.ranks import Ranks
 from train.evaluation.scores import Score
 from train.inference.pipeline import BAR_FORMAT
 
-Bar = Callable[
-    [str, float], tqdm
-]  # (what is done, this rank's rows) -> a progress bar with an ETA, silent but on rank 0
+# (what is done, this rank's rows) -> a progress bar with an ETA, silent but on rank 0.
+Bar = Callable[[str, float], tqdm]
 
 
 class Part(NamedTuple):

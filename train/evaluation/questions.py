@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.texts import OTHER_FORM, lines_of, text_of
+from train.evaluation.texts import OTHER_FORM, read_lines, text_of
 
 DELIMITER = " "  # between a context and a choice
 
@@ -33,18 +33,14 @@ def read_questions(path: Path) -> list[Question]:
 
     Raises FileNotFoundError, or ValueError naming the line for a row of no known form or without its answer.
     """
-    lines, beside = lines_of(path), path.with_name(f"{path.stem}-labels.lst")
-    labels = " ".join(lines_of(beside)).split() if beside.is_file() else None
-    if labels is not None and len(labels) != sum(map(bool, map(str.strip, lines))):
+    lines, beside = list(read_lines(path)), path.with_name(f"{path.stem}-labels.lst")
+    labels = [label.strip() for _, label in read_lines(beside)] if beside.is_file() else None
+    if labels is not None and len(labels) != len(lines):
         raise ValueError(f"{beside}: {len(labels)} labels; expected one a line of {path.name}; remove one of the two")
-    questions: list[Question] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            label = None if labels is None else labels[len(questions)]
-            questions.append(_question(line, label, f"{path}:{number}"))
-    if not questions:
+    if not lines:
         raise ValueError(f"{path}: no questions; expected JSON lines such as {__doc__.splitlines()[2].strip()}")
-    return questions
+    answers = [None] * len(lines) if labels is None else labels
+    return [_question(line, label, f"{path}:{n}") for (n, line), label in zip(lines, answers, strict=True)]
 
 
 def _question(line: str, label: str | None, where: str) -> Question:

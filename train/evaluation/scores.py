@@ -39,3 +39,8 @@ def bootstrap(
     draws = [statistic(items[random.integers(len(items), size=len(items))]) for _ in range(resamples)]
     low, high = np.percentile(draws, [2.5, 97.5]).tolist() if len(items) > 1 else (None, None)
     return Score(float(statistic(items)), low, high, len(items))
+
+
+def perplexity(text_loss: float) -> float:
+    """Return e to the nats a text target, at most e^100: a diverged loss would overflow."""
+    return math.exp(min(text_loss, 100.0))

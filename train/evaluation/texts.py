@@ -1,5 +1,6 @@
 """Reading what others wrote: lines of text, and JSON whose form is not what the code that reads it expects."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,19 @@ from typing import Any
 OTHER_FORM = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
-def lines_of(path: Path) -> list[str]:
-    """Return the lines of a file; raise ValueError unless it is UTF-8.
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the number, from 1, and the text of each line of a UTF-8 file that is not blank.
 
-    A line ends at a line feed alone: JSON may hold U+2028 and other characters at which `splitlines` would cut it.
+    A newline ends a line, nothing else: texts in JSON may hold U+2028 and U+0085, at which str.splitlines cuts. Raises
+    FileNotFoundError, or ValueError for another encoding.
     """
     try:
-        return path.read_text(encoding="utf-8").split("\n")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a text in UTF-8 ({error})") from None
+        raise ValueError(f"{path}: not UTF-8 ({error}); expected text, convert it with iconv") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line
 
 
 def text_of(value: Any) -> str:

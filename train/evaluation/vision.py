@@ -68,6 +68,8 @@ class Preparation:
             crop = _size(found["crop_size"], True) if found.get("do_center_crop", "crop_size" in found) else None
             if isinstance(crop, int):
                 raise ValueError(f"a crop of {found['crop_size']}")
+            if crop is not None and (size is None or np.less(size, crop).any()):
+                raise ValueError(f"a crop of {crop} from pictures of {size}")
             scale = found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 1.0
             normalizes = found.get("do_normalize", True)
             mean, std = (found["image_mean"], found["image_std"]) if normalizes else ([0.0] * 3, [1.0] * 3)

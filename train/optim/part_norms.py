@@ -2,7 +2,8 @@
 
 Sums of squares over this rank's shards and over how many numbers they go; train/metrics.py adds those of all ranks. A
 part's mean square does not depend on how often ranks replicate it, so nothing else is communicated. The update is read
-off at most SAMPLE evenly spaced weights of each shard, before and after: whatever the optimizer, at no extra memory.
+off at most SAMPLE evenly spaced weights of each shard, before and after, each of which stands for as many as there are
+for one sampled: whatever the optimizer, at no extra memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,9 @@ class PartNorms:
             change = _sample(shard).double() - before
             squares = change.new_zeros(()) if grad is None else grad.double().square()
             numbers = torch.full_like(squares, shard.numel())
-            four = torch.stack([squares, numbers, change.square().sum(), before.square().sum()])
+            # Else the weights of norms, which are few and all sampled, would outweigh the matrices.
+            each = shard.numel() / max(len(before), 1)
+            four = torch.stack([squares, numbers, each * change.square().sum(), each * before.square().sum()])
             found.setdefault(part_of(name), []).append(four)
         return {part: torch.stack(found[part]).sum(0) for part in PARTS if part in found}
 

@@ -50,7 +50,14 @@ def _reference(inputs: ReportInputs, run: RunInputs) -> list[Finding]:
         return []
     words = f"{verdict.words[0].upper()}{verdict.words[1:]}."
     healthy = verdict.within if verdict.by_metric else None  # it cannot be compared
-    return [Finding("Reference", healthy, words, "a tenth of a curve's rows lie outside of the band")]
+    return [
+        Finding(
+            "Reference",
+            healthy,
+            words,
+            "more than a tenth of a curve's rows, or its last three, lie outside of the band",
+        )
+    ]
 
 
 def timelines(inputs: ReportInputs) -> str:

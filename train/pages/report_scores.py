@@ -1,6 +1,5 @@
 """The report's sections on evaluations: every score with its interval, scenes in large print, held-out losses."""
 
-import math
 import re
 from html import escape
 from itertools import pairwise
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from train.evaluation.scores import perplexity
 from train.nested import leaves
 from train.pages.page import block, fact_list, note, table
 from train.pages.report_inputs import EvaluationInputs, LeftOut, ReportInputs
@@ -29,7 +29,7 @@ SETTINGS = (
     *("guide", "clip_x0", "temperature", "top_p", "seed", "weights"),
 )
 NOT_SETTINGS = ("scores.", "heldout.", "text_to_image.", "image_to_text.", "seconds", "checkpoint", "data.")
-SHARE = re.compile("scenes/.*|.*/accuracy")  # the scores that are shares of right answers
+SHARE = re.compile("scenes/.*|choices/.*")  # the scores that are shares of right answers
 
 
 def scores(inputs: ReportInputs) -> str:
@@ -141,12 +141,11 @@ def heldout(inputs: ReportInputs) -> str:
     several = len(inputs.evaluations) > 1
     for one in inputs.evaluations:
         for name, loss in (one.facts.get("heldout") or {}).items():
-            # null where the data has none of that kind; evaluations of earlier versions have not all of them
+            # null where the data has none of that kind; earlier versions wrote 0, or not all of them
             kinds = [loss.get(kind) for kind in ("text_loss", "image_loss", "captioning_loss", "x0_error")]
-            text, picture, caption, x0_error = (f"{value:.4f}" if value else "—" for value in kinds)
-            perplexity = f"{math.exp(min(kinds[0], 100)):.3g}" if kinds[0] else "—"
+            text, *others = (f"{value:.4f}" if value else "—" for value in kinds)
             label = f"{one.name}: {name}" if several else name
-            rows.append([escape(label), text, perplexity, picture, caption, x0_error])
+            rows.append([escape(label), text, f"{perplexity(kinds[0]):.3g}" if kinds[0] else "—", *others])
             charts.append(_by_level(label, loss.get("x0_error_by_log_snr", {})))
     if not rows:
         raise LeftOut("No held-out losses were measured (train.evaluate heldout.NAME=FOLDER).")
