@@ -11,6 +11,7 @@ from data.tokenizer import Tokenizer
 from tests.runs import expect, finish, settings
 from tests.sources import make_source, texts
 from train import evaluate
+from train.checkpoints.folder_lock import FolderLock
 
 
 def test_an_evaluation_of_nothing_is_refused() -> None:
@@ -37,3 +38,12 @@ def test_a_model_trained_on_text_alone_has_text_losses_and_is_refused_scenes(
     }
     with ProgramRanks(evaluate.main, [*argv, f"scenes={tmp_path}"], None, tmp_path / "refused") as run:
         assert "was trained on text alone" in expect(run, 2)
+    lock = FolderLock(tmp_path / "out", evaluate.LOCK)  # of another evaluation, which goes on
+    with ProgramRanks(evaluate.main, argv, None, tmp_path / "second") as run:
+        assert f"folder {tmp_path / 'out'} is in use by pid" in expect(run, 2)
+    lock.close()
+
+
+def test_a_set_of_questions_whose_name_is_no_file_name_is_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match=r"choices\.a/b: expected a short name"):
+        evaluate.main(["choices={a/b: x.jsonl}"])

@@ -18,6 +18,8 @@ from tests.vision_models import WORDS, save_clip, save_dinov2
 from train import evaluate
 from train.distributed.ranks import alone
 from train.evaluation.distances import cmmd, frechet
+from train.evaluation.drawn_folder import begin
+from train.evaluation.features import FeatureModels
 from train.evaluation.generation import GenerationConfig
 from train.evaluation.vision import ClipText, VisionModel, clip_scores
 
@@ -123,6 +125,20 @@ def test_pictures_of_other_settings_are_refused_and_so_are_more_samples_than_the
     said = run(drawn, inputs, tmp_path / "many", "generation.samples=99", status=2)
     assert f"holds {COUNT} captioned pictures, expected at least 99" in said
     assert not (tmp_path / "many" / "drawn").exists()
+
+
+def test_a_model_of_broken_numbers_is_refused(inputs: Path) -> None:
+    models = FeatureModels.load({"broken": str(inputs / "dinov2")}, None, torch.device("cpu"))
+    next(models.vision["broken"].module.parameters()).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="dinov2: features of pictures are not finite"):
+        models.measure([([0], [np.zeros((32, 32, 3), np.uint8)])], None, jackknife=False, ranks=alone())
+
+
+def test_a_kill_before_the_first_mark_leaves_a_folder_to_go_on_with(tmp_path: Path) -> None:
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / ".settings.json.new").write_text("{")
+    begin(tmp_path / "drawn", tmp_path / "drawn" / "settings.json", {"seed": 1})
+    assert json.loads((tmp_path / "drawn" / "settings.json").read_text()) == {"seed": 1}
 
 
 def test_a_config_that_compares_nothing_or_with_nothing_is_refused() -> None:

@@ -32,7 +32,7 @@ def test_a_run_measures_itself_and_trains_the_same(
 ) -> None:
     """Bit for bit; and the best checkpoint by the metric is kept in addition to the last."""
     best = {"checkpoint__keep_last": 1, "checkpoint__keep_best": 1, "checkpoint__interval_steps": 6}
-    best |= {"checkpoint__best_metric": "heldout/pairs/x0_error", "optim__learning_rate": 0.1}
+    best |= {"checkpoint__best_metric": "heldout/pairs/x0_error", "optim__learning_rate": 0.1, "evaluation__ema": False}
     argv = runs.settings(
         tmp_path / "worse", tokenizer, sources, evaluation__interval_steps=6, evaluation__heldout__pairs=heldout
     )

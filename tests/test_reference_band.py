@@ -65,8 +65,7 @@ def test_the_words_say_what_leaves_the_band_where_and_which_way(band: Band) -> N
     verdict = compare(rows, band)
     assert not verdict.within and re.search("text loss is above it from step 2[68]0 on: ", verdict.words)
     assert "at step 800, expected 0." in verdict.words and "image" not in verdict.words
-    course = verdict.by_metric["text_loss"]
-    assert 12 / 40 <= course.inside_share <= 13 / 40 and verdict.by_metric["x0_error"].within
+    assert verdict.by_metric["text_loss"] in verdict.words and verdict.by_metric["x0_error"] == ""
     lowered = changed(next(iter(stored("runs").values())), "text_loss", 0.5, 240, 500)
     assert re.search("text loss is below it from step 2[68]0 to 5[24]0: ", compare(lowered, band).words)
 

@@ -55,6 +55,34 @@ def test_a_healthy_run_is_healthy_in_every_topic(run: Path) -> None:
     assert len({finding.topic for finding in found}) == len(found)
 
 
+HOSTILE = [float("nan"), float("inf"), 10**400, -1, 1e308, "<img src=x>", "\ud800", [], [1], {}, True]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_no_number_and_no_text_costs_more_than_its_section_or_becomes_html(run: Path, tmp_path: Path) -> None:
+    """In each field of rows, events and examples in turn, and of a whole column; clocks and steps that go backwards."""
+    rows = read_rows(run / "metrics.jsonl")
+    evaluation = tmp_path / "evaluation"
+    evaluation.mkdir()
+    example = {"split": "seen", "prompt": "a", "drawn": "x.png", "drawn_verdict": {"shape": True}, "score": 0.5}
+    event = {"time": START, "step": 3, "kind": "skipped_update", "words": "w", "to": 2}
+    for i, value in enumerate(HOSTILE):
+        names = list(rows[-1])[i :: len(HOSTILE)]
+        newest = [{**row, **dict.fromkeys(names, value)} for row in rows[-40:]]
+        write_rows(run / "metrics.jsonl", rows[:-40] + newest)
+        write_rows(run / "events.jsonl", [{**event, name: value} for name in event])
+        write_rows(evaluation / "examples.jsonl", [{**example, name: value} for name in example])
+        facts = {"scores": {"x": {"value": value, "low": value, "high": 1}}, "heldout": {"y": value}, "settings": value}
+        write_rows(evaluation / "evaluation.json", [facts])
+        main([f"run={run}", f"evaluation={evaluation}", f"output={tmp_path / 'page.html'}"])
+        page = (tmp_path / "page.html").read_text()
+        assert "<img src=x" not in page and 'id="health"' in page and 'id="making"' in page, (value, names)
+    for other in (rows[::-1], [{**row, "time": START - row["step"]} for row in rows], [{**rows[0], "step": 5}] * 9):
+        write_rows(run / "metrics.jsonl", other)
+        main([f"run={run}", f"output={tmp_path / 'page.html'}"])
+        assert 'id="health"' in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("topic", "how", "words"),
     [

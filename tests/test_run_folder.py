@@ -137,6 +137,15 @@ def test_resume_cuts_the_rows_that_it_will_write_again(tmp_path: Path) -> None:
         assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
+def test_an_event_after_one_that_a_kill_cut_short_stands_on_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"kind": "start"}\n{"kind": "sk')
+    with RunFolder(tmp_path, alone()) as run:
+        run.append("events.jsonl", [{"kind": "start"}])
+        run.append("events.jsonl", [{"kind": "stop"}])
+    assert path.read_bytes().split(b"\n")[2:] == [b'{"kind": "start"}', b'{"kind": "stop"}', b""]
+
+
 def test_a_full_disk_delays_rows_but_loses_none(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=256) as disk, RunFolder(disk / "run", alone()) as run:
         run.append_metrics({"step": 1})

@@ -6,10 +6,12 @@ import io
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,6 +26,8 @@ from train import serve
 from train.distributed.ranks import alone
 from train.inference.pipeline import Pipeline, PipelineConfig
 from train.serving.orders import Orders
+from train.serving.server import SILENT_S
+from train.serving.server import Server as Listener
 
 TOKEN = "0123456789abcdef"
 LONG = {"prompt": "a", "steps": 1000, "previews": False}
@@ -110,6 +114,24 @@ def test_a_picture_is_seen_while_it_is_denoised_and_ends_with_the_bits_of_sampli
     assert all(np.array_equal(*pair) for pair in zip(pictures(done), expected, strict=True))
     named = {"step": 6, "weights": "ema-7", "sampler": "ddim", "steps": 4, "guidance": 2.0, "seed": 5, "n": 2}
     assert done["settings"].items() >= named.items()
+
+
+def test_connections_on_which_no_request_comes_are_closed_so_that_they_keep_nobody_out() -> None:
+    made = Listener(None, None, print, print)  # type: ignore[arg-type]
+    silent, idle, busy = (Mock(cycle=cycle) for cycle in (None, Mock(response_complete=True), Mock()))
+    busy.cycle.response_complete = False
+    made.server_state.connections = {silent, idle, busy}
+    for now, closed in ((0.0, False), (SILENT_S - 1.0, False), (SILENT_S + 1.0, True)):
+        made._close_silent(now)
+        assert [one.transport.close.called for one in (silent, idle, busy)] == [closed, closed, False]
+
+
+def test_a_client_that_hangs_up_within_its_body_leaves_no_trace(server: Server) -> None:
+    with closing(socket.create_connection(("127.0.0.1", server.port))) as client:
+        head = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
+        client.sendall(f"POST /api/draw HTTP/1.1\r\n{head}Content-Length: 9\r\n\r\n{{".encode())
+        assert server.info()["waiting"] == 0  # the request has been begun
+    assert server.info()["running"] == 0 and "Traceback" not in server.program.output
 
 
 def test_waiting_requests_of_equal_settings_share_a_batch_and_each_gets_its_own_bits(

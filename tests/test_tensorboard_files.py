@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from data.pictures import write_sheet
+from tests.disks import fill, small_disk
 from train.checkpoints.run_folder import RunFolder
 from train.distributed.ranks import alone
 from train.metrics_log import LogConfig, MetricsLog
+from train.tensorboard_files import TensorboardFiles
 
 
 def test_each_step_is_shown_once_with_what_was_run_last(tmp_path: Path) -> None:
@@ -47,6 +49,23 @@ def test_each_step_is_shown_once_with_what_was_run_last(tmp_path: Path) -> None:
     (picture,) = shown.Images(name)
     assert "a red circle" in name and picture.step == 2
     assert (np.asarray(Image.open(BytesIO(picture.encoded_image_string))) == 200).all()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_the_copy_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """P13. The writer has a thread of its own, which raises its error in a later call."""
+    with small_disk(tmp_path / "disk", kib=64) as disk:
+        full, late = TensorboardFiles(disk / "tensorboard", 0), TensorboardFiles(disk / "late", 0)
+        fill(disk / "filler")
+        for step in range(1, 2000):
+            full.write({"step": step, "loss": 1.0})
+            if "tensorboard is off" in caplog.text:
+                break
+        late.write({"step": 1, "loss": 1.0})
+        for files in (full, late, TensorboardFiles(disk / "filler" / "no folder", 0)):
+            files.go_back(3)
+            files.close()
+    assert caplog.text.count("log.tensorboard is off") >= 3 and "metrics.jsonl has everything" in caplog.text
 
 
 def test_without_the_package_it_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,11 +32,20 @@ def assert_complete(run_dir: Path, finished: bool = True) -> None:
     assert exited == finished
 
 
-def test_a_page_survives_a_signal_to_all_processes_a_kill_and_two_requeues(run_dir: Path, arguments: Arguments) -> None:
+@pytest.mark.parametrize(
+    ("stops", "world_size"),
+    [
+        ([(signal.SIGUSR1, 75, 6)], 1),
+        pytest.param([(signal.SIGUSR1, 75, 6), (signal.SIGKILL, -9, 18)], 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_page_survives_signals_to_all_processes_and_requeues(
+    run_dir: Path, arguments: Arguments, stops: list[tuple[signal.Signals, int, int]], world_size: int
+) -> None:
     """SIGUSR1 to ranks and wandb alike, as Slurm sends it; then SIGKILL to all of them; then to the end."""
     argv = arguments(log__wandb="offline", optim__steps=30, checkpoint__interval_steps=10)
-    for number, status, until in ((signal.SIGUSR1, 75, 6), (signal.SIGKILL, -9, 18)):
-        with runs.launch(argv, 2) as run:
+    for number, status, until in stops:
+        with runs.launch(argv, world_size) as run:
             runs.wait_for(runs.reached(run_dir, until), run)
             services = [pid for process in run.processes for pid in children(process.pid) if is_service(pid)]
             assert len(services) <= 1, "rank 0's alone"
@@ -46,7 +55,7 @@ def test_a_page_survives_a_signal_to_all_processes_a_kill_and_two_requeues(run_d
             assert set(run.wait()) == {status}, run.output
         if status == 75:
             assert_complete(run_dir)
-    runs.finish(argv, 2)
+    runs.finish(argv, world_size)
     assert_complete(run_dir)
     assert len(runs.rows(run_dir)) == 30
 

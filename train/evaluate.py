@@ -19,6 +19,7 @@ from data.durable import atomic_write
 from data.manifest import Manifest
 from data.storage import Location
 from model.sampler_config import SamplerConfig
+from train.checkpoints.folder_lock import FolderLock
 from train.checkpoints.trained_records import TrainedRecords
 from train.config import load_config, run_program
 from train.distributed.agreement import facts_of, program_facts
@@ -61,6 +62,8 @@ class EvaluateConfig(PipelineConfig):
         super().__post_init__()
         if self.max_prompts < 1:
             raise ValueError(f"max_prompts={self.max_prompts}: expected at least 1")
+        if bad := [name for name in self.choices if "/" in name or len(name.encode()) > 100]:
+            raise ValueError(f"choices.{bad[0]}: expected a short name without '/', as choices-NAME.jsonl is a file")
         if (self.benchmark is None) != (not self.benchmark_prompts):
             raise ValueError(
                 f"benchmark={self.benchmark}, benchmark_prompts={self.benchmark_prompts}: expected both, or neither"
@@ -82,6 +85,7 @@ DRAWN_BY = (
     *("weights", "weights_hash", "base", "guide", "dtype", "device", "seed"),
     *("settings", "resolution", "batch_size"),
 )
+LOCK = ".evaluation.lock"  # of the output: it may lie in a run folder, which has a lock of its own
 PACKAGES = ("torch", "numpy", "pillow", "transformers", "diffusers")
 
 
@@ -95,7 +99,8 @@ def main(argv: list[str]) -> int | None:
     start = time.monotonic()
     pipeline = Pipeline.load(config, ranks)
     output = Path(config.output)
-    ranks.on_first(lambda: make_writable(output))  # only rank 0 writes
+    locks: list[FolderLock] = []  # rank 0's, to be held to the end
+    ranks.on_first(lambda: locks.append(FolderLock(make_writable(output), LOCK)))
     results = _describe(config, pipeline, ranks)
     scores: dict[str, Score] = {}
     examples: list[dict[str, Any]] = []
@@ -118,6 +123,8 @@ def main(argv: list[str]) -> int | None:
         if config.table:
             print(paper_table(pipeline.model, results))
     ranks.close()
+    for lock in locks:
+        lock.close()
     return 0
 
 

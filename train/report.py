@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data.durable import atomic_write
 from train.config import load_config, run_program
+from train.evaluation.texts import OTHER_FORM
 from train.pages.page import document
 from train.pages.report_inputs import LeftOut, ReportConfig, ReportInputs, RunInputs, gather
 from train.pages.report_sections import SECTIONS
@@ -31,13 +32,16 @@ def main(argv: list[str]) -> None:
         except LeftOut as reason:
             left_out[title] = str(reason)
             continue
+        except OTHER_FORM as error:  # a file was damaged, or another version wrote it: the other sections stand
+            left_out[title] = f"A number or text that it shows has another form than expected: {error!r}."
+            continue
         sections.append((name, title, inside))
     if left_out:
         sections.insert(-1, ("absent", "Left out", _listed(left_out)))
     output = Path(config.output or f"{config.run[0]}/report.html")
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as file:
-        file.write(document(config.title, _progress(inputs), sections).encode())
+        file.write(document(config.title, _progress(inputs), sections).encode(errors="replace"))
     print(f"report: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
     for name, verdict in inputs.verdicts.items():
         print(f"report: {name} is {verdict.words}")

@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 class FolderLock:
     """Held from construction to `close` or the end of the process; raises BlockingIOError naming the holder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._descriptor: int | None = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    def __init__(self, folder: Path, name: str = LOCK_FILE) -> None:
+        """`name` is the lock's file, for programs that write into a folder beside its owner."""
+        self._descriptor: int | None = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

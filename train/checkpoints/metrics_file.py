@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,14 @@ class MetricsFile:
 
 
 def append_bytes(path: Path, content: bytes) -> None:
-    """Append all of `content` or nothing: what a full disk cut short is taken back."""
-    with path.open("ab", buffering=0) as stream:
-        before = stream.tell()
+    """Append all of `content`, lines, or nothing: what a full disk cut short is taken back.
+
+    A last line that a kill cut short gets an end, or it would take the next one with it.
+    """
+    with path.open("a+b", buffering=0) as stream:
+        if before := stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+            content = content if stream.read(1) == b"\n" else b"\n" + content
         try:
             written = stream.write(content)
             if written < len(content):

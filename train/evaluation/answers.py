@@ -16,7 +16,7 @@ from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.evaluation.generation import batches_of
 from train.evaluation.part import Bar, Part
-from train.evaluation.text_lines import read_lines
+from train.evaluation.texts import OTHER_FORM, read_lines, text_of
 from train.inference.pipeline import Part as PromptPart
 from train.inference.pipeline import Pipeline, text_alone
 
@@ -42,8 +42,9 @@ def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
     for number, line in read_lines(path):
         try:
             row = json.loads(line)
-            rows.append({"question_id": row["question_id"], "text": str(row["text"]), "image": row.get("image")})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            image = text_of(row.get("image") or "")
+            rows.append({"question_id": row["question_id"], "text": text_of(row["text"]), "image": image})
+        except OTHER_FORM as error:
             raise ValueError(
                 f"answers.questions={path}:{number}: {type(error).__name__}: {error}; expected question_id, image, text"
             ) from None

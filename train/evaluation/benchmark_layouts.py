@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from train.evaluation.text_lines import read_lines
+from train.evaluation.texts import OTHER_FORM, read_lines, text_of
 
 Benchmark = Literal["geneval", "dpg", "t2i_compbench", "hpsv2", "wise", "mjhq30k"]
+LONGEST = 240  # bytes of a file's name: most disks take 255, of which the name while it is written needs some
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def read_layout(benchmark: Benchmark, prompts: Sequence[str]) -> Layout:
     for path in map(Path, prompts):
         try:
             layout = READERS[benchmark](path)
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except OTHER_FORM as error:
             raise ValueError(
                 f"benchmark_prompts={path}: not the prompts of {benchmark} ({type(error).__name__}: {error}); "
                 f"expected {EXPECTED[benchmark]}"
@@ -48,8 +49,13 @@ def read_layout(benchmark: Benchmark, prompts: Sequence[str]) -> Layout:
         files += layout.files
         beside |= layout.beside
     names = [file.name for file in files]
-    if not files or not all(isinstance(file.prompt, str) and file.prompt.strip() for file in files):
+    if not files or not all(file.prompt.strip() for file in files):
         raise ValueError(f"benchmark_prompts={list(prompts)}: empty prompts, or none; expected {EXPECTED[benchmark]}")
+    if (bad := next((name for name in names if not _is_safe(name)), None)) is not None:
+        raise ValueError(
+            f"benchmark_prompts={list(prompts)}: {bad[:80]!r} would be a file; expected a name below the folder, of at "
+            f"most {LONGEST} bytes a part"
+        )
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise ValueError(f"benchmark_prompts={list(prompts)}: {twice} is named twice; give each file of prompts once")
@@ -61,7 +67,7 @@ def _geneval(path: Path) -> Layout:
     files, beside = [], {}
     for index, (_, line) in enumerate(read_lines(path)):
         beside[f"{index:05d}/metadata.jsonl"] = line
-        prompt = json.loads(line)["prompt"]
+        prompt = text_of(json.loads(line)["prompt"])
         files += [File(f"{index:05d}/samples/{i:04d}.png", prompt) for i in range(4)]
     return Layout(files, beside)
 
@@ -78,7 +84,7 @@ def _t2i_compbench(path: Path) -> Layout:
     """Ten pictures a prompt; the scorers take the prompt from the name, up to the first underscore."""
     prompts = [line.split("\t")[0].strip() for _, line in read_lines(path)]
     if bad := next((prompt for prompt in prompts if "/" in prompt or "_" in prompt), None):
-        raise ValueError(f"benchmark_prompts={path}: {bad!r} cannot be a file's name; expected no '/' and no '_'")
+        raise ValueError(f"{bad!r} cannot be a file's name: it has '/' or '_'")
     names = (prompt for prompt in prompts for _ in range(10))
     return Layout([File(f"samples/{prompt}_{number:06d}.png", prompt) for number, prompt in enumerate(names)])
 
@@ -88,17 +94,23 @@ def _hpsv2(path: Path) -> Layout:
     prompts = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(prompts, list):
         raise TypeError("no list")
-    return Layout([File(f"{path.stem}/{index:05d}.jpg", prompt) for index, prompt in enumerate(prompts)])
+    return Layout([File(f"{path.stem}/{index:05d}.jpg", text_of(prompt)) for index, prompt in enumerate(prompts)])
 
 
 def _wise(path: Path) -> Layout:
     rows = json.loads(path.read_text(encoding="utf-8"))
-    return Layout([File(f"{int(row['prompt_id'])}.png", row["Prompt"]) for row in rows])
+    return Layout([File(f"{int(row['prompt_id'])}.png", text_of(row["Prompt"])) for row in rows])
 
 
 def _mjhq30k(path: Path) -> Layout:
     rows = json.loads(path.read_text(encoding="utf-8"))
-    return Layout([File(f"{name}.png", row["prompt"]) for name, row in rows.items()])
+    return Layout([File(f"{text_of(name)}.png", text_of(row["prompt"])) for name, row in rows.items()])
+
+
+def _is_safe(name: str) -> bool:
+    """Return whether a name, which may come from a prompt file, is that of a file below the folder."""
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") or "\0" in part or len(part.encode()) > LONGEST for part in parts)
 
 
 READERS: dict[Benchmark, Callable[[Path], Layout]] = {

@@ -5,6 +5,7 @@ The forms: captions_val2014.json, dataset_coco.json, tars as train.encode reads 
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,9 @@ from data.pictures import decode_picture
 from data.raw import TAR, captions_of, picture_of
 from data.shards import BadRecords, read_shard
 from data.storage import Location
+from train.evaluation.texts import OTHER_FORM, text_of
+
+KARPATHY = "test"  # the split of Karpathy's file that is taken unless another is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +73,19 @@ def read_captioned(config: CaptionedConfig) -> Iterator[Captioned]:
         yield from islice(_of_tars(config.pictures), config.limit)
         return
     path, folder = Path(config.annotations), Path(config.pictures)
-    try:
+    with _other_form_refused(config):
         content = json.loads(path.read_text(encoding="utf-8"))
-        listed = _of_coco(content, folder) if "annotations" in content else _of_karpathy(content, config, folder)
-        if config.split is not None and "annotations" in content:
-            raise ValueError(f"{config.option}.split={config.split}: expected null; only Karpathy's file has splits")
+        is_coco = "annotations" in content
+        splits = set() if is_coco else {text_of(image["split"]) for image in content["images"]}
+    if is_coco and config.split is not None:
+        raise ValueError(f"{config.option}.split={config.split}: expected null; only Karpathy's file has splits")
+    if not is_coco and (wanted := config.split or KARPATHY) not in splits:
+        raise ValueError(f"{config.option}.split={wanted}: the file has {', '.join(sorted(splits))}")
+    with _other_form_refused(config):
+        listed = _of_coco(content, folder) if is_coco else _of_karpathy(content, config.split or KARPATHY, folder)
         found = list(islice(listed, config.limit))
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{config.option}.annotations={path}: expected COCO's captions_*.json or Karpathy's dataset_coco.json "
-            f"({type(error).__name__}: {error})"
-        ) from None
+        if len({item.image_id for item in found}) < len(found):
+            raise ValueError("two pictures have one id")
     if missing := [item.where for item in found if not Path(item.where).is_file()]:
         raise FileNotFoundError(
             f"{config.option}.pictures={folder}: {len(missing)} of {len(found)} pictures are not there, such as "
@@ -88,32 +94,48 @@ def read_captioned(config: CaptionedConfig) -> Iterator[Captioned]:
     yield from found
 
 
+@contextmanager
+def _other_form_refused(config: CaptionedConfig) -> Iterator[None]:
+    try:
+        yield
+    except OTHER_FORM as error:
+        raise ValueError(
+            f"{config.option}.annotations={config.annotations}: expected COCO's captions_*.json or Karpathy's "
+            f"dataset_coco.json ({type(error).__name__}: {error})"
+        ) from None
+
+
 def _of_coco(content: dict[str, Any], folder: Path) -> Iterator[Captioned]:
-    captions: dict[int, list[str]] = {}
+    captions: dict[int, list[Any]] = {}
     for annotation in content["annotations"]:
-        captions.setdefault(int(annotation["image_id"]), []).append(annotation["caption"].strip())
+        captions.setdefault(int(annotation["image_id"]), []).append(annotation["caption"])
     for image in content["images"]:
-        if image["id"] in captions:
-            yield Captioned(image["id"], tuple(captions[image["id"]]), str(folder / image["file_name"]))
+        if (image_id := int(image["id"])) in captions:
+            yield _captioned(image_id, captions[image_id], folder / image["file_name"])
 
 
-def _of_karpathy(content: dict[str, Any], config: CaptionedConfig, folder: Path) -> Iterator[Captioned]:
-    wanted = config.split or "test"
-    splits = {image["split"] for image in content["images"]}
-    if wanted not in splits:
-        raise ValueError(f"{config.option}.split={wanted}: the file has {', '.join(sorted(splits))}")
+def _of_karpathy(content: dict[str, Any], split: str, folder: Path) -> Iterator[Captioned]:
     for image in content["images"]:
-        if image["split"] == wanted:
+        if image["split"] == split:
             beside, below = folder / image["filename"], folder / image.get("filepath", "") / image["filename"]
-            references = tuple(sentence["raw"].strip() for sentence in image["sentences"])
-            image_id = image["cocoid" if "cocoid" in image else "imgid"]  # Flickr's have no cocoid
-            yield Captioned(image_id, references, str(below if below.is_file() else beside))
+            image_id = int(image["cocoid"] if "cocoid" in image else image["imgid"])  # Flickr's have no cocoid
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+            yield _captioned(image_id, captions, below if below.is_file() else beside)
+
+
+def _captioned(image_id: int, captions: list[Any], path: Path) -> Captioned:
+    """Leave out captions without a word; raise ValueError if none is left."""
+    references = tuple(text for text in (text_of(caption).strip() for caption in captions) if text)
+    if not references:
+        raise ValueError(f"picture {image_id} has no caption")
+    return Captioned(image_id, references, str(path))
 
 
 def _of_tars(folder: str) -> Iterator[Captioned]:
     bad, number = BadRecords(max_fraction=0.0), 0
     for path in expand([folder], (TAR,)):
         for record in read_shard(Path(path), bad):
+            bad.check(final=True)  # also where no more than the first pictures are read
             where = f"{path}/{record['__key__'].decode()}"
             yield Captioned(number, tuple(captions_of(record, where)), where, picture_of(record, where))
             number += 1

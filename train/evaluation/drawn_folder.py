@@ -19,6 +19,6 @@ def begin(folder: Path, mark: Path, settings: dict[str, Any]) -> None:
                 f"output: {folder} holds pictures drawn with another {', '.join(changed)}; expected none, or the "
                 "same to go on with. Choose another output, or remove that folder to draw them again"
             )
-    elif any(folder.iterdir()):
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):  # a mark half written begins with a dot
         raise ValueError(f"output: {folder} is not empty, but {mark} is missing; expected both. Choose another output")
     write_durably(mark, json.dumps(settings, indent=1).encode())

@@ -84,9 +84,9 @@ class FeatureModels:
         clip, scores = [torch.zeros(0, 0 if self.clip is None else self.clip.dim)], [np.zeros(0)]
         for numbers, pictures in batches:
             for name, model in self.vision.items():
-                moments[name].add(numbers, model.features(pictures))
+                moments[name].add(numbers, _finite(model, pictures))
             if self.clip is not None and self.text is not None:
-                clip.append(self.clip.features(pictures))
+                clip.append(_finite(self.clip, pictures))
                 if captions is not None:
                     scores.append(clip_scores(clip[-1], self.text.features([captions[number] for number in numbers])))
         for of_model in moments.values():
@@ -103,3 +103,12 @@ class FeatureModels:
         if drawn.clip is not None and references.clip is not None:
             found["cmmd"] = cmmd(drawn.clip.to(self.device), references.clip.to(self.device), ranks)
         return found
+
+
+def _finite(model: VisionModel, pictures: Sequence[np.ndarray]) -> Tensor:
+    """Return a batch's features; raise ValueError for numbers that no distance is made of."""
+    features = model.features(pictures)
+    if not features.isfinite().all():
+        path = model.described["path"]
+        raise ValueError(f"{path}: features of pictures are not finite; expected a sound model: fetch it again")
+    return features

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.text_lines import read_lines
+from train.evaluation.texts import OTHER_FORM, read_lines, text_of
 
 DELIMITER = " "  # between a context and a choice
 
@@ -51,7 +51,9 @@ def _question(line: str, label: str | None, where: str) -> Question:
         keys = {key for key, value in row.items() if value not in (None, "")}
         form = next((form for needed, form in FORMS if needed <= keys), None)
         question = form(row) if form is not None else None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        for text in () if question is None else (*question.contexts, *question.choices):
+            text_of(text)
+    except OTHER_FORM as error:
         raise ValueError(f"{where}: not readable as a question ({type(error).__name__}: {error})") from None
     if question is None:
         wanted = "; ".join(", ".join(sorted(needed)) for needed, _ in FORMS)

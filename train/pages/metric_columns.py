@@ -15,6 +15,7 @@ import numpy as np
 
 CHUNK = 1000  # lines parsed together
 LARGEST = 1e300  # of an integer
+MOST_STEPS = 1 << 53  # what a float64 holds exactly
 
 
 class Series(NamedTuple):
@@ -50,7 +51,7 @@ class Columns:
             while lines := list(islice(file, CHUNK)):
                 rows, unreadable = _parse(lines)
                 self.unreadable += unreadable
-                self._add([row for row in rows if isinstance(row.get("step"), int)])
+                self._add([row for row in rows if type(step := row.get("step")) is int and 0 <= step <= MOST_STEPS])
 
     def _add(self, rows: list[dict[str, Any]]) -> None:
         self.num_rows += len(rows)
@@ -59,6 +60,8 @@ class Columns:
             found = [row.get(name) for row in rows]
             try:
                 values = np.array(found, dtype=np.float64)  # null becomes nan
+                if values.ndim > 1:
+                    raise TypeError("lists of equal lengths")
             except (ValueError, TypeError, OverflowError):  # some are no numbers
                 self._words.setdefault(name, []).extend(value for value in found if isinstance(value, str))
                 found = [value if isinstance(value, float) or type(value) is int else None for value in found]
@@ -102,8 +105,8 @@ class Columns:
         return self._words.get(name, [])
 
     def last(self, name: str) -> float | None:
-        """Return the newest value, None without one."""
-        series = self[name]
+        """Return the newest finite value, None without one."""
+        series = self[name].finite
         return float(series.values[-1]) if len(series) else None
 
 

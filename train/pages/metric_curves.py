@@ -20,7 +20,6 @@ HELD_OUT = (
     ("image_loss", "Image loss, held-out", f"{SQUARED}, over all timesteps"),
     ("captioning_loss", "Captioning loss, held-out", "nats a token of captions after their image"),
 )
-BANDED = ("text_loss", "image_loss", "x0_error", "grad_norm")  # a reference band has these
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def data_groups(runs: Sequence[RunInputs]) -> list[Group]:
     ]
 
 
-def speed_groups(runs: Sequence[RunInputs]) -> list[Group]:
+def speed_groups() -> list[Group]:
     mfu = {"MFU": "mfu", "HFU": "hfu", "MFU by Bagel's formula": "mfu_bagel"}
     return [
         Group("Tokens", "tokens a second, all ranks", "zero", {"": "tokens_per_s"}),

@@ -53,21 +53,10 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Course:
-    """How one metric of a run lies in its band."""
-
-    steps: list[int]  # that were compared
-    values: list[float]  # smoothed, at these steps
-    within: bool
-    inside_share: float  # of the rows
-    words: str
-
-
-@dataclass(frozen=True)
 class Verdict:
     within: bool  # comparable, and each metric within
     words: str  # one sentence or more, for people
-    by_metric: dict[str, Course]  # empty if not comparable
+    by_metric: dict[str, str]  # how each metric leaves the band, "" within it; empty if not comparable
 
 
 def load_band(name: str) -> Band:
@@ -112,14 +101,12 @@ def compare(rows: Sequence[Mapping[str, Any]], band: Band, config: Mapping[str, 
     if other := _other_data(rows[-1], band):
         return Verdict(False, f"not comparable with the band of {band.name}: {other}", {})
     by_step = {row["step"]: row for row in rows}
-    courses = {metric: _course(metric, by_step, band) for metric in band.curves}
-    by_metric = {metric: course for metric, course in courses.items() if course is not None}
+    found = {metric: _leaves(metric, by_step, band) for metric in band.curves}
+    by_metric = {metric: how for metric, how in found.items() if how is not None}
     last = f"up to step {max(by_step)}"
-    left = [course.words for course in by_metric.values() if not course.within]
-    if left:
-        return Verdict(
-            False, f"outside the band of {band.name} ({band.made_from}) {last}: {'; '.join(left)}", by_metric
-        )
+    if left := [how for how in by_metric.values() if how]:
+        words = f"outside the band of {band.name} ({band.made_from}) {last}: {'; '.join(left)}"
+        return Verdict(False, words, by_metric)
     names = ", ".join(NAMES.get(metric, metric) for metric in by_metric)
     return Verdict(True, f"within the band of {band.name} ({band.made_from}) {last}: {names}", by_metric)
 
@@ -152,8 +139,8 @@ def smoothed(values: Sequence[float | None], rows: int) -> list[float | None]:
     return found
 
 
-def _course(metric: str, by_step: Mapping[int, Mapping[str, Any]], band: Band) -> Course | None:
-    """Compare one metric; None: no row has it."""
+def _leaves(metric: str, by_step: Mapping[int, Mapping[str, Any]], band: Band) -> str | None:
+    """Return how one metric leaves the band, "" within it; None: no row has it."""
     values = smoothed([by_step.get(step, {}).get(metric) for step in band.steps], band.smoothed_rows)
     curve = band.curves[metric]
     all_of = zip(band.steps, values, curve.low, curve.high, strict=True)
@@ -162,16 +149,12 @@ def _course(metric: str, by_step: Mapping[int, Mapping[str, Any]], band: Band) -
         return None
     below, above = ([row for row in rows if row[1] < row[2]], [row for row in rows if row[1] > row[3]])
     newest = [row for row in below + above if row in rows[-ALLOWED_ROWS - 1 :]]
-    within = len(newest) <= ALLOWED_ROWS and len(below) + len(above) <= max(ALLOWED_ROWS, ALLOWED_SHARE * len(rows))
-    words, name = "", NAMES.get(metric, metric)
-    if not within:
-        way, outside = ("above", above) if len(above) >= len(below) else ("below", below)
-        (first, *_), (last, value, low, high) = outside[0], outside[-1]
-        until = "on" if last == rows[-1][0] else f"to {last}"
-        words = f"{name} is {way} it from step {first} {until}: {value:.3g} at step {last}, "
-        words += f"expected {low:.3g} to {high:.3g}"
-    share = 1 - (len(below) + len(above)) / len(rows)
-    return Course([row[0] for row in rows], [row[1] for row in rows], within, share, words)
+    if len(newest) <= ALLOWED_ROWS and len(below) + len(above) <= max(ALLOWED_ROWS, ALLOWED_SHARE * len(rows)):
+        return ""
+    way, outside = ("above", above) if len(above) >= len(below) else ("below", below)
+    (first, *_), (last, value, low, high) = outside[0], outside[-1]
+    where = f"from step {first} {'on' if last == rows[-1][0] else f'to {last}'}: {value:.3g} at step {last}"
+    return f"{NAMES.get(metric, metric)} is {way} it {where}, expected {low:.3g} to {high:.3g}"
 
 
 def _other_data(row: Mapping[str, Any], band: Band) -> str:

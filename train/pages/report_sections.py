@@ -61,7 +61,7 @@ def _noise(inputs: ReportInputs) -> str:
 
 def _speed(inputs: ReportInputs) -> str:
     of_runs = {run.name: found for run in inputs.runs if (found := TimeShares.of(run.columns)) is not None}
-    drawn = draw_groups(inputs.runs, speed_groups(inputs.runs))
+    drawn = draw_groups(inputs.runs, speed_groups())
     if not (of_runs or drawn):
         raise LeftOut(f"Fewer than two rows in {inputs.runs[0].folder}/metrics.jsonl yet: nothing to draw.")
     titles = [name if len(inputs.runs) > 1 else "Where time went" for name in of_runs]

@@ -19,6 +19,7 @@ TOGETHER = 3  # more moments of one kind in a row are one line
 GAP, GAP_S = 10, 60.0  # a gap is this many times the usual time between rows, and at least these seconds
 PIECES = 40  # a stall is looked for in as many pieces of the run
 STALLS = {"data_stall_share": "waited for data", "slowest_lag_share": "waited for the slowest rank"}
+LATEST = 1e11  # seconds since 1970; more is no time
 MUCH = 0.1  # of a piece's time
 KINDS = {"start": "start", "stop": "stop", "skipped_update": "skipped", "went_back": "went back"}
 KINDS |= {"save_failed": "save failed"}
@@ -59,7 +60,8 @@ def _events(run: RunInputs) -> Iterator[Moment]:
     running = False
     for event in run.events:
         at, step, kind = event.get("time"), event.get("step"), str(event.get("kind"))
-        at, step = (at if isinstance(at, int | float) else None), (step if isinstance(step, int) else None)
+        at = at if isinstance(at, int | float) and 0 <= at < LATEST else None
+        step = step if isinstance(step, int) else None
         if kind == "start" and running:
             yield Moment(at, step, "died", "the attempt before ended without a word")
         running = kind == "start" or (running and kind != "stop")

@@ -148,7 +148,9 @@ def axes(frame: Frame, over: str = "step", percent: bool = False) -> str:
 
 
 def _ticks(low: float, high: float, *, log: bool, about: int = 5) -> list[float]:
-    """Return round values between two, of which the logarithms are given if `log`."""
+    """Return round values between two, of which the logarithms are given if `log`; none in an empty range."""
+    if not low < high < np.inf:
+        return []
     if log and high - low > 0.7:
         factors = (1, 2, 5) if high - low < 1.7 else (1,)
         decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)

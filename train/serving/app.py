@@ -20,7 +20,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -30,6 +30,7 @@ from train.serving.guard import Guard
 from train.serving.orders import Order, Orders, Refusal
 
 MOST_BYTES = 16 << 20  # of a body
+BODY_S = 60  # that a body may take to come
 MOST_UNREAD = 64  # events that a client may be behind; beyond, steps are left out
 PAGE = {"/": "html", "/page.css": "css", "/page.js": "javascript"}  # path: kind of text
 Read = Callable[[Mapping[str, Any]], Order]
@@ -102,10 +103,15 @@ async def _read_body(request: Request) -> Mapping[str, Any]:
         expectation = "application/json, image/png, image/jpeg or image/webp"
         raise Refusal(f"Content-Type: {kind[:80]}", expectation, "set this header", 415)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MOST_BYTES:
-            raise Refusal("a body that is too large", f"at most {MOST_BYTES >> 20} MiB", "send a smaller picture", 413)
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MOST_BYTES:
+                    most = f"at most {MOST_BYTES >> 20} MiB"
+                    raise Refusal("a body that is too large", most, "send a smaller picture", 413)
+    except (TimeoutError, ClientDisconnect):  # of the latter nobody reads the refusal
+        raise Refusal("half a body", f"all of it within {BODY_S} s", "send it again", 408) from None
     if is_picture:
         return {**{name: _as_value(value) for name, value in request.query_params.items()}, "picture": bytes(body)}
     try:

@@ -3,14 +3,17 @@
 import asyncio
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 MOST_CONNECTIONS = 64
 GRACE_S = 5  # for clients to read their last events
+SILENT_S = 20  # that a connection may be open without a whole request: it counts among the most
 
 
 class Server(uvicorn.Server):
@@ -32,6 +35,7 @@ class Server(uvicorn.Server):
             )
         )
         self.status = 0  # of the program
+        self._silent_since: dict[Any, float] = {}  # by connection
         self._listener, self._begun, self._stop = listener, begun, stop
 
     async def until_signal(self) -> int:
@@ -45,6 +49,19 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._begun()
+
+    async def on_tick(self, counter: int) -> bool:
+        self._close_silent(time.monotonic())
+        return await super().on_tick(counter)
+
+    def _close_silent(self, now: float) -> None:
+        """Close connections whose next request does not come; while one is answered, its own rules hold."""
+        connections: set[Any] = self.server_state.connections
+        silent = [one for one in connections if one.cycle is None or one.cycle.response_complete]
+        self._silent_since = {one: self._silent_since.get(one, now) for one in silent}
+        for one, since in self._silent_since.items():
+            if now - since > SILENT_S:
+                one.transport.close()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,7 +1,11 @@
-"""Text files of others, line by line."""
+"""Reading what others wrote: lines of text, and JSON whose form is not what the code that reads it expects."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# What code raises that meets JSON of another form: a list for an object, a name for a number, an endless one.
+OTHER_FORM = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -19,3 +23,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, line
+
+
+def text_of(value: Any) -> str:
+    """Return a value of JSON that must be a text; raise TypeError for another, ValueError for half a surrogate pair."""
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:60]} is no text")
+    value.encode()  # UnicodeEncodeError is a ValueError
+    return value
