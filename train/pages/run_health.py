@@ -125,7 +125,7 @@ def _held_out(run: RunInputs) -> Iterator[Finding]:
                 at = int(series.steps[series.values.argmin()])
                 worse.append(f"the best {label} was at step {at:,}; now it is {last / least - 1:.1%} higher")
     if best:
-        words = _sentence(worse[:3]) or "No held-out loss has been better before."
+        words = _sentence(worse[:3]) or f"Each is within {WORSE:.0%} of its best, or reached it in the last three rows."
         yield Finding(
             "Held-out", not worse, words, f"one is {WORSE:.0%} above its best, and the last three did not reach that"
         )
