@@ -43,7 +43,7 @@ from train.output_folder import make_writable
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(PipelineConfig):
-    output: Location = "runs/evaluation"  # folder to write
+    output: Location = "runs/evaluation"  # folder to write; the scores of an earlier call there are replaced
     scenes: Location | None = None  # raw held-out scenes (train.scenes) to draw and to describe; null: none
     max_prompts: int = 200  # scenes of each split, >= 1
     # Encoded folders by name, not trained on: text_loss and image_loss (drawing) with captions first, captioning_loss

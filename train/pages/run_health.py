@@ -141,9 +141,12 @@ def _updates(run: RunInputs) -> Iterator[Finding]:
         at = f", at step {', '.join(f'{step:,}' for step in steps[-3:])}" if steps else ""
         words.append(f"{int(skipped):,} of {int(run.columns.last('step') or 0):,} updates were skipped{at}")
     if back:
-        words.append(f"the run went back {int(back)} times, and left batches out")
+        words.append(f"the run went back {plural(int(back), 'time')}, and left batches out")
     yield Finding(
-        "Updates", not words, _sentence(words) or "None was skipped.", "an update was skipped, or the run went back"
+        "Updates",
+        not words,
+        _sentence(words) or "None was skipped.",
+        "an update was skipped, or bad ones sent the run back",
     )
 
 
