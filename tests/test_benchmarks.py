@@ -139,10 +139,10 @@ def test_an_interrupted_benchmark_goes_on_and_other_settings_are_refused(pipelin
     assert all(path.read_bytes() == before[path][0] for path in files)
     kept = [path for path in files if path.stat().st_mtime_ns == before[path][1]]
     assert kept == [path for i, path in enumerate(files) if i % 5]
-    with pytest.raises(ValueError, match="geneval holds pictures drawn with another seed"):
+    with pytest.raises(ValueError, match="geneval holds pictures drawn with another value of seed"):
         draw(pipeline, "geneval", prompts, tmp_path, seed=4)
     Path(prompts[0]).write_text('{"prompt": "a circle"}')
-    with pytest.raises(ValueError, match="drawn with another prompts"):
+    with pytest.raises(ValueError, match="drawn with another value of prompts"):
         draw(pipeline, "geneval", prompts, tmp_path)
     (tmp_path / "geneval.json").unlink()
     with pytest.raises(ValueError, match="is not empty"):

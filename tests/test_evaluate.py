@@ -27,9 +27,11 @@ def test_a_model_trained_on_text_alone_has_text_losses_and_is_refused_scenes(
     finish(settings(tmp_path / "run", tokenizer, {"texts": data}, optim__steps=2), None)
     argv = [f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}", f"heldout.texts={held}", "device=cpu"]
     with ProgramRanks(evaluate.main, argv, None, tmp_path / "log") as run:
-        expect(run, 0)
+        said = expect(run, 0)
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     loss, perplexity = (found["scores"][f"heldout/texts/{kind}"] for kind in ("text_loss", "perplexity"))
+    shown = f"{loss['value']:.4g}  [{loss['low']:.4g}, {loss['high']:.4g}]  of 10"
+    assert any(line.split(maxsplit=1) == ["heldout/texts/text_loss", shown] for line in said.splitlines()), said
     assert loss["value"] == found["heldout"]["texts"]["text_loss"] and loss["items"] == 10
     assert perplexity["value"] == pytest.approx(math.exp(loss["value"]))
     assert found["resolution"] is None and set(found["scores"]) == {

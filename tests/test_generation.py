@@ -121,7 +121,7 @@ def test_pictures_of_other_settings_are_refused_and_so_are_more_samples_than_the
     drawn: DrawingRun, evaluated: Path, inputs: Path, tmp_path: Path
 ) -> None:
     said = run(drawn, inputs, evaluated, "seed=4", "guidance=2", status=2)
-    assert "drawn with another seed, settings" in said and "Choose another output" in said
+    assert "drawn with another value of seed, settings" in said and "Choose another output" in said
     said = run(drawn, inputs, tmp_path / "many", "generation.samples=99", status=2)
     assert f"holds {COUNT} captioned pictures, expected at least 99" in said
     assert not (tmp_path / "many" / "drawn").exists()

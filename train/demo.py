@@ -17,6 +17,7 @@ from pathlib import Path
 from data.durable import write_durably
 from data.storage import Location
 from train.config import load_config, run_program
+from train.evaluation.scores import Score, lines_of
 from train.pages.reference_band import compare_folder, load_band
 
 HERE = Path(__file__).resolve().parent.parent
@@ -98,9 +99,9 @@ def main(argv: list[str]) -> int:
     scores = json.loads((folder / "evaluation/evaluation.json").read_text(encoding="utf-8"))
     summary = {key: scores[key] for key in ("scores", "heldout")}
     summary["seconds"] = {**seconds, "total": sum(seconds.values())}
-    text = json.dumps(summary, indent=1)
-    write_durably(folder / "demo.json", text.encode())
-    print(f"{text}\nreport: {folder / 'report.html'}")
+    write_durably(folder / "demo.json", json.dumps(summary, indent=1).encode())
+    lines = lines_of({name: Score(**score) for name, score in scores["scores"].items()})
+    print("\n".join(["", *lines, f"{sum(seconds.values()):.0f} s in all", f"report: {folder / 'report.html'}"]))
     if not config.smoke:  # too short to compare
         verdict = compare_folder(folder / "pretrain", load_band("demo"))
         print(f"losses: {verdict.words}{'' if verdict.within else ' (what to do: docs/training.md)'}")

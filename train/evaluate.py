@@ -34,7 +34,7 @@ from train.evaluation.multiple_choice import evaluate_choices
 from train.evaluation.paper_table import paper_table
 from train.evaluation.part import Part, bar_of
 from train.evaluation.scenes import evaluate_scenes
-from train.evaluation.scores import Score
+from train.evaluation.scores import Score, lines_of
 from train.heldout import KINDS, Heldout, HeldoutConfig
 from train.inference.pipeline import Pipeline, PipelineConfig
 from train.inference.saved_model import SavedModel
@@ -117,7 +117,11 @@ def main(argv: list[str]) -> int | None:
     if ranks.is_first:
         write_durably(output / "examples.jsonl", "".join(json.dumps(line) + "\n" for line in examples).encode())
         write_durably(output / "evaluation.json", json.dumps(results, indent=1).encode())
-        print(json.dumps(results, indent=1))
+        print(
+            "\n".join(
+                [*lines_of(scores), f"evaluate: step {results['step']}, {results['weights']}: {output}/evaluation.json"]
+            )
+        )
         if config.table:
             print(paper_table(pipeline.model, results))
     ranks.close()

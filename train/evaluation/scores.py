@@ -4,7 +4,7 @@ Shares of right answers have Wilson's interval; any other statistic of items has
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,3 +44,11 @@ def bootstrap(
 def perplexity(text_loss: float) -> float:
     """Return e to the nats a text target, at most e^100: a diverged loss would overflow."""
     return math.exp(min(text_loss, 100.0))
+
+
+def lines_of(scores: Mapping[str, Score]) -> Iterator[str]:
+    """Yield a line for people to each score: its name, value, 95 % interval and number of items."""
+    width = max(map(len, scores), default=0)
+    for name, score in scores.items():
+        interval = "" if score.low is None else f"  [{score.low:.4g}, {score.high:.4g}]"
+        yield f"{name:{width}}  {score.value:.4g}{interval}  of {score.items:,}"
