@@ -149,13 +149,14 @@ def test_finished_runs_are_collected_and_not_repeated(tmp_path: Path, capsys: py
     """The committed file is what its command makes of its runs."""
     kept = json.loads(FILE.read_text(encoding="utf-8"))
     runs, faults, arguments = stored("runs"), stored("faults"), shlex.split(kept["command"])[3:]
+    recipe = to_yaml(load_config(PretrainConfig, [CONFIG]))
     for training in bands.trainings(load_config(bands.BandsConfig, arguments)):
         root = tmp_path / training.machine
         run_dir = root / "runs" / "demo" / training.name
         run_dir.mkdir(parents=True)
         rows = faults[training.fault] if training.fault else runs[f"{training.machine}-{training.seed}"]
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (run_dir / "config.yaml").write_text(to_yaml(load_config(PretrainConfig, [CONFIG])))
+        (run_dir / "config.yaml").write_text(recipe)
         (root / "logs").mkdir(exist_ok=True)
         for stage in STAGES:
             (root / "logs" / f"{stage.name.replace(' ', '-')}.done").touch()
@@ -170,6 +171,7 @@ def test_finished_runs_are_collected_and_not_repeated(tmp_path: Path, capsys: py
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["faults_found"].keys() == faults.keys()
 
 
+@pytest.mark.slow
 def test_every_training_is_settings_that_pretrain_accepts() -> None:
     """Faults train with the rates of the full length's first half."""
     parsed = [load_config(PretrainConfig, [CONFIG, *t.settings()]) for t in bands.trainings(bands.BandsConfig())]

@@ -148,6 +148,9 @@ def test_the_timeline_tells_starts_deaths_gaps_and_stalls_in_their_order(run: Pa
     assert moments[5].words == "waited for data 40% of the time, steps 1,510 to 1,600"
     found = unhealthy(run)
     assert found["Restarts"] == "2 starts, 1 of them after an attempt that died without saying so, on 4, then 3 ranks."
+    stop = {"kind": "stop", "step": 1000, "time": at[100] + 7, "words": "w"}
+    write_rows(run / "events.jsonl", [*read_rows(run / "events.jsonl"), stop])
+    assert "gap" not in [moment.kind for moment in timeline(read(run))[0]]
 
 
 def test_a_run_of_an_earlier_version_has_its_skipped_updates_and_gaps_in_the_timeline(run: Path) -> None:
@@ -246,6 +249,11 @@ def test_the_reference_band_is_drawn_and_its_verdict_is_a_topic(run: Path, tmp_p
     main([f"run={run}", f"reference={tmp_path / 'band.json'}"])
     assert page.section("health").classes()["verdict ok"] == 1
     assert "Outside the band of mine" in Page((run / "report.html").read_text()).section("health").text
+    (tmp_path / "band.json").write_text(json.dumps({**band, "settings": {**band["settings"], "optim.steps": 7}}))
+    main([f"run={run}", f"reference={tmp_path / 'band.json'}"])
+    page = Page((run / "report.html").read_text())
+    assert "Not comparable with the band of mine" in page.section("health").text
+    assert "band" not in page.section("curves").classes()
 
 
 def test_a_config_that_is_no_mapping_is_refused(run: Path) -> None:

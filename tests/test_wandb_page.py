@@ -185,9 +185,11 @@ def test_a_run_that_goes_back_gets_a_new_page_and_one_that_is_run_again_does_not
     assert [row["_timestamp"] for row in rows if "loss" in row] == list(range(1, 9))
     assert summary["best/x/text_loss"] == 1 / 8 and summary["best/x/text_loss_ema"] == 2 / 8
 
-    second = attempt(3, 5, went_back=2)
+    second = attempt(3, 5, went_back=2, rate=2e-3)  # other numbers than those it left: still one page more
+    pages = {path.stem for path in tmp_path.glob("run/wandb/*/*.wandb")}
+    assert pages == {f"run-{first}", f"run-{second}"}
     assert second != first and shown(first) == list(range(1, 9)) and shown(second) == [1, 2, 3, 4, 5]
-    assert attempt(4, 7) == second and shown(second) == [1, 2, 3, 4, 5, 6, 7]
+    assert attempt(4, 7, rate=2e-3) == second and shown(second) == [1, 2, 3, 4, 5, 6, 7]
     third = attempt(6, 9, rate=5e-4)
     assert third not in (first, second) and shown(third) == list(range(1, 10)) and shown(second) == list(range(1, 8))
     (path,) = tmp_path.glob(f"run/wandb/*{third}/*.wandb")

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.durable import atomic_write
+from data.durable import write_durably
 from data.manifest import Manifest
 from data.storage import Location
 from model.sampler_config import SamplerConfig
@@ -46,7 +46,7 @@ from train.output_folder import make_writable
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(PipelineConfig):
-    output: Location = "runs/evaluation"  # folder to write
+    output: Location = "runs/evaluation"  # folder to write; the scores of an earlier call there are replaced
     scenes: Location | None = None  # raw held-out scenes (train.scenes) to draw and to describe; null: none
     max_prompts: int = 200  # scenes of each split, >= 1
     # Encoded folders by name, not trained on: text_loss and image_loss (drawing) with captions first, captioning_loss
@@ -119,10 +119,8 @@ def main(argv: list[str]) -> int | None:
     results["scores"] = {name: vars(score) for name, score in scores.items()}
     results["seconds"] = time.monotonic() - start
     if ranks.is_first:
-        with atomic_write(output / "examples.jsonl") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in examples).encode())
-        with atomic_write(output / "evaluation.json") as file:
-            file.write(json.dumps(results, indent=1).encode())
+        write_durably(output / "examples.jsonl", "".join(json.dumps(line) + "\n" for line in examples).encode())
+        write_durably(output / "evaluation.json", json.dumps(results, indent=1).encode())
         print(json.dumps(results, indent=1))
         if config.table:
             print(paper_table(pipeline.model, results))

@@ -29,7 +29,7 @@ from data.lanes import lanes_of_rank
 from data.loader import StepBatch
 from model.transfusion import Transfusion
 from train.checkpoints.checkpoint import CheckpointError
-from train.checkpoints.resume import find_resume_point, load_resume_point
+from train.checkpoints.resume import ResumePoint, find_resume_point, load_resume_point
 from train.checkpoints.run_folder import RunFolder, RunTakenOver
 from train.checkpoints.saver import Saver
 from train.checkpoints.trained_records import TrainedRecords
@@ -126,19 +126,8 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     freeze(model, config.optim.groups, compute_dtype(config.parallel, ranks.device), adapts)
     parallelize(model, config.parallel, ranks)
 
-    # Where to start: a checkpoint; without one, the weights that init_from names, or init_from_llm; else random ones.
     origin = find_resume_point(config.resume, folder, ranks)
-    started_from, trained_before = None, None
-    if origin.checkpoint is not None:
-        model.to_empty(device=ranks.device)  # loaded below, with the optimizer
-    elif config.init_from is not None:
-        model.to_empty(device=ranks.device)
-        started_from, trained_before = read_initial_weights(model, config, data, ranks)
-    elif config.init_from_llm is not None:
-        model.to_empty(device=ranks.device)
-        started_from = read_llm(model, config, data, ranks)
-    else:
-        initialize(model, config.seed, ranks.device)
+    started_from, trained_before = fill_weights(model, config, data, origin, ranks)
 
     # The optimizer comes after the weights, because EMAs copy them, and before the load, which fills its tensors.
     state = TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, data)
@@ -188,6 +177,24 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
         started_from=started_from or str(origin),
         groups=rows,
     )
+
+
+def fill_weights(
+    model: Transfusion, config: PretrainConfig, data: DataSet, origin: ResumePoint, ranks: Ranks
+) -> tuple[str | None, TrainedRecords | None]:
+    """Give the model memory, and the weights to start with unless a checkpoint has them. Collective.
+
+    Returns where they came from, None for random ones, and which records they were trained on, if that is known.
+    """
+    if origin.checkpoint is None and config.init_from is None and config.init_from_llm is None:
+        initialize(model, config.seed, ranks.device)
+        return None, None
+    model.to_empty(device=ranks.device)
+    if origin.checkpoint is not None:
+        return None, None  # it is loaded with the optimizer
+    if config.init_from is not None:
+        return read_initial_weights(model, config, data, ranks)
+    return read_llm(model, config, data, ranks), None
 
 
 def train(run: Run) -> int:

@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
     with atomic_write(output) as file:
         file.write(document(config.title, _progress(inputs), sections).encode(errors="replace"))
     print(f"report: wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
+    for name, verdict in inputs.verdicts.items():
+        print(f"report: {name} is {verdict.words}")
     for line in [f"left out {title}: {reason}" for title, reason in left_out.items()] + inputs.unreadable:
         print(f"report: {line}")
 

@@ -92,6 +92,7 @@ class WandbPage:
             self._identity = self._read_identity()
             if went_back is not None and self._dropped:
                 self._identity = self._forked(went_back)
+                self._dropped.clear()  # rows of the page before: other rates are no reason to fork again
         except Exception as error:  # a logger may fail in any way
             log.warning("wandb is off: %s; metrics.jsonl has everything", error)
             return

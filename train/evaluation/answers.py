@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.durable import atomic_write
+from data.durable import write_durably
 from data.pictures import decode_picture
 from data.storage import Location
 from model.sampler_config import SamplerConfig
@@ -84,8 +84,7 @@ def write_answers(
         answer = {"question_id": row["question_id"], "prompt": row["text"], "text": found[number].strip()}
         lines.append({**answer, "answer_id": f"{fingerprint}-{number}", "model_id": model_id, "metadata": {}})
     if ranks.is_first:
-        with atomic_write(output / "answers.jsonl") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_durably(output / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     return Part({}, [], {"questions": config.questions, "fingerprint": fingerprint, "items": len(rows)})
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.durable import atomic_write
+from data.durable import write_durably
 from data.pictures import encode_png
 from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
@@ -101,8 +101,7 @@ def _write_coco(output: Path, items: list[Captioned], captions: list[str]) -> No
     images = [{"id": item.image_id} for item in items]
     references = {"info": {}, "licenses": [], "type": "captions", "images": images, "annotations": annotations}
     for name, content in (("captions.json", results), ("references.json", references)):
-        with atomic_write(output / name) as file:
-            file.write(json.dumps(content).encode())
+        write_durably(output / name, json.dumps(content).encode())
 
 
 def _write_pictures(output: Path, pictures: dict[int, bytes]) -> dict[int, str]:
@@ -110,6 +109,5 @@ def _write_pictures(output: Path, pictures: dict[int, bytes]) -> dict[int, str]:
     (output / "pictures").mkdir(exist_ok=True)
     files = {number: f"pictures/captioned-{number:05d}.png" for number in pictures}
     for number, data in pictures.items():
-        with atomic_write(output / files[number]) as file:
-            file.write(data)
+        write_durably(output / files[number], data)
     return files

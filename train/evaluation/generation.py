@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.durable import atomic_write
+from data.durable import write_durably
 from data.pictures import decode_picture, encode_png
 from data.storage import Location
 from model.sampler_config import SamplerConfig
@@ -197,8 +197,7 @@ def _read(folder: Path, batches: list[range], size: tuple[int, int]) -> Iterator
 
 def _write(folder: Path, pictures: Iterable[tuple[int, np.ndarray]]) -> None:
     for number, pixels in pictures:
-        with atomic_write(folder / name_of(number)) as file:
-            file.write(encode_png(pixels))
+        write_durably(folder / name_of(number), encode_png(pixels))
 
 
 def name_of(number: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data.durable import atomic_write
+from data.durable import write_durably
 from data.inputs import expand
 from data.pictures import decode_picture, encode_png
 from data.raw import TAR, captions_of, picture_of
@@ -141,8 +141,7 @@ def write_examples(
     examples = zip(items, drawn, described, strict=True)
     for i, (item, (picture, drawn_verdict), (caption, caption_verdict)) in enumerate(examples):
         for name, pixels in (("drawn", picture), ("true", item.picture)):
-            with atomic_write(folder / f"{i:04d}-{name}.png") as file:
-                file.write(encode_png(pixels))
+            write_durably(folder / f"{i:04d}-{name}.png", encode_png(pixels))
         lines.append(
             {
                 "split": item.split,

@@ -16,6 +16,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; expected lines of text or JSON (docs/evaluation.md)") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}); expected text, convert it with iconv") from None
     for number, line in enumerate(text.split("\n"), start=1):

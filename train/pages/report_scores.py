@@ -26,7 +26,7 @@ ABOUT = (
 # Scores compare only at equal values of these.
 SETTINGS = (
     *("training_step", "sampler", "steps", "spacing", "eta", "guidance", "guidance_interval", "guidance_rescale"),
-    *("guide", "clip_x0", "temperature", "top_p", "seed", "weights"),
+    *("guide", "clip_x0", "temperature", "top_p", "seed", "weights", "checkpoint"),
 )
 NOT_SETTINGS = ("scores.", "heldout.", "text_to_image.", "image_to_text.", "seconds", "checkpoint", "data.")
 SHARE = re.compile("scenes/.*|choices/.*")  # the scores that are shares of right answers
@@ -113,7 +113,7 @@ def _interval(score: dict[str, Any], share: bool) -> str:
 
 def _settings(facts: dict[str, Any]) -> dict[str, Any]:
     settings = {**facts.get("settings", {}), "training_step": facts.get("step")}
-    settings |= {"seed": facts.get("seed"), "weights": facts.get("weights")}
+    settings |= {name: facts.get(name) for name in ("checkpoint", "seed", "weights")}
     if guide := facts.get("guide"):
         settings["guide"] = f"{guide['weights']} of step {guide['step']}"
     return {key.replace("_", " "): settings[key] for key in SETTINGS if settings.get(key) is not None}

@@ -30,7 +30,8 @@ SWITCH = (
 
 def _curves(inputs: ReportInputs) -> str:
     bands = {}
-    if (band := inputs.band) is not None:
+    comparable = any(verdict.by_metric for verdict in inputs.verdicts.values())  # else a curve beside it misleads
+    if comparable and (band := inputs.band) is not None:
         for name, curve in band.curves.items():
             bands[name] = tuple(np.array(numbers, dtype=float) for numbers in (band.steps, curve.low, curve.high))
     groups = {"Losses": loss_groups, "Gradients and updates": update_groups, "Data": data_groups}

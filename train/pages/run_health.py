@@ -125,7 +125,7 @@ def _held_out(run: RunInputs) -> Iterator[Finding]:
                 at = int(series.steps[series.values.argmin()])
                 worse.append(f"the best {label} was at step {at:,}; now it is {last / least - 1:.1%} higher")
     if best:
-        words = _sentence(worse[:3]) or "No held-out loss has been better before."
+        words = _sentence(worse[:3]) or f"Each is within {WORSE:.0%} of its best, or reached it in the last three rows."
         yield Finding(
             "Held-out", not worse, words, f"one is {WORSE:.0%} above its best, and the last three did not reach that"
         )
@@ -141,9 +141,12 @@ def _updates(run: RunInputs) -> Iterator[Finding]:
         at = f", at step {', '.join(f'{step:,}' for step in steps[-3:])}" if steps else ""
         words.append(f"{int(skipped):,} of {int(run.columns.last('step') or 0):,} updates were skipped{at}")
     if back:
-        words.append(f"the run went back {int(back)} times, and left batches out")
+        words.append(f"the run went back {plural(int(back), 'time')}, and left batches out")
     yield Finding(
-        "Updates", not words, _sentence(words) or "None was skipped.", "an update was skipped, or the run went back"
+        "Updates",
+        not words,
+        _sentence(words) or "None was skipped.",
+        "an update was skipped, or bad ones sent the run back",
     )
 
 

@@ -77,14 +77,17 @@ def _bad_updates(run: RunInputs) -> Iterator[Moment]:
 
 
 def _gaps(run: RunInputs) -> Iterator[Moment]:
-    """Yield the times without a row that are far longer than usual."""
+    """Yield the times without a row that are far longer than usual, unless a stop tells why."""
     series = run.columns["time"]
     if len(series) < 3:
         return
     waited = np.diff(series.values)
     least = max(GAP * float(np.median(waited)), GAP_S)
+    stops = [float(event["time"]) for event in run.events if event.get("kind") == "stop" and event.get("time")]
     for place in np.flatnonzero(waited > least)[:MOST]:
         step, at = int(series.steps[place]), float(series.values[place])
+        if any(at <= stop <= at + waited[place] for stop in stops):
+            continue
         yield Moment(at, step, "gap", f"no row for {spoken(float(waited[place]))} after step {step:,}")
 
 
