@@ -46,6 +46,20 @@ def test_a_model_trained_on_text_alone_has_text_losses_and_is_refused_scenes(
     lock.close()
 
 
+def test_files_that_cannot_be_read_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "bad").write_text("{")
+    bad = tmp_path / "bad"
+    for arguments in (
+        [f"choices.x={bad}"],
+        ["benchmark=mjhq30k", f"benchmark_prompts=[{bad}]"],
+        [f"answers.questions={bad}"],
+        [f"captioning.pictures={tmp_path}", f"captioning.annotations={bad}"],
+        [f"generation.pictures={tmp_path}", f"generation.annotations={bad}", "generation.clip=x"],
+    ):
+        with pytest.raises(ValueError, match=str(bad)):
+            evaluate.main(["checkpoint=runs/none", *arguments])
+
+
 def test_a_set_of_questions_whose_name_is_no_file_name_is_refused_before_any_work() -> None:
     with pytest.raises(ValueError, match=r"choices\.a/b: expected a short name"):
         evaluate.main(["choices={a/b: x.jsonl}"])

@@ -26,13 +26,16 @@ from train.distributed.agreement import facts_of, program_facts
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.signals import StopSignal
 from train.evaluation.answers import AnswersConfig, write_answers
-from train.evaluation.benchmark_layouts import Benchmark
+from train.evaluation.answers import read_questions as read_asked
+from train.evaluation.benchmark_layouts import Benchmark, read_layout
 from train.evaluation.benchmarks import draw_benchmark
+from train.evaluation.captioned import read_captioned
 from train.evaluation.captioning import CaptioningConfig, evaluate_captioning
 from train.evaluation.generation import GenerationConfig, evaluate_generation
 from train.evaluation.multiple_choice import evaluate_choices
 from train.evaluation.paper_table import paper_table
 from train.evaluation.part import Part, bar_of
+from train.evaluation.questions import read_questions
 from train.evaluation.scenes import evaluate_scenes
 from train.evaluation.scores import Score, lines_of
 from train.heldout import KINDS, Heldout, HeldoutConfig
@@ -92,6 +95,7 @@ PACKAGES = ("torch", "numpy", "pillow", "transformers", "diffusers")
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
     _refuse_nothing(config)
+    _refuse_unreadable(config)
     manifests = {name: Manifest.load(path) for name, path in config.heldout.items()}
     contents = {f"heldout.{name} (contents)": manifest.content_hash for name, manifest in manifests.items()}
     facts = {**facts_of(config, OWN), **contents}
@@ -138,6 +142,19 @@ def _refuse_nothing(config: EvaluateConfig) -> None:
             "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, captioning.pictures=FOLDER, "
             "generation.pictures=FOLDER, answers.questions=FILE or benchmark=NAME"
         )
+
+
+def _refuse_unreadable(config: EvaluateConfig) -> None:
+    """Raise what reading the files of each part raises, now and not after hours in the others (P10)."""
+    for path in config.choices.values():
+        read_questions(Path(path))
+    if config.benchmark is not None:
+        read_layout(config.benchmark, config.benchmark_prompts)
+    if config.answers.questions is not None:
+        read_asked(config.answers)
+    for captioned in (config.captioning, config.generation):
+        if captioned.annotations is not None:
+            next(read_captioned(captioned), None)
 
 
 def _parts(
