@@ -16,8 +16,8 @@ def begin(folder: Path, mark: Path, settings: dict[str, Any]) -> None:
         found = json.loads(mark.read_text(encoding="utf-8"))
         if changed := [key for key in settings | found if settings.get(key) != found.get(key)]:
             raise ValueError(
-                f"output: {folder} holds pictures drawn with another value of {', '.join(changed)}; expected none, or the "
-                "same to go on with. Choose another output, or remove that folder to draw them again"
+                f"output: {folder} holds pictures drawn with another value of {', '.join(changed)}; expected none, or "
+                "the same to go on with. Choose another output, or remove that folder to draw them again"
             )
     elif any(not path.name.startswith(".") for path in folder.iterdir()):  # a mark half written begins with a dot
         raise ValueError(f"output: {folder} is not empty, but {mark} is missing; expected both. Choose another output")
