@@ -121,11 +121,8 @@ def main(argv: list[str]) -> int | None:
     if ranks.is_first:
         write_durably(output / "examples.jsonl", "".join(json.dumps(line) + "\n" for line in examples).encode())
         write_durably(output / "evaluation.json", json.dumps(results, indent=1).encode())
-        print(
-            "\n".join(
-                [*lines_of(scores), f"evaluate: step {results['step']}, {results['weights']}: {output}/evaluation.json"]
-            )
-        )
+        what = f"evaluate: step {results['step']}, {results['weights']}: {output / 'evaluation.json'}"
+        print("\n".join([*lines_of(scores), what]))
         if config.table:
             print(paper_table(pipeline.model, results))
     ranks.close()
