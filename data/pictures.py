@@ -1,4 +1,4 @@
-"""Picture bytes -> pixels at the encoder's resolution, and back; contact sheets. The only user of Pillow."""
+"""Picture bytes -> pixels at the encoder's resolution, and back; contact sheets."""
 
 import io
 import json

@@ -117,7 +117,7 @@ def test_a_saved_config_loads_back(tmp_path: Path) -> None:
         ("seed=null", "command line: seed=None: expected int"),
         ("kind=three", "command line: kind='three': expected one of one, two"),
         ("sizes=[1,x]", "command line: sizes=[1, 'x']: expected tuple[int, ...]"),
-        ("pair=5", "command line: pair=5: expected tuple[int, int] | None"),
+        ("pair=5", "command line: pair=5: expected tuple[int, int], or null"),
         ("inputs=", "command line: inputs=None: expected list[str]"),
         ("sources.x=null", "command line: sources.x=null removes an entry that does not exist; there is nothing"),
         ("labels.x=null", "command line: labels.x=null removes an entry that does not exist; there is nothing"),

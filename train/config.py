@@ -247,7 +247,8 @@ def _merge_one_by_one(merged: Any, layers: list[tuple[str, dict]], schema: type)
 def _in_words(type_name: str) -> str:
     """Return a type for people: the choices of a Literal, the form of a mapping."""
     said = re.sub(r"Literal\[(.*?)\]", lambda choices: f"one of {choices[1].replace(chr(39), '')}", type_name)
-    return re.sub(r"dict\[str, (\w+)\]", r"a mapping of names to \1, such as {NAME: ...}", said)
+    said = re.sub(r"dict\[str, (\w+)\]", r"a mapping of names to \1, such as {NAME: ...}", said)
+    return said.replace(" | None", ", or null")
 
 
 def _expected(schema: type, key: str) -> str | None:

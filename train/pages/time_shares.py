@@ -19,7 +19,7 @@ KINDS = {
     "checkpoint_stall_share": "waiting for saves",
     "evaluation_share": "evaluations and previews",
 }
-COMPUTING, OUTSIDE = "computing", "outside of logged steps"
+COMPUTING, OUTSIDE = "computing", "between attempts, and starting"
 PLACES = 120
 
 
