@@ -1,8 +1,9 @@
 """The tables of bench.objectives: shares with their intervals, and the page that they are written to."""
 
-import math
 from pathlib import Path
 from typing import Any
+
+from train.evaluation import scores
 
 COLUMNS = {
     "text→image seen": ("text_to_image", "all"),
@@ -13,16 +14,6 @@ COLUMNS = {
     "two shapes ": ("image_to_text", "all_two_shapes"),
 }
 BELOW = "## What is seen"  # a page's lines from here on are people's
-
-
-def wilson(right: int, of: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the Wilson score interval of a share, by default of 95 %: Wilson 1927; Brown et al. 2001, equation 4."""
-    if of == 0:
-        return 0.0, 1.0
-    share, square = right / of, z * z / of
-    middle = (share + square / 2) / (1 + square)
-    half = z * math.sqrt(share * (1 - share) / of + square / (4 * of)) / (1 + square)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def table(cases: dict[str, Any]) -> str:
@@ -70,8 +61,8 @@ def rewrite(page: Path, record: dict[str, Any]) -> None:
 def share(right: int, of: int, by_seed: list[int]) -> str:
     if not of:
         return "–"
-    low, high = wilson(right, of)
-    return f"{right / of:.3f} [{low:.2f}, {high:.2f}]"
+    score = scores.share(right, of)
+    return f"{score.value:.3f} [{score.low:.2f}, {score.high:.2f}]"
 
 
 def number(value: float) -> str:

@@ -1,15 +1,14 @@
-"""bench.objectives: its commands are accepted by their programs, intervals are Wilson's, a toy bench runs through."""
+"""bench.objectives: its commands are accepted by their programs, a toy bench runs through."""
 
 import importlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.objectives import CASES, ObjectivesConfig, commands, main, stages
-from bench.objectives_page import BELOW, rewrite, wilson
+from bench.objectives_page import BELOW, rewrite
 from train.config import load_config
 
 
@@ -37,15 +36,6 @@ def test_a_case_that_does_not_exist_is_refused_with_the_list() -> None:
     assert ObjectivesConfig(only=["pixels-?0", "captions-*"]).cases[:1] == ["pixels-x0"]
     with pytest.raises(ValueError, match=r"only: pixels-y fits no case; there are pixels-eps, "):
         ObjectivesConfig(only=["pixels-y"])
-
-
-@pytest.mark.parametrize(("right", "of"), [(0, 10), (3, 10), (97, 100), (200, 200)])
-def test_both_ends_of_an_interval_are_the_shares_that_lie_z_deviations_away(right: int, of: int) -> None:
-    """Wilson's definition: (p - share)^2 = z^2 p (1 - p) / n."""
-    low, high = wilson(right, of)
-    for end in (low, high):
-        assert (end - right / of) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / of, abs=1e-12)
-    assert low <= right / of <= high and high - low < 2 * 1.96 * math.sqrt(0.25 / of)
 
 
 def test_a_page_is_rewritten_down_to_what_people_wrote(tmp_path: Path) -> None:

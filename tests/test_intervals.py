@@ -1,5 +1,6 @@
-"""Intervals of held-out losses: documents one by one, then drawn again."""
+"""Intervals: of shares, and of held-out losses, whose documents are summed one by one, then drawn again."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from model.transformer import TransformerConfig
 from model.transfusion import Transfusion, TransfusionConfig, init_weights
 from tests.sources import data_config
 from train.evaluation.loss_intervals import by_document, intervals, of_documents
+from train.evaluation.scores import Z, share
 from train.step import StepLoss, latent_stats, micro_step
 
 MODEL = TransfusionConfig(
@@ -80,3 +82,13 @@ def test_the_order_of_documents_does_not_change_an_interval_and_one_document_has
     one, other = (intervals({"caption_first": of}, x0_errors) for of in (documents, documents[::-1]))
     assert one == other and one["x0_error"] == pytest.approx((0.5 - 0.1333, 0.5 + 0.1333), abs=1e-3)
     assert intervals({"caption_first": documents[:1]}, torch.zeros(3, 6)) == {}
+
+
+@pytest.mark.parametrize(("right", "of"), [(0, 10), (3, 10), (97, 100), (200, 200)])
+def test_both_ends_of_an_interval_are_the_shares_that_lie_z_deviations_away(right: int, of: int) -> None:
+    """Wilson's definition: (p - share)^2 = z^2 p (1 - p) / n."""
+    score = share(right, of)
+    low, high = score.low, score.high
+    for end in (low, high):
+        assert (end - right / of) ** 2 == pytest.approx(Z**2 * end * (1 - end) / of, abs=1e-12)
+    assert low <= right / of <= high and high - low < 2 * Z * math.sqrt(0.25 / of)
