@@ -51,11 +51,15 @@ def test_each_run_lies_within_the_band_of_the_others(band: Band) -> None:
 
 
 def test_real_faults_leave_the_band(band: Band) -> None:
-    """So it is not too wide. Clipping that is lost may not show: Muon's updates hardly depend on gradients' sizes."""
+    """So it is not too wide.
+
+    Clipping that is lost may not show, as Muon's updates hardly depend on gradients' sizes. Nor does attention that is
+    causal inside images, which costs these pictures less than a seed does.
+    """
     verdicts = {name: compare(rows, band) for name, rows in stored("faults").items()}
     found = {name for name, verdict in verdicts.items() if not verdict.within}
     assert found >= {"rate-x10", "pictures-always-first", "no-image-loss"}
-    assert {name for name in verdicts if name not in found} <= {"no-clipping"}
+    assert {name for name in verdicts if name not in found} <= {"no-clipping", "causal-in-images"}
     assert "image loss is above it from step" in verdicts["no-image-loss"].words
 
 

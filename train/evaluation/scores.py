@@ -28,7 +28,8 @@ def share(right: int, total: int) -> Score:
     value, weight = right / total, Z * Z / total
     centre = (value + weight / 2) / (1 + weight)
     half = Z / (1 + weight) * math.sqrt(value * (1 - value) / total + weight / (4 * total))
-    return Score(value, max(centre - half, 0.0), min(centre + half, 1.0), total)
+    low, high = max(centre - half, 0.0), min(centre + half, 1.0)
+    return Score(value, min(low, value), max(high, value), total)  # which rounding could put outside
 
 
 def bootstrap(
