@@ -1,5 +1,6 @@
 """Arrays, chains and the batch scripts, on a real Slurm."""
 
+import json
 import os
 import signal
 import subprocess
@@ -67,6 +68,13 @@ def test_a_partition_that_preempts_too_fast_is_named(cluster: Cluster, tmp_path:
         assert len(lines) == warned and all("partition scavenge gives GraceTime=15 s" in line for line in lines)
 
 
+def questions(folder: Path) -> Path:
+    """Write something that any model can be scored on."""
+    path = folder / "questions.jsonl"
+    path.write_text(json.dumps({"context": "a circle is", "choices": ["red", "square"], "answer": 0}) + "\n")
+    return path
+
+
 def test_a_chain_of_programs_is_one_command(cluster: Cluster, tmp_path: Path, raw: Path, tokenizer: Tokenizer) -> None:
     """From raw pictures to an evaluated model; each job starts when the one before is done."""
     words = settings(
@@ -86,6 +94,7 @@ def test_a_chain_of_programs_is_one_command(cluster: Cluster, tmp_path: Path, ra
         f"vae={tmp_path}/vae", "resolution=32", "array=2", "device=cpu",
         "then=train.pretrain", *words, "nodes=2",
         "then=train.evaluate", "device=cpu", f"checkpoint={tmp_path}/run", f"output={tmp_path}/evaluation",
+        f"choices.colours={questions(tmp_path)}",
     )  # fmt: skip
     assert len(ids) == 5 and printed.count("  watch ") == 5
     assert cluster.wait(ids[-1], timeout_s=180) == "COMPLETED"
@@ -134,7 +143,14 @@ def test_the_batch_scripts_work_as_they_stand(
     vae = sbatch("vae", *one, arguments=[*options, "optim.steps=2", *SMALL_VAE])
     after = f"--dependency=afterok:{job_id}"
     evaluate = sbatch(
-        "evaluate", after, arguments=["device=cpu", f"checkpoint={drawn.run_dir}", f"output={tmp_path}/evaluation"]
+        "evaluate",
+        after,
+        arguments=[
+            "device=cpu",
+            f"checkpoint={drawn.run_dir}",
+            f"output={tmp_path}/evaluation",
+            f"choices.colours={questions(tmp_path)}",
+        ],
     )
     for name, job in (("encode_0", encode), ("vae", vae), ("pretrain", job_id), ("evaluate", evaluate)):
         assert cluster.wait(job, timeout_s=120) == "COMPLETED", tail(tmp_path / f"{name}.log")
