@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -139,7 +139,7 @@ class Chat:
             template = _DATE + template
         conversation = [{"role": speaker, "content": content} for speaker, content in messages]
         try:
-            rendered, _ = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 [conversation],
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
@@ -147,7 +147,7 @@ class Chat:
             )
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from None
-        return cast(str, rendered[0])
+        return str(rendered[0][0])
 
     def _encoded(self, pieces: Sequence[_Piece]) -> list[tuple[Role, Any]]:
         """Return the pieces as token ids and pictures; texts of one role that meet are one text."""

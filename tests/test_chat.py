@@ -13,12 +13,12 @@ from tests.json_tokenizers import TEXTS, byte_fallback, byte_level, write_folder
 from train.tokenizer import main as take
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3 = (
-    "{{- bos_token }}{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    " + message['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
+    "{{- bos_token }}{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>"
+    "\n\n' + message['content'] | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}"
     "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
 LLAMA2 = (
@@ -206,24 +206,20 @@ def test_a_template_travels_with_its_tokenizer_and_is_part_of_its_hash(tmp_path:
     assert Tokenizer(copy).hash == tokenizer.hash and Tokenizer(copy).chat == tokenizer.chat
     assert told(tokenizer, Chat(Tokenizer(copy)).lay_out(TALK)) == told(tokenizer, Chat(tokenizer).lay_out(TALK))
 
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    place = folder / "tokenizer_config.json"
+    settings = json.loads(place.read_text())
     template = settings.pop("chat_template")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    place.write_text(json.dumps(settings))
     without = Tokenizer(folder)
     assert without.chat is None and without.hash != tokenizer.hash and b'"chat"' not in without.content
-    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]
-    for name, contents in (
-        ("tokenizer_config.json", json.dumps({**settings, "chat_template": named})),
-        ("chat_template.json", json.dumps({"chat_template": template})),
-        ("chat_template.jinja", template),
-    ):
-        before = (folder / "tokenizer_config.json").read_text()
+    files = {"chat_template.json": json.dumps({"chat_template": template}), "chat_template.jinja": template}
+    for name, contents in files.items():
         (folder / name).write_text(contents)
         assert Tokenizer(folder).hash == tokenizer.hash, name
         (folder / name).unlink()
-        (folder / "tokenizer_config.json").write_text(
-            before if name != "tokenizer_config.json" else json.dumps(settings)
-        )
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]
+    place.write_text(json.dumps({**settings, "chat_template": named}))
+    assert Tokenizer(folder).hash == tokenizer.hash
 
 
 def test_an_exported_tokenizer_keeps_its_chat_template(tmp_path: Path) -> None:
