@@ -182,7 +182,8 @@ class _Decoding:
             by_shape: dict[torch.Size, dict[int, Tensor]] = {}
             for i, of_row in enumerate(pending):
                 if of_row and of_row[0].ndim == 3:
-                    by_shape.setdefault(of_row[0].shape, {})[i] = of_row.popleft()
+                    image = of_row.popleft()
+                    by_shape.setdefault(image.shape, {})[i] = image
             for images in by_shape.values():
                 cached_model.append_images(images)
 

@@ -1,6 +1,7 @@
 """Answers to questions about pictures, for the scorers of visual question answering that read LLaVA's answer files.
 
-Questions are JSON lines {"question_id", "image", "text"}; answers are written as LLaVA's model_vqa.py does.
+Questions are JSON lines {"question_id", "image", "text"}, and "system" if the conversation begins with one. They are
+asked in the chat form of the tokenizer's model (data/chat.py); answers are written as LLaVA's model_vqa.py does.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ class AnswersConfig:
     # Questions about pictures, JSON lines {"question_id", "image", "text"}, to answer in answers.jsonl; null: none.
     questions: Location | None = None
     pictures: Location = "."  # folder in which the names of `image` lie
-    template: str = QUESTION  # what the model reads after the picture; {question} stands for the question's text
+    template: str = QUESTION  # what the user says after the picture; {question} stands for the question's text
 
     def __post_init__(self) -> None:
         if QUESTION not in self.template:
@@ -41,7 +42,8 @@ def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             image = text_of(row.get("image") or "")
-            rows.append({"question_id": row["question_id"], "text": text_of(row["text"]), "image": image})
+            system = {"system": text_of(row["system"])} if row.get("system") else {}
+            rows.append({"question_id": row["question_id"], "text": text_of(row["text"]), "image": image, **system})
         except OTHER_FORM as error:
             raise ValueError(
                 f"answers.questions={path}:{number}: {type(error).__name__}: {error}; expected question_id, image, text"
@@ -80,8 +82,8 @@ def write_answers(config: AnswersConfig, inputs: Inputs) -> Part:
 
 
 def _prompt(pipeline: Pipeline, config: AnswersConfig, row: dict[str, Any]) -> list[PromptPart]:
-    text = config.template.replace(QUESTION, row["text"])
-    if not row["image"]:
-        return [text]
-    path, side = Path(config.pictures) / row["image"], pipeline.latent_spec.resolution
-    return [decode_picture(path.read_bytes(), [(side, side)], str(path)), text]
+    text, pictures = config.template.replace(QUESTION, row["text"]), []
+    if row["image"]:
+        path, side = Path(config.pictures) / row["image"], pipeline.latent_spec.resolution
+        pictures = [decode_picture(path.read_bytes(), [(side, side)], str(path))]
+    return pipeline.ask(pictures, text, row.get("system"))

@@ -65,6 +65,11 @@ class PipelineConfig(SamplerConfig):
         super().__post_init__()
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: expected at least 1")
+        if self.image_guidance is not None and (self.guide is not None or self.guide_weights is not None):
+            raise ValueError(
+                f"image_guidance={self.image_guidance} with guide={self.guide}, guide_weights={self.guide_weights}: a "
+                "guide reads the whole prompt; expected image_guidance=null, or no guide"
+            )
 
 
 @dataclass
@@ -341,4 +346,4 @@ def one_picture(config: SamplerConfig) -> SamplerConfig:
 
 def text_alone(config: SamplerConfig) -> SamplerConfig:
     """Return `config` for writing text and no pictures."""
-    return replace(config, max_images=0, guidance=1.0)
+    return replace(config, max_images=0, guidance=1.0, image_guidance=None)
