@@ -148,8 +148,9 @@ class CachedModel:
                 return guided(self._run_image(alone, x_t, t), guide(x_t, t, False), guidance, rescale)
             assert branches > 1, "guidance without a guide or an unconditional prefix"
             predictions = self._run_image(together, x_t.repeat(branches, 1, 1, 1), t).chunk(branches)
-            conditional, unconditional, *without_texts = predictions
-            return guided(conditional, unconditional, guidance, rescale, *without_texts, image_guidance=image_guidance)
+            conditional, unconditional = predictions[:2]
+            without_texts = predictions[2] if branches == 3 else None
+            return guided(conditional, unconditional, guidance, rescale, without_texts, image_guidance)
 
         return predict
 

@@ -207,5 +207,5 @@ def test_two_scales_with_a_guide_and_a_negative_one_are_refused() -> None:
     with pytest.raises(ValueError, match=r"image_guidance=-1: expected 0 or more, or null"):
         settings(image_guidance=-1)
     for guide in ({"guide": "runs/x"}, {"guide_weights": "model"}):
-        with pytest.raises(ValueError, match=r"image_guidance=1.5 with guide=.*: a guide reads the whole prompt"):
+        with pytest.raises(ValueError, match=r"image_guidance=1.5, guide=.*: a guide reads the whole prompt"):
             PipelineConfig(image_guidance=1.5, **guide)

@@ -15,6 +15,7 @@ from tests.runs import PROMPTS, DrawingRun, expect
 from tests.test_pipeline import load
 from train import sample
 from train.checkpoints import checkpoint
+from train.inference.pipeline import text_alone
 
 
 def _argv(drawn: DrawingRun, output: Path) -> list[str]:
@@ -98,6 +99,27 @@ def test_an_edit_gives_its_pictures_before_each_prompt_and_shows_them_beside_the
         assert np.array_equal(found, picture) and not np.array_equal(found, unasked)
     sheet = Image.open(tmp_path / "output" / "sheet.png")
     assert sheet.width // 134 == 3, "two given, one drawn"
+
+
+def test_a_question_about_each_picture_is_answered_in_the_chat_form(
+    drawn: DrawingRun, given: Path, tmp_path: Path
+) -> None:
+    """The pipeline's answers, beside what a caption of the same picture would be; without pictures one answer."""
+    argv = [f"ask={PROMPTS[0]}", f"images=[{given},{given}]", "seed=3", "temperature=2"]
+    _run([*_argv(drawn, tmp_path / "output"), *argv], tmp_path / "log")
+    pipeline = load(drawn.run_dir)
+    sampler = SamplerConfig(max_new_tokens=4, temperature=2)
+    picture = decode_picture(given.read_bytes(), [(32, 32)], "given")
+    results = _results(tmp_path / "output")
+    assert [(line["ask"], line["images"], line["prompt"]) for line in results] == [(PROMPTS[0], [str(given)], None)] * 2
+    found = [line["output"][0]["text"].strip() if line["output"] else "" for line in results]
+    assert found == pipeline.answer([([picture], PROMPTS[0])] * 2, sampler, seed=3) and any(found)
+    # The plain form: the question and a line break; a caption follows the picture alone.
+    asked = list(pipeline.complete([[picture, f"{PROMPTS[0]}\n"]] * 2, text_alone(sampler), 3))
+    assert found == ["".join(parts).strip() for parts in asked] != pipeline.describe([picture] * 2, sampler, 3)
+    assert (tmp_path / "output" / "sheet.png").exists()
+    _run([*_argv(drawn, tmp_path / "alone"), f"ask={PROMPTS[0]}"], tmp_path / "log-alone")
+    assert [(line["ask"], line["images"]) for line in _results(tmp_path / "alone")] == [(PROMPTS[0], [])]
 
 
 def test_texts_are_taken_as_they_stand_and_an_earlier_calls_samples_go(drawn: DrawingRun, tmp_path: Path) -> None:

@@ -66,10 +66,8 @@ class PipelineConfig(SamplerConfig):
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: expected at least 1")
         if self.image_guidance is not None and (self.guide is not None or self.guide_weights is not None):
-            raise ValueError(
-                f"image_guidance={self.image_guidance} with guide={self.guide}, guide_weights={self.guide_weights}: a "
-                "guide reads the whole prompt; expected image_guidance=null, or no guide"
-            )
+            found = f"image_guidance={self.image_guidance}, guide={self.guide}, guide_weights={self.guide_weights}"
+            raise ValueError(f"{found}: a guide reads the whole prompt; expected image_guidance=null, or no guide")
 
 
 @dataclass
@@ -239,7 +237,7 @@ class Pipeline:
         numbers: Sequence[int] | None = None,
     ) -> list[np.ndarray]:
         """Return what each instruction makes of the pictures before it, uint8 [H, W, 3]; see `complete`."""
-        prompts = [[*pictures, text] for pictures, text in edits]
+        prompts: list[list[Part]] = [[*pictures, text] for pictures, text in edits]
         results = self.complete(prompts, one_picture(config), seed, progress, numbers, draw=True)
         return [part for parts in results for part in parts if isinstance(part, np.ndarray)]
 
@@ -273,8 +271,11 @@ class Pipeline:
         from data.chat import Chat, Message
 
         self._warn_of_unknown({question})
-        said: list[Message[np.ndarray]] = [] if system is None else [Message("system", (system,))]
-        return list(Chat(self.tokenizer).prompt([*said, Message("user", (*pictures, question))]))
+        messages: list[Message[np.ndarray]] = [Message("user", (*pictures, question))]
+        if system is not None:
+            messages.insert(0, Message("system", (system,)))
+        parts: list[np.ndarray] = Chat(self.tokenizer).prompt(messages)
+        return [*parts]
 
     def _warn_of_unknown(self, texts: set[str]) -> None:
         """Warn once of each prompt with characters that the tokenizer does not know."""

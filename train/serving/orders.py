@@ -79,10 +79,10 @@ class Orders:
     def describe(self, given: Mapping[str, Any]) -> Order:
         """Read {"picture": bytes or base64, "question": text, ...}; without a question the picture is described."""
         _refuse_unknown(given, ("picture", "question", "seed", *OF_TEXT))
-        parts: list[Part] = [self._picture(given.get("picture"), "picture")]
+        parts: list[Part] = [picture := self._picture(given.get("picture"), "picture")]
         texts = [_text(given, "question")] if "question" in given else []
-        for question in texts:
-            parts = self.pipeline.ask(parts, question)
+        if texts:
+            parts = self.pipeline.ask([picture], texts[0])
         return self._order(tuple(parts), given, text_alone(self._sampler(given, OF_TEXT)), False, texts)
 
     def complete(self, given: Mapping[str, Any]) -> Order:
