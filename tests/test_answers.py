@@ -14,7 +14,7 @@ from tests.runs import DrawingRun
 from tests.test_pipeline import load
 from train.distributed.ranks import Ranks, alone
 from train.evaluation.answers import AnswersConfig, read_questions, write_answers
-from train.evaluation.part import bar_of
+from train.evaluation.part import Inputs, bar_of
 from train.inference.pipeline import Pipeline, PipelineConfig, text_alone
 
 SAMPLER = SamplerConfig(max_new_tokens=5)
@@ -35,7 +35,7 @@ def asked(tmp_path: Path) -> AnswersConfig:
 def answer(ranks: Ranks, run_dir: Path, config: AnswersConfig, output: Path) -> None:
     pipeline = Pipeline.load(PipelineConfig(checkpoint=str(run_dir), device="cpu", batch_size=2), ranks)
     output.mkdir(exist_ok=True)
-    write_answers(pipeline, config, SAMPLER, 3, output, ranks, bar_of(ranks))
+    write_answers(config, Inputs(pipeline, SAMPLER, 3, output, ranks, bar_of(ranks), {}))
 
 
 def test_answers_follow_picture_and_question_in_llavas_form(

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from bench.ranks import ProgramRanks
-from data.pictures import encode_png
+from data.pictures import decode_picture, encode_png
+from model.sampler_config import SamplerConfig
 from tests.ranks import assert_ranks_refuse
 from tests.runs import PROMPTS, DrawingRun, expect
+from tests.test_pipeline import load
 from train import sample
 from train.checkpoints import checkpoint
 
@@ -75,6 +77,29 @@ def test_text_and_pictures_go_in_and_come_out_interleaved(drawn: DrawingRun, giv
     assert any("ti" in kind for kind in kinds) and all(kind.count("i") <= 2 for kind in kinds), kinds
 
 
+def test_an_edit_gives_its_pictures_before_each_prompt_and_shows_them_beside_the_result(
+    drawn: DrawingRun, given: Path, tmp_path: Path
+) -> None:
+    """Pictures of any size; the result is the pipeline's, after the pictures, and not what the prompt alone gives."""
+    (tmp_path / "wide.png").write_bytes(encode_png(np.full((20, 90, 3), (250, 0, 0), np.uint8)))
+    files, prompts = [str(given), str(tmp_path / "wide.png")], ["make it blue", "turn it"]
+    argv = [f"edit={json.dumps(files)}", f"prompts={json.dumps(prompts)}", "n=2", "seed=3"]
+    _run([*_argv(drawn, tmp_path / "output"), *argv], tmp_path / "log")
+    results = _results(tmp_path / "output")
+    assert [(line["prompt"], line["edit"], line["images"]) for line in results] == [
+        (prompt, files, []) for prompt in prompts for _ in range(2)
+    ]
+    pipeline, sampler = load(drawn.run_dir), SamplerConfig(sampler="ddim", steps=2)
+    pictures = [decode_picture(Path(name).read_bytes(), [(32, 32)], name) for name in files]
+    expected = pipeline.edit([(pictures, prompt) for prompt in prompts for _ in range(2)], sampler, seed=3)
+    unasked = pipeline.draw([prompts[0]], sampler, seed=3)[0]
+    for line, picture in zip(results, expected, strict=True):
+        found = np.asarray(Image.open(tmp_path / "output" / line["output"][0]["image"]))
+        assert np.array_equal(found, picture) and not np.array_equal(found, unasked)
+    sheet = Image.open(tmp_path / "output" / "sheet.png")
+    assert sheet.width // 134 == 3, "two given, one drawn"
+
+
 def test_texts_are_taken_as_they_stand_and_an_earlier_calls_samples_go(drawn: DrawingRun, tmp_path: Path) -> None:
     output, prompts = tmp_path / "output", ['it\'s: a # circle, [red] "one"', ""]
     _run([*_argv(drawn, output), f"prompt={prompts[0]}", "n=3"], tmp_path / "log")
@@ -107,6 +132,9 @@ def test_two_ranks_share_the_samples_and_make_the_same(drawn: DrawingRun, given:
     [
         ([], "nothing to do"),
         (["prompt=x", "n=0"], "n=0"),
+        (["edit=BROKEN"], "nothing says what to make of it"),
+        (["prompt=x", "edit=BROKEN"], "broken.png"),
+        (["prompt=a <image>", "images=BROKEN", "ask=what?"], "expected one more"),
         (["prompt=x", "checkpoint=/nowhere"], "expected a checkpoint, a run folder"),
         (["prompt=x", "vae=/nowhere"], "no such folder"),
         (["images=[/nowhere.png]"], "nowhere.png"),

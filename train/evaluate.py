@@ -34,7 +34,7 @@ from train.evaluation.captioning import CaptioningConfig, evaluate_captioning
 from train.evaluation.generation import GenerationConfig, evaluate_generation
 from train.evaluation.multiple_choice import evaluate_choices
 from train.evaluation.paper_table import paper_table
-from train.evaluation.part import Part, bar_of
+from train.evaluation.part import Inputs, Part, bar_of
 from train.evaluation.questions import read_questions
 from train.evaluation.scenes import evaluate_scenes
 from train.evaluation.scores import Score, lines_of
@@ -158,28 +158,21 @@ def _parts(
     config: EvaluateConfig, pipeline: Pipeline, described: dict[str, Any], output: Path, ranks: Ranks
 ) -> dict[str, Callable[[], Part]]:
     """Return what is asked for besides held-out losses, by its name in `data`, in the order of the work."""
-    bar, sampler = bar_of(ranks), config.suited_to(pipeline.config.diffusion)
+    sampler, drawn_by = config.suited_to(pipeline.config.diffusion), {key: described[key] for key in DRAWN_BY}
+    inputs = Inputs(pipeline, sampler, config.seed, output, ranks, bar_of(ranks), drawn_by)
     parts: dict[str, Callable[[], Part]] = {}
-    drawn_by = {key: described[key] for key in DRAWN_BY}
     if choices := config.choices:
-        parts["choices"] = lambda: evaluate_choices(pipeline, choices, output, ranks, bar)
+        parts["choices"] = lambda: evaluate_choices(choices, inputs)
     if (captioning := config.captioning).pictures is not None:
-        parts["captioning"] = lambda: evaluate_captioning(
-            pipeline, captioning, sampler, config.seed, output, ranks, bar
-        )
+        parts["captioning"] = lambda: evaluate_captioning(captioning, inputs)
     if (answers := config.answers).questions is not None:
-        parts["answers"] = lambda: write_answers(pipeline, answers, sampler, config.seed, output, ranks, bar)
+        parts["answers"] = lambda: write_answers(answers, inputs)
     if (benchmark := config.benchmark) is not None:
-        parts["benchmark"] = lambda: draw_benchmark(
-            pipeline, benchmark, config.benchmark_prompts, sampler, config.seed, drawn_by, output, ranks, bar
-        )
+        parts["benchmark"] = lambda: draw_benchmark(benchmark, config.benchmark_prompts, inputs)
     if (scenes := config.scenes) is not None:
-        per_split, seed = config.max_prompts, config.seed
-        parts["scenes"] = lambda: evaluate_scenes(pipeline, scenes, per_split, sampler, seed, output, ranks, bar)
+        parts["scenes"] = lambda: evaluate_scenes(scenes, config.max_prompts, inputs)
     if (generation := config.generation).pictures is not None:
-        parts["generation"] = lambda: evaluate_generation(
-            pipeline, generation, sampler, config.seed, drawn_by, output, ranks, bar
-        )
+        parts["generation"] = lambda: evaluate_generation(generation, inputs)
     return parts
 
 

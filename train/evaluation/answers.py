@@ -12,10 +12,8 @@ from typing import Any
 from data.durable import write_durably
 from data.pictures import decode_picture
 from data.storage import Location
-from model.sampler_config import SamplerConfig
-from train.distributed.ranks import Ranks
 from train.evaluation.generation import batches_of
-from train.evaluation.part import Bar, Part
+from train.evaluation.part import Inputs, Part
 from train.evaluation.texts import OTHER_FORM, read_lines, text_of
 from train.inference.pipeline import Part as PromptPart
 from train.inference.pipeline import Pipeline, text_alone
@@ -56,25 +54,18 @@ def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def write_answers(
-    pipeline: Pipeline,
-    config: AnswersConfig,
-    sampler: SamplerConfig,
-    seed: int,
-    output: Path,
-    ranks: Ranks,
-    bar: Bar,
-) -> Part:
+def write_answers(config: AnswersConfig, inputs: Inputs) -> Part:
     """Answer each question after its picture, if it has one, and write answers.jsonl; give no scores. Collective."""
+    pipeline, ranks = inputs.pipeline, inputs.ranks
     rows, saved = read_questions(config), pipeline.saved
     fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
     ranks.require_alike({"answers.questions (contents)": fingerprint})
     batches = batches_of(len(rows), pipeline.batch_size)[ranks.rank :: ranks.world_size]
     mine: list[tuple[int, str]] = []
-    with bar("answers", sum(map(len, batches))) as progress:
+    with inputs.bar("answers", sum(map(len, batches))) as progress:
         for batch in batches:
             prompts = [_prompt(pipeline, config, rows[number]) for number in batch]
-            answered = pipeline.complete(prompts, text_alone(sampler), seed, progress.update, batch)
+            answered = pipeline.complete(prompts, text_alone(inputs.sampler), inputs.seed, progress.update, batch)
             texts = ["".join(part for part in parts if isinstance(part, str)) for parts in answered]
             mine += zip(batch, texts, strict=True)
     found = dict(pair for part in ranks.gather(mine) for pair in part)
@@ -84,7 +75,7 @@ def write_answers(
         answer = {"question_id": row["question_id"], "prompt": row["text"], "text": found[number].strip()}
         lines.append({**answer, "answer_id": f"{fingerprint}-{number}", "model_id": model_id, "metadata": {}})
     if ranks.is_first:
-        write_durably(output / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_durably(inputs.output / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     return Part({}, [], {"questions": config.questions, "fingerprint": fingerprint, "items": len(rows)})
 
 
