@@ -271,6 +271,12 @@ class Pipeline:
         said: list[Message[np.ndarray]] = [] if system is None else [Message("system", (system,))]
         return list(Chat(self.tokenizer).prompt([*said, Message("user", (*pictures, question))]))
 
+    @torch.no_grad()
+    def reconstruct(self, pictures: Sequence[np.ndarray], seed: int, numbers: Sequence[int]) -> list[np.ndarray]:
+        """Return what the latents of each picture decode to, drawn as for the first picture of a prompt."""
+        latents = self._encode(pictures, [(number, 0) for number in numbers], SeededDraws(seed))
+        return list(self.decode(list(latents)))
+
     def _warn_of_unknown(self, texts: set[str]) -> None:
         """Warn once of each prompt with characters that the tokenizer does not know."""
         for text in sorted(texts - self._seen):
