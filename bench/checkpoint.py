@@ -33,8 +33,9 @@ from bench.ranks import Processes
 from bench.restart import measure_restarts
 from bench.step import backward, sharded_model
 from data.documents import Document, TextSegment
+from data.layout import lay_out
 from data.loader import draw_images
-from data.packing import PackedBatch, collate, lay_out, pack
+from data.packing import PackedBatch, collate, pack
 from data.tokenizer import SpecialIds
 from model.transformer import TransformerConfig
 from model.transfusion import TransfusionConfig

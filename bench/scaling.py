@@ -29,8 +29,9 @@ from torch.profiler import ProfilerActivity, profile
 from bench.ranks import Processes
 from bench.step import backward, sharded_model
 from data.documents import Document, ImageSegment, TextSegment
+from data.layout import lay_out
 from data.loader import draw_images
-from data.packing import PackedBatch, collate, lay_out, pack
+from data.packing import PackedBatch, collate, pack
 from data.tokenizer import SpecialIds
 from model.diffusion import DiffusionConfig
 from model.transformer import TransformerConfig

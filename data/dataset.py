@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 
 from omegaconf import MISSING
 
+from data.arrangement import OrderConfig
 from data.captions import weights_in_force
-from data.documents import ImageKind, OrderConfig
+from data.documents import ImageKind
 from data.lane_state import Position
+from data.layout import patch_grid
 from data.manifest import LatentSpec, Manifest
-from data.packing import patch_grid
 from data.shard_cache import CacheConfig
 from data.source import LaneSettings, Source, SourceConfig, sum_in_order
 from data.storage import Location
@@ -36,6 +37,9 @@ class DataConfig:
     shuffle_block: int = 1024  # documents a lane shuffles among
     look_ahead: int = 16  # documents a lane keeps pending to fill sequences from
     order: OrderConfig = field(default_factory=OrderConfig)
+    # Give what follows an image that is noised a clean copy of it to see, at the cost of as many tokens (BAGEL). false:
+    # it sees the noised one, as in the paper, where diffusion.before_caption_max_timestep caps that noise.
+    clean_copies: bool = False
     # Documents of each source that a lane requests in advance, for remote data and network disks. null: 16 for remote
     # data without a cache, else 0.
     read_ahead: int | None = None
@@ -123,6 +127,7 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
         look_ahead=config.look_ahead,
         order=config.order,
         special=tokenizer.special,
+        clean_copies=config.clean_copies,
     )
     cache = CacheConfig(folder=config.cache_dir, max_gib=config.cache_gib) if config.cache_dir else None
     most_ahead = 2 * (config.read_ahead or READ_AHEAD) * config.lanes
@@ -162,18 +167,20 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
         too_long = find_too_long(manifest, settings.special, patch_size, config.sequence_length, captions[name])
         weighted = replace(source, weight=weights[name])
         sources.append(Source(number, weighted, manifest, settings, watch, ahead, too_long, captions[name]))
-    _require_room(grids, patch_size, config.sequence_length)
+    _require_room(grids, patch_size, config)
     return DataSet(sources, settings, tokenizer, spec, sorted(grids))
 
 
-def _require_room(grids: set[tuple[int, int]], patch_size: int, sequence_length: int) -> None:
+def _require_room(grids: set[tuple[int, int]], patch_size: int, config: DataConfig) -> None:
     """Raise ValueError for images that are longer than a sequence."""
     for grid in grids:
         rows, columns = patch_grid(grid, patch_size)
-        if rows * columns + 4 > sequence_length:
+        tokens = rows * columns * (1 + config.clean_copies) + 4
+        if tokens > config.sequence_length:
+            copied = ", with its clean copy" if config.clean_copies else ""
             raise ValueError(
-                f"an image of latent grid {grid[0]}x{grid[1]} is {rows * columns + 4} tokens with BOS, BOI, EOI, EOS, "
-                f"more than data.sequence_length={sequence_length}; use longer sequences or larger patches"
+                f"an image of latent grid {grid[0]}x{grid[1]} is {tokens} tokens with BOS, BOI, EOI, EOS{copied}, "
+                f"more than data.sequence_length={config.sequence_length}; use longer sequences or larger patches"
             )
 
 

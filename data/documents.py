@@ -6,8 +6,8 @@ variance), `latents.npy` (f16 [C, h, w], of a deterministic space) or `pixels.np
 image with several captions has them end to end in `tokens.npy`, and `captions.npy` (int32 [n]) with the length of each;
 where they are of several kinds, `caption_kinds.npy` (int32 [n]) has each one's number in the manifest's `captions`. Any
 other document (interleaved) holds its images as `0.moments.npy`, `1.moments.npy` ... and `segments.npy` (int32 [n]):
-the length of each text, IMAGE for the next image. Caption choice, order and dropout are drawn here from (seed, epoch,
-source, shard, record), so they belong to the document and not to its reader.
+the length of each text, IMAGE for the next image; where some are context, `roles.npy` (uint8 [n]) has the place of each
+one's role in ROLES.
 """
 
 import hashlib
@@ -19,12 +19,15 @@ from typing import Literal, get_args
 import numpy as np
 
 from data.arrays import load_array, save_array
-from data.captions import CaptionTokens, draw_caption, drawable
+from data.captions import CaptionTokens
 from data.shards import BadRecord, Record
 
 IMAGE = -1  # in segments.npy
 ImageKind = Literal["moments", "latents", "pixels"]  # what a record keeps of an image
 KINDS: tuple[ImageKind, ...] = get_args(ImageKind)
+# What a segment is for. target: it bears loss, an image is noised. context: it is given, an image clean.
+Role = Literal["target", "context"]
+ROLES: tuple[Role, ...] = get_args(Role)
 CELL_BYTES: dict[ImageKind, int] = {"moments": 4, "latents": 2, "pixels": 1}  # of a channel of a cell, in a record
 PIXEL_CHANNELS = 3
 MAX_SEGMENTS = 1 << 16  # of a document: as Python objects they take a hundred times their bytes
@@ -37,6 +40,7 @@ _LEAST = np.array([np.finfo(np.float16).min, LOGVAR_RANGE[0]], "<f2").view(np.ui
 @dataclass(frozen=True)
 class TextSegment:
     token_ids: np.ndarray  # int64 [len]
+    role: Role = "target"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class ImageSegment:
     array: np.ndarray  # moments f16 [2C, h, w], latents f16 [C, h, w] or pixels uint8 [3, h, w]
     kind: ImageKind = "moments"
     before_caption: bool = False  # the image precedes the text that describes it
+    role: Role | Literal["copy"] = "target"  # copy: the clean one of the image before it, in what packing lays out
 
     @property
     def channels(self) -> int:
@@ -66,18 +71,14 @@ class Document:
     def has_image(self) -> bool:
         return any(isinstance(segment, ImageSegment) for segment in self.segments)
 
+    @property
+    def has_context(self) -> bool:
+        return any(segment.role == "context" for segment in self.segments)
 
-@dataclass(frozen=True, kw_only=True)
-class OrderConfig:
-    # Share of image-caption documents that put the caption first, in [0, 1] (the paper: 0.8).
-    caption_first: float = 0.8
-    # Share of image-caption documents whose caption is dropped, in [0, 1] (ours: guidance needs it).
-    caption_dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("caption_first", "caption_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a share in [0, 1]")
+    @property
+    def draws_image(self) -> bool:
+        """Return whether an image is a target."""
+        return any(isinstance(segment, ImageSegment) and segment.role == "target" for segment in self.segments)
 
 
 def seed_from(*parts: int | str) -> int:
@@ -94,7 +95,7 @@ def uniforms(*parts: int | str, count: int) -> list[float]:
 def decode_document(record: Record, where: str) -> Document:
     """Return the record's document, caption before image; raise BadRecord for unusable contents."""
     if "segments.npy" in record:
-        return Document(tuple(_interleaved(record, where)))
+        return _with_roles(list(_interleaved(record, where)), record, where)
     image = _image(record, "", where)
     if "tokens.npy" not in record and image is None:
         raise BadRecord("no tokens and no image", where, f"members {sorted(record)}")
@@ -152,6 +153,18 @@ def _interleaved(record: Record, where: str) -> Iterator[TextSegment | ImageSegm
             start += length
 
 
+def _with_roles(segments: list[TextSegment | ImageSegment], record: Record, where: str) -> Document:
+    """Return the document of these segments in their roles, all targets without `roles.npy`."""
+    if "roles.npy" in record:
+        numbers = load_array(record["roles.npy"], where, "|u1", 1).tolist()
+        if len(numbers) != len(segments) or max(numbers) >= len(ROLES):
+            raise BadRecord("wrong roles", where, f"{numbers[:20]} of {len(segments)} segments")
+        segments = [replace(segment, role=ROLES[n]) for segment, n in zip(segments, numbers, strict=True)]
+        if all(segment.role == "context" for segment in segments):
+            raise BadRecord("no target", where, f"all {len(segments)} segments are context")
+    return Document(tuple(segments))
+
+
 def _image(record: Record, prefix: str, where: str) -> ImageSegment | None:
     """Return the image whose member's name begins with `prefix`, None if there is none."""
     kinds = [kind for kind in KINDS if f"{prefix}{kind}.npy" in record]
@@ -204,23 +217,27 @@ def encode_record(
     captions: Sequence[np.ndarray] = (),
     kind: ImageKind = "moments",
     caption_kinds: Sequence[int] = (),
+    roles: Sequence[Role] = (),
 ) -> Record:
     """Return the encoded record of a document: its texts as token ids [len], its images as arrays of `kind`.
 
     An image and its caption are given caption first; a text alone or an image alone are fine. Empty texts are dropped.
     An image with several captions has them all in `captions`, and no text among `segments`. `caption_kinds` holds the
-    kind of each, where there are several.
+    kind of each, where there are several. `roles` are those of the segments; without them all are targets.
     """
-    segments = [segment for segment in segments if segment.size]
+    kept = [(s, role) for s, role in zip(segments, roles or ["target"] * len(segments), strict=True) if s.size]
+    segments, numbers = [segment for segment, _ in kept], [ROLES.index(role) for _, role in kept]
     texts, images = ([s for s in segments if s.ndim == ndim] for ndim in (1, 3))
     token_ids = np.concatenate([np.zeros(0, np.int32), *texts]).astype(np.int32)
     record: Record = {"__key__": key.encode(), "json": info, "tokens.npy": save_array(token_ids)}
-    if [s.ndim for s in segments] in ([], [1], [3], [1, 3]):
+    if [s.ndim for s in segments] in ([], [1], [3], [1, 3]) and not any(numbers):
         names = [f"{kind}.npy"]
     else:
         names = [f"{i}.{kind}.npy" for i in range(len(images))]
         lengths = [len(s) if s.ndim == 1 else IMAGE for s in segments]
         record["segments.npy"] = save_array(np.array(lengths, dtype=np.int32))
+        if any(numbers):
+            record["roles.npy"] = save_array(np.array(numbers, dtype=np.uint8))
     dtype = np.uint8 if kind == "pixels" else np.float16
     record |= {name: save_array(image.astype(dtype)) for name, image in zip(names, images, strict=False)}
     caption_kinds = [number for number, caption in zip(caption_kinds, captions, strict=False) if caption.size]
@@ -248,51 +265,6 @@ def sizes_of(document: Document, captions: CaptionTokens | None = None) -> tuple
     texts = [len(s.token_ids) for s in document.segments if isinstance(s, TextSegment)]
     tokens = max((len(s.token_ids) for s in document.captions), default=sum(texts))
     return tokens, [s.grid for s in document.segments if isinstance(s, ImageSegment)]
-
-
-def arrange(
-    document: Document,
-    config: OrderConfig,
-    *,
-    seed: int,
-    epoch: int,
-    source: int,
-    shard: int,
-    record: int,
-    weights: Sequence[float] = (),
-    room: int | None = None,
-) -> Document:
-    """Draw an image's caption, their order and caption dropout; leave other documents unchanged.
-
-    Of several captions one is drawn by the `weights` of their kinds. One longer than `room` (tokens) is drawn again
-    among those that are not, unless all are. An image whose captions all have weight 0 goes without, as if dropped.
-
-    An image before its caption is marked, so that its noise may be capped (the paper, section 4.3.4: captions are
-    learnt from pictures one can see); so is the image of a document of one image and then one text. Ours: in longer
-    documents a text describes the image after it, and none is marked.
-    """
-    match document.segments:
-        case ImageSegment() as image, TextSegment() as text:
-            return Document((replace(image, before_caption=True), text))
-        case TextSegment() as caption, ImageSegment() as image:
-            draws = uniforms("caption", seed, epoch, source, shard, record, count=4)
-        case _:
-            return document
-    order_draw, dropout_draw, *caption_draws = draws
-    if document.captions:
-        choices = drawable(len(document.captions), document.caption_kinds, weights)
-        fitting = [i for i in choices if room is None or len(document.captions[i].token_ids) <= room]
-        if not choices:
-            return Document((image,))
-        chosen = draw_caption(choices, document.caption_kinds, weights, caption_draws[0])
-        if fitting and chosen not in fitting:
-            chosen = draw_caption(fitting, document.caption_kinds, weights, caption_draws[1])
-        caption = document.captions[chosen]
-    if dropout_draw < config.caption_dropout:
-        return Document((image,))
-    if order_draw < config.caption_first:
-        return Document((caption, image))
-    return Document((replace(image, before_caption=True), caption))
 
 
 def _digest(parts: tuple[int | str, ...], size: int) -> bytes:

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from data.documents import uniforms
 from data.lane_state import Cursor, LaneState, Pending, Position
-from data.packing import PackedSequence, Piece, pack
+from data.layout import Piece
+from data.packing import PackedSequence, pack
 from data.remote import shown
 from data.shards import BadRecord
 from data.source import LaneSettings, Source, sum_in_order

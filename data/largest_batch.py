@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from data.documents import PIXEL_CHANNELS, Document, ImageKind, ImageSegment, TextSegment
-from data.packing import ImageDraws, PackedBatch, capacity, collate, lay_out, pack, patch_grid
+from data.layout import lay_out, patch_grid
+from data.packing import ImageDraws, PackedBatch, capacity, collate, pack
 from data.tokenizer import SpecialIds
 
 Grid = tuple[int, int]

@@ -54,17 +54,25 @@ class StepBatch:
 
 
 def draw_images(seed: int, step: int, lane: int, row: PackedSequence) -> ImageDraws:
-    """Draw u, noise and, of moments, posterior noise of a row's images on the CPU from (seed, step, lane)."""
+    """Draw u, noise and, of moments, posterior noise of a row's images on the CPU from (seed, step, lane).
+
+    A clean copy has its original's.
+    """
     generator = torch.Generator().manual_seed(seed_from("images", seed, step, lane))
-    u = torch.rand(len(row.images), generator=generator)
+    is_copy = [image.role == "copy" for image in row.images]
+    u = torch.rand(is_copy.count(False), generator=generator)
     noise: list[torch.Tensor] = []
     posterior_noise: list[torch.Tensor | None] = []
-    for image in row.images:
+    for image, copied in zip(row.images, is_copy, strict=True):
+        if copied:
+            noise.append(noise[-1])
+            posterior_noise.append(posterior_noise[-1])
+            continue
         is_posterior = image.kind == "moments"
         drawn = torch.randn((1 + is_posterior, image.channels, *image.grid), generator=generator)
         noise.append(drawn[0])
         posterior_noise.append(drawn[1] if is_posterior else None)
-    return ImageDraws(u, noise, posterior_noise)
+    return ImageDraws(u[(~torch.tensor(is_copy, dtype=torch.bool)).cumsum(0) - 1], noise, posterior_noise)
 
 
 @dataclass

@@ -1,76 +1,21 @@
-"""Documents -> PackedSequence -> PackedBatch: the only place that knows the layout. Pure; no files, no randomness.
+"""Pieces -> PackedSequence -> PackedBatch: rows of several documents, and batches of rows. Pure.
 
-A document is `BOS segment ... EOS`, an image inside it `BOI patches EOI`. Text targets are all text tokens, BOI and
-EOS, each exactly once, as the label of the token before it. There is no loss where the input is BOI or a patch (the
-paper, footnote 8), so EOI is no target: the decoder appends it. Labels are shifted before a document is cut.
+data/layout.py says how a document is laid out, and what in it is a target.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from data.documents import Document, ImageSegment, TextSegment
-from data.tokenizer import SpecialIds
+from data.documents import ImageSegment
+from data.layout import IGNORE, Piece, patch_grid
 
-IGNORE = -100
 NO_IMAGE = -1  # image_ids of text
 PADDING_DOCUMENT = 0  # document_ids of padding; documents count from 1
-CAPTION_TOKENS = 256  # tokens of text before an image that stay with it when an interleaved document is cut
-
-
-@dataclass(frozen=True)
-class PlacedImage:
-    """An image in a piece: `rows` x `columns` patches from token `start` on."""
-
-    segment: ImageSegment
-    start: int
-    rows: int
-    columns: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One document laid out as tokens, or a part of a cut one. Arrays are [len]."""
-
-    input_ids: np.ndarray  # int64
-    labels: np.ndarray  # int64, IGNORE where there is no text target
-    images: tuple[PlacedImage, ...]
-    cuts: tuple[tuple[int, int], ...]  # (first, last) of each range of places it may be cut at; see `_cuts`
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def num_attention_pairs(self) -> int:
-        """Pairs the mask allows: the causal triangle, and the upper one inside each image."""
-        patches = [image.rows * image.columns for image in self.images]
-        return len(self) * (len(self) + 1) // 2 + sum(count * (count - 1) // 2 for count in patches)
-
-    @property
-    def longest_uncut(self) -> int:
-        """Length of the longest part when it is cut wherever it may be."""
-        before = [0, *(last for _, last in self.cuts)]
-        after = [*(first for first, _ in self.cuts), len(self)]
-        return max(b - a for a, b in zip(before, after, strict=True))
-
-    def cut_at(self, length: int) -> int:
-        """Return the length of the longest head of at most `length` tokens that may be cut off; 0 if none may."""
-        return max((min(last, length) for first, last in self.cuts if first <= length), default=0)
-
-    def split(self, length: int) -> tuple["Piece", "Piece"]:
-        assert any(first <= length <= last for first, last in self.cuts), (length, self.cuts)
-        head = tuple(image for image in self.images if image.start < length)
-        rest = tuple(replace(image, start=image.start - length) for image in self.images[len(head) :])
-        before = tuple((first, min(last, length - 1)) for first, last in self.cuts if first < length)
-        after = tuple((max(first - length, 1), last - length) for first, last in self.cuts if last > length)
-        return (
-            Piece(self.input_ids[:length], self.labels[:length], head, before),
-            Piece(self.input_ids[length:], self.labels[length:], rest, after),
-        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +26,7 @@ class PackedSequence:
     labels: np.ndarray  # int64
     document_ids: np.ndarray  # int32
     image_ids: np.ndarray  # int32
-    position_ids: np.ndarray  # int32, from 0 in each document
+    position_ids: np.ndarray  # int32, from 0 in each document; a clean copy has the noised image's
     visible_until: np.ndarray  # int32, later queries up to here see the key
     grid_positions: np.ndarray  # int32 [S, 2], (-1, -1) for text
     images: tuple[ImageSegment, ...]
@@ -102,11 +47,12 @@ class ImageBatch:
     """All images of one latent grid in a batch, padded to a capacity N from a small set of sizes."""
 
     stored: torch.Tensor  # moments f16 [N, 2C, h, w], latents f16 [N, C, h, w] or pixels uint8 [N, 3, h, w]
+    is_target: torch.Tensor  # bool [N]; others are given clean, or are unused slots
     noise: torch.Tensor  # f32 [N, C, h, w]
     posterior_noise: torch.Tensor | None  # f32 [N, C, h, w], of moments alone
     u: torch.Tensor  # f32 [N] in [0, 1)
     before_caption: torch.Tensor  # bool [N]
-    num_valid: int
+    num_valid: int  # slots used, the first ones
 
 
 @dataclass
@@ -127,13 +73,23 @@ class PackedBatch:
     num_groups: int  # the sources in training, documents in an evaluation
     images: dict[tuple[int, int], ImageBatch]
     num_text_targets: int
-    num_images: int
+    num_images: int  # that are targets
     num_padding: int
     num_attention_pairs: int  # (query, key) pairs that the mask allows, padding left out: what FLOPs count
 
     def num_image_tokens(self, patch_size: int) -> int:
         """Return how many tokens are images' patches of `patch_size` latent cells a side."""
         return sum(batch.num_valid * math.prod(patch_grid(grid, patch_size)) for grid, batch in self.images.items())
+
+    @property
+    def num_clean_images(self) -> int:
+        """Return how many images are given clean: context, and copies of targets."""
+        return sum(batch.num_valid for batch in self.images.values()) - self.num_images
+
+    @property
+    def is_target(self) -> torch.Tensor:
+        """Return which image slots hold targets, bool [sum of N over `images`]."""
+        return torch.cat([torch.zeros(0, dtype=torch.bool), *(batch.is_target for batch in self.images.values())])
 
     def first_image_tokens(self, patch_size: int) -> torch.Tensor:
         """Return where the image in each slot begins, int64 [sum of N over `images`] into the flattened [B * S]."""
@@ -158,72 +114,6 @@ def _map_tensors(batch: PackedBatch | ImageBatch, change: Callable[[torch.Tensor
     return {name: change(v) if isinstance(v, torch.Tensor) else v for name, v in vars(batch).items()}
 
 
-def lay_out(document: Document, special: SpecialIds, patch_size: int) -> Piece:
-    """Return the document's tokens; raise ValueError for a latent grid that patches do not tile."""
-    images: list[PlacedImage] = []
-    spans: list[tuple[int, int]] = []  # each segment's tokens, BOI and EOI included
-    tokens, targets = [np.array([special.bos])], []  # targets: of the tokens after BOS
-    start = 1
-    for segment in document.segments:
-        if isinstance(segment, TextSegment):
-            tokens.append(segment.token_ids)
-            targets.append(segment.token_ids)
-        else:
-            rows, columns = patch_grid(segment.grid, patch_size)
-            images.append(PlacedImage(segment, start + 1, rows, columns))
-            tokens.append(np.full(rows * columns + 2, special.pad))
-            tokens[-1][[0, -1]] = special.boi, special.eoi
-            targets.append(np.full(rows * columns + 2, IGNORE))
-            targets[-1][0] = special.boi
-        spans.append((start, start + len(tokens[-1])))
-        start = spans[-1][1]
-    input_ids = np.concatenate([*tokens, [special.eos]])
-    labels = np.concatenate([*targets, [special.eos, IGNORE]])  # one place earlier than the token
-    return Piece(input_ids, labels, tuple(images), _cuts(document, spans))
-
-
-def _cuts(document: Document, spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Return where a document may be cut: a text anywhere, an image with its caption nowhere.
-
-    In a longer document the last CAPTION_TOKENS of the text before an image describe it and stay with it: cuts fall
-    right after an image or earlier in a text.
-    """
-    if not document.has_image:
-        return ((1, spans[-1][1]),)
-    if len(spans) <= 2:
-        return ()
-    cuts = []
-    is_image = [*(isinstance(segment, ImageSegment) for segment in document.segments), False]
-    for i, (start, stop) in enumerate(spans):
-        first = start if i else start + 1  # BOS alone is no head
-        if not is_image[i]:
-            last = stop - CAPTION_TOKENS if is_image[i + 1] else stop
-            cuts.append((first, max(first, last) if i else last))
-        elif i and is_image[i - 1]:
-            cuts.append((first, first))
-    return tuple((first, last) for first, last in cuts if first <= last)
-
-
-def caption_room(document: Document, patch_size: int, sequence_length: int) -> int | None:
-    """Return how many tokens each of a document's several captions may have beside its image; None if it has not.
-
-    Raises ValueError for a latent grid that patches do not tile.
-    """
-    image = document.segments[-1]
-    if not document.captions or not isinstance(image, ImageSegment):
-        return None
-    rows, columns = patch_grid(image.grid, patch_size)
-    return sequence_length - rows * columns - 4
-
-
-def patch_grid(grid: Sequence[int], patch_size: int) -> tuple[int, int]:
-    """Return (rows, columns) of patches of a latent grid (h, w)."""
-    h, w = grid
-    if h % patch_size or w % patch_size:
-        raise ValueError(f"latent grid {h}x{w} is not a multiple of patch_size={patch_size}; choose another patch size")
-    return h // patch_size, w // patch_size
-
-
 def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
     """Lay pieces end to end in one row of `length` tokens and pad the rest."""
     assert sum(map(len, pieces)) <= length, ([len(piece) for piece in pieces], length)
@@ -232,6 +122,7 @@ def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
     document_ids = np.full(length, PADDING_DOCUMENT, dtype=np.int32)
     image_ids = np.full(length, NO_IMAGE, dtype=np.int32)
     position_ids = np.zeros(length, dtype=np.int32)
+    visible_until = np.full(length, length, dtype=np.int32)
     grid_positions = np.full((length, 2), NO_IMAGE, dtype=np.int32)
     images: list[ImageSegment] = []
     start = 0
@@ -242,7 +133,11 @@ def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
         document_ids[place] = number
         position_ids[place] = np.arange(len(piece))
         for image in piece.images:
-            patches = slice(start + image.start, start + image.start + image.rows * image.columns)
+            first, count = start + image.start, image.rows * image.columns
+            patches = slice(first, first + count)
+            if image.segment.role == "copy":
+                visible_until[first - count : first] = first
+                position_ids[first : place.stop] -= count
             image_ids[patches] = len(images)
             grid_positions[patches] = np.indices((image.rows, image.columns)).reshape(2, -1).T
             images.append(image.segment)
@@ -253,7 +148,7 @@ def pack(pieces: Sequence[Piece], length: int, pad_id: int) -> PackedSequence:
         document_ids=document_ids,
         image_ids=image_ids,
         position_ids=position_ids,
-        visible_until=np.full(length, length, dtype=np.int32),
+        visible_until=visible_until,
         grid_positions=grid_positions,
         images=tuple(images),
         num_attention_pairs=sum(piece.num_attention_pairs for piece in pieces),
@@ -291,13 +186,15 @@ def collate(
         draws_of_images = zip(drawn.noise, drawn.posterior_noise, drawn.u, strict=True)
         for image, numbers, first in zip(row.images, draws_of_images, firsts.tolist(), strict=True):
             group = groups.setdefault(image.grid, [])
-            group.append((image.array, *numbers, image.before_caption, first))
+            group.append((image.array, *numbers, image.before_caption, image.role == "target", first))
     images, token_index = {}, []
     for grid, group in sorted(groups.items()):
         stored, noise, posterior_noise, *others = zip(*group, strict=True)
         posterior = None if posterior_noise[0] is None else _padded(posterior_noise)
-        u, before_caption, first_tokens = map(_padded, others)
-        images[grid] = ImageBatch(_padded(stored), _padded(noise), posterior, u, before_caption, num_valid=len(group))
+        u, before_caption, is_target, first_tokens = map(_padded, others)
+        images[grid] = ImageBatch(
+            _padded(stored), is_target, _padded(noise), posterior, u, before_caption, num_valid=len(group)
+        )
         valid = torch.arange(len(first_tokens)) < len(group)
         patches = torch.arange(math.prod(patch_grid(grid, patch_size)))
         token_index.append(((first_tokens[:, None] + patches) * valid[:, None]).flatten())
@@ -310,7 +207,7 @@ def collate(
         group_ids=_by_token(stack["document_ids"], sources),
         num_groups=num_sources,
         num_text_targets=len(targets),
-        num_images=sum(len(group) for group in groups.values()),
+        num_images=sum(image.role == "target" for row in rows for image in row.images),
         num_padding=int((stack["document_ids"] == PADDING_DOCUMENT).sum()),
         num_attention_pairs=sum(row.num_attention_pairs for row in rows),
     )

@@ -22,10 +22,11 @@ from functools import lru_cache, partial, reduce
 import numpy as np
 from omegaconf import MISSING
 
+from data.arrangement import OrderConfig, arrange
 from data.captions import check_weights
-from data.documents import OrderConfig, arrange, check_document, decode_document, seed_from
+from data.documents import check_document, decode_document, seed_from
+from data.layout import Piece, caption_room, lay_out
 from data.manifest import Manifest
-from data.packing import Piece, caption_room, lay_out
 from data.shards import BadRecord, Record, read_at
 from data.storage import Location
 from data.tokenizer import SpecialIds
@@ -83,6 +84,7 @@ class LaneSettings:
     look_ahead: int  # documents
     order: OrderConfig
     special: SpecialIds
+    clean_copies: bool = False
 
 
 class Source:
@@ -165,9 +167,9 @@ class Source:
                 shard=shard,
                 record=record,
                 weights=self.caption_weights,
-                room=caption_room(document, settings.patch_size, settings.sequence_length),
+                room=caption_room(document, settings.patch_size, settings.sequence_length, settings.clean_copies),
             )
-            piece = lay_out(document, settings.special, settings.patch_size)
+            piece = lay_out(document, settings.special, settings.patch_size, settings.clean_copies)
         except ValueError as error:
             raise BadRecord("latent grid not tiled by patches", where, str(error)) from None
         if (longest := piece.longest_uncut) > settings.sequence_length:

@@ -10,8 +10,8 @@ import numpy as np
 
 from data.captions import drawable
 from data.documents import CELL_BYTES, Document, check_document, decode_document
+from data.layout import lay_out
 from data.manifest import Manifest
-from data.packing import lay_out
 from data.shards import BadRecord, read_at
 from data.tokenizer import SpecialIds
 

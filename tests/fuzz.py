@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from data.documents import document_sizes
+from data.layout import Piece
 from data.manifest import Manifest, shard_entry
-from data.packing import Piece
 from data.pictures import decode_picture
 from data.shard_index import ShardIndex, index_path
 from data.shards import BadRecords, index_shard

@@ -13,16 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data.arrangement import OrderConfig
 from data.captions import CaptionTokens
 from data.dataset import DataSet, open_data
-from data.documents import (
-    ImageSegment,
-    OrderConfig,
-    check_document,
-    decode_document,
-    document_sizes,
-    encode_record,
-)
+from data.documents import ImageSegment, check_document, decode_document, document_sizes, encode_record
 from data.lanes import Lane
 from data.manifest import Manifest, shard_entry
 from data.pictures import decode_picture

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from data.documents import Document, ImageSegment, TextSegment
-from data.packing import ImageDraws, collate, lay_out, pack
+from data.layout import lay_out
+from data.packing import ImageDraws, collate, pack
 from data.tokenizer import SpecialIds
 from model.diffusion import DiffusionConfig
 from model.latent_space import LatentStats

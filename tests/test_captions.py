@@ -12,17 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data.arrangement import OrderConfig, arrange
 from data.captions import CaptionTokens
 from data.dataset import DataConfig, open_data
-from data.documents import (
-    OrderConfig,
-    TextSegment,
-    arrange,
-    check_document,
-    decode_document,
-    document_sizes,
-    encode_record,
-)
+from data.documents import TextSegment, check_document, decode_document, document_sizes, encode_record
 from data.manifest import Manifest, shard_entry
 from data.shard_index import index_path
 from data.shards import BadRecord, BadRecords, Record, index_shard, write_shard

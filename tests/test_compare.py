@@ -12,7 +12,8 @@ import torch
 from bench.peers import environment, plain
 from bench.peers.ours import _document
 from bench.peers.works import PATCH, Work, rows_of
-from data.packing import lay_out, pack
+from data.layout import lay_out
+from data.packing import pack
 from data.tokenizer import SpecialIds
 from model.attention import dense_mask
 

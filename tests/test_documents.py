@@ -6,14 +6,13 @@ import math
 import numpy as np
 import pytest
 
+from data.arrangement import OrderConfig, arrange
 from data.documents import (
     CELL_BYTES,
     Document,
     ImageKind,
     ImageSegment,
-    OrderConfig,
     TextSegment,
-    arrange,
     check_document,
     decode_document,
     document_sizes,

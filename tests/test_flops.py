@@ -138,7 +138,7 @@ def test_pairs_are_those_of_the_mask_that_the_model_runs_under(image_attention: 
         num_padding=0,
         num_text_targets=0,
         num_attention_pairs=whole,
-        images={(4, 4): SimpleNamespace(num_valid=1), (4, 8): SimpleNamespace(num_valid=1)},
+        images={grid: SimpleNamespace(num_valid=1, is_target=torch.ones(1)) for grid in ((4, 4), (4, 8))},
     )
     flops = Flops.of(config, 50)
     others = flops.per_token * 20 + flops.per_latent_cell * (16 + 32)

@@ -18,8 +18,9 @@ from data.documents import (
     encode_record,
     seed_from,
 )
+from data.layout import lay_out
 from data.loader import draw_images
-from data.packing import ImageDraws, collate, lay_out, pack
+from data.packing import ImageDraws, collate, pack
 from data.tokenizer import SpecialIds, Tokenizer
 from model.latent_space import LatentStats, to_raw
 from tests.one_by_one import SPECIAL, batch_of, drawn_pictures, items_of, plain_model, reference, step_on

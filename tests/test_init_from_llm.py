@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from data.dataset import open_data
+from data.layout import IGNORE
 from data.loader import Loader
-from data.packing import IGNORE, PackedBatch
+from data.packing import PackedBatch
 from data.tokenizer import Tokenizer
 from model.draws import SeededDraws
 from model.transfusion import Transfusion

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from data.arrangement import OrderConfig
 from data.dataset import open_data
-from data.documents import OrderConfig
+from data.layout import IGNORE
 from data.loader import Loader
-from data.packing import IGNORE, PackedBatch
+from data.packing import PackedBatch
 from data.tokenizer import Tokenizer
 from model.diffusion import DiffusionConfig
 from model.transformer import TransformerConfig

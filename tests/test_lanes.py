@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import data.source
+from data.arrangement import OrderConfig
 from data.dataset import DataConfig, DataSet, open_data
-from data.documents import OrderConfig
 from data.lane_state import LaneState
 from data.lanes import Lane, lanes_of_rank
-from data.packing import IGNORE, PackedSequence, Piece
+from data.layout import IGNORE, Piece
+from data.packing import PackedSequence
 from data.source import Source, SourceConfig
 from data.tokenizer import Tokenizer
 from tests.sources import Content, data_config, interleaved, make_source, pairs, texts

@@ -6,7 +6,8 @@ import torch
 
 from data.documents import Document, ImageKind, ImageSegment, TextSegment
 from data.largest_batch import largest_batches
-from data.packing import PADDING_DOCUMENT, ImageDraws, PackedBatch, PackedSequence, collate, lay_out, pack
+from data.layout import lay_out
+from data.packing import PADDING_DOCUMENT, ImageDraws, PackedBatch, PackedSequence, collate, pack
 from data.tokenizer import SpecialIds
 
 SPECIAL = SpecialIds(bos=1, eos=2, boi=3, eoi=4, pad=0)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from data.documents import Document, ImageSegment, TextSegment
+from data.layout import lay_out
 from data.loader import draw_images
-from data.packing import collate, lay_out, pack
+from data.packing import collate, pack
 from data.scenes import make_splits, training_example
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.diffusion import DiffusionConfig

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from data.arrangement import OrderConfig
 from data.dataset import DataSet, open_data
-from data.documents import OrderConfig
 from data.loader import Loader
 from data.packing import PackedBatch
 from data.tokenizer import Tokenizer

@@ -12,8 +12,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from bench.step import backward, sharded_model
 from data.dataset import open_data
 from data.documents import Document, ImageSegment, TextSegment
+from data.layout import lay_out
 from data.loader import Loader
-from data.packing import PackedSequence, lay_out, pack
+from data.packing import PackedSequence, pack
 from data.tokenizer import SpecialIds, Tokenizer
 from model.attention import allowed, block_mask
 from model.transformer import TransformerConfig

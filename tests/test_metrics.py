@@ -46,12 +46,18 @@ def _vote(**counts: int) -> Vote:
 
 
 def _batch(slots: int, pairs: int) -> Any:
-    """Two micro-batches of five rows, one of them idle, with 20 tokens, 5 text targets and 3 images of a patch.
+    """Two micro-batches of five rows, one of them idle, with 20 tokens, 5 text targets and 3 images of a patch, and one
+    that is context.
 
     The rows shown are 2 tokens long, the second documents are of source b; the other 13 tokens are not shown.
     """
     document_ids = torch.tensor([[1, 2], [1, 0], [0, 0], [1, 1], [1, 1]])
-    images = SimpleNamespace(num_valid=3, u=torch.zeros(4), before_caption=torch.tensor([False, True, True, True]))
+    images = SimpleNamespace(
+        num_valid=4,
+        u=torch.zeros(4),
+        before_caption=torch.tensor([False, True, True, False]),
+        is_target=torch.tensor([True, True, True, False]),
+    )
     micro_batch = PackedBatch.__new__(PackedBatch)
     vars(micro_batch).update(
         input_ids=torch.zeros(slots),
@@ -62,6 +68,7 @@ def _batch(slots: int, pairs: int) -> Any:
         num_padding=slots - 20,
         num_attention_pairs=pairs,
         num_text_targets=5,
+        num_images=3,
         images={(2, 2): images},
     )
     documents = {0: [(0, 0, 1), (1, 0, 1)], 3: [(1, 2, 3)]}
@@ -71,7 +78,7 @@ def _batch(slots: int, pairs: int) -> Any:
 def _two_rows(ranks: Ranks) -> list[dict]:
     """Two steps and a row, one step and a row, with other numbers on each rank."""
     flops = Flops(per_token=10.0, per_pair=1.0, per_text_target=100.0, per_latent_cell=1000.0, again_per_token=5.0)
-    flops = replace(flops, bagel_per_token=20.0, bagel_per_square=3.0)
+    flops = replace(flops, bagel_per_token=20.0, bagel_per_square=3.0, per_encoded_cell=400.0)
     interval = Interval(flops, ranks, ["a", "b"], {"trunk": 100})
     interval.peak_flops = 1e6  # of a device that is not here
     mine = ranks.rank + 1
@@ -130,8 +137,10 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
                     "epoch_max": 3,
                     "epoch/a": (0 + 1 + 2) / 3,
                     "epoch/b": 3,
-                    "text_tokens": steps * (120 - 18),
-                    "image_tokens": steps * 18,
+                    "text_tokens": steps * (120 - 24),
+                    "image_tokens": steps * 24,
+                    "text_targets": steps * 30,
+                    "clean_images": steps * 6,
                     "tokens/a": steps * 6 * 6,
                     "tokens/b": steps * 6,
                     "images/a": steps * 6 * 2,
@@ -141,7 +150,7 @@ def test_a_row_has_global_means_over_the_steps_since_the_last_and_is_the_same_on
                     "documents/b": 2 * 3 * steps,
                 }
             )
-            flops = steps * (10 * 120 + 2 * 7 * (1 + 2 + 3) + 100 * 30 + 1000 * 3 * 2 * 12)
+            flops = steps * (10 * 120 + 2 * 7 * (1 + 2 + 3) + 100 * 30 + 1000 * 3 * 2 * 12 + 400 * 6 * 4)
             per_s = steps * row["step_s"]
             assert row["slowest_lag_share"] == pytest.approx(steps / per_s, rel=1e-6)
             assert row["slowest_host"] == socket.gethostname() and 0.01 < row["host_memory_gib"] < 10

@@ -12,20 +12,8 @@ import pytest
 import torch
 
 from data.documents import Document, ImageSegment, TextSegment
-from data.packing import (
-    CAPTION_TOKENS,
-    IGNORE,
-    NO_IMAGE,
-    PADDING_DOCUMENT,
-    ImageDraws,
-    PackedBatch,
-    PackedSequence,
-    Piece,
-    capacity,
-    collate,
-    lay_out,
-    pack,
-)
+from data.layout import CAPTION_TOKENS, IGNORE, Piece, lay_out
+from data.packing import NO_IMAGE, PADDING_DOCUMENT, ImageDraws, PackedBatch, PackedSequence, capacity, collate, pack
 from data.tokenizer import SpecialIds
 
 SPECIAL = SpecialIds(bos=1, eos=2, boi=90, eoi=91, pad=3)

@@ -15,9 +15,10 @@ from PIL import Image
 
 from bench.ranks import ProgramRanks
 from data.documents import Document, ImageSegment, TextSegment
+from data.layout import IGNORE, lay_out
 from data.loader import draw_images
 from data.manifest import Manifest
-from data.packing import IGNORE, collate, lay_out, pack
+from data.packing import collate, pack
 from data.scene_judge import Verdict
 from data.scenes import Shape, held_out_examples, make_splits
 from data.tokenizer import SpecialIds, Tokenizer

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from bench.step import sharded_model
+from data.arrangement import OrderConfig
 from data.dataset import DataSet, open_data
-from data.documents import Document, ImageSegment, OrderConfig, TextSegment
+from data.documents import Document, ImageSegment, TextSegment
+from data.layout import IGNORE
 from data.loader import LaneRows, Loader, draw_images
-from data.packing import IGNORE, NO_IMAGE
+from data.packing import NO_IMAGE
 from data.tokenizer import Tokenizer
 from model.diffusion import DiffusionConfig
 from model.unet import UNetConfig

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from data.documents import ImageSegment, TextSegment, decode_document
+from data.layout import lay_out
 from data.manifest import Manifest
-from data.packing import lay_out
 from data.pictures import contact_sheet, encode_png, from_unit
 from data.shards import BadRecords, Record, write_shard
 from data.tokenizer import Tokenizer

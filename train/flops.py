@@ -33,6 +33,7 @@ class Flops:
     per_pair: float  # per (query, key) pair that the mask allows, over all layers
     per_text_target: float  # in the text head
     per_latent_cell: float  # in the patchers, both halves
+    per_encoded_cell: float = 0.0  # in the first half alone, which is all that an image needs that is given clean
     patch_cells: int = 4  # latent cells per patch
     causal_images: bool = False  # a patch sees only the patches before it
     more_per_patch: float = 0.0  # than per_token; not 0 where weights of its own are trained and text's are not
@@ -80,6 +81,7 @@ class Flops:
             per_pair=counts["pair"],
             per_text_target=2 * trunk.width * model.vocab_size * (1 + passes + head.requires_grad),
             per_latent_cell=6 * (encoded + decoded) if trains_patches else 2 * encoded + 2 * decoded * (1 + passes),
+            per_encoded_cell=6 * encoded if trains_patches else 2 * encoded,
             patch_cells=config.patch_size**2,
             causal_images=config.image_attention == "causal",
             more_per_patch=counts["patch"] - counts["token"],
@@ -100,6 +102,7 @@ class Flops:
             per_pair=self.again_per_pair,
             per_text_target=0.0,
             per_latent_cell=self.again_per_latent_cell,
+            per_encoded_cell=0.0,
             more_per_patch=self.again_more_per_patch,
         )
 
@@ -112,7 +115,9 @@ class Flops:
             pairs -= sum(batch.images[g].num_valid * p * (p - 1) // 2 for g, p in of_grid.items())
         tokens = batch.input_ids.numel() - batch.num_padding
         image_cells = sum(batch.images[grid].num_valid * count for grid, count in cells.items())
-        model = self.per_token * tokens + self.per_pair * pairs + self.per_latent_cell * image_cells
+        decoded_cells = sum(int(batch.images[grid].is_target.sum()) * count for grid, count in cells.items())
+        model = self.per_token * tokens + self.per_pair * pairs + self.per_latent_cell * decoded_cells
+        model += self.per_encoded_cell * (image_cells - decoded_cells)
         again = self.again_per_token * tokens + self.again_per_pair * pairs + self.again_per_latent_cell * image_cells
         patches = image_cells // self.patch_cells
         model += self.more_per_patch * patches + self.per_text_target * batch.num_text_targets

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from data.arrangement import OrderConfig
 from data.dataset import DataConfig, DataSet, open_data
-from data.documents import OrderConfig
 from data.lane_state import Position
+from data.layout import IGNORE
 from data.loader import Loader
 from data.manifest import LatentSpec, Manifest
-from data.packing import IGNORE, PackedBatch
+from data.packing import PackedBatch
 from data.source import SourceConfig
 from data.storage import Location
 from model.latent_space import LatentStats
@@ -119,6 +120,7 @@ class Heldout:
                 sequence_length=trained.data.sequence_length,
                 look_ahead=trained.data.look_ahead,
                 order=OrderConfig(caption_first=1.0, caption_dropout=0.0),
+                clean_copies=trained.data.clean_copies,
             )
             data = open_data(source, trained.seed, trained.model.patch_size)
             images, trained_on = (s.images if s is not None else "text alone" for s in (data.latent_spec, spec))

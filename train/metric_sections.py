@@ -10,7 +10,8 @@ STEMS = {
     "gradients": ("grad_norm", "update_ratio", "learning_rate", "skipped_updates"),
     "data": (
         *("tokens", "images", "documents", "epoch", "epoch_min", "epoch_mean", "epoch_max", "text_tokens"),
-        *("image_tokens", "padding_share", "idle_row_share", "skipped_documents", "skips"),
+        *("text_targets", "image_tokens", "clean_images", "padding_share", "idle_row_share", "skipped_documents"),
+        *("skips",),
     ),
     "speed": (
         *("tokens_per_s", "images_per_s", "step_s", "mfu", "hfu", "mfu_bagel", "model_tflops_per_s_per_rank"),

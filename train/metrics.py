@@ -27,7 +27,17 @@ from train.optim.part_norms import sizes
 from train.step import StepLoss
 
 ORDERS = ("caption_first", "image_first")
-HOST_SUMS = ("slots", "rows", "idle_rows", "flops", "flops_again", "flops_by_bagel", "image_tokens", "data_wait_s")
+HOST_SUMS = (
+    "slots",
+    "rows",
+    "idle_rows",
+    "flops",
+    "flops_again",
+    "flops_by_bagel",
+    "image_tokens",
+    "clean_images",
+    "data_wait_s",
+)
 BY_SOURCE = ("text_targets", "images", "tokens", "documents")
 
 
@@ -111,15 +121,15 @@ class Interval:
         counts = (
             *(batch.input_ids.numel(), len(first_documents), int((first_documents == PADDING_DOCUMENT).sum())),
             *(model, again, self.flops.of_batch_by_bagel(batch), batch.num_image_tokens(patch_size)),
+            batch.num_clean_images,
         )
         for name, count in zip(HOST_SUMS, counts, strict=False):
             self._sums[name] += count
         self._attention_pairs += batch.num_attention_pairs
         used = [groups[batch.text_target_index[: batch.num_text_targets]]]
         if batch.images:
-            valid = torch.cat([torch.arange(len(of.u)) < of.num_valid for of in batch.images.values()])
-            later = torch.cat([of.before_caption for of in batch.images.values()])[valid]
-            used.append(groups[batch.first_image_tokens(patch_size)[valid]])
+            later = torch.cat([of.before_caption for of in batch.images.values()])[batch.is_target]
+            used.append(groups[batch.first_image_tokens(patch_size)[batch.is_target]])
             self._of_order += np.array([int((~later).sum()), int(later.sum())])
         else:
             used.append(groups[:0])
@@ -206,6 +216,8 @@ class Interval:
         return {
             "text_tokens": tokens - int(totals["image_tokens"]),
             "image_tokens": int(totals["image_tokens"]),
+            "text_targets": self._global["text_targets"],
+            "clean_images": int(totals["clean_images"]),
             "padding_share": 1 - tokens / max(totals["slots"], 1),
             "idle_row_share": totals["idle_rows"] / max(totals["rows"], 1),
             "skipped_documents": self._last["skipped_documents"],

@@ -162,6 +162,7 @@ BEFORE = {
     "model.tied_embeddings": "False",
     "model.untied": "none",
     "model.lora": str(asdict(LoraConfig())),
+    "clean_copies": "False",
     "optim.frozen": "none",
     "model.transformer.head_dim": "None",
     "model.transformer.qkv_bias": "False",
@@ -176,8 +177,9 @@ BEFORE = {
 def fingerprint(config: PretrainConfig, data: DataSet, step: int, frozen: Set[str] = frozenset()) -> dict[str, str]:
     """Return what a resume after `step` must find unchanged: what decides the batches, and what the weights mean."""
     spec = data.latent_spec
+    of_data = {name: value for name, value in data.fingerprint(step).items() if BEFORE.get(name) != value}
     return {
-        **data.fingerprint(step),
+        **of_data,
         "vae": spec.vae_hash if spec is not None else "none",
         **meaning(config),
         **{f"optim.{name}": getattr(config.optim, name) for name in ("optimizer", "state_dtype")},

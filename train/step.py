@@ -105,7 +105,7 @@ def micro_step(
     With `uniform_log_snr`, noise levels are spread evenly over the bins of log SNR, whatever `diffusion` says.
     `mask_of` builds the mask from (document_ids, image_ids, visible_until); None: the form that suits the device.
     """
-    noisy, timesteps, levels, targets, valid, token_index = noised_images(
+    noisy, timesteps, levels, targets, used, counted_of, token_index = noised_images(
         batch, stats, diffusion, model.config, uniform_log_snr
     )
     mask_of = mask_of or _mask_builder(model, batch.input_ids.device)
@@ -122,16 +122,16 @@ def micro_step(
         text_targets=batch.text_targets,
         noisy=noisy,
         timesteps=Timesteps(timesteps),
-        image_valid=valid,
+        image_valid=used,
         image_token_index=token_index,
         num_text=batch.input_ids.numel() - batch.num_image_tokens(model.config.patch_size),
     )
     image_sum, errors = torch.zeros((), device=batch.input_ids.device), []
     for grid, pred in output.noise_pred.items():
         weight = loss_weights(levels[grid], diffusion)
-        error_sum, _, each = noise_error(pred, targets[grid], valid[grid], weight)
+        error_sum, _, each = noise_error(pred, targets[grid], counted_of[grid], weight)
         image_sum = image_sum + error_sum
-        errors.append((each, each if weight is None else each * weight, *levels[grid], valid[grid]))
+        errors.append((each, each if weight is None else each * weight, *levels[grid], counted_of[grid]))
     error, weighted, signal, sigma, counted = (torch.cat(parts) for parts in zip(*errors, strict=True))  # of all grids
     level = Level(signal, sigma)
     text = output.text_nll_sum / max(global_text_targets, 1)
@@ -178,8 +178,9 @@ def noised_images(
     config: TransfusionConfig,
     uniform_log_snr: bool = False,
 ) -> tuple:
-    """Return (noisy, timesteps, levels, targets, valid) by latent grid, and the image token index.
+    """Return (noisy, timesteps, levels, targets, used, counted) by latent grid, and the image token index.
 
+    Images that are no targets are used but not counted: they are clean, and at timestep 0, as in the sampler's cache.
     A batch without images gets two invalid ones of 2 x 2 patches, so that every rank runs the patchers and every
     parameter has a gradient. (Two, because compiled residual blocks have graphs of their own for sizes of 1.)
     """
@@ -190,20 +191,24 @@ def noised_images(
         key, index = (size, size), torch.zeros(2 * 4, dtype=torch.int64, device=device)
         timestep = torch.zeros(2, dtype=torch.float32 if diffusion.schedule == "flow" else torch.int64, device=device)
         level = Level(*torch.full((2, 2), 0.5, dtype=torch.float64, device=device))
-        return {key: zeros}, {key: timestep}, {key: level}, {key: zeros}, {key: timestep.bool()}, index
-    noisy, timesteps, levels, targets, valid = {}, {}, {}, {}, {}
+        none = {key: timestep.bool()}
+        return {key: zeros}, {key: timestep}, {key: level}, {key: zeros}, none, none, index
+    noisy, timesteps, levels, targets, used, counted = {}, {}, {}, {}, {}, {}
     for grid, images in batch.images.items():
         latents = stats.whiten(to_raw(images.stored, images.posterior_noise))
         schedule = noise_schedule(diffusion, latents[0].numel() if diffusion.shift_by_size else 1, device)
         if uniform_log_snr:
-            timesteps[grid] = schedule.nearest(log_snr_of_uniform(images.u))
+            drawn = schedule.nearest(log_snr_of_uniform(images.u))
         else:
-            timesteps[grid] = schedule.timesteps(images.u, images.before_caption)
-        levels[grid] = schedule.levels(timesteps[grid])
-        noisy[grid] = add_noise(latents, images.noise, levels[grid])
+            drawn = schedule.timesteps(images.u, images.before_caption)
+        timesteps[grid] = torch.where(images.is_target, drawn, 0)
+        levels[grid] = schedule.levels(drawn)  # of clean images too: an infinite weight would make their zeros NaN
+        noised = add_noise(latents, images.noise, levels[grid])
+        noisy[grid] = torch.where(images.is_target[:, None, None, None], noised, latents)
         targets[grid] = training_target(latents, images.noise, levels[grid], diffusion)
-        valid[grid] = torch.arange(len(images.u), device=device) < images.num_valid
-    return noisy, timesteps, levels, targets, valid, batch.image_token_index
+        used[grid] = torch.arange(len(images.u), device=device) < images.num_valid
+        counted[grid] = images.is_target
+    return noisy, timesteps, levels, targets, used, counted, batch.image_token_index
 
 
 @lru_cache(1024)  # a table is 8 KB, and a step that made one would wait for the device

@@ -12,8 +12,9 @@ import torch
 from bench.peers.works import CHANNELS, PATCH, Sample, Size, Work, rows_of
 from bench.step import FLOAT32, sharded_model
 from data.documents import Document, ImageSegment, TextSegment
+from data.layout import lay_out
 from data.loader import draw_images
-from data.packing import PackedBatch, collate, lay_out, pack
+from data.packing import PackedBatch, collate, pack
 from data.tokenizer import SpecialIds
 from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws

@@ -6,7 +6,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from data.packing import IGNORE, PackedBatch
+from data.layout import IGNORE
+from data.packing import PackedBatch
 from model.log_snr_bins import half_width, mean_by_bin, mean_over_bins
 from train.evaluation.scores import bootstrap, perplexity
 from train.step import StepLoss
@@ -25,8 +26,7 @@ def of_documents(batch: PackedBatch, loss: StepLoss, patch_size: int) -> torch.T
     targets = ones(groups[batch.text_target_index[batch.text_targets != IGNORE]])
     images = torch.zeros_like(targets)
     if batch.images:
-        valid = torch.cat([torch.arange(len(of.u)) < of.num_valid for of in batch.images.values()])
-        images = ones(groups[batch.first_image_tokens(patch_size)[valid]])
+        images = ones(groups[batch.first_image_tokens(patch_size)[batch.is_target]])
     text_nll, image_error = loss.by_group
     device = text_nll.device
     found = torch.stack([text_nll, targets.to(device), image_error, images.to(device)], dim=1)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from data.durable import atomic_write
-from data.packing import IGNORE, ImageDraws, PackedBatch, Piece, collate, pack
+from data.layout import IGNORE, Piece
+from data.packing import ImageDraws, PackedBatch, collate, pack
 from data.tokenizer import Tokenizer
 from model.attention import block_mask
 from model.document_attention import document_mask

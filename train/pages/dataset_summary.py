@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from data.documents import Document, ImageSegment, check_document, decode_document, seed_from
+from data.layout import patch_grid
 from data.manifest import FILE_NAME, LatentSums, Manifest
-from data.packing import patch_grid
 from data.pictures import from_unit
 from data.remote import shown
 from data.shard_index import ShardIndex
