@@ -10,10 +10,14 @@ appended after its vocabulary, or are unused tokens of it, by name.
 
 No text can spell these, nor a token that its file marks as special. Other added tokens (Qwen's <think>) are words like
 any other: texts spell them, and they are decoded.
+
+A chat template beside it is kept there too, under "chat", with the tokens that it names (data/chat.py renders it). The
+file's hash, to which data and runs are tied, so pins the template as well.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +38,7 @@ class JsonVocabulary:
             self.vocab_size = int(content["vocab_size"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"tokenizer {name} lacks its special ids: {error!r}; make it again") from None
+        self.chat: dict[str, Any] | None = content.get("chat")
         self._name, self._library = name, _library(self._content, name)
         self.size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
         ids = self.special.values()
@@ -61,6 +66,30 @@ class JsonVocabulary:
 
     def encode(self, text: str) -> list[int]:
         return self._encoding(text).ids
+
+    def encode_parsed(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+        """Return the ids of a text in pieces: special tokens spelled in those marked True become ids, others stay text.
+
+        The pieces are encoded as one text, as transformers does, unless one of the others spells a special token.
+        """
+        ids = self._parsing.encode("".join(text for text, _ in pieces), add_special_tokens=False).ids
+        apart: list[int] = []
+        for text, is_parsed in pieces:
+            apart += self._parsing.encode(text, add_special_tokens=False).ids if is_parsed else self.encode(text)
+        return ids if [i for i in ids if i in self._control] == [i for i in apart if i in self._control] else apart
+
+    def after_special(self, text: str) -> int:
+        """Return where the first special token that a text spells ends, 0 if it spells none."""
+        found = self._parsing.encode(text, add_special_tokens=False)
+        control = self._control - {self.unknown}
+        return next((end for i, (_, end) in zip(found.ids, found.offsets, strict=True) if i in control), 0)
+
+    @cached_property
+    def _parsing(self) -> "Library":
+        """The library's tokenizer to which texts spell special tokens."""
+        library = _library(self._content, self._name)
+        library.encode_special_tokens = False
+        return library
 
     def unknown_in(self, text: str) -> list[str]:
         found = self._encoding(text)
@@ -134,7 +163,28 @@ def self_contained(path: Path, special: Mapping[str, str] | None = None) -> dict
         raise ValueError(f"special: {', '.join(sorted(unknown))}: expected boi, eoi and pad only")
     if ids["boi"] == ids["eoi"] or {ids["boi"], ids["eoi"]} & {ids["bos"], ids["eos"], ids["pad"]}:
         raise ValueError(f"special: {ids}: expected tokens of their own for boi and eoi")
-    return {"special": ids, "vocab_size": next_id, "tokenizer": content}
+    chat = _chat(path.parent)
+    return {"special": ids, "vocab_size": next_id, "tokenizer": content, **({"chat": chat} if chat else {})}
+
+
+def _chat(folder: Path) -> dict[str, Any] | None:
+    """Return a folder's chat template, of several the default, and the tokens that it may name; None without one."""
+    settings = _beside(folder, "tokenizer_config.json")
+    if (folder / "chat_template.jinja").is_file():
+        template: Any = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    else:
+        template = settings.get("chat_template") or _beside(folder, "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+    if not isinstance(template, str):
+        return None
+    said = {**_beside(folder, "special_tokens_map.json"), **settings}
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in said.items()}
+    return {
+        "template": template,
+        "tokens": {name: t for name, t in tokens.items() if name.endswith("_token") and isinstance(t, str)},
+    }
 
 
 def _beside(folder: Path, name: str) -> dict[str, Any]:

@@ -9,9 +9,10 @@ appends them to a vocabulary without them (Llama's).
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -52,10 +53,19 @@ class Tokenizer:
         self.vocab_size = self._vocabulary.vocab_size
         self.unknown: int | None = self._vocabulary.unknown  # stands for what no piece covers; None: all is covered
         self.special = SpecialIds(**self._vocabulary.special)
+        self.chat: dict[str, Any] | None = self._vocabulary.chat  # its model's chat template (data/chat.py), if any
 
     def encode(self, text: str) -> np.ndarray:
         """Return token ids int64 [len], without special ids, whatever the text spells."""
         return np.array(self._vocabulary.encode(text), dtype=np.int64)
+
+    def encode_parsed(self, pieces: Sequence[tuple[str, bool]]) -> np.ndarray:
+        """Return token ids int64 [len] of a text in pieces; in those marked True special tokens become their ids."""
+        return np.array(self._vocabulary.encode_parsed(pieces), dtype=np.int64)
+
+    def after_special(self, text: str) -> int:
+        """Return where the first special token that a text spells ends, 0 if it spells none."""
+        return self._vocabulary.after_special(text)
 
     def piece(self, token_id: int) -> str:
         """Return the vocabulary's piece for an id."""
@@ -81,7 +91,9 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": True,
             "add_eos_token": False,
-            "split_special_tokens": True,  # text that spells them stays text
+            # Text that spells them stays text, unless a chat template must spell them.
+            "split_special_tokens": self.chat is None,
+            **({"chat_template": self.chat["template"]} if self.chat is not None else {}),
             "clean_up_tokenization_spaces": False,
             **{f"{name}_token": self.piece(token_id) for name, token_id in ids.items()},
         }
@@ -108,6 +120,8 @@ def _file_of(path: Path) -> Path:
 
 
 class _SentencePieces:
+    chat = None  # chat templates come with a tokenizer.json
+
     def __init__(self, model: bytes, path: str | Path) -> None:
         """Load a model; raise ValueError if it is none, or lacks BOS or EOS. `path` is where it is from."""
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -132,6 +146,12 @@ class _SentencePieces:
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def encode_parsed(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+        raise NotImplementedError("SentencePiece models have no chat template")
+
+    def after_special(self, text: str) -> int:
+        raise NotImplementedError("SentencePiece models have no chat template")
 
     def unknown_in(self, text: str) -> list[str]:
         pieces = zip(self._processor.encode(text), self._processor.encode(text, out_type=str), strict=True)
