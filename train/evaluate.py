@@ -156,7 +156,8 @@ def _refuse_nothing(config: EvaluateConfig) -> None:
     if not any((*tasks, config.answers.questions, config.benchmark)):
         raise ValueError(
             "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, edits=FOLDER, questions=FOLDER, "
-            "choices.NAME=FILE, captioning.pictures=FOLDER, generation.pictures=FOLDER, answers.questions=FILE or benchmark=NAME"
+            "choices.NAME=FILE, captioning.pictures=FOLDER, generation.pictures=FOLDER, answers.questions=FILE or "
+            "benchmark=NAME"
         )
 
 
