@@ -36,7 +36,7 @@ def test_every_case_is_commands_that_their_programs_accept(tmp_path: Path) -> No
         parsed, scored = accepted(train), accepted(score)
         recipes[name] = (parsed.model, parsed.diffusion, parsed.loss, parsed.optim, str(parsed.data), scored.weights)
         assert parsed.optim.steps == (80 if name.endswith(SECONDS) else 100) == steps_of(config, COSTS, name)
-        assert parsed.data.lanes * parsed.data.sequence_length == 24 * 128
+        assert parsed.data.lanes * parsed.data.sequence_length == 12 * 128
         assert accepted(scoring_of(config, tmp_path, trained_as(name), 0)).checkpoint == scored.checkpoint
     found = list(recipes.values())
     assert all(recipe not in found[:i] for i, recipe in enumerate(found))
