@@ -48,3 +48,10 @@ def bar_of(ranks: Ranks) -> Bar:
         disable=not ranks.is_first,
         mininterval=1,
     )
+
+
+def in_order(ranks: Ranks, mine: list) -> list:
+    """Return all ranks' results in the order of the items, of which rank r of W has r, r + W, r + 2W ... Collective."""
+    parts = ranks.gather(mine)
+    total = sum(len(part) for part in parts)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]

@@ -24,7 +24,7 @@ from data.scenes import Shape, parse_caption
 from data.shards import BadRecords, read_shard
 from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
-from train.evaluation.part import Inputs, Part
+from train.evaluation.part import Inputs, Part, in_order
 from train.evaluation.scores import Score, share
 from train.inference.pipeline import Pipeline, Progress
 
@@ -82,7 +82,7 @@ def judge(
     drawn = [(picture, score(picture, item.shapes)) for item, picture in zip(mine, pictures, strict=True)]
     captions = pipeline.describe([item.picture for item in mine], sampler, seed, progress, numbers)
     described = [(text, compare(parse_caption(text), item.shapes)) for item, text in zip(mine, captions, strict=True)]
-    return _in_order(ranks, drawn), _in_order(ranks, described)
+    return in_order(ranks, drawn), in_order(ranks, described)
 
 
 def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str, Score]:
@@ -146,10 +146,3 @@ def write_examples(
             }
         )
     return lines
-
-
-def _in_order(ranks: Ranks, mine: list) -> list:
-    """Return all ranks' results in the order of the items."""
-    parts = ranks.gather(mine)
-    total = sum(len(part) for part in parts)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]

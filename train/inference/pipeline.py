@@ -277,6 +277,12 @@ class Pipeline:
         parts: list[np.ndarray] = Chat(self.tokenizer).prompt(messages)
         return [*parts]
 
+    @torch.no_grad()
+    def reconstruct(self, pictures: Sequence[np.ndarray], seed: int, numbers: Sequence[int]) -> list[np.ndarray]:
+        """Return what the latents of each picture decode to, drawn as for the first picture of a prompt."""
+        latents = self._encode(pictures, [(number, 0) for number in numbers], SeededDraws(seed))
+        return list(self.decode(list(latents)))
+
     def _warn_of_unknown(self, texts: set[str]) -> None:
         """Warn once of each prompt with characters that the tokenizer does not know."""
         for text in sorted(texts - self._seen):
