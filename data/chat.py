@@ -17,9 +17,9 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
+from data.documents import Role
 from data.tokenizer import Tokenizer
 
-Role = Literal["target", "context"]
 Speaker = Literal["system", "user", "assistant"]
 P = TypeVar("P")  # a picture, of whatever type but str
 _MARK = "\ufdd0{}\ufdd1"  # noncharacters, which no template spells

@@ -1,9 +1,10 @@
 """Encode raw data once, offline: pictures to latents (or bytes, with vae=pixels), captions and text to token ids.
 
-Reads img2dataset-style .tar shards (picture + .txt or .json), interleaved documents, .jsonl (.gz, .zst) or .txt text;
-writes one shard per input file with its index and sidecar, then manifest.json. Start it as often as you like, under
-torchrun, as a Slurm array, on machines that come and go: workers share the input files through leases in the output
-folder, skip what is done, and take over from dead workers; the bytes written are always the same.
+Reads img2dataset-style .tar shards (picture + .txt or .json), interleaved documents, rows of .jsonl (.gz, .zst) or
+.parquet with text, captioned pictures, conversations or edits, and .txt text; writes one shard per input file with its
+index and sidecar, then manifest.json. Start it as often as you like, under torchrun, as a Slurm array, on machines that
+come and go: workers share the input files through leases in the output folder, skip what is done, and take over from
+dead workers; the bytes written are always the same.
 `verify=FOLDER` checks an encoded folder, `index=FOLDER` indexes encoded shards from elsewhere.
 """
 
@@ -21,10 +22,12 @@ from functools import partial
 from pathlib import Path
 
 from data.captions import CaptionTokens
+from data.contents import contents_of
 from data.documents import document_sizes
 from data.durable import TEMPORARY_NAME
 from data.inputs import expand
 from data.manifest import FILE_NAME, MAX_NAME_BYTES, LatentSpec, Manifest
+from data.parquet import PARQUET, check_pyarrow
 from data.raw import SUFFIXES, TAR, RawDocument, input_name, read_raw, suffix_of
 from data.remote import file_version, is_remote, shown
 from data.shards import BadRecords, Record, index_shard, write_shard
@@ -32,12 +35,13 @@ from data.storage import Location, local_copy
 from train.config import load_config, run_program
 from train.console import plural
 from train.distributed.launcher import place
-from train.encoding.encoder import EXAMPLES_KEPT, GIVEN, Encoder, EncoderConfig
+from train.encoding.encoder import Encoder, EncoderConfig
 from train.encoding.leases import Leases
 from train.encoding.progress import Progress
 from train.encoding.sidecar import Sidecar, build_manifest, sidecar_path
 from train.encoding.tasks import WAIT_S, Task, claimed, list_tasks
 from train.encoding.verification import index_folder, verify_folder
+from train.encoding.word_counts import EXAMPLES_KEPT, GIVEN
 from train.output_folder import make_writable
 
 LEASES = ".leases"  # folder in the output
@@ -110,9 +114,12 @@ def check(config: EncodeConfig) -> tuple[list[str], bool]:
     if is_remote(config.output):
         raise ValueError(f"output={config.output}: expected a local or shared folder; copy it to the store when done")
     sources, output = expand(config.inputs, SUFFIXES), Path(config.output)
-    are_tars = {suffix_of(source) == TAR for source in sources}
-    if len(are_tars) > 1:
-        raise ValueError("inputs mix .tar shards with text files: encode them into two folders")
+    if any(suffix_of(source) == PARQUET for source in sources):
+        check_pyarrow()
+    contents = contents_of(sources, config)
+    if {"pictures", "texts"} <= contents:
+        what = ".tar shards" if any(suffix_of(source) == TAR for source in sources) else "rows with pictures"
+        raise ValueError(f"inputs mix {what} with text files: encode them into two folders")
     name, count = Counter(map(input_name, sources)).most_common(1)[0]
     if count > 1:
         raise ValueError(f"two input files are named {name}: their shards would overwrite each other; rename one")
@@ -132,7 +139,7 @@ def check(config: EncodeConfig) -> tuple[list[str], bool]:
         raise ValueError(
             f"output={output}: {foreign[0]}.tar exists and was not made by train.encode; choose another folder"
         )
-    return sources, True in are_tars
+    return sources, "pictures" in contents or ("conversations" in contents and config.vae is not None)
 
 
 def given_spec(folder: str | None) -> LatentSpec | None:

@@ -241,7 +241,7 @@ def test_inputs_that_make_no_data_set_are_refused(encode: Encode, raw: Path) -> 
     Path("a.txt").write_text("a")
     cases = [
         (Path("none"), FileNotFoundError, r"input .*none does not exist"),
-        (Path("empty"), ValueError, r"no .tar, .jsonl, .jsonl.gz, .jsonl.zst, .txt files in"),
+        (Path("empty"), ValueError, r"no .tar, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt files in"),
         (f"[{raw},a.txt]", ValueError, "inputs mix .tar shards with text files: encode them into two"),
         ("[a.txt,a.jsonl]", ValueError, "two input files are named a: .* rename one"),
         (f"[{raw},{raw}]", ValueError, "a.tar is named 2 times"),

@@ -10,17 +10,18 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from data.documents import ImageKind, decode_document, encode_record
+from data.chat import Chat, Message
+from data.documents import ImageKind, Role, decode_document, encode_record
 from data.manifest import FORMAT_VERSION, LatentSpec, LatentSums
 from data.pictures import bucket_sizes, decode_picture
-from data.raw import KeysConfig, RawDocument
+from data.raw_document import KeysConfig, RawDocument
 from data.remote import FileVersion
 from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record
 from data.storage import Location
@@ -29,9 +30,8 @@ from model.autoencoders import load_latent_space
 from model.latent_space import LatentSpace
 from train.distributed.launcher import place
 from train.distributed.process import set_allocator
+from train.encoding.word_counts import WordCounts
 
-GIVEN = "given"  # of a caption, in counts beside the reasons why others are not
-EXAMPLES_KEPT = 8  # unknown words kept per input file
 AHEAD = 8  # batches of pictures decoded ahead of the VAE, and batches of documents that may wait for a rare size
 
 
@@ -101,23 +101,6 @@ class _Draft:
         return all(picture.stored is not None for picture in self.pictures)
 
 
-@dataclass
-class WordCounts:
-    """Tokens encoded, how many of them as the unknown piece, a few of its words; and pictures by kinds of captions."""
-
-    tokens: int = 0
-    unknown: int = 0
-    examples: list[str] = field(default_factory=list)
-    # Of each of several kinds of captions: pictures that have it (GIVEN), and those that do not, by reason.
-    captions: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    def count_captions(self, document: RawDocument, kinds: Iterable[str]) -> None:
-        """Count which kinds of captions a picture has."""
-        for kind in kinds if document.caption_kinds else ():
-            found, of_kind = document.no_captions.get(kind, GIVEN), self.captions.setdefault(kind, {})
-            of_kind[found] = of_kind.get(found, 0) + 1
-
-
 class Encoder:
     """Encodes one input file after another."""
 
@@ -125,6 +108,7 @@ class Encoder:
         """Load the tokenizer and, for pictures, the VAE. `stats`: the latent spec of `config.stats_from`."""
         self.config = config
         self.tokenizer = Tokenizer(config.tokenizer)
+        self.chat = Chat(self.tokenizer)
         self.space: LatentSpace | None = None  # None: text alone
         self.dtype, self.device = torch.float32, torch.device("cpu")
         if has_pictures:
@@ -148,7 +132,7 @@ class Encoder:
     def _load_space(self) -> None:
         config = self.config
         if config.vae is None:
-            raise ValueError("inputs hold .tar shards of pictures: give vae=FOLDER or a hub id, or vae=pixels")
+            raise ValueError("inputs hold pictures: give vae=FOLDER or a hub id, or vae=pixels")
         device = _device(config.device)
         space = self.space = load_latent_space(config.vae)
         if space.kind != "pixels":  # else no model runs
@@ -299,6 +283,10 @@ class Encoder:
                 bad.add(error)
 
         for document in documents:
+            if self.space is None and any(isinstance(segment, bytes) for segment in document.segments):
+                what = "a picture among texts: give vae=FOLDER or a hub id, or vae=pixels"
+                bad.add(BadRecord("picture without an autoencoder", document.where, what))
+                continue
             decode = partial(decode_picture, sizes=self.sizes, where=document.where)
             pictures = {id(s): s for s in document.segments if isinstance(s, bytes)}  # each once
             decoding = {key: self._threads.submit(decode, s) for key, s in pictures.items()}
@@ -314,10 +302,13 @@ class Encoder:
     def _record(self, draft: _Draft) -> Record:
         where = draft.document.where
         captions = [self._tokens(caption) for caption in draft.document.captions]
-        left = draft.pictures if captions else draft.segments
-        segments = [self._tokens(s) if isinstance(s, str) else s.encoded for s in left]
+        if draft.document.messages:
+            segments, roles = self._conversation(draft)
+        else:
+            left, roles = draft.pictures if captions else draft.segments, draft.document.roles
+            segments = [self._tokens(s) if isinstance(s, str) else s.encoded for s in left]
         info, kinds = json.dumps(draft.document.info).encode(), draft.document.caption_kinds
-        record = encode_record(draft.document.key, segments, info, captions, self.kind, kinds)
+        record = encode_record(draft.document.key, segments, info, captions, self.kind, kinds, roles)
         if len(record["__key__"]) > 4096 or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:  # as paths may be
             raise BadRecord("oversized record", where)
         decode_document(record, where)  # records that indexing would refuse count as bad here
@@ -326,13 +317,22 @@ class Encoder:
         self.words.count_captions(draft.document, self.config.caption_keys)
         return record
 
+    def _conversation(self, draft: _Draft) -> tuple[list[np.ndarray], tuple[Role, ...]]:
+        """Return a conversation's segments and their roles; raise BadRecord if the chat template refuses it."""
+        parts = iter(draft.segments)
+        messages = [Message(m.speaker, tuple(next(parts) for _ in m.parts)) for m in draft.document.messages]
+        try:
+            laid_out = self.chat.lay_out(messages)
+        except ValueError as error:
+            raise BadRecord("refused conversation", draft.document.where, str(error)) from None
+        ids = [part for _, part in laid_out if isinstance(part, np.ndarray)]
+        self.words.count(self.tokenizer, ids, [part for part in draft.segments if isinstance(part, str)])
+        segments = [part if isinstance(part, np.ndarray) else part.encoded for _, part in laid_out]
+        return segments, tuple(role for role, _ in laid_out)
+
     def _tokens(self, text: str) -> np.ndarray:
         token_ids = self.tokenizer.encode(text)
-        self.words.tokens += len(token_ids)
-        if unknown := int((token_ids == self.tokenizer.unknown).sum()):
-            self.words.unknown += unknown
-            new = dict.fromkeys(word for word in self.tokenizer.unknown_in(text) if word not in self.words.examples)
-            self.words.examples += list(new)[: EXAMPLES_KEPT - len(self.words.examples)]
+        self.words.count(self.tokenizer, [token_ids], [text])
         return token_ids
 
 

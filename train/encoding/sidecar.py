@@ -19,7 +19,8 @@ from data.manifest import LatentSums, Manifest, ShardEntry, shard_entry
 from data.shard_index import ShardIndex, index_path
 from data.shards import BadRecords
 from data.storage import Store
-from train.encoding.encoder import Encoder, WordCounts
+from train.encoding.encoder import Encoder
+from train.encoding.word_counts import WordCounts
 
 
 @dataclass(frozen=True, kw_only=True)
