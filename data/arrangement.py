@@ -16,11 +16,11 @@ class OrderConfig:
     caption_first: float = 0.8
     # Share of image-caption documents whose caption is dropped, in [0, 1] (ours: guidance needs it).
     caption_dropout: float = 0.1
-    # Shares, in [0, 1] and together at most 1, of documents that draw an image from context: guidance at sampling needs
-    # them (InstructPix2Pix: 0.05 each).
-    text_dropout: float = 0.0  # whose texts that are context are left out
-    image_dropout: float = 0.0  # whose images that are context are left out
-    context_dropout: float = 0.0  # whose context is left out, texts and images
+    # Of documents that draw an image from context, the share whose context texts are left out, in [0, 1]. Guidance at
+    # sampling needs this and the next two (InstructPix2Pix: 0.05 each); together at most 1.
+    text_dropout: float = 0.0
+    image_dropout: float = 0.0  # the share whose context images are left out, in [0, 1]
+    context_dropout: float = 0.0  # the share whose context is left out, texts and images, in [0, 1]
 
     def __post_init__(self) -> None:
         for name, share in vars(self).items():
