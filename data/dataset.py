@@ -28,7 +28,7 @@ READ_AHEAD = 16  # documents, of remote data
 class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # encoded data sets by name, mixed by weight
     # Share of image tokens (patches) among all, in (0, 1): the weights of sources with and without images are scaled
-    # to meet it, captions counting as text (the paper: 0.5). null: weights as given.
+    # to meet it, captions counting as text and clean copies not at all (the paper: 0.5). null: weights as given.
     image_share: float | None = None
     # What made the shards' token ids: a SentencePiece model, a tokenizer.json, or a folder with one of them.
     tokenizer: Location = MISSING

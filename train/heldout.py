@@ -205,7 +205,7 @@ class Heldout:
             return {"x0_error": None, "x0_error_by_log_snr": {}}
         means, counts = mean_by_bin(sums), sums[1].int().tolist()
         empty = [of_bin for of_bin, count in zip(BINS, counts, strict=True) if not count]
-        if empty and self._ranks.is_first and name not in self._warned:
+        if any(counts) and empty and self._ranks.is_first and name not in self._warned:  # else none is drawn
             self._warned.add(name)
             log.warning(
                 "held-out source %s: none of its images was measured at a log SNR in %s, so its x0_error is null; give "
