@@ -259,16 +259,22 @@ def train_and_score(config: ObjectivesConfig, folder: Path, name: str, seed: int
         run(command, _folder_of(config, folder, name, seed).with_suffix(".log"))
 
 
-def run(command: Command, log: Path) -> None:
-    """Run a program with one thread, its output appended to `log`; raise RuntimeError with its last line."""
+def run(command: Command, log: Path) -> float:
+    """Run a program with one thread, its output appended to `log`; return its CPU-seconds.
+
+    Raises RuntimeError with its last line.
+    """
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(HERE)}
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         print("$", *command, file=file, flush=True)
-        status = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    if status:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        raise RuntimeError(f"status {status}, {lines[-1].strip()} (see {log})")
+        raise RuntimeError(f"status {process.returncode}, {lines[-1].strip()} (see {log})")
+    return used.ru_utime + used.ru_stime
 
 
 def record_of(config: ObjectivesConfig, folder: Path, argv: list[str], errors: dict[str, str]) -> dict[str, Any]:

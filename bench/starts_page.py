@@ -39,17 +39,20 @@ def differences(cases: dict[str, Any]) -> str:
     return markdown([*LOSSES, "text loss since the start"], rows)
 
 
-def difference(case: dict[str, Any], other: dict[str, Any], key: str) -> str:
+def difference(case: dict[str, Any], other: dict[str, Any], key: str, digits: int = 4) -> str:
     """Return the mean over common seeds of a case's figure less the other's, with Student's interval of 95 %."""
     theirs = dict(zip(other["seeds"], other[key], strict=True))
     found = [value - theirs[seed] for seed, value in zip(case["seeds"], case[key], strict=True) if seed in theirs]
-    if not found:
-        return "–"
-    mean, freedom = statistics.mean(found), len(found) - 1
+    return over_seeds(found, digits, "+") if found else "–"
+
+
+def over_seeds(values: list[float], digits: int, sign: str = "") -> str:
+    """Return the mean of a figure's values, one a seed, with Student's interval of 95 %."""
+    mean, freedom, form = statistics.mean(values), len(values) - 1, f"{sign}.{digits}f"
     if freedom < 1:
-        return f"{mean:+.4f}"
-    half = T_95.get(freedom, 2.6) * statistics.stdev(found) / len(found) ** 0.5
-    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+        return f"{mean:{form}}"
+    half = T_95.get(freedom, 2.6) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
 
 
 def rewrite(page: Path, record: dict[str, Any]) -> None:

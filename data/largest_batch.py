@@ -27,36 +27,41 @@ def largest_batches(
     patch_size: int,
     special: SpecialIds,
     kind: ImageKind = "moments",
+    clean_copies: bool = False,
 ) -> tuple[PackedBatch, ...]:
     """Return micro-batches of `rows` full sequences: with the most image slots (if there are `grids`), and text alone.
 
     `grids` are the latent grids (h, w) that occur, of images of `kind`. Noise, images and timesteps are zero and every
-    word is EOS, as only shapes matter. Rows full of images may hold more than the data's sequences, never less.
+    word is EOS, as only shapes matter. Rows full of images may hold more than the data's sequences, never less; with
+    clean copies each image has one, and an image without, at the end of a row, is not reckoned with.
     """
-    counts = _most_slots(rows, sequence_length, grids, patch_size)
-    batches = [_place(counts, rows, sequence_length, patch_size)] if any(counts.values()) else []
+    of_image = 1 + clean_copies  # slots
+    room = sequence_length - AROUND_DOCUMENT - clean_copies  # a copy has something after it
+    counts = _most_slots(rows, room, grids, patch_size, of_image)
+    batches = [_place(counts, rows, room, patch_size, of_image)] if any(counts.values()) else []
     batches.append([[]] * rows)
-    return tuple(_batch(placed, sequence_length, channels, patch_size, special, kind) for placed in batches)
+    return tuple(
+        _batch(placed, sequence_length, channels, patch_size, special, kind, clean_copies) for placed in batches
+    )
 
 
-def _tokens(grid: Grid, patch_size: int) -> int:
+def _tokens(grid: Grid, patch_size: int, of_image: int) -> int:
     height, width = patch_grid(grid, patch_size)
-    return height * width + AROUND_IMAGE
+    return of_image * height * width + AROUND_IMAGE
 
 
-def _most_slots(rows: int, sequence_length: int, grids: Sequence[Grid], patch_size: int) -> dict[Grid, int]:
+def _most_slots(rows: int, room: int, grids: Sequence[Grid], patch_size: int, of_image: int) -> dict[Grid, int]:
     """Return how many images of each grid need the most latent cells of slots: a knapsack over tokens."""
     # The rows are treated as one; `_place` leaves out what does not fit at a row's end.
-    room = sequence_length - AROUND_DOCUMENT
     budget = rows * room
     most, chosen = np.zeros(budget + 1), []  # latent cells of slots, by tokens spent
     for grid in grids:
-        tokens = _tokens(grid, patch_size)
+        tokens = _tokens(grid, patch_size, of_image)
         better, choice = most.copy(), np.zeros(budget + 1, dtype=np.int64)
         for n in range(1, rows * (room // tokens) + 1):
-            if n > 1 and capacity(n) == capacity(n - 1):
+            if n > 1 and capacity(of_image * n) == capacity(of_image * (n - 1)):
                 continue  # these would fill slots that exist anyway
-            value = most[: budget + 1 - n * tokens] + capacity(n) * grid[0] * grid[1]
+            value = most[: budget + 1 - n * tokens] + capacity(of_image * n) * grid[0] * grid[1]
             gained = value > better[n * tokens :]
             better[n * tokens :][gained] = value[gained]
             choice[n * tokens :][gained] = n
@@ -65,21 +70,21 @@ def _most_slots(rows: int, sequence_length: int, grids: Sequence[Grid], patch_si
     left, found = int(most.argmax()), {}
     for grid, choice in zip(reversed(grids), reversed(chosen), strict=True):
         found[grid] = int(choice[left])
-        left -= found[grid] * _tokens(grid, patch_size)
+        left -= found[grid] * _tokens(grid, patch_size, of_image)
     return found
 
 
-def _place(counts: dict[Grid, int], rows: int, sequence_length: int, patch_size: int) -> list[list[Grid]]:
+def _place(counts: dict[Grid, int], rows: int, room: int, patch_size: int, of_image: int) -> list[list[Grid]]:
     """Return each row's images, placed largest first; those that fit nowhere are left out."""
     placed: list[list[Grid]] = [[] for _ in range(rows)]
-    left = [sequence_length - AROUND_DOCUMENT] * rows
-    for grid in sorted(counts, key=lambda grid: -_tokens(grid, patch_size)):
+    left = [room] * rows
+    for grid in sorted(counts, key=lambda grid: -_tokens(grid, patch_size, of_image)):
         for _ in range(counts[grid]):
             row = max(range(rows), key=left.__getitem__)
-            if left[row] < _tokens(grid, patch_size):
+            if left[row] < _tokens(grid, patch_size, of_image):
                 break
             placed[row].append(grid)
-            left[row] -= _tokens(grid, patch_size)
+            left[row] -= _tokens(grid, patch_size, of_image)
     return placed
 
 
@@ -90,6 +95,7 @@ def _batch(
     patch_size: int,
     special: SpecialIds,
     kind: ImageKind,
+    clean_copies: bool,
 ) -> PackedBatch:
     """Return a batch whose rows are each one document: these images, then text to the end of the row."""
     rows, draws = [], []
@@ -100,11 +106,12 @@ def _batch(
         segments: list[TextSegment | ImageSegment] = [
             ImageSegment(np.zeros((stored, *grid), dtype), kind) for grid in grids
         ]
-        words = sequence_length - AROUND_DOCUMENT - sum(_tokens(grid, patch_size) for grid in grids)
+        words = sequence_length - AROUND_DOCUMENT - sum(_tokens(grid, patch_size, 1 + clean_copies) for grid in grids)
         if words > 0:
             segments.append(TextSegment(np.full(words, special.eos, dtype=np.int64)))
-        rows.append(pack([lay_out(Document(tuple(segments)), special, patch_size)], sequence_length, special.pad))
-        zeros = [torch.zeros(channels, *grid) for grid in grids]
-        posterior = zeros if kind == "moments" else [None] * len(grids)
-        draws.append(ImageDraws(torch.zeros(len(grids)), zeros, posterior))
+        piece = lay_out(Document(tuple(segments)), special, patch_size, clean_copies)
+        rows.append(pack([piece], sequence_length, special.pad))
+        zeros = [torch.zeros(channels, *image.grid) for image in rows[-1].images]
+        posterior = zeros if kind == "moments" else [None] * len(zeros)
+        draws.append(ImageDraws(torch.zeros(len(zeros)), zeros, posterior))
     return collate(rows, draws, patch_size)

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,6 +86,16 @@ class Example:
     captions: tuple[str, ...]
 
 
+def names_of(shapes: tuple[Shape, ...]) -> list[str]:
+    """Return the combinations of a scene, in an order that does not depend on that of its shapes."""
+    return sorted(shape.combination for shape in shapes)
+
+
+def may_stand_together(a: Shape, b: Shape) -> bool:
+    """Return whether two shapes are of different colours and in different corners."""
+    return a.colour != b.colour and a.position != b.position and "centre" not in (a.position, b.position)
+
+
 def caption(shapes: tuple[Shape, ...], wording: int) -> str:
     """Describe `shapes` in one of WORDINGS (one shape) or PAIR_WORDINGS (two)."""
     template = (WORDINGS, PAIR_WORDINGS)[len(shapes) - 1][wording]
@@ -131,14 +141,22 @@ class Splits:
 
     def trains(self, shapes: tuple[Shape, ...], wording: int) -> bool:
         """Return whether this scene with this wording may occur in training."""
-        if any(shape not in self.held_out_wordings for shape in shapes) or self.holds_out_pair(shapes):
+        if not self.shows(shapes):
             return False
         said = caption(shapes, wording)
         return not any(caption((s,), w) in said for s in shapes for w in self.held_out_wordings[s])
 
+    def shows(self, shapes: tuple[Shape, ...]) -> bool:
+        """Return whether training may show this scene."""
+        return all(shape in self.held_out_wordings for shape in shapes) and not self.holds_out_pair(shapes)
+
     def holds_out_pair(self, shapes: tuple[Shape, ...]) -> bool:
         """Return whether these are two shapes that training never shows together: one pair in ten."""
-        return len(shapes) == 2 and _hash(self.seed, *sorted(shape.combination for shape in shapes)) % 10 == 0
+        return len(shapes) == 2 and self.holds_out(*names_of(shapes))
+
+    def holds_out(self, *parts: str) -> bool:
+        """Return whether what these names stand for is never trained: one thing in ten, by its hash."""
+        return _hash(self.seed, *parts) % 10 == 0
 
 
 def make_splits(seed: int) -> Splits:
@@ -167,9 +185,9 @@ def make_splits(seed: int) -> Splits:
 def training_example(splits: Splits, index: int, resolution: int, two_shapes_share: float) -> Example:
     """Return training example `index`: a pure function of its arguments."""
     rng = np.random.default_rng((splits.seed, 0, index))
-    two = rng.random() < two_shapes_share
+    number = 2 if (two := rng.random() < two_shapes_share) else 1
     while True:
-        shapes = _random_pair(splits, rng) if two else (splits.trained[rng.integers(len(splits.trained))],)
+        shapes = random_scene(splits, rng, number)
         wording = int(rng.integers(len(PAIR_WORDINGS if two else WORDINGS)))
         if splits.trains(shapes, wording):
             captions = _captions(splits, shapes, wording, 0, index)
@@ -206,11 +224,15 @@ def _captions(splits: Splits, shapes: tuple[Shape, ...], wording: int, stream: i
     return tuple(caption(shapes, w) for w in (wording, *itertools.islice(others, 2)))
 
 
+def random_scene(splits: Splits, rng: np.random.Generator, number: int) -> tuple[Shape, ...]:
+    """Draw a scene of one or two trained combinations; `splits.shows` says whether training may show both together."""
+    return _random_pair(splits, rng) if number == 2 else (splits.trained[rng.integers(len(splits.trained))],)
+
+
 def _random_pair(splits: Splits, rng: np.random.Generator) -> tuple[Shape, Shape]:
-    """Draw two trained combinations of different colours in different corners."""
     while True:
         a, b = (splits.trained[i] for i in rng.integers(len(splits.trained), size=2))
-        if a.colour != b.colour and a.position != b.position and "centre" not in (a.position, b.position):
+        if may_stand_together(a, b):
             return a, b
 
 
@@ -218,15 +240,41 @@ def _hash(seed: int, *parts: str) -> int:
     return int.from_bytes(hashlib.blake2b("|".join((str(seed), *parts)).encode(), digest_size=8).digest(), "big")
 
 
+@dataclass(frozen=True)
+class Jitter:
+    """How a drawn shape departs from its attributes."""
+
+    offset: np.ndarray  # f64 [2], canvas units
+    scale: float  # of the radius
+    hue: float  # degrees
+    saturation: float
+    value: float
+
+    @classmethod
+    def drawn(cls, rng: np.random.Generator) -> "Jitter":
+        """Draw one at random."""
+        offset, scale, hue = rng.uniform(-0.6, 0.6, 2), rng.uniform(0.97, 1.03), rng.uniform(-7, 7)
+        return cls(offset, scale, hue, rng.uniform(0.8, 0.95), rng.uniform(0.8, 0.95))
+
+
 def draw(shapes: tuple[Shape, ...], rng: np.random.Generator, resolution: int) -> np.ndarray:
     """Draw an anti-aliased picture, uint8 [H, W, 3]; `rng` jitters position, size, colour and ground."""
-    picture = np.broadcast_to(rng.uniform(0.82, 0.96) + rng.uniform(-0.015, 0.015, 3), (resolution, resolution, 3))
-    for shape in shapes:
-        x, y = np.array(CENTRES[shape.position]) + rng.uniform(-0.6, 0.6, 2)
-        radius = RADII[shape.size] * rng.uniform(0.97, 1.03)
-        hue = HUES[shape.colour] + rng.uniform(-7, 7)
-        rgb = _rgb(hue, saturation=rng.uniform(0.8, 0.95), value=rng.uniform(0.8, 0.95))
-        alpha = coverage(shape.shape, x, y, radius, resolution)[..., None]
+    ground = draw_ground(rng)
+    return paint(shapes, ground, [Jitter.drawn(rng) for _ in shapes], resolution)
+
+
+def draw_ground(rng: np.random.Generator) -> np.ndarray:
+    """Draw the colour of a light ground, f64 [3] in 0..1."""
+    return rng.uniform(0.82, 0.96) + rng.uniform(-0.015, 0.015, 3)
+
+
+def paint(shapes: tuple[Shape, ...], ground: np.ndarray, jitters: Sequence[Jitter], resolution: int) -> np.ndarray:
+    """Paint the shapes with a jitter each, uint8 [H, W, 3]."""
+    picture = np.broadcast_to(ground, (resolution, resolution, 3))
+    for shape, jitter in zip(shapes, jitters, strict=True):
+        x, y = np.array(CENTRES[shape.position]) + jitter.offset
+        rgb = _rgb(HUES[shape.colour] + jitter.hue, jitter.saturation, jitter.value)
+        alpha = coverage(shape.shape, x, y, RADII[shape.size] * jitter.scale, resolution)[..., None]
         picture = picture + alpha * (rgb - picture)
     return np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)
 

@@ -17,13 +17,13 @@ from model.guidance import guided
 from model.linear import HAS_ONEDNN
 from model.transfusion import Grid, Transfusion
 
-# Tokens of a forward, more or less (twice as many with guidance): enough to fill a GPU, few enough that on CUDA, where
-# every forward has as many rows, a last row alone does not cost what a large batch does.
+# Tokens of a forward, more or less (two or three times as many with guidance): enough to fill a GPU, few enough that on
+# CUDA, where every forward has as many rows, a last row alone does not cost what a large batch does.
 TOKENS = 2048
 
 
 class CachedModel:
-    """`rows` documents in one cache; for guidance another, with an unconditional prefix or the rows of a guide."""
+    """`rows` documents in one cache; for guidance others, of an unconditional prefix, of a guide, or without texts."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class CachedModel:
         all that is appended.
         """
         trunk, weight = model.config.transformer, model.head_weight
-        self.model, self.device, self.batch = model, weight.device, batch
+        self.model, self.device, self.batch, self._chunk = model, weight.device, batch, chunk
         self._multiple = 2 if HAS_ONEDNN and weight.dtype == torch.float32 else 8  # of a text's products
         self._convolves = model.config.patches == "unet"
         self._slots = list(range(rows))  # of each row in the cache
@@ -53,6 +53,7 @@ class CachedModel:
 
         self._conditional = cache(rows, length + chunk, 64)
         self._last_hidden = torch.zeros(rows, trunk.width, dtype=weight.dtype, device=self.device)
+        self._without_texts: CachedModel | None = None
         self._guide: CachedModel | None = None
         if guide is not None:
             self._guide = CachedModel(guide, rows, length, chunk, picture, None, batch)
@@ -64,6 +65,15 @@ class CachedModel:
             for part in (self._unconditional.keys, self._unconditional.values):
                 part[:, 1:] = part[:, :1]
             self._unconditional.lengths = [len(unconditional)] * copies
+
+    def without_texts(self, length: int) -> "CachedModel":
+        """Return a new cache of at most `length` tokens per row, which now gets the prompts without their texts.
+
+        For guidance with a scale of its own for pictures. What is appended here from now on is also appended there.
+        """
+        rows, chunk = len(self._slots), self._chunk
+        self._without_texts = CachedModel(self.model, rows, length, chunk, 0, None, self.batch)
+        return self._without_texts
 
     def length(self, row: int) -> int:
         return self._conditional.lengths[self._slots[row]]
@@ -82,8 +92,8 @@ class CachedModel:
             slots = [self._slots[row] for row in rows]
             hidden = self._run_text(self._conditional, slots, [pieces[row] for row in rows], width)
             self._last_hidden[to_device(torch.tensor(rows), self.device)] = hidden
-        if self._guide is not None:
-            self._guide.append_text(pieces, width)
+        for other in filter(None, (self._guide, self._without_texts)):
+            other.append_text(pieces, width)
 
     @torch.no_grad()
     def append_images(self, images: Mapping[int, Tensor]) -> None:
@@ -91,12 +101,12 @@ class CachedModel:
         grid: Grid = next(iter(images.values())).shape[1:]  # type: ignore[assignment]  # torch.Size
         count = self._num_patches(grid)
         for rows in self.chunks(list(images), count):
-            slots = [self._slots[row] for row in rows]
+            cache, slots = self._part(rows)
             latents = torch.stack([images[row] for row in rows]).to(self.device)
-            self._run_image(self._image_tokens([(self._conditional, slots)], grid), latents, 0)
-            self._conditional.advance(slots, [count] * len(slots))
-        if self._guide is not None:
-            self._guide.append_images(images)
+            self._run_image(self._image_tokens([(cache, slots)], grid), latents, 0)
+            cache.advance(slots, [count] * len(slots))
+        for other in filter(None, (self._guide, self._without_texts)):
+            other.append_images(images)
 
     @torch.no_grad()
     def logits(self, rows: Sequence[int]) -> Tensor:
@@ -106,32 +116,46 @@ class CachedModel:
         return self.model.text_logits(hidden)[: len(rows)].float()
 
     def denoiser(
-        self, rows: Sequence[int], grid: Grid, rescale: float = 0.0
-    ) -> Callable[[Tensor, float, float], Tensor]:
-        """Return (x_t f32 [r, C, h, w], t, guidance) -> the noise head's prediction f32 [r, C, h, w].
+        self,
+        rows: Sequence[int],
+        grid: Grid,
+        guidance: float = 1.0,
+        image_guidance: float | None = None,
+        rescale: float = 0.0,
+    ) -> Callable[[Tensor, float, bool], Tensor]:
+        """Return (x_t f32 [r, C, h, w], t, is_guided) -> the noise head's prediction f32 [r, C, h, w].
 
         For pictures at the end of `rows`, one of `chunks`, while nothing is appended to them; nothing is kept. The
-        prediction is `guided` by the guide's or, without a guide, by the unconditional one, which shares the forward;
-        with guidance 1 neither is run.
+        prediction is `guided` by the guide's or, without a guide, by the unconditional one and, with `image_guidance`,
+        the one without texts, which share the forward; one that is not guided runs none of these.
         """
-        parts = [(self._conditional, [self._slots[row] for row in rows])]
-        alone = self._image_tokens(parts, grid)
-        both = None
-        if self._unconditional is not None:
-            both = self._image_tokens([*parts, (self._unconditional, range(len(rows)))], grid)
+        part = self._part(rows)
+        alone = self._image_tokens([part], grid)
         guide = None if self._guide is None else self._guide.denoiser(rows, grid)
+        together, branches = alone, 1
+        if self._unconditional is not None:
+            parts = [part, (self._unconditional, range(len(rows)))]
+            if image_guidance is not None:
+                assert self._without_texts is not None, "image_guidance without the prompts without their texts"
+                parts.append(self._without_texts._part(rows))
+            together, branches = self._image_tokens(parts, grid), len(parts)
 
         @torch.no_grad()
-        def predict(x_t: Tensor, t: float, guidance: float) -> Tensor:
-            if guidance == 1:
+        def predict(x_t: Tensor, t: float, is_guided: bool) -> Tensor:
+            if not is_guided:
                 return self._run_image(alone, x_t, t)
             if guide is not None:
-                return guided(self._run_image(alone, x_t, t), guide(x_t, t, 1), guidance, rescale)
-            assert both is not None, "guidance without a guide or an unconditional prefix"
-            conditional, unconditional = self._run_image(both, x_t.repeat(2, 1, 1, 1), t).chunk(2)
-            return guided(conditional, unconditional, guidance, rescale)
+                return guided(self._run_image(alone, x_t, t), guide(x_t, t, False), guidance, rescale)
+            assert branches > 1, "guidance without a guide or an unconditional prefix"
+            predictions = self._run_image(together, x_t.repeat(branches, 1, 1, 1), t).chunk(branches)
+            conditional, unconditional = predictions[:2]
+            without_texts = predictions[2] if branches == 3 else None
+            return guided(conditional, unconditional, guidance, rescale, without_texts, image_guidance)
 
         return predict
+
+    def _part(self, rows: Sequence[int]) -> tuple[KVCache, Sequence[int]]:
+        return self._conditional, [self._slots[row] for row in rows]
 
     @torch.no_grad()
     def _run_text(self, cache: KVCache, slots: Sequence[int], pieces: Sequence[Sequence[int]], width: int) -> Tensor:

@@ -21,7 +21,7 @@ from model.schedule import BASE_NUMBERS, NoiseSchedule
 
 
 def denoise(
-    predict: Callable[[Tensor, float, float], Tensor],
+    predict: Callable[[Tensor, float, bool], Tensor],
     noise: Callable[[int], Tensor],
     config: SamplerConfig,
     diffusion: DiffusionConfig,
@@ -30,7 +30,7 @@ def denoise(
 ) -> Tensor:
     """Return clean latents [N, C, h, w] of `numbers` = C h w numbers each.
 
-    `predict(x_t, timestep, guidance)` is the noise head's prediction. `noise(0)` is where the images start, and
+    `predict(x_t, timestep, is_guided)` is the noise head's prediction. `noise(0)` is where the images start, and
     `noise(i)` what a random sampler adds in step i. `report(i, x0)` is called after step i, counted from 1, with the
     clean latents that the model predicted in it. It returns which images, by place and in which order, go on; None: all
     as they are. What it raises ends the denoising.
@@ -41,7 +41,7 @@ def denoise(
 
     def implied(x_t: Tensor, t: float, level: Level) -> tuple[Tensor, Tensor]:
         """Return the (x0, noise) that the model predicts in x_t."""
-        pred = predict(x_t, t, config.guidance if lowest <= t <= highest else 1.0)
+        pred = predict(x_t, t, config.is_guided and lowest <= t <= highest)
         x0, eps = to_x0_and_eps(pred, x_t, level, diffusion)
         if config.clip_x0 is None:
             return x0, eps

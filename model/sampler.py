@@ -2,7 +2,7 @@
 
 The paper, section 3 (inference), batched: rows are grouped by mode, and those that wait or are done run no forward.
 Everything before an image stays in the cache and is never recomputed: each denoising step overwrites the image's slots,
-both guidance branches in one forward (the unconditional one has the prefix `BOS BOI`), and the clean image is written
+all branches of guidance in one forward (the unconditional one has the prefix `BOS BOI`), and the clean image is written
 last, at t = 0, for the text after it.
 """
 
@@ -73,7 +73,8 @@ def generate(
     sampling between two forwards. `batch` is the rows of a full batch, if these are its incomplete last one: on CUDA,
     bits are the same at the same `batch`. A `guide` of the same tokens, latents and patch size is the weak model of
     guidance, in place of the model without its prompt. Raises ValueError for a prompt that does not fit in
-    `max_length`. After each forward the rows of whose index `left` is true end with what they have.
+    `max_length`, and for a guide with image_guidance. After each forward the rows of whose index `left` is true end
+    with what they have.
     """
     if not prompts:
         return []
@@ -103,17 +104,18 @@ class _Row:
         else:
             self.output.append([token])
 
-    def take_text(self, count: int) -> list[int]:
-        """Take at most `count` tokens from the head of `pending`, none if it is an image."""
-        if not self.pending or self.pending[0].ndim == 3:
-            return []
-        piece = self.pending.popleft()
-        if len(piece) > count:
-            self.pending.appendleft(piece[count:])
-        return piece[:count].tolist()
-
     def segments(self) -> list[Tensor]:
         return [part if isinstance(part, Tensor) else torch.tensor(part) for part in self.output]
+
+
+def _take_text(pending: deque[Tensor], count: int) -> list[int]:
+    """Take at most `count` tokens from the head of `pending`, none if it is an image."""
+    if not pending or pending[0].ndim == 3:
+        return []
+    piece = pending.popleft()
+    if len(piece) > count:
+        pending.appendleft(piece[count:])
+    return piece[:count].tolist()
 
 
 class _Decoding:
@@ -138,10 +140,22 @@ class _Decoding:
         self.patch_size = model.config.patch_size
         self.shape = (model.config.latent_channels, *grid)  # of a picture
         self.patches = self._num_patches(self.shape)
-        self.rows = [self._start(prompt) for prompt in prompts]
+        self.rows = [
+            _Row(prompt.index, self._lay_out(prompt.segments, prompt.draw), "image" if prompt.draw else "text")
+            for prompt in prompts
+        ]
         self.max_length = self._max_length()
-        guide = None if config.guidance == 1 else guide
-        unconditional = None if config.guidance == 1 or guide is not None else [special.bos, special.boi]
+        if guide is not None and config.image_guidance is not None:
+            found = f"image_guidance={config.image_guidance} with a guide, which reads the whole prompt"
+            raise ValueError(f"{found}: expected null, or no guide")
+        # Of each row, for the branch of guidance without texts.
+        self._pictures = [
+            self._lay_out([part for part in prompt.segments if part.ndim == 3], prompt.draw)
+            for prompt in prompts
+            if config.is_guided and config.image_guidance is not None
+        ]
+        guide = guide if config.is_guided else None
+        unconditional = [special.bos, special.boi] if config.is_guided and guide is None else None
         sizes = (self.max_length, config.prefill_chunk, self.patches)
         self.cached_model = CachedModel(model, len(self.rows), *sizes, unconditional, batch, guide)
         never = torch.zeros(model.vocab_size, dtype=torch.bool)
@@ -150,18 +164,28 @@ class _Decoding:
         self._never = never.to(self.cached_model.device)
 
     def prefill(self) -> None:
-        """Append all prompts, rows side by side: text in chunks, images whole."""
+        """Append all prompts, and for a branch of guidance all prompts without their texts."""
+        self._append(self.cached_model, [row.pending for row in self.rows])
+        if self._pictures:
+            lengths = map(self._num_tokens, self._pictures)
+            room = [self.max_length - self.cached_model.length(i) for i in range(len(self.rows))]
+            length = max(taken + left for taken, left in zip(lengths, room, strict=True))
+            self._append(self.cached_model.without_texts(length), self._pictures)
+
+    def _append(self, cached_model: CachedModel, pending: Sequence[deque[Tensor]]) -> None:
+        """Append all that is pending of each row, rows side by side: text in chunks, images whole."""
         chunk = self.config.prefill_chunk
-        while any(row.pending for row in self.rows):
-            pieces = {i: piece for i, row in enumerate(self.rows) if (piece := row.take_text(chunk))}
+        while any(pending):
+            pieces = {i: piece for i, of_row in enumerate(pending) if (piece := _take_text(of_row, chunk))}
             if pieces:
-                self.cached_model.append_text(pieces, chunk)
+                cached_model.append_text(pieces, chunk)
             by_shape: dict[torch.Size, dict[int, Tensor]] = {}
-            for i, row in enumerate(self.rows):
-                if row.pending and row.pending[0].ndim == 3:
-                    by_shape.setdefault(row.pending[0].shape, {})[i] = row.pending.popleft()
+            for i, of_row in enumerate(pending):
+                if of_row and of_row[0].ndim == 3:
+                    image = of_row.popleft()
+                    by_shape.setdefault(image.shape, {})[i] = image
             for images in by_shape.values():
-                self.cached_model.append_images(images)
+                cached_model.append_images(images)
 
     def text_mode(self) -> None:
         """Sample tokens until every row has begun a picture or is done. The host waits for the device once a token."""
@@ -214,8 +238,15 @@ class _Decoding:
 
         The cache keeps nothing of them.
         """
-        rows, denoiser = chosen, partial(self.cached_model.denoiser, grid=self.shape[1:])
-        predict = denoiser(rows, rescale=self.config.guidance_rescale)
+        config, rows = self.config, chosen
+        denoiser = partial(
+            self.cached_model.denoiser,
+            grid=self.shape[1:],
+            guidance=config.guidance,
+            image_guidance=config.image_guidance,
+            rescale=config.guidance_rescale,
+        )
+        predict = denoiser(rows)
 
         def report(step: int, x0: Tensor) -> list[int] | None:
             nonlocal rows, predict
@@ -227,11 +258,11 @@ class _Decoding:
             for i in set(rows) - set(staying):
                 self.rows[i].mode = "done"
             before, rows = rows, next(iter(self.cached_model.chunks(staying, self.patches)), [])
-            predict = denoiser(rows, rescale=self.config.guidance_rescale) if rows else predict
+            predict = denoiser(rows) if rows else predict
             return [before.index(i) for i in rows]
 
         latents = denoise(
-            lambda x_t, t, guidance: predict(x_t, t, guidance),
+            lambda x_t, t, is_guided: predict(x_t, t, is_guided),
             lambda step: self._noise(rows, step),
             self.config,
             self.diffusion,
@@ -268,24 +299,21 @@ class _Decoding:
         uniforms = torch.tensor([self.draws.uniform(row.index, row.num_tokens) for row in rows])
         return sample_tokens(logits, to_device(uniforms, logits.device), config.temperature, config.top_p).tolist()
 
-    def _start(self, prompt: Prompt) -> _Row:
+    def _lay_out(self, segments: Sequence[Tensor], draw: bool) -> deque[Tensor]:
         tokens: list[int] = [self.special.bos]
         pending: deque[Tensor] = deque()
-        for segment in prompt.segments:
+        for segment in segments:
             if segment.ndim == 1:
                 tokens += segment.tolist()
                 continue
             pending += [torch.tensor([*tokens, self.special.boi]), segment.float()]
             tokens = [self.special.eoi]
-        pending.append(torch.tensor([*tokens, self.special.boi] if prompt.draw else tokens))
-        return _Row(prompt.index, pending, "image" if prompt.draw else "text")
+        pending.append(torch.tensor([*tokens, self.special.boi] if draw else tokens))
+        return pending
 
     def _max_length(self) -> int:
         """Return the number of tokens a row may hold; refuse prompts that do not fit."""
-        lengths = [
-            sum(len(part) if part.ndim == 1 else self._num_patches(part.shape) for part in row.pending)
-            for row in self.rows
-        ]
+        lengths = [self._num_tokens(row.pending) for row in self.rows]
         first_pictures = [self.patches * (row.mode == "image") for row in self.rows]
         needed = max(length + first for length, first in zip(lengths, first_pictures, strict=True))
         config = self.config
@@ -298,6 +326,9 @@ class _Decoding:
 
     def _fits(self, row: int, count: int) -> bool:
         return self.cached_model.length(row) + count <= self.max_length
+
+    def _num_tokens(self, pending: Sequence[Tensor]) -> int:
+        return sum(len(part) if part.ndim == 1 else self._num_patches(part.shape) for part in pending)
 
     def _num_patches(self, shape: Sequence[int]) -> int:
         return shape[1] * shape[2] // self.patch_size**2

@@ -18,6 +18,9 @@ class SamplerConfig:
     spacing: Spacing = "leading"  # which timesteps: leading, trailing or linspace, as in diffusers; not for flow
     eta: float = 0.0  # DDIM's noise, 0 (deterministic)...1 (as DDPM)
     guidance: float = 3.0  # scale of classifier-free guidance, 0 or more; 1 is none (the paper: 5 and 3)
+    # Scale, 0 or more, of how much a picture follows the prompt's pictures; `guidance` is then that of its texts
+    # (InstructPix2Pix: 1.5 and 7.5). It runs a third branch. null: `guidance` is the scale of the whole prompt.
+    image_guidance: float | None = None
     # Lowest and highest timestep, 0...num_timesteps, at which guidance acts (Kynkäänniemi et al. 2024); elsewhere
     # the unconditional branch, or the guide, is not run. null: all timesteps.
     guidance_interval: tuple[int, int] | None = None
@@ -37,6 +40,7 @@ class SamplerConfig:
             "steps": (self.steps >= 1, "at least 1"),
             "eta": (0 <= self.eta <= 1, "0...1"),
             "guidance": (self.guidance >= 0, "0 or more; 1 is no guidance"),
+            "image_guidance": ((self.image_guidance or 0) >= 0, "0 or more, or null for one scale"),
             "guidance_interval": (0 <= lowest <= highest, "[lowest, highest] timestep, or null for all"),
             "guidance_rescale": (0 <= self.guidance_rescale <= 1, "0 (off)...1"),
             "clip_x0": (self.clip_x0 is None or self.clip_x0 > 0, "a positive number, or null for none"),
@@ -50,6 +54,11 @@ class SamplerConfig:
         for name, (holds, expected) in expectations.items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
+
+    @property
+    def is_guided(self) -> bool:
+        """Return whether any branch but the conditional one changes a prediction."""
+        return self.guidance != 1 or self.image_guidance not in (None, 1)
 
     def suited_to(self, diffusion: DiffusionConfig) -> "SamplerConfig":
         """Return the same with a sampler of the schedule that the model was trained with, for auto.

@@ -14,12 +14,12 @@ from tests.runs import DrawingRun
 from tests.test_pipeline import load
 from train.distributed.ranks import Ranks, alone
 from train.evaluation.answers import AnswersConfig, read_questions, write_answers
-from train.evaluation.part import bar_of
+from train.evaluation.part import Inputs, bar_of
 from train.inference.pipeline import Pipeline, PipelineConfig, text_alone
 
 SAMPLER = SamplerConfig(max_new_tokens=5)
 ROWS = [{"question_id": 10 + i, "image": f"{i}.png", "text": f"a red circle {i}", "category": "x"} for i in range(5)]
-ROWS += [{"question_id": "text", "text": "3 small"}]
+ROWS += [{"question_id": "text", "text": "3 small", "system": "large blue"}]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def asked(tmp_path: Path) -> AnswersConfig:
 def answer(ranks: Ranks, run_dir: Path, config: AnswersConfig, output: Path) -> None:
     pipeline = Pipeline.load(PipelineConfig(checkpoint=str(run_dir), device="cpu", batch_size=2), ranks)
     output.mkdir(exist_ok=True)
-    write_answers(pipeline, config, SAMPLER, 3, output, ranks, bar_of(ranks))
+    write_answers(config, Inputs(pipeline, SAMPLER, 3, output, ranks, bar_of(ranks), {}))
 
 
 def test_answers_follow_picture_and_question_in_llavas_form(
@@ -44,8 +44,9 @@ def test_answers_follow_picture_and_question_in_llavas_form(
     answer(alone(), drawn.run_dir, asked, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     pipeline, pictures = load(drawn.run_dir), [tmp_path / f"{i}.png" for i in range(5)]
-    prompts = [[np.asarray(Image.open(path)), f"a red circle {i} beside"] for i, path in enumerate(pictures)]
-    expected = pipeline.complete([*prompts, ["3 small beside"]], text_alone(SAMPLER), 3)
+    # The plain form: a line break after each message; texts that meet are one.
+    prompts = [[np.asarray(Image.open(path)), f"a red circle {i} beside\n"] for i, path in enumerate(pictures)]
+    expected = pipeline.complete([*prompts, ["large blue\n3 small beside\n"]], text_alone(SAMPLER), 3)
     assert [line["text"] for line in lines] == ["".join(parts).strip() for parts in expected]
     assert [(line["question_id"], line["prompt"]) for line in lines] == [(r["question_id"], r["text"]) for r in ROWS]
     keys = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}

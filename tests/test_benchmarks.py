@@ -16,7 +16,7 @@ from tests.test_pipeline import load
 from train.distributed.ranks import Ranks, alone
 from train.evaluation.benchmark_layouts import EXPECTED, READERS, Benchmark, read_layout
 from train.evaluation.benchmarks import draw_benchmark
-from train.evaluation.part import Part, bar_of
+from train.evaluation.part import Inputs, Part, bar_of
 from train.inference.pipeline import Pipeline, PipelineConfig
 
 SAMPLER = SamplerConfig(sampler="ddim", steps=1, guidance=1.0)
@@ -49,12 +49,13 @@ def pipeline(drawn: DrawingRun) -> Pipeline:
 
 
 def draw(pipeline: Pipeline, benchmark: Benchmark, prompts: list[str], output: Path, seed: int = 3) -> Part:
-    return draw_benchmark(pipeline, benchmark, prompts, SAMPLER, seed, {"seed": seed}, output, alone(), bar_of(alone()))
+    inputs = Inputs(pipeline, SAMPLER, seed, output, alone(), bar_of(alone()), {"seed": seed})
+    return draw_benchmark(benchmark, prompts, inputs)
 
 
 def draw_on_ranks(ranks: Ranks, run_dir: Path, benchmark: Benchmark, prompts: list[str], output: Path) -> None:
     pipeline = Pipeline.load(PipelineConfig(checkpoint=str(run_dir), device="cpu"), ranks)
-    draw_benchmark(pipeline, benchmark, prompts, SAMPLER, 3, {}, output, ranks, bar_of(ranks))
+    draw_benchmark(benchmark, prompts, Inputs(pipeline, SAMPLER, 3, output, ranks, bar_of(ranks), {}))
 
 
 def files_of(folder: Path) -> list[str]:
@@ -117,7 +118,7 @@ def test_dpgs_scorer_cuts_four_pictures_from_a_file_named_like_the_prompt(pipeli
         assert np.array_equal(grid[top : top + side, left : left + side], picture)
     wide, prompts = replace(pipeline, grid=(4, 8)), write_prompts(tmp_path / "more", "dpg")
     with pytest.raises(ValueError, match="cuts squares"):
-        draw_benchmark(wide, "dpg", prompts, SAMPLER, 3, {}, tmp_path, alone(), bar_of(alone()))
+        draw_benchmark("dpg", prompts, Inputs(wide, SAMPLER, 3, tmp_path, alone(), bar_of(alone()), {}))
 
 
 def test_jpegs_are_jpegs(pipeline: Pipeline, tmp_path: Path) -> None:

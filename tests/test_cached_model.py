@@ -87,9 +87,9 @@ def grow(patches: str, rows: list[int], asked: list[int], seed: int = 0) -> dict
         keep(chosen, cached.logits(chosen))
         cached.append_text({place: [5 + number % 7] for place in chosen}, 1)
         for part in cached.chunks(chosen, PATCHES):
-            predict = cached.denoiser(part, GRID)
-            for guidance in (1.0, 2.5):
-                keep(part, predict(torch.stack([latents(rows[p], number) for p in part]), 500, guidance))
+            predict = cached.denoiser(part, GRID, guidance=2.5)
+            for is_guided in (False, True):
+                keep(part, predict(torch.stack([latents(rows[p], number) for p in part]), 500, is_guided))
         if number == 4:
             cached.append_images({place: latents(rows[place], 99) for place in chosen})
             cached.append_text({place: [4] for place in chosen}, 1)
@@ -134,10 +134,10 @@ def test_only_the_rows_that_are_asked_for_run_and_each_attends_to_its_own_length
             layer = [(longer, 128), (len(rows) - longer, 64)][: 1 + (len(rows) > longer)]
             assert attended == layer * 2, "the long rows in one call, the short ones in another"
             (part,) = cached.chunks(rows, 4)
-            predict = cached.denoiser(part, grid)
+            predict = cached.denoiser(part, grid, guidance=2.0)
             shapes.clear()
-            predict(torch.zeros(len(rows), CHANNELS, *grid), 10, 2.0)
-            predict(torch.zeros(len(rows), CHANNELS, *grid), 10, 1.0)
+            predict(torch.zeros(len(rows), CHANNELS, *grid), 10, True)
+            predict(torch.zeros(len(rows), CHANNELS, *grid), 10, False)
             assert shapes == [(2 * len(rows), 4), (len(rows) + len(rows) % 2, 4)]
 
 

@@ -20,7 +20,7 @@ from tests.test_pipeline import load
 from train.distributed.ranks import Ranks, alone
 from train.evaluation.captioning import CaptioningConfig, evaluate_captioning, read_captioned
 from train.evaluation.cider import tokens_of
-from train.evaluation.part import Part, bar_of
+from train.evaluation.part import Inputs, Part, bar_of
 from train.inference.pipeline import Pipeline, PipelineConfig
 
 COUNT = 7
@@ -93,7 +93,7 @@ def test_what_cannot_be_read_is_refused_by_name(coco: Path, tmp_path: Path) -> N
 def evaluate(ranks: Ranks, run_dir: Path, config: CaptioningConfig, output: Path) -> Part:
     pipeline = Pipeline.load(PipelineConfig(checkpoint=str(run_dir), device="cpu", batch_size=2), ranks)
     output.mkdir(exist_ok=True)
-    return evaluate_captioning(pipeline, config, SAMPLER, 3, output, ranks, bar_of(ranks))
+    return evaluate_captioning(config, Inputs(pipeline, SAMPLER, 3, output, ranks, bar_of(ranks), {}))
 
 
 def test_cocos_own_tools_read_the_files_and_score_what_we_scored(coco: Path, drawn: DrawingRun, tmp_path: Path) -> None:

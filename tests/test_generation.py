@@ -141,6 +141,14 @@ def test_a_kill_before_the_first_mark_leaves_a_folder_to_go_on_with(tmp_path: Pa
     assert json.loads((tmp_path / "drawn" / "settings.json").read_text()) == {"seed": 1}
 
 
+def test_a_setting_that_is_off_is_that_of_a_version_without_it(tmp_path: Path) -> None:
+    folder, mark = tmp_path / "drawn", tmp_path / "drawn.json"
+    begin(folder, mark, {"seed": 1, "settings": {"steps": 5}})
+    begin(folder, mark, {"seed": 1, "settings": {"steps": 5, "image_guidance": None}})
+    with pytest.raises(ValueError, match="another value of settings;"):
+        begin(folder, mark, {"seed": 1, "settings": {"steps": 5, "image_guidance": 1.5}})
+
+
 def test_a_config_that_compares_nothing_or_with_nothing_is_refused() -> None:
     for settings in ({"pictures": "tars"}, {"models": {"dinov2": "folder"}}, {"inception": True}):
         with pytest.raises(ValueError, match=r"generation.pictures=.*: expected pictures with captions together with"):

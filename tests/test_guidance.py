@@ -1,4 +1,4 @@
-"""Guidance by a weaker model, and rescaled guidance, against both models run in full and against diffusers."""
+"""Guidance by a weaker model, of two scales and rescaled, against full forwards of all branches and diffusers."""
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from tests.test_sampler import (
     text,
     tiny_model,
 )
+from train.inference.pipeline import PipelineConfig
 
 
 def weak_model(seed, patches="linear"):
@@ -119,3 +120,92 @@ def test_the_guide_runs_where_guidance_acts_and_the_unconditional_branch_nowhere
     assert torch.equal(unguided[0], run(model, [prompt], settings(max_new_tokens=0, guidance=1.0))[0][0])
     own = run(model, [prompt], settings(max_new_tokens=0, guidance=4.0), model)[0]
     assert torch.allclose(own[0], unguided[0], atol=1e-5), "a model is no guide of its own"
+
+
+class SlowTwoScales(Slow):
+    """Runs all three branches in full; what was sampled belongs to the one without the prompt's texts too."""
+
+    def generate(self, prompt, config, draws, prediction="eps"):
+        images = [part for part in prompt.segments if part.ndim == 3]
+        self.without_texts = [SPECIAL.bos]
+        for image in images:
+            self.without_texts += [SPECIAL.boi, (image, 0), SPECIAL.eoi]
+        self.given = 1 + sum(len(part) if part.ndim == 1 else 3 for part in prompt.segments)
+        return super().generate(prompt, config, draws, prediction)
+
+    def guided(self, pred, parts, x_t, t, config):
+        free = self.predict([SPECIAL.bos, SPECIAL.boi], x_t, t)
+        without = self.predict([*self.without_texts, *parts[self.given :]], x_t, t)
+        result = free + config.image_guidance * (without - free) + config.guidance * (pred - without)
+        return rescale_noise_cfg(result[None], pred[None], config.guidance_rescale)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "patches", "prediction"),
+    [
+        ({"guidance": 4.0, "guidance_rescale": 0.7, "guidance_interval": (200, 600)}, "unet", "eps"),
+        ({"guidance": 1.0, "sampler": "heun", "steps": 2}, "linear", "flow"),
+        ({"guidance": 4.0, "sampler": "ddpm"}, "linear", "v"),
+    ],
+)
+def test_decoding_with_two_scales_equals_the_full_forwards_of_three_branches(changes, patches, prediction):
+    """Prompts of texts, of pictures, of both and of neither; text sampled before and after a drawn picture."""
+    config, kinds = settings(image_guidance=1.5, **changes), set()
+    for seed in range(2):
+        model, draws = tiny_model(seed, patches, rope_2d=True), SeededDraws(seed)
+        for prompt, ours in zip(MIXED, run(model, MIXED, config, None, seed, prediction), strict=True):
+            assert_same(ours, SlowTwoScales(model).generate(prompt, config, draws, prediction))
+            kinds.add("".join("t" if part.ndim == 1 else "i" for part in ours))
+    assert any("it" in kind for kind in kinds) and any("ti" in kind for kind in kinds), kinds
+
+
+@pytest.mark.parametrize("patches", ["linear", "unet"])
+def test_a_row_with_two_scales_keeps_its_bits_whatever_runs_beside_it(patches: str) -> None:
+    """P12."""
+    model, config = tiny_model(1, patches), settings(max_length=None, image_guidance=1.5, max_new_tokens=6)
+    mine = Prompt((picture(9), text(8, 5)), draw=True, index=7)
+    others = [Prompt((text(*[6] * 70), picture(8), picture(7)), draw=True, index=1), *MIXED[2:]]
+    wanted = run(model, [mine], config)[0]
+    for rows, place in (([mine, *others], 0), ([*others[:2], mine], 2)):
+        found = run(model, rows, config)[place]
+        assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+
+
+def test_without_pictures_the_branch_without_texts_is_the_unconditional_one_and_without_texts_the_prompt() -> None:
+    """So the scale of what a prompt does not hold is none."""
+    model = tiny_model()
+    captions, given = [Prompt((text(5, 6, 7),), draw=True)], [Prompt((picture(1),), draw=True)]
+    one, four, ten = ({"guidance": 3.0, "image_guidance": scale, "max_new_tokens": 0} for scale in (None, 4.0, 10.0))
+    first, second, third = (run(model, captions, settings(**scales))[0][0] for scales in (one, four, ten))
+    assert torch.allclose(first, second, atol=1e-5) and torch.allclose(first, third, atol=1e-5)
+    first, second = (run(model, given, settings(**four | {"guidance": scale}))[0][0] for scale in (0.0, 9.0))
+    assert torch.allclose(first, second, atol=1e-5)
+    first, second = (run(model, given, settings(**scales))[0][0] for scales in (four, ten))
+    assert not torch.allclose(first, second, atol=1e-2)
+
+
+def test_two_scales_cost_a_third_branch_where_guidance_acts_and_scales_of_one_cost_none() -> None:
+    model, shapes = tiny_model(), []
+    model.transformer.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape[:2])))
+    prompts = [Prompt((picture(1), text(5, 6)), draw=True, index=i) for i in range(2)]
+    acts = {"guidance_interval": (300, 700), "steps": 5, "max_new_tokens": 0}
+    run(model, prompts, settings(guidance=4.0, image_guidance=1.5, **acts))
+    assert [rows for rows, tokens in shapes[-5:]] == [2, 6, 6, 2, 2] and {tokens for _, tokens in shapes[-5:]} == {4}
+    shapes.clear()
+    unguided = run(model, prompts, settings(guidance=1.0, image_guidance=1.0, **acts))
+    assert [rows for rows, _ in shapes[-5:]] == [2] * 5
+    shapes.clear()
+    plain = run(model, prompts, settings(guidance=1.0, **acts))
+    assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(unguided, plain, strict=True))
+
+
+def test_two_scales_with_a_guide_and_a_negative_one_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"image_guidance=1.5 with a guide, which reads the whole prompt: expected null"
+    ):
+        run(tiny_model(), MIXED, settings(image_guidance=1.5), weak_model(0))
+    with pytest.raises(ValueError, match=r"image_guidance=-1: expected 0 or more, or null"):
+        settings(image_guidance=-1)
+    for guide in ({"guide": "runs/x"}, {"guide_weights": "model"}):
+        with pytest.raises(ValueError, match=r"image_guidance=1.5, guide=.*: a guide reads the whole prompt"):
+            PipelineConfig(image_guidance=1.5, **guide)

@@ -18,27 +18,33 @@ def cells_of_slots(batch: PackedBatch) -> int:
     return sum(len(images.u) * grid[0] * grid[1] for grid, images in batch.images.items())
 
 
-def random_row(rng: np.random.Generator, length: int, grids: list[tuple[int, int]]) -> PackedSequence:
-    """Pack image-caption documents until one does not fit."""
+def random_row(
+    rng: np.random.Generator, length: int, grids: list[tuple[int, int]], copies: bool = False
+) -> PackedSequence:
+    """Pack captioned images until one does not fit, captions last where images have clean copies."""
     pieces, left = [], length
     while True:
         grid = grids[rng.integers(len(grids))]
         words = np.full(rng.integers(1, 4), 9, dtype=np.int64)
         moments = np.zeros((4, *grid), dtype=np.float16)
-        piece = lay_out(Document((TextSegment(words), ImageSegment(moments))), SPECIAL, 2)
+        caption, image = TextSegment(words), ImageSegment(moments)
+        piece = lay_out(Document((image, caption) if copies else (caption, image)), SPECIAL, 2, copies)
         if len(piece) > left:
             return pack(pieces, length, SPECIAL.pad)
         pieces.append(piece)
         left -= len(piece)
 
 
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("grids", [GRIDS[:1], GRIDS])
 @pytest.mark.parametrize(("rows", "length"), [(1, 64), (3, 96), (5, 257)])
-def test_no_batch_of_the_data_needs_more_latent_cells(rows: int, length: int, grids: list[tuple[int, int]]) -> None:
-    pictures, text = largest_batches(rows, length, grids, 2, 2, SPECIAL)
+def test_no_batch_of_the_data_needs_more_latent_cells(
+    rows: int, length: int, grids: list[tuple[int, int]], copies: bool
+) -> None:
+    pictures, text = largest_batches(rows, length, grids, 2, 2, SPECIAL, clean_copies=copies)
     rng = np.random.default_rng(0)
     for _ in range(40):
-        filled = [random_row(rng, length, grids) for _ in range(rows)]
+        filled = [random_row(rng, length, grids, copies) for _ in range(rows)]
         draws = []
         for row in filled:
             zeros = [torch.zeros(2, *image.grid) for image in row.images]

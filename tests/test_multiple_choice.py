@@ -2,22 +2,20 @@
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from model.sampler_config import SamplerConfig
 from tests.ranks import run_ranks
 from tests.runs import DrawingRun
 from tests.test_pipeline import load
 from train.distributed.ranks import Ranks, alone
 from train.evaluation import multiple_choice
 from train.evaluation.multiple_choice import accuracies, evaluate_choices, log_likelihoods, piece_of
-from train.evaluation.part import bar_of
+from train.evaluation.part import Inputs, bar_of
 from train.evaluation.questions import Question, read_questions
 from train.export import main as export
 from train.inference.pipeline import Pipeline, PipelineConfig
@@ -190,7 +188,8 @@ def write_questions(path: Path) -> Path:
 
 def test_the_part_gives_scores_by_name_and_a_line_for_each_question(drawn: DrawingRun, tmp_path: Path) -> None:
     path = write_questions(tmp_path / "made.jsonl")
-    part = evaluate_choices(load(drawn.run_dir), {"made": str(path), "again": str(path)}, tmp_path, alone(), _silent)
+    inputs = Inputs(load(drawn.run_dir), SamplerConfig(), 0, tmp_path, alone(), bar_of(alone()), {})
+    part = evaluate_choices({"made": str(path), "again": str(path)}, inputs)
     assert part.scores["choices/made/accuracy"].items == 10
     assert part.scores["choices/made/accuracy"] == part.scores["choices/again/accuracy"]
     assert part.data["made"]["items"] == 10 and part.data["made"]["fingerprint"] == part.data["again"]["fingerprint"]
@@ -200,15 +199,10 @@ def test_the_part_gives_scores_by_name_and_a_line_for_each_question(drawn: Drawi
     assert all(math.isfinite(value) and value < 0 for line in lines for value in line["log_likelihoods"])
 
 
-@contextmanager
-def _silent(what: str, rows: float) -> Iterator[tqdm]:
-    with tqdm(total=rows, disable=True) as bar:
-        yield bar
-
-
 def _on_ranks(ranks: Ranks, run_dir: Path, path: Path, output: Path) -> dict:
     pipeline = Pipeline.load(PipelineConfig(checkpoint=str(run_dir)), ranks)
-    return evaluate_choices(pipeline, {"made": str(path)}, output, ranks, bar_of(ranks)).scores
+    inputs = Inputs(pipeline, SamplerConfig(), 0, output, ranks, bar_of(ranks), {})
+    return evaluate_choices({"made": str(path)}, inputs).scores
 
 
 @pytest.mark.slow

@@ -8,11 +8,14 @@ import pytest
 from PIL import Image
 
 from bench.ranks import ProgramRanks
-from data.pictures import encode_png
+from data.pictures import decode_picture, encode_png
+from model.sampler_config import SamplerConfig
 from tests.ranks import assert_ranks_refuse
 from tests.runs import PROMPTS, DrawingRun, expect
+from tests.test_pipeline import load
 from train import sample
 from train.checkpoints import checkpoint
+from train.inference.pipeline import text_alone
 
 
 def _argv(drawn: DrawingRun, output: Path) -> list[str]:
@@ -75,6 +78,50 @@ def test_text_and_pictures_go_in_and_come_out_interleaved(drawn: DrawingRun, giv
     assert any("ti" in kind for kind in kinds) and all(kind.count("i") <= 2 for kind in kinds), kinds
 
 
+def test_an_edit_gives_its_pictures_before_each_prompt_and_shows_them_beside_the_result(
+    drawn: DrawingRun, given: Path, tmp_path: Path
+) -> None:
+    """Pictures of any size; the result is the pipeline's, after the pictures, and not what the prompt alone gives."""
+    (tmp_path / "wide.png").write_bytes(encode_png(np.full((20, 90, 3), (250, 0, 0), np.uint8)))
+    files, prompts = [str(given), str(tmp_path / "wide.png")], ["make it blue", "turn it"]
+    argv = [f"edit={json.dumps(files)}", f"prompts={json.dumps(prompts)}", "n=2", "seed=3"]
+    _run([*_argv(drawn, tmp_path / "output"), *argv], tmp_path / "log")
+    results = _results(tmp_path / "output")
+    assert [(line["prompt"], line["edit"], line["images"]) for line in results] == [
+        (prompt, files, []) for prompt in prompts for _ in range(2)
+    ]
+    pipeline, sampler = load(drawn.run_dir), SamplerConfig(sampler="ddim", steps=2)
+    pictures = [decode_picture(Path(name).read_bytes(), [(32, 32)], name) for name in files]
+    expected = pipeline.edit([(pictures, prompt) for prompt in prompts for _ in range(2)], sampler, seed=3)
+    unasked = pipeline.draw([prompts[0]], sampler, seed=3)[0]
+    for line, picture in zip(results, expected, strict=True):
+        found = np.asarray(Image.open(tmp_path / "output" / line["output"][0]["image"]))
+        assert np.array_equal(found, picture) and not np.array_equal(found, unasked)
+    sheet = Image.open(tmp_path / "output" / "sheet.png")
+    assert sheet.width // 134 == 3, "two given, one drawn"
+
+
+def test_a_question_about_each_picture_is_answered_in_the_chat_form(
+    drawn: DrawingRun, given: Path, tmp_path: Path
+) -> None:
+    """The pipeline's answers, beside what a caption of the same picture would be; without pictures one answer."""
+    argv = [f"ask={PROMPTS[0]}", f"images=[{given},{given}]", "seed=3", "temperature=2"]
+    _run([*_argv(drawn, tmp_path / "output"), *argv], tmp_path / "log")
+    pipeline = load(drawn.run_dir)
+    sampler = SamplerConfig(max_new_tokens=4, temperature=2)
+    picture = decode_picture(given.read_bytes(), [(32, 32)], "given")
+    results = _results(tmp_path / "output")
+    assert [(line["ask"], line["images"], line["prompt"]) for line in results] == [(PROMPTS[0], [str(given)], None)] * 2
+    found = [line["output"][0]["text"].strip() if line["output"] else "" for line in results]
+    assert found == pipeline.answer([([picture], PROMPTS[0])] * 2, sampler, seed=3) and any(found)
+    # The plain form: the question and a line break; a caption follows the picture alone.
+    asked = list(pipeline.complete([[picture, f"{PROMPTS[0]}\n"]] * 2, text_alone(sampler), 3))
+    assert found == ["".join(parts).strip() for parts in asked] != pipeline.describe([picture] * 2, sampler, 3)
+    assert (tmp_path / "output" / "sheet.png").exists()
+    _run([*_argv(drawn, tmp_path / "alone"), f"ask={PROMPTS[0]}"], tmp_path / "log-alone")
+    assert [(line["ask"], line["images"]) for line in _results(tmp_path / "alone")] == [(PROMPTS[0], [])]
+
+
 def test_texts_are_taken_as_they_stand_and_an_earlier_calls_samples_go(drawn: DrawingRun, tmp_path: Path) -> None:
     output, prompts = tmp_path / "output", ['it\'s: a # circle, [red] "one"', ""]
     _run([*_argv(drawn, output), f"prompt={prompts[0]}", "n=3"], tmp_path / "log")
@@ -107,6 +154,9 @@ def test_two_ranks_share_the_samples_and_make_the_same(drawn: DrawingRun, given:
     [
         ([], "nothing to do"),
         (["prompt=x", "n=0"], "n=0"),
+        (["edit=BROKEN"], "nothing says what to make of it"),
+        (["prompt=x", "edit=BROKEN"], "broken.png"),
+        (["prompt=a <image>", "images=BROKEN", "ask=what?"], "expected one more"),
         (["prompt=x", "checkpoint=/nowhere"], "expected a checkpoint, a run folder"),
         (["prompt=x", "vae=/nowhere"], "no such folder"),
         (["images=[/nowhere.png]"], "nowhere.png"),

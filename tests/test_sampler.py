@@ -127,7 +127,7 @@ class Slow:
 
         def guided(x, t):
             pred = self.predict(parts, x, t)
-            if config.guidance == 1 or not lowest <= t <= highest:
+            if not (config.is_guided and lowest <= t <= highest):
                 return pred
             return self.guided(pred, parts, x, t, config)
 

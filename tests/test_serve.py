@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -25,7 +26,8 @@ from tests.servers import until
 from train import serve
 from train.distributed.ranks import alone
 from train.inference.pipeline import Pipeline, PipelineConfig
-from train.serving.orders import Orders
+from train.inference.saved_model import LoadedModel
+from train.serving.orders import Orders, Refusal
 from train.serving.server import SILENT_S
 from train.serving.server import Server as Listener
 
@@ -180,6 +182,12 @@ def test_a_picture_becomes_text_and_parts_are_continued(server: Server, pipeline
     order = Orders(pipeline, SAMPLER).describe({"picture": GIVEN, "seed": 3, "temperature": 2.0})
     assert status == 200 and told["text"] == again["text"] == pipeline.describe(order.parts, order.sampler, 3)[0]
     assert told["text"] and told["settings"]["seed"] == 3 and told["settings"]["temperature"] == 2
+    asked = {"picture": encoded, "question": PROMPTS[0], "seed": 3}
+    question = Orders(pipeline, SAMPLER).describe(asked | {"picture": GIVEN})
+    assert (
+        server.ask("POST", "/api/describe", asked)[1]["text"].strip()
+        == (pipeline.answer([(order.parts, PROMPTS[0])], question.sampler, 3)[0])
+    )
     asked = {"parts": [{"text": "a"}, {"picture": encoded}, {"text": "b"}], "n": 2, "temperature": 3, "seed": 1}
     with server.asking("/api/complete", asked) as (_, events):
         done = list(events)[-1]
@@ -187,6 +195,22 @@ def test_a_picture_becomes_text_and_parts_are_continued(server: Server, pipeline
     expected = list(pipeline.complete([order.parts] * 2, order.sampler, 1))
     for mine, parts in zip(done["samples"], expected, strict=True):
         assert [part.get("text") for part in mine] == [part if isinstance(part, str) else None for part in parts]
+
+
+def test_pictures_before_a_prompt_are_edited_with_scales_of_their_own(server: Server, pipeline: Pipeline) -> None:
+    """P12: the bits of sampling."""
+    encoded = base64.b64encode(GIVEN).decode()
+    asked = {"prompt": PROMPTS[0], "pictures": [encoded, encoded], "seed": 5, "image_guidance": 1.5}
+    with server.asking("/api/draw", asked) as (_, events):
+        done = list(events)[-1]
+    order = Orders(pipeline, SAMPLER).draw(asked)
+    (expected,) = pipeline.edit([(order.parts[:2], PROMPTS[0])], replace(SAMPLER, image_guidance=1.5), seed=5)
+    assert np.array_equal(pictures(done)[0], expected) and done["settings"]["image_guidance"] == 1.5
+    (drawn_alone,) = pipeline.draw([PROMPTS[0]], SAMPLER, seed=5)
+    assert not np.array_equal(expected, drawn_alone)
+    guide = LoadedModel(pipeline.model, pipeline.tokenizer, pipeline.config, "model", pipeline.saved)
+    with pytest.raises(Refusal, match=r"image_guidance=1.5 of a model with a guide: expected null"):
+        Orders(replace(pipeline, guide=guide), SAMPLER).draw(asked)
 
 
 KEYS = {"error", "expectation", "remedy"}
@@ -211,6 +235,9 @@ BAD = [
     ("draw", {"prompt": "a", "sampler": "best"}, 400, "sampler='best'"),
     ("draw", {"prompt": "a", "guidance_interval": [3]}, 400, "guidance_interval=[3]"),
     ("draw", {"prompt": "a", "previews": "yes"}, 400, "previews='yes'"),
+    ("draw", {"prompt": "a", "pictures": "b"}, 400, "pictures='b'"),
+    ("draw", {"prompt": "a", "pictures": ["@"]}, 400, "pictures[0]:"),
+    ("draw", {"prompt": "a", "image_guidance": -1}, 400, "image_guidance=-1"),
     ("draw", b"{", 400, "not JSON"),
     ("draw", b"[" * 100_000, 400, "not JSON"),
     ("draw", [], 400, "not an object"),

@@ -185,8 +185,12 @@ def test_segments_in_any_order_keep_it() -> None:
     """Each picture goes with the text before it, else with the one after; marks say where images are."""
     mixed = [None, "first", None, None, "last"]
     assert [caption_of(mixed, i) for i in (0, 2, 3)] == ["first", "first", "last"]
-    assert joined(mixed) == "[image 1] first [image 2] [image 3] last"
-    assert joined(["caption", None]) == "caption" and joined([None]) == "" and caption_of([None], 0) == ""
+    assert joined(mixed, [False] * 5) == "[image 1] first [image 2] [image 3] last"
+    assert joined(mixed, [True, True, False, True, False]) == (
+        "[given: image 1] [given: first] [image 2] [given: image 3] last"
+    )
+    assert joined(["caption", None], [False, False]) == "caption" and joined([None], [False]) == ""
+    assert joined(["blue", None], [True, False]) == "[given: blue] [image 1]" and caption_of([None], 0) == ""
 
 
 def test_interleaved_documents_are_decoded_up_to_a_number_of_pictures(

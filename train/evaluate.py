@@ -1,5 +1,6 @@
-"""Evaluate a trained model: held-out losses, multiple choice, captions, distances of drawn pictures, scenes, and
-pictures and answers for the scorers of published benchmarks (docs/evaluation.md).
+"""Evaluate a trained model: held-out losses, multiple choice, captions, distances of drawn pictures, scenes,
+edits of them and questions about them, and pictures and answers for the scorers of published benchmarks
+(docs/evaluation.md).
 
 Writes evaluation.json (every score with its 95 % interval, and what they depend on), examples.jsonl and its pictures.
 Held-out folders with training records are refused. Under torchrun the ranks divide the work; their number changes no
@@ -31,11 +32,14 @@ from train.evaluation.benchmark_layouts import Benchmark, read_layout
 from train.evaluation.benchmarks import draw_benchmark
 from train.evaluation.captioned import read_captioned
 from train.evaluation.captioning import CaptioningConfig, evaluate_captioning
+from train.evaluation.edits import evaluate_edits, read_edits
 from train.evaluation.generation import GenerationConfig, evaluate_generation
 from train.evaluation.multiple_choice import evaluate_choices
 from train.evaluation.paper_table import paper_table
-from train.evaluation.part import Part, bar_of
+from train.evaluation.part import Inputs, Part, bar_of
 from train.evaluation.questions import read_questions
+from train.evaluation.scene_questions import evaluate_questions
+from train.evaluation.scene_questions import read_questions as read_asked_of_scenes
 from train.evaluation.scenes import evaluate_scenes
 from train.evaluation.scores import Score, lines_of
 from train.heldout import KINDS, Heldout, HeldoutConfig
@@ -48,7 +52,9 @@ from train.output_folder import make_writable
 class EvaluateConfig(PipelineConfig):
     output: Location = "runs/evaluation"  # folder to write; the scores of an earlier call there are replaced
     scenes: Location | None = None  # raw held-out scenes (train.scenes) to draw and to describe; null: none
-    max_prompts: int = 200  # scenes of each split, >= 1
+    edits: Location | None = None  # raw held-out edits (train.scenes) to carry out; null: none
+    questions: Location | None = None  # raw held-out questions about scenes (train.scenes) to answer; null: none
+    max_prompts: int = 200  # scenes of each split, edits and questions of each kind, >= 1
     # Encoded folders by name, not trained on: text_loss and image_loss (drawing) with captions first, captioning_loss
     # with captions last, x0_error (drawing, comparable between predictions and schedules; docs/training.md).
     heldout: dict[str, Location] = field(default_factory=dict)
@@ -78,7 +84,19 @@ GROUP = True  # its ranks form a process group
 SLOWEST_S = 86400.0  # that ranks wait for the slowest to draw its share; a lost one is noticed at once
 # May differ between ranks; the contents are compared instead.
 OWN = (
-    *("checkpoint", "output", "scenes", "heldout.*", "device", "vae", "tokenizer", "guide", "base"),
+    *(
+        "checkpoint",
+        "output",
+        "scenes",
+        "edits",
+        "questions",
+        "heldout.*",
+        "device",
+        "vae",
+        "tokenizer",
+        "guide",
+        "base",
+    ),
     *("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip"),
     *("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts"),
     *("answers.questions", "answers.pictures"),
@@ -133,16 +151,22 @@ def main(argv: list[str]) -> int | None:
 
 def _refuse_nothing(config: EvaluateConfig) -> None:
     """Raise ValueError for an evaluation that would score nothing."""
-    tasks = (config.heldout, config.scenes, config.choices, config.captioning.pictures, config.generation.pictures)
+    scenes = (config.scenes, config.edits, config.questions)
+    tasks = (config.heldout, *scenes, config.choices, config.captioning.pictures, config.generation.pictures)
     if not any((*tasks, config.answers.questions, config.benchmark)):
         raise ValueError(
-            "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, choices.NAME=FILE, captioning.pictures=FOLDER, "
-            "generation.pictures=FOLDER, answers.questions=FILE or benchmark=NAME"
+            "nothing to score: give heldout.NAME=FOLDER, scenes=FOLDER, edits=FOLDER, questions=FOLDER, "
+            "choices.NAME=FILE, captioning.pictures=FOLDER, generation.pictures=FOLDER, answers.questions=FILE or "
+            "benchmark=NAME"
         )
 
 
 def _refuse_unreadable(config: EvaluateConfig) -> None:
     """Raise what reading the files of each part raises, now and not after hours in the others (P10)."""
+    if config.edits is not None:
+        read_edits(config.edits, config.max_prompts)
+    if config.questions is not None:
+        read_asked_of_scenes(config.questions, config.max_prompts)
     for path in config.choices.values():
         read_questions(Path(path))
     if config.benchmark is not None:
@@ -158,28 +182,25 @@ def _parts(
     config: EvaluateConfig, pipeline: Pipeline, described: dict[str, Any], output: Path, ranks: Ranks
 ) -> dict[str, Callable[[], Part]]:
     """Return what is asked for besides held-out losses, by its name in `data`, in the order of the work."""
-    bar, sampler = bar_of(ranks), config.suited_to(pipeline.config.diffusion)
+    sampler, drawn_by = config.suited_to(pipeline.config.diffusion), {key: described[key] for key in DRAWN_BY}
+    inputs = Inputs(pipeline, sampler, config.seed, output, ranks, bar_of(ranks), drawn_by)
     parts: dict[str, Callable[[], Part]] = {}
-    drawn_by = {key: described[key] for key in DRAWN_BY}
     if choices := config.choices:
-        parts["choices"] = lambda: evaluate_choices(pipeline, choices, output, ranks, bar)
+        parts["choices"] = lambda: evaluate_choices(choices, inputs)
     if (captioning := config.captioning).pictures is not None:
-        parts["captioning"] = lambda: evaluate_captioning(
-            pipeline, captioning, sampler, config.seed, output, ranks, bar
-        )
+        parts["captioning"] = lambda: evaluate_captioning(captioning, inputs)
     if (answers := config.answers).questions is not None:
-        parts["answers"] = lambda: write_answers(pipeline, answers, sampler, config.seed, output, ranks, bar)
+        parts["answers"] = lambda: write_answers(answers, inputs)
     if (benchmark := config.benchmark) is not None:
-        parts["benchmark"] = lambda: draw_benchmark(
-            pipeline, benchmark, config.benchmark_prompts, sampler, config.seed, drawn_by, output, ranks, bar
-        )
+        parts["benchmark"] = lambda: draw_benchmark(benchmark, config.benchmark_prompts, inputs)
     if (scenes := config.scenes) is not None:
-        per_split, seed = config.max_prompts, config.seed
-        parts["scenes"] = lambda: evaluate_scenes(pipeline, scenes, per_split, sampler, seed, output, ranks, bar)
+        parts["scenes"] = lambda: evaluate_scenes(scenes, config.max_prompts, inputs)
+    if (edits := config.edits) is not None:
+        parts["edits"] = lambda: evaluate_edits(edits, config.max_prompts, inputs)
+    if (questions := config.questions) is not None:
+        parts["questions"] = lambda: evaluate_questions(questions, config.max_prompts, inputs)
     if (generation := config.generation).pictures is not None:
-        parts["generation"] = lambda: evaluate_generation(
-            pipeline, generation, sampler, config.seed, drawn_by, output, ranks, bar
-        )
+        parts["generation"] = lambda: evaluate_generation(generation, inputs)
     return parts
 
 

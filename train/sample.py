@@ -1,16 +1,17 @@
-"""Draw pictures from prompts, describe pictures, or continue prompts with text and pictures as the model chooses.
+"""Draw pictures from prompts, edit, describe and ask about pictures, or continue prompts as the model chooses.
 
-A prompt is a caption to draw. `<image>` in it stands for the next of `images`; images that no prompt uses are
-described. With interleaved=true the model chooses what follows a prompt, text or pictures. Writes to `output` one JSON
-line per sample (results.jsonl), its pictures (NNNN-0.png, ...) and text (NNNN.txt), and a contact sheet (sheet.png).
-Under torchrun the ranks divide the samples.
+A prompt is a caption to draw, or with edit=FILE an instruction for that picture. `<image>` in it stands for the next of
+`images`; images that no prompt uses are described, or with ask="..." asked about. With interleaved=true the model
+chooses what follows a prompt, text or pictures. Writes to `output` one JSON line per sample (results.jsonl), its
+pictures (NNNN-0.png, ...) and text (NNNN.txt), and a contact sheet (sheet.png). Under torchrun the ranks divide the
+samples.
 """
 
 import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from train.inference.pipeline import BAR_FORMAT, Part, Pipeline, PipelineConfig,
 from train.output_folder import make_writable
 
 IMAGE = "<image>"
-ASKED = ("prompt", "prompts", "prompts_file", "images", "n", "output", "seed")  # not part of a sample's `settings`
+# Not part of a sample's `settings`.
+ASKED = ("prompt", "prompts", "prompts_file", "images", "edit", "ask", "n", "output", "seed")
 NAMES = r"results\.jsonl|sheet\.png|\d{4,}(-\d+\.png|\.txt)"
 OURS = re.compile(rf"({NAMES})|({NAMES})\.tmp-.*")  # files of an earlier call, also those that a kill cut short
 SHEET_PICTURES = 200  # at most, so that viewers can open the sheet
@@ -42,6 +44,11 @@ class SampleConfig(PipelineConfig):
     prompts: list[str] = field(default_factory=list)  # more captions
     prompts_file: Location | None = None  # text file of more captions, one per line
     images: list[Location] = field(default_factory=list)  # picture files for <image> in prompts; others are described
+    # Pictures to edit: all of them come before each prompt, which says what to make of them.
+    edit: list[Location] = field(default_factory=list)
+    # A question about each of `images` that no prompt uses, in the chat form of the tokenizer's model (docs/data.md);
+    # without images it is asked alone. null: those images are described.
+    ask: str | None = None
     n: int = 1  # samples per prompt or picture, >= 1
     interleaved: bool = False  # true: the model chooses what follows, up to max_new_tokens and max_images
     size: tuple[int, int] | None = None  # [height, width] of drawn pictures in pixels; null: the training data's
@@ -57,35 +64,49 @@ class SampleConfig(PipelineConfig):
 CONFIG = SampleConfig
 GROUP = True  # its ranks form a process group
 # May differ between ranks; the contents are compared instead.
-OWN = ("checkpoint", "prompts_file", "images", "output", "device", "vae", "tokenizer", "guide")
+OWN = ("checkpoint", "prompts_file", "images", "edit", "output", "device", "vae", "tokenizer", "guide")
 
 
 @dataclass(frozen=True)
 class Request:
     """One sample to make."""
 
-    prompt: str | None  # None: describe the picture
+    prompt: str | None  # None: describe the picture, or answer
     images: tuple[str, ...]  # picture files for its <image>s
+    edit: tuple[str, ...] = ()  # picture files before it
+    ask: str | None = None  # a question about the picture
 
-    def parts(self, pictures: dict[str, np.ndarray]) -> list[Part]:
-        """Return the prompt's text and pictures in order."""
+    def parts(self, pictures: dict[str, np.ndarray], pipeline: Pipeline) -> list[Part]:
+        """Return what is given, text and pictures in order."""
+        if self.ask is not None:
+            return pipeline.ask([pictures[name] for name in self.images], self.ask)
         texts, images = (IMAGE if self.prompt is None else self.prompt).split(IMAGE), iter(self.images)
-        parts: list[Part] = [texts[0]]
+        parts: list[Part] = [*[pictures[name] for name in self.edit], texts[0]]
         for text in texts[1:]:
             parts += [pictures[next(images)], text]
         return [part for part in parts if not isinstance(part, str) or part.strip()]
+
+    def show(self, pictures: dict[str, np.ndarray], made: list[Part]) -> list[tuple[np.ndarray, str]]:
+        """Return pictures and titles for the contact sheet: the new ones, and those that were edited or described."""
+        text = " ".join(part for part in made if isinstance(part, str))
+        drawn = [part for part in made if isinstance(part, np.ndarray)]
+        given = self.edit or (() if drawn else self.images[:1])
+        title = "given" if self.edit else f"given: {text}" if self.ask is None else f"{self.ask} {text}"
+        new = f"{self.prompt or ''} {text}".strip()
+        return [*[(pictures[name], title) for name in given], *[(picture, new) for picture in drawn]]
 
 
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
     requests = [request for request in _requests(config) for _ in range(config.n)]
-    facts = {**facts_of(config, OWN), "prompts": str([(request.prompt, len(request.images)) for request in requests])}
+    asked = [(each.prompt, len(each.images), len(each.edit)) for each in requests]
+    facts = {**facts_of(config, OWN), "prompts": str(asked)}
     ranks = init_ranks(timeout_s=1800, device=config.device, facts=facts)
     pipeline = Pipeline.load(config, ranks).sized(config.size)
     assert pipeline.saved is not None
     guide = pipeline.describe_guide()
-    step, resolution = pipeline.saved.step, pipeline.latent_spec.resolution
-    pictures = {name: _read_picture(Path(name), resolution) for name in dict.fromkeys(config.images)}
+    step, given = pipeline.saved.step, dict.fromkeys((*config.images, *config.edit))
+    pictures = {name: _read_picture(Path(name), pipeline.latent_spec.resolution) for name in given}
     output = Path(config.output)
     ranks.require_alike({"images (contents)": str([zlib.crc32(picture.tobytes()) for picture in pictures.values()])})
     ranks.on_first(lambda: _clear(output))
@@ -98,14 +119,12 @@ def main(argv: list[str]) -> int | None:
     with tqdm(desc="sample", total=len(mine), bar_format=BAR_FORMAT, disable=not ranks.is_first) as bar:
         for number, parts in _sample(pipeline, config, requests, pictures, mine, bar.update):
             request = requests[number]
-            line = {"index": number, "prompt": request.prompt, "images": request.images}
+            line = {"index": number, **asdict(request)}
             made = {"output": _write_sample(output, number, parts), "seed": config.seed, "step": step, "guide": guide}
             lines.append({**line, **made, "settings": settings})
-            text = " ".join(part for part in parts if isinstance(part, str))
-            drawn = [part for part in parts if isinstance(part, np.ndarray)]
-            shown += [(number, picture, f"{request.prompt or ''} {text}".strip()) for picture in drawn]
-            shown += [(number, pictures[name], f"given: {text}") for name in request.images[:1] if not drawn]
-    _finish(output, lines, shown, step, ranks)
+            shown += [(number, *each) for each in request.show(pictures, parts)]
+    beside = 1 + len(config.edit)  # of the contact sheet's pictures: what was given and what became of it
+    _finish(output, lines, shown, beside * max(1, 5 // beside), step, ranks)
     ranks.close()
     return 0
 
@@ -132,8 +151,10 @@ def _requests(config: SampleConfig) -> list[Request]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"prompts_file={config.prompts_file}: not a readable UTF-8 text file ({error})") from None
         prompts += [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts and not config.images:
-        raise ValueError('nothing to do: give prompt="...", prompts_file=FILE or images=[FILE,...]')
+    if config.edit and not prompts:
+        raise ValueError(f'edit={config.edit}: nothing says what to make of it; give prompt="..."')
+    if not prompts and not config.images and config.ask is None:
+        raise ValueError('nothing to do: give prompt="...", prompts_file=FILE, images=[FILE,...] or ask="..."')
     left, requests = list(config.images), []
     for prompt in prompts:
         wanted = prompt.count(IMAGE)
@@ -142,9 +163,12 @@ def _requests(config: SampleConfig) -> list[Request]:
                 f"prompt={prompt!r} asks for {wanted} images, {len(left)} of {len(config.images)} are left; expected "
                 "one file in images=[...] for each <image>"
             )
-        requests.append(Request(prompt, tuple(left[:wanted])))
+        requests.append(Request(prompt, tuple(left[:wanted]), tuple(config.edit)))
         del left[:wanted]
-    return requests + [Request(None, (name,)) for name in left]
+    rest = [()] if config.ask is not None and not config.images else [(name,) for name in left]
+    if config.ask is not None and not rest:
+        raise ValueError(f"ask={config.ask!r}: the prompts use all of images={config.images}; expected one more")
+    return requests + [Request(None, names, ask=config.ask) for names in rest]
 
 
 def _sample(
@@ -162,7 +186,9 @@ def _sample(
     if config.interleaved:
         jobs = [(list(numbers), config, False)]
     for chosen, settings, draw in jobs:
-        prompts = [requests[number].parts(pictures) for number in chosen]
+        if not chosen:
+            continue
+        prompts = [requests[number].parts(pictures, pipeline) for number in chosen]
         yield from zip(chosen, pipeline.complete(prompts, settings, config.seed, progress, chosen, draw), strict=True)
 
 
@@ -184,7 +210,12 @@ def _write_sample(output: Path, number: int, parts: list[Part]) -> list[dict[str
 
 
 def _finish(
-    output: Path, lines: list[dict[str, Any]], shown: list[tuple[int, np.ndarray, str]], step: int, ranks: Ranks
+    output: Path,
+    lines: list[dict[str, Any]],
+    shown: list[tuple[int, np.ndarray, str]],
+    columns: int,
+    step: int,
+    ranks: Ranks,
 ) -> None:
     """Write results.jsonl and the contact sheet of all ranks' samples, on rank 0. Collective."""
     lines = sorted((line for part in ranks.gather(lines) for line in part), key=lambda line: line["index"])
@@ -196,13 +227,14 @@ def _finish(
     for line in lines:
         texts = [part["text"] for part in line["output"] if "text" in part]
         if texts:
-            what = ", ".join([*([line["prompt"]] if line["prompt"] else []), *line["images"]])
+            asked = [text for text in (line["prompt"], line["ask"]) if text]
+            what = ", ".join([*asked, *line["images"], *line["edit"]])
             print(f"{line['index']:04d} {what}: {json.dumps(' ... '.join(texts), ensure_ascii=False)}")  # no escapes
     where = ""
     if shown:
         _, pictures, titles = zip(*shown[:SHEET_PICTURES], strict=True)
         with atomic_write(output / "sheet.png") as file:
-            contact_sheet(pictures, titles, columns=5).save(file, "PNG")
+            contact_sheet(pictures, titles, columns).save(file, "PNG")
         where = f", contact sheet {output / 'sheet.png'}"
     print(f"sample: {len(lines)} results of step {step} in {output}{where}")
 

@@ -1,6 +1,7 @@
 """Answers to questions about pictures, for the scorers of visual question answering that read LLaVA's answer files.
 
-Questions are JSON lines {"question_id", "image", "text"}; answers are written as LLaVA's model_vqa.py does.
+Questions are JSON lines {"question_id", "image", "text"}, and "system" if the conversation begins with one. They are
+asked in the chat form of the tokenizer's model (data/chat.py); answers are written as LLaVA's model_vqa.py does.
 """
 
 import hashlib
@@ -12,10 +13,8 @@ from typing import Any
 from data.durable import write_durably
 from data.pictures import decode_picture
 from data.storage import Location
-from model.sampler_config import SamplerConfig
-from train.distributed.ranks import Ranks
 from train.evaluation.generation import batches_of
-from train.evaluation.part import Bar, Part
+from train.evaluation.part import Inputs, Part
 from train.evaluation.texts import OTHER_FORM, read_lines, text_of
 from train.inference.pipeline import Part as PromptPart
 from train.inference.pipeline import Pipeline, text_alone
@@ -28,7 +27,7 @@ class AnswersConfig:
     # Questions about pictures, JSON lines {"question_id", "image", "text"}, to answer in answers.jsonl; null: none.
     questions: Location | None = None
     pictures: Location = "."  # folder in which the names of `image` lie
-    template: str = QUESTION  # what the model reads after the picture; {question} stands for the question's text
+    template: str = QUESTION  # what the user says after the picture; {question} stands for the question's text
 
     def __post_init__(self) -> None:
         if QUESTION not in self.template:
@@ -43,7 +42,8 @@ def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             image = text_of(row.get("image") or "")
-            rows.append({"question_id": row["question_id"], "text": text_of(row["text"]), "image": image})
+            system = {"system": text_of(row["system"])} if row.get("system") else {}
+            rows.append({"question_id": row["question_id"], "text": text_of(row["text"]), "image": image, **system})
         except OTHER_FORM as error:
             raise ValueError(
                 f"answers.questions={path}:{number}: {type(error).__name__}: {error}; expected question_id, image, text"
@@ -56,25 +56,18 @@ def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def write_answers(
-    pipeline: Pipeline,
-    config: AnswersConfig,
-    sampler: SamplerConfig,
-    seed: int,
-    output: Path,
-    ranks: Ranks,
-    bar: Bar,
-) -> Part:
+def write_answers(config: AnswersConfig, inputs: Inputs) -> Part:
     """Answer each question after its picture, if it has one, and write answers.jsonl; give no scores. Collective."""
+    pipeline, ranks = inputs.pipeline, inputs.ranks
     rows, saved = read_questions(config), pipeline.saved
     fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
     ranks.require_alike({"answers.questions (contents)": fingerprint})
     batches = batches_of(len(rows), pipeline.batch_size)[ranks.rank :: ranks.world_size]
     mine: list[tuple[int, str]] = []
-    with bar("answers", sum(map(len, batches))) as progress:
+    with inputs.bar("answers", sum(map(len, batches))) as progress:
         for batch in batches:
             prompts = [_prompt(pipeline, config, rows[number]) for number in batch]
-            answered = pipeline.complete(prompts, text_alone(sampler), seed, progress.update, batch)
+            answered = pipeline.complete(prompts, text_alone(inputs.sampler), inputs.seed, progress.update, batch)
             texts = ["".join(part for part in parts if isinstance(part, str)) for parts in answered]
             mine += zip(batch, texts, strict=True)
     found = dict(pair for part in ranks.gather(mine) for pair in part)
@@ -84,13 +77,13 @@ def write_answers(
         answer = {"question_id": row["question_id"], "prompt": row["text"], "text": found[number].strip()}
         lines.append({**answer, "answer_id": f"{fingerprint}-{number}", "model_id": model_id, "metadata": {}})
     if ranks.is_first:
-        write_durably(output / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_durably(inputs.output / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     return Part({}, [], {"questions": config.questions, "fingerprint": fingerprint, "items": len(rows)})
 
 
 def _prompt(pipeline: Pipeline, config: AnswersConfig, row: dict[str, Any]) -> list[PromptPart]:
-    text = config.template.replace(QUESTION, row["text"])
-    if not row["image"]:
-        return [text]
-    path, side = Path(config.pictures) / row["image"], pipeline.latent_spec.resolution
-    return [decode_picture(path.read_bytes(), [(side, side)], str(path)), text]
+    text, pictures = config.template.replace(QUESTION, row["text"]), []
+    if row["image"]:
+        path, side = Path(config.pictures) / row["image"], pipeline.latent_spec.resolution
+        pictures = [decode_picture(path.read_bytes(), [(side, side)], str(path))]
+    return pipeline.ask(pictures, text, row.get("system"))

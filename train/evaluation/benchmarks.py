@@ -14,52 +14,39 @@ import numpy as np
 
 from data.durable import write_durably
 from data.pictures import encode_jpeg, encode_png
-from model.sampler_config import SamplerConfig
-from train.distributed.ranks import Ranks
 from train.distributed.shared_folder import require_shared
 from train.evaluation.benchmark_layouts import Benchmark, File, Layout, read_layout
 from train.evaluation.drawn_folder import begin
-from train.evaluation.part import Bar, Part
-from train.inference.pipeline import Pipeline
+from train.evaluation.part import Inputs, Part
 
 SHOWN = 32  # files among the examples
 
 
-def draw_benchmark(
-    pipeline: Pipeline,
-    benchmark: Benchmark,
-    prompts: Sequence[str],
-    sampler: SamplerConfig,
-    seed: int,
-    described: dict[str, Any],
-    output: Path,
-    ranks: Ranks,
-    bar: Bar,
-) -> Part:
+def draw_benchmark(benchmark: Benchmark, prompts: Sequence[str], inputs: Inputs) -> Part:
     """Draw what is missing of output/BENCHMARK, the folder that its scorer reads; give no scores. Collective.
 
-    `described` is what a picture depends on besides its prompt and number. Raises ValueError if the folder was begun
-    with other settings, which output/BENCHMARK.json holds.
+    Raises ValueError if the folder was begun with other settings, which output/BENCHMARK.json holds.
     """
+    pipeline, ranks = inputs.pipeline, inputs.ranks
     layout = read_layout(benchmark, prompts)
     side = [length * pipeline.space.stride for length in pipeline.grid]
     if benchmark == "dpg" and side[0] != side[1]:
         raise ValueError(f"benchmark=dpg with pictures of {side}: its scorer cuts squares; expected a square grid")
     fingerprint = hashlib.sha256(repr(layout).encode()).hexdigest()[:16]
     ranks.require_alike({"benchmark_prompts (contents)": fingerprint})
-    folder = output / benchmark
-    ranks.on_first(lambda: _begin(folder, layout, {**described, "prompts": fingerprint}))
+    folder = inputs.output / benchmark
+    ranks.on_first(lambda: _begin(folder, layout, {**inputs.drawn_by, "prompts": fingerprint}))
     require_shared(folder, "output", ranks)
     batches = list(_batches(layout.files, pipeline.batch_size))
     missing = ranks.on_first(
         lambda: [i for i, batch in enumerate(batches) if not all((folder / file.name).is_file() for file, _ in batch)]
     )
     mine = [batches[i] for i in missing[ranks.rank :: ranks.world_size]]
-    with bar(benchmark, sum(file.pictures for batch in mine for file, _ in batch)) as progress:
+    with inputs.bar(benchmark, sum(file.pictures for batch in mine for file, _ in batch)) as progress:
         for batch in mine:
             numbers = [first + k for file, first in batch for k in range(file.pictures)]
             texts = [file.prompt for file, _ in batch for _ in range(file.pictures)]
-            pictures = iter(pipeline.draw(texts, sampler, seed, progress.update, numbers))
+            pictures = iter(pipeline.draw(texts, inputs.sampler, inputs.seed, progress.update, numbers))
             for file, _ in batch:
                 of_file = [next(pictures) for _ in range(file.pictures)]
                 if not (folder / file.name).is_file():

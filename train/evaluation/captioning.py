@@ -12,14 +12,11 @@ import numpy as np
 
 from data.durable import write_durably
 from data.pictures import encode_png
-from model.sampler_config import SamplerConfig
-from train.distributed.ranks import Ranks
 from train.evaluation.captioned import Captioned, CaptionedConfig, read_captioned
 from train.evaluation.cider import cider, tokens_of
 from train.evaluation.generation import batches_of
-from train.evaluation.part import Bar, Part
+from train.evaluation.part import Inputs, Part
 from train.evaluation.scores import bootstrap
-from train.inference.pipeline import Pipeline
 
 SHOWN = 16  # of the best and of the worst captions, among the examples
 
@@ -40,20 +37,13 @@ class CaptioningConfig(CaptionedConfig):
         return self.max_pictures
 
 
-def evaluate_captioning(
-    pipeline: Pipeline,
-    config: CaptioningConfig,
-    sampler: SamplerConfig,
-    seed: int,
-    output: Path,
-    ranks: Ranks,
-    bar: Bar,
-) -> Part:
+def evaluate_captioning(config: CaptioningConfig, inputs: Inputs) -> Part:
     """Describe each picture and score `captioning/cider`; write captions.json and references.json. Collective.
 
     Both are in COCO's forms, and pycocoevalcap scores the one against the other. The score is pycocoevalcap's: papers
     print 100 times that.
     """
+    pipeline, ranks = inputs.pipeline, inputs.ranks
     side, count = pipeline.latent_spec.resolution, pipeline.batch_size
 
     def is_mine(number: int) -> bool:
@@ -67,10 +57,10 @@ def evaluate_captioning(
     ranks.require_alike({"captioning (contents)": fingerprint})
     batches = batches_of(len(items), count)[ranks.rank :: ranks.world_size]
     mine: list[tuple[int, str]] = []
-    with bar("captions", sum(map(len, batches))) as progress:
+    with inputs.bar("captions", sum(map(len, batches))) as progress:
         for batch in batches:
             pictures = [items[number].pixels(side) for number in batch]
-            described = pipeline.describe(pictures, sampler, seed, progress.update, batch)
+            described = pipeline.describe(pictures, inputs.sampler, inputs.seed, progress.update, batch)
             mine += zip(batch, (" ".join(caption.split()) for caption in described), strict=True)
     captions = [caption for _, caption in sorted(pair for part in ranks.gather(mine) for pair in part)]
     references = [[tokens_of(reference) for reference in item.references] for item in items]
@@ -80,8 +70,9 @@ def evaluate_captioning(
     pictures_shown = ranks.gather({n: encode_png(items[n].pixels(side)) for n in shown if is_mine(n)})
     examples = []
     if ranks.is_first:
-        _write_coco(output, items, captions)
-        files = _write_pictures(output, {number: data for part in pictures_shown for number, data in part.items()})
+        _write_coco(inputs.output, items, captions)
+        encoded = {number: data for part in pictures_shown for number, data in part.items()}
+        files = _write_pictures(inputs.output, encoded)
         for number in shown:
             references_of = items[number].references
             line = {"prompt": references_of[0], "true": files[number], "references": references_of}

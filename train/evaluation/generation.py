@@ -21,15 +21,13 @@ from tqdm import tqdm
 from data.durable import write_durably
 from data.pictures import decode_picture, encode_png
 from data.storage import Location
-from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.distributed.shared_folder import require_shared
 from train.evaluation.captioned import CaptionedConfig, read_captioned
 from train.evaluation.drawn_folder import begin
 from train.evaluation.features import Batch, FeatureModels, Features
-from train.evaluation.part import Bar, Part
+from train.evaluation.part import Inputs, Part
 from train.evaluation.scores import Score, bootstrap
-from train.inference.pipeline import Pipeline
 
 DRAWN, REFERENCES = "drawn", "references"  # folders of pictures in the output
 SETTINGS = "settings.json"  # beside the drawn pictures: what they depend on
@@ -69,35 +67,27 @@ class Listed:
     fingerprint: str  # of captions and reference pictures
 
 
-def evaluate_generation(
-    pipeline: Pipeline,
-    config: GenerationConfig,
-    sampler: SamplerConfig,
-    seed: int,
-    described: dict[str, Any],
-    output: Path,
-    ranks: Ranks,
-    bar: Bar,
-) -> Part:
+def evaluate_generation(config: GenerationConfig, inputs: Inputs) -> Part:
     """Draw the captions and compare with the references. Collective.
 
-    Scores are `pictures/frechet_NAME`, `pictures/cmmd`, `pictures/clip_score`, `pictures/inception_fid`. `described` is
-    what a picture depends on besides its caption and number. Raises ValueError, before anything is drawn, for models
-    that cannot be used and for a folder that holds pictures of other settings.
+    Scores are `pictures/frechet_NAME`, `pictures/cmmd`, `pictures/clip_score`, `pictures/inception_fid`. Raises
+    ValueError, before anything is drawn, for models that cannot be used and for a folder that holds pictures of other
+    settings.
     """
+    pipeline, output, ranks = inputs.pipeline, inputs.output, inputs.ranks
     if config.inception:
         require_fidelity()
     size = (pipeline.grid[0] * pipeline.space.stride, pipeline.grid[1] * pipeline.space.stride)
     models = FeatureModels.load(config.models, config.clip, ranks.device)
     listed = ranks.on_first(lambda: list_captions(config))
-    settings = {**described, "captions": listed.fingerprint}
+    settings = {**inputs.drawn_by, "captions": listed.fingerprint}
     ranks.on_first(lambda: begin(output / DRAWN, output / DRAWN / SETTINGS, settings))
     require_shared(output / DRAWN, "output", ranks)
-    _draw(pipeline, listed.captions, sampler, seed, output / DRAWN, ranks, bar)
+    _draw(listed.captions, inputs)
     batches = of_rank(batches_of(len(listed.captions), pipeline.batch_size), ranks)
     kept = {"fingerprint": listed.fingerprint, "size": size, "models": models.described}
-    references = _references(config, models, kept, batches, output, ranks, bar)
-    with bar("features", sum(map(len, batches))) as progress:
+    references = _references(config, models, kept, batches, inputs)
+    with inputs.bar("features", sum(map(len, batches))) as progress:
         pictures = _with_progress(_read(output / DRAWN, batches, size), progress)
         drawn = models.measure(pictures, listed.captions, jackknife=True, ranks=ranks)
     scores = models.distances(drawn, references, ranks)
@@ -136,34 +126,29 @@ def of_rank(batches: list[range], ranks: Ranks) -> list[range]:
     return batches[first:last]
 
 
-def _draw(
-    pipeline: Pipeline, captions: list[str], sampler: SamplerConfig, seed: int, folder: Path, ranks: Ranks, bar: Bar
-) -> None:
+def _draw(captions: list[str], inputs: Inputs) -> None:
     """Draw the batches of which a picture is missing, divided among ranks; wait for all of them. Collective."""
+    pipeline, ranks, folder = inputs.pipeline, inputs.ranks, inputs.output / DRAWN
     batches = batches_of(len(captions), pipeline.batch_size)
     there = ranks.on_first(lambda: {path.name for path in folder.iterdir()})  # names not asked for are not cached
     missing = of_rank([batch for batch in batches if not there.issuperset(map(name_of, batch))], ranks)
-    with bar("pictures", sum(map(len, missing))) as progress:
+    with inputs.bar("pictures", sum(map(len, missing))) as progress:
         for batch in missing:
-            pictures = pipeline.draw([captions[number] for number in batch], sampler, seed, progress.update, batch)
+            texts = [captions[number] for number in batch]
+            pictures = pipeline.draw(texts, inputs.sampler, inputs.seed, progress.update, batch)
             _write(folder, zip(batch, pictures, strict=True))
     ranks.gather(None)
 
 
 def _references(
-    config: GenerationConfig,
-    models: FeatureModels,
-    settings: dict[str, Any],
-    batches: list[range],
-    output: Path,
-    ranks: Ranks,
-    bar: Bar,
+    config: GenerationConfig, models: FeatureModels, settings: dict[str, Any], batches: list[range], inputs: Inputs
 ) -> Features:
     """Return the references' features, those of an earlier call with equal settings if the output holds them.
 
     Collective. For the Inception FID their pictures are written.
     """
-    path, folder, size = output / "references.safetensors", output / REFERENCES, settings["size"]
+    output, ranks, size = inputs.output, inputs.ranks, settings["size"]
+    path, folder = output / "references.safetensors", output / REFERENCES
     if config.inception:
         ranks.on_first(lambda: folder.mkdir(exist_ok=True))
         for numbers, pictures in _read_references(config, batches, size):
@@ -171,7 +156,7 @@ def _references(
     known = Features.read(path, settings, ranks.device)
     if all(ranks.gather(known is not None)) and known is not None:
         return known
-    with bar("references", sum(map(len, batches))) as progress:
+    with inputs.bar("references", sum(map(len, batches))) as progress:
         found = models.measure(
             _with_progress(_read_references(config, batches, size), progress), None, jackknife=False, ranks=ranks
         )

@@ -22,8 +22,7 @@ from data.tokenizer import Tokenizer
 from model.attention import block_mask
 from model.document_attention import document_mask
 from model.modalities import Modality
-from train.distributed.ranks import Ranks
-from train.evaluation.part import Bar, Part
+from train.evaluation.part import Inputs, Part
 from train.evaluation.questions import DELIMITER, Question, read_questions
 from train.evaluation.scores import Score, share
 from train.inference.pipeline import Pipeline, Progress
@@ -33,12 +32,13 @@ NO_DRAWS = ImageDraws(torch.zeros(0), [], [])
 Likelihood = tuple[float, int]  # sum of the log probabilities of a choice's tokens, nats; how many they are
 
 
-def evaluate_choices(pipeline: Pipeline, files: dict[str, str], output: Path, ranks: Ranks, bar: Bar) -> Part:
+def evaluate_choices(files: dict[str, str], inputs: Inputs) -> Part:
     """Answer each file's questions; write every likelihood to choices-NAME.jsonl on rank 0. Collective.
 
     Scores are `choices/NAME/accuracy`, `accuracy_per_character` and `accuracy_per_token`. Raises ValueError for a
     question that does not fit the model's sequences.
     """
+    ranks = inputs.ranks
     sets = {name: read_questions(Path(path)) for name, path in files.items()}
     prints = {name: hashlib.sha256(repr(questions).encode()).hexdigest()[:16] for name, questions in sets.items()}
     ranks.require_alike({f"choices.{name} (contents)": fingerprint for name, fingerprint in prints.items()})
@@ -49,15 +49,15 @@ def evaluate_choices(pipeline: Pipeline, files: dict[str, str], output: Path, ra
         for context, choice in zip(question.contexts, question.choices, strict=True)
     ]
     mine = asked[ranks.rank :: ranks.world_size]
-    with bar("multiple choice", len(mine)) as progress:
-        parts = ranks.gather(log_likelihoods(pipeline, mine, progress.update))
+    with inputs.bar("multiple choice", len(mine)) as progress:
+        parts = ranks.gather(log_likelihoods(inputs.pipeline, mine, progress.update))
     found = iter([parts[i % len(parts)][i // len(parts)] for i in range(len(asked))])
     scores: dict[str, Score] = {}
     for name, questions in sets.items():
         answers = [[next(found) for _ in question.choices] for question in questions]
         scores |= {f"choices/{name}/{kind}": score for kind, score in accuracies(questions, answers).items()}
         if ranks.is_first:
-            _write(output / f"choices-{name}.jsonl", questions, answers)
+            _write(inputs.output / f"choices-{name}.jsonl", questions, answers)
     data = {
         name: {"path": files[name], "fingerprint": prints[name], "items": len(questions)}
         for name, questions in sets.items()

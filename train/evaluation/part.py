@@ -1,16 +1,32 @@
-"""What each part of an evaluation returns, and how it shows its progress."""
+"""What each part of an evaluation is given and returns, and how it shows its progress."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
 from train.evaluation.scores import Score
-from train.inference.pipeline import BAR_FORMAT
+from train.inference.pipeline import BAR_FORMAT, Pipeline
 
 # (what is done, this rank's rows) -> a progress bar with an ETA, silent but on rank 0.
 Bar = Callable[[str, float], tqdm]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is evaluated and how, alike for all parts."""
+
+    pipeline: Pipeline
+    sampler: SamplerConfig
+    seed: int
+    output: Path  # folder, which exists
+    ranks: Ranks
+    bar: Bar
+    drawn_by: dict[str, Any]  # what a drawn picture depends on besides its prompt and number
 
 
 class Part(NamedTuple):
@@ -32,3 +48,10 @@ def bar_of(ranks: Ranks) -> Bar:
         disable=not ranks.is_first,
         mininterval=1,
     )
+
+
+def in_order(ranks: Ranks, mine: list) -> list:
+    """Return all ranks' results in the order of the items, of which rank r of W has r, r + W, r + 2W ... Collective."""
+    parts = ranks.gather(mine)
+    total = sum(len(part) for part in parts)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]

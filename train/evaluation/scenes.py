@@ -24,7 +24,7 @@ from data.scenes import Shape, parse_caption
 from data.shards import BadRecords, read_shard
 from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
-from train.evaluation.part import Bar, Part
+from train.evaluation.part import Inputs, Part, in_order
 from train.evaluation.scores import Score, share
 from train.inference.pipeline import Pipeline, Progress
 
@@ -82,7 +82,7 @@ def judge(
     drawn = [(picture, score(picture, item.shapes)) for item, picture in zip(mine, pictures, strict=True)]
     captions = pipeline.describe([item.picture for item in mine], sampler, seed, progress, numbers)
     described = [(text, compare(parse_caption(text), item.shapes)) for item, text in zip(mine, captions, strict=True)]
-    return _in_order(ranks, drawn), _in_order(ranks, described)
+    return in_order(ranks, drawn), in_order(ranks, described)
 
 
 def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str, Score]:
@@ -103,25 +103,17 @@ def shares(items: Sequence[SceneItem], verdicts: Sequence[Verdict]) -> dict[str,
     return found
 
 
-def evaluate_scenes(
-    pipeline: Pipeline,
-    folder: str,
-    per_split: int,
-    sampler: SamplerConfig,
-    seed: int,
-    output: Path,
-    ranks: Ranks,
-    bar: Bar,
-) -> Part:
+def evaluate_scenes(folder: str, per_split: int, inputs: Inputs) -> Part:
     """Judge at most `per_split` scenes of each split, drawn and described; write their pictures on rank 0. Collective.
 
     Scores are `scenes/text_to_image/GOAL` and `scenes/image_to_text/GOAL`.
     """
+    pipeline, ranks = inputs.pipeline, inputs.ranks
     items = read_scenes(Path(folder), pipeline.latent_spec.resolution, per_split)
     ranks.require_alike({"scenes (contents)": str(zlib.crc32(repr([item.caption for item in items]).encode()))})
-    with bar("scenes", 2 * -(-len(items) // ranks.world_size)) as progress:
-        drawn, described = judge(pipeline, items, sampler, seed, ranks, progress.update)
-    examples = write_examples(output, items, drawn, described) if ranks.is_first else []
+    with inputs.bar("scenes", 2 * -(-len(items) // ranks.world_size)) as progress:
+        drawn, described = judge(pipeline, items, inputs.sampler, inputs.seed, ranks, progress.update)
+    examples = write_examples(inputs.output, items, drawn, described) if ranks.is_first else []
     tasks = {"text_to_image": [verdict for _, verdict in drawn], "image_to_text": [verdict for _, verdict in described]}
     scores = {
         f"scenes/{task}/{goal}": found
@@ -154,10 +146,3 @@ def write_examples(
             }
         )
     return lines
-
-
-def _in_order(ranks: Ranks, mine: list) -> list:
-    """Return all ranks' results in the order of the items."""
-    parts = ranks.gather(mine)
-    total = sum(len(part) for part in parts)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]

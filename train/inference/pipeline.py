@@ -7,7 +7,7 @@ beside it (P12); on CUDA also on the batch size. An incomplete last batch runs t
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ BATCH = 50  # rows of a sampling batch: small enough for a laptop, large enough 
 # Progress in rows; a denoising step is a fraction of one.
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
 
-Part = str | np.ndarray  # text, or a picture uint8 [H, W, 3]
+Part = str | np.ndarray  # text, or a picture uint8 [H, W, 3]; in prompts also token ids int64 [len]
 Progress = Callable[[float], object]  # called with the rows, or the fraction of one, completed since the last call
 
 
@@ -65,6 +65,9 @@ class PipelineConfig(SamplerConfig):
         super().__post_init__()
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: expected at least 1")
+        if self.image_guidance is not None and (self.guide is not None or self.guide_weights is not None):
+            found = f"image_guidance={self.image_guidance}, guide={self.guide}, guide_weights={self.guide_weights}"
+            raise ValueError(f"{found}: a guide reads the whole prompt; expected image_guidance=null, or no guide")
 
 
 @dataclass
@@ -190,25 +193,24 @@ class Pipeline:
     ) -> Iterator[list[Part]]:
         """Yield, batch by batch, what follows each prompt of text and pictures: a function of (prompt, seed, number).
 
-        `draw`: begin with a picture; otherwise with text, and the model decides. Pictures in prompts are
-        [resolution, resolution, 3]. `numbers` identify the samples; None counts from 0. Instead of a seed, draws may be
-        given. `watch` sees pictures while they are denoised, whitened; `decode` makes pixels of them. A
-        sample of whose number `left` is true is given up, and ends with what it has.
+        What is given is context, as data with roles calls it, and what is sampled a target. `draw`: begin with a
+        picture; otherwise with text, and the model decides. Pictures in prompts are [resolution, resolution, 3].
+        `numbers` identify the samples; None counts from 0. Instead of a seed, draws may be given. `watch` sees pictures
+        while they are denoised, whitened; `decode` makes pixels of them. A sample of whose number `left` is true is
+        given up, and ends with what it has.
         """
         if draw or config.max_images:
             self.require_pictures()
         self._warn_of_unknown({part for prompt in prompts for part in prompt if isinstance(part, str)})
         numbers = numbers or range(len(prompts))
-        given = [[part for part in prompt if isinstance(part, np.ndarray)] for prompt in prompts]
+        given = [[part for part in prompt if _is_picture(part)] for prompt in prompts]
         places = [(number, i) for number, parts in zip(numbers, given, strict=True) for i in range(len(parts))]
         draws = SeededDraws(seed) if isinstance(seed, int) else seed
         latents = iter(self._encode([picture for parts in given for picture in parts], places, draws))
         rows = []
         for number, prompt in zip(numbers, prompts, strict=True):
-            segments = [
-                torch.from_numpy(self.tokenizer.encode(part)) if isinstance(part, str) else next(latents)
-                for part in prompt
-            ]
+            ids = [self.tokenizer.encode(part) if isinstance(part, str) else part for part in prompt]
+            segments = [next(latents) if _is_picture(part) else torch.from_numpy(part) for part in ids]
             rows.append(Prompt(segments, draw=draw, index=number))
         for outputs in self._generate(rows, config, draws, progress, watch, left):
             pictures = iter(self.decode([part for parts in outputs for part in parts if part.ndim == 3]))
@@ -224,7 +226,19 @@ class Pipeline:
         numbers: Sequence[int] | None = None,
     ) -> list[np.ndarray]:
         """Return one picture uint8 [H, W, 3] per caption; see `complete` for the other arguments."""
-        results = self.complete([[text] for text in prompts], one_picture(config), seed, progress, numbers, draw=True)
+        return self.edit([((), text) for text in prompts], config, seed, progress, numbers)
+
+    def edit(
+        self,
+        edits: Sequence[tuple[Sequence[np.ndarray], str]],
+        config: SamplerConfig,
+        seed: int,
+        progress: Progress = lambda rows: None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[np.ndarray]:
+        """Return what each instruction makes of the pictures before it, uint8 [H, W, 3]; see `complete`."""
+        prompts: list[list[Part]] = [[*pictures, text] for pictures, text in edits]
+        results = self.complete(prompts, one_picture(config), seed, progress, numbers, draw=True)
         return [part for parts in results for part in parts if isinstance(part, np.ndarray)]
 
     def describe(
@@ -238,6 +252,36 @@ class Pipeline:
         """Return one caption per picture; see `complete` for the other arguments."""
         results = self.complete([[picture] for picture in pictures], text_alone(config), seed, progress, numbers)
         return ["".join(part for part in parts if isinstance(part, str)) for parts in results]
+
+    def answer(
+        self,
+        questions: Sequence[tuple[Sequence[np.ndarray], str]],
+        config: SamplerConfig,
+        seed: int,
+        progress: Progress = lambda rows: None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Return the answer to each question about the pictures before it, stripped; see `complete`."""
+        prompts = [self.ask(*question) for question in questions]
+        results = self.complete(prompts, text_alone(config), seed, progress, numbers)
+        return ["".join(part for part in parts if isinstance(part, str)).strip() for parts in results]
+
+    def ask(self, pictures: Sequence[np.ndarray], question: str, system: str | None = None) -> list[Part]:
+        """Return the prompt of a question after its pictures, up to where the assistant is to speak (data/chat.py)."""
+        from data.chat import Chat, Message
+
+        self._warn_of_unknown({question})
+        messages: list[Message[np.ndarray]] = [Message("user", (*pictures, question))]
+        if system is not None:
+            messages.insert(0, Message("system", (system,)))
+        parts: list[np.ndarray] = Chat(self.tokenizer).prompt(messages)
+        return [*parts]
+
+    @torch.no_grad()
+    def reconstruct(self, pictures: Sequence[np.ndarray], seed: int, numbers: Sequence[int]) -> list[np.ndarray]:
+        """Return what the latents of each picture decode to, drawn as for the first picture of a prompt."""
+        latents = self._encode(pictures, [(number, 0) for number in numbers], SeededDraws(seed))
+        return list(self.decode(list(latents)))
 
     def _warn_of_unknown(self, texts: set[str]) -> None:
         """Warn once of each prompt with characters that the tokenizer does not know."""
@@ -290,6 +334,10 @@ class Pipeline:
             yield generate(self.model, chosen, *settings, progress, full, guide, watch, left)
 
 
+def _is_picture(part: Part) -> TypeGuard[np.ndarray]:
+    return isinstance(part, np.ndarray) and part.ndim == 3
+
+
 def _in_portions(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """Return run(images), on a CPU 2...8 at a time: among so many a convolution gives an image the same bits."""
     if images.device.type != "cpu":
@@ -305,4 +353,4 @@ def one_picture(config: SamplerConfig) -> SamplerConfig:
 
 def text_alone(config: SamplerConfig) -> SamplerConfig:
     """Return `config` for writing text and no pictures."""
-    return replace(config, max_images=0, guidance=1.0)
+    return replace(config, max_images=0, guidance=1.0, image_guidance=None)

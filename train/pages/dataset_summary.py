@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
@@ -29,6 +30,7 @@ from train.inference.saved_model import load_matching_space
 
 CHARACTERS = 120  # of a text that are shown
 PICTURES = 4  # of a document that are decoded
+GIVEN = "given: "  # before what is context
 
 
 @dataclass
@@ -67,6 +69,7 @@ class ShownDocument:
     num_tokens: int
     grids: list[tuple[int, int]]  # (h, w) of each image's latents
     text: str  # its beginning
+    has_context: bool
     pictures: list[tuple[np.ndarray, str]]  # uint8 [H, W, 3] and caption of the first PICTURES; none without `space`
 
 
@@ -169,13 +172,15 @@ class EncodedData:
         texts = self._texts(record, document)
         images = [(i, one.array) for i, one in enumerate(document.segments) if isinstance(one, ImageSegment)]
         decoded = images[:PICTURES] if self.space is not None else []
+        is_given = [segment.role == "context" for segment in document.segments]
         return ShownDocument(
             key=record["__key__"].decode(errors="replace"),
             shard=self.manifest.shards[shard].name,
             num_tokens=num_tokens,
             grids=[stored.shape[1:] for _, stored in images],
-            text=joined(texts),
-            pictures=[(self._pixels(stored), caption_of(texts, i)) for i, stored in decoded],
+            text=joined(texts, is_given),
+            has_context=document.has_context,
+            pictures=[(self._pixels(stored), GIVEN * is_given[i] + caption_of(texts, i)) for i, stored in decoded],
         )
 
     def _texts(self, record: Record, document: Document) -> list[str | None]:
@@ -224,12 +229,20 @@ class EncodedData:
         return from_unit(self.space.decode(latents).numpy())[0]
 
 
-def joined(texts: list[str | None]) -> str:
-    """Return the beginning of a document's texts; unless it is one picture with its caption, marks stand for images."""
-    if len(texts) <= 2 and texts.count(None) <= 1:
+def joined(texts: list[str | None], is_given: Sequence[bool]) -> str:
+    """Return the beginning of a document's texts; unless it is one picture with its caption, marks stand for images.
+
+    What is context is marked as given, without loss.
+    """
+    if len(texts) <= 2 and texts.count(None) <= 1 and not any(is_given):
         return " ".join(text for text in texts if text is not None)
     numbers = itertools.count(1)
-    return clipped(" ".join(f"[image {next(numbers)}]" if text is None else text for text in texts))
+    parts = [f"image {next(numbers)}" if text is None else text for text in texts]
+    marked = [
+        f"[{GIVEN * given}{part}]" if text is None or given else part
+        for text, part, given in zip(texts, parts, is_given, strict=True)
+    ]
+    return clipped(" ".join(marked))
 
 
 def caption_of(texts: list[str | None], image: int) -> str:

@@ -35,7 +35,12 @@ def view_data(data: EncodedData, n: int, seed: int, sequence_length: int) -> Vie
     if bad.reasons:
         tables.append(Table("missing or damaged", ["reason", "count"], sorted(bad.reasons.items())))
     pictures = [picture for document in documents for picture in document.pictures]
-    return View(_facts(data, counts, sequence_length), _remarks(data, counts, bad), tables, pictures)
+    remarks = _remarks(data, counts, bad)
+    if given := sum(document.has_context for document in documents):
+        remarks.append(
+            f"{given} of the {len(documents)} documents shown have parts that are given (context), which bear no loss."
+        )
+    return View(_facts(data, counts, sequence_length), remarks, tables, pictures)
 
 
 def _facts(data: EncodedData, counts: Counts, sequence_length: int) -> dict[str, Value]:

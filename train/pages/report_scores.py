@@ -25,8 +25,8 @@ ABOUT = (
 )
 # Scores compare only at equal values of these.
 SETTINGS = (
-    *("training_step", "sampler", "steps", "spacing", "eta", "guidance", "guidance_interval", "guidance_rescale"),
-    *("guide", "clip_x0", "temperature", "top_p", "seed", "weights", "checkpoint"),
+    *("training_step", "sampler", "steps", "spacing", "eta", "guidance", "image_guidance", "guidance_interval"),
+    *("guidance_rescale", "guide", "clip_x0", "temperature", "top_p", "seed", "weights", "checkpoint"),
 )
 NOT_SETTINGS = ("scores.", "heldout.", "text_to_image.", "image_to_text.", "seconds", "checkpoint", "data.")
 SHARE = re.compile("scenes/.*|choices/.*")  # the scores that are shares of right answers

@@ -64,7 +64,8 @@ def largest_batches_of(
     """Return the largest micro-batches of a run with images of `kind` and of latent `grids`."""
     rows, length, model = rows_per_rank(config, world_size)[0], config.data.sequence_length, config.model
     any_ids = SpecialIds(bos=0, eos=0, boi=0, eoi=0, pad=0)  # sizes do not depend on them
-    return largest_batches(rows, length, grids, model.latent_channels, model.patch_size, any_ids, kind)
+    sizes = (model.latent_channels, model.patch_size, any_ids, kind, config.data.clean_copies)
+    return largest_batches(rows, length, grids, *sizes)
 
 
 def assumed_images(config: PretrainConfig) -> tuple[Grid, ImageKind]:

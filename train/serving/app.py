@@ -2,9 +2,10 @@
 
     GET    /                    the page; /page.css, /page.js
     GET    /api/info            the model, its defaults, the limits
-    POST   /api/draw            {"prompt": ..., "n": ..., "seed": ...} -> a line of JSON per event
+    POST   /api/draw            {"prompt": ..., "pictures": [base64], "seed": ...} -> a line of JSON per event
     POST   /api/complete        {"parts": [{"text": ...}, {"picture": base64}], ...} -> the same
-    POST   /api/describe        a picture's bytes, options in the query; or {"picture": base64, ...} -> one object
+    POST   /api/describe        a picture's bytes, options in the query; or {"picture": base64, "question": ...}
+                                -> one object
     DELETE /api/requests/ID     cancel; so does hanging up
 
 Events: queued (id), started (rows of its batch), step (with previews where they are due), and one of done, cancelled

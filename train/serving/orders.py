@@ -19,7 +19,10 @@ from data.shards import BadRecord
 from model.sampler_config import SamplerConfig
 from train.inference.pipeline import Part, Pipeline, one_picture, text_alone
 
-OF_PICTURES = ("sampler", "steps", "spacing", "eta", "guidance", "guidance_interval", "guidance_rescale", "clip_x0")
+OF_PICTURES = (
+    *("sampler", "steps", "spacing", "eta", "guidance", "image_guidance", "guidance_interval", "guidance_rescale"),
+    "clip_x0",
+)
 OF_TEXT = ("temperature", "top_p", "max_new_tokens")
 MOST_CHARACTERS = 16_384  # of a text
 MOST_PARTS = 32  # texts and pictures of a prompt
@@ -65,15 +68,22 @@ class Orders:
         self.defaults = SamplerConfig(**{name: getattr(defaults, name) for name in names})
 
     def draw(self, given: Mapping[str, Any]) -> Order:
-        """Read {"prompt": text, ...}."""
-        _refuse_unknown(given, ("prompt", "n", "seed", "previews", *OF_PICTURES))
-        return self._order((_text(given, "prompt"),), given, one_picture(self._sampler(given, OF_PICTURES)), draw=True)
+        """Read {"prompt": text, "pictures": [base64, ...], ...}: with pictures the prompt says what to make of them."""
+        _refuse_unknown(given, ("prompt", "pictures", "n", "seed", "previews", *OF_PICTURES))
+        listed, text = given.get("pictures", []), _text(given, "prompt")
+        if not isinstance(listed, list) or len(listed) >= MOST_PARTS:
+            raise Refusal(f"pictures={_shown(listed)}", f"a list of 0...{MOST_PARTS - 1}", "correct it or leave it out")
+        pictures = [self._picture(picture, f"pictures[{i}]") for i, picture in enumerate(listed)]
+        return self._order((*pictures, text), given, one_picture(self._sampler(given, OF_PICTURES)), True, [text])
 
     def describe(self, given: Mapping[str, Any]) -> Order:
-        """Read {"picture": bytes or base64, ...}."""
-        _refuse_unknown(given, ("picture", "seed", *OF_TEXT))
-        picture = self._picture(given.get("picture"), "picture")
-        return self._order((picture,), given, text_alone(self._sampler(given, OF_TEXT)), draw=False)
+        """Read {"picture": bytes or base64, "question": text, ...}; without a question the picture is described."""
+        _refuse_unknown(given, ("picture", "question", "seed", *OF_TEXT))
+        parts: list[Part] = [picture := self._picture(given.get("picture"), "picture")]
+        texts = [_text(given, "question")] if "question" in given else []
+        if texts:
+            parts = self.pipeline.ask([picture], texts[0])
+        return self._order(tuple(parts), given, text_alone(self._sampler(given, OF_TEXT)), False, texts)
 
     def complete(self, given: Mapping[str, Any]) -> Order:
         """Read {"parts": [{"text": ...} or {"picture": base64}, ...], ...}."""
@@ -89,16 +99,18 @@ class Orders:
                 raise Refusal(f"parts[{i}]={_shown(part)}", '{"text": ...} or {"picture": base64}', "correct this part")
             is_text = "text" in part
             parts.append(_text(part, "text") if is_text else self._picture(part["picture"], f"parts[{i}].picture"))
-        return self._order(tuple(parts), given, self._sampler(given, names), draw=False)
+        texts = [part for part in parts if isinstance(part, str)]
+        return self._order(tuple(parts), given, self._sampler(given, names), False, texts)
 
-    def _order(self, parts: tuple[Part, ...], given: Mapping[str, Any], sampler: SamplerConfig, draw: bool) -> Order:
+    def _order(
+        self, parts: tuple[Part, ...], given: Mapping[str, Any], sampler: SamplerConfig, draw: bool, texts: list[str]
+    ) -> Order:
         self._require_room(parts)
         n = _integer(given, "n", 1, 1, self.pipeline.batch_size)
         seed = _integer(given, "seed", self.seed, 0, MOST_SEED)
         previews = given.get("previews", True)
         if not isinstance(previews, bool):
             raise Refusal(f"previews={_shown(previews)}", "true or false", "correct it or leave it out")
-        texts = [part for part in parts if isinstance(part, str)]
         unknown = tuple(dict.fromkeys(piece for text in texts for piece in self.pipeline.tokenizer.unknown_in(text)))
         return Order(parts, sampler, draw, seed, n, previews, unknown)
 
@@ -108,6 +120,9 @@ class Orders:
         for name, most in MOST.items():
             if (value := changes.get(name, 0)) > most:
                 raise Refusal(f"{name}={value}", f"at most {most:,} from this server", "use train.sample for more")
+        if changes.get("image_guidance") is not None and self.pipeline.guide is not None:
+            found = f"image_guidance={changes['image_guidance']} of a model with a guide"
+            raise Refusal(found, "null: a guide reads the whole prompt", "leave it out")
         try:
             return replace(self.defaults, **changes).suited_to(self.pipeline.config.diffusion)
         except ValueError as error:
@@ -131,7 +146,8 @@ class Orders:
         """Refuse a prompt that is longer than any sequence of the training."""
         patches = math.prod(self.pipeline.grid) // self.pipeline.model.config.patch_size**2
         longest = self.pipeline.config.data.sequence_length
-        tokens = sum(len(self.pipeline.tokenizer.encode(p)) if isinstance(p, str) else patches + 2 for p in parts)
+        ids = [self.pipeline.tokenizer.encode(part) if isinstance(part, str) else part for part in parts]
+        tokens = sum(len(part) if part.ndim == 1 else patches + 2 for part in ids)
         if tokens > longest:
             raise Refusal(f"a prompt of {tokens:,} tokens", f"at most {longest:,}, as in training", "shorten it")
 

@@ -1,0 +1,110 @@
+"""bench.recipes: its commands are accepted by their programs and differ, equal seconds, pages, a toy of it whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import recipes_page
+from bench.recipes import (
+    BEST,
+    CASES,
+    EMA,
+    FACTORS,
+    PAPER,
+    SECONDS,
+    WINNERS,
+    WITHOUT,
+    RecipesConfig,
+    main,
+    scoring_of,
+    steps_of,
+    trained_as,
+    training_of,
+)
+from tests.test_objectives import accepted
+
+COSTS = {name.removesuffix(SECONDS): [1.25, 1.2, 1.5] for name in CASES}
+
+
+def test_every_case_is_commands_that_their_programs_accept(tmp_path: Path) -> None:
+    """No two of them train alike, and a case of one factor departs from the paper's recipe in that alone."""
+    config, recipes = RecipesConfig(steps=100), {}
+    for name in CASES:
+        train, score = training_of(config, tmp_path, COSTS, name, 0), scoring_of(config, tmp_path, name, 0)
+        parsed, scored = accepted(train), accepted(score)
+        recipes[name] = (parsed.model, parsed.diffusion, parsed.loss, parsed.optim, str(parsed.data), scored.weights)
+        assert parsed.optim.steps == (80 if name.endswith(SECONDS) else 100) == steps_of(config, COSTS, name)
+        assert parsed.data.lanes * parsed.data.sequence_length == 12 * 128
+        assert accepted(scoring_of(config, tmp_path, trained_as(name), 0)).checkpoint == scored.checkpoint
+    found = list(recipes.values())
+    assert all(recipe not in found[:i] for i, recipe in enumerate(found))
+    for name in FACTORS:
+        changed = [part != other for part, other in zip(recipes[name], recipes[PAPER], strict=True)]
+        assert sum(changed) == 1, name
+
+
+def test_the_base_is_the_papers_recipe_at_another_width(tmp_path: Path) -> None:
+    from tests.test_paper import preset
+
+    base = accepted(training_of(RecipesConfig(), tmp_path, {}, PAPER, 0))
+    paper = preset("0.16b")
+    assert base.diffusion == paper.diffusion and base.loss == paper.loss and base.data.order == paper.data.order
+    for name in ("optimizer", "schedule", "weight_decay", "beta1", "beta2", "clip_norm"):
+        assert getattr(base.optim, name) == getattr(paper.optim, name), name
+    assert base.optim.min_learning_rate / base.optim.learning_rate == pytest.approx(1.5e-5 / 3e-4)
+    assert (base.model.patches, base.model.untied) == (paper.model.patches, paper.model.untied)
+    assert not (base.model.timestep_after_patches or base.model.transformer.rope_2d or base.model.transformer.qk_norm)
+
+
+def test_the_winners_but_for_one_have_the_papers_choice_there(tmp_path: Path) -> None:
+    assert {name.removeprefix(WITHOUT) for name in CASES if name.startswith(WITHOUT)} == set(WINNERS)
+    assert all(CASES[WITHOUT + name] == tuple(w for w in WINNERS if w != name) for name in WINNERS)
+    assert trained_as(EMA) == PAPER and trained_as(WITHOUT + EMA) == BEST == trained_as(BEST)
+
+
+def test_a_case_that_does_not_exist_is_refused_with_the_list() -> None:
+    assert RecipesConfig(only=["flow*"]).cases == ["flow", "flow-logit"]
+    with pytest.raises(ValueError, match=r"only: frob fits no case; there are paper, v, x0"):
+        RecipesConfig(only=["frob"])
+
+
+def test_a_page_compares_by_seed_and_keeps_what_people_wrote(tmp_path: Path) -> None:
+    page, seen = tmp_path / "page.md", f"{recipes_page.BELOW}\n\nMuon pays.\n"
+    keys = [*recipes_page.LOSSES.values(), *("/".join(share) for share in recipes_page.SHARES.values())]
+    case: dict[str, Any] = {
+        "seeds": [0, 1],
+        "steps": 9,
+        "train_cpu_s": [7.0, 9.0],
+        **{key: [0.25, 0.5] for key in keys},
+    }
+    other = {**case, "seeds": [1, 0], "x0_error": [0.5, 0.75]}  # less 0.5 and 0.25 of the same seeds: 0 and 0.5
+    record: dict[str, Any] = {"command": "x", "steps": 9, "seeds": 2, "prompts": 4, "date": "", "machine": ""}
+    record |= {"versions": {}, "errors": {"v-0": "died"}, "step_over_paper": {"unet": [1.5, 1.25, 2.0]}}
+    record["cases"] = {PAPER: case, "muon": other, BEST: case, WITHOUT + "muon": other}
+    page.write_text(f"old tables\n{seen}", encoding="utf-8")
+    recipes_page.rewrite(page, record)
+    text = page.read_text(encoding="utf-8")
+    assert text.endswith(seen) and "old tables" not in text and "v-0 failed: died" in text
+    assert "unet 1.50 (1.25 to 2.00)" in text and "| paper | 2 | 9 | 8 | 0.3750 |" in text
+    differs = f"| +0.250 [{0.25 - 12.71 * 0.25:+.3f}, {0.25 + 12.71 * 0.25:+.3f}] |"
+    assert text.count(differs) == 2 and "less `best`" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_toy_bench_runs_through_and_does_not_repeat_itself(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    toy = [f"folder={tmp_path}", "smoke=true", "steps=12", "prompts=2", "seeds=1", f"page={tmp_path}/page.md"]
+    toy.append("only=[paper,ema,unet-seconds,best,best-without-ema]")
+    assert main(toy) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(record["cases"]) == ["paper", EMA, BEST, WITHOUT + EMA, "unet-seconds"] and not record["errors"]
+    assert record["step_over_paper"].keys() == {"unet", BEST}
+    cases = record["cases"]
+    assert cases[EMA]["train_cpu_s"] == cases[PAPER]["train_cpu_s"] and cases[PAPER]["train_cpu_s"][0] > 1
+    assert cases[EMA]["text_loss"] != cases[PAPER]["text_loss"]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("evaluation.json")}
+    assert len(written) == 5 and main(toy) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("evaluation.json")} == written
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
