@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,20 @@ def test_a_text_is_read_as_ever_whatever_else_its_row_holds(folder: Path) -> Non
     documents, bad = read(folder, *rows)
     assert [document.segments for document in documents] == [("one",), ("two",), ("three",)] and not bad.reasons
     assert documents[0].info == {"source": "rows.jsonl", "line": 1}
+
+
+def test_the_manuals_examples_are_read(folder: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```json\n(.*?)```", page.partition("### Rows that name pictures")[2], re.DOTALL)
+    rows = [json.loads(line) for block in blocks for line in block.splitlines()]
+    assert len(blocks) == 3 and len(rows) == 15
+    for path in re.findall(r'"([^"]+\.(?:png|jpg))"', "".join(blocks)):
+        if not path.startswith("/"):
+            (folder / path).write_bytes(RED)
+    documents, bad = read(folder, *(row for row in rows if "alt" not in row and "license" not in row))
+    assert len(documents) == 13 and not bad.reasons, bad.names
+    kinds = one(folder, next(row for row in rows if "alt" in row), caption_keys={"alt": 1, "long": 2})
+    assert kinds.captions == ("a cat", "A cat on a chair.")
 
 
 def test_hostile_rows_end_nothing(folder: Path) -> None:
