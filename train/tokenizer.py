@@ -91,7 +91,8 @@ def take(source: Path, special: dict[str, str], output: Path) -> None:
         file.write(written)
     taken = Tokenizer(output)
     ids = ", ".join(f"{name} {token_id}" for name, token_id in vars(taken.special).items())
-    print(f"tokenizer: wrote {output}, vocabulary {taken.vocab_size}, hash {taken.hash}; {ids}")
+    form = "with its chat template" if taken.chat else "no chat template"
+    print(f"tokenizer: wrote {output}, vocabulary {taken.vocab_size}, hash {taken.hash}; {ids}; {form}")
 
 
 def _texts(config: TokenizerConfig, bad: BadRecords) -> Iterator[str]:
