@@ -89,6 +89,11 @@ def test_a_conversation_has_its_pictures_where_the_placeholders_are(folder: Path
         Message("assistant", ("Blue: ", BLUE)),
     )
     assert document.segments == tuple(part for message in document.messages for part in message.parts)
+    other = {
+        "messages": [{"role": "user", "content": "<image>a"}, {"role": "assistant", "content": "b"}],
+        "images": ["blue.png"],
+    }
+    assert one(folder, other).messages == (Message("user", (BLUE, "a")), Message("assistant", ("b",)))
     assert one(folder, said("a", "b")).messages == (Message("user", ("a",)), Message("assistant", ("b",)))
 
 
@@ -168,7 +173,7 @@ def test_a_file_that_is_too_large_for_a_picture_is_not_read(folder: Path) -> Non
 def test_a_text_is_read_as_ever_whatever_else_its_row_holds(folder: Path) -> None:
     rows = [
         {"text": "one", "image": "none.png"},
-        {"text": "two", "image": None, "conversations": None},
+        {"text": "two", "image": "blue.png", "messages": [], "output_image": "blue.png"},
         {"text": "three"},
     ]
     documents, bad = read(folder, *rows)

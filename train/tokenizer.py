@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer from the captions of .tar shards and from text (.jsonl, .txt files).
+"""Train a SentencePiece tokenizer from the captions of .tar shards, rows of .jsonl or .parquet, and text (.txt).
 
 Or take that of a pretrained language model (source=FOLDER), with unused tokens of its vocabulary as BOI, EOI and PAD.
 (Without this program they are appended to the vocabulary; then tokenizer=FOLDER is enough everywhere.)
@@ -23,7 +23,7 @@ from train.config import load_config, run_program
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(KeysConfig):
-    inputs: list[Location] = field(default_factory=list)  # files or folders of .tar, .jsonl and .txt
+    inputs: list[Location] = field(default_factory=list)  # files or folders of .tar, .jsonl, .parquet and .txt
     output: Location = "runs/tokenizer.model"  # the file to write; .json with `source`
     # A folder with tokenizer.json and config.json, or that file: its tokenizer is written, none is trained.
     source: Location | None = None
