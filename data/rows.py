@@ -59,6 +59,11 @@ class Rows:
         """
         kind = kind_of(row, self._names)
         if kind == "text":
+            if not _is_absent(_named(row, "image")):
+                key_of_text = self._names.text_key
+                self._bad.note(
+                    f"images left out of texts, which caption_keys={{{key_of_text}: 1}} would caption", where
+                )
             return RawDocument(key, where, (self._text(row, where),), place, size)
         info = {**_for_people(row), **place}
         if kind == "conversation":

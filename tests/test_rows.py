@@ -179,6 +179,7 @@ def test_a_text_is_read_as_ever_whatever_else_its_row_holds(folder: Path) -> Non
     documents, bad = read(folder, *rows)
     assert [document.segments for document in documents] == [("one",), ("two",), ("three",)] and not bad.reasons
     assert documents[0].info == {"source": "rows.jsonl", "line": 1}
+    assert bad.noted == {"images left out of texts, which caption_keys={text: 1} would caption": 2}
 
 
 def test_the_manuals_examples_are_read(folder: Path) -> None:
