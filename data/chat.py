@@ -10,6 +10,7 @@ answer is its parts, and EOS follows it. BOS at the start and EOS at the end are
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -129,7 +130,18 @@ class Chat:
         before = whole.partition(_MARK.format(1))[0]
         return before[len(prompt) :] if before.startswith(prompt) else ""
 
-    def _render(self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool = False) -> str:
+    @cached_property
+    def _takes_lists(self) -> bool:
+        """Whether the template takes contents as lists of parts alone, as those of models that see pictures may."""
+        for lists in (False, True):
+            with suppress(ValueError):
+                if _MARK.format(0) in self._render([("user", _MARK.format(0))], lists=lists):
+                    return lists
+        return False
+
+    def _render(
+        self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool = False, lists: bool | None = None
+    ) -> str:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template  # most of a second
 
@@ -137,7 +149,11 @@ class Chat:
         template = self._tokenizer.chat["template"]
         if "strftime_now" in template:
             template = _DATE + template
-        conversation = [{"role": speaker, "content": content} for speaker, content in messages]
+        lists = self._takes_lists if lists is None else lists
+        conversation = [
+            {"role": speaker, "content": [{"type": "text", "text": content}] if lists else content}
+            for speaker, content in messages
+        ]
         try:
             rendered: Any = render_jinja_template(
                 [conversation],

@@ -1,4 +1,7 @@
-"""LLaVA's form of a conversation -> messages: turns of {"from", "value"}, with <image> where each picture stands."""
+"""LLaVA's form of a conversation -> messages: turns of {"from", "value"}, with <image> where each picture stands.
+
+Or turns of {"role", "content"}, as chat templates take them.
+"""
 
 import re
 from collections.abc import Sequence
@@ -51,7 +54,8 @@ def _turns(turns: Any, where: str) -> list[tuple[Speaker, str]]:
         raise BadRecord("too many turns", where, f"{len(turns)}, expected at most {MAX_TURNS}")
     texts: list[tuple[Speaker, str]] = []
     for turn in turns:
-        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        said = turn if isinstance(turn, dict) else {}
+        speaker, text = said.get("from", said.get("role")), said.get("value", said.get("content"))
         if not isinstance(speaker, str) or not isinstance(text, str) or not is_text(text):
             raise BadRecord("undecodable conversation", where, f"{repr(turn)[:80]}: expected from and value, both text")
         if speaker.lower() not in _SPEAKERS:

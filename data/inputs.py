@@ -25,6 +25,8 @@ from data.remote import (
 )
 from data.tar import left_out
 
+_ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_OF_ROWS = (".jpg", ".jpeg", ".png", ".webp", "/")  # pictures, and folders of them, that rows beside them may name
 LISTERS = 16  # threads that ask for thousands of URLs
 
 
@@ -71,7 +73,8 @@ def _files_of(name: str, suffixes: tuple[str, ...], retries: Retries, quiet: boo
             raise ValueError(f"{what}: expected one of {kinds}, or a folder of them")
     else:
         kept = [file for file in found if file.lower().endswith(suffixes) and left_out(file) is None]
-        others = _others(set(found) - set(kept))
+        named = _OF_ROWS if any(file.lower().endswith(_ROWS) for file in kept) else ()
+        others = _others(file for file in set(found) - set(kept) if not file.lower().endswith(named))
         if not kept:
             raise ValueError(f"no {kinds} files in {[shown(name)]}" + (f", but {others}" if others else ""))
         if others and not quiet:

@@ -72,11 +72,17 @@ class JsonVocabulary:
 
         The pieces are encoded as one text, as transformers does, unless one of the others spells a special token.
         """
-        ids = self._parsing.encode("".join(text for text, _ in pieces), add_special_tokens=False).ids
-        apart: list[int] = []
-        for text, is_parsed in pieces:
-            apart += self._parsing.encode(text, add_special_tokens=False).ids if is_parsed else self.encode(text)
-        return ids if [i for i in ids if i in self._control] == [i for i in apart if i in self._control] else apart
+        control = self._control - {self.unknown}
+        ids = self._parsed("".join(text for text, _ in pieces))
+        wanted = [i for text, is_parsed in pieces if is_parsed for i in self._parsed(text) if i in control]
+        unknown = None if self.unknown is None else self.piece(self.unknown)  # texts may become it without spelling it
+        spell_it = unknown and any(unknown in text for text, is_parsed in pieces if not is_parsed)
+        if [i for i in ids if i in control] == wanted and not spell_it:
+            return ids
+        return [i for text, is_parsed in pieces for i in (self._parsed if is_parsed else self.encode)(text)]
+
+    def _parsed(self, text: str) -> list[int]:
+        return self._parsing.encode(text, add_special_tokens=False).ids
 
     def after_special(self, text: str) -> int:
         """Return where the first special token that a text spells ends, 0 if it spells none."""

@@ -10,11 +10,12 @@ from data.documents import Role
 
 @dataclass(frozen=True, kw_only=True)
 class KeysConfig:
-    # Keys of a picture's captions in its .json, `txt` for its .txt, each with the weight with which training draws that
-    # kind of caption, 0 or more, such as {caption: 1, long_caption: 2}. {}: the .txt or, without one, "caption" in the
-    # .json. All captions are stored; other weights rewrite only the manifest.
+    # Keys of a picture's captions in its .json or row, `txt` for its .txt, each with the weight with which training
+    # draws that kind of caption, 0 or more, such as {caption: 1, long_caption: 2}. {}: the .txt or, without one,
+    # "caption" in the .json; "caption" or "captions" in a row. All captions are stored; other weights rewrite only the
+    # manifest.
     caption_keys: dict[str, float] = field(default_factory=dict)
-    text_key: str = "text"  # key of the text in a line of .jsonl
+    text_key: str = "text"  # key of the text in a row of .jsonl or .parquet
 
     def __post_init__(self) -> None:
         check_weights("caption_keys", self.caption_keys)

@@ -2,7 +2,7 @@
 
 | keys | document |
 |---|---|
-| `conversations`, with or without `image` or `images` | a conversation (data/conversations.py) |
+| `conversations` or `messages`, with or without `image` or `images` | a conversation (data/conversations.py) |
 | `output_image`, `instruction`, `input_image` or `input_images` | pictures and an instruction as context, a picture |
 | `output_image`, `instruction` | a picture with a caption |
 | `image` or `images` of one, `caption` or `captions`, or the `caption_keys` | a picture with captions |
@@ -26,21 +26,24 @@ RowKind = Literal["conversation", "edit", "picture", "text"]
 
 
 def kind_of(row: dict[str, Any], names: KeysConfig) -> RowKind:
-    """Return what a row is by its keys."""
-    if row.get("conversations") is not None:
+    """Return what a row is by its keys; one with a text is a text, unless it is a picture with captions."""
+    has_text = row.get(names.text_key) is not None
+    has_caption = any(row.get(key) is not None for key in names.caption_keys or _CAPTIONS)
+    if not _is_absent(_named(row, "image")) and has_caption and _turns(row) is None:
+        return "picture"
+    if has_text:
+        return "text"
+    if _turns(row) is not None:
         return "conversation"
     if row.get("output_image") is not None:
         return "edit"
-    if _named(row, "image") not in (None, "", []):
-        has_caption = any(key in row for key in names.caption_keys or _CAPTIONS)
-        return "picture" if has_caption or names.text_key not in row else "text"
-    return "text"
+    return "text" if _is_absent(_named(row, "image")) else "picture"
 
 
 def names_pictures(row: dict[str, Any], names: KeysConfig) -> bool:
     """Return whether a row, by its keys, has pictures."""
     kind = kind_of(row, names)
-    return kind in ("edit", "picture") or (kind == "conversation" and _named(row, "image") not in (None, "", []))
+    return kind in ("edit", "picture") or (kind == "conversation" and not _is_absent(_named(row, "image")))
 
 
 class Rows:
@@ -56,11 +59,16 @@ class Rows:
         """
         kind = kind_of(row, self._names)
         if kind == "text":
+            if not _is_absent(_named(row, "image")):
+                key_of_text = self._names.text_key
+                self._bad.note(
+                    f"images left out of texts, which caption_keys={{{key_of_text}: 1}} would caption", where
+                )
             return RawDocument(key, where, (self._text(row, where),), place, size)
         info = {**_for_people(row), **place}
         if kind == "conversation":
             pictures = self._files.read(_named(row, "image"), where)
-            messages, were_put_first = read_conversation(row["conversations"], pictures, where)
+            messages, were_put_first = read_conversation(_turns(row), pictures, where)
             if were_put_first:
                 self._bad.note("pictures without <image>, put before the first question", where)
             parts = tuple(part for message in messages for part in message.parts)
@@ -97,6 +105,14 @@ class Rows:
 def _named(row: dict[str, Any], key: str) -> Any:
     """Return what a row holds under `key` or its plural."""
     return row[key] if row.get(key) is not None else row.get(f"{key}s")
+
+
+def _turns(row: dict[str, Any]) -> Any:
+    return row["conversations"] if row.get("conversations") is not None else row.get("messages")
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or value in ("", [])
 
 
 def _single(value: Any) -> Any:

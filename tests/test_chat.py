@@ -165,6 +165,22 @@ def test_the_plain_form_is_lines_and_answers(tmp_path: Path) -> None:
     assert [role for role, _ in Chat(plain).lay_out(TALK)] == ["context", "target"] * 2
 
 
+def test_a_template_that_takes_lists_of_parts_gets_them(tmp_path: Path) -> None:
+    """As that of LLaVA in transformers does."""
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' }}{% for c in m['content'] | selectattr('type', 'equalto', "
+        + (
+            "'text') %}{{ c['text'] + ' ' }}{% endfor %}{{ eos_token if m['role'] == 'assistant' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        )
+    )
+    settings = {"eos_token": "</s>", "chat_template": template}
+    tokenizer = Tokenizer(write_folder(tmp_path, byte_fallback(), tokenizer_config=settings))
+    segments = Chat(tokenizer).lay_out([Message("user", ("a", "b")), *TALK[1:]])
+    texts = [(role, tokenizer.decode(ids)) for role, ids in segments]
+    assert texts[0] == ("context", "user: ab assistant: ") and texts[3] == ("target", "red ")
+
+
 def test_what_a_template_refuses_is_refused(tmp_path: Path) -> None:
     chat = Chat(Tokenizer(folder_of(tmp_path, "llama2")))
     with pytest.raises(ValueError, match="refuses the conversation: no system"):

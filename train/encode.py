@@ -49,7 +49,8 @@ LEASES = ".leases"  # folder in the output
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig(EncoderConfig):
-    # Files of pictures (.tar) or text: paths, folders, globs, {000..099}, http(s)://, s3:// and what fsspec reads.
+    # Files of pictures (.tar), of rows (.jsonl, .parquet) or of text (.txt): paths, folders, globs, {000..099},
+    # http(s)://, s3:// and what fsspec reads.
     inputs: list[Location] = field(default_factory=list)
     output: Location = "runs/latents"  # folder for the shards and manifest.json
     # Share of the data that may be skipped, in [0, 1]: of the records, and of the input's bytes where tars are damaged.

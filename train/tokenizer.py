@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer from the captions of .tar shards and from text (.jsonl, .txt files).
+"""Train a SentencePiece tokenizer from the captions of .tar shards, rows of .jsonl or .parquet, and text (.txt).
 
 Or take that of a pretrained language model (source=FOLDER), with unused tokens of its vocabulary as BOI, EOI and PAD.
 (Without this program they are appended to the vocabulary; then tokenizer=FOLDER is enough everywhere.)
@@ -23,7 +23,7 @@ from train.config import load_config, run_program
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(KeysConfig):
-    inputs: list[Location] = field(default_factory=list)  # files or folders of .tar, .jsonl and .txt
+    inputs: list[Location] = field(default_factory=list)  # files or folders of .tar, .jsonl, .parquet and .txt
     output: Location = "runs/tokenizer.model"  # the file to write; .json with `source`
     # A folder with tokenizer.json and config.json, or that file: its tokenizer is written, none is trained.
     source: Location | None = None
@@ -91,7 +91,8 @@ def take(source: Path, special: dict[str, str], output: Path) -> None:
         file.write(written)
     taken = Tokenizer(output)
     ids = ", ".join(f"{name} {token_id}" for name, token_id in vars(taken.special).items())
-    print(f"tokenizer: wrote {output}, vocabulary {taken.vocab_size}, hash {taken.hash}; {ids}")
+    form = "with its chat template" if taken.chat else "no chat template"
+    print(f"tokenizer: wrote {output}, vocabulary {taken.vocab_size}, hash {taken.hash}; {ids}; {form}")
 
 
 def _texts(config: TokenizerConfig, bad: BadRecords) -> Iterator[str]:
