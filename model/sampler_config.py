@@ -79,3 +79,13 @@ class SamplerConfig:
                 f"and timesteps in 0...{last}, those that the model was trained with"
             )
         return replace(self, sampler=known[0]) if self.sampler == "auto" else self
+
+
+def one_picture(config: SamplerConfig) -> SamplerConfig:
+    """Return `config` for drawing one picture and nothing else."""
+    return replace(config, max_new_tokens=0, max_images=1)
+
+
+def text_alone(config: SamplerConfig) -> SamplerConfig:
+    """Return `config` for writing text and no pictures."""
+    return replace(config, max_images=0, guidance=1.0, image_guidance=None)

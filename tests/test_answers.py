@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from data.pictures import encode_png
-from model.sampler_config import SamplerConfig
+from model.sampler_config import SamplerConfig, text_alone
 from tests.ranks import run_ranks
 from tests.runs import DrawingRun
 from tests.test_pipeline import load
 from train.distributed.ranks import Ranks, alone
 from train.evaluation.answers import AnswersConfig, read_questions, write_answers
 from train.evaluation.part import Inputs, bar_of
-from train.inference.pipeline import Pipeline, PipelineConfig, text_alone
+from train.inference.pipeline import Pipeline, PipelineConfig
 
 SAMPLER = SamplerConfig(max_new_tokens=5)
 ROWS = [{"question_id": 10 + i, "image": f"{i}.png", "text": f"a red circle {i}", "category": "x"} for i in range(5)]

@@ -256,18 +256,8 @@ def test_every_option_of_every_program_is_explained(name: str) -> None:
 
 # Texts that are not paths: `~` and `$NAME` are not expanded in them.
 TEXTS = {
-    *(
-        "weights",
-        "guide_weights",
-        "init_weights",
-        "device",
-        "prompt",
-        "prompts",
-        "preview.prompts",
-        "title",
-        "gpu",
-        "log.project",
-    ),
+    *("weights", "guide_weights", "init_weights", "device", "prompt", "prompts", "ask", "preview.prompts", "title"),
+    *("gpu", "log.project"),
     *("checkpoint.best_metric", "program", "gpus_per_node", "time", "array", "then", "setup", "env", "sbatch"),
     *("text_key", "special", "model.lora.parameters", "optim.groups.parameters"),
     *("captioning.split", "generation.split", "answers.template", "host"),

@@ -182,6 +182,10 @@ def test_without_pictures_the_branch_without_texts_is_the_unconditional_one_and_
     assert torch.allclose(first, second, atol=1e-5)
     first, second = (run(model, given, settings(**scales))[0][0] for scales in (four, ten))
     assert not torch.allclose(first, second, atol=1e-2)
+    both, alone = [Prompt((picture(1), text(5, 6)), draw=True)], {"guidance": 1.0, "max_new_tokens": 0}
+    for scale, prompts in ((1.0, given), (0.0, [Prompt((), draw=True)])):
+        found = run(model, both, settings(guidance=0.0, image_guidance=scale, max_new_tokens=0))[0][0]
+        assert torch.allclose(found, run(model, prompts, settings(**alone))[0][0], atol=1e-5), scale
 
 
 def test_two_scales_cost_a_third_branch_where_guidance_acts_and_scales_of_one_cost_none() -> None:

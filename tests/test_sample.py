@@ -9,13 +9,12 @@ from PIL import Image
 
 from bench.ranks import ProgramRanks
 from data.pictures import decode_picture, encode_png
-from model.sampler_config import SamplerConfig
+from model.sampler_config import SamplerConfig, text_alone
 from tests.ranks import assert_ranks_refuse
 from tests.runs import PROMPTS, DrawingRun, expect
 from tests.test_pipeline import load
 from train import sample
 from train.checkpoints import checkpoint
-from train.inference.pipeline import text_alone
 
 
 def _argv(drawn: DrawingRun, output: Path) -> list[str]:

@@ -22,11 +22,12 @@ from data.durable import atomic_write
 from data.pictures import contact_sheet, decode_picture, encode_png
 from data.shards import BadRecord
 from data.storage import Location
+from model.sampler_config import one_picture, text_alone
 from train.config import load_config, run_program
 from train.distributed.agreement import facts_of
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.shared_folder import require_shared
-from train.inference.pipeline import BAR_FORMAT, Part, Pipeline, PipelineConfig, Progress, one_picture, text_alone
+from train.inference.pipeline import BAR_FORMAT, Part, Pipeline, PipelineConfig, Progress
 from train.output_folder import make_writable
 
 IMAGE = "<image>"

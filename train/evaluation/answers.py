@@ -13,11 +13,12 @@ from typing import Any
 from data.durable import write_durably
 from data.pictures import decode_picture
 from data.storage import Location
+from model.sampler_config import text_alone
 from train.evaluation.generation import batches_of
 from train.evaluation.part import Inputs, Part
 from train.evaluation.texts import OTHER_FORM, read_lines, text_of
 from train.inference.pipeline import Part as PromptPart
-from train.inference.pipeline import Pipeline, text_alone
+from train.inference.pipeline import Pipeline
 
 QUESTION = "{question}"
 

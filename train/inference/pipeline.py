@@ -20,7 +20,7 @@ from model.denoising import first_step_error
 from model.draws import SeededDraws
 from model.latent_space import LatentSpace, LatentStats, to_raw
 from model.sampler import Prompt, SpecialTokens, Watch, generate
-from model.sampler_config import SamplerConfig
+from model.sampler_config import SamplerConfig, one_picture, text_alone
 from model.transfusion import Transfusion
 from train.distributed.ranks import Device, Ranks
 from train.inference.guide import load_with_guide
@@ -344,13 +344,3 @@ def _in_portions(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tens
         return run(images)
     portions = images.split(8)
     return torch.cat([run(part if len(part) > 1 else part.repeat(2, 1, 1, 1))[: len(part)] for part in portions])
-
-
-def one_picture(config: SamplerConfig) -> SamplerConfig:
-    """Return `config` for drawing one picture and nothing else."""
-    return replace(config, max_new_tokens=0, max_images=1)
-
-
-def text_alone(config: SamplerConfig) -> SamplerConfig:
-    """Return `config` for writing text and no pictures."""
-    return replace(config, max_images=0, guidance=1.0, image_guidance=None)

@@ -16,8 +16,8 @@ import numpy as np
 
 from data.pictures import decode_picture
 from data.shards import BadRecord
-from model.sampler_config import SamplerConfig
-from train.inference.pipeline import Part, Pipeline, one_picture, text_alone
+from model.sampler_config import SamplerConfig, one_picture, text_alone
+from train.inference.pipeline import Part, Pipeline
 
 OF_PICTURES = (
     *("sampler", "steps", "spacing", "eta", "guidance", "image_guidance", "guidance_interval", "guidance_rescale"),
