@@ -17,7 +17,7 @@ from data.shards import BadRecords
 from model.sampler_config import SamplerConfig
 from tests.ranks import run_ranks
 from tests.runs import DrawingRun, expect
-from train import evaluate, scenes
+from train import evaluate, report, scenes
 from train.distributed.ranks import Ranks
 from train.evaluation.edits import evaluate_edits, read_edits
 from train.evaluation.part import Inputs, Part, bar_of
@@ -142,7 +142,7 @@ def test_rows_of_another_form_and_missing_pictures_are_refused_by_name(drawn_sce
 
 
 def test_a_model_is_scored_through_the_program(drawn_scenes: Path, drawn: DrawingRun, tmp_path: Path) -> None:
-    """Untrained, it is wrong; every score has its interval, every edit and question its pictures."""
+    """Untrained, it is wrong; every score has its interval, the report shows each edit beside its picture before."""
     folders = [f"edits={drawn_scenes / 'edits_heldout'}", f"questions={drawn_scenes / 'questions_heldout'}"]
     argv = [f"checkpoint={drawn.run_dir}", f"output={tmp_path / 'out'}", "device=cpu", "steps=1", "max_new_tokens=4"]
     with ProgramRanks(evaluate.main, [*argv, *folders, "max_prompts=1"], 2, tmp_path / "log") as run:
@@ -152,3 +152,7 @@ def test_a_model_is_scored_through_the_program(drawn_scenes: Path, drawn: Drawin
     assert found["scores"]["questions/all"]["items"] == len(QUESTION_KINDS)
     assert {found["data"][name]["items"] for name in ("edits", "questions")} == {6}
     assert len((tmp_path / "out" / "examples.jsonl").read_text().splitlines()) == 12
+    report.main([f"run={drawn.run_dir}", f"evaluation={tmp_path / 'out'}", f"output={tmp_path / 'page.html'}"])
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('alt="before"') == len(KINDS) and "edits: colour: 0 of 1 right" in page
+    assert "questions: yes_no: 0 of 1 right" in page
