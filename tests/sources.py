@@ -6,13 +6,14 @@ Everything is a function of the arguments, so two calls give the same bytes.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.dataset import DataConfig
-from data.documents import ImageKind, ImageSegment, document_sizes, encode_record
+from data.documents import ImageKind, ImageSegment, Role, document_sizes, encode_record
 from data.manifest import LatentSpec, Manifest, shard_entry
 from data.shard_index import index_path
 from data.shards import BadRecords, Record, index_shard, read_shard, write_shard
@@ -59,8 +60,12 @@ def make_source(
     shard_sizes: Sequence[int] | None = None,
     vae_hash: str = "a" * 16,
     kind: ImageKind = "moments",
+    roles: Sequence[Role] = (),
 ) -> Path:
-    """Write `documents` as an encoded data set of shards of the given sizes (one shard when None)."""
+    """Write `documents` as an encoded data set of shards of the given sizes (one shard when None).
+
+    `roles` are those of the segments of each.
+    """
     folder.mkdir(parents=True)
     sizes = list(shard_sizes or [len(documents)])
     assert sum(sizes) == len(documents), (sizes, len(documents))
@@ -68,7 +73,8 @@ def make_source(
     for number, size in enumerate(sizes):
         shard = folder / f"{number:05d}.tar"
         contents = enumerate(documents[first : first + size], start=first)
-        records = (encode_record(f"{i:06d}", _segments(content), b"{}", kind=kind) for i, content in contents)
+        encode = partial(encode_record, info=b"{}", kind=kind, roles=roles)
+        records = (encode(f"{i:06d}", _segments(content)) for i, content in contents)
         write_shard(shard, records)
         index = index_shard(shard, document_sizes, BadRecords(0))
         index.save(index_path(shard))

@@ -10,7 +10,7 @@ from bench.ranks import ProgramRanks
 from data.tokenizer import Tokenizer
 from tests.runs import expect, finish, settings
 from tests.sources import make_source, texts
-from train import evaluate
+from train import evaluate, sample
 from train.checkpoints.folder_lock import FolderLock
 
 
@@ -19,7 +19,7 @@ def test_an_evaluation_of_nothing_is_refused() -> None:
         evaluate.main(["checkpoint=runs/any"])
 
 
-def test_a_model_trained_on_text_alone_has_text_losses_and_is_refused_scenes(
+def test_a_model_trained_on_text_alone_has_text_losses_and_answers_but_is_refused_scenes_and_pictures(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     data = make_source(tmp_path / "data", tokenizer, texts(40))
@@ -39,6 +39,11 @@ def test_a_model_trained_on_text_alone_has_text_losses_and_is_refused_scenes(
         "heldout/texts/perplexity",
     }
     with ProgramRanks(evaluate.main, [*argv, f"scenes={tmp_path}"], None, tmp_path / "refused") as run:
+        assert "was trained on text alone" in expect(run, 2)
+    sampling = [argv[0], f"output={tmp_path / 'samples'}", "device=cpu", "max_new_tokens=4"]
+    with ProgramRanks(sample.main, [*sampling, "ask=a red circle"], None, tmp_path / "asked") as run:
+        expect(run, 0)
+    with ProgramRanks(sample.main, [*sampling, "prompt=a red circle"], None, tmp_path / "drawn") as run:
         assert "was trained on text alone" in expect(run, 2)
     lock = FolderLock(tmp_path / "out", evaluate.LOCK)  # of another evaluation, which goes on
     with ProgramRanks(evaluate.main, argv, None, tmp_path / "second") as run:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.arrangement import OrderConfig
 from data.dataset import DataConfig, open_data
 from data.documents import seed_from
 from data.lane_state import LaneState
@@ -51,7 +52,8 @@ def rows_of(batch: PackedBatch) -> list[tuple]:
             row, first = divmod(int(batch.image_token_index[place]), length)
             place += patches
             if slot < images.num_valid:
-                tensors = (images.stored, images.noise, images.posterior_noise, images.u, images.before_caption)
+                tensors = (images.stored, images.noise, images.posterior_noise, images.u)
+                tensors += (images.before_caption, images.is_target)
                 given = (b"" if tensor is None else tensor[slot].numpy().tobytes() for tensor in tensors)
                 pictures[row].append((first, *given))
     return [
@@ -128,6 +130,22 @@ def test_the_global_batch_is_the_same_for_any_ranks_workers_and_micro_batches(
         assert found == expected, (world_size, workers, micro)
 
 
+def test_what_is_given_copied_and_left_out_is_the_same_for_any_ranks_and_after_a_resume(
+    mixed: DataConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """P3, P4: context, its dropout and clean copies; every image of a row is there, and copies have their draws."""
+    edits = [(image, words, image) for words, image in pairs(24, lengths=(2, 6), seed=4)]
+    make_source(tmp_path / "edits", tokenizer, edits, shard_sizes=[11, 13], roles=["context", "context", "target"])
+    order = OrderConfig(caption_first=0.3, text_dropout=0.2, image_dropout=0.2, context_dropout=0.2)
+    sources = {**mixed.sources, "edits": SourceConfig(path=str(tmp_path / "edits"), weight=2.0)}
+    config = replace(mixed, sources=sources, order=order, clean_copies=True, lanes=8)
+    expected, states = run(config, 4, micro=8)
+    for workers, micro, world_size in ((0, 2, 3), (2, 3, 2)):
+        assert run(replace(config, num_workers=workers), 4, world_size, micro) == (expected, states)
+    assert run(config, 2, world_size=3, first_step=3, states=states[1]) == (expected[2:], states[2:])
+    assert run(replace(config, clean_copies=False), 4, micro=8) != (expected, states)
+
+
 @pytest.fixture(scope="module")
 def undivided() -> dict[int, Any]:
     """By number of lanes: what one rank without workers makes."""
@@ -152,7 +170,7 @@ def test_noise_is_drawn_from_seed_step_and_lane(mixed: DataConfig) -> None:
         for lane, row in rows.items():
             generator = torch.Generator().manual_seed(seed_from("images", 3, step, lane))
             u = torch.rand(len(row[-1]), generator=generator)
-            for i, (_, moments, noise, posterior_noise, drawn_u, _) in enumerate(row[-1]):
+            for i, (_, moments, noise, posterior_noise, drawn_u, *_) in enumerate(row[-1]):
                 cells = len(moments) // 2 // 2  # f16, mean and log variance
                 both = torch.randn(2, cells, generator=generator)
                 assert np.array_equal(np.frombuffer(noise, np.float32), both[0].numpy())

@@ -105,8 +105,8 @@ def main(argv: list[str]) -> int | None:
     pipeline = Pipeline.load(config, ranks).sized(config.size)
     assert pipeline.saved is not None
     guide = pipeline.describe_guide()
-    step, resolution = pipeline.saved.step, pipeline.latent_spec.resolution
-    pictures = {name: _read_picture(Path(name), resolution) for name in dict.fromkeys((*config.images, *config.edit))}
+    step, given = pipeline.saved.step, dict.fromkeys((*config.images, *config.edit))
+    pictures = {name: _read_picture(Path(name), pipeline.latent_spec.resolution) for name in given}
     output = Path(config.output)
     ranks.require_alike({"images (contents)": str([zlib.crc32(picture.tobytes()) for picture in pictures.values()])})
     ranks.on_first(lambda: _clear(output))
@@ -186,6 +186,8 @@ def _sample(
     if config.interleaved:
         jobs = [(list(numbers), config, False)]
     for chosen, settings, draw in jobs:
+        if not chosen:
+            continue
         prompts = [requests[number].parts(pictures, pipeline) for number in chosen]
         yield from zip(chosen, pipeline.complete(prompts, settings, config.seed, progress, chosen, draw), strict=True)
 
