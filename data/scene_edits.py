@@ -126,7 +126,7 @@ def _changed(splits: Splits, rng: np.random.Generator, kind: str, before: tuple[
     place = int(rng.integers(len(before)))
     if kind == "add":
         return (*before, *random_scene(splits, rng, 1))
-    come = ()
+    come: tuple[Shape, ...] = ()
     if kind != "remove":
         come = (replace(before[place], **{kind: VALUES[kind][rng.integers(len(VALUES[kind]))]}),)
     return (*before[:place], *come, *before[place + 1 :])

@@ -258,7 +258,9 @@ def test_a_folder_of_someone_else_is_refused_and_kept(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize("bad", ["resolution=30", "num_train=0", "shard_size=10001", "two_shapes_share=1.5", "seed=-1"])
+@pytest.mark.parametrize(
+    "bad", ["resolution=30", "num_train=-1", "shard_size=10001", "two_shapes_share=1.5", "seed=-1"]
+)
 def test_bad_settings_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=f"{bad}.*expected"):
         main([bad])

@@ -61,7 +61,7 @@ def evaluate_edits(folder: str, per_kind: int, inputs: Inputs) -> Part:
         instructed = [([picture], item.instruction) for picture, item in zip(before, mine, strict=True)]
         drawn = pipeline.edit(instructed, inputs.sampler, inputs.seed, progress.update, numbers)
     perfect = pipeline.reconstruct(after, inputs.seed, numbers)
-    judged = [judge_edit(*pictures, item.edit) for *pictures, item in zip(drawn, perfect, mine, strict=True)]
+    judged = [judge_edit(new, best, item.edit) for new, best, item in zip(drawn, perfect, mine, strict=True)]
     results = in_order(ranks, list(zip(judged, before, drawn, after, strict=True)))
     examples = _examples(inputs.output, items, results) if ranks.is_first else []
     data = {"path": folder, "fingerprint": f"{zlib.crc32(asked.encode()):08x}", "items": len(items)}

@@ -106,7 +106,10 @@ def _judged_card(one: EvaluationInputs, example: dict[str, Any], answer: str) ->
         below = note(f"true: {prompt}")
     elif failed and pixels is not None:
         below = note(f"judge sees {_seen(pixels)}")
-    return card(image(pixels, prompt), prompt if answer == "drawn" else example["caption"], verdict, below)
+    shown = image(pixels, prompt)
+    if isinstance(example.get("before"), str):  # an edit's
+        shown = block("pair", [image(read_picture(one.folder, example["before"]), "before"), shown])
+    return card(shown, prompt if answer == "drawn" else example["caption"], verdict, below)
 
 
 def codec(inputs: ReportInputs) -> str:

@@ -29,7 +29,7 @@ SETTINGS = (
     *("guidance_rescale", "guide", "clip_x0", "temperature", "top_p", "seed", "weights", "checkpoint"),
 )
 NOT_SETTINGS = ("scores.", "heldout.", "text_to_image.", "image_to_text.", "seconds", "checkpoint", "data.")
-SHARE = re.compile("scenes/.*|choices/.*")  # the scores that are shares of right answers
+SHARE = re.compile("(scenes|edits|questions|choices)/.*")  # the scores that are shares of right answers
 
 
 def scores(inputs: ReportInputs) -> str:
