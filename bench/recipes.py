@@ -78,6 +78,7 @@ FACTORS: dict[str, tuple[str, ...]] = {  # settings of train.pretrain; data=NAME
     "cap-500": ("diffusion.before_caption_max_timestep=500",),
     "cap-100": ("diffusion.before_caption_max_timestep=100",),
     "clean-context": ("diffusion.before_caption_max_timestep=0",),
+    "clean-copies": ("data.clean_copies=true",),
     "captions-first-63": ("data.order.caption_first=0.63",),
     "untied-all": ("model.untied=all",),
     "untied-ffn": ("model.untied=ffn",),
@@ -94,7 +95,7 @@ FACTORS: dict[str, tuple[str, ...]] = {  # settings of train.pretrain; data=NAME
 }
 WINNERS = ("flow", "muon", "cap-100", "captions-first-63", "rope-2d", "timestep-after", "three-captions", EMA)
 COSTLY = ("muon", "untied-all", "unet", BEST)  # steps that cost more: scored at equal seconds too
-MEASURED = (*COSTLY, "untied-ffn", "qk-norm")
+MEASURED = (*COSTLY, "untied-ffn", "qk-norm", "clean-copies")
 
 
 def _cases() -> dict[str, tuple[str, ...]]:
