@@ -150,6 +150,12 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
                 f"data.sources.{name} was encoded with tokenizer {manifest.tokenizer_hash}, but {config.tokenizer} is "
                 f"{tokenizer.hash}; name the tokenizer it was encoded with, or encode it again"
             )
+        if manifest.chat_hash not in (None, tokenizer.chat_hash):
+            raise ValueError(
+                f"data.sources.{name} holds conversations laid out by chat template {manifest.chat_hash}, but that of "
+                f"{config.tokenizer} is {tokenizer.chat_hash}; name the tokenizer it was encoded with, or encode it "
+                "again into another folder"
+            )
         theirs = manifest.latent_spec
         if spec is not None and theirs is not None and theirs != spec:
             raise ValueError(

@@ -11,8 +11,7 @@ appended after its vocabulary, or are unused tokens of it, by name.
 No text can spell these, nor a token that its file marks as special. Other added tokens (Qwen's <think>) are words like
 any other: texts spell them, and they are decoded.
 
-A chat template beside it is kept there too, under "chat", with the tokens that it names (data/chat.py renders it). The
-file's hash, to which data and runs are tied, so pins the template as well.
+A chat template beside it is kept there too, under "chat", with the tokens that it names (data/chat.py renders it).
 """
 
 import json

@@ -174,6 +174,7 @@ class Manifest:
     latent_spec: LatentSpec | None  # None: text only
     shards: tuple[ShardEntry, ...]
     captions: dict[str, float] = field(default_factory=dict)  # kinds of captions and their weights at encoding, if any
+    chat_hash: str | None = None  # of the chat template that laid out its conversations; None: none did
 
     def __post_init__(self) -> None:
         check_weights("captions", self.captions)
@@ -269,6 +270,7 @@ class Manifest:
             "latent_spec": self.latent_spec.fields() if self.latent_spec is not None else None,
             "shards": [{k: v for k, v in asdict(e).items() if v or k != "caption_tokens"} for e in self.shards],
             **({"captions": self.captions} if self.captions else {}),
+            **({"chat_hash": self.chat_hash} if self.chat_hash is not None else {}),
         }
 
     @classmethod

@@ -44,16 +44,19 @@ class Tokenizer:
         self._vocabulary: _SentencePieces | JsonVocabulary
         if self.path.suffix == ".json":
             content = self_contained(self.path)
-            self.content = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()  # of `file_name` in a copy
+            self.content = _json(content)  # of `file_name` in a copy
             self._vocabulary, self.file_name = JsonVocabulary(content, str(path)), TOKENIZER
         else:
             self.content = self.path.read_bytes()
             self._vocabulary, self.file_name = _SentencePieces(self.content, path), "tokenizer.model"
-        self.hash = hashlib.sha256(self.content).hexdigest()[:16]
         self.vocab_size = self._vocabulary.vocab_size
         self.unknown: int | None = self._vocabulary.unknown  # stands for what no piece covers; None: all is covered
         self.special = SpecialIds(**self._vocabulary.special)
         self.chat: dict[str, Any] | None = self._vocabulary.chat  # its model's chat template (data/chat.py), if any
+        # Of what makes the ids of a text, and of the template, which lays out conversations alone.
+        ids = self.content if self.chat is None else _json({k: v for k, v in content.items() if k != "chat"})
+        self.hash = hashlib.sha256(ids).hexdigest()[:16]
+        self.chat_hash = None if self.chat is None else hashlib.sha256(_json(self.chat)).hexdigest()[:16]
 
     def encode(self, text: str) -> np.ndarray:
         """Return token ids int64 [len], without special ids, whatever the text spells."""
@@ -99,6 +102,10 @@ class Tokenizer:
         }
         model = self._vocabulary.model
         return {self.file_name: model, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
 
 
 def find_copy(folder: Path) -> Path | None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from data.chat import Chat, Message
+from data.dataset import DataConfig, open_data
 from data.documents import ImageSegment, decode_document
 from data.manifest import Manifest
 from data.pictures import encode_png
+from data.source import SourceConfig
 from data.tokenizer import Tokenizer
 from tests.encoding.jobs import OUT, Capsys, Contents, arguments, contents_of, pixels_of
 from tests.json_tokenizers import byte_level, write_folder
@@ -99,12 +101,20 @@ def test_a_conversation_has_the_form_of_its_tokenizers_template(tmp_path: Path) 
     assert "".join(map(tokenizer.piece, asked[0][1])) == "<|im_start|>userĊ"
     given, target = "context", "target"
     assert_same(edit, [(given, 0), (given, 1), (given, "join them"), (target, 2)], tokenizer)  # plainly
-    assert Manifest.load(OUT).tokenizer_hash == tokenizer.hash
+    manifest = Manifest.load(OUT)
+    assert (manifest.tokenizer_hash, manifest.chat_hash) == (tokenizer.hash, tokenizer.chat_hash)
+    shard = next(OUT.glob("*.tar")).stat().st_ino
+    encode(Path("raw"), Tokenizer(folder))
+    assert next(OUT.glob("*.tar")).stat().st_ino == shard, "done already"
 
     settings["chat_template"] = CHATML.replace("<|im_end|>", "<|endoftext|>")
     write_folder(folder, library, tokenizer_config=settings)
+    config = DataConfig(sources={"rows": SourceConfig(path=str(OUT))}, tokenizer=str(folder), lanes=1)
+    with pytest.raises(ValueError, match="laid out by chat template"):
+        open_data(config, 0, 8)
     encode(Path("raw"), Tokenizer(folder))  # another template: encoded again
     assert documents_in(OUT, tokenizer)[2] != talk
+    assert open_data(config, 0, 8).tokenizer.chat_hash == Manifest.load(OUT).chat_hash
 
 
 def test_what_is_bad_in_rows_is_counted_and_what_is_odd_is_told(tokenizer: Tokenizer, capsys: Capsys) -> None:

@@ -284,8 +284,7 @@ class Encoder:
 
         for document in documents:
             if self.space is None and any(isinstance(segment, bytes) for segment in document.segments):
-                what = "a picture among texts: give vae=FOLDER or a hub id, or vae=pixels"
-                bad.add(BadRecord("picture without an autoencoder", document.where, what))
+                bad.add(BadRecord("picture without an autoencoder", document.where, "give vae=FOLDER, or vae=pixels"))
                 continue
             decode = partial(decode_picture, sizes=self.sizes, where=document.where)
             pictures = {id(s): s for s in document.segments if isinstance(s, bytes)}  # each once
@@ -327,6 +326,7 @@ class Encoder:
             raise BadRecord("refused conversation", draft.document.where, str(error)) from None
         ids = [part for _, part in laid_out if isinstance(part, np.ndarray)]
         self.words.count(self.tokenizer, ids, [part for part in draft.segments if isinstance(part, str)])
+        self.words.chat = self.tokenizer.chat_hash
         segments = [part if isinstance(part, np.ndarray) else part.encoded for _, part in laid_out]
         return segments, tuple(role for role, _ in laid_out)
 

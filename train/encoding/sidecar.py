@@ -116,6 +116,7 @@ def build_manifest(encoder: Encoder, sidecars: list[Sidecar], folder: Path) -> M
         latent_spec=encoder.latent_spec(sums),
         shards=tuple(sidecar.entry for sidecar in sidecars if sidecar.entry.records),
         captions=encoder.config.caption_kinds if encoder.space is not None else {},  # texts have none
+        chat_hash=next((sidecar.words.chat for sidecar in sidecars if sidecar.words.chat is not None), None),
     )
     manifest.save()
     spec = manifest.latent_spec

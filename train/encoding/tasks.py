@@ -26,18 +26,21 @@ class Task:
     shard: Path
     bytes: int  # of the input
     origin: dict[str, Any]  # what decides the shard's bytes
+    chat: str | None = None  # and those of conversations: the hash of the chat template
 
     def sidecar(self) -> Sidecar | None:
         """Return the shard's sidecar if the task is done."""
-        return Sidecar.read(self.shard, self.origin)
+        found = Sidecar.read(self.shard, self.origin)
+        return found if found is not None and found.words.chat in (None, self.chat) else None
 
 
 def list_tasks(encoder: Encoder, sources: Sequence[str], output: Path) -> list[Task]:
     """Return all tasks, done or not; asks for each input's version, of many remote ones at a time."""
+    chat = encoder.tokenizer.chat_hash
     with ThreadPoolExecutor(32) as pool:
         versions = list(pool.map(file_version, sources))
     return [
-        Task(source, output / f"{input_name(source)}.tar", version.bytes, encoder.origin(version))
+        Task(source, output / f"{input_name(source)}.tar", version.bytes, encoder.origin(version), chat)
         for source, version in zip(sources, versions, strict=True)
     ]
 
