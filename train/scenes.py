@@ -47,9 +47,7 @@ class ScenesConfig:
     resolution: int = 32  # pixels a side; a multiple of 8, at least 16
     num_train: int = 20000  # training pictures; 0 or more
     shard_size: int = 2000  # pictures, edits or pictures with questions a shard; 1..10000
-    two_shapes_share: float = (
-        0.15  # share of training pictures with two shapes, and of those to edit or ask about; 0..1
-    )
+    two_shapes_share: float = 0.15  # share of training pictures, edits and pictures with questions of two shapes; 0..1
     num_heldout_two_shapes: int = 120  # held-out pictures with two shapes; 0..200
     num_text: int = 4000  # text-only training documents; 0 or more
     num_text_heldout: int = 400  # text-only held-out documents; 0 or more
