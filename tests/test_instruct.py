@@ -12,7 +12,7 @@ from train.demo import HERE, STAGES, DemoConfig, _run
 
 ENCODE = "inputs=[runs/instruct/scenes/{0}] output=runs/instruct/latents/{0}"
 COMMANDS = {  # program -> ranks and what makes it short, for each call
-    "scenes": [(1, "num_edits=60 num_questions=40 num_heldout_edits=12 num_heldout_questions=12 processes=1")],
+    "scenes": [(1, "num_edits=60 num_questions=40 num_heldout_edits=40 num_heldout_questions=40 processes=1")],
     "encode": [(1, ENCODE.format("edits")), (1, ENCODE.format("questions"))],
     "pretrain": [(2, "optim.steps=4 optim.warmup_steps=1 checkpoint.interval_steps=2 log.interval_steps=1")],
     "evaluate": [(2, "steps=2 max_prompts=1")],
