@@ -57,11 +57,7 @@ class Chat:
         if messages[-1].speaker == "assistant":  # what a template writes after the last answer leads nowhere
             while pieces[-1].role == "context":
                 pieces.pop()
-        laid_out = self._encoded(pieces)
-        role, last = laid_out[-1]
-        if role == "target" and pieces[-1].kind != "picture" and last[-1] == self._tokenizer.special.eos:
-            laid_out[-1:] = [(role, last[:-1])] if len(last) > 1 else []
-        return laid_out
+        return self._encoded(pieces)
 
     def prompt(self, messages: Sequence[Message[P]]) -> list[np.ndarray | P]:
         """Return the same up to where the assistant is to speak; raise ValueError if it has spoken last."""
@@ -166,7 +162,11 @@ class Chat:
         return str(rendered[0][0])
 
     def _encoded(self, pieces: Sequence[_Piece]) -> list[tuple[Role, Any]]:
-        """Return the pieces as token ids and pictures; texts of one role that meet are one text."""
+        """Return the pieces as token ids and pictures; texts of one role that meet are one text.
+
+        BOS at the start is left out, and EOS at the end of a target.
+        """
+        special = self._tokenizer.special
         laid_out: list[tuple[Role, Any]] = []
         before: list[_Piece] = []  # the text that the next one continues
         for (role, is_picture), group in groupby(pieces, lambda piece: (piece.role, piece.kind == "picture")):
@@ -176,8 +176,10 @@ class Chat:
                 continue
             texts = list(group)
             ids, before = self._text(before, texts), texts
-            if not laid_out and len(ids) and ids[0] == self._tokenizer.special.bos:
+            if not laid_out and len(ids) and ids[0] == special.bos:
                 ids = ids[1:]
+            if texts[-1] is pieces[-1] and role == "target" and len(ids) and ids[-1] == special.eos:
+                ids = ids[:-1]
             if len(ids):
                 laid_out.append((role, ids))
         return laid_out

@@ -174,7 +174,7 @@ class Manifest:
     latent_spec: LatentSpec | None  # None: text only
     shards: tuple[ShardEntry, ...]
     captions: dict[str, float] = field(default_factory=dict)  # kinds of captions and their weights at encoding, if any
-    chat_hash: str | None = None  # of the chat template that laid out its conversations; None: none did
+    chat_hash: str | None = None  # of the chat template, or PLAIN_FORM, of its conversations; None: it has none
 
     def __post_init__(self) -> None:
         check_weights("captions", self.captions)

@@ -21,6 +21,7 @@ from data.durable import atomic_write
 from data.json_tokenizer import TOKENIZER, JsonVocabulary, self_contained
 
 BOI_PIECE, EOI_PIECE = "<boi>", "<eoi>"
+PLAIN_FORM = "plain"  # stands for the hash of a chat template where there is none (data/chat.py)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Tokenizer:
         # Of what makes the ids of a text, and of the template, which lays out conversations alone.
         ids = self.content if self.chat is None else _json({k: v for k, v in content.items() if k != "chat"})
         self.hash = hashlib.sha256(ids).hexdigest()[:16]
-        self.chat_hash = None if self.chat is None else hashlib.sha256(_json(self.chat)).hexdigest()[:16]
+        self.chat_hash = PLAIN_FORM if self.chat is None else hashlib.sha256(_json(self.chat)).hexdigest()[:16]
 
     def encode(self, text: str) -> np.ndarray:
         """Return token ids int64 [len], without special ids, whatever the text spells."""

@@ -114,6 +114,13 @@ def test_a_conversation_has_the_form_of_its_tokenizers_template(tmp_path: Path) 
         open_data(config, 0, 8)
     encode(Path("raw"), Tokenizer(folder))  # another template: encoded again
     assert documents_in(OUT, tokenizer)[2] != talk
+    del settings["chat_template"]
+    write_folder(folder, library, tokenizer_config=settings)
+    encode(Path("raw"), Tokenizer(folder))  # none: the plain form
+    write_folder(folder, library, tokenizer_config={**settings, "chat_template": CHATML})
+    with pytest.raises(ValueError, match="laid out by chat template plain"):
+        open_data(config, 0, 8)
+    write_folder(folder, library, tokenizer_config=settings)
     assert open_data(config, 0, 8).tokenizer.chat_hash == Manifest.load(OUT).chat_hash
 
 

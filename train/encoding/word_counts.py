@@ -21,7 +21,7 @@ class WordCounts:
     examples: list[str] = field(default_factory=list)
     # Of each of several kinds of captions: pictures that have it (GIVEN), and those that do not, by reason.
     captions: dict[str, dict[str, int]] = field(default_factory=dict)
-    chat: str | None = None  # hash of the chat template that laid out conversations; None: none did
+    chat: str | None = None  # hash of the chat template, or PLAIN_FORM, of conversations; None: there are none
 
     def count(self, tokenizer: Tokenizer, token_ids: Iterable[np.ndarray], texts: Iterable[str]) -> None:
         """Count the tokens [len] that texts became."""
