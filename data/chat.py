@@ -25,6 +25,8 @@ Speaker = Literal["system", "user", "assistant"]
 P = TypeVar("P")  # a picture, of whatever type but str
 _MARK = "\ufdd0{}\ufdd1"  # noncharacters, which no template spells
 _MARKS = re.compile("\ufdd0([0-9]+)\ufdd1")
+# What a template's expressions may raise besides jinja's own errors.
+_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 _DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"  # the date in Llama 3's templates
 
 
@@ -157,7 +159,7 @@ class Chat:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokenizer.chat["tokens"],
             )
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except (TemplateError, *_ERRORS) as error:
             raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from None
         return str(rendered[0][0])
 
