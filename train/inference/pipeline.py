@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 import torch
 
+from data.chat import Chat, Message
 from data.manifest import LatentSpec
 from data.pictures import from_unit, to_unit
 from data.storage import Location
@@ -268,8 +269,6 @@ class Pipeline:
 
     def ask(self, pictures: Sequence[np.ndarray], question: str, system: str | None = None) -> list[Part]:
         """Return the prompt of a question after its pictures, up to where the assistant is to speak (data/chat.py)."""
-        from data.chat import Chat, Message
-
         self._warn_of_unknown({question})
         messages: list[Message[np.ndarray]] = [Message("user", (*pictures, question))]
         if system is not None:
