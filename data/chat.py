@@ -25,9 +25,10 @@ Speaker = Literal["system", "user", "assistant"]
 P = TypeVar("P")  # a picture, of whatever type but str
 _MARK = "\ufdd0{}\ufdd1"  # noncharacters, which no template spells
 _MARKS = re.compile("\ufdd0([0-9]+)\ufdd1")
-# What a template's expressions may raise besides jinja's own errors.
-_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 _DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"  # the date in Llama 3's templates
+
+# What Python raises for a template, besides jinja's own errors; RuntimeError: one that calls itself.
+_OF_TEMPLATES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Chat:
         """
         pieces = self._pieces(messages)
         if messages[-1].speaker == "assistant":  # what a template writes after the last answer leads nowhere
-            while pieces[-1].role == "context":
+            while pieces[-1].role == "context" and pieces[-1].kind == "template":
                 pieces.pop()
         return self._encoded(pieces)
 
@@ -159,8 +160,8 @@ class Chat:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokenizer.chat["tokens"],
             )
-        except (TemplateError, *_ERRORS) as error:
-            raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from None
+        except (TemplateError, *_OF_TEMPLATES) as error:
+            raise ValueError(f"the tokenizer's chat template refuses the conversation: {str(error)[:300]}") from None
         return str(rendered[0][0])
 
     def _encoded(self, pieces: Sequence[_Piece]) -> list[tuple[Role, Any]]:

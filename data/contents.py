@@ -24,13 +24,15 @@ _BY_RANK: tuple[Content, ...] = ("pictures", "conversations", "texts")  # a file
 
 
 def contents_of(sources: Sequence[str], names: KeysConfig) -> set[Content]:
-    """Return which kinds of contents the first input files hold; conversations are those without a picture so far."""
+    """Return which kinds of contents the first input files hold; conversations are those without a picture so far.
+
+    A file without a readable row, which the job will count as failed, holds none.
+    """
     found: set[Content] = {"pictures" for source in sources if suffix_of(source) == TAR}
     others = [source for source in sources if suffix_of(source) != TAR]
     for source in others[: 1 if others and is_remote(others[0]) else FILES]:
-        rows = [] if suffix_of(source) == TEXT else _first_rows(source)
-        contents = {_content(row, names) for row in rows} | {"texts"}
-        found.add(next(content for content in _BY_RANK if content in contents))
+        contents = {"texts"} if suffix_of(source) == TEXT else {_content(row, names) for row in _first_rows(source)}
+        found.update([content for content in _BY_RANK if content in contents][:1])
     return found
 
 

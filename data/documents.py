@@ -96,6 +96,8 @@ def decode_document(record: Record, where: str) -> Document:
     """Return the record's document, caption before image; raise BadRecord for unusable contents."""
     if "segments.npy" in record:
         return _with_roles(list(_interleaved(record, where)), record, where)
+    if "roles.npy" in record:
+        raise BadRecord("wrong roles", where, "without segments.npy")
     image = _image(record, "", where)
     if "tokens.npy" not in record and image is None:
         raise BadRecord("no tokens and no image", where, f"members {sorted(record)}")

@@ -69,6 +69,8 @@ class PictureFiles:
         found = os.stat(place)
         if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
             raise BadRecord("unreadable picture", where, f"{path[:200]!r} is not a file")
+        if not found.st_size:  # nor read the files in /proc, which may wait too, or fail
+            raise BadRecord("empty picture", where, f"{path[:200]!r}")
         if found.st_size > MAX_PICTURE_BYTES:
             raise BadRecord("oversized picture", where, f"{found.st_size} bytes, at most {MAX_PICTURE_BYTES} are read")
         return Path(place).read_bytes()

@@ -39,7 +39,8 @@ REASONS = {
     *("member is not a file", "member name is not UTF-8", "sparse member"),
     # of encoded shards
     *("checksum", "unreadable shard", "unreadable index", "no tokens and no image", "empty document", "wrong array"),
-    *("wrong segments", "wrong captions", "too many segments", "missing image", "undecodable array"),
+    *("wrong segments", "wrong captions", "wrong roles", "too many segments", "missing image", "undecodable array"),
+    "no target",
     *("several kinds of one image", "another kind of image"),
     *("non-finite latents", "longer than a sequence"),
     *("latent variance out of range", "token id out of range", "latent grid not tiled by patches"),
@@ -61,7 +62,7 @@ class Readers:
         documents = [*pairs(4, seed=1), *interleaved(3, seed=1), *texts(3, seed=1)]
         documents += [*interleaved(2, seed=2), *pairs(2, seed=2)]
         make_source(self.encoded, self.tokenizer, documents, shard_sizes=[10, 4])
-        add_captions(self.encoded)
+        add_captions_and_roles(self.encoded)
         self.files = {path.name: path.read_bytes() for path in sorted(self.encoded.iterdir())}
         self.shards = {name: Shard.of(data) for name, data in self.files.items() if name.endswith(".tar")}
         self.raw.mkdir()
@@ -124,6 +125,7 @@ class Readers:
         self.passed += 1
         parts = []
         for segment in document.segments + document.captions:
+            parts.append(segment.role.encode())
             if isinstance(segment, ImageSegment):
                 mean, logvar = np.split(segment.array.astype(np.float64), 2)
                 check(len(mean) == 2 and mean.size and np.isfinite(mean).all(), "means")
@@ -219,14 +221,14 @@ class Readers:
         data.sources[0].manifest.store.forget()
 
 
-def add_captions(folder: Path) -> None:
-    """Add a shard of pictures with captions of two kinds to an encoded data set."""
+def add_captions_and_roles(folder: Path) -> None:
+    """Add a shard of pictures with captions of two kinds, and of an edit, to an encoded data set."""
     captions, moments = [np.arange(5, 5 + n) for n in (2, 5, 3)], np.ones((4, 4, 4), np.float16)
     kinds = [[0, 1, 1], [0, 0, 0], [1, 0, 1]]
     shard, tokens = folder / "00002.tar", CaptionTokens()
-    write_shard(
-        shard, [encode_record(f"c{i}", [moments * i], b"{}", captions, caption_kinds=k) for i, k in enumerate(kinds)]
-    )
+    records = [encode_record(f"c{i}", [moments * i], b"{}", captions, caption_kinds=k) for i, k in enumerate(kinds)]
+    edit = encode_record("edit", [moments, captions[0], moments], b"{}", roles=("context", "context", "target"))
+    write_shard(shard, [*records, edit])
     index = index_shard(shard, partial(document_sizes, captions=tokens), BadRecords(0))
     index.save(index_path(shard))
     manifest = Manifest.load(folder)

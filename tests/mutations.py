@@ -142,6 +142,9 @@ def hostile_contents(rng: random.Random, shard: Shard, _: Shard) -> Mutation:
         lists = [[], [0], [-2], [2**31 - 1], [-(2**31)], [-1] * 50, [*whole, 1], [*whole, -1]]
         lists += [[1] * (1 << 20), whole + 1]
         cases = [(f"segments {np.array(values)[:5].tolist()}", npy(np.array(values, np.int32))) for values in lists]
+    elif part.extension == "roles.npy":
+        lists = [[], [1] * len(whole), [2, *whole[1:]], [*whole[1:], 255], [*whole, 0], whole[1:], [1] * (1 << 20)]
+        cases = [(f"roles {np.array(values)[:5].tolist()}", npy(np.array(values, np.uint8))) for values in lists]
     else:
         ids = (2**31 - 1, -1, -(2**31), 100_000)
         cases = [(f"token {value}", _with(rng, whole, value)) for value in ids if whole.size]

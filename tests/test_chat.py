@@ -198,6 +198,10 @@ def test_what_a_template_refuses_is_refused(tmp_path: Path) -> None:
         ("{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}", "leaves out or repeats"),
         ("{% for m in messages %}", "refuses the conversation"),
         ("{{ messages[5]['content'] }}", "refuses|leaves out"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the conversation"),
+        ("{{ 5 | dictsort }}", "refuses the conversation"),
+        ("{{ 'x' * 10**13 }}", "refuses the conversation"),
+        ("{{ raise_exception('x' * 10**5) }}", "refuses the conversation: x{300}$"),
         ("{{ messages.append(1) }}", "refuses the conversation"),  # the sandbox
         ("{% include 'tokenizer.json' %}", "refuses the conversation: no loader"),  # nor can it read a file
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the conversation: maximum recursion"),
@@ -209,6 +213,17 @@ def test_what_a_template_refuses_is_refused(tmp_path: Path) -> None:
         )
         with pytest.raises(ValueError, match=reason):
             Chat(Tokenizer(folder)).lay_out(TALK)
+
+
+def test_a_template_that_moves_messages_loses_none(tmp_path: Path) -> None:
+    settings = {"eos_token": "</s>", "chat_template": "{% for m in messages|reverse %}[{{ m['content'] }}]{% endfor %}"}
+    tokenizer = Tokenizer(write_folder(tmp_path / "t", byte_fallback(), tokenizer_config=settings))
+    laid_out = Chat(tokenizer).lay_out(TALK[:2])
+    assert [(role, tokenizer.decode(ids)) for role, ids in laid_out] == [
+        ("context", "["),
+        ("target", TALK[1].parts[0]),
+        ("context", f"][{TALK[0].parts[0]}"),
+    ]
 
 
 def test_the_date_in_a_template_is_always_the_same(tmp_path: Path) -> None:

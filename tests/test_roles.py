@@ -226,6 +226,8 @@ def test_a_record_keeps_the_roles_and_old_records_are_all_targets() -> None:
         short = record["roles.npy"][:-3].replace(b"(3,)", f"({len(numbers)},)".encode()) + bytes(numbers)
         with pytest.raises(BadRecord, match=reason):
             decode_document({**record, "roles.npy": short}, "here")
+    with pytest.raises(BadRecord, match="wrong roles"):  # else what is given would be learnt
+        decode_document({**encode_record("key", arrays[1:], b"{}"), "roles.npy": record["roles.npy"]}, "here")
 
 
 def test_context_is_dropped_by_part_in_its_shares_and_only_where_an_image_is_drawn() -> None:

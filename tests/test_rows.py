@@ -136,6 +136,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**PICTURE, "image": "images"}, "unreadable picture"),
     ({**PICTURE, "image": "/dev/zero"}, "unreadable picture"),
     ({**PICTURE, "image": "pipe.png"}, "unreadable picture"),
+    ({**PICTURE, "image": "/proc/self/mem"}, "empty picture"),  # whose reading would fail
     ({**PICTURE, "image": "https://host/a.png?token=secret"}, "picture behind a URL"),
     ({**PICTURE, "image": "file:///etc/passwd"}, "picture behind a URL"),
     ({**PICTURE, "image": 7}, "no picture"),
@@ -283,12 +284,15 @@ def test_a_folder_of_rows_and_their_pictures_is_an_input(folder: Path, caplog: p
         ([{"text": "a"}, PICTURE], "pictures"),
         ([said("a", "b")], "conversations"),
         ([said("a", "b"), said("<image>", "b", image="blue.png")], "pictures"),
-        ([], "texts"),
+        ([], None),
+        ([b"\x1f\x8b"], None),
     ],
 )
-def test_what_a_file_holds_is_told_by_its_first_rows(folder: Path, rows: list[Any], content: str) -> None:
+def test_what_a_file_holds_is_told_by_its_first_rows(folder: Path, rows: list[Any], content: str | None) -> None:
     (folder / "rows.jsonl").write_bytes(lines(*rows))
-    assert contents_of([str(folder / "rows.jsonl")], KeysConfig()) == {content}
+    (folder / "damaged.parquet").write_bytes(b"PAR1")  # says nothing of what the job needs
+    paths = [str(folder / name) for name in ("rows.jsonl", "damaged.parquet")]
+    assert contents_of(paths, KeysConfig()) == ({content} if content else set())
 
 
 def test_a_table_without_pyarrow_is_refused_with_the_remedy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,3 +324,16 @@ def test_a_table_holds_the_same_rows_with_pictures_as_paths_or_bytes(folder: Pat
     path.write_bytes(path.read_bytes()[:-20])
     cut = BadRecords(max_fraction=1)
     assert not list(read_raw(path, str(path), cut)) and dict(cut.reasons) == {"truncated": 1}
+
+
+def test_a_cell_that_python_cannot_hold_costs_its_row_at_most(folder: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    no_utf8 = pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string())
+    late = pyarrow.array([1 + (1 << 62)] * 3).view(pyarrow.timestamp("ns"))
+    path, bad = folder / "a.parquet", BadRecords(max_fraction=1)
+    parquet.write_table(pyarrow.table({"text": no_utf8, "time": late}), path)
+    assert [d.segments for d in read_raw(path, str(path), bad)] == [("a",), ("c",)]
+    assert dict(bad.reasons) == {"no text": 1} and bad.names[0].startswith(f"{path}:2: ")
+    assert contents_of([str(path)], KeysConfig()) == {"texts"}
