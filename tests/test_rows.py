@@ -14,7 +14,8 @@ import pytest
 from data.chat import Message
 from data.contents import contents_of
 from data.inputs import expand
-from data.raw import SUFFIXES, KeysConfig, RawDocument, read_raw, read_texts
+from data.raw import SUFFIXES, read_raw, read_texts
+from data.raw_document import KeysConfig, RawDocument
 from data.shards import BadRecords, write_shard
 
 RED, BLUE = b"\x89PNG red", b"\x89PNG blue"

@@ -13,8 +13,8 @@ from data.scene_edit_judge import EditVerdict, judge_edit
 from data.scene_edits import Edit
 from data.scenes import Shape
 from train.evaluation.part import Inputs, Part, in_order
-from train.evaluation.scene_rows import read_items
-from train.evaluation.scores import Score, share
+from train.evaluation.scene_rows import read_items, shares
+from train.evaluation.scores import share
 
 TRIO = ("before", "drawn", "true")  # pictures of an example
 
@@ -69,17 +69,10 @@ def evaluate_edits(folder: str, per_kind: int, inputs: Inputs) -> Part:
     results = in_order(ranks, list(zip(judged, before, drawn, after, strict=True)))
     examples = _examples(inputs.output, items, results) if ranks.is_first else []
     data = {"path": folder, "fingerprint": fingerprint, "items": len(items)}
-    return Part(shares(items, [result[0] for result in results]), examples, data)
-
-
-def shares(items: list[EditItem], verdicts: list[EditVerdict]) -> dict[str, Score]:
-    """Return the shares of right edits, of those that leave the rest alone, and of right ones by kind."""
-    right: dict[str, list[bool]] = {"all": [], "unchanged": []}
-    for item, verdict in zip(items, verdicts, strict=True):
-        right["all"].append(verdict.right)
-        right["unchanged"].append(verdict.unchanged)
-        right.setdefault(item.kind, []).append(verdict.right)
-    return {f"edits/{goal}": share(sum(found), len(found)) for goal, found in right.items()}
+    verdicts = [result[0] for result in results]
+    scores = shares("edits", items, [verdict.right for verdict in verdicts])
+    scores["edits/unchanged"] = share(sum(verdict.unchanged for verdict in verdicts), len(verdicts))
+    return Part(scores, examples, data)
 
 
 def _examples(

@@ -11,8 +11,7 @@ from data.pictures import decode_picture
 from data.raw_document import RawDocument
 from data.scene_questions import normalised
 from train.evaluation.part import Inputs, Part, in_order
-from train.evaluation.scene_rows import read_items
-from train.evaluation.scores import Score, share
+from train.evaluation.scene_rows import read_items, shares
 
 
 @dataclass(frozen=True)
@@ -51,24 +50,20 @@ def evaluate_questions(folder: str, per_kind: int, inputs: Inputs) -> Part:
     with inputs.bar("questions", len(mine)) as progress:
         prompts = [([decode_picture(item.picture, [(side, side)], item.where)], item.question) for item in mine]
         answers = in_order(ranks, pipeline.answer(prompts, inputs.sampler, inputs.seed, progress.update, numbers))
-    right: dict[str, list[bool]] = {"all": []}
-    for item, answer in zip(items, answers, strict=True):
-        for goal in ("all", item.kind):
-            right.setdefault(goal, []).append(normalised(answer) == normalised(item.answer))
-    scores: dict[str, Score] = {f"questions/{goal}": share(sum(f), len(f)) for goal, f in right.items()}
+    right = [normalised(answer) == normalised(item.answer) for item, answer in zip(items, answers, strict=True)]
     data = {"path": folder, "fingerprint": fingerprint, "items": len(items)}
-    return Part(scores, _examples(inputs.output, items, answers) if ranks.is_first else [], data)
+    examples = _examples(inputs.output, items, answers, right) if ranks.is_first else []
+    return Part(shares("questions", items, right), examples, data)
 
 
-def _examples(output: Path, items: list[QuestionItem], answers: list[str]) -> list[dict[str, Any]]:
+def _examples(output: Path, items: list[QuestionItem], answers: list[str], right: list[bool]) -> list[dict[str, Any]]:
     """Write the pictures; return lines of examples.jsonl."""
     folder = output / "pictures"
     folder.mkdir(exist_ok=True)
     lines = []
-    for i, (item, answer) in enumerate(zip(items, answers, strict=True)):
+    for i, (item, answer, is_right) in enumerate(zip(items, answers, right, strict=True)):
         name = f"pictures/question-{i:04d}-true.png"
         write_durably(output / name, item.picture)
-        verdict = {"right": normalised(answer) == normalised(item.answer)}
         line = {"split": f"questions: {item.kind}", "prompt": f"{item.question} {item.answer}", "true": name}
-        lines.append({**line, "caption": answer, "caption_verdict": verdict})
+        lines.append({**line, "caption": answer, "caption_verdict": {"right": is_right}})
     return lines

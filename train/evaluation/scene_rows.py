@@ -1,6 +1,6 @@
-"""Rows that train.scenes writes, edits or questions about pictures: read as an encoding job reads them."""
+"""Rows that train.scenes writes, edits or questions about pictures: read as encoding reads them, and their scores."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -8,6 +8,7 @@ from data.inputs import expand
 from data.raw import read_raw
 from data.raw_document import RawDocument
 from data.shards import BadRecords
+from train.evaluation.scores import Score, share
 from train.evaluation.texts import OTHER_FORM
 
 
@@ -42,3 +43,11 @@ def read_items(option: str, folder: str, per_kind: int, items_of: Callable[[RawD
     bad.check(final=True)
     counts = {kind: min(per_kind, len(items)) for kind, items in kinds.items()}
     return [items[i * len(items) // counts[kind]] for kind, items in kinds.items() for i in range(counts[kind])]
+
+
+def shares(option: str, items: Sequence[Item], right: Sequence[bool]) -> dict[str, Score]:
+    """Return the shares of right items, `OPTION/all` and `OPTION/KIND`."""
+    found: dict[str, list[bool]] = {"all": [*right]}
+    for item, is_right in zip(items, right, strict=True):
+        found.setdefault(item.kind, []).append(is_right)
+    return {f"{option}/{name}": share(sum(of), len(of)) for name, of in found.items()}
