@@ -136,9 +136,14 @@ def test_rows_of_another_form_and_missing_pictures_are_refused_by_name(drawn_sce
     with pytest.raises(FileNotFoundError, match="none"):
         evaluate.main(["checkpoint=runs/none", "questions=none"])
     (tmp_path / "a.jsonl").write_text((drawn_scenes / "edits" / "00000.jsonl").read_text())
-    (item, *_) = read_edits(str(tmp_path), 1)
+    with pytest.raises(ValueError, match=r"edits=.*pictures are missing, such as .*0-before\.png"):
+        evaluate.main(["checkpoint=runs/none", f"edits={tmp_path}"])
     with pytest.raises(ValueError, match=r"0-before\.png: cannot be read"):
-        read_picture(item.before, 32)
+        read_picture(tmp_path / "0-before.png", 32)
+    (tmp_path / "a.jsonl").write_text("\n")
+    for option in ("edits", "questions"):
+        with pytest.raises(ValueError, match=f"{option}=.*: holds no {option}"):
+            evaluate.main(["checkpoint=runs/none", f"{option}={tmp_path}"])
 
 
 def test_a_model_is_scored_through_the_program(drawn_scenes: Path, drawn: DrawingRun, tmp_path: Path) -> None:

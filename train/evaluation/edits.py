@@ -31,6 +31,10 @@ class EditItem:
     def kind(self) -> str:
         return self.edit.kind
 
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        return self.before, self.after
+
 
 def read_edits(folder: str, per_kind: int) -> list[EditItem]:
     """Read at most `per_kind` edits of each kind; see `read_items` for what is raised."""

@@ -23,6 +23,10 @@ class QuestionItem:
     question: str
     answer: str
 
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        return (self.picture,)
+
 
 def read_questions(folder: str, per_kind: int) -> list[QuestionItem]:
     """Read at most `per_kind` questions of each kind; see `read_items` for what is raised."""

@@ -18,6 +18,9 @@ class Item(Protocol):
     @property
     def kind(self) -> str: ...
 
+    @property
+    def pictures(self) -> tuple[Path, ...]: ...
+
 
 T = TypeVar("T", bound=Item)
 Row = dict[str, Any]
@@ -27,7 +30,7 @@ def read_items(option: str, folder: str, per_kind: int, items_of: Callable[[Row,
     """Read at most `per_kind` items of each kind, evenly spaced, from a folder's .jsonl.
 
     `items_of` makes items of a row and of the folder that its pictures' names start from. Raises ValueError for rows
-    that train.scenes does not write, FileNotFoundError for a folder without any.
+    that train.scenes does not write, for none, and for missing pictures, FileNotFoundError for a folder without a file.
     """
     kinds: dict[str, list[T]] = {}
     for name in expand([folder], (".jsonl",), quiet=True):
@@ -40,8 +43,16 @@ def read_items(option: str, folder: str, per_kind: int, items_of: Callable[[Row,
                     f"{option}={folder}: {name}:{number} is no row of train.scenes ({type(error).__name__}: {error}); "
                     f"expected what its num_{option} or num_heldout_{option} writes"
                 ) from None
+    if not kinds:
+        raise ValueError(f"{option}={folder}: holds no {option}; expected what train.scenes writes with num_{option}")
     counts = {kind: min(per_kind, len(items)) for kind, items in kinds.items()}
-    return [items[i * len(items) // counts[kind]] for kind, items in kinds.items() for i in range(counts[kind])]
+    chosen = [items[i * len(items) // counts[kind]] for kind, items in kinds.items() for i in range(counts[kind])]
+    if missing := [path for item in chosen for path in item.pictures if not path.is_file()]:
+        raise ValueError(
+            f"{option}={folder}: {len(missing)} pictures are missing, such as {missing[0]}; expected those that its "
+            "rows name"
+        )
+    return chosen
 
 
 def read_picture(path: Path, resolution: int) -> np.ndarray:
