@@ -41,8 +41,6 @@ def read_items(option: str, folder: str, per_kind: int, items_of: Callable[[RawD
                     f"expected what its num_{option} or num_heldout_{option} writes"
                 ) from None
     bad.check(final=True)
-    if not kinds:
-        raise ValueError(f"{option}={folder}: holds no {option}; expected what train.scenes writes with num_{option}")
     counts = {kind: min(per_kind, len(items)) for kind, items in kinds.items()}
     return [items[i * len(items) // counts[kind]] for kind, items in kinds.items() for i in range(counts[kind])]
 
