@@ -28,22 +28,25 @@ def find_too_long(
     """Yield (shard, record) of documents that are longer than a sequence wherever they are cut, whichever of their
     captions is drawn by these weights.
 
-    Looks only at documents with one image, as most others can be cut, and not at remote data, where it could take
-    hours. Whatever it misses, such as long documents with context, is skipped when a lane meets it.
+    Looks only at documents with one image and at data sets of conversations, as others can be cut (or are edits of as
+    many images each), and not at remote data, where it could take hours. Whatever it misses is skipped when a lane
+    meets it.
     """
     kind, channels = manifest.kind_and_channels
+    has_conversations = manifest.chat_hash is not None
     examined = 0
     for shard, entry in enumerate(() if manifest.store.is_remote else manifest.shards):
         # Bytes of an image and of as many token ids as fill the rest of a sequence: few shards hold more.
         least = [
             4 * (sequence_length - 4 - (h // patch_size) * (w // patch_size)) + CELL_BYTES[kind] * channels * h * w
-            for h, w in entry.sizes
+            for h, w in (*entry.sizes, *([(0, 0)] * has_conversations))
         ]
         if not least or entry.largest_record < min(least):
             continue
         with suppress(BadRecord):  # of the index: reported when it is needed
             index = manifest.load_index(shard)
-            is_long = (index.document_tokens(patch_size) > sequence_length) & (np.diff(index.grid_starts) == 1)
+            is_long = index.document_tokens(patch_size) > sequence_length
+            is_long &= has_conversations | (np.diff(index.grid_starts) == 1)
             for record in np.flatnonzero(is_long).tolist():
                 if (examined := examined + 1) > MAX_EXAMINED:
                     return

@@ -145,6 +145,9 @@ def test_rows_of_another_form_and_missing_pictures_are_refused_by_name(drawn_sce
     (tmp_path / "a.jsonl").write_text((drawn_scenes / "edits" / "00000.jsonl").read_text())
     with pytest.raises(ValueError, match=r"a\.jsonl:1: missing picture .*0-before\.png"):
         read_edits(str(tmp_path), 1)
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl"):
+        read_edits(str(tmp_path), 1)
 
 
 def test_a_model_is_scored_through_the_program(drawn_scenes: Path, drawn: DrawingRun, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,14 @@ def test_a_picture_becomes_text_and_parts_are_continued(server: Server, pipeline
     expected = list(pipeline.complete([order.parts] * 2, order.sampler, 1))
     for mine, parts in zip(done["samples"], expected, strict=True):
         assert [part.get("text") for part in mine] == [part if isinstance(part, str) else None for part in parts]
+
+
+def test_a_question_that_the_chat_template_refuses_is_refused(pipeline: Pipeline) -> None:
+    tokenizer = copy(pipeline.tokenizer)
+    tokenizer.chat = {"template": "{{ raise_exception('not you') }}", "tokens": {}}
+    orders = Orders(replace(pipeline, tokenizer=tokenizer), SAMPLER)
+    with pytest.raises(Refusal, match="refuses the conversation: not you"):
+        orders.describe({"picture": GIVEN, "question": "what?"})
 
 
 def test_pictures_before_a_prompt_are_edited_with_scales_of_their_own(server: Server, pipeline: Pipeline) -> None:

@@ -137,6 +137,16 @@ def test_too_long_a_document_is_known_from_the_start_whatever_its_image_is(
     assert data.sources[0].too_long == {(0, 4)}  # 57 + 4 patches + BOS, EOS, BOI, EOI: 65 of 64
 
 
+def test_a_conversation_that_no_sequence_can_hold_is_known_from_the_start(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """It has context, so it is not cut, though it has no image."""
+    answer = np.full(2, 9, np.int32)
+    talks = [(np.full(length, 9, np.int32), answer) for length in (5, 60, 61)]  # with BOS and EOS 64 and 65 of 64
+    folder = make_source(tmp_path / "a", tokenizer, talks, roles=("context", "target"))
+    replace(Manifest.load(folder), chat_hash=tokenizer.chat_hash).save()
+    data = open_data(data_config(tokenizer, {"a": folder}, lanes=2), 0, 2)
+    assert data.sources[0].too_long == {(0, 2)}
+
+
 def test_a_bad_document_counts_once_however_often_its_lane_meets_it(
     damaged: tuple[DataConfig, list[Content]], caplog: pytest.LogCaptureFixture
 ) -> None:

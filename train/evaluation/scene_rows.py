@@ -25,8 +25,8 @@ T = TypeVar("T", bound=Item)
 def read_items(option: str, folder: str, per_kind: int, items_of: Callable[[RawDocument], Iterable[T]]) -> list[T]:
     """Read at most `per_kind` items of each kind, evenly spaced, from a folder's .jsonl.
 
-    Raises ValueError for rows that train.scenes does not write or whose pictures are missing, FileNotFoundError for a
-    folder without any.
+    Raises ValueError for rows that train.scenes does not write or whose pictures are missing, and for none;
+    FileNotFoundError for a folder without a file.
     """
     kinds: dict[str, list[T]] = {}
     bad = BadRecords(max_fraction=0.0)

@@ -81,8 +81,10 @@ class Orders:
         _refuse_unknown(given, ("picture", "question", "seed", *OF_TEXT))
         parts: list[Part] = [picture := self._picture(given.get("picture"), "picture")]
         texts = [_text(given, "question")] if "question" in given else []
-        if texts:
-            parts = self.pipeline.ask([picture], texts[0])
+        try:
+            parts = self.pipeline.ask([picture], texts[0]) if texts else parts
+        except ValueError as error:
+            raise Refusal(str(error), "a question that the model's chat template takes", "ask another one") from None
         return self._order(tuple(parts), given, text_alone(self._sampler(given, OF_TEXT)), False, texts)
 
     def complete(self, given: Mapping[str, Any]) -> Order:
