@@ -10,7 +10,7 @@ from bench import sampling
 from bench.gpu_ceiling import seconds
 from bench.gpu_setting import Setting
 from bench.loader import CHANNELS, GRID, make_pictures
-from data.raw import RawDocument
+from data.raw_document import RawDocument
 from data.shards import BadRecords, write_shard
 from model.diffusion import DiffusionConfig
 from model.draws import SeededDraws

@@ -52,8 +52,7 @@ from train.config import load_config, run_program
 
 PAPER, BEST, WITHOUT, SECONDS = "paper", "best", "best-without-", "-seconds"
 # configs/paper on top of configs/demo/pretrain.yaml, whose size and data stay. The paper's rate of 3e-4 is for widths
-# from 768 on; rates were compared here, see "rate" below. Twice the steps of half the demo's batch learn more of as many
-# tokens (bench/results/recipes.md).
+# from 768 on; see "rate-twice". Of as many tokens, twice the steps of half the demo's batch learn more.
 BASE = (
     *OBJECTIVES["eps"],
     "model.timestep_after_patches=false",

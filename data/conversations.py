@@ -3,7 +3,6 @@
 Or turns of {"role", "content"}, as chat templates take them.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from data.shards import BadRecord
 from data.words import is_text
 
 MAX_TURNS = 1000  # chat templates may search all turns for each
-_PLACEHOLDER = re.compile(r"\n*<image>\n*")
+IMAGE = "<image>"  # stands for a picture
 _SPEAKERS: dict[str, Speaker] = {
     "human": "user",
     "user": "user",
@@ -30,7 +29,7 @@ def read_conversation(turns: Any, pictures: Sequence[bytes], where: str) -> tupl
     and where the assistant says nothing.
     """
     texts = _turns(turns, where)
-    placeholders = sum(len(_PLACEHOLDER.findall(text)) for _, text in texts)
+    placeholders = sum(text.count(IMAGE) for _, text in texts)
     if placeholders > len(pictures):
         raise BadRecord("placeholder without an image", where, f"{placeholders} <image>, {len(pictures)} images")
     users = [i for i, (speaker, _) in enumerate(texts) if speaker == "user"]
@@ -40,9 +39,11 @@ def read_conversation(turns: Any, pictures: Sequence[bytes], where: str) -> tupl
         raise BadRecord("no assistant turn", where, f"{len(texts)} turns")
     left, messages = iter(pictures), []
     for i, (speaker, text) in enumerate(texts):
-        first, *others = _PLACEHOLDER.split(text)
+        first, *others = text.split(IMAGE)
         parts: list[str | bytes] = [*pictures] if not placeholders and pictures and i == users[0] else []
-        parts += [first, *(part for other in others for part in (next(left), other))]
+        parts.append(first.rstrip("\n") if others else first)
+        for number, other in enumerate(others, start=1):
+            parts += [next(left), other.lstrip("\n") if number == len(others) else other.strip("\n")]
         messages.append(Message(speaker, tuple(part for part in parts if isinstance(part, bytes) or part.strip())))
     return tuple(messages), bool(pictures) and not placeholders
 

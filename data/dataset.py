@@ -145,17 +145,7 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
         ahead = config.read_ahead
         if ahead is None:
             ahead = READ_AHEAD if manifest.store.is_remote and cache is None else 0
-        if manifest.tokenizer_hash != tokenizer.hash:
-            raise ValueError(
-                f"data.sources.{name} was encoded with tokenizer {manifest.tokenizer_hash}, but {config.tokenizer} is "
-                f"{tokenizer.hash}; name the tokenizer it was encoded with, or encode it again"
-            )
-        if manifest.chat_hash not in (None, tokenizer.chat_hash):
-            raise ValueError(
-                f"data.sources.{name} holds conversations laid out by chat template {manifest.chat_hash}, but that of "
-                f"{config.tokenizer} is {tokenizer.chat_hash}; name the tokenizer it was encoded with, or encode it "
-                "again into another folder"
-            )
+        _require_tokenizer(name, manifest, tokenizer)
         theirs = manifest.latent_spec
         if spec is not None and theirs is not None and theirs != spec:
             raise ValueError(
@@ -175,6 +165,21 @@ def open_data(config: DataConfig, seed: int, patch_size: int) -> DataSet:
         sources.append(Source(number, weighted, manifest, settings, watch, ahead, too_long, captions[name]))
     _require_room(grids, patch_size, config)
     return DataSet(sources, settings, tokenizer, spec, sorted(grids))
+
+
+def _require_tokenizer(name: str, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a source whose token ids are of another tokenizer or of another chat template."""
+    if manifest.tokenizer_hash != tokenizer.hash:
+        raise ValueError(
+            f"data.sources.{name} was encoded with tokenizer {manifest.tokenizer_hash}, but {tokenizer.path} is "
+            f"{tokenizer.hash}; name the tokenizer it was encoded with, or encode it again"
+        )
+    if manifest.chat_hash not in (None, tokenizer.chat_hash):
+        raise ValueError(
+            f"data.sources.{name} holds conversations laid out by chat template {manifest.chat_hash}, but that of "
+            f"{tokenizer.path} is {tokenizer.chat_hash}; name the tokenizer it was encoded with, or encode it again "
+            "into another folder"
+        )
 
 
 def _require_room(grids: set[tuple[int, int]], patch_size: int, config: DataConfig) -> None:

@@ -5,9 +5,9 @@ EOS, each exactly once, as the label of the token before it. There is no loss wh
 paper, footnote 8), so EOI is no target: the decoder appends it. Labels are shifted before a document is cut. Context is
 no target: neither its tokens, nor the BOI before an image of it, nor an EOS after it.
 
-With clean copies (BAGEL: Deng et al. 2025, arXiv:2505.14683, section 3) an image that is a target and has something
-after it is `BOI noised clean EOI`. The clean patches have the noised ones' positions and do not see them, nor does
-anything after them: all that follows sees the image as it does at sampling.
+With clean copies (BAGEL's generalized causal attention: Deng et al. 2025, arXiv:2505.14683) an image that is a target
+and has something after it is `BOI noised clean EOI`. The clean patches have the noised ones' positions and do not see
+them, nor does anything after them: all that follows sees the image as it does at sampling.
 """
 
 from collections.abc import Sequence

@@ -131,13 +131,15 @@ def _segments(listed: Any, record: Record, where: str) -> tuple[list[str | bytes
         raise BadRecord("too many segments", where, f"{len(listed)}, expected at most {MAX_SEGMENTS}")
     segments: list[str | bytes] = []
     roles: list[Role] = []
+    pictures = 0
     for listed_segment in listed:
         segment = listed_segment if isinstance(listed_segment, dict) else {"text": listed_segment}
         member, text, role = segment.get("image"), segment.get("text"), segment.get("role", "target")
         if role not in ROLES or (isinstance(member, str) and text is not None):
             raise BadRecord("undecodable segments", where, repr(segment)[:80])
         if isinstance(member, str):
-            if sum(isinstance(s, bytes) for s in segments) == MAX_PICTURES:
+            pictures += 1
+            if pictures > MAX_PICTURES:
                 raise BadRecord("too many pictures", where, f"more than {MAX_PICTURES}")
             if member.lower() not in record:
                 raise BadRecord("no picture", where, f"no {member!r} among members {sorted(record)}")

@@ -42,3 +42,7 @@ class RawDocument:
     @property
     def texts(self) -> tuple[str, ...]:
         return self.captions or tuple(segment for segment in self.segments if isinstance(segment, str))
+
+    @property
+    def pictures(self) -> tuple[bytes, ...]:
+        return tuple(segment for segment in self.segments if isinstance(segment, bytes))

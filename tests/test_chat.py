@@ -203,6 +203,9 @@ def test_what_a_template_refuses_is_refused(tmp_path: Path) -> None:
         ("{{ 'x' * 10**13 }}", "refuses the conversation"),
         ("{{ raise_exception('x' * 10**5) }}", "refuses the conversation: x{300}$"),
         ("{{ messages.append(1) }}", "refuses the conversation"),  # the sandbox
+        ("{% include 'tokenizer.json' %}", "refuses the conversation: no loader"),  # nor can it read a file
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the conversation: maximum recursion"),
+        ("{{ messages | xmlattr }}", "refuses the conversation"),
         ("{{ ''.__class__.__mro__ }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "refuses the conversation"),
     ):
         folder = write_folder(

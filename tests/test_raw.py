@@ -9,7 +9,8 @@ import pytest
 import zstandard
 
 import data.raw
-from data.raw import KeysConfig, RawDocument, captions_of, input_name, picture_of, read_raw, read_texts, suffix_of
+from data.raw import captions_of, input_name, picture_of, read_raw, read_texts, suffix_of
+from data.raw_document import KeysConfig, RawDocument
 from data.shards import BadRecord, BadRecords, write_shard
 
 NOT_JSON = [b"\xff\xfe", b"{", b'{"text": "\\ud800"}', b"[" * 100_000, b""]

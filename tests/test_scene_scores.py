@@ -172,18 +172,21 @@ def test_heldout_losses_are_those_of_knowing_nothing_for_a_model_that_knows_noth
 
 
 def test_captioning_is_measured_on_captions_of_pictures_that_come_first_and_on_nothing_else() -> None:
-    """Not on texts, on what follows a picture within a longer document, or on the BOI that announces a picture."""
+    """Not on texts, on what follows a picture within a longer document, on the BOI that announces a picture, or on an
+    EOS right after one, as an edit has: it describes nothing.
+    """
     special = SpecialIds(bos=2, eos=3, boi=4, eoi=5, pad=0)
     text, image = TextSegment(np.arange(6, 9)), ImageSegment(np.zeros((4, 4, 4), np.float16))
-    documents = [(text,), (image, text), (text, image, text), (image,), (image, text, image)]
+    edit = (replace(image, role="context"), replace(text, role="context"), image)
+    documents = [(text,), (image, text), (text, image, text), (image,), (image, text, image), edit]
     pieces = [lay_out(Document(segments), special, 2) for segments in documents]
     rows = [pack(pieces[:3], 64, special.pad), pack(pieces[3:], 64, special.pad)]
     draws = [draw_images(0, 1, lane, row) for lane, row in enumerate(rows)]
     batch = collate(rows, draws, 2)
-    kept = captions_alone(batch, special.boi)
+    kept = captions_alone(batch, special)
     targets = kept.text_targets[kept.text_targets != IGNORE].tolist()
-    assert targets == [6, 7, 8, 3, 3, 6, 7, 8, 3] and kept.num_text_targets == 9
-    assert batch.num_text_targets > 9 and torch.equal(kept.input_ids, batch.input_ids)
+    assert targets == [6, 7, 8, 3, 6, 7, 8] and kept.num_text_targets == 7
+    assert batch.num_text_targets > 7 and torch.equal(kept.input_ids, batch.input_ids)
 
 
 def _with_nan(losses: dict[str, Any]) -> dict[str, float]:

@@ -28,7 +28,8 @@ from data.durable import TEMPORARY_NAME
 from data.inputs import expand
 from data.manifest import FILE_NAME, MAX_NAME_BYTES, LatentSpec, Manifest
 from data.parquet import PARQUET, check_pyarrow
-from data.raw import SUFFIXES, TAR, RawDocument, input_name, read_raw, suffix_of
+from data.raw import SUFFIXES, TAR, input_name, read_raw, suffix_of
+from data.raw_document import RawDocument
 from data.remote import file_version, is_remote, shown
 from data.shards import BadRecords, Record, index_shard, write_shard
 from data.storage import Location, local_copy

@@ -84,19 +84,8 @@ GROUP = True  # its ranks form a process group
 SLOWEST_S = 86400.0  # that ranks wait for the slowest to draw its share; a lost one is noticed at once
 # May differ between ranks; the contents are compared instead.
 OWN = (
-    *(
-        "checkpoint",
-        "output",
-        "scenes",
-        "edits",
-        "questions",
-        "heldout.*",
-        "device",
-        "vae",
-        "tokenizer",
-        "guide",
-        "base",
-    ),
+    *("checkpoint", "output", "device", "vae", "tokenizer", "guide", "base"),
+    *("scenes", "edits", "questions", "heldout.*"),
     *("generation.pictures", "generation.annotations", "generation.models.*", "generation.clip"),
     *("choices.*", "captioning.pictures", "captioning.annotations", "benchmark_prompts"),
     *("answers.questions", "answers.pictures"),

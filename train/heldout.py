@@ -24,9 +24,10 @@ from data.lane_state import Position
 from data.layout import IGNORE
 from data.loader import Loader
 from data.manifest import LatentSpec, Manifest
-from data.packing import PackedBatch
+from data.packing import NO_IMAGE, PackedBatch
 from data.source import SourceConfig
 from data.storage import Location
+from data.tokenizer import SpecialIds
 from model.latent_space import LatentStats
 from model.log_snr_bins import BINS, mean_by_bin, mean_over_bins
 from model.transfusion import Transfusion
@@ -247,7 +248,7 @@ class Heldout:
                 documents.update(position for positions in batch.documents.values() for position in positions)
                 for micro_batch in batch.micro_batches:
                     if order == "image_first":
-                        micro_batch = captions_alone(micro_batch, data.settings.special.boi)
+                        micro_batch = captions_alone(micro_batch, data.settings.special)
                     if self._intervals:
                         micro_batch = by_document(micro_batch)
                     loss = self._measure(model, micro_batch, stats, uniform_log_snr=order == "denoising")
@@ -280,12 +281,16 @@ class Heldout:
             )
 
 
-def captions_alone(batch: PackedBatch, boi: int) -> PackedBatch:
-    """Keep only the text targets that describe an image: those of documents that begin with one, without its BOI."""
+def captions_alone(batch: PackedBatch, special: SpecialIds) -> PackedBatch:
+    """Keep only the text targets that describe an image: those of documents that begin with one, but neither the BOI of
+    another nor an EOS right after an image.
+    """
     begins = (batch.position_ids == 2) & (batch.grid_positions == 0).all(-1)  # the first patch, right after BOS BOI
     documents = batch.document_ids + torch.arange(len(begins))[:, None] * begins.shape[1]  # distinct in the batch
     described = torch.isin(documents, documents[begins]).flatten()[batch.text_target_index]
-    kept = described & (batch.text_targets != boi) & (batch.text_targets != IGNORE)
+    at_eoi = (batch.image_ids.flatten().roll(1) != NO_IMAGE)[batch.text_target_index]
+    ends_image = at_eoi & (batch.text_targets == special.eos)
+    kept = described & ~ends_image & (batch.text_targets != special.boi) & (batch.text_targets != IGNORE)
     targets = torch.where(kept, batch.text_targets, IGNORE)
     return replace(batch, text_targets=targets, num_text_targets=int(kept.sum()))
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data.conversations import IMAGE
 from data.durable import atomic_write
 from data.pictures import contact_sheet, decode_picture, encode_png
-from data.shards import BadRecord
 from data.storage import Location
 from model.sampler_config import one_picture, text_alone
 from train.config import load_config, run_program
@@ -30,7 +30,6 @@ from train.distributed.shared_folder import require_shared
 from train.inference.pipeline import BAR_FORMAT, Part, Pipeline, PipelineConfig, Progress
 from train.output_folder import make_writable
 
-IMAGE = "<image>"
 # Not part of a sample's `settings`.
 ASKED = ("prompt", "prompts", "prompts_file", "images", "edit", "ask", "n", "output", "seed")
 NAMES = r"results\.jsonl|sheet\.png|\d{4,}(-\d+\.png|\.txt)"
@@ -241,13 +240,12 @@ def _finish(
 
 
 def _read_picture(path: Path, resolution: int) -> np.ndarray:
-    """Return the picture as uint8 [resolution, resolution, 3]."""
+    """Return the picture as uint8 [resolution, resolution, 3]; raise ValueError where there is none."""
     try:
-        return decode_picture(path.read_bytes(), [(resolution, resolution)], str(path))
-    except BadRecord as error:
-        raise ValueError(str(error)) from None
+        data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"images: {path} cannot be read ({error.strerror}); expected a .jpg, .png or .webp") from None
+        raise ValueError(f"{path} cannot be read ({error.strerror}); expected a .jpg, .png or .webp") from None
+    return decode_picture(data, [(resolution, resolution)], str(path))
 
 
 if __name__ == "__main__":

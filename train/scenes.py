@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data.conversations import IMAGE
 from data.pictures import encode_png
 from data.scene_edits import EditExample, edit_example
 from data.scene_questions import QuestionsExample, questions_example
@@ -161,7 +162,7 @@ def questions_row(pictures: Path, index: int, example: QuestionsExample) -> dict
         for question, wording in example.asked
         for speaker, value in (("human", wording), ("gpt", question.answer))
     ]
-    turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    turns[0]["value"] = f"{IMAGE}\n" + turns[0]["value"]
     row = {"id": f"{index}", "image": _write_picture(pictures, f"{index}", example.picture), "conversations": turns}
     kinds = [question.kind for question, _ in example.asked]
     return row | {"kinds": kinds, "shapes": [asdict(shape) for shape in example.shapes]}

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from data.durable import atomic_write
 from data.json_tokenizer import TOKENIZER, self_contained
-from data.raw import KeysConfig, read_texts
+from data.raw import read_texts
+from data.raw_document import KeysConfig
 from data.shards import BadRecords
 from data.storage import Location
 from data.tokenizer import Tokenizer, train_tokenizer

@@ -8,7 +8,8 @@ import pytest
 
 from data.documents import decode_document
 from data.manifest import Manifest
-from data.raw import KeysConfig, read_texts
+from data.raw import read_texts
+from data.raw_document import KeysConfig
 from data.shards import BadRecords
 from data.tokenizer import Tokenizer
 from tests.encoding.jobs import OUT, Capsys, Encode, contents_of, picture_record, raw_folder, write_times

@@ -283,12 +283,12 @@ class Encoder:
                 bad.add(error)
 
         for document in documents:
-            if self.space is None and any(isinstance(segment, bytes) for segment in document.segments):
+            if self.space is None and document.pictures:
                 bad.add(BadRecord("picture without an autoencoder", document.where, "give vae=FOLDER, or vae=pixels"))
                 continue
             decode = partial(decode_picture, sizes=self.sizes, where=document.where)
-            pictures = {id(s): s for s in document.segments if isinstance(s, bytes)}  # each once
-            decoding = {key: self._threads.submit(decode, s) for key, s in pictures.items()}
+            pictures = {id(picture): picture for picture in document.pictures}  # each once
+            decoding = {key: self._threads.submit(decode, picture) for key, picture in pictures.items()}
             segments = [s if isinstance(s, str) else decoding[id(s)] for s in document.segments]
             ahead.append((document, segments))
             futures += sum(isinstance(segment, Future) for segment in segments)

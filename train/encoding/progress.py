@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from data.raw import RawDocument
+from data.raw_document import RawDocument
 from data.shards import BadRecords
 from train.console import plural
 from train.distributed.launcher import place

@@ -13,12 +13,10 @@ from typing import Any
 from data.durable import write_durably
 from data.pictures import decode_picture
 from data.storage import Location
-from model.sampler_config import text_alone
 from train.evaluation.generation import batches_of
 from train.evaluation.part import Inputs, Part
 from train.evaluation.texts import OTHER_FORM, read_lines, text_of
-from train.inference.pipeline import Part as PromptPart
-from train.inference.pipeline import Pipeline
+from train.inference.pipeline import Pipeline, Question
 
 QUESTION = "{question}"
 
@@ -67,24 +65,23 @@ def write_answers(config: AnswersConfig, inputs: Inputs) -> Part:
     mine: list[tuple[int, str]] = []
     with inputs.bar("answers", sum(map(len, batches))) as progress:
         for batch in batches:
-            prompts = [_prompt(pipeline, config, rows[number]) for number in batch]
-            answered = pipeline.complete(prompts, text_alone(inputs.sampler), inputs.seed, progress.update, batch)
-            texts = ["".join(part for part in parts if isinstance(part, str)) for parts in answered]
-            mine += zip(batch, texts, strict=True)
+            questions = [_question(pipeline, config, rows[number]) for number in batch]
+            answers = pipeline.answer(questions, inputs.sampler, inputs.seed, progress.update, batch)
+            mine += zip(batch, answers, strict=True)
     found = dict(pair for part in ranks.gather(mine) for pair in part)
     model_id = pipeline.weights if saved is None else f"{saved.folder.name}-{pipeline.weights}"
     lines = []
     for number, row in enumerate(rows):
-        answer = {"question_id": row["question_id"], "prompt": row["text"], "text": found[number].strip()}
+        answer = {"question_id": row["question_id"], "prompt": row["text"], "text": found[number]}
         lines.append({**answer, "answer_id": f"{fingerprint}-{number}", "model_id": model_id, "metadata": {}})
     if ranks.is_first:
         write_durably(inputs.output / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     return Part({}, [], {"questions": config.questions, "fingerprint": fingerprint, "items": len(rows)})
 
 
-def _prompt(pipeline: Pipeline, config: AnswersConfig, row: dict[str, Any]) -> list[PromptPart]:
-    text, pictures = config.template.replace(QUESTION, row["text"]), []
+def _question(pipeline: Pipeline, config: AnswersConfig, row: dict[str, Any]) -> Question:
+    pictures = []
     if row["image"]:
         path, side = Path(config.pictures) / row["image"], pipeline.latent_spec.resolution
         pictures = [decode_picture(path.read_bytes(), [(side, side)], str(path))]
-    return pipeline.ask(pictures, text, row.get("system"))
+    return pictures, config.template.replace(QUESTION, row["text"]), row.get("system")

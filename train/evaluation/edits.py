@@ -2,18 +2,19 @@
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.durable import write_durably
-from data.pictures import encode_png
+from data.pictures import decode_picture, encode_png
+from data.raw_document import RawDocument
 from data.scene_edit_judge import EditVerdict, judge_edit
 from data.scene_edits import Edit
 from data.scenes import Shape
 from train.evaluation.part import Inputs, Part, in_order
-from train.evaluation.scene_rows import Row, read_items, read_picture
-from train.evaluation.scores import Score, share
+from train.evaluation.scene_rows import read_items, shares
+from train.evaluation.scores import share
 
 TRIO = ("before", "drawn", "true")  # pictures of an example
 
@@ -24,16 +25,13 @@ class EditItem:
 
     edit: Edit
     instruction: str
-    before: Path
-    after: Path
+    before: bytes  # of the picture's file
+    after: bytes
+    where: str = field(repr=False)  # its row
 
     @property
     def kind(self) -> str:
         return self.edit.kind
-
-    @property
-    def pictures(self) -> tuple[Path, ...]:
-        return self.before, self.after
 
 
 def read_edits(folder: str, per_kind: int) -> list[EditItem]:
@@ -41,10 +39,10 @@ def read_edits(folder: str, per_kind: int) -> list[EditItem]:
     return read_items("edits", folder, per_kind, _items_of)
 
 
-def _items_of(row: Row, folder: Path) -> Iterator[EditItem]:
-    before, after = (tuple(Shape(**shape) for shape in row[when]) for when in ("before", "after"))
-    (given,) = row["input_images"]
-    yield EditItem(Edit(row["kind"], before, after), row["instruction"], folder / given, folder / row["output_image"])
+def _items_of(row: RawDocument) -> Iterator[EditItem]:
+    scenes = (tuple(Shape(**shape) for shape in row.info[when]) for when in ("before", "after"))
+    (instruction,), (before, after) = row.texts, row.pictures
+    yield EditItem(Edit(row.info["kind"], *scenes), instruction, before, after, row.where)
 
 
 def evaluate_edits(folder: str, per_kind: int, inputs: Inputs) -> Part:
@@ -55,12 +53,14 @@ def evaluate_edits(folder: str, per_kind: int, inputs: Inputs) -> Part:
     """
     ranks, pipeline = inputs.ranks, inputs.pipeline
     items = read_edits(folder, per_kind)
-    asked = repr([(item.edit, item.instruction) for item in items])
-    ranks.require_alike({"edits (contents)": str(zlib.crc32(asked.encode()))})
+    fingerprint = f"{zlib.crc32(repr(items).encode()):08x}"
+    ranks.require_alike({"edits (contents)": fingerprint})
     numbers = range(ranks.rank, len(items), ranks.world_size)
     mine, side = [items[number] for number in numbers], pipeline.latent_spec.resolution
-    before = [read_picture(item.before, side) for item in mine]
-    after = [read_picture(item.after, side) for item in mine]
+    before, after = (
+        [decode_picture(getattr(item, when), [(side, side)], item.where) for item in mine]
+        for when in ("before", "after")
+    )
     with inputs.bar("edits", len(mine)) as progress:
         instructed = [([picture], item.instruction) for picture, item in zip(before, mine, strict=True)]
         drawn = pipeline.edit(instructed, inputs.sampler, inputs.seed, progress.update, numbers)
@@ -68,21 +68,16 @@ def evaluate_edits(folder: str, per_kind: int, inputs: Inputs) -> Part:
     judged = [judge_edit(new, best, item.edit) for new, best, item in zip(drawn, perfect, mine, strict=True)]
     results = in_order(ranks, list(zip(judged, before, drawn, after, strict=True)))
     examples = _examples(inputs.output, items, results) if ranks.is_first else []
-    data = {"path": folder, "fingerprint": f"{zlib.crc32(asked.encode()):08x}", "items": len(items)}
-    return Part(shares(items, [result[0] for result in results]), examples, data)
+    data = {"path": folder, "fingerprint": fingerprint, "items": len(items)}
+    verdicts = [result[0] for result in results]
+    scores = shares("edits", items, [verdict.right for verdict in verdicts])
+    scores["edits/unchanged"] = share(sum(verdict.unchanged for verdict in verdicts), len(verdicts))
+    return Part(scores, examples, data)
 
 
-def shares(items: list[EditItem], verdicts: list[EditVerdict]) -> dict[str, Score]:
-    """Return the shares of right edits, of those that leave the rest alone, and of right ones by kind."""
-    right: dict[str, list[bool]] = {"all": [], "unchanged": []}
-    for item, verdict in zip(items, verdicts, strict=True):
-        right["all"].append(verdict.right)
-        right["unchanged"].append(verdict.unchanged)
-        right.setdefault(item.kind, []).append(verdict.right)
-    return {f"edits/{goal}": share(sum(found), len(found)) for goal, found in right.items()}
-
-
-def _examples(output: Path, items: list[EditItem], results: list[tuple[EditVerdict, Any, Any, Any]]) -> list[Row]:
+def _examples(
+    output: Path, items: list[EditItem], results: list[tuple[EditVerdict, Any, Any, Any]]
+) -> list[dict[str, Any]]:
     """Write each edit's pictures; return lines of examples.jsonl."""
     folder = output / "pictures"
     folder.mkdir(exist_ok=True)

@@ -22,7 +22,7 @@ from data.tokenizer import Tokenizer
 from model.attention import block_mask
 from model.document_attention import document_mask
 from model.modalities import Modality
-from train.evaluation.part import Inputs, Part
+from train.evaluation.part import Inputs, Part, in_order
 from train.evaluation.questions import DELIMITER, Question, read_questions
 from train.evaluation.scores import Score, share
 from train.inference.pipeline import Pipeline, Progress
@@ -50,8 +50,7 @@ def evaluate_choices(files: dict[str, str], inputs: Inputs) -> Part:
     ]
     mine = asked[ranks.rank :: ranks.world_size]
     with inputs.bar("multiple choice", len(mine)) as progress:
-        parts = ranks.gather(log_likelihoods(inputs.pipeline, mine, progress.update))
-    found = iter([parts[i % len(parts)][i // len(parts)] for i in range(len(asked))])
+        found = iter(in_order(ranks, log_likelihoods(inputs.pipeline, mine, progress.update)))
     scores: dict[str, Score] = {}
     for name, questions in sets.items():
         answers = [[next(found) for _ in question.choices] for question in questions]

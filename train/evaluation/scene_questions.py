@@ -2,16 +2,16 @@
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data.durable import write_durably
+from data.pictures import decode_picture
+from data.raw_document import RawDocument
 from data.scene_questions import normalised
 from train.evaluation.part import Inputs, Part, in_order
-from train.evaluation.scene_rows import Row, read_items, read_picture
-from train.evaluation.scores import Score, share
-
-IMAGE = "<image>"  # stands for the picture in a conversation
+from train.evaluation.scene_rows import read_items, shares
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,10 @@ class QuestionItem:
     """A question about a picture, and its answer."""
 
     kind: str
-    picture: Path
+    picture: bytes  # of its file
     question: str
     answer: str
-
-    @property
-    def pictures(self) -> tuple[Path, ...]:
-        return (self.picture,)
+    where: str = field(repr=False)  # its row
 
 
 def read_questions(folder: str, per_kind: int) -> list[QuestionItem]:
@@ -33,11 +30,11 @@ def read_questions(folder: str, per_kind: int) -> list[QuestionItem]:
     return read_items("questions", folder, per_kind, _items_of)
 
 
-def _items_of(row: Row, folder: Path) -> Iterator[QuestionItem]:
+def _items_of(row: RawDocument) -> Iterator[QuestionItem]:
     """Yield the questions of a row; each is asked alone."""
-    turns = [turn["value"].replace(IMAGE, "").strip() for turn in row["conversations"]]
-    for kind, question, answer in zip(row["kinds"], turns[::2], turns[1::2], strict=True):
-        yield QuestionItem(kind, folder / row["image"], question, answer)
+    (picture,), turns = row.pictures, row.texts
+    for kind, question, answer in zip(row.info["kinds"], turns[::2], turns[1::2], strict=True):
+        yield QuestionItem(kind, picture, question, answer, row.where)
 
 
 def evaluate_questions(folder: str, per_kind: int, inputs: Inputs) -> Part:
@@ -46,31 +43,27 @@ def evaluate_questions(folder: str, per_kind: int, inputs: Inputs) -> Part:
     """
     ranks, pipeline = inputs.ranks, inputs.pipeline
     items = read_questions(folder, per_kind)
-    asked = repr([(item.kind, item.question, item.answer) for item in items])
-    ranks.require_alike({"questions (contents)": str(zlib.crc32(asked.encode()))})
+    fingerprint = f"{zlib.crc32(repr(items).encode()):08x}"
+    ranks.require_alike({"questions (contents)": fingerprint})
     numbers = range(ranks.rank, len(items), ranks.world_size)
     mine, side = [items[number] for number in numbers], pipeline.latent_spec.resolution
     with inputs.bar("questions", len(mine)) as progress:
-        prompts = [([read_picture(item.picture, side)], item.question) for item in mine]
+        prompts = [([decode_picture(item.picture, [(side, side)], item.where)], item.question) for item in mine]
         answers = in_order(ranks, pipeline.answer(prompts, inputs.sampler, inputs.seed, progress.update, numbers))
-    right: dict[str, list[bool]] = {"all": []}
-    for item, answer in zip(items, answers, strict=True):
-        for goal in ("all", item.kind):
-            right.setdefault(goal, []).append(normalised(answer) == normalised(item.answer))
-    scores: dict[str, Score] = {f"questions/{goal}": share(sum(f), len(f)) for goal, f in right.items()}
-    data = {"path": folder, "fingerprint": f"{zlib.crc32(asked.encode()):08x}", "items": len(items)}
-    return Part(scores, _examples(inputs.output, items, answers) if ranks.is_first else [], data)
+    right = [normalised(answer) == normalised(item.answer) for item, answer in zip(items, answers, strict=True)]
+    data = {"path": folder, "fingerprint": fingerprint, "items": len(items)}
+    examples = _examples(inputs.output, items, answers, right) if ranks.is_first else []
+    return Part(shares("questions", items, right), examples, data)
 
 
-def _examples(output: Path, items: list[QuestionItem], answers: list[str]) -> list[Row]:
-    """Copy the pictures; return lines of examples.jsonl."""
+def _examples(output: Path, items: list[QuestionItem], answers: list[str], right: list[bool]) -> list[dict[str, Any]]:
+    """Write the pictures; return lines of examples.jsonl."""
     folder = output / "pictures"
     folder.mkdir(exist_ok=True)
     lines = []
-    for i, (item, answer) in enumerate(zip(items, answers, strict=True)):
+    for i, (item, answer, is_right) in enumerate(zip(items, answers, right, strict=True)):
         name = f"pictures/question-{i:04d}-true.png"
-        write_durably(output / name, item.picture.read_bytes())
-        verdict = {"right": normalised(answer) == normalised(item.answer)}
+        write_durably(output / name, item.picture)
         line = {"split": f"questions: {item.kind}", "prompt": f"{item.question} {item.answer}", "true": name}
-        lines.append({**line, "caption": answer, "caption_verdict": verdict})
+        lines.append({**line, "caption": answer, "caption_verdict": {"right": is_right}})
     return lines

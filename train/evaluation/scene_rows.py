@@ -1,15 +1,15 @@
-"""Rows that train.scenes writes, edits or questions about pictures, read for an evaluation."""
+"""Rows that train.scenes writes, edits or questions about pictures: read as encoding reads them, and their scores."""
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-
-import numpy as np
+from typing import Protocol, TypeVar
 
 from data.inputs import expand
-from data.pictures import decode_picture
-from train.evaluation.texts import OTHER_FORM, read_lines
+from data.raw import read_raw
+from data.raw_document import RawDocument
+from data.shards import BadRecords
+from train.evaluation.scores import Score, share
+from train.evaluation.texts import OTHER_FORM
 
 
 class Item(Protocol):
@@ -18,49 +18,36 @@ class Item(Protocol):
     @property
     def kind(self) -> str: ...
 
-    @property
-    def pictures(self) -> tuple[Path, ...]: ...
-
 
 T = TypeVar("T", bound=Item)
-Row = dict[str, Any]
 
 
-def read_items(option: str, folder: str, per_kind: int, items_of: Callable[[Row, Path], Iterable[T]]) -> list[T]:
+def read_items(option: str, folder: str, per_kind: int, items_of: Callable[[RawDocument], Iterable[T]]) -> list[T]:
     """Read at most `per_kind` items of each kind, evenly spaced, from a folder's .jsonl.
 
-    `items_of` makes items of a row and of the folder that its pictures' names start from. Raises ValueError for rows
-    that train.scenes does not write, for none, and for missing pictures, FileNotFoundError for a folder without a file.
+    Raises ValueError for rows that train.scenes does not write or whose pictures are missing, FileNotFoundError for a
+    folder without any.
     """
     kinds: dict[str, list[T]] = {}
+    bad = BadRecords(max_fraction=0.0)
     for name in expand([folder], (".jsonl",), quiet=True):
-        for number, line in read_lines(Path(name)):
+        for document in read_raw(Path(name), name, bad):
             try:
-                for item in items_of(json.loads(line), Path(name).parent):
+                for item in items_of(document):
                     kinds.setdefault(item.kind, []).append(item)
             except OTHER_FORM as error:
                 raise ValueError(
-                    f"{option}={folder}: {name}:{number} is no row of train.scenes ({type(error).__name__}: {error}); "
+                    f"{option}={folder}: {document.where} is no row of train.scenes ({type(error).__name__}: {error}); "
                     f"expected what its num_{option} or num_heldout_{option} writes"
                 ) from None
-    if not kinds:
-        raise ValueError(f"{option}={folder}: holds no {option}; expected what train.scenes writes with num_{option}")
+    bad.check(final=True)
     counts = {kind: min(per_kind, len(items)) for kind, items in kinds.items()}
-    chosen = [items[i * len(items) // counts[kind]] for kind, items in kinds.items() for i in range(counts[kind])]
-    if missing := [path for item in chosen for path in item.pictures if not path.is_file()]:
-        raise ValueError(
-            f"{option}={folder}: {len(missing)} pictures are missing, such as {missing[0]}; expected those that its "
-            "rows name"
-        )
-    return chosen
+    return [items[i * len(items) // counts[kind]] for kind, items in kinds.items() for i in range(counts[kind])]
 
 
-def read_picture(path: Path, resolution: int) -> np.ndarray:
-    """Return a picture file's pixels, uint8 [resolution, resolution, 3]; raise ValueError where there are none."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); expected the picture that its row names"
-        ) from None
-    return decode_picture(data, [(resolution, resolution)], str(path))
+def shares(option: str, items: Sequence[Item], right: Sequence[bool]) -> dict[str, Score]:
+    """Return the shares of right items, `OPTION/all` and `OPTION/KIND`."""
+    found: dict[str, list[bool]] = {"all": [*right]}
+    for item, is_right in zip(items, right, strict=True):
+        found.setdefault(item.kind, []).append(is_right)
+    return {f"{option}/{name}": share(sum(of), len(of)) for name, of in found.items()}

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 import torch
 
+from data.chat import Chat, Message
 from data.manifest import LatentSpec
 from data.pictures import from_unit, to_unit
 from data.storage import Location
@@ -36,6 +37,8 @@ BATCH = 50  # rows of a sampling batch: small enough for a laptop, large enough 
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
 
 Part = str | np.ndarray  # text, or a picture uint8 [H, W, 3]; in prompts also token ids int64 [len]
+# The pictures before a question, the question, and what the system says first, if anything.
+Question = tuple[Sequence[np.ndarray], str] | tuple[Sequence[np.ndarray], str, str | None]
 Progress = Callable[[float], object]  # called with the rows, or the fraction of one, completed since the last call
 
 
@@ -251,25 +254,23 @@ class Pipeline:
     ) -> list[str]:
         """Return one caption per picture; see `complete` for the other arguments."""
         results = self.complete([[picture] for picture in pictures], text_alone(config), seed, progress, numbers)
-        return ["".join(part for part in parts if isinstance(part, str)) for parts in results]
+        return [_text_of(parts) for parts in results]
 
     def answer(
         self,
-        questions: Sequence[tuple[Sequence[np.ndarray], str]],
+        questions: Sequence[Question],
         config: SamplerConfig,
         seed: int,
         progress: Progress = lambda rows: None,
         numbers: Sequence[int] | None = None,
     ) -> list[str]:
-        """Return the answer to each question about the pictures before it, stripped; see `complete`."""
+        """Return the answer to each question, stripped; see `complete`."""
         prompts = [self.ask(*question) for question in questions]
         results = self.complete(prompts, text_alone(config), seed, progress, numbers)
-        return ["".join(part for part in parts if isinstance(part, str)).strip() for parts in results]
+        return [_text_of(parts).strip() for parts in results]
 
     def ask(self, pictures: Sequence[np.ndarray], question: str, system: str | None = None) -> list[Part]:
         """Return the prompt of a question after its pictures, up to where the assistant is to speak (data/chat.py)."""
-        from data.chat import Chat, Message
-
         self._warn_of_unknown({question})
         messages: list[Message[np.ndarray]] = [Message("user", (*pictures, question))]
         if system is not None:
@@ -336,6 +337,10 @@ class Pipeline:
 
 def _is_picture(part: Part) -> TypeGuard[np.ndarray]:
     return isinstance(part, np.ndarray) and part.ndim == 3
+
+
+def _text_of(parts: Sequence[Part]) -> str:
+    return "".join(part for part in parts if isinstance(part, str))
 
 
 def _in_portions(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
