@@ -5,6 +5,7 @@ Drawn from (seed, epoch, source, shard, record), so it belongs to the document a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import fsum
 
 from data.captions import draw_caption, drawable
 from data.documents import Document, ImageSegment, TextSegment, uniforms
@@ -26,7 +27,7 @@ class OrderConfig:
         for name, share in vars(self).items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share}: expected a share in [0, 1]")
-        if (total := self.text_dropout + self.image_dropout + self.context_dropout) > 1:
+        if (total := fsum((self.text_dropout, self.image_dropout, self.context_dropout))) > 1:
             raise ValueError(f"text_dropout + image_dropout + context_dropout={total}: expected at most 1")
 
     def __str__(self) -> str:

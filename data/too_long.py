@@ -28,9 +28,8 @@ def find_too_long(
     """Yield (shard, record) of documents that are longer than a sequence wherever they are cut, whichever of their
     captions is drawn by these weights.
 
-    Looks only at documents with one image and at data sets of conversations, as others can be cut (or are edits of as
-    many images each), and not at remote data, where it could take hours. Whatever it misses is skipped when a lane
-    meets it.
+    Looks only at documents with one image and at data sets of conversations, as most others can be cut, and not at
+    remote data, where it could take hours. Whatever it misses, such as edits, is skipped when a lane meets it.
     """
     kind, channels = manifest.kind_and_channels
     has_conversations = manifest.chat_hash is not None

@@ -244,6 +244,7 @@ def test_context_is_dropped_by_part_in_its_shares_and_only_where_an_image_is_dra
     assert {kinds(answer, record) for record in range(50)} == {"itt"}, "an answer keeps its question"
     with pytest.raises(ValueError, match="at most 1"):
         OrderConfig(text_dropout=0.6, context_dropout=0.5)
+    OrderConfig(text_dropout=0.34, image_dropout=0.55, context_dropout=0.11)  # 1, but for the rounding of a plain sum
     assert str(OrderConfig()) == "OrderConfig(caption_first=0.8, caption_dropout=0.1)", "as in old fingerprints"
     assert "text_dropout=0.2" in str(order)
 
