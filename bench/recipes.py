@@ -212,11 +212,10 @@ def training_of(config: RecipesConfig, folder: Path, costs: dict[str, list[float
 def scoring_of(config: RecipesConfig, folder: Path, name: str, seed: int) -> Command:
     """Return the command that scores one case from the run of `trained_as`."""
     settings = _settings_of(name)
+    sample: tuple[str, ...] = ()
     if "diffusion.schedule=flow" in settings:
         sample = SAMPLERS["flow"]
-    elif OBJECTIVES["v"][0] in settings or OBJECTIVES["x0"][0] in settings:
-        sample = ()
-    else:
+    elif OBJECTIVES["v"][0] not in settings and OBJECTIVES["x0"][0] not in settings:
         sample = (*SAMPLERS["eps"], f"clip_x0={X0_BOUND['latents']}")
     weights = f"weights=ema-{config.half_life}" if EMA in CASES[name] else "weights=model"
     place = _folder_of(config, folder, trained_as(name), seed)

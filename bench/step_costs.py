@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -49,7 +49,7 @@ class Contestant:
         return time.process_time() - start
 
 
-def costs_over(reference: Iterable[str], others: dict[str, Iterable[str]], rounds: int) -> dict[str, list[float]]:
+def costs_over(reference: Iterable[str], others: Mapping[str, Iterable[str]], rounds: int) -> dict[str, list[float]]:
     """Return each recipe's CPU time of a step over the reference's: median, lowest and highest of `rounds` pairs.
 
     Recipes are arguments of train.pretrain. The order within a pair alternates, and the first pair does not count.
