@@ -45,7 +45,7 @@ def test_other_kinds_of_image_draw_noise_alone_the_same_for_any_ranks(
         for lane, row in rows.items():
             generator = torch.Generator().manual_seed(seed_from("images", 3, step, lane))
             u = torch.rand(len(row[-1]), generator=generator)
-            for i, (_, image, noise, posterior_noise, drawn_u, _) in enumerate(row[-1]):
+            for i, (_, image, noise, posterior_noise, drawn_u, *_) in enumerate(row[-1]):
                 assert image in stored and posterior_noise == b""
                 expected = torch.randn(len(noise) // 4, generator=generator)
                 assert np.array_equal(np.frombuffer(noise, np.float32), expected.numpy())

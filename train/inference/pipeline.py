@@ -272,10 +272,8 @@ class Pipeline:
     def ask(self, pictures: Sequence[np.ndarray], question: str, system: str | None = None) -> list[Part]:
         """Return the prompt of a question after its pictures, up to where the assistant is to speak (data/chat.py)."""
         self._warn_of_unknown({question})
-        messages: list[Message[np.ndarray]] = [Message("user", (*pictures, question))]
-        if system is not None:
-            messages.insert(0, Message("system", (system,)))
-        parts: list[np.ndarray] = Chat(self.tokenizer).prompt(messages)
+        messages: list[Message[np.ndarray]] = [] if system is None else [Message("system", (system,))]
+        parts: list[np.ndarray] = Chat(self.tokenizer).prompt([*messages, Message("user", (*pictures, question))])
         return [*parts]
 
     @torch.no_grad()
