@@ -30,6 +30,7 @@ def compare(*options: str, status: int = 0, **variables: str) -> subprocess.Comp
     return done
 
 
+@pytest.mark.slow
 def test_ours_and_plain_take_turns_and_end_with_one_json_object() -> None:
     done = compare("--only", "plain", "--pictures", "1", "--forwards", "2")
     record = json.loads(done.stdout)

@@ -142,6 +142,7 @@ def test_communication_is_exposed_at_the_ends_and_where_it_is_longer_than_comput
     assert exposed(1, 50, 30) == pytest.approx(0.1 + 50 - 20)
 
 
+@pytest.mark.slow
 def test_a_plan_with_measured_kernels_has_a_row_for_each_number_of_gpus(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -20,6 +20,7 @@ def _events(path: Path) -> list[dict]:
         return json.load(stream)["traceEvents"]
 
 
+@pytest.mark.slow
 def test_a_profiled_run_makes_the_same_numbers(tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]) -> None:
     """P13: losses, weights, moments and lanes, bit for bit; a range that the run does not finish is written too."""
     plain, profiled = (settings(tmp_path / name, tokenizer, sources, optim__steps=4) for name in ("plain", "profiled"))
