@@ -35,14 +35,16 @@ def test_a_preset_is_the_papers_but_for_its_departures(name: str) -> None:
     assert (config.diffusion.schedule, config.diffusion.prediction) == ("flow", "v")
     model = replace(model, patches="linear", untied="none", transformer=replace(model.transformer, qk_norm=False))
     optim = replace(optim, optimizer="adamw", ema_half_lives=())
-    put_back = replace(config, run_dir=paper.run_dir, model=model, optim=optim, diffusion=paper.diffusion)
+    assert config.data.clean_copies and config.diffusion.before_caption_max_timestep is None
+    data = replace(config.data, clean_copies=False)
+    put_back = replace(config, run_dir=paper.run_dir, model=model, optim=optim, data=data, diffusion=paper.diffusion)
     assert put_back == paper
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_each_departure_stands_below_its_evidence(name: str) -> None:
     lines = (BEST / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    for setting in ("patches:", "untied:", "transformer:", "schedule:", "before_caption", "optimizer:", "ema_half"):
+    for setting in ("patches:", "untied:", "transformer:", "schedule:", "clean_copies", "optimizer:", "ema_half"):
         (at,) = [i for i, line in enumerate(lines) if line.strip().startswith(setting)]
         above = lines[at - 1]
         while lines[at - 2].strip().startswith("#"):
