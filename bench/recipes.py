@@ -46,7 +46,8 @@ from bench.objectives import (
     side_by_side,
     train_command,
 )
-from bench.recipes_page import SHARES, rewrite, table
+from bench.objectives_page import COLUMNS
+from bench.recipes_page import rewrite, table
 from data.storage import Location
 from train.config import load_config, run_program
 
@@ -272,7 +273,7 @@ def _summary(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"seeds": [*by_seed], "text_loss": [one["heldout"]["texts"]["text_loss"] for one in done]}
     for key in ("captioning_loss", "image_loss", "x0_error"):
         found[key] = [one["heldout"]["scenes"][key] for one in done]
-    for task in dict.fromkeys(task for task, _ in SHARES.values()):
+    for task in dict.fromkeys(task for task, _ in COLUMNS.values()):
         for goal, count in judged(done, task).items():
             found[f"{task}/{goal}"] = [right / (count["of"] / len(done) or 1) for right in count["by_seed"]]
     return found

@@ -3,18 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from bench.objectives_page import BELOW, markdown
+from bench.objectives_page import BELOW, COLUMNS, markdown
 from bench.starts_page import difference, over_seeds
 
 LOSSES = {"text loss": "text_loss", "captioning loss": "captioning_loss", "x0 error": "x0_error"}
-SHARES = {
-    "text→image seen": ("text_to_image", "all"),
-    "unseen": ("text_to_image", "all_unseen"),
-    "two shapes": ("text_to_image", "all_two_shapes"),
-    "image→text seen": ("image_to_text", "all"),
-    "unseen ": ("image_to_text", "all_unseen"),
-    "two shapes ": ("image_to_text", "all_two_shapes"),
-}
 DIFFERENCES = {**LOSSES, "image→text seen": "image_to_text/all", "text→image seen": "text_to_image/all"}
 
 
@@ -25,8 +17,8 @@ def table(cases: dict[str, Any]) -> str:
         spent = case["train_cpu_s"]
         row = [str(len(case["seeds"])), str(case["steps"]), f"{sum(spent) / len(spent):.0f}" if spent else "–"]
         row += [f"{mean(case[key]):.4f}" for key in LOSSES.values()]
-        rows[name] = row + [f"{mean(case['/'.join(share)]):.3f}" for share in SHARES.values()]
-    return markdown(["seeds", "steps", "CPU-s", *LOSSES, *(name.strip() for name in SHARES)], rows)
+        rows[name] = row + [f"{mean(case['/'.join(share)]):.3f}" for share in COLUMNS.values()]
+    return markdown(["seeds", "steps", "CPU-s", *LOSSES, *(name.strip() for name in COLUMNS)], rows)
 
 
 def differences(cases: dict[str, Any], reference: str, names: list[str]) -> str:
@@ -37,8 +29,8 @@ def differences(cases: dict[str, Any], reference: str, names: list[str]) -> str:
 
 def shares(cases: dict[str, Any]) -> str:
     """Return a Markdown table of the judge's shares: means with Student's intervals over seeds."""
-    rows = {name: [over_seeds(case["/".join(share)], 3) for share in SHARES.values()] for name, case in cases.items()}
-    return markdown([name.strip() for name in SHARES], rows)
+    rows = {name: [over_seeds(case["/".join(share)], 3) for share in COLUMNS.values()] for name, case in cases.items()}
+    return markdown([name.strip() for name in COLUMNS], rows)
 
 
 def mean(values: list[float]) -> float:

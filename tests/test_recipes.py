@@ -80,7 +80,7 @@ def test_a_case_that_does_not_exist_is_refused_with_the_list() -> None:
 
 def test_a_page_compares_by_seed_and_keeps_what_people_wrote(tmp_path: Path) -> None:
     page, seen = tmp_path / "page.md", f"{recipes_page.BELOW}\n\nMuon pays.\n"
-    keys = [*recipes_page.LOSSES.values(), *("/".join(share) for share in recipes_page.SHARES.values())]
+    keys = [*recipes_page.LOSSES.values(), *("/".join(share) for share in recipes_page.COLUMNS.values())]
     case: dict[str, Any] = {
         "seeds": [0, 1],
         "steps": 9,
