@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data.remote import Retries
 
-SOON = Retries(attempts=4, first_delay_s=0.01, stall_s=0.3)
+SOON = Retries(attempts=4, first_delay_s=0.01, stall_s=30)  # a busy machine is silent for seconds
 DATA = bytes(range(256)) * 4096  # 1 MiB in which no two neighbouring spans are alike
 
 
@@ -32,7 +32,7 @@ class Server(ThreadingHTTPServer):
         self.headers: dict[str, str] = {}  # sent with each good answer
         self.statuses: deque[int] = deque()  # of the next answers, instead of the file
         self.cuts: deque[int] = deque()  # bytes after which the next bodies end
-        self.stalls: deque[float] = deque()  # seconds before the next bodies
+        self.stalls: deque[threading.Event] = deque()  # that the next bodies wait for
         self.ranges = True  # False: Range is ignored
         self.head = True  # False: HEAD is refused
         self.sized = True  # False: Content-Length is left out
@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if good and self.server.stalls:
-            time.sleep(self.server.stalls.popleft())
+            self.server.stalls.popleft().wait(60)
         if good and self.server.cuts:
             body = body[: self.server.cuts.popleft()]
             self.close_connection = True
@@ -147,7 +147,7 @@ def kill(pid: int) -> int:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.002)

@@ -12,7 +12,7 @@ import pytest
 from data.dataset import DataConfig, open_data
 from data.lanes import Lane
 from data.tokenizer import Tokenizer
-from tests.servers import Server
+from tests.servers import Server, until
 from tests.sources import data_config, interleaved, make_source, pairs, texts
 from tests.test_lanes import as_bytes
 from tests.test_loader import run
@@ -126,13 +126,15 @@ def test_a_read_that_takes_too_long_is_named_while_it_takes(
     """Lane, shard, record and byte; then again after twice the time."""
     data = open_data(config_of(tokenizer, server.url, read_warning_s=0.2), 0, 2)
     lane = Lane(3, data.sources, data.settings)
-    server.stalls.append(1.0)
+    released = threading.Event()
+    server.stalls.append(released)
     with caplog.at_level(logging.WARNING):
         thread = threading.Thread(target=lane.next_row, daemon=True)
         thread.start()
-        time.sleep(0.9)
+        until(lambda: len(caplog.records) >= 2)
         words = [record.getMessage() for record in caplog.records]
+        released.set()
         thread.join()
-    assert len(words) >= 2 and all(w.startswith("lane 3: record ") and "no answer for" in w for w in words)
+    assert all(w.startswith("lane 3: record ") and "no answer for" in w for w in words)
     offsets = {f"at byte {o}:" for shard in range(3) for o in data.sources[0].manifest.load_index(shard).spans[:, 0]}
     assert f"{server.url}/0000" in words[0] and any(offset in words[0] for offset in offsets)
