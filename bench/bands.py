@@ -20,7 +20,6 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bench import programs
+from bench.programs import HERE
 from data.durable import write_durably
 from data.storage import Location
 from train.config import load_config, read_yaml, run_program
@@ -41,7 +42,6 @@ from train.optim.optimizer import learning_rate
 from train.pages.reference_band import NAMES, Band, Curve, compare, rows_of, settings_of, smoothed
 from train.pretrain_config import PretrainConfig
 
-HERE = Path(__file__).resolve().parent.parent
 STEPS, FAULTY_STEPS = 800, 400  # of the demo; a fault shows in half of them
 SMOOTHED_ROWS, POOLED_ROWS = 5, 3  # of a value; on either side of a row, whose variances are one row's
 PLACES = ("folder=", "output=")
@@ -142,15 +142,10 @@ def trainings(config: BandsConfig) -> list[Training]:
 def prepare(root: Path, machine: Machine) -> None:
     """Make a machine's data by the demo's stages before pretraining, each once."""
     demo = importlib.import_module("train.demo")
-    names = [stage.name for stage in demo.STAGES]
-    for stage in demo.STAGES[: names.index("pretrain")]:
-        mark = root / "logs" / f"{stage.name.replace(' ', '-')}.done"
-        if not mark.exists():
-            print(f"{root.name}: {stage.name}", file=sys.stderr)
-            command = stage.command(demo.DemoConfig(root=str(root), ranks=machine.ranks))
-            with _start(command, root, machine, mark.with_suffix(".log")) as process:
-                _expect_success(process.wait(), mark.with_suffix(".log"))
-            mark.touch()
+    config, names = demo.DemoConfig(root=str(root), ranks=machine.ranks), [stage.name for stage in demo.STAGES]
+    stages = demo.STAGES[: names.index("pretrain")]
+    commands = {stage.name: _here(stage.command(config)) for stage in stages}
+    programs.run_once(commands, root / "logs", cwd=root, environment=machine.environment)
 
 
 def train(wanted: Sequence[Training], folder: Path) -> None:
@@ -165,11 +160,11 @@ def train(wanted: Sequence[Training], folder: Path) -> None:
             if last_step(run_dir) < training.steps:
                 command = stage.command(demo.DemoConfig(root=str(root), ranks=machine.ranks)) + training.settings()
                 log = root / "logs" / f"{training.name}.log"
-                with _start(command, root, machine, log) as process:
+                with programs.start(_here(command), log, root, machine.environment) as process:
                     while process.poll() is None:
                         time.sleep(1)
                         bar.update(before + last_step(run_dir) - bar.n)
-                    _expect_success(process.returncode, log)
+                    programs.expect_success(process.returncode, log)
             else:
                 bar.initial += training.steps  # not work of this call: the rate is that of what is left
             bar.update(before + training.steps - bar.n)
@@ -276,18 +271,9 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     return found | {name: [row[name] and float(f"{row[name]:.5g}") for row in rows] for name in NAMES}
 
 
-def _start(command: list[str], root: Path, machine: Machine, log: Path) -> subprocess.Popen:
-    """Start a command of the demo in `root`, its output appended to `log`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    program = [sys.executable, *(["-m", "torch.distributed.run"] if command[0] == "torchrun" else [])]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **machine.environment, "PYTHONPATH": str(HERE)}
-    with open(log, "ab") as file:
-        return subprocess.Popen([*program, *command[1:]], cwd=root, stdout=file, stderr=file, env=environment)
-
-
-def _expect_success(status: int, log: Path) -> None:
-    if status:
-        raise RuntimeError(f"status {status} (see the end of {log}); the same command goes on")
+def _here(command: list[str]) -> tuple[str, ...]:
+    """Return a command of the demo, of python or torchrun, as one of this Python."""
+    return (sys.executable, *(("-m", "torch.distributed.run") if command[0] == "torchrun" else ()), *command[1:])
 
 
 def _json(record: Mapping[str, Any], depth: int = 2) -> str:

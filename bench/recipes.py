@@ -17,41 +17,22 @@ command goes on after an interruption. Tables go to stderr and `page`; the last 
 take two hours on two cores.
 """
 
-import datetime
 import json
-import os
-import platform
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from bench.ablation import UNET
-from bench.objectives import (
-    LOGIT,
-    OBJECTIVES,
-    SAMPLERS,
-    SPACES,
-    X0_BOUND,
-    Command,
-    ObjectivesConfig,
-    judged,
-    prepare,
-    run,
-    score_command,
-    side_by_side,
-    train_command,
-)
-from bench.objectives_page import COLUMNS
-from bench.recipes_page import rewrite, table
+from bench.comparison import SECONDS, BySeed, ComparisonConfig, Run, Settings, compare, heldout, judged
+from bench.comparison_page import COLUMNS
+from bench.objectives import LOGIT, OBJECTIVES, sampling
+from bench.programs import cpu_seconds
+from bench.recipes_page import paragraphs, table
+from bench.scene_data import prepare
 from data.storage import Location
 from train.config import load_config, run_program
 
-PAPER, BEST, WITHOUT, SECONDS = "paper", "best", "best-without-", "-seconds"
+PAPER, BEST, WITHOUT = "paper", "best", "best-without-"
 # configs/paper on top of configs/demo/pretrain.yaml, whose size and data stay. The paper's rate of 3e-4 is for widths
 # from 768 on; see "rate-twice". Of as many tokens, twice the steps of half the demo's batch learn more.
 BASE = (
@@ -69,7 +50,7 @@ BASE = (
     "optim.weight_decay=0.1",
 )
 EMA = "ema"
-FACTORS: dict[str, tuple[str, ...]] = {  # settings of train.pretrain; data=NAME: another encoded folder
+FACTORS: dict[str, Settings] = {  # of train.pretrain; data=NAME: another encoded folder
     "v": OBJECTIVES["v"],
     "x0": OBJECTIVES["x0"],
     "flow": OBJECTIVES["flow"],
@@ -109,26 +90,14 @@ CASES = _cases()
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipesConfig:
+class RecipesConfig(ComparisonConfig):
     folder: Location = "runs/recipes"  # everything is made here, 1 GB
-    only: list[str] = field(default_factory=list)  # names of cases, with * and ?; empty: all
-    seeds: int = 3  # trainings of each case, >= 1
     steps: int = 400  # updates of each training, of half the demo's batch, >= 12; the demo has 800
     prompts: int = 50  # scenes of each split to draw and to describe, >= 1
-    jobs: int = 2  # runs at a time, >= 1
-    page: Location | None = None  # Markdown page to write the tables to; what it says below them is kept
-    smoke: bool = False  # toy data, for toy lengths: shows that it runs
 
-    def __post_init__(self) -> None:
-        for name, least in {"seeds": 1, "steps": 12, "prompts": 1, "jobs": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
-        if unknown := [name for name in self.only if not any(fnmatch(case, name) for case in CASES)]:
-            raise ValueError(f"only: {', '.join(unknown)} fits no case; there are {', '.join(CASES)}")
-
-    @property
-    def cases(self) -> list[str]:
-        return [case for case in CASES if not self.only or any(fnmatch(case, name) for name in self.only)]
+    bench, known = "recipes", tuple(CASES)
+    least_steps = 12
+    runs_in, scores_in = "recipes-{steps}-steps", "scores-{case}-{prompts}"
 
     @property
     def half_life(self) -> int:
@@ -141,55 +110,34 @@ CONFIG = RecipesConfig
 
 def main(argv: list[str]) -> int:
     config = load_config(CONFIG, argv)
-    folder = Path(config.folder).resolve()
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    need = [
-        "latents-v",
-        *(["captions-12000-three"] if any(_data_of(name) != "latents" for name in config.cases) else []),
-    ]
-    prepare(ObjectivesConfig(only=need, folder=str(folder), smoke=config.smoke, jobs=config.jobs), folder)
-    costs, errors = costs_of_steps(config, folder), dict[str, str]()
-    for _ in train_and_score_all(config, folder, costs, errors):
-        if config.page:
-            rewrite(Path(config.page), record_of(config, folder, argv, costs, errors))
-    record = record_of(config, folder, argv, costs, errors)
-    if config.page:
-        rewrite(Path(config.page), record)
-    print(table(record["cases"]), file=sys.stderr)
-    print(json.dumps(record))
-    return 1 if errors else 0
+    prepare(config.root, {"latents", *map(_data_of, config.cases)}, ranks=config.jobs, smoke=config.smoke)
+    costs = costs_of_steps(config)
+    ratios = {name: median for name, (median, _, _) in costs.items()}
+    summary = partial(summary_of, config, ratios)
+    return compare(config, argv, [runs(config, ratios)], summary, table, paragraphs, {"step_over_paper": costs})
 
 
-def costs_of_steps(config: RecipesConfig, folder: Path) -> dict[str, list[float]]:
+def costs_of_steps(config: RecipesConfig) -> dict[str, list[float]]:
     """Return a step's CPU time over the paper's (median, lowest, highest) of the cases whose steps cost more.
 
     Each is measured once for a folder.
     """
-    file = folder / "step-costs.json"
+    file = config.root / "step-costs.json"
     found: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     wanted = {name.removesuffix(SECONDS) for name in config.cases}
     if missing := [name for name in MEASURED if name in wanted and name not in found]:
         from bench.step_costs import costs_over
 
-        recipes = {name: training_of(config, folder, {}, name, 0)[3:] for name in (PAPER, *missing)}
+        recipes = {name: run_of(config, {}, name, 0).training[3:] for name in (PAPER, *missing)}
         found |= costs_over(recipes.pop(PAPER), recipes, rounds=2 if config.smoke else 21)
         file.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
-def train_and_score_all(
-    config: RecipesConfig, folder: Path, costs: dict[str, list[float]], errors: dict[str, str]
-) -> Iterator[None]:
-    """Do what is not finished, the first seed of all cases first; yield after each run. Fills `errors`."""
-    trained = list(dict.fromkeys(trained_as(name) for name in config.cases))
-    wanted = {(name, seed): partial(train_and_score, config, folder, costs, name, seed)
-              for seed in range(config.seeds) for name in trained}  # fmt: skip
-    runs = {
-        f"{name}-{seed}": work
-        for (name, seed), work in wanted.items()
-        if any(_scores(config, folder, case, seed) is None for case in scored_from(config, name))
-    }
-    yield from side_by_side(runs, config.jobs, errors)
+def runs(config: RecipesConfig, ratios: dict[str, float]) -> list[Run]:
+    """Return the runs, the first seed of all cases first."""
+    trained = dict.fromkeys(map(trained_as, config.cases))
+    return [run_of(config, ratios, name, seed) for seed in range(config.seeds) for name in trained]
 
 
 def trained_as(name: str) -> str:
@@ -197,92 +145,26 @@ def trained_as(name: str) -> str:
     return {EMA: PAPER, WITHOUT + EMA: BEST}.get(name, name)
 
 
-def scored_from(config: RecipesConfig, trained: str) -> list[str]:
-    return [name for name in config.cases if trained_as(name) == trained]
-
-
-def training_of(config: RecipesConfig, folder: Path, costs: dict[str, list[float]], name: str, seed: int) -> Command:
-    """Return the command that trains one case from one seed."""
-    place, steps = _folder_of(config, folder, name, seed), steps_of(config, costs, name)
-    train = train_command(folder, place, seed, steps, _data_of(name))
-    space = [setting.format(folder=folder) for setting in SPACES["latents"]]
+def run_of(config: RecipesConfig, ratios: dict[str, float], name: str, seed: int) -> Run:
+    """Return the training of one case, from which the cases of `trained_as` are scored."""
     settings = [setting for setting in _settings_of(name) if not setting.startswith("data=")]
-    return (*train, *space, *BASE, f"optim.ema_half_lives=[{config.half_life}]", *settings)
+    train = (*BASE, f"optim.ema_half_lives=[{config.half_life}]", *settings)
+    objective = next((found for found in CASES[name] if found.removesuffix("-logit") in OBJECTIVES), "eps")
+    sample = sampling(objective.removesuffix("-logit"), "latents")
+    weights = {case: f"ema-{config.half_life}" if EMA in CASES[case] else "model" for case in config.cases}
+    scored = {case: (*sample, f"weights={of}") for case, of in weights.items() if trained_as(case) == name}
+    return Run(config, name, seed, config.steps_of(name, ratios), _data_of(name), train, scored)
 
 
-def scoring_of(config: RecipesConfig, folder: Path, name: str, seed: int) -> Command:
-    """Return the command that scores one case from the run of `trained_as`."""
-    settings = _settings_of(name)
-    sample: tuple[str, ...] = ()
-    if "diffusion.schedule=flow" in settings:
-        sample = SAMPLERS["flow"]
-    elif OBJECTIVES["v"][0] not in settings and OBJECTIVES["x0"][0] not in settings:
-        sample = (*SAMPLERS["eps"], f"clip_x0={X0_BOUND['latents']}")
-    weights = f"weights=ema-{config.half_life}" if EMA in CASES[name] else "weights=model"
-    place = _folder_of(config, folder, trained_as(name), seed)
-    score = score_command(folder, place, config.prompts, "latents", config.smoke)
-    return (*score, *sample, weights, f"output={_output_of(config, folder, name, seed)}")
-
-
-def steps_of(config: RecipesConfig, costs: dict[str, list[float]], name: str) -> int:
-    """Return the updates of a case."""
-    plain = name.removesuffix(SECONDS)
-    return config.steps if plain == name else max(12, round(config.steps / costs[plain][0]))
-
-
-def train_and_score(config: RecipesConfig, folder: Path, costs: dict[str, list[float]], name: str, seed: int) -> None:
-    """Train one case from one seed, score it and the cases of the same run; raise RuntimeError if any fails."""
-    place = _folder_of(config, folder, name, seed)
-    log, cost = place.with_suffix(".log"), place.with_suffix(".cpu-seconds")
-    spent = float(cost.read_text(encoding="utf-8")) if cost.exists() else 0.0
-    spent += run(training_of(config, folder, costs, name, seed), log)
-    cost.write_text(f"{spent:.1f}", encoding="utf-8")
-    for case in scored_from(config, name):
-        run(scoring_of(config, folder, case, seed), log)
-
-
-def record_of(
-    config: RecipesConfig, folder: Path, argv: list[str], costs: dict[str, list[float]], errors: dict[str, str]
-) -> dict[str, Any]:
-    """Return the JSON object of everything that is finished."""
-    cases: dict[str, Any] = {}
-    for name in config.cases:
-        scores = {seed: _scores(config, folder, name, seed) for seed in range(config.seeds)}
-        if done := {seed: found for seed, found in scores.items() if found is not None}:
-            cases[name] = {"steps": steps_of(config, costs, name), **_summary(done)}
-            runs = [_folder_of(config, folder, trained_as(name), seed).with_suffix(".cpu-seconds") for seed in done]
-            cases[name]["train_cpu_s"] = [float(file.read_text(encoding="utf-8")) for file in runs if file.exists()]
-    return {
-        "bench": "recipes",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": version("torch")},
-        "command": " ".join(["python -m bench.recipes", *(a for a in argv if not a.startswith("folder="))]),
-        "seeds": config.seeds,
-        "steps": config.steps,
-        "prompts": config.prompts,
-        "step_over_paper": costs,
-        "cases": cases,
-        "errors": errors,
-    }
-
-
-def _summary(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Return losses and the judge's shares by seed."""
-    done = [*by_seed.values()]
-    found: dict[str, Any] = {"seeds": [*by_seed], "text_loss": [one["heldout"]["texts"]["text_loss"] for one in done]}
-    for key in ("captioning_loss", "image_loss", "x0_error"):
-        found[key] = [one["heldout"]["scenes"][key] for one in done]
+def summary_of(config: RecipesConfig, ratios: dict[str, float], name: str, by_seed: BySeed) -> dict[str, Any]:
+    """Return steps, losses, the judge's shares and CPU-seconds of training of a case, by seed."""
+    found = {"steps": config.steps_of(name, ratios), "seeds": [*by_seed], **heldout(by_seed, "text_loss", of="texts")}
+    found |= heldout(by_seed, "captioning_loss", "image_loss", "x0_error")
     for task in dict.fromkeys(task for task, _ in COLUMNS.values()):
-        for goal, count in judged(done, task).items():
-            found[f"{task}/{goal}"] = [right / (count["of"] / len(done) or 1) for right in count["by_seed"]]
-    return found
-
-
-def _scores(config: RecipesConfig, folder: Path, name: str, seed: int) -> dict[str, Any] | None:
-    """Return what train.evaluate wrote of a case; None: it is not finished."""
-    file = _output_of(config, folder, name, seed) / "evaluation.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        for goal, count in judged(by_seed, task).items():
+            found[f"{task}/{goal}"] = [right / (count["of"] / len(by_seed) or 1) for right in count["by_seed"]]
+    spent = [cpu_seconds(config.account(trained_as(name), seed)) for seed in by_seed]
+    return {**found, "train_cpu_s": [seconds for seconds in spent if seconds]}
 
 
 def _settings_of(name: str) -> list[str]:
@@ -290,16 +172,8 @@ def _settings_of(name: str) -> list[str]:
 
 
 def _data_of(name: str) -> str:
-    """Return the key of objectives.DATA that a case trains on."""
+    """Return the key of scene_data.DATA that a case trains on."""
     return next((s.removeprefix("data=") for s in _settings_of(name) if s.startswith("data=")), "latents")
-
-
-def _folder_of(config: RecipesConfig, folder: Path, name: str, seed: int) -> Path:
-    return folder / f"recipes-{config.steps}-steps" / f"{name}-{seed}"
-
-
-def _output_of(config: RecipesConfig, folder: Path, name: str, seed: int) -> Path:
-    return _folder_of(config, folder, trained_as(name), seed) / f"scores-{name}-{config.prompts}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """The tables of bench.recipes: means over seeds, and each case less the recipe that it departs from."""
 
-from pathlib import Path
 from typing import Any
 
-from bench.objectives_page import BELOW, COLUMNS, markdown
-from bench.starts_page import difference, over_seeds
+from bench.comparison_page import COLUMNS, difference, markdown, measured_how, over_seeds
 
 LOSSES = {"text loss": "text_loss", "captioning loss": "captioning_loss", "x0 error": "x0_error"}
 DIFFERENCES = {**LOSSES, "image→text seen": "image_to_text/all", "text→image seen": "text_to_image/all"}
@@ -37,11 +35,8 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def rewrite(page: Path, record: dict[str, Any]) -> None:
-    """Write the record's tables to a page; keep what it says from BELOW on."""
-    old = page.read_text(encoding="utf-8") if page.exists() else ""
-    below = old[old.index(BELOW) :] if BELOW in old else f"{BELOW}\n"
-    versions = ", ".join(f"{name} {which}" for name, which in record["versions"].items())
+def paragraphs(record: dict[str, Any]) -> list[str]:
+    """Return what the page says."""
     costs = ", ".join(
         f"{name} {ratio:.2f} ({low:.2f} to {high:.2f})"
         for name, (ratio, low, high) in record["step_over_paper"].items()
@@ -49,8 +44,7 @@ def rewrite(page: Path, record: dict[str, Any]) -> None:
     cases = record["cases"]
     text = [
         "# Recipes: which departures from the paper's pay",
-        f"`{record['command']}`: {record['steps']} steps a run, up to {record['seeds']} seeds, {record['prompts']} "
-        f"scenes a split. {record['date']}, {record['machine']}, {versions}. Text loss is that of held-out texts, "
+        f"{measured_how(record, 'up to ')} Text loss is that of held-out texts, "
         "captioning loss and the error of x0 those of held-out scenes; shares are the judge's. CPU-s: of training, a "
         f"run. A step's CPU time over the paper's, median (lowest to highest): {costs}. `--help` explains the cases.",
         f"## Means over seeds\n\n{table(cases)}",
@@ -63,6 +57,4 @@ def rewrite(page: Path, record: dict[str, Any]) -> None:
     drawing = {name: case for name, case in cases.items() if name.startswith("best")}
     if drawing:
         text.append(f"## What the winners draw and describe\n\n{shares(drawing)}")
-    if record["errors"]:
-        text.append("\n".join(f"- {name} failed: {error}" for name, error in record["errors"].items()))
-    page.write_text("\n\n".join([*text, below]), encoding="utf-8")
+    return text

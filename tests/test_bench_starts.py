@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from bench import untied
-from bench.starts import CASES, LANGUAGE, StartsConfig, commands, main, steps_of
-from bench.starts_page import BELOW, difference, rewrite
+from bench.comparison_page import BELOW, difference, rewrite
+from bench.starts import CASES, LANGUAGE, StartsConfig, main, run_of
+from bench.starts_page import paragraphs
 from tests.test_objectives import accepted
 
 RATIOS = {"ffn": 1.25, "all": 2.0}
@@ -17,16 +18,24 @@ RATIOS = {"ffn": 1.25, "all": 2.0}
 
 def test_every_case_is_commands_that_their_programs_accept(tmp_path: Path) -> None:
     """Of all cases: at equal steps or seconds, and no two of them train alike."""
-    config, recipes = StartsConfig(steps=100), []
+    config, recipes = StartsConfig(folder=str(tmp_path), steps=100), []
+    (export,) = run_of(config, RATIOS, LANGUAGE, 0).then
     for name in CASES:
-        parsed = [accepted(command) for command in commands(config, tmp_path, RATIOS, name, 0)]
-        train = parsed[0]
+        run = run_of(config, RATIOS, name, 0)
+        train, score = accepted(run.training), accepted(run.scoring(name))
+        assert (score.scenes is None) == (name == LANGUAGE)
         recipes.append((train.model, train.optim, train.init_from_llm, str(train.data)))
         if name.startswith("llm-"):
-            assert train.init_from_llm == accepted(commands(config, tmp_path, RATIOS, LANGUAGE, 0)[1]).output
+            assert train.init_from_llm == accepted(export).output
         assert train.optim.steps == {"ffn-seconds": 80, "all-seconds": 50}.get(name, 100)
-        assert train.optim.steps == steps_of(config, RATIOS, name)
+        assert train.optim.steps == config.steps_of(name, RATIOS)
     assert all(recipe not in recipes[:i] for i, recipe in enumerate(recipes))
+
+
+def test_what_starts_from_the_language_model_is_refused_without_it() -> None:
+    assert StartsConfig(only=["language", "llm-l*"]).cases == [LANGUAGE, "llm-lora"]
+    with pytest.raises(ValueError, match="only: llm-lora starts from language; add language"):
+        StartsConfig(only=["none", "llm-l*"])
 
 
 def test_a_difference_is_paired_by_seed_with_students_interval() -> None:
@@ -62,6 +71,6 @@ def test_a_toy_bench_runs_through_and_does_not_repeat_itself(tmp_path: Path, cap
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "| llm-frozen-all |" in page and page.rstrip().endswith(BELOW)
     (tmp_path / "page.md").write_text(f"{BELOW}\n\nKept.\n", encoding="utf-8")
-    rewrite(tmp_path / "page.md", record)
+    rewrite(tmp_path / "page.md", record, paragraphs(record))
     assert (tmp_path / "page.md").read_text(encoding="utf-8").endswith("Kept.\n")
     assert main(toy) == 0 and json.loads(capsys.readouterr().out.splitlines()[-1]) == record

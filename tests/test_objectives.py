@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from bench.objectives import CASES, ObjectivesConfig, commands, main, stages
-from bench.objectives_page import BELOW, rewrite
+from bench.comparison_page import BELOW, rewrite
+from bench.objectives import CASES, ObjectivesConfig, main, run_of
+from bench.objectives_page import paragraphs
+from bench.scene_data import DATA, stages
 from train.config import load_config
 
 
@@ -20,13 +22,13 @@ def accepted(command: tuple[str, ...]) -> Any:
 
 def test_every_stage_and_case_is_a_command_that_its_program_accepts(tmp_path: Path) -> None:
     """Of all cases; and no two of them train alike."""
-    config, trained = ObjectivesConfig(), []
-    for command in stages(config, tmp_path).values():
+    config, trained = ObjectivesConfig(folder=str(tmp_path)), []
+    for command in stages(tmp_path, DATA, ranks=2, smoke=False).values():
         assert accepted(command)
     for name in CASES:
-        train, score = commands(config, tmp_path, name, 0)
-        trained.append(accepted(train))
-        assert accepted(score)
+        run = run_of(config, name, 0)
+        trained.append(accepted(run.training))
+        assert accepted(run.scoring(name))
     recipes = [(config.model, config.diffusion, str(config.data)) for config in trained]
     assert all(recipe not in recipes[:i] for i, recipe in enumerate(recipes))
     assert len({(config.data.lanes, config.data.sequence_length, config.optim.steps) for config in trained}) == 1
@@ -46,7 +48,7 @@ def test_a_page_is_rewritten_down_to_what_people_wrote(tmp_path: Path) -> None:
     record: dict[str, Any] = {"command": "x", "steps": 1, "seeds": 1, "prompts": 4, "date": "", "machine": ""}
     record |= {"versions": {}, "errors": {"pixels-v-0": "died"}, "cases": {"pixels-x0": case, "latents-v": case}}
     page.write_text(f"old tables\n{seen}", encoding="utf-8")
-    rewrite(page, record)
+    rewrite(page, record, paragraphs(record))
     text = page.read_text(encoding="utf-8")
     assert text.endswith(seen) and "old tables" not in text and "pixels-v-0 failed: died" in text
     assert "## Pixels" in text and "| pixels-x0 | 3 | 0.750 [0.30, 0.95] |" in text

@@ -6,48 +6,45 @@ from typing import Any
 
 import pytest
 
-from bench import recipes_page
+from bench import comparison_page, recipes_page
+from bench.comparison import SECONDS, Run
 from bench.recipes import (
     BEST,
     CASES,
     EMA,
     FACTORS,
     PAPER,
-    SECONDS,
     WINNERS,
     WITHOUT,
     RecipesConfig,
     main,
-    scoring_of,
-    steps_of,
+    run_of,
     trained_as,
-    training_of,
 )
 from tests.test_objectives import accepted
 
-COSTS = {name.removesuffix(SECONDS): [1.25, 1.2, 1.5] for name in CASES}
+RATIOS = {name.removesuffix(SECONDS): 1.25 for name in CASES}
 
 
-def run_of(config: RecipesConfig, folder: Path, name: str) -> str:
-    """Return the folder that the training trains in which a case is scored from."""
-    command = training_of(config, folder, COSTS, trained_as(name), 0)
-    return next(a.removeprefix("run_dir=") for a in command if a.startswith("run_dir="))
+def scored_from(config: RecipesConfig, name: str) -> Run:
+    return run_of(config, RATIOS, trained_as(name), 0)
 
 
 def test_every_case_is_commands_that_their_programs_accept(tmp_path: Path) -> None:
     """No two of them train alike, and a case of one factor departs from the paper's recipe in that alone."""
-    config, recipes = RecipesConfig(steps=100), {}
+    config, recipes = RecipesConfig(folder=str(tmp_path), steps=100), {}
     for name in CASES:
-        parsed, score = accepted(training_of(config, tmp_path, COSTS, name, 0)), scoring_of(config, tmp_path, name, 0)
+        run = scored_from(config, name)
+        parsed, score = accepted(run.training), run.scoring(name)
         weights = next(argument for argument in score if argument.startswith("weights="))
         recipes[name] = (parsed.model, parsed.diffusion, parsed.loss, parsed.optim, str(parsed.data), weights)
-        assert parsed.optim.steps == (80 if name.endswith(SECONDS) else 100) == steps_of(config, COSTS, name)
+        assert parsed.optim.steps == (80 if name.endswith(SECONDS) else 100) == config.steps_of(name, RATIOS)
         assert parsed.data.lanes * parsed.data.sequence_length == 12 * 128
-        assert f"checkpoint={run_of(config, tmp_path, name)}" in score
+        assert f"checkpoint={parsed.run_dir}" in score
     found = list(recipes.values())
     assert all(recipe not in found[:i] for i, recipe in enumerate(found))
     for name in (PAPER, "v", "flow-logit", EMA, BEST):
-        accepted(scoring_of(config, tmp_path, name, 0))
+        accepted(scored_from(config, name).scoring(name))
     for name in FACTORS:
         changed = [part != other for part, other in zip(recipes[name], recipes[PAPER], strict=True)]
         assert sum(changed) == 1, name
@@ -56,7 +53,7 @@ def test_every_case_is_commands_that_their_programs_accept(tmp_path: Path) -> No
 def test_the_base_is_the_papers_recipe_at_another_width(tmp_path: Path) -> None:
     from tests.test_paper import preset
 
-    base = accepted(training_of(RecipesConfig(), tmp_path, {}, PAPER, 0))
+    base = accepted(run_of(RecipesConfig(folder=str(tmp_path)), {}, PAPER, 0).training)
     paper = preset("0.16b")
     assert base.diffusion == paper.diffusion and base.loss == paper.loss and base.data.order == paper.data.order
     for name in ("optimizer", "schedule", "weight_decay", "beta1", "beta2", "clip_norm"):
@@ -79,8 +76,8 @@ def test_a_case_that_does_not_exist_is_refused_with_the_list() -> None:
 
 
 def test_a_page_compares_by_seed_and_keeps_what_people_wrote(tmp_path: Path) -> None:
-    page, seen = tmp_path / "page.md", f"{recipes_page.BELOW}\n\nMuon pays.\n"
-    keys = [*recipes_page.LOSSES.values(), *("/".join(share) for share in recipes_page.COLUMNS.values())]
+    page, seen = tmp_path / "page.md", f"{comparison_page.BELOW}\n\nMuon pays.\n"
+    keys = [*recipes_page.LOSSES.values(), *("/".join(share) for share in comparison_page.COLUMNS.values())]
     case: dict[str, Any] = {
         "seeds": [0, 1],
         "steps": 9,
@@ -92,7 +89,7 @@ def test_a_page_compares_by_seed_and_keeps_what_people_wrote(tmp_path: Path) -> 
     record |= {"versions": {}, "errors": {"v-0": "died"}, "step_over_paper": {"unet": [1.5, 1.25, 2.0]}}
     record["cases"] = {PAPER: case, "muon": other, BEST: case, WITHOUT + "muon": other}
     page.write_text(f"old tables\n{seen}", encoding="utf-8")
-    recipes_page.rewrite(page, record)
+    comparison_page.rewrite(page, record, recipes_page.paragraphs(record))
     text = page.read_text(encoding="utf-8")
     assert text.endswith(seen) and "old tables" not in text and "v-0 failed: died" in text
     assert "unet 1.50 (1.25 to 2.00)" in text and "| paper | 2 | 9 | 8 | 0.3750 |" in text
