@@ -158,8 +158,8 @@ def compare(
 ) -> int:
     """Do the runs that are not finished, group after group; print the record of all; return the exit status.
 
-    Of its scores `summary` makes a case's entry of the record, to which `measured` is added. Of the cases `table` makes
-    what goes to stderr, of the record `paragraphs` what the page says after each run.
+    `summary` makes a case's entry in the record from its scores, and `measured` is added to the record. `table` makes
+    what goes to stderr from these entries; `paragraphs` makes the page, rewritten after each run, from the record.
     """
     runs, errors = [run for group in groups for run in group], dict[str, str]()
 

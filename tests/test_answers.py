@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 from tests.runs import DrawingRun
 from tests.test_pipeline import load
 from train.distributed.ranks import Ranks, alone
-from train.evaluation.answers import AnswersConfig, read_questions, write_answers
+from train.evaluation.answers import AnswersConfig, read_llava_questions, write_answers
 from train.evaluation.part import Inputs, bar_of
 from train.inference.pipeline import Pipeline, PipelineConfig
 
@@ -56,11 +56,11 @@ def test_answers_follow_picture_and_question_in_llavas_form(
 def test_what_cannot_be_asked_is_refused_by_line_or_name(asked: AnswersConfig, tmp_path: Path) -> None:
     (tmp_path / "3.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 are not there, as 3\.png"):
-        read_questions(asked)
+        read_llava_questions(asked)
     for content, words in (('{"text": "a"}', "1: KeyError: 'question_id'"), ("[]", ":1:"), ("", "no questions")):
         (tmp_path / "questions.jsonl").write_text(content)
         with pytest.raises(ValueError, match=words):
-            read_questions(asked)
+            read_llava_questions(asked)
     with pytest.raises(ValueError, match="template='x': expected a text with"):
         AnswersConfig(template="x")
 

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from tests.test_multiple_choice import FORMS
-from train.evaluation.answers import AnswersConfig
-from train.evaluation.answers import read_questions as read_asked
+from train.evaluation.answers import AnswersConfig, read_llava_questions
 from train.evaluation.benchmark_layouts import read_layout
 from train.evaluation.captioned import CaptionedConfig, read_captioned
-from train.evaluation.questions import read_questions
+from train.evaluation.questions import read_multiple_choice
 
 HOSTILE = [
     *(None, True, -1, 1.5, 10**400, float("nan"), float("inf"), "", " ", "\ud800", "a\0b", "..", "../x", "/x"),
@@ -61,7 +60,7 @@ def attack(path: Path, rows: Any, read: Callable[[], object]) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_multiple_choice(name: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    attack(path, FORMS[name][0], lambda: read_questions(path))
+    attack(path, FORMS[name][0], lambda: read_multiple_choice(path))
 
 
 def test_questions_about_pictures(tmp_path: Path) -> None:
@@ -69,7 +68,7 @@ def test_questions_about_pictures(tmp_path: Path) -> None:
     config = AnswersConfig(questions=str(path), pictures=str(tmp_path))
 
     def read() -> None:
-        for row in read_asked(config):
+        for row in read_llava_questions(config):
             row["text"].encode()
 
     attack(path, {"question_id": 1, "image": "asked.jsonl", "text": "what"}, read)

@@ -16,7 +16,7 @@ from train.distributed.ranks import Ranks, alone
 from train.evaluation import multiple_choice
 from train.evaluation.multiple_choice import accuracies, evaluate_choices, log_likelihoods, piece_of
 from train.evaluation.part import Inputs, bar_of
-from train.evaluation.questions import Question, read_questions
+from train.evaluation.questions import Question, read_multiple_choice
 from train.export import main as export
 from train.inference.pipeline import Pipeline, PipelineConfig
 
@@ -136,14 +136,14 @@ def test_a_released_row_becomes_the_harnesss_prompt(name: str, tmp_path: Path) -
     row, context, choices, answer = FORMS[name]
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n\n{json.dumps(row)}\n")
     expected = Question((context,) * len(choices), tuple(choices), answer)
-    assert read_questions(tmp_path / "rows.jsonl") == [expected] * 2
+    assert read_multiple_choice(tmp_path / "rows.jsonl") == [expected] * 2
 
 
 def test_winogrande_asks_for_the_rest_of_the_sentence_after_each_option(tmp_path: Path) -> None:
     row = {"sentence": "The cup fell off as _ was small.", "option1": "it", "option2": "the box", "answer": "2"}
     (tmp_path / "dev.jsonl").write_text(json.dumps(row))
     contexts = ("The cup fell off as it", "The cup fell off as the box")
-    assert read_questions(tmp_path / "dev.jsonl") == [Question(contexts, ("was small.",) * 2, 1)]
+    assert read_multiple_choice(tmp_path / "dev.jsonl") == [Question(contexts, ("was small.",) * 2, 1)]
 
 
 def test_labels_lie_beside_the_rows_and_what_has_none_is_refused_by_line(tmp_path: Path) -> None:
@@ -152,15 +152,15 @@ def test_labels_lie_beside_the_rows_and_what_has_none_is_refused_by_line(tmp_pat
     with pytest.raises(
         ValueError, match=r"valid\.jsonl:1: keys .* expected those of one of these forms: .*goal, label"
     ):
-        read_questions(path)
+        read_multiple_choice(path)
     (tmp_path / "valid-labels.lst").write_text("1\n0\n")
-    assert [question.answer for question in read_questions(path)] == [1, 0]
+    assert [question.answer for question in read_multiple_choice(path)] == [1, 0]
     rows = [json.dumps({"goal": "a\u2028b\x85", "sol1": "x", "sol2": "y"}, ensure_ascii=False)] * 2  # no ends of lines
     path.write_text("\n\n".join(rows), encoding="utf-8")
-    assert [question.contexts[0] for question in read_questions(path)] == ["Question: a\u2028b\x85\nAnswer:"] * 2
+    assert [question.contexts[0] for question in read_multiple_choice(path)] == ["Question: a\u2028b\x85\nAnswer:"] * 2
     (tmp_path / "valid-labels.lst").write_text("1\n")
     with pytest.raises(ValueError, match="1 labels; expected one a line"):
-        read_questions(path)
+        read_multiple_choice(path)
     for row, words in [
         ('{"context": "a", "choices": ["x", "y"], "answer": 2}', "2 choices and answer 2; expected two or more"),
         ('{"context": "a", "choices": ["x"], "answer": 0}', "1 choices"),
@@ -171,10 +171,10 @@ def test_labels_lie_beside_the_rows_and_what_has_none_is_refused_by_line(tmp_pat
     ]:
         (tmp_path / "bad.jsonl").write_text(row)
         with pytest.raises(ValueError, match=words):
-            read_questions(tmp_path / "bad.jsonl")
+            read_multiple_choice(tmp_path / "bad.jsonl")
     (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe{}")
     with pytest.raises(ValueError, match=r"bad\.jsonl: not UTF-8"):
-        read_questions(tmp_path / "bad.jsonl")
+        read_multiple_choice(tmp_path / "bad.jsonl")
 
 
 def write_questions(path: Path) -> Path:

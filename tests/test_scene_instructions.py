@@ -21,7 +21,7 @@ from train import evaluate, report, scenes
 from train.distributed.ranks import Ranks, alone
 from train.evaluation.edits import evaluate_edits, read_edits
 from train.evaluation.part import Inputs, Part, bar_of
-from train.evaluation.scene_questions import evaluate_questions, read_questions
+from train.evaluation.scene_questions import evaluate_questions, read_scene_questions
 
 FOLDERS = {
     "edits": 40,
@@ -96,7 +96,7 @@ class Knowing:
         return pictures
 
     def answer(self, questions: list, sampler: object, seed: int, done: object, numbers: range) -> list[str]:
-        items = read_questions(str(self.folder / "questions_heldout"), 100)
+        items = read_scene_questions(str(self.folder / "questions_heldout"), 100)
         for ((given,), question), number in zip(questions, numbers, strict=True):
             assert np.array_equal(given, pixels(items[number].picture)) and question == items[number].question
         return [f" {items[(number + self.shift) % len(items)].answer.upper()}." for number in numbers]
@@ -108,6 +108,9 @@ def _evaluated(ranks: Ranks, folder: Path, output: Path) -> list[list[Part]]:
         inputs = Inputs(Knowing(folder, shift), SamplerConfig(), 0, output, ranks, bar_of(ranks), {})
         edits = evaluate_edits(str(folder / "edits_heldout"), 100, inputs)
         found.append([edits, evaluate_questions(str(folder / "questions_heldout"), 100, inputs)])
+    if ranks.world_size > 1:
+        with pytest.raises(ValueError, match=r"edits \(contents\)"):
+            evaluate_edits(str(folder / ("edits" if ranks.rank else "edits_heldout")), 100, inputs)
     return found
 
 
@@ -132,7 +135,7 @@ def test_truth_scores_one_and_other_items_answers_do_not_on_any_number_of_ranks(
 
 
 def test_at_most_so_many_of_each_kind_are_read(drawn_scenes: Path) -> None:
-    items = read_questions(str(drawn_scenes / "questions_heldout"), 2)
+    items = read_scene_questions(str(drawn_scenes / "questions_heldout"), 2)
     assert sorted(item.kind for item in items) == sorted([*QUESTION_KINDS, *QUESTION_KINDS])
 
 

@@ -26,8 +26,7 @@ from train.config import load_config, run_program
 from train.distributed.agreement import facts_of, program_facts
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.signals import StopSignal
-from train.evaluation.answers import AnswersConfig, write_answers
-from train.evaluation.answers import read_questions as read_asked
+from train.evaluation.answers import AnswersConfig, read_llava_questions, write_answers
 from train.evaluation.benchmark_layouts import Benchmark, read_layout
 from train.evaluation.benchmarks import draw_benchmark
 from train.evaluation.captioned import read_captioned
@@ -37,9 +36,8 @@ from train.evaluation.generation import GenerationConfig, evaluate_generation
 from train.evaluation.multiple_choice import evaluate_choices
 from train.evaluation.paper_table import paper_table
 from train.evaluation.part import Inputs, Part, bar_of
-from train.evaluation.questions import read_questions
-from train.evaluation.scene_questions import evaluate_questions
-from train.evaluation.scene_questions import read_questions as read_asked_of_scenes
+from train.evaluation.questions import read_multiple_choice
+from train.evaluation.scene_questions import evaluate_questions, read_scene_questions
 from train.evaluation.scenes import evaluate_scenes
 from train.evaluation.scores import Score, lines_of
 from train.heldout import KINDS, Heldout, HeldoutConfig
@@ -155,13 +153,13 @@ def _refuse_unreadable(config: EvaluateConfig) -> None:
     if config.edits is not None:
         read_edits(config.edits, config.max_prompts)
     if config.questions is not None:
-        read_asked_of_scenes(config.questions, config.max_prompts)
+        read_scene_questions(config.questions, config.max_prompts)
     for path in config.choices.values():
-        read_questions(Path(path))
+        read_multiple_choice(Path(path))
     if config.benchmark is not None:
         read_layout(config.benchmark, config.benchmark_prompts)
     if config.answers.questions is not None:
-        read_asked(config.answers)
+        read_llava_questions(config.answers)
     for captioned in (config.captioning, config.generation):
         if captioned.annotations is not None:
             next(read_captioned(captioned), None)

@@ -4,7 +4,6 @@ Questions are JSON lines {"question_id", "image", "text"}, and "system" if the c
 asked in the chat form of the tokenizer's model (data/chat.py); answers are written as LLaVA's model_vqa.py does.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from data.durable import write_durably
 from data.pictures import decode_picture
 from data.storage import Location
 from train.evaluation.generation import batches_of
-from train.evaluation.part import Inputs, Part
+from train.evaluation.part import Inputs, Part, fingerprint_of
 from train.evaluation.texts import OTHER_FORM, read_lines, text_of
 from train.inference.pipeline import Pipeline, Question
 
@@ -33,7 +32,7 @@ class AnswersConfig:
             raise ValueError(f"answers.template={self.template!r}: expected a text with {QUESTION} in it")
 
 
-def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
+def read_llava_questions(config: AnswersConfig) -> list[dict[str, Any]]:
     """Read the lines; raise ValueError for one of another form, FileNotFoundError for a picture that is missing."""
     assert config.questions is not None
     path, rows = Path(config.questions), []
@@ -58,9 +57,8 @@ def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
 def write_answers(config: AnswersConfig, inputs: Inputs) -> Part:
     """Answer each question after its picture, if it has one, and write answers.jsonl; give no scores. Collective."""
     pipeline, ranks = inputs.pipeline, inputs.ranks
-    rows, saved = read_questions(config), pipeline.saved
-    fingerprint = hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-    ranks.require_alike({"answers.questions (contents)": fingerprint})
+    rows, saved = read_llava_questions(config), pipeline.saved
+    fingerprint = fingerprint_of("answers.questions", rows, ranks)
     batches = batches_of(len(rows), pipeline.batch_size)[ranks.rank :: ranks.world_size]
     mine: list[tuple[int, str]] = []
     with inputs.bar("answers", sum(map(len, batches))) as progress:

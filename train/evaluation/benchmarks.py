@@ -4,7 +4,6 @@ What the pictures depend on is kept beside their folder, so that a call with oth
 them. Ranks divide the batches, which are the same on any number of them: so is every picture (P12).
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from data.pictures import encode_jpeg, encode_png
 from train.distributed.shared_folder import require_shared
 from train.evaluation.benchmark_layouts import Benchmark, File, Layout, read_layout
 from train.evaluation.drawn_folder import begin
-from train.evaluation.part import Inputs, Part
+from train.evaluation.part import Inputs, Part, fingerprint_of
 
 SHOWN = 32  # files among the examples
 
@@ -32,8 +31,7 @@ def draw_benchmark(benchmark: Benchmark, prompts: Sequence[str], inputs: Inputs)
     side = [length * pipeline.space.stride for length in pipeline.grid]
     if benchmark == "dpg" and side[0] != side[1]:
         raise ValueError(f"benchmark=dpg with pictures of {side}: its scorer cuts squares; expected a square grid")
-    fingerprint = hashlib.sha256(repr(layout).encode()).hexdigest()[:16]
-    ranks.require_alike({"benchmark_prompts (contents)": fingerprint})
+    fingerprint = fingerprint_of("benchmark_prompts", layout, ranks)
     folder = inputs.output / benchmark
     ranks.on_first(lambda: _begin(folder, layout, {**inputs.drawn_by, "prompts": fingerprint}))
     require_shared(folder, "output", ranks)

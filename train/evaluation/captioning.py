@@ -3,7 +3,6 @@
 Ranks divide the batches of consecutive pictures, so that their number changes no caption.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from data.pictures import encode_png
 from train.evaluation.captioned import Captioned, CaptionedConfig, read_captioned
 from train.evaluation.cider import cider, tokens_of
 from train.evaluation.generation import batches_of
-from train.evaluation.part import Inputs, Part
+from train.evaluation.part import Inputs, Part, fingerprint_of
 from train.evaluation.scores import bootstrap
 
 SHOWN = 16  # of the best and of the worst captions, among the examples
@@ -52,9 +51,7 @@ def evaluate_captioning(config: CaptioningConfig, inputs: Inputs) -> Part:
     items = [item if is_mine(number) else replace(item, data=b"") for number, item in enumerate(read_captioned(config))]
     if not items:
         raise ValueError(f"captioning.pictures={config.pictures}: no pictures with captions")
-    listed = repr([(item.image_id, item.references) for item in items])
-    fingerprint = hashlib.sha256(listed.encode()).hexdigest()[:16]
-    ranks.require_alike({"captioning (contents)": fingerprint})
+    fingerprint = fingerprint_of("captioning", [(item.image_id, item.references) for item in items], ranks)
     batches = batches_of(len(items), count)[ranks.rank :: ranks.world_size]
     mine: list[tuple[int, str]] = []
     with inputs.bar("captions", sum(map(len, batches))) as progress:

@@ -1,6 +1,5 @@
 """Scores of a trained model on edits of scenes: it carries them out, and the judge says what came of them."""
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from data.raw_document import RawDocument
 from data.scene_edit_judge import EditVerdict, judge_edit
 from data.scene_edits import Edit
 from data.scenes import Shape
-from train.evaluation.part import Inputs, Part, in_order
+from train.evaluation.part import Inputs, Part, dealt, fingerprint_of, in_order
 from train.evaluation.scene_rows import read_items, shares
 from train.evaluation.scores import share
 
@@ -53,10 +52,8 @@ def evaluate_edits(folder: str, per_kind: int, inputs: Inputs) -> Part:
     """
     ranks, pipeline = inputs.ranks, inputs.pipeline
     items = read_edits(folder, per_kind)
-    fingerprint = f"{zlib.crc32(repr(items).encode()):08x}"
-    ranks.require_alike({"edits (contents)": fingerprint})
-    numbers = range(ranks.rank, len(items), ranks.world_size)
-    mine, side = [items[number] for number in numbers], pipeline.latent_spec.resolution
+    data = {"path": folder, "fingerprint": fingerprint_of("edits", items, ranks), "items": len(items)}
+    (numbers, mine), side = dealt(ranks, items), pipeline.latent_spec.resolution
     before, after = (
         [decode_picture(getattr(item, when), [(side, side)], item.where) for item in mine]
         for when in ("before", "after")
@@ -68,7 +65,6 @@ def evaluate_edits(folder: str, per_kind: int, inputs: Inputs) -> Part:
     judged = [judge_edit(new, best, item.edit) for new, best, item in zip(drawn, perfect, mine, strict=True)]
     results = in_order(ranks, list(zip(judged, before, drawn, after, strict=True)))
     examples = _examples(inputs.output, items, results) if ranks.is_first else []
-    data = {"path": folder, "fingerprint": fingerprint, "items": len(items)}
     verdicts = [result[0] for result in results]
     scores = shares("edits", items, [verdict.right for verdict in verdicts])
     scores["edits/unchanged"] = share(sum(verdict.unchanged for verdict in verdicts), len(verdicts))

@@ -6,7 +6,6 @@ and choices are tokenized as there. Requests are packed as documents of training
 them.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ from data.tokenizer import Tokenizer
 from model.attention import block_mask
 from model.document_attention import document_mask
 from model.modalities import Modality
-from train.evaluation.part import Inputs, Part, in_order
-from train.evaluation.questions import DELIMITER, Question, read_questions
+from train.evaluation.part import Inputs, Part, dealt, fingerprint_of, in_order
+from train.evaluation.questions import DELIMITER, Question, read_multiple_choice
 from train.evaluation.scores import Score, share
 from train.inference.pipeline import Pipeline, Progress
 
@@ -39,16 +38,15 @@ def evaluate_choices(files: dict[str, str], inputs: Inputs) -> Part:
     question that does not fit the model's sequences.
     """
     ranks = inputs.ranks
-    sets = {name: read_questions(Path(path)) for name, path in files.items()}
-    prints = {name: hashlib.sha256(repr(questions).encode()).hexdigest()[:16] for name, questions in sets.items()}
-    ranks.require_alike({f"choices.{name} (contents)": fingerprint for name, fingerprint in prints.items()})
+    sets = {name: read_multiple_choice(Path(path)) for name, path in files.items()}
+    prints = {name: fingerprint_of(f"choices.{name}", questions, ranks) for name, questions in sets.items()}
     asked = [
         (context, DELIMITER + choice)
         for questions in sets.values()
         for question in questions
         for context, choice in zip(question.contexts, question.choices, strict=True)
     ]
-    mine = asked[ranks.rank :: ranks.world_size]
+    _, mine = dealt(ranks, asked)
     with inputs.bar("multiple choice", len(mine)) as progress:
         found = iter(in_order(ranks, log_likelihoods(inputs.pipeline, mine, progress.update)))
     scores: dict[str, Score] = {}

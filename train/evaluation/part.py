@@ -1,9 +1,10 @@
-"""What each part of an evaluation is given and returns, and how it shows its progress."""
+"""What each part of an evaluation is given and returns, how ranks divide its items, and how it shows its progress."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -12,6 +13,7 @@ from train.distributed.ranks import Ranks
 from train.evaluation.scores import Score
 from train.inference.pipeline import BAR_FORMAT, Pipeline
 
+T = TypeVar("T")
 # (what is done, this rank's rows) -> a progress bar with an ETA, silent but on rank 0.
 Bar = Callable[[str, float], tqdm]
 
@@ -50,8 +52,21 @@ def bar_of(ranks: Ranks) -> Bar:
     )
 
 
-def in_order(ranks: Ranks, mine: list) -> list:
-    """Return all ranks' results in the order of the items, of which rank r of W has r, r + W, r + 2W ... Collective."""
+def fingerprint_of(option: str, contents: Any, ranks: Ranks) -> str:
+    """Return what tells the contents of an option from others; raise ValueError if ranks read others. Collective."""
+    fingerprint = hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
+    ranks.require_alike({f"{option} (contents)": fingerprint})
+    return fingerprint
+
+
+def dealt(ranks: Ranks, items: Sequence[T]) -> tuple[range, list[T]]:
+    """Return the numbers of this rank's items, and the items: rank r of W has r, r + W, r + 2W ..."""
+    numbers = range(ranks.rank, len(items), ranks.world_size)
+    return numbers, [items[number] for number in numbers]
+
+
+def in_order(ranks: Ranks, mine: list[T]) -> list[T]:
+    """Return all ranks' results in the order of the items that `dealt` has divided. Collective."""
     parts = ranks.gather(mine)
     total = sum(len(part) for part in parts)
     return [parts[i % len(parts)][i // len(parts)] for i in range(total)]

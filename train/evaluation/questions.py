@@ -28,7 +28,7 @@ class Question:
     answer: int
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_multiple_choice(path: Path) -> list[Question]:
     """Read a file of JSON lines; answers may be in `<name>-labels.lst` beside it, as PIQA's and SIQA's are.
 
     Raises FileNotFoundError, or ValueError naming the line for a row of no known form or without its answer.

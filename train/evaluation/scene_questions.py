@@ -1,6 +1,5 @@
 """Scores of a trained model's answers to questions about scenes: right is what is said in the same words."""
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from data.durable import write_durably
 from data.pictures import decode_picture
 from data.raw_document import RawDocument
 from data.scene_questions import normalised
-from train.evaluation.part import Inputs, Part, in_order
+from train.evaluation.part import Inputs, Part, dealt, fingerprint_of, in_order
 from train.evaluation.scene_rows import read_items, shares
 
 
@@ -25,7 +24,7 @@ class QuestionItem:
     where: str = field(repr=False)  # its row
 
 
-def read_questions(folder: str, per_kind: int) -> list[QuestionItem]:
+def read_scene_questions(folder: str, per_kind: int) -> list[QuestionItem]:
     """Read at most `per_kind` questions of each kind; see `read_items` for what is raised."""
     return read_items("questions", folder, per_kind, _items_of)
 
@@ -42,16 +41,13 @@ def evaluate_questions(folder: str, per_kind: int, inputs: Inputs) -> Part:
     `questions/KIND`. Collective.
     """
     ranks, pipeline = inputs.ranks, inputs.pipeline
-    items = read_questions(folder, per_kind)
-    fingerprint = f"{zlib.crc32(repr(items).encode()):08x}"
-    ranks.require_alike({"questions (contents)": fingerprint})
-    numbers = range(ranks.rank, len(items), ranks.world_size)
-    mine, side = [items[number] for number in numbers], pipeline.latent_spec.resolution
+    items = read_scene_questions(folder, per_kind)
+    data = {"path": folder, "fingerprint": fingerprint_of("questions", items, ranks), "items": len(items)}
+    (numbers, mine), side = dealt(ranks, items), pipeline.latent_spec.resolution
     with inputs.bar("questions", len(mine)) as progress:
         prompts = [([decode_picture(item.picture, [(side, side)], item.where)], item.question) for item in mine]
         answers = in_order(ranks, pipeline.answer(prompts, inputs.sampler, inputs.seed, progress.update, numbers))
     right = [normalised(answer) == normalised(item.answer) for item, answer in zip(items, answers, strict=True)]
-    data = {"path": folder, "fingerprint": fingerprint, "items": len(items)}
     examples = _examples(inputs.output, items, answers, right) if ranks.is_first else []
     return Part(shares("questions", items, right), examples, data)
 

@@ -6,7 +6,6 @@ number of ranks up to the order of float additions.
 
 import hashlib
 import json
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from data.scenes import Shape, parse_caption
 from data.shards import BadRecords, read_shard
 from model.sampler_config import SamplerConfig
 from train.distributed.ranks import Ranks
-from train.evaluation.part import Inputs, Part, in_order
+from train.evaluation.part import Inputs, Part, dealt, in_order
 from train.evaluation.scores import Score, share
 from train.inference.pipeline import Pipeline, Progress
 
@@ -76,8 +75,7 @@ def judge(
     pipeline: Pipeline, items: Sequence[SceneItem], sampler: SamplerConfig, seed: int, ranks: Ranks, progress: Progress
 ) -> tuple[list[tuple[np.ndarray, Verdict]], list[tuple[str, Verdict]]]:
     """Draw each item's caption and describe its true picture; return both with the judge's verdicts. Collective."""
-    numbers = range(ranks.rank, len(items), ranks.world_size)
-    mine = [items[number] for number in numbers]
+    numbers, mine = dealt(ranks, items)
     pictures = pipeline.draw([item.caption for item in mine], sampler, seed, progress, numbers)
     drawn = [(picture, score(picture, item.shapes)) for item, picture in zip(mine, pictures, strict=True)]
     captions = pipeline.describe([item.picture for item in mine], sampler, seed, progress, numbers)
@@ -110,7 +108,8 @@ def evaluate_scenes(folder: str, per_split: int, inputs: Inputs) -> Part:
     """
     pipeline, ranks = inputs.pipeline, inputs.ranks
     items = read_scenes(Path(folder), pipeline.latent_spec.resolution, per_split)
-    ranks.require_alike({"scenes (contents)": str(zlib.crc32(repr([item.caption for item in items]).encode()))})
+    data = describe_scenes(items)
+    ranks.require_alike({"scenes (contents)": data["fingerprint"]})
     with inputs.bar("scenes", 2 * -(-len(items) // ranks.world_size)) as progress:
         drawn, described = judge(pipeline, items, inputs.sampler, inputs.seed, ranks, progress.update)
     examples = write_examples(inputs.output, items, drawn, described) if ranks.is_first else []
@@ -120,7 +119,7 @@ def evaluate_scenes(folder: str, per_split: int, inputs: Inputs) -> Part:
         for task, verdicts in tasks.items()
         for goal, found in shares(items, verdicts).items()
     }
-    return Part(scores, examples, {"path": folder, **describe_scenes(items)})
+    return Part(scores, examples, {"path": folder, **data})
 
 
 def write_examples(
