@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from bench import untied
-from bench.comparison_page import BELOW, difference, rewrite
+from bench.comparison_page import BELOW, difference
 from bench.starts import CASES, LANGUAGE, StartsConfig, main, run_of
-from bench.starts_page import paragraphs
 from tests.test_objectives import accepted
 
 RATIOS = {"ffn": 1.25, "all": 2.0}
@@ -30,12 +29,6 @@ def test_every_case_is_commands_that_their_programs_accept(tmp_path: Path) -> No
         assert train.optim.steps == {"ffn-seconds": 80, "all-seconds": 50}.get(name, 100)
         assert train.optim.steps == config.steps_of(name, RATIOS)
     assert all(recipe not in recipes[:i] for i, recipe in enumerate(recipes))
-
-
-def test_what_starts_from_the_language_model_is_refused_without_it() -> None:
-    assert StartsConfig(only=["language", "llm-l*"]).cases == [LANGUAGE, "llm-lora"]
-    with pytest.raises(ValueError, match="only: llm-lora starts from language; add language"):
-        StartsConfig(only=["none", "llm-l*"])
 
 
 def test_a_difference_is_paired_by_seed_with_students_interval() -> None:
@@ -70,7 +63,4 @@ def test_a_toy_bench_runs_through_and_does_not_repeat_itself(tmp_path: Path, cap
     assert cases["llm-lora"]["parameters"]["trained"] < cases["none"]["parameters"]["trained"] / 2
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "| llm-frozen-all |" in page and page.rstrip().endswith(BELOW)
-    (tmp_path / "page.md").write_text(f"{BELOW}\n\nKept.\n", encoding="utf-8")
-    rewrite(tmp_path / "page.md", record, paragraphs(record))
-    assert (tmp_path / "page.md").read_text(encoding="utf-8").endswith("Kept.\n")
     assert main(toy) == 0 and json.loads(capsys.readouterr().out.splitlines()[-1]) == record
