@@ -5,7 +5,9 @@ with the square of a document's length. So a plan reads the data: as many docume
 """
 
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterator
+from functools import reduce
 
 import numpy as np
 
@@ -30,10 +32,10 @@ def average_sequence(config: PretrainConfig, data: DataSet | None) -> Counts:
     """Return what an average sequence holds: of the data or, without it, of the paper's mix."""
     if data is None:
         return _assumed(config)
-    rows = list(_first_rows(data))
-    if not rows:
+    counts = [_counts(row, config.model.patch_size) for row in _first_rows(data)]
+    if not counts:
         raise ValueError("data.sources: no document could be read that fits a sequence; train.encode verify=FOLDER")
-    return _counts(rows, config.model.patch_size).times(1 / len(rows))
+    return reduce(operator.add, counts).times(1 / len(counts))
 
 
 def assumed_images(config: PretrainConfig) -> tuple[Grid, ImageKind]:
@@ -41,7 +43,7 @@ def assumed_images(config: PretrainConfig) -> tuple[Grid, ImageKind]:
     return (PAPER_PIXELS, "pixels") if config.vae == Pixels.hash else (PAPER_GRID, "moments")
 
 
-def _first_rows(data: DataSet) -> Iterable[PackedSequence]:
+def _first_rows(data: DataSet) -> Iterator[PackedSequence]:
     """Yield the first sequences of some lanes."""
     lanes = min(LANES, data.settings.lanes)
     for number in range(lanes):
@@ -51,10 +53,8 @@ def _first_rows(data: DataSet) -> Iterable[PackedSequence]:
                 yield row
 
 
-def _counts(rows: Iterable[PackedSequence], patch_size: int) -> Counts:
-    """Count what rows hold, one at a time."""
-    counts = (Counts.of(collate([row], [ImageDraws.zeros(row)], patch_size), patch_size**2) for row in rows)
-    return sum(counts, Counts(tokens=0, pairs=0, text_targets=0))
+def _counts(row: PackedSequence, patch_size: int) -> Counts:
+    return Counts.of(collate([row], [ImageDraws.zeros(row)], patch_size), patch_size**2)
 
 
 def _assumed(config: PretrainConfig) -> Counts:
@@ -69,7 +69,7 @@ def _assumed(config: PretrainConfig) -> Counts:
 
     def counted(*segments: TextSegment | ImageSegment) -> Counts:
         piece = lay_out(Document(segments), ANY_IDS, size, config.data.clean_copies)
-        return _counts([pack([piece], len(piece), ANY_IDS.pad)], size)
+        return _counts(pack([piece], len(piece), ANY_IDS.pad), size)
 
     caption, dropped = text(CAPTION_TOKENS), order.caption_dropout
     picture = counted(image).times(dropped)
