@@ -9,11 +9,13 @@ answer is its parts, and EOS follows it. BOS at the start and EOS at the end are
 """
 
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from types import FrameType
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -25,10 +27,16 @@ Speaker = Literal["system", "user", "assistant"]
 P = TypeVar("P")  # a picture, of whatever type but str
 _MARK = "\ufdd0{}\ufdd1"  # noncharacters, which no template spells
 _MARKS = re.compile("\ufdd0([0-9]+)\ufdd1")
+MAX_STEPS = 10_000_000  # of a template for a conversation: seconds; searching all turns for each takes a tenth
+_FILE = "<template>"  # of jinja's compiled templates, in tracebacks
 _DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}{{ '' }}"  # the date in Llama 3's templates
 
 # What Python raises for a template, besides jinja's own errors; RuntimeError: one that calls itself.
 _OF_TEMPLATES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
+
+
+class EndlessTemplate(ValueError):
+    """A chat template that takes too many steps."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ class Chat:
     def lay_out(self, messages: Sequence[Message[P]]) -> list[tuple[Role, np.ndarray | P]]:
         """Return token ids int64 [len] and pictures, in order, each with its role.
 
-        Raises ValueError for what the template refuses (such as two turns of one speaker), and for an empty answer.
+        Raises ValueError for what the template refuses (such as two turns of one speaker), and for an empty answer;
+        EndlessTemplate where it takes too many steps.
         """
         pieces = self._pieces(messages)
         if messages[-1].speaker == "assistant":  # what a template writes after the last answer leads nowhere
@@ -154,12 +163,15 @@ class Chat:
             for speaker, content in messages
         ]
         try:
-            rendered: Any = render_jinja_template(
-                [conversation],
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokenizer.chat["tokens"],
-            )
+            with _limited_steps():
+                rendered: Any = render_jinja_template(
+                    [conversation],
+                    chat_template=template,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._tokenizer.chat["tokens"],
+                )
+        except EndlessTemplate:
+            raise
         except (TemplateError, *_OF_TEMPLATES) as error:
             raise ValueError(f"the tokenizer's chat template refuses the conversation: {str(error)[:300]}") from None
         return str(rendered[0][0])
@@ -206,6 +218,28 @@ class Chat:
         if taken := {special.boi, special.eoi, special.pad} & set(ids.tolist()):
             raise ValueError(f"the tokenizer's chat template spells BOI, EOI or PAD ({taken}); name other tokens")
         return ids[len(prefix) :]
+
+
+@contextmanager
+def _limited_steps() -> Iterator[None]:
+    """Raise EndlessTemplate when a template has taken MAX_STEPS in this thread: lines of its code, and calls.
+
+    Not by the clock, so that the same data has the same bytes on any machine.
+    """
+    steps, before = 0, sys.gettrace()
+
+    def step(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > MAX_STEPS:
+            raise EndlessTemplate(f"the tokenizer's chat template takes more than {MAX_STEPS:,} steps")
+        return step if frame.f_code.co_filename == _FILE else None
+
+    sys.settrace(step)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _role(message: Message) -> Role:

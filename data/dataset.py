@@ -5,6 +5,7 @@ in one message (P10). Independent of ranks and workers.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -85,6 +86,11 @@ class DataSet:
     def kind(self) -> ImageKind:
         """Return what the records keep of an image; moments if there is no image."""
         return self.latent_spec.kind if self.latent_spec is not None else "moments"
+
+    def under(self, **changes: Any) -> "DataSet":
+        """Return the same data, opened once, with changes of `settings`, such as another seed or order."""
+        settings = replace(self.settings, **changes)
+        return replace(self, sources=[source.under(settings) for source in self.sources], settings=settings)
 
     def name_of(self, position: Position) -> str:
         """Return a document's name for messages: its shard and its number there."""

@@ -41,6 +41,13 @@ class ImageDraws:
     noise: list[torch.Tensor]
     posterior_noise: Sequence[torch.Tensor | None]  # None of an image that is no posterior
 
+    @classmethod
+    def zeros(cls, row: PackedSequence) -> "ImageDraws":
+        """Return draws of zeros for a row's images, for batches of which only sizes matter."""
+        noise = [torch.zeros(image.channels, *image.grid) for image in row.images]
+        posterior_noise = [x if image.kind == "moments" else None for x, image in zip(noise, row.images, strict=True)]
+        return cls(torch.zeros(len(noise)), noise, posterior_noise)
+
 
 @dataclass
 class ImageBatch:

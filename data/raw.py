@@ -34,7 +34,7 @@ from data.words import BOM, decoded, is_text, object_in, texts_of, value_in
 TAR, TEXT = ".tar", ".txt"
 SUFFIXES = (TAR, ".jsonl", ".jsonl.gz", ".jsonl.zst", PARQUET, TEXT)
 PICTURES = ("jpg", "jpeg", "png", "webp")
-MAX_TEXT_BYTES = 1 << 26  # of one text
+MAX_TEXT_BYTES = 1 << 26  # of one text, of a line, and of all texts of a row
 MAX_MEMBER_BYTES = 1 << 24  # of a record's .txt or .json; as Python objects, lists in JSON take 25 times their bytes
 _TXT = "txt"  # the key that names the .txt member
 
@@ -197,6 +197,9 @@ def row_of(piece: Any, where: str) -> dict[str, Any]:
 
 def _of_row(rows: Rows, piece: Any, suffix: str, key: str, where: str, place: dict[str, Any], size: int) -> RawDocument:
     if suffix != TEXT or piece is None:
-        return rows.document(row_of(piece, where), key, where, place, size)
+        document = rows.document(row_of(piece, where), key, where, place, size)
+        if (found := sum(len(text.encode()) for text in document.texts)) > MAX_TEXT_BYTES:  # as cells of tables may be
+            raise BadRecord("oversized text", where, f"{found} bytes, more than {MAX_TEXT_BYTES}")
+        return document
     (text,) = texts_of(decoded(piece, "text", where), "text", where, "the file")
     return RawDocument(key, where, (text,), place, size)

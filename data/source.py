@@ -116,6 +116,11 @@ class Source:
         self._block = lru_cache(2 * settings.lanes)(self._permute_block)
         self._kind, self._channels = manifest.kind_and_channels
 
+    def under(self, settings: LaneSettings) -> "Source":
+        """Return the same data, opened once, in the order of other settings."""
+        others = self.watch, self.read_ahead, self.too_long, self.caption_weights
+        return Source(self.number, self.config, self.manifest, settings, *others)
+
     def position(self, epoch: int, lane: int, ordinal: int) -> tuple[int, int] | None:
         """Return (shard, record) of the lane's `ordinal`-th document in `epoch`, None past its range."""
         spans, ends = self._range(epoch, lane)

@@ -1,6 +1,7 @@
 """Conversations are laid out as transformers lays them out, and say which tokens the assistant wrote."""
 
 import json
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
-from data.chat import Chat, Message
+import data.chat
+from data.chat import Chat, EndlessTemplate, Message
+from data.conversations import MAX_TURNS
 from data.tokenizer import Tokenizer, train_tokenizer
 from tests.json_tokenizers import TEXTS, byte_fallback, byte_level, write_folder
 from train.tokenizer import main as take
@@ -213,6 +216,25 @@ def test_what_a_template_refuses_is_refused(tmp_path: Path) -> None:
         )
         with pytest.raises(ValueError, match=reason):
             Chat(Tokenizer(folder)).lay_out(TALK)
+
+
+def test_a_template_that_hardly_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own steps and not by the clock; one that searches all turns for each takes them for a thousand turns."""
+    monkeypatch.setattr(data.chat, "MAX_STEPS", 20_000)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    recursive = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+    for template in (loop, recursive):
+        settings = {"eos_token": "</s>", "chat_template": template + CHATML}
+        chat = Chat(Tokenizer(write_folder(tmp_path / "a", byte_fallback(), tokenizer_config=settings)))
+        before = sys.gettrace()
+        with pytest.raises(EndlessTemplate, match="takes more than 20,000 steps"):
+            chat.lay_out([Message("user", ("a",)), Message("assistant", ("b",))])
+        assert sys.gettrace() is before
+    monkeypatch.undo()
+    search = "{% for m in messages %}{% for n in messages %}{% endfor %}{{ m.content }}{% endfor %}"
+    settings = {"eos_token": "</s>", "chat_template": search}
+    chat = Chat(Tokenizer(write_folder(tmp_path / "b", byte_fallback(), tokenizer_config=settings)))
+    chat.lay_out([Message("user", ("a",)), Message("assistant", ("b",))] * (MAX_TURNS // 2))
 
 
 def test_a_template_that_moves_messages_loses_none(tmp_path: Path) -> None:

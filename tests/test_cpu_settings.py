@@ -34,7 +34,8 @@ def test_a_step_reuses_the_memory_of_the_one_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "ranks", "expected"), [(None, 1, "all"), ("1", 2, "half"), ("3", 2, "3"), ("1", 1, "1")]
+    ("variable", "ranks", "expected"),
+    [(None, 1, "all"), ("", 2, "half"), ("1", 2, "half"), ("3", 2, "3"), ("1", 1, "1"), (" 2,4", 2, "2")],
 )
 def test_threads_are_the_ranks_share_of_the_cores_unless_the_user_chose(
     variable: str | None, ranks: int, expected: str, monkeypatch: pytest.MonkeyPatch
@@ -44,10 +45,18 @@ def test_threads_are_the_ranks_share_of_the_cores_unless_the_user_chose(
     if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     try:
-        torch.set_num_threads(int(variable or 1))  # as OpenMP does at the start
+        torch.set_num_threads(int((variable or "1").split(",")[0]))  # as OpenMP does at the start
         settle_cpu(ranks, computes=False)
         wanted = {"all": cores, "half": max(1, cores // ranks)}.get(expected) or int(expected)
         assert torch.get_num_threads() == wanted
         assert f"{wanted} thread{'s' * (wanted != 1)} a rank" in describe_cpu()
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P10: OpenMP would use all cores, which would then be reported as wanted."""
+    for value in ("abc", "0", "-2", "1.5", "2,x"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        with pytest.raises(ValueError, match=f"OMP_NUM_THREADS={value}: expected a whole number of threads, 1 or more"):
+            settle_cpu(1, computes=False)

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.step import backward, sharded_model
 from data.largest_batch import largest_batches
 from data.packing import PackedBatch
-from data.tokenizer import SpecialIds
 from model import linear
 from model.attention import dense_mask
 from model.lora import LoraConfig
@@ -162,8 +161,7 @@ def test_recomputed_flops_are_those_that_a_real_backward_repeats() -> None:
     """Of blocks that are not compiled; tests/test_compile.py has the others. P9."""
     unet = UNetConfig(channels=(8, 12), blocks=2, timestep_width=16)
     of = TransfusionConfig(transformer=TRUNK, latent_channels=2, patches="unet", unet=unet)
-    ids = SpecialIds(bos=0, eos=0, boi=0, eoi=0, pad=0)
-    batch = largest_batches(2, 64, [(8, 4)], 2, of.patch_size, ids)[0]
+    batch = largest_batches(2, 64, [(8, 4)], 2, of.patch_size)[0]
     cells = sum(len(images.u) * grid[0] * grid[1] for grid, images in batch.images.items())
     found = run_ranks(_products, 1, of, batch)[0]
     for level, (products, convolutions) in found.items():

@@ -1,26 +1,28 @@
 """A plan says whether a run fits, what would make it fit, and how long it takes; nonsense is refused (P10)."""
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from data.dataset import open_data
+from data.arrangement import OrderConfig
+from data.dataset import DataConfig, open_data
 from data.loader import Loader
 from data.tokenizer import Tokenizer
 from model.diffusion import DiffusionConfig
+from tests.damage import garble
 from tests.sources import data_config, make_source, pairs
 from train.distributed.parallelize import ParallelConfig
 from train.flops import Flops
 from train.hardware import GPUS, find
 from train.plan import main as plan
+from train.planning.average_sequence import average_sequence
 from train.planning.estimate import (
     GIB,
     communication_seconds,
-    documents_of,
-    flops_per_token,
     rows_per_rank,
 )
 from train.planning.rehearsal import Collective
@@ -88,7 +90,7 @@ def test_a_plan_of_pixels_counts_their_bytes(
         folder = make_source(tmp_path / kind, tokenizer, images, kind=kind)
         named = [f"data.sources.images.path={folder}", f"data.tokenizer={tokenizer.path}", "vocab_size=null"]
         of = planned(capsys, *SMALL, *changes, *named)
-        assert of["data_from"] == "as in the manifests, of average length"
+        assert of["data_from"] == "as in the first sequences of the data"
         loaders[kind] = of["host_memory_gib"]["loader"]
     assert 0.6 < loaders["pixels"] / loaders["latents"] < 0.85  # 1 byte and 4 of noise, against 2 and 4
 
@@ -146,7 +148,7 @@ def test_with_the_data_at_hand_its_grids_and_lengths_count(
         *("model.transformer.width=32", "model.transformer.layers=2", "model.transformer.heads=2"),
     ]
     found = planned(capsys, *arguments)
-    assert found["data_from"].startswith("as in the manifests") and found["vocab_size"] == tokenizer.vocab_size
+    assert found["data_from"].startswith("as in the first sequences") and found["vocab_size"] == tokenizer.vocab_size
     assert found["host_memory_gib"]["loader"] > 0
     assert "days" not in found  # of a CPU no speed is known
     assert found["usable_memory_gib"] == found["device_memory_gib"]
@@ -198,21 +200,43 @@ def test_communication_takes_the_slower_of_links_and_network() -> None:
     assert taken("all_reduce", (0, 4)) == pytest.approx(2 * 8 / 2 / 10)
 
 
-def test_flops_of_an_average_token_are_those_of_real_batches(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Documents of one length, packed without loss: the batch's own count, but for padding."""
-    folder = make_source(tmp_path / "a", tokenizer, pairs(40, lengths=(8, 8)))  # 8 + 4 + 4 tokens each
-    data_settings = data_config(tokenizer, {"a": folder}, lanes=2, sequence_length=64)
-    config = PretrainConfig(run_dir="", data=data_settings)
-    config = replace(config, data=replace(data_settings, order=replace(data_settings.order, caption_dropout=0.0)))
-    data = open_data(config.data, 0, config.model.patch_size)
-    flops = Flops.of(config.model, tokenizer.vocab_size)
-    loader = Loader(data, config.data, rank=0, world_size=1, micro_batch_size=2)
-    (batch,) = loader.next(30).micro_batches
-    loader.close()
-    tokens = batch.input_ids.numel() - batch.num_padding
-    assert tokens == 2 * 64
-    expected = flops_per_token(flops, documents_of(config, data), 64)
-    assert expected == pytest.approx(flops.of_batch(batch)[0] / tokens, rel=1e-6)
+def test_an_average_sequence_is_that_of_the_steps_which_the_data_makes(
+    tmp_path: Path, tokenizer: Tokenizer, pairs_folder: Path, texts_folder: Path
+) -> None:
+    """P9: the very counts and FLOPs of the first steps, with context and its dropout, copies, cuts, bad documents."""
+    edits = [(image, words, image) for words, image in pairs(40, lengths=(2, 6))]
+    folder = make_source(tmp_path / "edits", tokenizer, edits, roles=["context", "context", "target"])
+    garble(folder, {0: [3]})
+    order = OrderConfig(caption_first=0.4, text_dropout=0.2, image_dropout=0.2)
+    sources = {"edits": folder, "pairs": pairs_folder, "texts": texts_folder}
+    of = data_config(tokenizer, sources, clean_copies=True, order=order)
+    config = PretrainConfig(run_dir="", data=of)
+    data, model = open_data(of, 0, config.model.patch_size), config.model
+    with closing(Loader(data, of, rank=0, world_size=1, micro_batch_size=2)) as loader:
+        batches = [batch for _ in range(16) for batch in loader.next(30).micro_batches]
+    found = average_sequence(config, data).times(64)
+    assert found.tokens == sum(batch.input_ids.numel() - batch.num_padding for batch in batches)
+    assert found.text_targets == sum(batch.num_text_targets for batch in batches)
+    assert found.images == sum(batch.num_images for batch in batches)
+    assert found.clean_images == sum(batch.num_clean_images for batch in batches) > found.images / 2
+    for of_model in (model, replace(model, image_attention="causal")):
+        flops = Flops.of(of_model, tokenizer.vocab_size, "full")
+        expected = [sum(parts) for parts in zip(*map(flops.of_batch, batches), strict=True)]
+        assert flops.of_counts(found) == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_the_data_the_papers_mix_is_laid_out_as_a_run_would(tokenizer: Tokenizer) -> None:
+    """Closed forms: 0.5 of all tokens are patches; a fifth of the captions follow their picture and its copy."""
+    of = DataConfig(tokenizer="", order=OrderConfig(caption_dropout=0.0))
+    config = PretrainConfig(run_dir="", data=of)
+    plain, copied = (average_sequence(replace(config, data=replace(of, clean_copies=x)), None) for x in (False, True))
+    images = 0.5 * 4096 / 256
+    assert plain.tokens == pytest.approx(4096) and plain.patches == pytest.approx(0.5 * 4096)
+    assert (plain.images, plain.clean_images) == pytest.approx((images, 0))
+    texts = (1 - images * (256 + 68) / 4096) * 4096 / 4096
+    assert plain.text_targets == pytest.approx(images * 66 + texts * 4095)  # captions, BOI and EOS
+    more = 1 + 0.2 * images * 256 / 4096
+    assert copied.tokens == pytest.approx(4096) and copied.clean_images == pytest.approx(0.2 * images / more)
 
 
 def test_rows_and_micro_steps_are_the_loaders(tokenizer: Tokenizer, pairs_folder: Path) -> None:

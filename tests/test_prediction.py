@@ -11,9 +11,9 @@ from data.dataset import DataConfig
 from model.transformer import TransformerConfig
 from model.transfusion import TransfusionConfig
 from train.distributed.parallelize import ParallelConfig
-from train.flops import Flops
+from train.flops import Counts, Flops
 from train.plan import main as plan
-from train.planning.estimate import Documents, parameters
+from train.planning.estimate import parameters
 from train.planning.kernels import Kernels, Speeds
 from train.planning.prediction import GATHERED_BYTES, GRADIENT_BYTES, compute_seconds, exposed_seconds
 from train.planning.rehearsal import Collective, planned_model
@@ -30,7 +30,7 @@ CONFIG = PretrainConfig(
 MODEL = planned_model(CONFIG, VOCAB)
 TOTAL = parameters(MODEL)["total"]
 NOTHING = dict.fromkeys((field.name for field in fields(Speeds)), 0.0)
-TEXTS = [Documents(share=1.0, tokens=100.0)]
+TEXTS = Counts(tokens=1024, pairs=1024 * 50.5, text_targets=1024 * 0.99)  # of a sequence of documents of 100 tokens
 SMALL = [
     *(f"vocab_size={VOCAB}", "model.transformer.width=128", "model.transformer.layers=3", "model.transformer.heads=4"),
     *("world_size=2", "data.lanes=16", "data.sequence_length=1024", "micro_batch_size=4", "gpu=h200"),
@@ -101,9 +101,12 @@ def test_speeds_between_two_widths_are_interpolated_and_beyond_them_the_nearest(
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Speeds) if field.name != "idle"])
 def test_a_step_costs_what_its_parts_cost(name: str) -> None:
-    """Closed forms on 8 GPUs: 8 lanes a rank in 2 micro-steps, 50.5 pairs and 0.99 targets a token."""
+    """Closed forms on 8 GPUs: 8 lanes a rank in 2 micro-steps, 50.5 pairs and 0.99 targets a token.
+
+    Clean images are decoded as others are, and padding takes part in all but attention and the text head.
+    """
     tokens, flops = 8 * 1024, Flops.of(CONFIG.model, VOCAB)
-    cells = [Documents(share=1.0, tokens=100.0, images=1, image_patches=10, image_cells=40, image_pairs=45)]
+    cells = replace(TEXTS, tokens=1000, noised_cells=1024 * 0.3, clean_cells=1024 * 0.1)
     expected = {
         "product": tokens * flops.per_token,
         "attention": tokens * flops.per_pair * 50.5,
@@ -113,11 +116,11 @@ def test_a_step_costs_what_its_parts_cost(name: str) -> None:
         "optimizer": TOTAL / 8,
         "copied_byte": (GATHERED_BYTES + GRADIENT_BYTES) * TOTAL * 2,
     }
-    documents = cells if name == "convolution" else TEXTS
+    sequence = cells if name == "convolution" else TEXTS
     speeds = Speeds(**{**NOTHING, name: 1e-12})
-    assert compute_seconds(CONFIG, MODEL, 8, documents, speeds) == pytest.approx(1e-12 * expected[name])
+    assert compute_seconds(CONFIG, MODEL, 8, sequence, speeds) == pytest.approx(1e-12 * expected[name])
     half_idle = replace(speeds, idle=0.5)
-    assert compute_seconds(CONFIG, MODEL, 8, documents, half_idle) == pytest.approx(2e-12 * expected[name])
+    assert compute_seconds(CONFIG, MODEL, 8, sequence, half_idle) == pytest.approx(2e-12 * expected[name])
 
 
 def test_recomputation_and_replicas_cost_more() -> None:

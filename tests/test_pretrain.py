@@ -1,5 +1,6 @@
 """The training program as people and schedulers use it: killed, stopped, resumed, starved of data."""
 
+import json
 import os
 import random
 import signal
@@ -12,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from data.tokenizer import Tokenizer
 from tests import runs
 from tests.ranks import children, is_running
 from tests.runs import SAVE_EVERY, STEPS, Arguments
+from tests.sources import make_source, pairs
+from train.plan import main as plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +33,26 @@ def test_a_run_reaches_its_end_and_leaves_what_it_promised(undisturbed: Path) ->
     first, last = runs.rows(undisturbed)[0], runs.rows(undisturbed)[-1]
     assert last["idle_row_share"] == 3 / 8, "five lanes on two ranks are two micro-steps of two rows each"
     assert last["text_loss"] < first["text_loss"] and last["skipped_documents"] == 0
+
+
+@pytest.mark.slow
+def test_a_plan_expects_what_a_run_logs(
+    run_dir: Path, arguments: Arguments, tokenizer: Tokenizer, capsys: pytest.CaptureFixture
+) -> None:
+    """P9: FLOPs, tokens, targets and images of eight steps of eight lanes, with context and clean copies."""
+    edits = [(image, words, image) for words, image in pairs(40, lengths=(2, 6))]
+    folder = make_source(run_dir.parent / "edits", tokenizer, edits, roles=["context", "context", "target"])
+    named = {"data__sources__edits__path": folder, "data__lanes": 8, "data__clean_copies": "true"}
+    argv = arguments(**named, data__order__caption_first=0.4, data__order__image_dropout=0.3, optim__steps=8)
+    runs.finish(argv, 2)
+    plan([*argv, "world_size=2", "json=true"])
+    expected, logged = json.loads(capsys.readouterr().out), runs.rows(run_dir)
+    assert expected["tokens"] == logged[-1]["tokens_seen"]
+    for name in ("text_targets", "clean_images"):
+        assert expected[f"{name}_a_step"] * 8 == sum(row[name] for row in logged) > 0, name
+    assert expected["images_a_step"] * 8 == logged[-1]["images_seen"]
+    flop = [2 * row["model_tflops_per_s_per_rank"] * row["step_s"] for row in logged]
+    assert expected["step_tflop"] * 8 == pytest.approx(sum(flop), rel=1e-9)
 
 
 def test_killed_at_any_instant_a_run_ends_with_the_same_bits(

@@ -14,6 +14,8 @@ import pytest
 from tests.logged_runs import START, STEP_S, logged_run, read_rows, write_rows
 from tests.pages import Page
 from tests.test_imports import ROOT
+from train import report
+from train.config import _resolved
 from train.config_layers import read_yaml
 from train.pages.metric_columns import CHUNK, Columns
 from train.pages.reference_band import settings_of
@@ -198,6 +200,7 @@ def test_several_runs_share_charts_and_only_their_differences_are_listed(tmp_pat
     outputs = [tmp_path / name for name in ("1.html", "2.html")]
     main([f"run={a}", f"run={b}", f"output={outputs[0]}"])
     main([f"run=[{a},{b}]", f"output={outputs[1]}"])
+    assert f"run:\n- {a}\n- {b}\n" in _resolved(report, [f"run={a}", "num_best=3", f"run={b}"], check=False)
     page, other = (Page(path.read_text()) for path in outputs)
     assert page.section("curves").html == other.section("curves").html and not page.unbalanced
     differences = page.section("differences").text

@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
+import data.raw
 from data.chat import Message
 from data.contents import contents_of
 from data.inputs import expand
@@ -303,7 +304,9 @@ def test_a_table_without_pyarrow_is_refused_with_the_remedy(folder: Path, monkey
         list(read_raw(folder / "a.parquet", str(folder / "a.parquet"), BadRecords(max_fraction=1)))
 
 
-def test_a_table_holds_the_same_rows_with_pictures_as_paths_or_bytes(folder: Path) -> None:
+def test_a_table_holds_the_same_rows_with_pictures_as_paths_or_bytes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -322,6 +325,9 @@ def test_a_table_holds_the_same_rows_with_pictures_as_paths_or_bytes(folder: Pat
     parquet.write_table(pyarrow.Table.from_pylist([conversation]), path)
     (document,) = read_raw(path, str(path), bad)
     assert document.messages == (Message("user", (RED, "what?")), Message("assistant", ("red",)))
+    with monkeypatch.context() as patch:
+        patch.setattr(data.raw, "MAX_TEXT_BYTES", 7)
+        assert not list(read_raw(path, str(path), bad)) and bad.reasons["oversized text"] == 1  # of all its turns
     path.write_bytes(path.read_bytes()[:-20])
     cut = BadRecords(max_fraction=1)
     assert not list(read_raw(path, str(path), cut)) and dict(cut.reasons) == {"truncated": 1}

@@ -161,6 +161,7 @@ def _print_refusal(message: str) -> None:
 
 def _resolved(module: Any, argv: list[str], check: bool) -> str:
     """Return the resolved config as YAML, preceded by comments on the paths that were expanded."""
+    argv = getattr(module, "gathered", list)(argv)  # where a key may be given several times
     fill = getattr(module, "fill", lambda config: config)  # from files that the config names
     config = fill(load_config(module.CONFIG, argv))
     if check and hasattr(module, "check"):

@@ -22,7 +22,7 @@ from train.config import load_config, run_program, to_yaml
 from train.distributed.ranks import alone
 from train.inference.saved_model import EXPORT_MARK, VAE_FOLDER, WEIGHTS_FILE, LoadedModel, load_matching_space
 from train.llm_folder import LLMFolder
-from train.optim.groups import group_of
+from train.optim.groups import frozen_among
 from train.output_folder import OutputFolder
 
 
@@ -131,7 +131,8 @@ def write_adapters(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype
     if not weights:
         raise ValueError("format=peft: the text side has no LoRA adapters; expected a run with model.lora.rank > 0")
     of_text = [name for name in parameters if pieces(name, trunk) and text_name(name) == name]
-    if trained := [name for name in of_text if not group_of(name, groups, adapted=True).frozen]:
+    frozen = frozen_among(of_text, groups, adapted=True)
+    if trained := [name for name in of_text if name not in frozen]:
         raise ValueError(
             f"format=peft: beside adapters, {len(trained)} parameters of the text side were trained, such as "
             f"{trained[0]}: expected adapters alone; use format=hf, which writes all of the text side"

@@ -6,9 +6,10 @@ channel and (query, key) pair: four and eight. Norms, biases, rotary positions a
 thousandth) are left out.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +26,43 @@ PRODUCTS = {
     "ffn.gate_up": ("ffn_norm.",),
     "ffn.down": (),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What FLOPs depend on in a batch, or in an average sequence; padding and unused slots count nothing."""
+
+    tokens: float
+    pairs: float  # (query, key) pairs that the mask allows where images are bidirectional
+    earlier_patches: float = 0.0  # of these pairs the ones that a causal mask of images lacks
+    text_targets: float
+    images: float = 0.0  # that are targets
+    clean_images: float = 0.0
+    patches: float = 0.0
+    noised_cells: float = 0.0  # latent cells of images that are targets
+    clean_cells: float = 0.0  # of the others
+
+    @classmethod
+    def of(cls, batch: PackedBatch, patch_cells: int) -> "Counts":
+        """Count a batch's; `patch_cells` are the latent cells of a patch."""
+        of_grid = [(h * w, images.num_valid, int(images.is_target.sum())) for (h, w), images in batch.images.items()]
+        return cls(
+            tokens=batch.input_ids.numel() - batch.num_padding,
+            pairs=batch.num_attention_pairs,
+            earlier_patches=sum(math.comb(cells // patch_cells, 2) * images for cells, images, _ in of_grid),
+            text_targets=batch.num_text_targets,
+            images=sum(noised for *_, noised in of_grid),
+            clean_images=sum(images - noised for _, images, noised in of_grid),
+            patches=sum(cells // patch_cells * images for cells, images, _ in of_grid),
+            noised_cells=sum(cells * noised for cells, _, noised in of_grid),
+            clean_cells=sum(cells * (images - noised) for cells, images, noised in of_grid),
+        )
+
+    def times(self, factor: float) -> "Counts":
+        return Counts(**{name: factor * count for name, count in vars(self).items()})
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(**{name: count + getattr(other, name) for name, count in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -93,35 +131,18 @@ class Flops:
             bagel_per_square=12 * trunk.layers * trunk.heads * trunk.head_width,
         )
 
-    @property
-    def again(self) -> "Flops":
-        """Return what is computed a second time, counted as `self` counts what is computed once."""
-        return replace(
-            self,
-            per_token=self.again_per_token,
-            per_pair=self.again_per_pair,
-            per_text_target=0.0,
-            per_latent_cell=self.again_per_latent_cell,
-            per_encoded_cell=0.0,
-            more_per_patch=self.again_more_per_patch,
-        )
+    def of_counts(self, counts: Counts) -> tuple[float, float]:
+        """Return the model FLOPs and the recomputed FLOPs of what `counts` holds."""
+        pairs = counts.pairs - (counts.earlier_patches if self.causal_images else 0)
+        model = self.per_token * counts.tokens + self.per_pair * pairs + self.per_text_target * counts.text_targets
+        model += self.per_latent_cell * counts.noised_cells + self.per_encoded_cell * counts.clean_cells
+        again = self.again_per_token * counts.tokens + self.again_per_pair * pairs
+        again += self.again_per_latent_cell * (counts.noised_cells + counts.clean_cells)
+        return model + self.more_per_patch * counts.patches, again + self.again_more_per_patch * counts.patches
 
     def of_batch(self, batch: PackedBatch) -> tuple[float, float]:
-        """Return a micro-batch's model FLOPs and recomputed FLOPs; padding and unused slots count nothing."""
-        cells = {grid: grid[0] * grid[1] for grid in batch.images}
-        pairs = batch.num_attention_pairs
-        if self.causal_images:  # the batch counts bidirectional images
-            of_grid = {grid: count // self.patch_cells for grid, count in cells.items()}
-            pairs -= sum(batch.images[g].num_valid * p * (p - 1) // 2 for g, p in of_grid.items())
-        tokens = batch.input_ids.numel() - batch.num_padding
-        image_cells = sum(batch.images[grid].num_valid * count for grid, count in cells.items())
-        decoded_cells = sum(int(batch.images[grid].is_target.sum()) * count for grid, count in cells.items())
-        model = self.per_token * tokens + self.per_pair * pairs + self.per_latent_cell * decoded_cells
-        model += self.per_encoded_cell * (image_cells - decoded_cells)
-        again = self.again_per_token * tokens + self.again_per_pair * pairs + self.again_per_latent_cell * image_cells
-        patches = image_cells // self.patch_cells
-        model += self.more_per_patch * patches + self.per_text_target * batch.num_text_targets
-        return model, again + self.again_more_per_patch * patches
+        """Return a micro-batch's model FLOPs and recomputed FLOPs."""
+        return self.of_counts(Counts.of(batch, self.patch_cells))
 
     def of_batch_by_bagel(self, batch: PackedBatch) -> float:
         """Return a micro-batch's FLOPs as BAGEL's trainer counts them, for comparison with its figures.

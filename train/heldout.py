@@ -111,7 +111,7 @@ class Heldout:
             min_snr_gamma=None,
             loss="own",
         )
-        self._sources: dict[str, dict[str, tuple[DataConfig, DataSet]]] = {}  # by name and pass
+        self._sources: dict[str, tuple[DataConfig, dict[str, DataSet]]] = {}  # by name; data by pass
         self._warned: set[str] = set()  # of empty bins
         for name, path in config.heldout.items():
             source = DataConfig(
@@ -130,11 +130,11 @@ class Heldout:
                     f"held-out source {name}: {path} holds {images}, the model was trained on {trained_on}; encode it "
                     "with the vae= of the training data"
                 )
-            self._sources[name] = {"caption_first": (source, data)}
+            passes = {"caption_first": data}
             if data.grids:
-                self._sources[name]["denoising"] = source, open_data(source, X0_SEED, trained.model.patch_size)
-                last = replace(source, order=OrderConfig(caption_first=0.0, caption_dropout=0.0))
-                self._sources[name]["image_first"] = last, open_data(last, trained.seed, trained.model.patch_size)
+                passes["denoising"] = data.under(seed=X0_SEED)
+                passes["image_first"] = data.under(order=OrderConfig(caption_first=0.0, caption_dropout=0.0))
+            self._sources[name] = source, passes
             if data.too_long and ranks.is_first:
                 log.warning("documents of held-out source %s are left out: %s", name, "; ".join(data.too_long[:8]))
 
@@ -160,7 +160,7 @@ class Heldout:
 
     def metrics(self, weights: Sequence[str]) -> list[str]:
         """Return the names of what `losses` can measure of each of the weights."""
-        kinds = {name: KINDS if len(orders) > 1 else KINDS[:1] for name, orders in self._sources.items()}
+        kinds = {name: KINDS if len(passes) > 1 else KINDS[:1] for name, (_, passes) in self._sources.items()}
         return [metric_name(name, kind, of) for of in weights for name, found in kinds.items() for kind in found]
 
     def losses(self, model: Transfusion, stats: LatentStats, stop: StopSignal) -> dict[str, dict[str, Any]] | StopKind:
@@ -171,12 +171,12 @@ class Heldout:
         which instead. Collective.
         """
         measured = {}
-        for name, orders in self._sources.items():
+        for name, (config, passes) in self._sources.items():
             nothing = {"text_nll": 0.0, "image_error": 0.0, "text_targets": 0, "images": 0, "documents": 0}
             sums, x0_errors = {"image_first": nothing}, torch.zeros(3, len(BINS))
-            documents = dict.fromkeys(orders, np.zeros((0, 4)))
-            for order in orders:
-                found = self._sums(name, order, model, stats, stop)
+            documents = dict.fromkeys(passes, np.zeros((0, 4)))
+            for order, data in passes.items():
+                found = self._sums(config, data, order, model, stats, stop)
                 if isinstance(found, StopKind):
                     return found
                 totals, documents[order] = found
@@ -202,7 +202,7 @@ class Heldout:
 
     def _x0_errors(self, name: str, sums: torch.Tensor) -> dict[str, Any]:
         """Return the mean error over the bins and of each, none for texts; warn once of bins without images."""
-        if "denoising" not in self._sources[name]:
+        if "denoising" not in self._sources[name][1]:
             return {"x0_error": None, "x0_error_by_log_snr": {}}
         means, counts = mean_by_bin(sums), sums[1].int().tolist()
         empty = [of_bin for of_bin, count in zip(BINS, counts, strict=True) if not count]
@@ -221,13 +221,13 @@ class Heldout:
 
     @torch.no_grad()
     def _sums(
-        self, name: str, order: str, model: Transfusion, stats: LatentStats, stop: StopSignal
+        self, config: DataConfig, data: DataSet, order: str, model: Transfusion, stats: LatentStats, stop: StopSignal
     ) -> tuple[torch.Tensor, np.ndarray] | StopKind:
         """Return all ranks' sums, f64 [5 + 3 bins], or why to stop: `_measure`'s, documents fifth. Collective.
 
         Also f64 [documents, 4]: text nll, text targets, image error and images of each, if intervals are asked for.
         """
-        ranks, (config, data) = self._ranks, self._sources[name][order]
+        ranks = self._ranks
         most = self._config.max_batches or math.inf
         documents: set[Position] = set()
         each: list[torch.Tensor] = []

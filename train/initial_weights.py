@@ -52,7 +52,6 @@ def read_llm(model: Transfusion, config: PretrainConfig, data: DataSet, ranks: R
     """
     assert config.init_from_llm is not None
     folder = LLMFolder(config.init_from_llm)
-    ranks.require_alike({"init_from_llm (contents)": folder.hash})
     found, ours = folder.model.vocab_size, model.vocab_size
     if ours < found or not ranks.on_first(lambda: _is_tokenizer_of(folder.path, data.tokenizer)):
         raise ValueError(

@@ -48,7 +48,7 @@ from train.llm_folder import with_llm
 from train.metrics import Interval
 from train.metrics_log import MetricsLog
 from train.next_batch import CannotContinue, SkipBudget, next_batch
-from train.optim.groups import freeze, frozen_names, resolve, table
+from train.optim.groups import freeze, frozen_parameters, resolve, table
 from train.optim.optimizer import Optimizer
 from train.optim.part_norms import part_sizes
 from train.planning.dry_run import dry_run
@@ -126,13 +126,15 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     freeze(model, config.optim.groups, compute_dtype(config.parallel, ranks.device), adapts)
     parallelize(model, config.parallel, ranks)
 
-    origin = find_resume_point(config.resume, folder, ranks)
+    # What is frozen is pinned by a hash of where it comes from, and all ranks must begin with the same language model.
+    origin, frozen, base = find_resume_point(config.resume, folder, ranks), frozen_parameters(model), None
+    if origin.checkpoint is None and (frozen or config.init_from_llm is not None):
+        base = base_of(config, ranks)
     started_from, trained_before = fill_weights(model, config, data, origin, ranks)
 
     # The optimizer comes after the weights, because EMAs copy them, and before the load, which fills its tensors.
     state = TrainState.begin(model, Optimizer(model, config.optim, config.guard), config, data)
-    if origin.checkpoint is None and frozen_names(model):
-        state.base = base_of(config, ranks)
+    state.base = base if frozen else None
 
     # No held-out record may have been trained on. This run's own data is checked before the load, which can take
     # minutes; the records that these weights saw in earlier runs are known only after it.

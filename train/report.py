@@ -22,7 +22,7 @@ GATHERED = ("run", "evaluation")  # may be given several times
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(CONFIG, _gathered(argv))
+    config = load_config(CONFIG, gathered(argv))
     inputs = gather(config, shlex.join(["python", "-m", "train.report", *argv]))
     sections: list[tuple[str, str, str]] = []
     left_out: dict[str, str] = {}
@@ -55,8 +55,11 @@ def _listed(left_out: dict[str, str]) -> str:
     return f'<ul class="absent">{"".join(rows)}</ul>'
 
 
-def _gathered(argv: list[str]) -> list[str]:
-    """Return the arguments with run=A run=B as run=[A,B], and evaluation= likewise; a list replaces those before it."""
+def gathered(argv: list[str]) -> list[str]:
+    """Return the arguments with run=A run=B as run=[A,B], and evaluation= likewise; a list replaces those before it.
+
+    `--resolve` reads them so too (train/config.py).
+    """
     kept = [argument for argument in argv if argument.partition("=")[0] not in GATHERED]
     for key in GATHERED:
         given = [value for name, _, value in (argument.partition("=") for argument in argv) if name == key]

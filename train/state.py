@@ -33,7 +33,7 @@ from train.distributed.ranks import Ranks
 from train.inference.base import read_base
 from train.inference.saved_model import stored_records
 from train.optim.ema import is_label
-from train.optim.groups import frozen_names, frozen_set, table
+from train.optim.groups import frozen_parameters, frozen_set, table
 from train.optim.optimizer import Optimizer, learning_rate
 from train.pretrain_config import PretrainConfig
 
@@ -76,7 +76,7 @@ class TrainState:
         facts: dict[str, Any] = {"latent_spec": data.latent_spec and data.latent_spec.fields(), "grids": data.grids}
         if rows := table(model, config.optim.groups, config.model.lora.rank > 0):
             facts["groups"] = rows
-        frozen = frozen_names(model)
+        frozen = frozen_parameters(model).keys()
         if frozen:
             facts["vocab_size"] = model.vocab_size  # which a reader must know to make them again
         return cls(model, optimizer, partial(fingerprint, config, data, frozen=frozen), config, facts)
@@ -140,7 +140,7 @@ class TrainState:
             emas[name].restart(self.optimizer.parameters)
         if ranks.is_first and (added or dropped):
             log.warning("EMAs that start from the weights of %s: %s; dropped: %s", path, sorted(added), sorted(dropped))
-        frozen = {plain_name(name): p for name, p in self.model.named_parameters() if not p.requires_grad}
+        frozen = frozen_parameters(self.model)
         if frozen and self.base != meta["base"]:  # not after a rollback: they have not changed
             read_base(self.config, frozen, self.model.vocab_size, meta["base"], ranks)
             self.base = meta["base"]

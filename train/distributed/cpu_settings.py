@@ -16,7 +16,10 @@ GROWTH = 64 << 20  # bytes by which the heap grows
 
 
 def settle_cpu(local_world_size: int, computes: bool) -> None:
-    """Set this rank's threads, and the allocator if it `computes` on the CPU."""
+    """Set this rank's threads, and the allocator if it `computes` on the CPU.
+
+    Raises ValueError for an OMP_NUM_THREADS that is no number of threads.
+    """
     _set_threads(local_world_size)
     if computes and not _user_set_malloc():
         _keep_memory()
@@ -25,7 +28,7 @@ def settle_cpu(local_world_size: int, computes: bool) -> None:
 def describe_cpu() -> str:
     """Return one line for the start of a program: the threads of a rank, and who chose them and the allocator."""
     threads = torch.get_num_threads()
-    chosen = "OMP_NUM_THREADS" if os.environ.get("OMP_NUM_THREADS") == str(threads) else "cores / ranks"
+    chosen = "OMP_NUM_THREADS" if _asked_threads() == threads else "cores / ranks"
     malloc = f"as {' and '.join(names)} say" if (names := _user_set_malloc()) else "keeps freed memory"
     return f"CPU: {threads} thread{'s' * (threads != 1)} a rank ({chosen}), malloc {malloc}"
 
@@ -36,9 +39,22 @@ def _set_threads(local_world_size: int) -> None:
     torchrun sets OMP_NUM_THREADS=1 if the user set nothing, so with several ranks 1 counts as unset: else two ranks on
     32 cores would use two cores.
     """
-    value = os.environ.get("OMP_NUM_THREADS")
-    if value is None or (value == "1" and local_world_size > 1):
+    asked = _asked_threads()
+    if asked is None or (asked == 1 and local_world_size > 1):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+
+
+def _asked_threads() -> int | None:
+    """Return the threads that OMP_NUM_THREADS asks for, None if it is unset or empty; raise ValueError for nonsense.
+
+    OpenMP itself ignores what it cannot read. It takes a list too, 4,2, whose first number is of the outermost threads.
+    """
+    value = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not value:
+        return None
+    if not all(number.strip().isdecimal() and int(number) for number in value.split(",")):
+        raise ValueError(f"OMP_NUM_THREADS={value}: expected a whole number of threads, 1 or more; correct or unset it")
+    return int(value.split(",")[0])
 
 
 def _user_set_malloc() -> list[str]:

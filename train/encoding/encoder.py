@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from data.chat import Chat, Message
+from data.chat import Chat, EndlessTemplate, Message
 from data.documents import ImageKind, Role, decode_document, encode_record
 from data.manifest import FORMAT_VERSION, LatentSpec, LatentSums
 from data.pictures import bucket_sizes, decode_picture
@@ -323,12 +323,12 @@ class Encoder:
         try:
             laid_out = self.chat.lay_out(messages)
         except ValueError as error:
-            raise BadRecord("refused conversation", draft.document.where, str(error)) from None
+            reason = "endless chat template" if isinstance(error, EndlessTemplate) else "refused conversation"
+            raise BadRecord(reason, draft.document.where, str(error)) from None
         ids = [part for _, part in laid_out if isinstance(part, np.ndarray)]
         self.words.count(self.tokenizer, ids, [part for part in draft.segments if isinstance(part, str)])
         self.words.chat = self.tokenizer.chat_hash
-        segments = [part if isinstance(part, np.ndarray) else part.encoded for _, part in laid_out]
-        return segments, tuple(role for role, _ in laid_out)
+        return [p if isinstance(p, np.ndarray) else p.encoded for _, p in laid_out], tuple(role for role, _ in laid_out)
 
     def _tokens(self, text: str) -> np.ndarray:
         token_ids = self.tokenizer.encode(text)

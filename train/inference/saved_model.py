@@ -31,7 +31,7 @@ from train.checkpoints.trained_records import TRAINED_FILE, TrainedRecords
 from train.distributed.local_shards import first_element, local
 from train.distributed.ranks import Ranks
 from train.optim.ema import choose, is_label
-from train.optim.groups import group_of
+from train.optim.groups import frozen_among
 from train.pretrain_config import PretrainConfig, read_config
 
 log = logging.getLogger(__name__)
@@ -167,11 +167,8 @@ class SavedModel:
         frozen: dict[str, torch.Tensor] = {}
         if "base" in self.meta:
             groups, adapts = self.config.optim.groups, self.config.model.lora.rank > 0
-            frozen = {
-                name: tensor
-                for name, tensor in parameters.items()
-                if name not in stored and group_of(name, groups, adapts).frozen
-            }
+            absent = (name for name in parameters if name not in stored)
+            frozen = {name: parameters[name] for name in frozen_among(absent, groups, adapts)}
         if frozen:
             from train.inference.base import read_base  # which uses this module
 

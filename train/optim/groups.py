@@ -109,9 +109,10 @@ def freeze(model: nn.Module, groups: Groups, dtype: torch.dtype, adapted: bool =
     Comes before `parallelize`. A model with fewer blocks than the config's, as a plan rehearses, may lack what a
     pattern matches; `resolve` refuses patterns.
     """
+    frozen = set(frozen_among((name for name, _ in model.named_parameters()), groups, adapted))
     for prefix, module in model.named_modules():
         for name, parameter in [*module.named_parameters(recurse=False)]:
-            if group_of(f"{prefix}.{name}" if prefix else name, groups, adapted).frozen:
+            if (f"{prefix}.{name}" if prefix else name) in frozen:
                 setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
 
 
@@ -135,6 +136,11 @@ def frozen_set(names: Iterable[str]) -> str:
     return f"{len(names)} tensors ({digest})" if names else "none"
 
 
-def frozen_names(model: nn.Module) -> set[str]:
-    """Return the plain names of the parameters that `freeze` froze."""
-    return {plain_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+def frozen_among(names: Iterable[str], groups: Groups, adapted: bool = False) -> list[str]:
+    """Return which of these names are of frozen parameters, in their order."""
+    return [name for name in names if group_of(name, groups, adapted).frozen]
+
+
+def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what `freeze` froze, by plain name."""
+    return {plain_name(name): parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}

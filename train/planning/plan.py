@@ -6,7 +6,7 @@ Needs neither data nor a GPU. planning/plan_text.py puts it into words.
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,13 @@ from data.loader_memory import loader_bytes
 from data.storage import Location
 from data.tokenizer import Tokenizer
 from model.transfusion import Transfusion
-from train.flops import Flops
+from train.flops import Counts, Flops
 from train.hardware import GPUS, REACHED, Gpu, find, memory_of
 from train.llm_folder import LLMFolder
+from train.planning.average_sequence import assumed_images, average_sequence
 from train.planning.estimate import (
     GIB,
-    assumed_images,
     communication_seconds,
-    documents_of,
-    flops_per_token,
     largest_batches_of,
     parameters,
     parameters_of_a_token,
@@ -93,26 +91,30 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         model = planned_model(config, vocab_size)
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"model and vocab_size={vocab_size} are too large to count: {error}") from None
-    data, assumed = _data(config)
-    step_tokens = config.data.lanes * config.data.sequence_length
+    data, data_from = _data(config)
+    sequence = average_sequence(config, data)
+    step = sequence.times(config.data.lanes)
     asked = config
     config, memory, rehearsal = _memory(config, vocab_size, data)
-    compute = _compute(config, model, data)
+    compute = _compute(config, model, step)
     plan = {
         "parameters": parameters(model),
         "trained_parameters": parameters(model, trained=True),
         "parameters_of_a_token": parameters_of_a_token(model),
         "vocab_size": vocab_size,
         "vocab_size_from": vocab_size_from,
-        "data_from": assumed or "as in the manifests, of average length",
-        "tokens_a_step": step_tokens,
+        "data_from": data_from,
+        "tokens_a_step": step.tokens,
+        "text_targets_a_step": step.text_targets,
+        "images_a_step": step.images,
+        "clean_images_a_step": step.clean_images,
         "steps": config.optim.steps,
-        "tokens": step_tokens * config.optim.steps,
+        "tokens": step.tokens * config.optim.steps,
         **memory,
         **compute,
-        **_communication(config, rehearsal, compute.get("compute_s_a_step")),
+        **_communication(config, rehearsal, step.tokens, compute.get("compute_s_a_step")),
     }
-    return plan if kernels is None else plan | _predicted(asked, (config, rehearsal), kernels, plan, data)
+    return plan if kernels is None else plan | _predicted(asked, (config, rehearsal), kernels, plan, data, sequence)
 
 
 def _kernels(config: PlanConfig) -> Kernels | None:
@@ -141,15 +143,16 @@ def _vocab_size(config: PlanConfig) -> tuple[int, str]:
     return LLAMA_2, f"Llama-2's, BOI and EOI: {config.data.tokenizer} is not here"
 
 
-def _data(config: PlanConfig) -> tuple[DataSet | None, str | None]:
-    """Return the data set; if it is not available, None and what is assumed instead."""
+def _data(config: PlanConfig) -> tuple[DataSet | None, str]:
+    """Return the data set, None if it is not available, and in words what is known of it or assumed instead."""
     (height, width), kind = assumed_images(config)
     cells = "pixels" if kind == "pixels" else "latents"
     assumed = f"the paper's mix of text and pictures of {height}x{width} {cells} is assumed"
     if not config.data.sources:
         return None, f"no data.sources are named: {assumed}"
+    uncached = replace(config.data, cache_dir=None)  # a plan reads little, and fills no cache
     try:
-        return open_data(config.data, config.seed, config.model.patch_size), None
+        return open_data(uncached, config.seed, config.model.patch_size), "as in the first sequences of the data"
     except OSError as error:  # not on this machine, or not reachable from it
         return None, f"the data is not here ({error}): {assumed}"
 
@@ -211,13 +214,10 @@ def _rehearsed(vocab_size: int, data: DataSet | None, cuda: bool, config: Pretra
     return rehearse(config, vocab_size, world_size, batches, cuda=cuda)
 
 
-def _compute(config: PlanConfig, model: Transfusion, data: DataSet | None) -> dict[str, Any]:
+def _compute(config: PlanConfig, model: Transfusion, step: Counts) -> dict[str, Any]:
     """Return the work of a step and, for a GPU, the time it takes."""
-    length = config.data.sequence_length
-    parallel, documents = config.parallel, documents_of(config, data)
-    flops = Flops.of_model(model, parallel.activation_checkpointing, parallel.compile)
-    step_flops = flops_per_token(flops, documents, length) * config.data.lanes * length
-    again = flops_per_token(flops.again, documents, length) * config.data.lanes * length
+    flops = Flops.of_model(model, config.parallel.activation_checkpointing, config.parallel.compile)
+    step_flops, again = flops.of_counts(step)
     rows, micro_steps = rows_per_rank(config, config.world_size)
     work = {
         "sequences_a_micro_step": rows,
@@ -232,7 +232,9 @@ def _compute(config: PlanConfig, model: Transfusion, data: DataSet | None) -> di
     return work | {"compute_s_a_step": (step_flops + again) * share / (config.gpu_type.peak_tflops * 1e12 * config.mfu)}
 
 
-def _communication(config: PlanConfig, rehearsal: Rehearsal, compute_s: float | None) -> dict[str, Any]:
+def _communication(
+    config: PlanConfig, rehearsal: Rehearsal, step_tokens: float, compute_s: float | None
+) -> dict[str, Any]:
     """Return what a step sends and, for a GPU, how long that, a step and the run take."""
     gpu, seconds = config.gpu_type, 0.0
     sent: dict[str, float] = defaultdict(float)
@@ -250,7 +252,7 @@ def _communication(config: PlanConfig, rehearsal: Rehearsal, compute_s: float | 
         "communication_s_a_step": seconds,
         "communication_share_of_compute": seconds / compute_s,
         "step_s": step_s,
-        "tokens_per_s": config.data.lanes * config.data.sequence_length / step_s,
+        "tokens_per_s": step_tokens / step_s,
         "days": run_s / 86_400,
         "gpu_hours": run_s / 3600 * config.world_size,
     }
@@ -268,6 +270,7 @@ def _predicted(
     kernels: Kernels,
     plan: dict[str, Any],
     data: DataSet | None,
+    sequence: Counts,
 ) -> dict[str, Any]:
     """Return what a plan says of time, predicted from measured kernels, for its ranks and for other numbers of them."""
     gpu = config.gpu_type
@@ -283,7 +286,7 @@ def _predicted(
     rows = predict(
         config,
         planned_model(config, vocab_size),
-        documents_of(config, data),
+        sequence,
         kernels.at(config.model.patches, config.model.transformer.width),
         decided,
         also=config.world_size,

@@ -88,8 +88,10 @@ def _time(config: PlanConfig, plan: dict[str, Any]) -> list[str]:
     tokens, tflop, again = plan["tokens_a_step"], plan["step_tflop"], plan["recomputed_tflop"]
     lines = [
         f"a step of {plural(config.world_size, 'rank')} on {plural(machines, 'machine')}",
-        f"  batch          {tokens:,} tokens: {config.data.lanes} sequences of {config.data.sequence_length}; "
+        f"  batch          {tokens:,.0f} tokens: {config.data.lanes} sequences of {config.data.sequence_length}; "
         f"micro-steps per rank: {plan['micro_steps']}",
+        f"  trains on      {plan['text_targets_a_step']:,.0f} text targets and {plan['images_a_step']:,.0f} images"
+        + (f", given {clean:,.0f} clean ones" if (clean := plan["clean_images_a_step"]) else ""),
         f"  work           {tflop:,.0f} TFLOP, {tflop * 1e12 / tokens:.3g} FLOP per token",
         f"  sent           {sum(sent.values()):.1f} GB per rank" + (f": {parts}" if parts else ""),
     ]

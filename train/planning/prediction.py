@@ -6,13 +6,13 @@ compute of its phase. Latency is left out: with small shards on many machines a 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from model.transfusion import Transfusion
 from train.distributed.parallelize import mesh_shape
-from train.flops import Flops
-from train.planning.estimate import Documents, communication_seconds, flops_per_token, parameters, rows_per_rank
+from train.flops import Counts, Flops
+from train.planning.estimate import communication_seconds, parameters, rows_per_rank
 from train.planning.kernels import Speeds
 from train.planning.rehearsal import Collective, Rehearsal
 from train.pretrain_config import PretrainConfig
@@ -43,37 +43,39 @@ class Prediction:
 
 
 def compute_seconds(
-    config: PretrainConfig, model: Transfusion, world_size: int, documents: Sequence[Documents], speeds: Speeds
+    config: PretrainConfig, model: Transfusion, world_size: int, sequence: Counts, speeds: Speeds
 ) -> float:
-    """Return the seconds in which the rank with the most lanes computes a step."""
+    """Return the seconds in which the rank with the most lanes computes a step of such sequences."""
     length, trunk = config.data.sequence_length, config.model.transformer
     flops = Flops.of_model(model, config.parallel.activation_checkpointing, config.parallel.compile)
+    # Padding takes as long as other tokens, and what is decoded of clean images as of others, though neither counts.
+    cells = sequence.noised_cells + sequence.clean_cells
+    sequence = replace(sequence, tokens=length, noised_cells=cells, clean_cells=0.0)
 
-    def of_a_token(**parts: float) -> float:
-        """Return the FLOPs of an average token of these parts alone."""
+    def of(**parts: float) -> float:
+        """Return the FLOPs of these parts alone."""
         none = {"per_token": 0.0, "per_pair": 0.0, "per_text_target": 0.0, "per_latent_cell": 0.0}
         only = Flops(**{**none, **parts}, patch_cells=flops.patch_cells, causal_images=flops.causal_images)
-        return flops_per_token(only, documents, length)
+        return only.of_counts(sequence)[0]
 
-    products = of_a_token(
+    products = of(
         per_token=flops.per_token + flops.again_per_token,
         more_per_patch=flops.more_per_patch + flops.again_more_per_patch,
+        per_latent_cell=flops.per_latent_cell if config.model.patches == "linear" else 0.0,
     )
-    if config.model.patches == "linear":
-        products += of_a_token(per_latent_cell=flops.per_latent_cell)
-    a_token = (
+    a_sequence = (
         products * speeds.product
-        + of_a_token(per_pair=flops.per_pair + flops.again_per_pair) * speeds.attention
-        + of_a_token(per_text_target=flops.per_text_target) * speeds.text_head
-        + of_a_token(per_latent_cell=1.0) * speeds.convolution
-        + trunk.layers * trunk.width * speeds.element
+        + of(per_pair=flops.per_pair + flops.again_per_pair) * speeds.attention
+        + of(per_text_target=flops.per_text_target) * speeds.text_head
+        + cells * speeds.convolution
+        + length * trunk.layers * trunk.width * speeds.element
     )
-    tokens = -(-config.data.lanes // world_size) * length
+    sequences = -(-config.data.lanes // world_size)
     _, micro_steps = rows_per_rank(config, world_size)
     total, trained = parameters(model)["total"], parameters(model, trained=True)["total"]
     shard = trained * config.parallel.dp_replicate / world_size
     copied = (GATHERED_BYTES * total + GRADIENT_BYTES * trained) * micro_steps if world_size > 1 else 0
-    busy = tokens * a_token + shard * speeds.optimizer + copied * speeds.copied_byte
+    busy = sequences * a_sequence + shard * speeds.optimizer + copied * speeds.copied_byte
     return busy / (1 - min(speeds.idle, 0.99))
 
 
@@ -99,7 +101,7 @@ def exposed_seconds(
 def predict(
     config: PretrainConfig,
     model: Transfusion,
-    documents: Sequence[Documents],
+    sequence: Counts,
     speeds: Speeds,
     rehearsed: Callable[[int], tuple[PretrainConfig, Rehearsal]],
     *,
@@ -108,18 +110,18 @@ def predict(
     peak_tflops: float,
     bandwidths: tuple[int, float, float],  # GPUs a machine, GB/s within it and to others
 ) -> list[Prediction]:
-    """Return a prediction for each number of GPUs that lanes and mesh allow.
+    """Return a prediction for each number of GPUs that lanes and mesh allow, of steps of such sequences.
 
     `rehearsed` returns the config and the rehearsal of a step on so many GPUs.
     """
-    step_tokens = config.data.lanes * config.data.sequence_length
-    model_flops = step_tokens * flops_per_token(Flops.of_model(model), documents, config.data.sequence_length)
+    step_tokens = config.data.lanes * sequence.tokens
+    model_flops = config.data.lanes * Flops.of_model(model).of_counts(sequence)[0]
     found: list[Prediction] = []
     for gpus in sorted({*GPUS, also}):
         if gpus > config.data.lanes or not _has_mesh(config, gpus):
             continue
         decided, rehearsal = rehearsed(gpus)
-        compute = compute_seconds(decided, model, gpus, documents, speeds)
+        compute = compute_seconds(decided, model, gpus, sequence, speeds)
         units = config.model.transformer.layers + 1 if config.parallel.shard_blocks else 1
         exposed = exposed_seconds(rehearsal.collectives, compute, units, *bandwidths)
         step_s = compute + exposed
