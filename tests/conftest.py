@@ -1,5 +1,6 @@
 """Fixtures that many test files share: a tokenizer, two small encoded data sets, runs. None of them may be changed."""
 
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,8 +20,15 @@ from tests.sources import make_source, pairs, texts
 if TYPE_CHECKING:
     from tests.runs import DrawingRun
 
+gc.disable()  # while tests are collected: it would go through all of torch's objects again and again
 torch.set_num_threads(1)  # tensors are tiny: on busy cores threads only wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs and their children ignore it
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but what imports have made is none."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")
