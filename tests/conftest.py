@@ -1,6 +1,7 @@
 """Fixtures that many test files share: a tokenizer, two small encoded data sets, runs. None of them may be changed."""
 
 import gc
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 from fsspec import AbstractFileSystem
 
+from bench.ranks import PRELOADED
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.vae import VaeConfig, build_vae
 from tests.servers import Server, serving
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from tests.runs import DrawingRun
 
 gc.disable()  # while tests are collected: it would go through all of torch's objects again and again
+PRELOADED += ["pytest", "train.encode", "train.evaluate", "wandb"]  # else each rank of a test imports them again
+multiprocessing.set_forkserver_preload(PRELOADED)  # a process has one server, and any test may be the first to need it
 torch.set_num_threads(1)  # tensors are tiny: on busy cores threads only wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs and their children ignore it
 

@@ -1,4 +1,4 @@
-"""A run that measures itself on held-out data: the same training, the same on any ranks, stopped at once (P6)."""
+"""A run that measures itself on held-out data: the same training, stopped at once (P6)."""
 
 import shutil
 import signal
@@ -19,7 +19,7 @@ from train.pretrain_config import PretrainConfig
 
 @pytest.fixture(scope="module")
 def heldout(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    return make_source(tmp_path_factory.mktemp("heldout") / "pairs", tokenizer, pairs(60, seed=77))
+    return make_source(tmp_path_factory.mktemp("heldout") / "pairs", tokenizer, pairs(20, seed=77))
 
 
 def _measured(run_dir: Path) -> dict[int, tuple[float, ...]]:
@@ -41,13 +41,12 @@ def test_a_run_measures_itself_and_trains_the_same(
     assert list(losses) == [6, 12, 18, 24]
     assert set(runs.saved_steps(tmp_path / "worse")) == {min(losses, key=losses.get), 24}
 
-    two, one = tmp_path / "two", tmp_path / "one"
+    two = tmp_path / "two"
     argv = runs.settings(two, tokenizer, sources, evaluation__interval_steps=10, evaluation__heldout__pairs=heldout)
     runs.finish(argv, 2)
     assert runs.numbers(two) == runs.numbers(undisturbed)
     runs.assert_same_end(two, undisturbed)
-    runs.finish([*argv, f"run_dir={one}", "optim.steps=10"], 1)
-    assert list(_measured(two)) == [10, 20] and list(_measured(one)) == [10]
+    assert list(_measured(two)) == [10, 20]
 
 
 def test_a_stop_during_an_evaluation_ends_it_and_the_resumed_run_repeats_it(
@@ -55,7 +54,7 @@ def test_a_stop_during_an_evaluation_ends_it_and_the_resumed_run_repeats_it(
 ) -> None:
     """P6: within a batch, not after thousands."""
     run_dir = tmp_path / "run"
-    large = make_source(tmp_path / "large", tokenizer, pairs(8_000, seed=78))
+    large = make_source(tmp_path / "large", tokenizer, pairs(4_000, seed=78))
     argv = runs.settings(run_dir, tokenizer, sources, evaluation__interval_steps=4, evaluation__heldout__pairs=large)
     with runs.launch([*argv, "optim.steps=4"], 2) as run:
         runs.wait_for(lambda: [row for row in runs.rows(run_dir) if row["step"] == 4], run)

@@ -191,8 +191,8 @@ def options(schema: type, prefix: str = "", defaults: Any = None) -> Iterator[tu
 
     `defaults` is the composing config's default instance; None: the schema's own defaults.
     """
-    for owner, name, *option in _leaf_fields(schema, prefix, defaults):
-        yield (*option, _field_comments(owner).get(name, ""))  # type: ignore[misc]
+    for owner, name, key, type_name, default in _leaf_fields(schema, prefix, defaults):
+        yield key, type_name, default, _field_comments(owner).get(name, "")
 
 
 def _leaf_fields(schema: type, prefix: str = "", defaults: Any = None) -> Iterator[tuple[type, str, str, str, str]]:

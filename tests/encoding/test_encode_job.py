@@ -19,7 +19,6 @@ from tests.encoding.jobs import Contents, arguments, contents_of, picture_record
 
 Command = Callable[..., list[str]]
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["train.encode", "diffusers.models.autoencoders.autoencoder_kl"])
 
 
 def _work(command: list[str], threads: int, environment: dict[str, str]) -> None:
