@@ -102,14 +102,15 @@ class TrainState:
         extra = {
             "lanes.json": json.dumps(lanes).encode(),
             checkpoint.META: json.dumps(meta).encode(),
-            "config.yaml": self._config_yaml,
+            "config.yaml": self.config_yaml,
             **({TRAINED_FILE: self.trained.to_bytes()} if self.trained is not None else {}),
         }
         return Snapshot(self.progress.step, self._tensors(), extra)
 
     @cached_property
-    def _config_yaml(self) -> bytes:
-        return to_yaml(self.config).encode()  # takes ten milliseconds
+    def config_yaml(self) -> bytes:
+        """The resolved config as it lies in the run folder and in each checkpoint; takes ten milliseconds."""
+        return to_yaml(self.config).encode()
 
     def load(self, path: Path, ranks: Ranks) -> TrainedRecords | None:
         """Continue from a verified checkpoint, on any world size; return which records it was trained on. Collective.
