@@ -19,7 +19,7 @@ from train.pretrain_config import PretrainConfig
 
 @pytest.fixture(scope="module")
 def heldout(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    return make_source(tmp_path_factory.mktemp("heldout") / "pairs", tokenizer, pairs(40, seed=77))
+    return make_source(tmp_path_factory.mktemp("heldout") / "pairs", tokenizer, pairs(60, seed=77))
 
 
 def _measured(run_dir: Path) -> dict[int, tuple[float, ...]]:
