@@ -1,5 +1,7 @@
 """Fixtures that many test files share: a tokenizer, two small encoded data sets, runs. None of them may be changed."""
 
+import gc
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,6 +13,7 @@ import pytest
 import torch
 from fsspec import AbstractFileSystem
 
+from bench.ranks import PRELOADED
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.vae import VaeConfig, build_vae
 from tests.servers import Server, serving
@@ -19,8 +22,17 @@ from tests.sources import make_source, pairs, texts
 if TYPE_CHECKING:
     from tests.runs import DrawingRun
 
+gc.disable()  # while tests are collected: it would go through all of torch's objects again and again
+PRELOADED += ["pytest", "train.encode", "train.evaluate", "wandb"]  # else each rank of a test imports them again
+multiprocessing.set_forkserver_preload(PRELOADED)  # a process has one server, and any test may be the first to need it
 torch.set_num_threads(1)  # tensors are tiny: on busy cores threads only wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs and their children ignore it
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but what imports have made is none."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

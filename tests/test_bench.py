@@ -206,7 +206,10 @@ def test_an_aim_that_is_missed_fails_its_check(changes: dict[str, Any], failed: 
     assert sum(check.passed is True for check in found) == len(found) - len(failed)
 
 
-def test_sampling_draws_the_same_with_and_without_its_cache(run_here: Callable) -> None:
+def test_sampling_draws_the_same_with_and_without_its_cache(
+    run_here: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.sampling.VOCAB", 2002)  # most of the model's weights and of its time
     options = ("--size", "0.16b", "--layers", "1", "--rows", "2", "--prefix", "20", "--tokens", "4", "--steps", "1")
     record = json.loads(run_here("sampling", *options, "--batches", "1", "--repeats", "1", "--device", "cpu")[0])
     assert record["largest_difference"] <= 1e-4

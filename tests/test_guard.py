@@ -163,6 +163,7 @@ def test_without_a_checkpoint_to_go_back_to_the_run_stops(
     assert saved_steps(tmp_path / "run") == [BAD_STEPS[0]], "what was trained is kept"
 
 
+@pytest.mark.slow  # each way back has its own test here and in test_resume, its page in test_wandb_page
 def test_going_back_on_request_and_by_itself_happens_once_and_abandoned_rows_are_kept(
     tmp_path: Path, tokenizer: Tokenizer, poisoned: dict[int, str]
 ) -> None:

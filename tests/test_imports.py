@@ -48,10 +48,15 @@ def name_of(path: Path) -> str:
 
 
 @cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports_of(path: Path) -> list[str]:
     """Return the dotted name of everything a file imports, inside functions and for type checking too."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -64,15 +69,15 @@ def is_main_or_type_checking(test: ast.expr) -> bool:
     return ast.unparse(test) in ("TYPE_CHECKING", "__name__ == '__main__'")
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_go_one_way(path: Path) -> None:
-    package = name_of(path).split(".")[0]
-    for imported in imports_of(path):
-        top = imported.split(".")[0]
-        assert top not in HOUSE or top in MAY_IMPORT[package], f"{name_of(path)} imports {imported}"
-        assert not any(f"{imported}.".startswith(f"{foreign}.") for foreign in FOREIGN.get(package, ())), imported
-        if package == "slurm" and top != "slurm":
-            assert imported.startswith(("train.config", "data.durable")) or top not in HOUSE, imported
+def test_imports_go_one_way() -> None:
+    for path in FILES:
+        package = name_of(path).split(".")[0]
+        for imported in imports_of(path):
+            top, said = imported.split(".")[0], f"{name_of(path)} imports {imported}"
+            assert top not in HOUSE or top in MAY_IMPORT[package], said
+            assert not any(f"{imported}.".startswith(f"{foreign}.") for foreign in FOREIGN.get(package, ())), said
+            if package == "slurm" and top != "slurm":
+                assert imported.startswith(("train.config", "data.durable")) or top not in HOUSE, said
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -89,24 +94,23 @@ def test_every_folder_of_train_is_a_room() -> None:
     assert {path.parent.name for path in (ROOT / "train").glob("*/*.py")} == ROOMS.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_nobody_imports_a_program(path: Path) -> None:
-    for imported in imports_of(path):
-        parts = imported.split(".")
-        assert parts[0] != "train" or len(parts) == 1 or parts[1] not in PROGRAMS, f"{name_of(path)} imports {imported}"
+def test_nobody_imports_a_program() -> None:
+    for path in FILES:
+        for imported in imports_of(path):
+            parts, said = imported.split("."), f"{name_of(path)} imports {imported}"
+            assert parts[0] != "train" or len(parts) == 1 or parts[1] not in PROGRAMS, said
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_importing_a_module_does_nothing(path: Path) -> None:
+def test_importing_a_module_does_nothing() -> None:
     """Only definitions, constants and imports stand at the top level."""
-    tree = ast.parse(path.read_text())
     quiet = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.ClassDef)
     quiet += (ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in tree.body:
-        if isinstance(node, quiet) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-            continue
-        allowed = isinstance(node, ast.If) and is_main_or_type_checking(node.test)
-        assert allowed, f"{name_of(path)}:{node.lineno}: {ast.unparse(node)[:80]}"
+    for path in FILES:
+        for node in tree_of(path).body:
+            if isinstance(node, quiet) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                continue
+            allowed = isinstance(node, ast.If) and is_main_or_type_checking(node.test)
+            assert allowed, f"{name_of(path)}:{node.lineno}: {ast.unparse(node)[:80]}"
 
 
 def test_programs_are_verbs_in_train_with_a_main() -> None:

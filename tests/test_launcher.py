@@ -70,7 +70,7 @@ import os, time
 from train.distributed.signals import StopKind, StopSignal
 with StopSignal() as stop:
     print(os.getpid(), flush=True)
-    deadline = time.monotonic() + 8
+    deadline = time.monotonic() + 60
     while not stop.kind and time.monotonic() < deadline:
         time.sleep(0.01)
     print(int(stop.kind), stop.name, flush=True)
@@ -86,7 +86,7 @@ def test_the_end_of_torchrun_is_a_request_to_save_and_stop_unless_told_otherwise
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", **variables}
     if environment["TORCHELASTIC_RUN_ID"] == "":
         del environment["TORCHELASTIC_RUN_ID"]
-    code = ORPHAN.replace("+ 8", "+ 1") if variables else ORPHAN
+    code = ORPHAN.replace("+ 60", "+ 1") if variables else ORPHAN
     with subprocess.Popen([sys.executable, "-c", code], stdout=-1, text=True, env=environment) as parent:
         parent.stdout.readline()  # it is watching
         parent.kill()

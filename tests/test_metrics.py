@@ -192,14 +192,21 @@ def test_the_wait_for_the_device_is_part_of_the_interval() -> None:
 
 
 def test_a_save_is_not_charged_for_the_steps_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first copy to the host waits for the GPU, which may still be at the last step."""
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: time.sleep(0.2))
+    """The first copy to the host waits for the GPU, which may still be at the last step: here for 100 seconds."""
+    now = 0.0
+
+    def synchronize(_: torch.device) -> None:
+        nonlocal now
+        now += 100
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr("train.run.time", SimpleNamespace(monotonic=lambda: now))
     ranks = replace(alone(), device=torch.device("cuda"))
     with RunFolder(tmp_path, ranks) as folder:
         parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(Run))
         parts |= {"ranks": ranks, "saver": Saver(folder, CheckpointConfig(), ranks)}
-        run, start = Run(**parts | {"state": SimpleNamespace(progress=Progress())}), time.monotonic()
-        assert run.save() < 0.1 < time.monotonic() - start  # nothing to save before the first step
+        run = Run(**parts | {"state": SimpleNamespace(progress=Progress())})
+        assert run.save() == 0 and now == 100  # nothing to save before the first step
 
 
 def test_the_slowest_rank_is_that_of_the_slower_host_or_the_slower_gpu() -> None:

@@ -110,8 +110,9 @@ def _graphs(ranks: Ranks, config: PretrainConfig) -> list[int]:
     return [*found, counters["stats"]["unique_graphs"]]
 
 
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_evaluation_runs_the_graphs_of_training(
-    tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
+    world_size: int, tmp_path: Path, tokenizer: Tokenizer, sources: dict[str, Path]
 ) -> None:
     """One graph for all blocks, batches, training and evaluation."""
     heldout = make_source(tmp_path / "heldout", tokenizer, pairs(20, seed=77))
@@ -119,5 +120,5 @@ def test_an_evaluation_runs_the_graphs_of_training(
         tmp_path / "run", tokenizer, sources, data__lanes=8, micro_batch_size=2, parallel__compile=True,
         evaluation__interval_steps=4, evaluation__heldout__pairs=heldout, evaluation__lanes=8,
     )  # fmt: skip
-    for graphs in run_ranks(_graphs, 2, load_config(PretrainConfig, argv), timeout_s=180.0):
+    for graphs in run_ranks(_graphs, world_size, load_config(PretrainConfig, argv), timeout_s=180.0):
         assert graphs == [1, 1, 1, 1]

@@ -118,8 +118,8 @@ def test_a_run_resumed_on_other_numbers_of_ranks_meets_the_same_batches(
     for world_size, until, number in [(2, 6, signal.SIGTERM), (1, 12, signal.SIGUSR1)]:
         with runs.launch(argv, world_size) as run:
             runs.wait_for(runs.reached(run_dir, until), run)
-            before = len(runs.rows(run_dir))
             run.signal(number, rank=world_size - 1)
+            before = len(runs.rows(run_dir))
             output = runs.expect(run, 75)
         saved = runs.saved_steps(run_dir)[-1]
         assert f"after step {saved}; saved" in output

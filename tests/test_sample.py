@@ -148,25 +148,34 @@ def test_two_ranks_share_the_samples_and_make_the_same(drawn: DrawingRun, given:
         assert first.shape == (16, 48, 3) and np.abs(first - second).max() <= 1  # P12, up to rounding
 
 
+def test_a_request_that_asks_for_nothing_or_too_much_is_refused_before_a_model_is_loaded() -> None:
+    """P10."""
+    refused = {
+        "nothing to do": [],
+        "n=0": ["prompt=x", "n=0"],
+        "nothing says what to make of it": ["edit=a.png"],
+        "expected one more": ["prompt=a <image>", "images=a.png", "ask=what?"],
+        "asks for 2 images": ["prompt=a <image> and <image>", "images=[a.png]"],
+        "prompts_file=/tmp": ["prompts_file=/tmp"],
+        "guidance_interval": ["prompt=x", "guidance_interval=[9,3]"],
+    }
+    for words, argv in refused.items():
+        with pytest.raises(ValueError, match=words):
+            sample.main(["checkpoint=/nowhere", *argv])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ([], "nothing to do"),
-        (["prompt=x", "n=0"], "n=0"),
-        (["edit=BROKEN"], "nothing says what to make of it"),
         (["prompt=x", "edit=BROKEN"], "broken.png"),
-        (["prompt=a <image>", "images=BROKEN", "ask=what?"], "expected one more"),
         (["prompt=x", "checkpoint=/nowhere"], "expected a checkpoint, a run folder"),
         (["prompt=x", "vae=/nowhere"], "no such folder"),
         (["images=[/nowhere.png]"], "nowhere.png"),
         (["images=[BROKEN]"], "broken.png"),
-        (["prompt=a <image> and <image>", "images=[BROKEN]"], "asks for 2 images"),
         (["prompt=x", "size=[32,12]"], "multiples of"),
         (["prompt=x", "steps=2000"], "at most 1000 steps"),
         (["prompt=x", "output=/proc/x"], "choose a writable folder"),
         (["prompt=x", "output=FOREIGN"], "holds 0001.md, which train.sample did not write"),
-        (["prompts_file=/tmp"], "prompts_file=/tmp"),
-        (["prompt=x", "guidance_interval=[9,3]"], "guidance_interval"),
         (["prompt=x", "weights=best"], "weights"),
     ],
 )

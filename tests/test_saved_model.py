@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,8 @@ def test_no_moment_of_a_removal_makes_a_reader_see_damage(tmp_path: Path, caplog
     training = threading.Thread(target=train)
     training.start()
     try:
-        until, steps = time.monotonic() + 3, []
-        while time.monotonic() < until or len(steps) < 4:
+        steps: list[tuple] = []
+        while not failures and len({folder for folder, _ in steps}) < 6:
             steps.append(read_while_there(lambda: find_checkpoint(tmp_path, alone()), lambda f: (f, _load(f)), alone()))
             assert not view_checkpoints(tmp_path, verify=True).damaged
     finally:
@@ -92,4 +91,4 @@ def test_no_moment_of_a_removal_makes_a_reader_see_damage(tmp_path: Path, caplog
         run.close()
     assert failures == []
     assert all(values == {float(checkpoint.step_of(folder))} for folder, values in steps), "whole, and of one step"
-    assert len({folder for folder, _ in steps}) > 2 and "damaged" not in caplog.text
+    assert "damaged" not in caplog.text

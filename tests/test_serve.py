@@ -305,21 +305,26 @@ def test_only_who_may_is_let_in(server: Server) -> None:
             assert "Access-Control-Allow-Origin" not in answer.headers
 
 
-def test_what_cannot_be_served_is_refused_before_the_model_loads(server: Server, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_refused_before_the_model_loads(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """P10: an open door without a token or with a weak one, a taken port, several ranks."""
-    nobody = {"TRANSFUSION_TOKEN": TOKEN}
     starts = [
         (["host=0.0.0.0"], {}, "host=0.0.0.0: others can reach it, and TRANSFUSION_TOKEN is not set"),
         ([], {"TRANSFUSION_TOKEN": "short"}, "TRANSFUSION_TOKEN is weak"),
-        ([f"port={server.port}"], nobody, f"port={server.port}: Address already in use"),
-        (["preview_share=2"], nobody, "preview_share=2"),
-        ([], {**nobody, "RANK": "0", "WORLD_SIZE": "2"}, "2 ranks: one process serves a model"),
+        (["preview_share=2"], {}, "preview_share=2"),
+        ([], {"RANK": "0", "WORLD_SIZE": "2"}, "2 ranks: one process serves a model"),
     ]
     assert "TRANSFUSION_TOKEN" not in os.environ
-    for i, (argv, environment, words) in enumerate(starts):
-        with ProgramRanks(serve.main, ["checkpoint=/nowhere", *argv], None, tmp_path / str(i), environment) as program:
-            assert program.wait() == [2] and words in program.output, program.output
-            assert "Traceback" not in program.output and TOKEN not in program.output
+    for argv, environment, words in starts:
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=words):
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            serve.main(["checkpoint=/nowhere", *argv])
+    argv, environment = ["checkpoint=/nowhere", f"port={server.port}"], {"TRANSFUSION_TOKEN": TOKEN}
+    with ProgramRanks(serve.main, argv, None, tmp_path / "log", environment) as program:
+        assert program.wait() == [2] and f"port={server.port}: Address already in use" in program.output, program.output
+        assert "Traceback" not in program.output and TOKEN not in program.output
 
 
 def test_ctrl_c_ends_the_server_and_says_so_to_who_waits(drawn: DrawingRun, tmp_path: Path) -> None:

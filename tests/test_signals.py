@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.ranks import is_running
+from tests.servers import until
 from train.distributed.signals import StopKind, StopSignal, shield_worker
 
 
@@ -60,12 +60,8 @@ with StopSignal() as stop:
     child.send_signal(signal.SIGINT)
     assert child.stdout.readline() == "asked\n"
     child.send_signal(signal.SIGINT)
-    assert child.wait(timeout=10) == -signal.SIGINT
-    for _ in range(500):
-        if not is_running(worker):
-            break
-        time.sleep(0.01)
-    assert not is_running(worker)
+    assert child.wait(timeout=30) == -signal.SIGINT
+    until(lambda: not is_running(worker))
 
 
 def test_a_worker_whose_parent_died_before_it_was_watched_ends_at_once() -> None:

@@ -307,16 +307,24 @@ def test_online_without_a_key_or_an_answer_training_does_not_wait_and_the_page_i
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent_port if server == 'silent' else 9}")
     monkeypatch.setenv("WANDB_API_KEY", "" if server == "no key" else "k" * 40)
     monkeypatch.setattr(wandb_page, "INIT_S", 1)
-    costs = []
-    for mode in ("disabled", "online"):
-        with open_log(tmp_path / mode, LogConfig(wandb=mode)) as log:
-            began, cpu = time.monotonic(), time.thread_time()
-            for step in range(1, 201):
-                log.write({"step": step, "loss": 1.5})
-            costs.append((time.monotonic() - began, time.thread_time() - cpu))
-    (before, before_cpu), (wall, cpu) = costs
-    assert wall < before + 0.1 and cpu < before_cpu + 0.01, costs
-    assert steps_of(page(tmp_path / "online")[0]) == list(range(1, 201))
+
+    def costs(folder: Path) -> tuple[float, float]:
+        """Return what the page adds in wall and CPU time of this thread."""
+        taken = []
+        for mode in ("disabled", "online"):
+            with open_log(folder / mode, LogConfig(wandb=mode)) as log:
+                began, cpu = time.monotonic(), time.thread_time()
+                for step in range(1, 201):
+                    log.write({"step": step, "loss": 1.5})
+                taken.append((time.monotonic() - began, time.thread_time() - cpu))
+        assert steps_of(page(folder / "online")[0]) == list(range(1, 201))
+        (before, before_cpu), (wall, cpu) = taken
+        return wall - before, cpu - before_cpu
+
+    found: list[tuple[float, float]] = []
+    while not any(wall < 0.1 and cpu < 0.01 for wall, cpu in found):  # a wait of ours would be there every time,
+        assert len(found) < 4, found  # those of a busy machine are not
+        found.append(costs(tmp_path / str(len(found))))
     assert "the page is kept offline" in caplog.text and f"offline, in {tmp_path}" in capsys.readouterr().out
 
 

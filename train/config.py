@@ -192,19 +192,25 @@ def options(schema: type, prefix: str = "", defaults: Any = None) -> Iterator[tu
 
     `defaults` is the composing config's default instance; None: the schema's own defaults.
     """
-    hints, comments = get_type_hints(schema), _field_comments(schema)
+    for owner, name, key, type_name, default in _leaf_fields(schema, prefix, defaults):
+        yield key, type_name, default, _field_comments(owner).get(name, "")
+
+
+def _leaf_fields(schema: type, prefix: str = "", defaults: Any = None) -> Iterator[tuple[type, str, str, str, str]]:
+    """Yield (dataclass, field, dotted key, type, default): options but for comments, which are read from sources."""
+    hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         hint, key = hints[field.name], prefix + field.name
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield from options(hint, f"{key}.", _value(field, defaults))
+            yield from _leaf_fields(hint, f"{key}.", _value(field, defaults))
             continue
         if get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
-            yield key, "name: settings", "{}", comments.get(field.name, "")
-            yield from options(get_args(hint)[1], f"{key}.NAME.")
+            yield schema, field.name, key, "name: settings", "{}"
+            yield from _leaf_fields(get_args(hint)[1], f"{key}.NAME.")
             continue
         value = _value(field, defaults)
         shown = "(required)" if value is dataclasses.MISSING or value == MISSING else str(value)
-        yield key, _type_name(hint), shown, comments.get(field.name, "")
+        yield schema, field.name, key, _type_name(hint), shown
 
 
 def _override(argument: str, schema: type) -> dict:
@@ -268,11 +274,11 @@ def _expected(schema: type, key: str) -> str | None:
 @cache
 def _types(schema: type) -> list[tuple[str, str]]:
     """Return (dotted key, type) of each option; cached, as every argument looks it up."""
-    return [(name, type_name) for name, type_name, *_ in options(schema)]
+    return [(key, type_name) for _, _, key, type_name, _ in _leaf_fields(schema)]
 
 
 def _unknown_key(schema: type, key: str) -> str:
-    known = [name for name, *_ in options(schema)]
+    known = [name for name, _ in _types(schema)]
     known += sorted({name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)})
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists the keys)"

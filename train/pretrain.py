@@ -33,7 +33,7 @@ from train.checkpoints.resume import ResumePoint, find_resume_point, load_resume
 from train.checkpoints.run_folder import RunFolder, RunTakenOver
 from train.checkpoints.saver import Saver
 from train.checkpoints.trained_records import TrainedRecords
-from train.config import load_config, run_program, to_yaml
+from train.config import load_config, run_program
 from train.console import Console, say
 from train.distributed.launcher import place, report_to_torchrun
 from train.distributed.parallelize import compute_dtype, initialize, parallelize
@@ -151,7 +151,7 @@ def start(config: PretrainConfig, data: DataSet, ranks: Ranks, folder: RunFolder
     # Files are written after the load, which may refuse. Rows that a killed attempt logged after its last checkpoint
     # are cut: their steps will be run and logged again. (`evaluated`: the checkpoint has its step's held-out losses.)
     ranks.on_first(lambda: folder.metrics.cut(state.progress.step, evaluated=bool(state.metrics)))
-    ranks.on_first(lambda: write_durably(folder.path / "config.yaml", to_yaml(config).encode()))
+    ranks.on_first(lambda: write_durably(folder.path / "config.yaml", state.config_yaml))
     ranks.on_first(lambda: write_durably(folder.path / data.tokenizer.file_name, data.tokenizer.content))
 
     log = MetricsLog(config.log, folder, ranks, asdict(config), state.progress.step, origin.back_to)

@@ -12,11 +12,11 @@ from tests.runs import rows, settings
 from tests.slurm.cluster import wait_for
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 160
+STEPS = 120
 
 
 def training(run_dir: Path, tokenizer: Tokenizer, sources: dict[str, Path]) -> list[str]:
-    """Return the options of a training that takes some ten seconds on two ranks, once started."""
+    """Return the options of a training that takes some seven seconds on two ranks, once started."""
     changes = {"optim__steps": STEPS, "checkpoint__interval_steps": 20, "log__interval_steps": 1}
     return settings(run_dir, tokenizer, sources, **changes)
 
