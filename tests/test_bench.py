@@ -209,7 +209,8 @@ def test_an_aim_that_is_missed_fails_its_check(changes: dict[str, Any], failed: 
 def test_sampling_draws_the_same_with_and_without_its_cache(
     run_here: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bench.sampling.VOCAB", 2002)  # most of the model's weights and of its time
+    monkeypatch.setattr("bench.sampling.VOCAB", 2002)
+    monkeypatch.setitem(SIZES, "0.16b", TransformerConfig(width=192, layers=1, heads=3))
     options = ("--size", "0.16b", "--layers", "1", "--rows", "2", "--prefix", "20", "--tokens", "4", "--steps", "1")
     record = json.loads(run_here("sampling", *options, "--batches", "1", "--repeats", "1", "--device", "cpu")[0])
     assert record["largest_difference"] <= 1e-4
