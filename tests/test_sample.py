@@ -1,6 +1,7 @@
 """The sampling program: pictures, captions and a sheet, or one clear message."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,19 @@ def test_two_ranks_share_the_samples_and_make_the_same(drawn: DrawingRun, given:
     for i in range(3):
         first, second = (np.asarray(Image.open(tmp_path / name / f"{i:04d}-0.png"), int) for name in ("one", "two"))
         assert first.shape == (16, 48, 3) and np.abs(first - second).max() <= 1  # P12, up to rounding
+
+
+def test_what_asks_for_nothing_is_refused_before_a_model_is_loaded() -> None:
+    """P10."""
+    for change, words in (
+        (["prompt= "], """prompt=' ': expected words, or "" for any picture; correct prompt"""),
+        (['prompts=["a", "  "]', "ask=x"], "prompt='  ': expected words"),
+        (['prompts=[""]', "edit=a.png"], "prompt='': expected words, what to make of the pictures; say it in prompt"),
+        (["prompt=<image>", "images=a.png", "edit=b.png"], "prompt=' ': expected words, what to make of"),
+        (["ask= ", "images=a.png"], "ask=' ': expected words, what to answer; say it in ask"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            sample.main(["checkpoint=/nowhere", *change])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from train.config import load_config, run_program
 from train.distributed.agreement import facts_of
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.shared_folder import require_shared
-from train.inference.pipeline import BAR_FORMAT, Part, Pipeline, PipelineConfig, Progress
+from train.inference.pipeline import BAR_FORMAT, Pipeline, PipelineConfig, Progress
+from train.inference.prompts import Part, require_captions, require_instruction, require_question
 from train.output_folder import make_writable
 
 # Not part of a sample's `settings`.
@@ -155,8 +156,13 @@ def _requests(config: SampleConfig) -> list[Request]:
         raise ValueError(f'edit={config.edit}: nothing says what to make of it; give prompt="..."')
     if not prompts and not config.images and config.ask is None:
         raise ValueError('nothing to do: give prompt="...", prompts_file=FILE, images=[FILE,...] or ask="..."')
+    if config.ask is not None:
+        require_question("ask", config.ask)
+    require_captions("prompt", [[prompt] for prompt in prompts])
     left, requests = list(config.images), []
     for prompt in prompts:
+        if config.edit:
+            require_instruction("prompt", prompt.replace(IMAGE, " "), len(config.edit), "edit")
         wanted = prompt.count(IMAGE)
         if wanted > len(left):
             raise ValueError(

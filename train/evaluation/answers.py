@@ -16,7 +16,8 @@ from data.storage import Location
 from train.evaluation.generation import batches_of
 from train.evaluation.part import Inputs, Part
 from train.evaluation.texts import OTHER_FORM, read_lines, text_of
-from train.inference.pipeline import Pipeline, Question
+from train.inference.pipeline import Pipeline
+from train.inference.prompts import Question, require_question
 
 QUESTION = "{question}"
 
@@ -42,6 +43,7 @@ def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
             row = json.loads(line)
             image = text_of(row.get("image") or "")
             system = {"system": text_of(row["system"])} if row.get("system") else {}
+            require_question("text", row["text"], system.get("system"))
             rows.append({"question_id": row["question_id"], "text": text_of(row["text"]), "image": image, **system})
         except OTHER_FORM as error:
             raise ValueError(
