@@ -306,7 +306,7 @@ def test_only_who_may_is_let_in(server: Server) -> None:
         assert found == status and told.keys() == KEYS and TOKEN not in str(told), (headers, told)
     for host in (f"localhost:{port}", f"[::1]:{port}", "127.0.0.1:9"):  # the last as through a tunnel
         assert server.ask("GET", "/api/info", Host=host, Origin=f"http://{host}")[0] == 200
-    for path in ("/", "/page.css", "/page.js"):
+    for path in ("/", "/page.css", "/entry.js", "/page.js"):
         with closing(server.send("GET", path, Authorization="")) as answer:
             assert answer.status == 200 and TOKEN not in answer.read().decode()
             assert "default-src 'none'" in answer.headers["Content-Security-Policy"]

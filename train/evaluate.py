@@ -7,7 +7,6 @@ Held-out folders with training records are refused. Under torchrun the ranks div
 score but for the order of float additions.
 """
 
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 from data.durable import write_durably
 from data.manifest import Manifest
 from data.storage import Location
+from data.strict_json import dumps
 from model.sampler_config import SamplerConfig
 from train.checkpoints.folder_lock import FolderLock
 from train.checkpoints.trained_records import TrainedRecords
@@ -126,8 +126,8 @@ def main(argv: list[str]) -> int | None:
     results["scores"] = {name: vars(score) for name, score in scores.items()}
     results["seconds"] = time.monotonic() - start
     if ranks.is_first:
-        write_durably(output / "examples.jsonl", "".join(json.dumps(line) + "\n" for line in examples).encode())
-        write_durably(output / "evaluation.json", json.dumps(results, indent=1).encode())
+        write_durably(output / "examples.jsonl", "".join(dumps(line) + "\n" for line in examples).encode())
+        write_durably(output / "evaluation.json", dumps(results, indent=1).encode())
         what = f"evaluate: step {results['step']}, {results['weights']}: {output / 'evaluation.json'}"
         print("\n".join([*lines_of(scores), what]))
         if config.table:

@@ -7,7 +7,6 @@ pictures (NNNN-0.png, ...) and text (NNNN.txt), and a contact sheet (sheet.png).
 samples.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from data.conversations import IMAGE
 from data.durable import atomic_write
 from data.pictures import contact_sheet, decode_picture, encode_png
 from data.storage import Location
+from data.strict_json import dumps
 from model.sampler_config import one_picture, text_alone
 from train.config import load_config, run_program
 from train.distributed.agreement import facts_of
@@ -229,13 +229,13 @@ def _finish(
     if not ranks.is_first:
         return
     with atomic_write(output / "results.jsonl") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        file.write("".join(dumps(line) + "\n" for line in lines).encode())
     for line in lines:
         texts = [part["text"] for part in line["output"] if "text" in part]
         if texts:
             asked = [text for text in (line["prompt"], line["ask"]) if text]
             what = ", ".join([*asked, *line["images"], *line["edit"]])
-            print(f"{line['index']:04d} {what}: {json.dumps(' ... '.join(texts), ensure_ascii=False)}")  # no escapes
+            print(f"{line['index']:04d} {what}: {dumps(' ... '.join(texts), ensure_ascii=False)}")  # no escapes
     where = ""
     if shown:
         _, pictures, titles = zip(*shown[:SHEET_PICTURES], strict=True)

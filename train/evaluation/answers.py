@@ -13,6 +13,7 @@ from typing import Any
 from data.durable import write_durably
 from data.pictures import decode_picture
 from data.storage import Location
+from data.strict_json import dumps
 from train.evaluation.generation import batches_of
 from train.evaluation.part import Inputs, Part
 from train.evaluation.texts import OTHER_FORM, read_lines, text_of
@@ -77,7 +78,7 @@ def write_answers(config: AnswersConfig, inputs: Inputs) -> Part:
         answer = {"question_id": row["question_id"], "prompt": row["text"], "text": found[number]}
         lines.append({**answer, "answer_id": f"{fingerprint}-{number}", "model_id": model_id, "metadata": {}})
     if ranks.is_first:
-        write_durably(inputs.output / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_durably(inputs.output / "answers.jsonl", "".join(dumps(line) + "\n" for line in lines).encode())
     return Part({}, [], {"questions": config.questions, "fingerprint": fingerprint, "items": len(rows)})
 
 
