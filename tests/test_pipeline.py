@@ -109,7 +109,7 @@ def test_what_asks_for_nothing_is_refused_and_what_is_too_long_is_named(pipeline
     text, patches = len(pipeline.tokenizer.encode("make it blue")), 64 // pipeline.model.config.patch_size**2
     assert room.taken([picture, "make it blue"], True) == 1 + patches + 2 + text + 1 + patches
     assert room.taken(["make it blue"], False) == 1 + text
-    prompts = {f"row {i}": ["make it blue"] * i for i in (1, 30, 40, 50, 60)}
+    prompts = [(f"row {i}", ["make it blue"] * i) for i in (1, 30, 40, 50, 60)]
     with pytest.raises(
         ValueError, match=rf"edits: 4 of 5 .* row 30 takes {1 + 30 * text}, .*max_length={1 + 60 * text + 6}"
     ):

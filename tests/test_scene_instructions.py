@@ -106,8 +106,10 @@ def _evaluated(ranks: Ranks, folder: Path, output: Path) -> list[list[Part]]:
     found = []
     for shift in (0, 1):
         inputs = Inputs(Knowing(folder, shift), SamplerConfig(), 0, output, ranks, bar_of(ranks), {})
-        edits = evaluate_edits(str(folder / "edits_heldout"), 100, inputs)
-        found.append([edits, evaluate_questions(str(folder / "questions_heldout"), 100, inputs)])
+        edits = evaluate_edits("edits", read_edits(str(folder / "edits_heldout"), 100), inputs)
+        found.append(
+            [edits, evaluate_questions("asked", read_questions(str(folder / "questions_heldout"), 100), inputs)]
+        )
     return found
 
 
@@ -143,8 +145,13 @@ def test_rows_of_another_form_and_missing_pictures_are_refused_by_name(drawn_sce
     with pytest.raises(FileNotFoundError, match="none"):
         evaluate.main(["checkpoint=runs/none", "questions=none"])
     (tmp_path / "a.jsonl").write_text((drawn_scenes / "edits" / "00000.jsonl").read_text())
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: missing picture .*0-before\.png"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: missing picture .*0-before\.png") as refused:
         read_edits(str(tmp_path), 1)
+    assert "max_bad_fraction" not in str(refused.value) and str(refused.value).startswith(f"edits={tmp_path}: ")
+    (tmp_path / "a.jsonl").write_text('{"story": "a"}')
+    with pytest.raises(ValueError, match=r"no 'text' in its JSON, which has \['story'\]") as refused:
+        read_questions(str(tmp_path), 1)
+    assert "text_key" not in str(refused.value)
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"a\.jsonl"):
         read_edits(str(tmp_path), 1)
@@ -163,5 +170,10 @@ def test_a_model_is_scored_through_the_program(drawn_scenes: Path, drawn: Drawin
     assert len((tmp_path / "out" / "examples.jsonl").read_text().splitlines()) == 12
     report.main([f"run={drawn.run_dir}", f"evaluation={tmp_path / 'out'}", f"output={tmp_path / 'page.html'}"])
     page = (tmp_path / "page.html").read_text()
+    for name, words in (("edits", "edits: 6 of 6 are too long"), ("questions", "questions: 6 of 6 are too long")):
+        argv = [f"checkpoint={drawn.run_dir}", f"output={tmp_path / 'none'}", "device=cpu", "max_length=5"]
+        with pytest.raises(ValueError, match=rf"{words}.*jsonl:\d+ takes \d+, .*which is max_length; .*max_length=\d+"):
+            evaluate.main([*argv, f"{name}={drawn_scenes / name}_heldout", "max_prompts=1"])
+        assert not (tmp_path / "none").exists()
     assert page.count('alt="before"') == len(KINDS) and "edits: colour: 0 of 1 right" in page
     assert "questions: yes_no: 0 of 1 right" in page

@@ -14,11 +14,12 @@ from data.durable import write_durably
 from data.pictures import decode_picture
 from data.storage import Location
 from data.strict_json import dumps
+from model.sampler_config import SamplerConfig
 from train.evaluation.generation import batches_of
 from train.evaluation.part import Inputs, Part
 from train.evaluation.texts import OTHER_FORM, read_lines, text_of
 from train.inference.pipeline import Pipeline
-from train.inference.prompts import Question, require_question
+from train.inference.prompts import SOME_PICTURE, Question, require_question
 
 QUESTION = "{question}"
 
@@ -58,6 +59,15 @@ def read_questions(config: AnswersConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def require_room(rows: list[dict[str, Any]], config: AnswersConfig, pipeline: Pipeline, sampler: SamplerConfig) -> None:
+    """Raise ValueError for questions that do not fit into a sequence."""
+    asked = (
+        (f"question {row['question_id']}", pipeline.ask([SOME_PICTURE] * bool(row["image"]), *_words(config, row)))
+        for row in rows
+    )
+    pipeline.room(sampler).require("answers.questions", asked, draw=False)
+
+
 def write_answers(config: AnswersConfig, inputs: Inputs) -> Part:
     """Answer each question after its picture, if it has one, and write answers.jsonl; give no scores. Collective."""
     pipeline, ranks = inputs.pipeline, inputs.ranks
@@ -87,4 +97,9 @@ def _question(pipeline: Pipeline, config: AnswersConfig, row: dict[str, Any]) ->
     if row["image"]:
         path, side = Path(config.pictures) / row["image"], pipeline.latent_spec.resolution
         pictures = [decode_picture(path.read_bytes(), [(side, side)], str(path))]
-    return pictures, config.template.replace(QUESTION, row["text"]), row.get("system")
+    return (pictures, *_words(config, row))
+
+
+def _words(config: AnswersConfig, row: dict[str, Any]) -> tuple[str, str | None]:
+    """Return the question and what the system says first."""
+    return config.template.replace(QUESTION, row["text"]), row.get("system")

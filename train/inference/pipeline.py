@@ -212,7 +212,7 @@ class Pipeline:
             self.require_pictures()
         require_captions("prompt", prompts)
         if config.max_length is not None:
-            self.room(config).require("prompts", {f"number {i}": prompt for i, prompt in enumerate(prompts)}, draw)
+            self.room(config).require("prompts", ((f"number {i}", prompt) for i, prompt in enumerate(prompts)), draw)
         self._warn_of_unknown({part for prompt in prompts for part in prompt if isinstance(part, str)})
         numbers = numbers or range(len(prompts))
         given = [[part for part in prompt if is_picture(part)] for prompt in prompts]

@@ -4,7 +4,7 @@
 it can. Refusals read "found: expected something; remedy".
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -16,6 +16,9 @@ from model.sampler_config import SamplerConfig
 Part = str | np.ndarray  # text, or a picture uint8 [H, W, 3]; in prompts also token ids int64 [len]
 # The pictures before a question, the question, and what the system says first, if anything.
 Question = tuple[Sequence[np.ndarray], str] | tuple[Sequence[np.ndarray], str, str | None]
+
+
+SOME_PICTURE = np.zeros((1, 1, 3), np.uint8)  # stands for any where only the length of a prompt matters
 
 
 def is_picture(part: Part) -> TypeGuard[np.ndarray]:
@@ -70,23 +73,25 @@ class Room:
 
     @property
     def most(self) -> tuple[int, str]:
-        """Return how many tokens a prompt and the picture after it may have, and who says so."""
+        """Return how many tokens may be taken, and who says so."""
         if self.config.max_length is not None:
             return self.config.max_length, "which is max_length"
         return self.sequence_length, "as in training"
 
     def taken(self, prompt: Sequence[Part], draw: bool) -> int:
-        """Return the tokens of a prompt with BOS, and BOI and EOI around its pictures; with `draw`, and of a picture
-        after it.
+        """Return the tokens of a prompt with BOS, and BOI and EOI around its pictures.
+
+        Where max_length is given, also those of a picture to `draw` after it, for which a row then has no other room.
         """
         ids = [self.tokenizer.encode(part) if isinstance(part, str) else part for part in prompt]
-        return 1 + sum(self.given + 2 if is_picture(part) else len(part) for part in ids) + draw * (self.new + 1)
+        after = self.new + 1 if draw and self.config.max_length is not None else 0
+        return 1 + sum(self.given + 2 if is_picture(part) else len(part) for part in ids) + after
 
-    def require(self, name: str, prompts: Mapping[str, Sequence[Part]], draw: bool) -> None:
-        """Raise ValueError for prompts, by their places, that are too long; `name` is the option that gave them."""
-        taken, (most, whose) = {where: self.taken(prompt, draw) for where, prompt in prompts.items()}, self.most
-        if long := [f"{where} takes {tokens:,}" for where, tokens in taken.items() if tokens > most]:
-            needed = max(taken.values()) + (0 if draw else self.config.max_new_tokens)
+    def require(self, name: str, prompts: Iterable[tuple[str, Sequence[Part]]], draw: bool) -> None:
+        """Raise ValueError for prompts, each with its place, that are too long; `name` is the option that gave them."""
+        taken, (most, whose) = [(where, self.taken(prompt, draw)) for where, prompt in prompts], self.most
+        if long := [f"{where} takes {tokens:,}" for where, tokens in taken if tokens > most]:
+            needed = max(tokens for _, tokens in taken) + (self.new + 1 if draw else self.config.max_new_tokens)
             raise ValueError(
                 f"{name}: {len(long)} of {len(taken)} are too long, as {', '.join(long[:3])}: expected at most "
                 f"{most:,} tokens, {whose}; shorten them, leave them out, or give max_length={needed}"

@@ -155,8 +155,7 @@ class Orders:
     def _require_room(self, parts: Sequence[Part], sampler: SamplerConfig, draw: bool) -> None:
         """Refuse a prompt that is longer than any sequence of the training."""
         room = self.pipeline.room(sampler)
-        # The picture after it counts where its rows have room for no more; a model may draw beyond its training.
-        tokens, (most, whose) = room.taken(parts, draw and sampler.max_length is not None), room.most
+        tokens, (most, whose) = room.taken(parts, draw), room.most
         if tokens > most:
             raise Refusal(f"a prompt of {tokens:,} tokens", f"at most {most:,}, {whose}", "shorten it")
 
