@@ -1,7 +1,7 @@
 """Edits and questions as train.scenes writes them: encoding reads them with their roles, and evaluation scores them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,10 @@ from data.shards import BadRecords
 from model.sampler_config import SamplerConfig
 from tests.ranks import run_ranks
 from tests.runs import DrawingRun, expect
+from tests.test_pipeline import load
 from train import evaluate, report, scenes
 from train.distributed.ranks import Ranks, alone
+from train.evaluation.answers import AnswersConfig
 from train.evaluation.edits import evaluate_edits, read_edits
 from train.evaluation.part import Inputs, Part, bar_of
 from train.evaluation.scene_questions import evaluate_questions, read_questions
@@ -157,6 +159,23 @@ def test_rows_of_another_form_and_missing_pictures_are_refused_by_name(drawn_sce
         read_edits(str(tmp_path), 1)
 
 
+def test_what_does_not_fit_into_a_sequence_is_named_with_the_option_that_admits_it(
+    drawn_scenes: Path, drawn: DrawingRun
+) -> None:
+    """P10: train.evaluate asks before it scores anything."""
+    short, pipeline = SamplerConfig(max_length=5), load(drawn.run_dir)
+    asked = evaluate.Asked(
+        read_edits(str(drawn_scenes / "edits_heldout"), 1),
+        read_questions(str(drawn_scenes / "questions_heldout"), 1),
+        [{"question_id": 7, "image": "a.png", "text": "what?"}],
+    )
+    for name, one in (("edits", "edits"), ("questions", "questions"), ("answers", "answers.questions")):
+        alone_asked = replace(evaluate.Asked([], [], []), **{name: getattr(asked, name)})
+        with pytest.raises(ValueError, match=rf"{one}: . of . are too long, .* takes \d+.*at most 5.*max_length=\d+"):
+            alone_asked.require_room(AnswersConfig(), short, pipeline)
+        alone_asked.require_room(AnswersConfig(), SamplerConfig(max_length=200), pipeline)
+
+
 def test_a_model_is_scored_through_the_program(drawn_scenes: Path, drawn: DrawingRun, tmp_path: Path) -> None:
     """Untrained, it is wrong; every score has its interval, the report shows each edit beside its picture before."""
     folders = [f"edits={drawn_scenes / 'edits_heldout'}", f"questions={drawn_scenes / 'questions_heldout'}"]
@@ -170,10 +189,5 @@ def test_a_model_is_scored_through_the_program(drawn_scenes: Path, drawn: Drawin
     assert len((tmp_path / "out" / "examples.jsonl").read_text().splitlines()) == 12
     report.main([f"run={drawn.run_dir}", f"evaluation={tmp_path / 'out'}", f"output={tmp_path / 'page.html'}"])
     page = (tmp_path / "page.html").read_text()
-    for name, words in (("edits", "edits: 6 of 6 are too long"), ("questions", "questions: 6 of 6 are too long")):
-        argv = [f"checkpoint={drawn.run_dir}", f"output={tmp_path / 'none'}", "device=cpu", "max_length=5"]
-        with pytest.raises(ValueError, match=rf"{words}.*jsonl:\d+ takes \d+, .*which is max_length; .*max_length=\d+"):
-            evaluate.main([*argv, f"{name}={drawn_scenes / name}_heldout", "max_prompts=1"])
-        assert not (tmp_path / "none").exists()
     assert page.count('alt="before"') == len(KINDS) and "edits: colour: 0 of 1 right" in page
     assert "questions: yes_no: 0 of 1 right" in page

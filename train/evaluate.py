@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int | None:
     ranks = init_ranks(timeout_s=1800, checkpoint_timeout_s=SLOWEST_S, device=config.device, facts=facts)
     start = time.monotonic()
     pipeline = Pipeline.load(config, ranks)
-    asked.require_room(config, pipeline)
+    asked.require_room(config.answers, config, pipeline)
     output = Path(config.output)
     locks: list[FolderLock] = []  # rank 0's, to be held to the end
     ranks.on_first(lambda: locks.append(FolderLock(make_writable(output), LOCK)))
@@ -159,11 +159,11 @@ class Asked:
     questions: list[QuestionItem]
     answers: list[dict[str, Any]]
 
-    def require_room(self, config: EvaluateConfig, pipeline: Pipeline) -> None:
+    def require_room(self, config: AnswersConfig, sampler: SamplerConfig, pipeline: Pipeline) -> None:
         """Raise ValueError for what does not fit into the model's sequence (P10)."""
-        edits.require_room(self.edits, pipeline.room(config))
-        scene_questions.require_room(self.questions, pipeline, config)
-        answers.require_room(self.answers, config.answers, pipeline, config)
+        edits.require_room(self.edits, pipeline.room(sampler))
+        scene_questions.require_room(self.questions, pipeline, sampler)
+        answers.require_room(self.answers, config, pipeline, sampler)
 
 
 def _read_asked(config: EvaluateConfig) -> Asked:
