@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from data.strict_json import loads
 from train.streams import open_streams
 
 HERE = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ def run_variant(name: str, switches: tuple[str, ...], options: argparse.Namespac
         print(f"$ torchrun --nproc-per-node {options.ranks} -m {shlex.join(command)}", file=sys.stderr, flush=True)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(HERE)}
         subprocess.run([*launcher, "-m", *command], check=True, stdout=sys.stderr, env=environment)
-    scores = json.loads((folder / "scores" / "evaluation.json").read_text(encoding="utf-8"))
+    scores = loads((folder / "scores" / "evaluation.json").read_text(encoding="utf-8"))
     return {key: scores[key] for key in ("scores", "heldout")}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from bench.ranks import Main, ProgramRanks
+from data.strict_json import loads
 from train.checkpoints import checkpoint
 from train.checkpoints.storage import read_index
 from train.distributed.ranks import alone
@@ -96,7 +97,7 @@ class Job:
             with self.metrics.open("rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
                 lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
-            return json.loads(lines[-1])["step"] if lines else 0
+            return loads(lines[-1])["step"] if lines else 0
         except (FileNotFoundError, ValueError):  # not there yet; or one row of more than 8 KiB
             return 0
 
@@ -134,7 +135,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl; one that is still being written does not count."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:

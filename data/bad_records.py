@@ -9,12 +9,19 @@ MAX_SHOWN = 500  # characters of an error's place and detail: names in hostile s
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used; `reason` is a short stable name to count by."""
+    """A record that cannot be used; `reason` is a short stable name to count by.
 
-    def __init__(self, reason: str, where: str, detail: str = ""):
-        message = f"{where[:MAX_SHOWN]}: {reason}" + (f" ({detail[:MAX_SHOWN]})" if detail else "")
-        super().__init__(printable(message))
+    `plain` is the error in a program without the option that `detail` advises; what it then says is `otherwise`.
+    """
+
+    def __init__(self, reason: str, where: str, detail: str = "", otherwise: str | None = None):
         self.reason, self.where = reason, where
+        self.plain = self._message(detail if otherwise is None else otherwise)
+        super().__init__(self._message(detail))
+
+    def _message(self, detail: str) -> str:
+        shown = f" ({detail[:MAX_SHOWN]})" if detail else ""
+        return printable(f"{self.where[:MAX_SHOWN]}: {self.reason}{shown}")
 
 
 @dataclass
@@ -33,11 +40,12 @@ class BadRecords:
     files: list[tuple[int, float]] = field(default_factory=list)  # (bytes, share lost) of each that was read
     noted: Counter = field(default_factory=Counter)  # findings that cost no record, by kind
     examples: dict[str, str] = field(default_factory=dict)  # of each kind noted
+    options: bool = True  # whether the program has options of these names, and those that choose keys
 
     def add(self, error: BadRecord) -> None:
         self.reasons[error.reason] += 1
         if len(self.names) < NAMES_KEPT:
-            self.names.append(str(error))
+            self.names.append(str(error) if self.options else error.plain)
 
     def note(self, what: str, where: str) -> None:
         """Count a finding that costs no record."""
@@ -60,10 +68,11 @@ class BadRecords:
         When `final`: however few, lost bytes included, or when more than `max_failed_files` files failed.
         """
         if final and len(self.failed) > self.max_failed_files:
+            most = f", more than max_failed_files={self.max_failed_files}" if self.options else ", expected all"
             raise ValueError(
-                f"nothing could be read from {len(self.failed)} of {len(self.failed) + len(self.files)} input files, "
-                f"more than max_failed_files={self.max_failed_files}: {'; '.join(self.failed[:NAMES_KEPT])}. Restore "
-                "them, leave them out of the inputs, or allow more"
+                f"nothing could be read from {len(self.failed)} of {len(self.failed) + len(self.files)} input files"
+                f"{most}: {'; '.join(self.failed[:NAMES_KEPT])}. Restore them"
+                + (", leave them out of the inputs, or allow more" if self.options else ", or move them elsewhere")
             )
         bad, lost = self.reasons.total(), self.lost_share() if final else 0.0
         share = lost + (1 - lost) * bad / max(self.seen, 1)
@@ -73,8 +82,10 @@ class BadRecords:
                 f"{bad} of {self.seen} records are bad"
                 + (f"; with the bytes lost {100 * share:.3g} % of the data" if lost else "")
                 + (f", in which {cut} files that end too early count as lost whole" if lost and cut else "")
-                + f", more than max_bad_fraction={self.max_fraction}: {self.summary()}"
+                + (f", more than max_bad_fraction={self.max_fraction}" if self.options else ", expected none")
+                + f": {self.summary()}"
                 + (f". First: {'; '.join(self.names[:3])}" if self.names else "")
+                + ("" if self.options else ". Restore or remove them")
             )
 
     def lost_share(self) -> float:

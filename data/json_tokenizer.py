@@ -20,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.strict_json import dumps
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
@@ -61,7 +63,7 @@ class JsonVocabulary:
     @property
     def model(self) -> bytes:
         """Return the tokenizer.json."""
-        return json.dumps(self._content, ensure_ascii=False).encode()
+        return dumps(self._content, ensure_ascii=False).encode()
 
     def encode(self, text: str) -> list[int]:
         return self._encoding(text).ids
@@ -119,7 +121,7 @@ def _library(content: dict[str, Any], name: str | Path) -> "Library":
     from tokenizers import Tokenizer as Library  # a tenth of a second: only where one is read
 
     try:
-        library = Library.from_str(json.dumps(content))
+        library = Library.from_str(dumps(content))
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"tokenizer {name} is not a tokenizer.json: {error}; fetch it again") from None
     library.encode_special_tokens = True  # text that spells <|im_start|> stays text

@@ -25,6 +25,7 @@ from data.shard_cache import CacheConfig
 from data.shard_index import ShardIndex, index_name, index_path
 from data.shards import BadRecord
 from data.storage import Store
+from data.strict_json import dumps
 
 FORMAT_VERSION = 2
 MAX_NAME_BYTES = 200  # of a shard, which leaves room for the names of its index, sidecar and temporary files
@@ -197,7 +198,7 @@ class Manifest:
             contents["captions"] = list(self.captions)
         for entry in contents["shards"]:
             entry.pop("caption_tokens", None)
-        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def kind_and_channels(self) -> tuple[ImageKind, int]:
@@ -260,7 +261,7 @@ class Manifest:
 
     def save(self) -> None:
         with atomic_write(Path(self.store.root) / FILE_NAME) as file:
-            file.write(json.dumps(self._contents(), indent=1).encode())
+            file.write(dumps(self._contents(), indent=1).encode())
 
     def _contents(self) -> dict:
         return {

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
 from data.shards import BadRecord
+from data.strict_json import dumps
 
 MAX_PIXELS = 64 * 1024 * 1024  # more is taken for a decompression bomb
 MAX_SCANS = 100  # of a JPEG: each is a pass over all pixels, however few its bytes; 1 to 12 are usual
@@ -162,7 +163,7 @@ def write_sheet(file: BinaryIO, pictures: Sequence[np.ndarray], titles: Sequence
     """Write a contact sheet as a PNG that also says where each picture is and what its title is."""
     sheet, boxes = _contact_sheet(pictures, titles)
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(CELLS, json.dumps([[*box, title] for box, title in zip(boxes, titles, strict=True)]))
+    info.add_itxt(CELLS, dumps([[*box, title] for box, title in zip(boxes, titles, strict=True)]))
     sheet.save(file, "PNG", pnginfo=info)
 
 

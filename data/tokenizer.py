@@ -8,7 +8,6 @@ appends them to a vocabulary without them (Llama's).
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import sentencepiece
 
 from data.durable import atomic_write
 from data.json_tokenizer import TOKENIZER, JsonVocabulary, self_contained
+from data.strict_json import dumps
 
 BOI_PIECE, EOI_PIECE = "<boi>", "<eoi>"
 PLAIN_FORM = "plain"  # stands for the hash of a chat template where there is none (data/chat.py)
@@ -102,11 +102,11 @@ class Tokenizer:
             **{f"{name}_token": self.piece(token_id) for name, token_id in ids.items()},
         }
         model = self._vocabulary.model
-        return {self.file_name: model, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
+        return {self.file_name: model, "tokenizer_config.json": dumps(settings, indent=1).encode()}
 
 
 def _json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    return dumps(content, sort_keys=True, ensure_ascii=False).encode()
 
 
 def find_copy(folder: Path) -> Path | None:

@@ -34,7 +34,8 @@ def value_in(info: dict[str, Any], key: str, kind: str, where: str) -> Any:
     if key not in info:
         option = "caption_keys={KEY: 1}" if kind == "caption" else f"{kind}_key=KEY"
         found = f"{option} chooses one of {sorted(info)[:20]}" if info else "the object is empty"
-        raise BadRecord(f"no {kind}", where, f"no {key!r} in its JSON: {found}")
+        otherwise = f"no {key!r} in its JSON, which has {sorted(info)[:20]}"
+        raise BadRecord(f"no {kind}", where, f"no {key!r} in its JSON: {found}", otherwise)
     return info[key]
 
 

@@ -103,7 +103,7 @@ class CachedModel:
         for rows in self.chunks(list(images), count):
             cache, slots = self._part(rows)
             latents = torch.stack([images[row] for row in rows]).to(self.device)
-            self._run_image(self._image_tokens([(cache, slots)], grid), latents, 0)
+            self._run_trunk(self._image_tokens([(cache, slots)], grid), latents, 0)  # nobody reads a prediction
             cache.advance(slots, [count] * len(slots))
         for other in filter(None, (self._guide, self._without_texts)):
             other.append_images(images)
@@ -179,8 +179,16 @@ class CachedModel:
 
     def _run_image(self, tokens: NextTokens, latents: Tensor, t: float) -> Tensor:
         """Return the prediction f32 [R, C, h, w] for images [R, C, h, w] in the next places of their rows."""
-        (rows, _, h, w), (forward_rows, count) = latents.shape, tokens.position_ids.shape
-        timesteps = torch.full((1,), t, device=self.device)  # of all: one row in any forward, so always the same bits
+        (rows, _, h, w), timesteps = latents.shape, self._timesteps(t)
+        states = self._run_trunk(tokens, latents, t)
+        return torch.cat([self.model.predict_noise(*state, timesteps, h, w) for state in states])[:rows].float()
+
+    def _run_trunk(self, tokens: NextTokens, latents: Tensor, t: float) -> list[tuple[Tensor, list[Tensor]]]:
+        """Write images [R, C, h, w] to the next places of their rows; return what a prediction is made of, in portions
+        of the padded images.
+        """
+        (rows, _, _, w), (forward_rows, count) = latents.shape, tokens.position_ids.shape
+        timesteps = self._timesteps(t)
         padded = torch.cat((latents, latents.new_zeros(forward_rows - rows, *latents.shape[1:])))
         # On a CPU a convolution gives an image the same bits among 2...15 others; its rows are even (`_padding`).
         together = 8 if self.device.type == "cpu" and self._convolves else forward_rows
@@ -189,8 +197,11 @@ class CachedModel:
         index, columns = torch.arange(count, device=self.device), w // self.model.config.patch_size
         grid = torch.stack((index // columns, index % columns), dim=-1).expand(forward_rows, -1, -1)
         hidden = self.model.trunk(torch.cat(embedded), tokens.position_ids, grid, None, tokens, "image")
-        states = zip(hidden.split(together), skips, strict=True)
-        return torch.cat([self.model.predict_noise(*state, timesteps, h, w) for state in states])[:rows].float()
+        return list(zip(hidden.split(together), skips, strict=True))
+
+    def _timesteps(self, t: float) -> Tensor:
+        """Return that of all images: one row in any forward, so always the same bits."""
+        return torch.full((1,), t, device=self.device)
 
     def _padding(self, rows: int, count: int, branches: int = 1, multiple: int = 8) -> int:
         """Return how many rows to add to `branches * rows` of `count` tokens, so that their number changes no bits.

@@ -139,6 +139,14 @@ def test_only_the_rows_that_are_asked_for_run_and_each_attends_to_its_own_length
             predict(torch.zeros(len(rows), CHANNELS, *grid), 10, True)
             predict(torch.zeros(len(rows), CHANNELS, *grid), 10, False)
             assert shapes == [(2 * len(rows), 4), (len(rows) + len(rows) % 2, 4)]
+    ran: list[str] = []
+    for name, module in model.patches.named_modules():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: ran.append(name))
+    cached.append_images({0: torch.zeros(CHANNELS, *grid)})
+    of_given = ran.copy()
+    ran.clear()
+    model.embed_images(torch.zeros(1, CHANNELS, *grid), torch.zeros(1))
+    assert ran and of_given == ran, "nothing of what predicts"
 
 
 def test_rows_keep_their_contents_wherever_they_are_moved() -> None:

@@ -90,6 +90,32 @@ def test_what_a_prompt_holds_that_the_tokenizer_does_not_know_is_said_once(
     ]
 
 
+def test_what_asks_for_nothing_is_refused_and_what_is_too_long_is_named(pipeline: Pipeline) -> None:
+    """P10."""
+    picture = np.zeros((32, 32, 3), np.uint8)
+    for run, words in (
+        (lambda: pipeline.draw(["a", " "], SAMPLER, 0), "prompt=' ': expected words"),
+        (lambda: pipeline.edit([([picture], "")], SAMPLER, 0), "instruction='': expected words"),
+        (lambda: pipeline.edit([([], "make it blue")], SAMPLER, 0), "pictures=[]: expected one or more"),
+        (lambda: pipeline.answer([([picture], "\n")], SAMPLER, 0), "question='\\n': expected words"),
+        (lambda: pipeline.answer([([], "what?", " ")], SAMPLER, 0), "system=' ': expected words"),
+        (lambda: pipeline.draw(["", "a" * 30], replace(SAMPLER, max_length=18), 0), "number 1 takes"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            run()
+    assert len(pipeline.draw([""], replace(SAMPLER, steps=1), 0)) == 1, "any picture"
+    # BOS, BOI, patches, EOI, text, BOI, patches: what sampling allocates for the longest row, but for text and EOI.
+    room = pipeline.room(replace(SAMPLER, max_length=40))
+    text, patches = len(pipeline.tokenizer.encode("make it blue")), 64 // pipeline.model.config.patch_size**2
+    assert room.taken([picture, "make it blue"], True) == 1 + patches + 2 + text + 1 + patches
+    assert room.taken(["make it blue"], False) == 1 + text
+    prompts = [(f"row {i}", ["make it blue"] * i) for i in (1, 30, 40, 50, 60)]
+    with pytest.raises(
+        ValueError, match=rf"edits: 4 of 5 .* row 30 takes {1 + 30 * text}, .*max_length={1 + 60 * text + 6}"
+    ):
+        room.require("edits", prompts, False)
+
+
 def test_captions_depend_on_the_picture_and_on_its_number(pipeline: Pipeline) -> None:
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]

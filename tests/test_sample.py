@@ -1,6 +1,7 @@
 """The sampling program: pictures, captions and a sheet, or one clear message."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,19 @@ def test_a_request_that_asks_for_nothing_or_too_much_is_refused_before_a_model_i
     for words, argv in refused.items():
         with pytest.raises(ValueError, match=words):
             sample.main(["checkpoint=/nowhere", *argv])
+
+
+def test_what_asks_for_nothing_is_refused_before_a_model_is_loaded() -> None:
+    """P10."""
+    for change, words in (
+        (["prompt= "], """prompt=' ': expected words, or "" for any picture; correct prompt"""),
+        (['prompts=["a", "  "]', "ask=x"], "prompt='  ': expected words"),
+        (['prompts=[""]', "edit=a.png"], "prompt='': expected words, what to make of the pictures; say it in prompt"),
+        (["prompt=<image>", "images=a.png", "edit=b.png"], "prompt=' ': expected words, what to make of"),
+        (["ask= ", "images=a.png"], "ask=' ': expected words, what to answer; say it in ask"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            sample.main(["checkpoint=/nowhere", *change])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Edits and questions as train.scenes writes them: encoding reads them with their roles, and evaluation scores them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,10 @@ from data.shards import BadRecords
 from model.sampler_config import SamplerConfig
 from tests.ranks import run_ranks
 from tests.runs import DrawingRun, expect
+from tests.test_pipeline import load
 from train import evaluate, report, scenes
 from train.distributed.ranks import Ranks, alone
+from train.evaluation.answers import AnswersConfig
 from train.evaluation.edits import evaluate_edits, read_edits
 from train.evaluation.part import Inputs, Part, bar_of
 from train.evaluation.scene_questions import evaluate_questions, read_scene_questions
@@ -106,11 +108,13 @@ def _evaluated(ranks: Ranks, folder: Path, output: Path) -> list[list[Part]]:
     found = []
     for shift in (0, 1):
         inputs = Inputs(Knowing(folder, shift), SamplerConfig(), 0, output, ranks, bar_of(ranks), {})
-        edits = evaluate_edits(str(folder / "edits_heldout"), 100, inputs)
-        found.append([edits, evaluate_questions(str(folder / "questions_heldout"), 100, inputs)])
+        edits = evaluate_edits("edits", read_edits(str(folder / "edits_heldout"), 100), inputs)
+        asked = read_scene_questions(str(folder / "questions_heldout"), 100)
+        found.append([edits, evaluate_questions("asked", asked, inputs)])
     if ranks.world_size > 1:
+        others = read_edits(str(folder / ("edits" if ranks.rank else "edits_heldout")), 100)
         with pytest.raises(ValueError, match=r"edits \(contents\)"):
-            evaluate_edits(str(folder / ("edits" if ranks.rank else "edits_heldout")), 100, inputs)
+            evaluate_edits("edits", others, inputs)
     return found
 
 
@@ -146,11 +150,33 @@ def test_rows_of_another_form_and_missing_pictures_are_refused_by_name(drawn_sce
     with pytest.raises(FileNotFoundError, match="none"):
         evaluate.main(["checkpoint=runs/none", "questions=none"])
     (tmp_path / "a.jsonl").write_text((drawn_scenes / "edits" / "00000.jsonl").read_text())
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: missing picture .*0-before\.png"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: missing picture .*0-before\.png") as refused:
         read_edits(str(tmp_path), 1)
+    assert "max_bad_fraction" not in str(refused.value) and str(refused.value).startswith(f"edits={tmp_path}: ")
+    (tmp_path / "a.jsonl").write_text('{"story": "a"}')
+    with pytest.raises(ValueError, match=r"no 'text' in its JSON, which has \['story'\]") as refused:
+        read_scene_questions(str(tmp_path), 1)
+    assert "text_key" not in str(refused.value)
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"a\.jsonl"):
         read_edits(str(tmp_path), 1)
+
+
+def test_what_does_not_fit_into_a_sequence_is_named_with_the_option_that_admits_it(
+    drawn_scenes: Path, drawn: DrawingRun
+) -> None:
+    """P10: train.evaluate asks before it scores anything."""
+    short, pipeline = SamplerConfig(max_length=5), load(drawn.run_dir)
+    asked = evaluate.Asked(
+        read_edits(str(drawn_scenes / "edits_heldout"), 1),
+        read_scene_questions(str(drawn_scenes / "questions_heldout"), 1),
+        [{"question_id": 7, "image": "a.png", "text": "what?"}],
+    )
+    for name, one in (("edits", "edits"), ("questions", "questions"), ("answers", "answers.questions")):
+        alone_asked = replace(evaluate.Asked([], [], []), **{name: getattr(asked, name)})
+        with pytest.raises(ValueError, match=rf"{one}: . of . are too long, .* takes \d+.*at most 5.*max_length=\d+"):
+            alone_asked.require_room(AnswersConfig(), short, pipeline)
+        alone_asked.require_room(AnswersConfig(), SamplerConfig(max_length=200), pipeline)
 
 
 def test_a_model_is_scored_through_the_program(drawn_scenes: Path, drawn: DrawingRun, tmp_path: Path) -> None:

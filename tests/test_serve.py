@@ -222,6 +222,7 @@ def test_pictures_before_a_prompt_are_edited_with_scales_of_their_own(server: Se
         Orders(replace(pipeline, guide=guide), SAMPLER).draw(asked)
 
 
+SENT = base64.b64encode(GIVEN).decode()
 KEYS = {"error", "expectation", "remedy"}
 NO_PICTURE = encode_png(np.zeros((9000, 9000, 3), np.uint8))  # a decompression bomb of 240 kB
 BAD = [
@@ -246,6 +247,8 @@ BAD = [
     ("draw", {"prompt": "a", "previews": "yes"}, 400, "previews='yes'"),
     ("draw", {"prompt": "a", "pictures": "b"}, 400, "pictures='b'"),
     ("draw", {"prompt": "a", "pictures": ["@"]}, 400, "pictures[0]:"),
+    ("draw", {"prompt": " "}, 400, "prompt=' '"),
+    ("draw", {"prompt": "", "pictures": [SENT]}, 400, "prompt=''"),
     ("draw", {"prompt": "a", "image_guidance": -1}, 400, "image_guidance=-1"),
     ("draw", b"{", 400, "not JSON"),
     ("draw", b"[" * 100_000, 400, "not JSON"),
@@ -255,7 +258,12 @@ BAD = [
     ("describe", {"picture": "@"}, 400, "picture:"),
     ("describe", {"picture": base64.b64encode(GIVEN[:200]).decode()}, 400, "undecodable picture"),
     ("describe", {"picture": base64.b64encode(NO_PICTURE).decode()}, 400, "oversized picture"),
+    ("describe", {"picture": SENT, "question": " "}, 400, "question=' '"),
+    ("describe", {"pictures": [SENT]}, 400, "pictures"),
+    ("describe", {"picture": SENT, "pictures": [SENT], "question": "a"}, 400, "pictures"),
+    ("describe", {"pictures": [SENT] * 20, "question": "a"}, 400, "tokens"),
     ("complete", {"parts": []}, 400, "0 parts"),
+    ("complete", {"parts": [{"text": " "}, {"text": "\n"}]}, 400, "prompt=' \\n'"),
     ("complete", {"parts": [{"text": "a", "picture": "b"}]}, 400, "parts[0]"),
 ]
 
@@ -298,7 +306,7 @@ def test_only_who_may_is_let_in(server: Server) -> None:
         assert found == status and told.keys() == KEYS and TOKEN not in str(told), (headers, told)
     for host in (f"localhost:{port}", f"[::1]:{port}", "127.0.0.1:9"):  # the last as through a tunnel
         assert server.ask("GET", "/api/info", Host=host, Origin=f"http://{host}")[0] == 200
-    for path in ("/", "/page.css", "/page.js"):
+    for path in ("/", "/page.css", "/entry.js", "/page.js"):
         with closing(server.send("GET", path, Authorization="")) as answer:
             assert answer.status == 200 and TOKEN not in answer.read().decode()
             assert "default-src 'none'" in answer.headers["Content-Security-Policy"]

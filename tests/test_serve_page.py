@@ -87,11 +87,42 @@ def test_a_person_draws_cancels_repeats_and_has_a_picture_described(
         assert text.inner_text()
         page.evaluate(DROP, "dropped.png")
         page.locator("article.ended h2", has_text="dropped.png").wait_for()
+        _changes_and_asks(page, given, tmp_path)
         assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
         assert words == []
         page.get_by_label("Steps").fill("0")
         page.get_by_role("button", name="Draw").click()
         page.locator("article.failed .status", has_text="steps=0: expected at least 1").wait_for()
+        page.set_input_files("#add", str(given))
+        page.get_by_label("Say what to change, or ask.").fill(" ")
+        page.get_by_role("button", name="Change").click()
+        page.locator("article.failed .status", has_text="expected words, what to make of the pictures").wait_for()
+
+
+def _changes_and_asks(page, given: Path, tmp_path: Path) -> None:
+    """Pictures are chosen, removed, changed, shown beside what became of them, and asked about."""
+    other = tmp_path / "other.png"
+    other.write_bytes(GIVEN)
+    page.get_by_label("Steps").fill("4")
+    page.get_by_label("Pictures").fill("2")
+    page.set_input_files("#add", [str(given), str(other)])
+    page.get_by_role("button", name="Remove other.png").click()
+    page.get_by_label("Picture guidance").fill("1.5")
+    page.get_by_label("Say what to change, or ask.").fill("blue")
+    page.keyboard.press("Enter")
+    changed = page.locator("article", has_text="picture guidance 1.5")
+    page.locator("article.ended", has_text="picture guidance 1.5").wait_for()
+    assert changed.get_by_role("figure").filter(has_text="Before").locator("img").count() == 1
+    assert changed.get_by_role("figure").filter(has_text="After").locator("a[download] img").count() == 2
+    shell = changed.locator("pre").text_content()
+    assert "'a picture'\\''s name.png'" in shell and '"image_guidance":1.5' in shell and len(shell) < 1000
+    words = page.locator("article.ended blockquote:not([hidden])")
+    count = words.count()
+    page.get_by_role("button", name="Ask").click()
+    words.nth(count).wait_for()
+    asked = page.locator("article.ended").first
+    assert asked.locator("h2").inner_text() == "blue" and asked.locator("img").count() == 1
+    page.get_by_role("button", name="Remove a picture's name.png").click()
 
 
 def test_a_page_asks_for_the_token_and_keeps_it_in_its_tab(drawn: DrawingRun, tmp_path: Path, browser) -> None:

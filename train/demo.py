@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data.durable import write_durably
 from data.storage import Location
+from data.strict_json import dumps, loads
 from train.config import load_config, run_program
 from train.evaluation.scores import Score, lines_of
 from train.pages.reference_band import compare_folder, load_band
@@ -95,11 +96,11 @@ def main(argv: list[str]) -> int:
             print(f"demo: {stage.name} ended with status {status}; {remedy}", file=sys.stderr)
             return status
         seconds[stage.name] = time.monotonic() - start
-        write_durably(marks[i], json.dumps({**made_by, "seconds": seconds[stage.name]}, indent=1).encode())
-    scores = json.loads((folder / "evaluation/evaluation.json").read_text(encoding="utf-8"))
+        write_durably(marks[i], dumps({**made_by, "seconds": seconds[stage.name]}, indent=1).encode())
+    scores = loads((folder / "evaluation/evaluation.json").read_text(encoding="utf-8"))
     summary = {key: scores[key] for key in ("scores", "heldout")}
     summary["seconds"] = {**seconds, "total": sum(seconds.values())}
-    write_durably(folder / "demo.json", json.dumps(summary, indent=1).encode())
+    write_durably(folder / "demo.json", dumps(summary, indent=1).encode())
     lines = lines_of({name: Score(**score) for name, score in scores["scores"].items()})
     print("\n".join(["", *lines, f"{sum(seconds.values()):.0f} s in all", f"report: {folder / 'report.html'}"]))
     if not config.smoke:  # too short to compare

@@ -8,7 +8,6 @@ dead workers; the bytes written are always the same.
 `verify=FOLDER` checks an encoded folder, `index=FOLDER` indexes encoded shards from elsewhere.
 """
 
-import json
 import os
 import socket
 import sys
@@ -33,6 +32,7 @@ from data.raw_document import RawDocument
 from data.remote import file_version, is_remote, shown
 from data.shards import BadRecords, Record, index_shard, write_shard
 from data.storage import Location, local_copy
+from data.strict_json import dumps
 from train.config import load_config, run_program
 from train.console import plural
 from train.distributed.launcher import place
@@ -169,7 +169,7 @@ def say_what_changed(encoder: Encoder, tasks: Sequence[Task]) -> None:
 
 def refuse_other_settings(encoder: Encoder, output: Path, leases: Leases) -> None:
     """Raise ValueError if a worker with other settings is using the folder: each would undo the other's work."""
-    settings = f"job-{zlib.crc32(json.dumps(encoder.made_with).encode()):08x}-"
+    settings = f"job-{zlib.crc32(dumps(encoder.made_with).encode()):08x}-"
     leases.claim(f"{settings}{socket.gethostname()}-{os.getpid()}")
     deadline = time.monotonic() + leases.timeout_s + WAIT_S
     while others := [name for name in leases.held_by_others("job-") if not name.startswith(settings)]:

@@ -7,11 +7,11 @@ Held-out folders with training records are refused. Under torchrun the ranks div
 score but for the order of float additions.
 """
 
-import json
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from data.durable import write_durably
 from data.manifest import Manifest
 from data.storage import Location
+from data.strict_json import dumps
 from model.sampler_config import SamplerConfig
 from train.checkpoints.folder_lock import FolderLock
 from train.checkpoints.trained_records import TrainedRecords
@@ -26,18 +27,19 @@ from train.config import load_config, run_program
 from train.distributed.agreement import facts_of, program_facts
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.signals import StopSignal
-from train.evaluation.answers import AnswersConfig, read_llava_questions, write_answers
+from train.evaluation import answers, edits, scene_questions
+from train.evaluation.answers import AnswersConfig, write_answers
 from train.evaluation.benchmark_layouts import Benchmark, read_layout
 from train.evaluation.benchmarks import draw_benchmark
 from train.evaluation.captioned import read_captioned
 from train.evaluation.captioning import CaptioningConfig, evaluate_captioning
-from train.evaluation.edits import evaluate_edits, read_edits
+from train.evaluation.edits import EditItem, evaluate_edits
 from train.evaluation.generation import GenerationConfig, evaluate_generation
 from train.evaluation.multiple_choice import evaluate_choices
 from train.evaluation.paper_table import paper_table
 from train.evaluation.part import Inputs, Part, bar_of
 from train.evaluation.questions import read_multiple_choice
-from train.evaluation.scene_questions import evaluate_questions, read_scene_questions
+from train.evaluation.scene_questions import QuestionItem, evaluate_questions
 from train.evaluation.scenes import evaluate_scenes
 from train.evaluation.scores import Score, lines_of
 from train.heldout import KINDS, Heldout, HeldoutConfig
@@ -100,13 +102,14 @@ PACKAGES = ("torch", "numpy", "pillow", "transformers", "diffusers")
 def main(argv: list[str]) -> int | None:
     config = load_config(CONFIG, argv)
     _refuse_nothing(config)
-    _refuse_unreadable(config)
+    asked = _read_asked(config)
     manifests = {name: Manifest.load(path) for name, path in config.heldout.items()}
     contents = {f"heldout.{name} (contents)": manifest.content_hash for name, manifest in manifests.items()}
     facts = {**facts_of(config, OWN), **contents}
     ranks = init_ranks(timeout_s=1800, checkpoint_timeout_s=SLOWEST_S, device=config.device, facts=facts)
     start = time.monotonic()
     pipeline = Pipeline.load(config, ranks)
+    asked.require_room(config.answers, config, pipeline)
     output = Path(config.output)
     locks: list[FolderLock] = []  # rank 0's, to be held to the end
     ranks.on_first(lambda: locks.append(FolderLock(make_writable(output), LOCK)))
@@ -116,7 +119,7 @@ def main(argv: list[str]) -> int | None:
     if config.heldout:
         results["heldout"], results["data"]["heldout"] = _heldout_losses(config, manifests, pipeline, ranks)
         scores |= _heldout_scores(results["heldout"])
-    for name, measure in _parts(config, pipeline, results, output, ranks).items():
+    for name, measure in _parts(config, asked, pipeline, results, output, ranks).items():
         part = measure()
         scores |= part.scores
         examples += part.examples
@@ -124,8 +127,8 @@ def main(argv: list[str]) -> int | None:
     results["scores"] = {name: vars(score) for name, score in scores.items()}
     results["seconds"] = time.monotonic() - start
     if ranks.is_first:
-        write_durably(output / "examples.jsonl", "".join(json.dumps(line) + "\n" for line in examples).encode())
-        write_durably(output / "evaluation.json", json.dumps(results, indent=1).encode())
+        write_durably(output / "examples.jsonl", "".join(dumps(line) + "\n" for line in examples).encode())
+        write_durably(output / "evaluation.json", dumps(results, indent=1).encode())
         what = f"evaluate: step {results['step']}, {results['weights']}: {output / 'evaluation.json'}"
         print("\n".join([*lines_of(scores), what]))
         if config.table:
@@ -148,25 +151,39 @@ def _refuse_nothing(config: EvaluateConfig) -> None:
         )
 
 
-def _refuse_unreadable(config: EvaluateConfig) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What is read once, before the work, and checked as soon as there is a model."""
+
+    edits: list[EditItem]
+    questions: list[QuestionItem]
+    answers: list[dict[str, Any]]
+
+    def require_room(self, config: AnswersConfig, sampler: SamplerConfig, pipeline: Pipeline) -> None:
+        """Raise ValueError for what does not fit into the model's sequence (P10)."""
+        edits.require_room(self.edits, pipeline.room(sampler))
+        scene_questions.require_room(self.questions, pipeline, sampler)
+        answers.require_room(self.answers, config, pipeline, sampler)
+
+
+def _read_asked(config: EvaluateConfig) -> Asked:
     """Raise what reading the files of each part raises, now and not after hours in the others (P10)."""
-    if config.edits is not None:
-        read_edits(config.edits, config.max_prompts)
-    if config.questions is not None:
-        read_scene_questions(config.questions, config.max_prompts)
+    most = config.max_prompts
+    of_edits = [] if config.edits is None else edits.read_edits(config.edits, most)
+    of_scenes = [] if config.questions is None else scene_questions.read_scene_questions(config.questions, most)
     for path in config.choices.values():
         read_multiple_choice(Path(path))
     if config.benchmark is not None:
         read_layout(config.benchmark, config.benchmark_prompts)
-    if config.answers.questions is not None:
-        read_llava_questions(config.answers)
+    of_others = [] if config.answers.questions is None else answers.read_llava_questions(config.answers)
     for captioned in (config.captioning, config.generation):
         if captioned.annotations is not None:
             next(read_captioned(captioned), None)
+    return Asked(of_edits, of_scenes, of_others)
 
 
 def _parts(
-    config: EvaluateConfig, pipeline: Pipeline, described: dict[str, Any], output: Path, ranks: Ranks
+    config: EvaluateConfig, asked: Asked, pipeline: Pipeline, described: dict[str, Any], output: Path, ranks: Ranks
 ) -> dict[str, Callable[[], Part]]:
     """Return what is asked for besides held-out losses, by its name in `data`, in the order of the work."""
     sampler, drawn_by = config.suited_to(pipeline.config.diffusion), {key: described[key] for key in DRAWN_BY}
@@ -176,16 +193,16 @@ def _parts(
         parts["choices"] = lambda: evaluate_choices(choices, inputs)
     if (captioning := config.captioning).pictures is not None:
         parts["captioning"] = lambda: evaluate_captioning(captioning, inputs)
-    if (answers := config.answers).questions is not None:
-        parts["answers"] = lambda: write_answers(answers, inputs)
+    if config.answers.questions is not None:
+        parts["answers"] = lambda: write_answers(config.answers, inputs)
     if (benchmark := config.benchmark) is not None:
         parts["benchmark"] = lambda: draw_benchmark(benchmark, config.benchmark_prompts, inputs)
     if (scenes := config.scenes) is not None:
         parts["scenes"] = lambda: evaluate_scenes(scenes, config.max_prompts, inputs)
-    if (edits := config.edits) is not None:
-        parts["edits"] = lambda: evaluate_edits(edits, config.max_prompts, inputs)
-    if (questions := config.questions) is not None:
-        parts["questions"] = lambda: evaluate_questions(questions, config.max_prompts, inputs)
+    if (folder := config.edits) is not None:
+        parts["edits"] = partial(evaluate_edits, folder, asked.edits, inputs)
+    if (folder := config.questions) is not None:
+        parts["questions"] = partial(evaluate_questions, folder, asked.questions, inputs)
     if (generation := config.generation).pictures is not None:
         parts["generation"] = lambda: evaluate_generation(generation, inputs)
     return parts

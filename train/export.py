@@ -5,7 +5,6 @@ transformers' layout: AutoModelForCausalLM.from_pretrained opens it. format=peft
 adapters, in PEFT's layout, for the language model that the run started from.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from data.storage import Location
+from data.strict_json import dumps
 from model.language_model import LanguageModel, adapter_weights, pieces, to_settings, to_weights
 from model.lora import LoraConfig, merged
 from model.modalities import text_name
@@ -113,7 +113,7 @@ def write_text_side(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtyp
     weights = merged(dict(loaded.model.named_parameters()), model.lora)
     text = to_weights(weights, model.transformer, loaded.tokenizer.vocab_size)
     save_file({name: weight.to(dtype) for name, weight in text.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
-    files = {"config.json": json.dumps(contents, indent=1).encode(), **loaded.tokenizer.files()}
+    files = {"config.json": dumps(contents, indent=1).encode(), **loaded.tokenizer.files()}
     for name, content in files.items():
         (folder / name).write_bytes(content)
     left_out = ["patchers", *(["images' own weights"] if model.untied != "none" else [])]
@@ -156,7 +156,7 @@ def write_adapters(loaded: LoadedModel, output: OutputFolder, dtype: torch.dtype
     folder = output.open_partial()
     file = folder / "adapter_model.safetensors"
     save_file({f"base_model.model.{name}": w.to(dtype) for name, w in weights.items()}, file, {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    (folder / "adapter_config.json").write_text(dumps(contents, indent=1), encoding="utf-8")
 
 
 def _language_model(loaded: LoadedModel) -> LanguageModel | None:

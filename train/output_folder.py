@@ -5,12 +5,12 @@ repeats the settings, so that a second call can tell "done" from "made with othe
 is never touched.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from data.strict_json import dumps, loads
 from train.checkpoints.folder_lock import LOCK_FILE, FolderLock
 
 
@@ -32,7 +32,7 @@ class OutputFolder:
         if not path:
             raise ValueError("output is empty: name the folder to write")
         self.path, self.program, self.mark = Path(path), program, mark
-        self.settings = json.loads(json.dumps(settings))  # as the mark will read back
+        self.settings = loads(dumps(settings))  # as the mark will read back
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._lock: FolderLock | None = None
 
@@ -47,7 +47,7 @@ class OutputFolder:
                 "choose another folder or remove it"
             )
         try:
-            made_with = json.loads(mark.read_text(encoding="utf-8"))["settings"]
+            made_with = loads(mark.read_text(encoding="utf-8"))["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{mark}: not readable ({error!r}); remove {self.path} to make it again") from None
         if made_with == self.settings:
@@ -75,7 +75,7 @@ class OutputFolder:
     def commit(self, summary: dict[str, Any]) -> None:
         """Write the mark with `summary` and put the finished folder in the place of whatever was there."""
         mark = {"settings": self.settings, **summary}
-        (self.partial / self.mark).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+        (self.partial / self.mark).write_text(dumps(mark, indent=1) + "\n", encoding="utf-8")
         mode = (self.partial / self.mark).stat().st_mode & 0o777
         for file in self.partial.rglob("*"):  # safetensors writes for its owner alone
             if file.is_file():

@@ -3,8 +3,7 @@
 Needs neither data nor a GPU: `python -m train.plan config=configs/paper/7b.yaml world_size=256 gpu=h200`.
 """
 
-import json
-
+from data.strict_json import dumps
 from train.config import load_config, run_program
 from train.llm_folder import with_llm
 from train.planning.plan import PlanConfig, make_plan
@@ -17,7 +16,7 @@ fill = with_llm  # what `--resolve` runs (train/config.py)
 def main(argv: list[str]) -> None:
     config = with_llm(load_config(CONFIG, argv))
     plan = make_plan(config)
-    print(json.dumps(plan) if config.json else plan_text(config, plan))
+    print(dumps(plan) if config.json else plan_text(config, plan))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ One run, or several side by side: run=A run=B. Sections without data say why the
 reported too.
 """
 
-import json
 import shlex
 import time
 from html import escape
 from pathlib import Path
 
 from data.durable import atomic_write
+from data.strict_json import dumps
 from train.config import load_config, run_program
 from train.evaluation.texts import OTHER_FORM
 from train.pages.page import document
@@ -64,7 +64,7 @@ def gathered(argv: list[str]) -> list[str]:
     for key in GATHERED:
         given = [value for name, _, value in (argument.partition("=") for argument in argv) if name == key]
         if len(given) > 1 and not any(value.startswith("[") for value in given):
-            given = [json.dumps(given, ensure_ascii=False)]
+            given = [dumps(given, ensure_ascii=False)]
         kept += [f"{key}={value}" for value in given]
     return kept
 

@@ -7,7 +7,6 @@ pictures (NNNN-0.png, ...) and text (NNNN.txt), and a contact sheet (sheet.png).
 samples.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -22,12 +21,14 @@ from data.conversations import IMAGE
 from data.durable import atomic_write
 from data.pictures import contact_sheet, decode_picture, encode_png
 from data.storage import Location
+from data.strict_json import dumps
 from model.sampler_config import one_picture, text_alone
 from train.config import load_config, run_program
 from train.distributed.agreement import facts_of
 from train.distributed.ranks import Ranks, init_ranks
 from train.distributed.shared_folder import require_shared
-from train.inference.pipeline import BAR_FORMAT, Part, Pipeline, PipelineConfig, Progress
+from train.inference.pipeline import BAR_FORMAT, Pipeline, PipelineConfig, Progress
+from train.inference.prompts import Part, require_captions, require_instruction, require_question
 from train.output_folder import make_writable
 
 # Not part of a sample's `settings`.
@@ -155,8 +156,13 @@ def _requests(config: SampleConfig) -> list[Request]:
         raise ValueError(f'edit={config.edit}: nothing says what to make of it; give prompt="..."')
     if not prompts and not config.images and config.ask is None:
         raise ValueError('nothing to do: give prompt="...", prompts_file=FILE, images=[FILE,...] or ask="..."')
+    if config.ask is not None:
+        require_question("ask", config.ask)
+    require_captions("prompt", [[prompt] for prompt in prompts])
     left, requests = list(config.images), []
     for prompt in prompts:
+        if config.edit:
+            require_instruction("prompt", prompt.replace(IMAGE, " "), len(config.edit), "edit")
         wanted = prompt.count(IMAGE)
         if wanted > len(left):
             raise ValueError(
@@ -223,13 +229,13 @@ def _finish(
     if not ranks.is_first:
         return
     with atomic_write(output / "results.jsonl") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+        file.write("".join(dumps(line) + "\n" for line in lines).encode())
     for line in lines:
         texts = [part["text"] for part in line["output"] if "text" in part]
         if texts:
             asked = [text for text in (line["prompt"], line["ask"]) if text]
             what = ", ".join([*asked, *line["images"], *line["edit"]])
-            print(f"{line['index']:04d} {what}: {json.dumps(' ... '.join(texts), ensure_ascii=False)}")  # no escapes
+            print(f"{line['index']:04d} {what}: {dumps(' ... '.join(texts), ensure_ascii=False)}")  # no escapes
     where = ""
     if shown:
         _, pictures, titles = zip(*shown[:SHEET_PICTURES], strict=True)

@@ -7,7 +7,6 @@ pictures), and scenes.json last, which marks the folder complete. The same setti
 A second call reuses a complete folder; other settings replace it.
 """
 
-import json
 import signal
 import sys
 from collections import Counter
@@ -28,6 +27,7 @@ from data.scene_texts import text_documents
 from data.scenes import Example, held_out_examples, make_splits, training_example
 from data.shards import Record, write_shard
 from data.storage import Location
+from data.strict_json import dumps
 from train.config import load_config, run_program
 from train.output_folder import OutputFolder
 
@@ -144,7 +144,7 @@ def _draw_shard(folder: Path, config: ScenesConfig, shard: int, indices: range) 
         else questions_row(pictures, i, questions_example(splits, i, *arguments, held_out))
         for i in indices
     )
-    pictures.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pictures.with_suffix(".jsonl").write_text("".join(dumps(row) + "\n" for row in rows), encoding="utf-8")
     return len(indices)
 
 
@@ -200,13 +200,13 @@ def _record(key: str, example: Example, **extra: int | str) -> Record:
         "__key__": key.encode(),
         "png": encode_png(example.picture),
         "txt": example.caption.encode(),
-        "json": json.dumps(about | extra).encode(),
+        "json": dumps(about | extra).encode(),
     }
 
 
 def _write_texts(folder: Path, documents: list[str]) -> None:
     for number, first in enumerate(range(0, len(documents), DOCUMENTS_PER_FILE)):
-        lines = (json.dumps({"text": text}) + "\n" for text in documents[first : first + DOCUMENTS_PER_FILE])
+        lines = (dumps({"text": text}) + "\n" for text in documents[first : first + DOCUMENTS_PER_FILE])
         (folder / f"{number:05d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

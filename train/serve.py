@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 async def _serve(config: ServeConfig, pipeline: Pipeline, token: str | None, listener: socket.socket) -> int:
     """Serve until a signal; return the exit status."""
-    from train.serving.app import build_app
+    from train.serving.app import MOST_BYTES, build_app
     from train.serving.batcher import Batcher
     from train.serving.orders import Orders
     from train.serving.server import Server
@@ -74,7 +74,7 @@ async def _serve(config: ServeConfig, pipeline: Pipeline, token: str | None, lis
         "model": model,
         "picture": [side * pipeline.space.stride for side in pipeline.grid],  # height, width
         "defaults": {**asdict(orders.defaults.suited_to(pipeline.config.diffusion)), "seed": config.seed},
-        "limits": {"n": pipeline.batch_size, "waiting": config.max_waiting},
+        "limits": {"n": pipeline.batch_size, "waiting": config.max_waiting, "bytes": MOST_BYTES},
         "purpose": PURPOSE,
     }
     batcher = Batcher(pipeline, config.preview_share, config.max_waiting, model)

@@ -7,7 +7,6 @@ config.yaml    the resolved config
 trained.keys   which records the run trains on
 """
 
-import json
 import logging
 from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from data.dataset import DataSet
 from data.lane_state import LaneState
 from data.loader import StepBatch
 from data.manifest import LatentSpec
+from data.strict_json import dumps, loads
 from model.attention import RopeScaling
 from model.lora import LoraConfig
 from model.transfusion import Transfusion
@@ -100,8 +100,8 @@ class TrainState:
             **({"base": self.base} if self.base is not None else {}),
         }
         extra = {
-            "lanes.json": json.dumps(lanes).encode(),
-            checkpoint.META: json.dumps(meta).encode(),
+            "lanes.json": dumps(lanes).encode(),
+            checkpoint.META: dumps(meta).encode(),
             "config.yaml": self.config_yaml,
             **({TRAINED_FILE: self.trained.to_bytes()} if self.trained is not None else {}),
         }
@@ -119,7 +119,7 @@ class TrainState:
         Raises ValueError unless data, tokenizer, latent space, seed, lanes and model are those it was trained with.
         """
         meta, lanes = (
-            json.loads(ranks.on_first(partial(checkpoint.read_extra, path, name)))
+            loads(ranks.on_first(partial(checkpoint.read_extra, path, name)))
             for name in (checkpoint.META, "lanes.json")
         )
         if missing := {"fingerprint", "progress", "guard", "back_to", "metrics", "learning_rate"} - meta.keys():

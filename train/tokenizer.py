@@ -4,7 +4,6 @@ Or take that of a pretrained language model (source=FOLDER), with unused tokens 
 (Without this program they are appended to the vocabulary; then tokenizer=FOLDER is enough everywhere.)
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,6 +17,7 @@ from data.raw import read_texts
 from data.raw_document import KeysConfig
 from data.shards import BadRecords
 from data.storage import Location
+from data.strict_json import dumps
 from data.tokenizer import Tokenizer, train_tokenizer
 from train.config import load_config, run_program
 
@@ -84,7 +84,7 @@ def take(source: Path, special: dict[str, str], output: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"source={source}: expected a {TOKENIZER}; a SentencePiece model is used as it is")
     content = self_contained(path, special)
-    written = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    written = dumps(content, sort_keys=True, ensure_ascii=False).encode()
     if output.is_file() and output.read_bytes() != written:
         raise ValueError(f"output={output} exists and differs: delete it, or name another file")
     output.parent.mkdir(parents=True, exist_ok=True)

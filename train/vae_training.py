@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data.durable import atomic_write
 from data.pictures import to_unit
 from data.storage import Location
+from data.strict_json import dumps
 from model.latent_space import to_raw
 from model.perceptual import Lpips
 from model.vae import VaeConfig, VaeLossConfig, build_vae, decode, moments
@@ -188,7 +189,7 @@ class VaeTraining:
 
     def _save_state(self) -> None:
         state = {
-            "settings": json.dumps(self.output.settings),
+            "settings": dumps(self.output.settings),
             "step": self.step,
             "seconds": self.seconds,
             "vae": self.vae.state_dict(),

@@ -5,13 +5,13 @@ decoded pictures with captions. With `checkpoint`: the run's checkpoints, verifi
 takes; this needs no GPU and memory for the largest tensor only. Exit status 1 if any checkpoint is damaged.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.durable import atomic_write
 from data.pictures import contact_sheet
 from data.storage import Location
+from data.strict_json import dumps
 from train.config import load_config, run_program
 from train.output_folder import make_writable
 from train.pages.checkpoint_tables import view_checkpoints
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int | None:
         view = view_data(data, config.n, config.seed, config.sequence_length)
         if output is not None:
             write_sheet(view, output / "sheet.png")
-    print(json.dumps(view.record()) if config.json else view.text())
+    print(dumps(view.record()) if config.json else view.text())
     return int(view.damaged)
 
 

@@ -32,6 +32,7 @@ from typing import Any
 
 from data.durable import write_durably
 from data.pictures import read_sheet
+from data.strict_json import dumps, loads
 from train.code_version import code_version
 from train.console import say
 from train.metric_sections import page_name
@@ -229,7 +230,7 @@ class WandbPage:
                     return
                 self._offset += len(line)
                 with suppress(ValueError):
-                    yield json.loads(line)
+                    yield loads(line)
 
     def _catch_up(self) -> None:
         """Send the rows and pictures that the page lacks, those of the past without haste."""
@@ -316,7 +317,7 @@ class WandbPage:
     def _write_identity(self, facts: dict[str, Any]) -> dict[str, Any]:
         name = re.sub(r"[^A-Za-z0-9_.-]", "-", self._folder.resolve().name)
         identity = {"id": f"{name}-{uuid.uuid4().hex[:8]}", **facts}
-        write_durably(self._folder / ID_FILE, json.dumps(identity).encode())
+        write_durably(self._folder / ID_FILE, dumps(identity).encode())
         return identity
 
 

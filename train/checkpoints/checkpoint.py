@@ -10,7 +10,6 @@ and writes the bytes. Functions that take `ranks` are collective on `ranks.check
 a background thread may run `save` and `retain` on staged copies.
 """
 
-import json
 import logging
 import os
 import re
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data.durable import sync_folder
+from data.strict_json import loads
 from train.checkpoints.listing import WrittenFile, problem_of, read_extra, read_listing
 from train.checkpoints.run_folder import RunFolder, RunTakenOver
 from train.distributed.agreement import first_few
@@ -246,7 +246,7 @@ def surplus(root: Path, config: CheckpointConfig) -> list[Path]:
 def meta_of(folder: Path) -> dict[str, Any]:
     """Return the counters, fingerprint and metrics of a checkpoint; empty if they are damaged."""
     try:
-        return json.loads(read_extra(folder, META))
+        return loads(read_extra(folder, META))
     except (OSError, ValueError):
         return {}
 

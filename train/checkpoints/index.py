@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from data.strict_json import dumps
 from train.checkpoints.listing import PICKLED_INDEX
 
 VERSION = 1
@@ -45,7 +46,7 @@ def write_index(tensors: Mapping[str, object], stored: Mapping[MetadataIndex, _S
             shards.append([info.relative_path, info.offset, info.length, [*chunk.offsets], [*chunk.sizes]])
         dtype = str(tensor.properties.dtype).removeprefix("torch.")
         entries[name] = {"dtype": dtype, "size": [*tensor.size], "shards": shards}
-    return json.dumps({"version": VERSION, "tensors": entries}, separators=(",", ":")).encode()
+    return dumps({"version": VERSION, "tensors": entries}, separators=(",", ":")).encode()
 
 
 def parse_index(content: bytes, name: str, file_bytes: Mapping[str, int]) -> Metadata:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.durable import write_durably
+from data.strict_json import dumps, loads
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class MetricsFile:
         A full disk does not stop training: rows wait in memory, a warning says so, and the next call retries.
         """
         assert "step" in row, row
-        self._unwritten.append(json.dumps(row) + "\n")
+        self._unwritten.append(dumps(row) + "\n")
         try:
             append_bytes(self.path, "".join(self._unwritten).encode())
             self._unwritten.clear()
@@ -54,7 +55,7 @@ class MetricsFile:
             elif step < last_step or (step == last_step and (evaluated or b'"heldout' not in line)):
                 kept.append(line)
             else:
-                self.dropped.append(json.loads(line))
+                self.dropped.append(loads(line))
         if unreadable:
             log.warning("%s: dropped %d unreadable line(s), torn by a kill", self.path, unreadable)
         write_durably(self.path, b"".join(kept))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data.durable import write_durably
+from data.strict_json import dumps
 from train.checkpoints.folder_lock import FolderLock, whoami
 from train.checkpoints.metrics_file import MetricsFile, append_bytes
 from train.distributed.ranks import Ranks
@@ -73,7 +74,7 @@ class RunFolder:
 
     def append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows to another `.jsonl` file of the folder, on rank 0 only. On a full disk the rows are lost."""
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        lines = "".join(dumps(row) + "\n" for row in rows)
         if not (self._is_first and lines and self._is_current()):
             return
         try:
@@ -100,7 +101,7 @@ class RunFolder:
             self._lock = FolderLock(self.path)
             attempt, token = _read_attempt(self.path).get("attempt", 0) + 1, uuid.uuid4().hex
             record = {"attempt": attempt, "token": token, **whoami()}
-            write_durably(self.path / "attempt.json", json.dumps(record).encode())
+            write_durably(self.path / "attempt.json", dumps(record).encode())
         except BlockingIOError:
             raise
         except OSError as error:

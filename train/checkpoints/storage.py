@@ -6,7 +6,6 @@ else (P11). Whoever imports this imports DCP, which takes half a second: import 
 Rejected: hashing after the write (a second read, of what the disk returns rather than of what was meant).
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +26,7 @@ from torch.utils.serialization import config
 from xxhash import xxh3_64
 
 from data.durable import sync_folder
+from data.strict_json import dumps
 from train.checkpoints.index import parse_index, write_index
 from train.checkpoints.listing import INDEX, LISTING, PICKLED_INDEX, WrittenFile, read_extra, read_listing
 
@@ -85,7 +85,7 @@ class HashingWriter(dcp.FileSystemWriter):
             assert Path(name).name == name and name not in {*written, LISTING}, name
             self._write(name, content)
         files = {file.name: {"bytes": file.num_bytes, "xxh3": file.xxh3} for file in written.values()}
-        self._write(LISTING, json.dumps({"files": files}, indent=1, sort_keys=True).encode())
+        self._write(LISTING, dumps({"files": files}, indent=1, sort_keys=True).encode())
         sync_folder(self._folder)
         for name, file in written.items():  # those of other ranks may be on other disks, or cut short
             path = self._folder / name

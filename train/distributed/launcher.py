@@ -4,12 +4,13 @@ torchrun and slurm/task.py set the same environment variables; so do people who 
 only some of the variables are set, or one is empty, that is refused (P10): it never silently becomes a run of one rank.
 """
 
-import json
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from data.strict_json import dumps
 
 SETTERS = "torchrun and slurm.launch set them all; without these, set them for each rank"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun repeats its content in its last lines
@@ -84,7 +85,7 @@ def report_to_torchrun(reason: str) -> None:
         return
     message = {"message": reason, "extraInfo": {"py_callstack": reason, "timestamp": str(int(time.time()))}}
     try:
-        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+        Path(path).write_text(dumps({"message": message}), encoding="utf-8")
     except OSError as error:
         print(f"{ERROR_FILE}={path}: {error.strerror}", file=sys.stderr)
 

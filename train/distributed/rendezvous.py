@@ -19,6 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from data.strict_json import dumps
 from train.distributed import launcher
 from train.distributed.agreement import difference
 from train.distributed.launcher import Place
@@ -129,7 +130,7 @@ class _Meeting:
 
     def post(self, facts: dict[str, str], first: dict[str, str] | None = None) -> None:
         """Post this rank's facts, and an objection if they are a refusal or unlike those of rank 0, `first`."""
-        self.store.set(str(self.place.rank), json.dumps(facts))
+        self.store.set(str(self.place.rank), dumps(facts))
         if REFUSED in facts or (first is not None and first != facts):
             self.store.set("objection", "")
         if self.place.rank:

@@ -5,7 +5,6 @@ hold pictures of one size, never cross an input file, and depend only on that fi
 writes the same bytes, with any number of threads.
 """
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from data.raw_document import KeysConfig, RawDocument
 from data.remote import FileVersion
 from data.shards import MAX_RECORD_BYTES, BadRecord, BadRecords, Record
 from data.storage import Location
+from data.strict_json import dumps
 from data.tokenizer import Tokenizer
 from model.autoencoders import load_latent_space
 from model.latent_space import LatentSpace
@@ -306,7 +306,7 @@ class Encoder:
         else:
             left, roles = draft.pictures if captions else draft.segments, draft.document.roles
             segments = [self._tokens(s) if isinstance(s, str) else s.encoded for s in left]
-        info, kinds = json.dumps(draft.document.info).encode(), draft.document.caption_kinds
+        info, kinds = dumps(draft.document.info).encode(), draft.document.caption_kinds
         record = encode_record(draft.document.key, segments, info, captions, self.kind, kinds, roles)
         if len(record["__key__"]) > 4096 or sum(map(len, record.values())) > MAX_RECORD_BYTES // 2:  # as paths may be
             raise BadRecord("oversized record", where)

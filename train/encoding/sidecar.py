@@ -19,6 +19,7 @@ from data.manifest import LatentSums, Manifest, ShardEntry, shard_entry
 from data.shard_index import ShardIndex, index_path
 from data.shards import BadRecords
 from data.storage import Store
+from data.strict_json import dumps
 from train.encoding.encoder import Encoder
 from train.encoding.word_counts import WordCounts
 
@@ -62,7 +63,7 @@ class Sidecar:
             noted=dict(sorted(bad.noted.items())),
         )
         with atomic_write(sidecar_path(shard)) as file:
-            file.write(json.dumps(asdict(sidecar)).encode())
+            file.write(dumps(asdict(sidecar)).encode())
         return sidecar
 
     def counted(self) -> BadRecords:

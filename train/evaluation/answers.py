@@ -12,10 +12,13 @@ from typing import Any
 from data.durable import write_durably
 from data.pictures import decode_picture
 from data.storage import Location
+from data.strict_json import dumps
+from model.sampler_config import SamplerConfig
 from train.evaluation.generation import batches_of
 from train.evaluation.part import Inputs, Part, fingerprint_of
 from train.evaluation.texts import OTHER_FORM, read_lines, text_of
-from train.inference.pipeline import Pipeline, Question
+from train.inference.pipeline import Pipeline
+from train.inference.prompts import SOME_PICTURE, Question, require_question
 
 QUESTION = "{question}"
 
@@ -41,6 +44,7 @@ def read_llava_questions(config: AnswersConfig) -> list[dict[str, Any]]:
             row = json.loads(line)
             image = text_of(row.get("image") or "")
             system = {"system": text_of(row["system"])} if row.get("system") else {}
+            require_question("text", row["text"], system.get("system"))
             rows.append({"question_id": row["question_id"], "text": text_of(row["text"]), "image": image, **system})
         except OTHER_FORM as error:
             raise ValueError(
@@ -52,6 +56,15 @@ def read_llava_questions(config: AnswersConfig) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"answers.questions={path}: no questions; expected a JSON object a line")
     return rows
+
+
+def require_room(rows: list[dict[str, Any]], config: AnswersConfig, pipeline: Pipeline, sampler: SamplerConfig) -> None:
+    """Raise ValueError for questions that do not fit into a sequence."""
+    asked = (
+        (f"question {row['question_id']}", pipeline.ask([SOME_PICTURE] * bool(row["image"]), *_words(config, row)))
+        for row in rows
+    )
+    pipeline.room(sampler).require("answers.questions", asked, draw=False)
 
 
 def write_answers(config: AnswersConfig, inputs: Inputs) -> Part:
@@ -73,7 +86,7 @@ def write_answers(config: AnswersConfig, inputs: Inputs) -> Part:
         answer = {"question_id": row["question_id"], "prompt": row["text"], "text": found[number]}
         lines.append({**answer, "answer_id": f"{fingerprint}-{number}", "model_id": model_id, "metadata": {}})
     if ranks.is_first:
-        write_durably(inputs.output / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_durably(inputs.output / "answers.jsonl", "".join(dumps(line) + "\n" for line in lines).encode())
     return Part({}, [], {"questions": config.questions, "fingerprint": fingerprint, "items": len(rows)})
 
 
@@ -82,4 +95,9 @@ def _question(pipeline: Pipeline, config: AnswersConfig, row: dict[str, Any]) ->
     if row["image"]:
         path, side = Path(config.pictures) / row["image"], pipeline.latent_spec.resolution
         pictures = [decode_picture(path.read_bytes(), [(side, side)], str(path))]
-    return pictures, config.template.replace(QUESTION, row["text"]), row.get("system")
+    return (pictures, *_words(config, row))
+
+
+def _words(config: AnswersConfig, row: dict[str, Any]) -> tuple[str, str | None]:
+    """Return the question and what the system says first."""
+    return config.template.replace(QUESTION, row["text"]), row.get("system")

@@ -17,7 +17,7 @@ from xxhash import xxh3_64
 from data.inputs import expand
 from data.pictures import decode_picture
 from data.raw import TAR, captions_of, picture_of
-from data.shards import BadRecords, read_shard
+from data.shards import BadRecord, BadRecords, read_shard
 from data.storage import Location
 from train.evaluation.texts import OTHER_FORM, text_of
 
@@ -132,11 +132,15 @@ def _captioned(image_id: int, captions: list[Any], path: Path) -> Captioned:
 
 
 def _of_tars(folder: str) -> Iterator[Captioned]:
-    bad, number = BadRecords(max_fraction=0.0), 0
+    bad, number = BadRecords(max_fraction=0.0, options=False), 0
     for path in expand([folder], (TAR,)):
         for record in read_shard(Path(path), bad):
             bad.check(final=True)  # also where no more than the first pictures are read
             where = f"{path}/{record['__key__'].decode()}"
-            yield Captioned(number, tuple(captions_of(record, where)), where, picture_of(record, where))
+            try:
+                found = tuple(captions_of(record, where)), where, picture_of(record, where)
+            except BadRecord as error:
+                raise ValueError(error.plain) from None
+            yield Captioned(number, *found)
             number += 1
     bad.check(final=True)

@@ -3,7 +3,6 @@
 Ranks divide the batches of consecutive pictures, so that their number changes no caption.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from data.durable import write_durably
 from data.pictures import encode_png
+from data.strict_json import dumps
 from train.evaluation.captioned import Captioned, CaptionedConfig, read_captioned
 from train.evaluation.cider import cider, tokens_of
 from train.evaluation.generation import batches_of
@@ -89,7 +89,7 @@ def _write_coco(output: Path, items: list[Captioned], captions: list[str]) -> No
     images = [{"id": item.image_id} for item in items]
     references = {"info": {}, "licenses": [], "type": "captions", "images": images, "annotations": annotations}
     for name, content in (("captions.json", results), ("references.json", references)):
-        write_durably(output / name, json.dumps(content).encode())
+        write_durably(output / name, dumps(content).encode())
 
 
 def _write_pictures(output: Path, pictures: dict[int, bytes]) -> dict[int, str]:

@@ -1,10 +1,10 @@
 """A folder of drawn pictures, which an interrupted evaluation goes on to fill, with a mark of what they depend on."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from data.durable import write_durably
+from data.strict_json import dumps, loads
 from train.output_folder import make_writable
 
 
@@ -14,9 +14,9 @@ def begin(folder: Path, mark: Path, settings: dict[str, Any]) -> None:
     What is null, or was not there in an earlier version, is the same: off.
     """
     make_writable(folder)
-    settings = json.loads(json.dumps(settings))  # as the mark reads back
+    settings = loads(dumps(settings))  # as the mark reads back
     if mark.is_file():
-        then, now = _without_nulls(json.loads(mark.read_text(encoding="utf-8"))), _without_nulls(settings)
+        then, now = _without_nulls(loads(mark.read_text(encoding="utf-8"))), _without_nulls(settings)
         if changed := [key for key in now | then if now.get(key) != then.get(key)]:
             raise ValueError(
                 f"output: {folder} holds pictures drawn with another value of {', '.join(changed)}; expected none, or "
@@ -24,7 +24,7 @@ def begin(folder: Path, mark: Path, settings: dict[str, Any]) -> None:
             )
     elif any(not path.name.startswith(".") for path in folder.iterdir()):  # a mark half written begins with a dot
         raise ValueError(f"output: {folder} is not empty, but {mark} is missing; expected both. Choose another output")
-    write_durably(mark, json.dumps(settings, indent=1).encode())
+    write_durably(mark, dumps(settings, indent=1).encode())
 
 
 def _without_nulls(settings: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from data.scenes import Shape
 from train.evaluation.part import Inputs, Part, dealt, fingerprint_of, in_order
 from train.evaluation.scene_rows import read_items, shares
 from train.evaluation.scores import share
+from train.inference.prompts import SOME_PICTURE, Room
 
 TRIO = ("before", "drawn", "true")  # pictures of an example
 
@@ -44,14 +45,18 @@ def _items_of(row: RawDocument) -> Iterator[EditItem]:
     yield EditItem(Edit(row.info["kind"], *scenes), instruction, before, after, row.where)
 
 
-def evaluate_edits(folder: str, per_kind: int, inputs: Inputs) -> Part:
-    """Carry out at most `per_kind` edits of each kind and judge them; write their pictures on rank 0. Collective.
+def require_room(items: list[EditItem], room: Room) -> None:
+    """Raise ValueError for edits that do not fit into a sequence."""
+    room.require("edits", ((item.where, [SOME_PICTURE, item.instruction]) for item in items), draw=True)
+
+
+def evaluate_edits(folder: str, items: list[EditItem], inputs: Inputs) -> Part:
+    """Carry out edits and judge them; write their pictures on rank 0. Collective.
 
     Scores are `edits/all` and `edits/KIND`, shares with every attribute of every shape right, and `edits/unchanged`,
     the share that leaves alone what the edit does not concern (data/scene_edit_judge.py).
     """
     ranks, pipeline = inputs.ranks, inputs.pipeline
-    items = read_edits(folder, per_kind)
     data = {"path": folder, "fingerprint": fingerprint_of("edits", items, ranks), "items": len(items)}
     (numbers, mine), side = dealt(ranks, items), pipeline.latent_spec.resolution
     before, after = (

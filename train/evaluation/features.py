@@ -1,6 +1,5 @@
 """Features of many pictures by several vision models: what distances need of them, alike on every rank, and on disk."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data.durable import write_durably
+from data.strict_json import dumps
 from train.distributed.ranks import Ranks
 from train.evaluation.distances import BLOCKS, Moments, cmmd, frechet
 from train.evaluation.scores import Score
@@ -33,7 +33,7 @@ class Features:
         tensors = {f"{name}.{key}": x.cpu() for name, found in self.moments.items() for key, x in vars(found).items()}
         if self.clip is not None:
             tensors["clip"] = self.clip
-        write_durably(path, save(tensors, {"settings": json.dumps(settings)}))
+        write_durably(path, save(tensors, {"settings": dumps(settings)}))
 
     @classmethod
     def read(cls, path: Path, settings: dict[str, Any], device: torch.device) -> "Features | None":
@@ -41,7 +41,7 @@ class Features:
         if not path.is_file():
             return None
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("settings") != json.dumps(settings):
+            if (file.metadata() or {}).get("settings") != dumps(settings):
                 return None
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         clip, moments = tensors.pop("clip", None), {}

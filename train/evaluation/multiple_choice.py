@@ -6,7 +6,6 @@ and choices are tokenized as there. Requests are packed as documents of training
 them.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from data.durable import atomic_write
 from data.layout import IGNORE, Piece
 from data.packing import ImageDraws, PackedBatch, collate, pack
+from data.strict_json import dumps
 from data.tokenizer import Tokenizer
 from model.attention import block_mask
 from model.document_attention import document_mask
@@ -161,4 +161,4 @@ def _write(path: Path, questions: Sequence[Question], likelihoods: Sequence[Sequ
         for question, of_choices in zip(questions, likelihoods, strict=True):
             sums, tokens = zip(*of_choices, strict=True)
             row = {**vars(question), "log_likelihoods": sums, "tokens": tokens}
-            file.write((json.dumps(row) + "\n").encode())
+            file.write((dumps(row) + "\n").encode())

@@ -9,8 +9,11 @@ from data.durable import write_durably
 from data.pictures import decode_picture
 from data.raw_document import RawDocument
 from data.scene_questions import normalised
+from model.sampler_config import SamplerConfig
 from train.evaluation.part import Inputs, Part, dealt, fingerprint_of, in_order
 from train.evaluation.scene_rows import read_items, shares
+from train.inference.pipeline import Pipeline
+from train.inference.prompts import SOME_PICTURE
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,17 @@ def _items_of(row: RawDocument) -> Iterator[QuestionItem]:
         yield QuestionItem(kind, picture, question, answer, row.where)
 
 
-def evaluate_questions(folder: str, per_kind: int, inputs: Inputs) -> Part:
-    """Answer at most `per_kind` questions of each kind. Scores are the shares of right answers, `questions/all` and
+def require_room(items: list[QuestionItem], pipeline: Pipeline, config: SamplerConfig) -> None:
+    """Raise ValueError for questions that do not fit into a sequence."""
+    asked = ((item.where, pipeline.ask([SOME_PICTURE], item.question)) for item in items)
+    pipeline.room(config).require("questions", asked, draw=False)
+
+
+def evaluate_questions(folder: str, items: list[QuestionItem], inputs: Inputs) -> Part:
+    """Answer questions. Scores are the shares of right answers, `questions/all` and
     `questions/KIND`. Collective.
     """
     ranks, pipeline = inputs.ranks, inputs.pipeline
-    items = read_scene_questions(folder, per_kind)
     data = {"path": folder, "fingerprint": fingerprint_of("questions", items, ranks), "items": len(items)}
     (numbers, mine), side = dealt(ranks, items), pipeline.latent_spec.resolution
     with inputs.bar("questions", len(mine)) as progress:

@@ -1,6 +1,6 @@
 """Rows that train.scenes writes, edits or questions about pictures: read as encoding reads them, and their scores."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -29,20 +29,29 @@ def read_items(option: str, folder: str, per_kind: int, items_of: Callable[[RawD
     FileNotFoundError for a folder without a file.
     """
     kinds: dict[str, list[T]] = {}
-    bad = BadRecords(max_fraction=0.0)
+    try:
+        for item in _items_in(folder, items_of):
+            kinds.setdefault(item.kind, []).append(item)
+    except (FileNotFoundError, PermissionError) as error:
+        raise type(error)(f"{option}={folder}: {error}") from None
+    except ValueError as error:
+        expectation = f"expected what num_{option} or num_heldout_{option} of train.scenes writes"
+        raise ValueError(f"{option}={folder}: {error}; {expectation}") from None
+    counts = {kind: min(per_kind, len(items)) for kind, items in kinds.items()}
+    return [items[i * len(items) // counts[kind]] for kind, items in kinds.items() for i in range(counts[kind])]
+
+
+def _items_in(folder: str, items_of: Callable[[RawDocument], Iterable[T]]) -> Iterator[T]:
+    bad = BadRecords(max_fraction=0.0, options=False)
     for name in expand([folder], (".jsonl",), quiet=True):
         for document in read_raw(Path(name), name, bad):
             try:
-                for item in items_of(document):
-                    kinds.setdefault(item.kind, []).append(item)
+                items = [*items_of(document)]
             except OTHER_FORM as error:
-                raise ValueError(
-                    f"{option}={folder}: {document.where} is no row of train.scenes ({type(error).__name__}: {error}); "
-                    f"expected what its num_{option} or num_heldout_{option} writes"
-                ) from None
+                found = f"{document.where} is no row of train.scenes ({type(error).__name__}: {error})"
+                raise ValueError(found) from None
+            yield from items
     bad.check(final=True)
-    counts = {kind: min(per_kind, len(items)) for kind, items in kinds.items()}
-    return [items[i * len(items) // counts[kind]] for kind, items in kinds.items() for i in range(counts[kind])]
 
 
 def shares(option: str, items: Sequence[Item], right: Sequence[bool]) -> dict[str, Score]:

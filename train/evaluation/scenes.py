@@ -43,7 +43,7 @@ class SceneItem:
 def read_scenes(folder: Path, resolution: int, per_split: int) -> list[SceneItem]:
     """Read at most `per_split` scenes of each split, evenly spaced, from raw held-out shards."""
     splits: dict[str, list[SceneItem]] = {}
-    bad = BadRecords(max_fraction=0.0)
+    bad = BadRecords(max_fraction=0.0, options=False)
     for path in expand([str(folder)], (TAR,)):
         for record in read_shard(Path(path), bad):
             where = f"{path}/{record['__key__'].decode()}"

@@ -7,7 +7,7 @@ beside it (P12); on CUDA also on the batch size. An incomplete last batch runs t
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from data.manifest import LatentSpec
 from data.pictures import from_unit, to_unit
 from data.storage import Location
 from data.tokenizer import Tokenizer
+from model.cpu import in_portions
 from model.denoising import first_step_error
 from model.draws import SeededDraws
 from model.latent_space import LatentSpace, LatentStats, to_raw
@@ -25,6 +26,17 @@ from model.sampler_config import SamplerConfig, one_picture, text_alone
 from model.transfusion import Transfusion
 from train.distributed.ranks import Device, Ranks
 from train.inference.guide import load_with_guide
+from train.inference.prompts import (
+    Part,
+    Question,
+    Room,
+    is_picture,
+    pictures_of,
+    require_captions,
+    require_instruction,
+    require_question,
+    text_of,
+)
 from train.inference.saved_model import LoadedModel, SavedModel, load_matching_space
 from train.pretrain_config import PretrainConfig
 from train.step import latent_stats
@@ -35,10 +47,6 @@ MOST_ERROR = 50.0  # factor by which a sampler's first step may multiply the err
 BATCH = 50  # rows of a sampling batch: small enough for a laptop, large enough to fill two cores
 # Progress in rows; a denoising step is a fraction of one.
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}]"
-
-Part = str | np.ndarray  # text, or a picture uint8 [H, W, 3]; in prompts also token ids int64 [len]
-# The pictures before a question, the question, and what the system says first, if anything.
-Question = tuple[Sequence[np.ndarray], str] | tuple[Sequence[np.ndarray], str, str | None]
 Progress = Callable[[float], object]  # called with the rows, or the fraction of one, completed since the last call
 
 
@@ -110,9 +118,7 @@ class Pipeline:
             log.warning(
                 "spacing=%s with a model that predicts noise: the first of %d steps multiplies its error %.0f "
                 "times; use spacing=leading, which starts where there is some signal, or clip_x0",
-                config.spacing,
-                config.steps,
-                factor,
+                *(config.spacing, config.steps, factor),
             )
         saved, model = loaded.saved, loaded.model.to(getattr(torch, config.dtype))
         if guide is not None:
@@ -200,20 +206,23 @@ class Pipeline:
         picture; otherwise with text, and the model decides. Pictures in prompts are [resolution, resolution, 3].
         `numbers` identify the samples; None counts from 0. Instead of a seed, draws may be given. `watch` sees pictures
         while they are denoised, whitened; `decode` makes pixels of them. A sample of whose number `left` is true is
-        given up, and ends with what it has.
+        given up, and ends with what it has. Raises ValueError for a prompt of blanks.
         """
         if draw or config.max_images:
             self.require_pictures()
+        require_captions("prompt", prompts)
+        if config.max_length is not None:
+            self.room(config).require("prompts", ((f"number {i}", prompt) for i, prompt in enumerate(prompts)), draw)
         self._warn_of_unknown({part for prompt in prompts for part in prompt if isinstance(part, str)})
         numbers = numbers or range(len(prompts))
-        given = [[part for part in prompt if _is_picture(part)] for prompt in prompts]
+        given = [[part for part in prompt if is_picture(part)] for prompt in prompts]
         places = [(number, i) for number, parts in zip(numbers, given, strict=True) for i in range(len(parts))]
         draws = SeededDraws(seed) if isinstance(seed, int) else seed
         latents = iter(self._encode([picture for parts in given for picture in parts], places, draws))
         rows = []
         for number, prompt in zip(numbers, prompts, strict=True):
             ids = [self.tokenizer.encode(part) if isinstance(part, str) else part for part in prompt]
-            segments = [next(latents) if _is_picture(part) else torch.from_numpy(part) for part in ids]
+            segments = [next(latents) if is_picture(part) else torch.from_numpy(part) for part in ids]
             rows.append(Prompt(segments, draw=draw, index=number))
         for outputs in self._generate(rows, config, draws, progress, watch, left):
             pictures = iter(self.decode([part for parts in outputs for part in parts if part.ndim == 3]))
@@ -229,7 +238,8 @@ class Pipeline:
         numbers: Sequence[int] | None = None,
     ) -> list[np.ndarray]:
         """Return one picture uint8 [H, W, 3] per caption; see `complete` for the other arguments."""
-        return self.edit([((), text) for text in prompts], config, seed, progress, numbers)
+        given = [[text] for text in prompts]
+        return pictures_of(self.complete(given, one_picture(config), seed, progress, numbers, draw=True))
 
     def edit(
         self,
@@ -240,9 +250,10 @@ class Pipeline:
         numbers: Sequence[int] | None = None,
     ) -> list[np.ndarray]:
         """Return what each instruction makes of the pictures before it, uint8 [H, W, 3]; see `complete`."""
-        prompts: list[list[Part]] = [[*pictures, text] for pictures, text in edits]
-        results = self.complete(prompts, one_picture(config), seed, progress, numbers, draw=True)
-        return [part for parts in results for part in parts if isinstance(part, np.ndarray)]
+        for pictures, text in edits:
+            require_instruction("instruction", text, len(pictures))
+        given: list[list[Part]] = [[*pictures, text] for pictures, text in edits]
+        return pictures_of(self.complete(given, one_picture(config), seed, progress, numbers, draw=True))
 
     def describe(
         self,
@@ -254,7 +265,7 @@ class Pipeline:
     ) -> list[str]:
         """Return one caption per picture; see `complete` for the other arguments."""
         results = self.complete([[picture] for picture in pictures], text_alone(config), seed, progress, numbers)
-        return [_text_of(parts) for parts in results]
+        return [text_of(parts) for parts in results]
 
     def answer(
         self,
@@ -265,16 +276,22 @@ class Pipeline:
         numbers: Sequence[int] | None = None,
     ) -> list[str]:
         """Return the answer to each question, stripped; see `complete`."""
-        prompts = [self.ask(*question) for question in questions]
-        results = self.complete(prompts, text_alone(config), seed, progress, numbers)
-        return [_text_of(parts).strip() for parts in results]
+        results = self.complete([self.ask(*one) for one in questions], text_alone(config), seed, progress, numbers)
+        return [text_of(parts).strip() for parts in results]
 
     def ask(self, pictures: Sequence[np.ndarray], question: str, system: str | None = None) -> list[Part]:
         """Return the prompt of a question after its pictures, up to where the assistant is to speak (data/chat.py)."""
+        require_question("question", question, system)
         self._warn_of_unknown({question})
         messages: list[Message[np.ndarray]] = [] if system is None else [Message("system", (system,))]
         parts: list[np.ndarray] = Chat(self.tokenizer).prompt([*messages, Message("user", (*pictures, question))])
         return [*parts]
+
+    def room(self, config: SamplerConfig) -> Room:
+        """Return what a prompt takes of the model's sequence, and how long that may be."""
+        side = 0 if self.latents is None else self.latent_spec.resolution // self.space.stride
+        given, new = (h * w // self.model.config.patch_size**2 for h, w in ((side, side), self.grid))
+        return Room(self.tokenizer, given, new, config, self.config.data.sequence_length)
 
     @torch.no_grad()
     def reconstruct(self, pictures: Sequence[np.ndarray], seed: int, numbers: Sequence[int]) -> list[np.ndarray]:
@@ -299,7 +316,7 @@ class Pipeline:
         """
         for start in range(0, len(pictures), self.batch_size):
             pixels = torch.from_numpy(to_unit(np.stack(pictures[start : start + self.batch_size])))
-            stored, noise = _in_portions(self.space.encode, pixels.to(self.stats.mean.device)), None
+            stored, noise = in_portions(self.space.encode, pixels.to(self.stats.mean.device)), None
             if self.space.kind == "moments":
                 shape = (self.space.channels, *stored.shape[2:])
                 of_batch = [draws.posterior(*place, shape) for place in places[start : start + self.batch_size]]
@@ -312,7 +329,7 @@ class Pipeline:
         for start in range(0, len(latents), self.batch_size):
             batch = torch.stack(tuple(latents[start : start + self.batch_size]))
             raw = self.stats.unwhiten(batch.to(self.stats.mean.device))
-            yield from from_unit(_in_portions(self.space.decode, raw).cpu().numpy())
+            yield from from_unit(in_portions(self.space.decode, raw).cpu().numpy())
 
     def _generate(
         self,
@@ -331,19 +348,3 @@ class Pipeline:
             diffusion, guide = self.config.diffusion, None if self.guide is None else self.guide.model
             settings = (config, diffusion, special, self.grid, draws)
             yield generate(self.model, chosen, *settings, progress, full, guide, watch, left)
-
-
-def _is_picture(part: Part) -> TypeGuard[np.ndarray]:
-    return isinstance(part, np.ndarray) and part.ndim == 3
-
-
-def _text_of(parts: Sequence[Part]) -> str:
-    return "".join(part for part in parts if isinstance(part, str))
-
-
-def _in_portions(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """Return run(images), on a CPU 2...8 at a time: among so many a convolution gives an image the same bits."""
-    if images.device.type != "cpu":
-        return run(images)
-    portions = images.split(8)
-    return torch.cat([run(part if len(part) > 1 else part.repeat(2, 1, 1, 1))[: len(part)] for part in portions])

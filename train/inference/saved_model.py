@@ -21,6 +21,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from data.manifest import LatentSpec
+from data.strict_json import loads
 from data.tokenizer import Tokenizer, find_copy
 from model.autoencoders import load_latent_space
 from model.latent_space import LatentSpace, Pixels
@@ -223,7 +224,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     """Return SavedModel.meta; raise ValueError for an export.json that train.export would not write."""
     mark = folder / EXPORT_MARK
     if not mark.is_file():
-        return json.loads(checkpoint.read_extra(folder, checkpoint.META))
+        return loads(checkpoint.read_extra(folder, checkpoint.META))
     try:
         meta = json.loads(mark.read_text(encoding="utf-8"))
         if meta["settings"]["format"] != "transfusion":

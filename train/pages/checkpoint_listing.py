@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data.strict_json import loads
 from train.checkpoints import checkpoint
 from train.checkpoints.checkpoint import CheckpointConfig
 from train.checkpoints.listing import LISTING, WrittenFile, read_listing
@@ -63,7 +64,7 @@ class ListedCheckpoint:
         except (OSError, ValueError):
             files = {}
         try:
-            meta = json.loads(checkpoint.read_extra(folder, checkpoint.META))
+            meta = loads(checkpoint.read_extra(folder, checkpoint.META))
         except (OSError, ValueError, RecursionError):
             meta = {}
         listing = folder / LISTING  # written last

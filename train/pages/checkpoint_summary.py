@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.lane_state import LaneState
+from data.strict_json import loads
 from train.checkpoints import checkpoint
 from train.nested import leaves
 from train.pretrain_config import PretrainConfig
@@ -117,7 +118,7 @@ class CheckpointSummary:
     def read(cls, folder: Path, damaged: set[str], on_read: Callable[[int], object]) -> "CheckpointSummary":
         """Read a checkpoint; tensors in the files `damaged` are listed but not read. `on_read` gets bytes read."""
         summary = cls(folder)
-        meta = summary._parsed(checkpoint.META, json.loads)
+        meta = summary._parsed(checkpoint.META, loads)
         summary.progress, summary.back_to = dict(meta.get("progress", {})), meta.get("back_to")
         summary.guard = list(meta.get("guard", []))
         summary.metrics, summary.fingerprint = dict(meta.get("metrics", {})), dict(meta.get("fingerprint", {}))

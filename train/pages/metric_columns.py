@@ -4,7 +4,6 @@ A run of 100,000 steps has 10,000 rows of some sixty numbers. As arrays they tak
 number touches nothing else. Rejected: a list of rows, which each chart would walk through again.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from itertools import islice
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from data.strict_json import loads
 
 CHUNK = 1000  # lines parsed together
 LARGEST = 1e300  # of an integer
@@ -117,7 +118,7 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _parse(lines: list[bytes]) -> tuple[list[dict[str, Any]], int]:
     try:
-        rows = json.loads(b"[" + b",".join(lines) + b"]")  # one call is faster than one a line
+        rows = loads(b"[" + b",".join(lines) + b"]")  # one call is faster than one a line
     except (ValueError, RecursionError):
         rows = []
     if len(rows) != len(lines):
@@ -128,6 +129,6 @@ def _parse(lines: list[bytes]) -> tuple[list[dict[str, Any]], int]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return loads(line)
     except (ValueError, RecursionError):
         return None

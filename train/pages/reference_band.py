@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from data.strict_json import loads
 from train.config import read_yaml
 from train.nested import leaves
 
@@ -83,7 +84,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     """Return the whole rows of a run's metrics.jsonl; none if there is no file."""
     file = run / "metrics.jsonl"
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def compare(rows: Sequence[Mapping[str, Any]], band: Band, config: Mapping[str, Any] | None = None) -> Verdict:

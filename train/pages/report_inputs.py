@@ -4,12 +4,12 @@ A missing output is not an error, as a run in progress is reported too; a damage
 Configs are read as plain YAML, without the classes that they fill: those import torch, and other versions have others.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.storage import Location
+from data.strict_json import loads
 from train.config_layers import read_yaml
 from train.evaluation.scores import share
 from train.pages.metric_columns import Columns, read_json_lines
@@ -160,7 +160,7 @@ def _names(paths: list[str]) -> list[str]:
 def _object(path: Path, remedy: str = "remove it") -> dict[str, Any]:
     """Read a JSON object; raise ValueError for anything else."""
     try:
-        found = json.loads(path.read_bytes())
+        found = loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error}); {remedy}") from None
     if not isinstance(found, dict):

@@ -1,10 +1,10 @@
 """The routes: a page, and JSON for programs.
 
-    GET    /                    the page; /page.css, /page.js
+    GET    /                    the page; /page.css, /entry.js, /page.js
     GET    /api/info            the model, its defaults, the limits
     POST   /api/draw            {"prompt": ..., "pictures": [base64], "seed": ...} -> a line of JSON per event
     POST   /api/complete        {"parts": [{"text": ...}, {"picture": base64}], ...} -> the same
-    POST   /api/describe        a picture's bytes, options in the query; or {"picture": base64, "question": ...}
+    POST   /api/describe        a picture's bytes, options in the query; or {"pictures": [base64], "question": ...}
                                 -> one object
     DELETE /api/requests/ID     cancel; so does hanging up
 
@@ -26,6 +26,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from data.strict_json import dumps, finite
 from train.serving.batcher import Batcher, Event, Job
 from train.serving.guard import Guard
 from train.serving.orders import Order, Orders, Refusal
@@ -33,7 +34,8 @@ from train.serving.orders import Order, Orders, Refusal
 MOST_BYTES = 16 << 20  # of a body
 BODY_S = 60  # that a body may take to come
 MOST_UNREAD = 64  # events that a client may be behind; beyond, steps are left out
-PAGE = {"/": "html", "/page.css": "css", "/page.js": "javascript"}  # path: kind of text
+# path: kind of text
+PAGE = {"/": "html", "/page.css": "css", "/entry.js": "javascript", "/page.js": "javascript"}
 Read = Callable[[Mapping[str, Any]], Order]
 
 
@@ -47,7 +49,7 @@ def build_app(batcher: Batcher, orders: Orders, info: dict[str, Any], host: str,
         return Response(file.read_bytes(), media_type=f"text/{PAGE[path]}")
 
     async def show_info(request: Request) -> Response:
-        return JSONResponse({**info, **batcher.load()})
+        return JSONResponse(finite({**info, **batcher.load()}))
 
     async def read(request: Request, reader: Read) -> Order:
         given = await _read_body(request)
@@ -67,7 +69,7 @@ def build_app(batcher: Batcher, orders: Orders, info: dict[str, Any], host: str,
         if answer["event"] != "done":
             raise Refusal(answer.get("error", "cancelled"), "an answer", answer.get("remedy", "ask again"), 500)
         text = "".join(part["text"] for part in answer["samples"][0] if "text" in part)
-        return JSONResponse({"text": text, **{name: answer[name] for name in ("id", "seconds", "settings")}})
+        return JSONResponse(finite({"text": text, **{name: answer[name] for name in ("id", "seconds", "settings")}}))
 
     async def cancel(request: Request) -> Response:
         name = request.path_params["name"]
@@ -153,7 +155,7 @@ async def _lines(job: Job, events: "asyncio.Queue[tuple[Event, bool]]") -> Async
         is_last = False
         while not is_last:
             event, is_last = await events.get()
-            yield json.dumps(event) + "\n"
+            yield dumps(event) + "\n"
     finally:
         job.cancel()
 

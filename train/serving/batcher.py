@@ -21,7 +21,8 @@ import torch
 from data.pictures import encode_png, encode_preview
 from model.draws import DrawsOfSamples
 from train.distributed.process import wait_for
-from train.inference.pipeline import Part, Pipeline
+from train.inference.pipeline import Pipeline
+from train.inference.prompts import Part
 from train.serving.orders import Order, Refusal
 
 log = logging.getLogger(__name__)

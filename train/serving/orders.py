@@ -7,17 +7,17 @@ Types are checked here by the fields of SamplerConfig. Rejected: OmegaConf, as f
 import base64
 import binascii
 import difflib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 
 from data.pictures import decode_picture
 from data.shards import BadRecord
 from model.sampler_config import SamplerConfig, one_picture, text_alone
-from train.inference.pipeline import Part, Pipeline
+from train.inference.pipeline import Pipeline
+from train.inference.prompts import Part, require_captions, require_instruction
 
 OF_PICTURES = (
     *("sampler", "steps", "spacing", "eta", "guidance", "image_guidance", "guidance_interval", "guidance_rescale"),
@@ -27,6 +27,7 @@ OF_TEXT = ("temperature", "top_p", "max_new_tokens")
 MOST_CHARACTERS = 16_384  # of a text
 MOST_PARTS = 32  # texts and pictures of a prompt
 MOST = {"steps": 1000, "max_new_tokens": 4096, "max_images": 8}
+T = TypeVar("T")
 MOST_SEED = 2**53 - 1  # what every JSON reader keeps exactly
 
 
@@ -70,21 +71,25 @@ class Orders:
     def draw(self, given: Mapping[str, Any]) -> Order:
         """Read {"prompt": text, "pictures": [base64, ...], ...}: with pictures the prompt says what to make of them."""
         _refuse_unknown(given, ("prompt", "pictures", "n", "seed", "previews", *OF_PICTURES))
-        listed, text = given.get("pictures", []), _text(given, "prompt")
-        if not isinstance(listed, list) or len(listed) >= MOST_PARTS:
-            raise Refusal(f"pictures={_shown(listed)}", f"a list of 0...{MOST_PARTS - 1}", "correct it or leave it out")
-        pictures = [self._picture(picture, f"pictures[{i}]") for i, picture in enumerate(listed)]
-        return self._order((*pictures, text), given, one_picture(self._sampler(given, OF_PICTURES)), True, [text])
+        text, pictures = _text(given, "prompt"), self._pictures(given)
+        if pictures:
+            _checked(require_instruction, "prompt", text, len(pictures))
+        sampler = one_picture(self._sampler(given, OF_PICTURES))
+        return self._order((*pictures, text), given, sampler, True, [text])
 
     def describe(self, given: Mapping[str, Any]) -> Order:
-        """Read {"picture": bytes or base64, "question": text, ...}; without a question the picture is described."""
-        _refuse_unknown(given, ("picture", "question", "seed", *OF_TEXT))
-        parts: list[Part] = [picture := self._picture(given.get("picture"), "picture")]
+        """Read {"picture": bytes or base64, ...}, or with {"question": text} also {"pictures": [base64, ...]}.
+
+        Without a question the picture is described.
+        """
+        _refuse_unknown(given, ("picture", "pictures", "question", "seed", *OF_TEXT))
+        if "pictures" in given and ("picture" in given or "question" not in given):
+            raise Refusal("pictures", "a question about them, and no picture beside them", 'give "question": "..."')
+        pictures = self._pictures(given) if "pictures" in given else [self._picture(given.get("picture"), "picture")]
+        parts: list[Part] = [*pictures]
         texts = [_text(given, "question")] if "question" in given else []
-        try:
-            parts = self.pipeline.ask([picture], texts[0]) if texts else parts
-        except ValueError as error:
-            raise Refusal(str(error), "a question that the model's chat template takes", "ask another one") from None
+        if texts:
+            parts = _checked(self.pipeline.ask, pictures, texts[0])
         return self._order(tuple(parts), given, text_alone(self._sampler(given, OF_TEXT)), False, texts)
 
     def complete(self, given: Mapping[str, Any]) -> Order:
@@ -107,7 +112,8 @@ class Orders:
     def _order(
         self, parts: tuple[Part, ...], given: Mapping[str, Any], sampler: SamplerConfig, draw: bool, texts: list[str]
     ) -> Order:
-        self._require_room(parts)
+        _checked(require_captions, "prompt", [parts])
+        self._require_room(parts, sampler, draw)
         n = _integer(given, "n", 1, 1, self.pipeline.batch_size)
         seed = _integer(given, "seed", self.seed, 0, MOST_SEED)
         previews = given.get("previews", True)
@@ -125,11 +131,13 @@ class Orders:
         if changes.get("image_guidance") is not None and self.pipeline.guide is not None:
             found = f"image_guidance={changes['image_guidance']} of a model with a guide"
             raise Refusal(found, "null: a guide reads the whole prompt", "leave it out")
-        try:
-            return replace(self.defaults, **changes).suited_to(self.pipeline.config.diffusion)
-        except ValueError as error:
-            found, _, expectation = str(error).partition(": expected ")
-            raise Refusal(found, expectation or "another value", "correct it or leave it out") from None
+        return _checked(lambda: replace(self.defaults, **changes).suited_to(self.pipeline.config.diffusion))
+
+    def _pictures(self, given: Mapping[str, Any]) -> list[np.ndarray]:
+        listed = given.get("pictures", [])
+        if not isinstance(listed, list) or len(listed) >= MOST_PARTS:
+            raise Refusal(f"pictures={_shown(listed)}", f"a list of 0...{MOST_PARTS - 1}", "correct it or leave it out")
+        return [self._picture(picture, f"pictures[{i}]") for i, picture in enumerate(listed)]
 
     def _picture(self, given: Any, name: str) -> np.ndarray:
         """Decode a picture's bytes, or their base64."""
@@ -144,14 +152,22 @@ class Orders:
             expectation = "a whole JPEG, PNG or WebP file of at most 64 megapixels, or its base64"
             raise Refusal(f"{name}: {error}", expectation, "send another picture") from None
 
-    def _require_room(self, parts: Sequence[Part]) -> None:
+    def _require_room(self, parts: Sequence[Part], sampler: SamplerConfig, draw: bool) -> None:
         """Refuse a prompt that is longer than any sequence of the training."""
-        patches = math.prod(self.pipeline.grid) // self.pipeline.model.config.patch_size**2
-        longest = self.pipeline.config.data.sequence_length
-        ids = [self.pipeline.tokenizer.encode(part) if isinstance(part, str) else part for part in parts]
-        tokens = sum(len(part) if part.ndim == 1 else patches + 2 for part in ids)
-        if tokens > longest:
-            raise Refusal(f"a prompt of {tokens:,} tokens", f"at most {longest:,}, as in training", "shorten it")
+        room = self.pipeline.room(sampler)
+        tokens, (most, whose) = room.taken(parts, draw), room.most
+        if tokens > most:
+            raise Refusal(f"a prompt of {tokens:,} tokens", f"at most {most:,}, {whose}", "shorten it")
+
+
+def _checked(run: Callable[..., T], *arguments: Any) -> T:
+    """Return run(*arguments); what it refuses as "found: expected something; remedy" is refused to the client."""
+    try:
+        return run(*arguments)
+    except ValueError as error:
+        found, _, told = str(error).partition(": expected ")
+        expectation, _, remedy = told.partition("; ")
+        raise Refusal(found, expectation or "another value", remedy or "correct it or leave it out") from None
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -1,39 +1,10 @@
 "use strict";
-// The page of train.serve: asks /api, shows pictures while they are denoised. It keeps nothing but this tab's entries.
+// The page of train.serve: what it asks for, and how pictures are shown while they are denoised. It keeps this tab's entries alone.
 
 const find = (id) => document.getElementById(id);
 const SAMPLERS = { flow: ["euler", "heun"], other: ["ddpm", "ddim", "dpm++"] };
-const running = new Set(); // entries, each with cancel()
+const chosen = []; // pictures to change or to ask about: {name, uri}
 let info = null;
-let token = sessionStorage.getItem("token") || "";
-
-class Failure extends Error {}
-
-async function call(path, options = {}) {
-  const headers = { ...options.headers, ...(token && { Authorization: `Bearer ${token}` }) };
-  const answer = await fetch(path, { ...options, headers });
-  if (answer.ok) return answer;
-  const told = await answer.json().catch(() => ({ error: `status ${answer.status}` }));
-  const failure = new Failure(inWords(told));
-  failure.status = answer.status;
-  throw failure;
-}
-
-function inWords({ error, expectation, remedy }) {
-  return `${error}${expectation ? `: expected ${expectation}` : ""}${remedy ? `; ${remedy}` : ""}`;
-}
-
-async function* linesOf(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines) yield JSON.parse(line);
-  }
-}
 
 async function open() {
   try {
@@ -57,9 +28,56 @@ async function open() {
   const kind = SAMPLERS.flow.includes(defaults.sampler) ? "flow" : "other";
   find("sampler").replaceChildren(...SAMPLERS[kind].map((name) => new Option(name, name)));
   for (const name of ["steps", "guidance", "sampler", "temperature", "top_p"]) find(name).value = defaults[name];
+  find("image_guidance").value = defaults.image_guidance ?? "";
   find("n").max = limits.n;
   find("n").value = Math.min(4, limits.n);
+  showChosen();
+}
+
+// What the form offers depends on whether there are pictures to change.
+function showChosen() {
+  const given = chosen.length > 0;
+  document.querySelector('label[for="prompt"]').textContent = given
+    ? "Say what to change, or ask."
+    : "Describe a picture, and watch it appear.";
+  find("prompt").placeholder = given ? "Make the circle blue" : "A lighthouse at dusk";
+  find("draw").textContent = given ? "Change" : "Draw";
+  find("of_pictures").hidden = !given || Boolean(info.model.guide);
+  find("chosen").replaceChildren(...chosen.map((picture) => {
+    const [item, button, image] = ["li", "button", "img"].map((name) => document.createElement(name));
+    Object.assign(image, { src: picture.uri, alt: "" });
+    Object.assign(button, { type: "button", title: `Remove ${picture.name}` });
+    button.setAttribute("aria-label", button.title);
+    button.onclick = () => {
+      chosen.splice(chosen.indexOf(picture), 1);
+      showChosen();
+    };
+    button.append(image);
+    item.append(button);
+    return item;
+  }));
   find("prompt").focus();
+}
+
+async function add(files) {
+  const read = (file) =>
+    new Promise((resolve, reject) => {
+      const reader = new FileReader();
+      reader.onload = () => resolve({ name: file.name || "picture.png", uri: reader.result });
+      reader.onerror = () => reject(new Failure(`${file.name} cannot be read.`));
+      reader.readAsDataURL(file);
+    });
+  try {
+    const added = await Promise.all([...files].map(read));
+    const mib = [...chosen, ...added].reduce((sum, { uri }) => sum + uri.length, 0) / 2 ** 20;
+    const most = Math.floor(info.limits.bytes / 2 ** 20) - 0.1; // the request has words too
+    if (mib > most) throw new Failure(`${mib.toFixed(1)} MiB of pictures: expected at most ${most}; choose smaller ones`);
+    chosen.push(...added);
+    trouble("");
+  } catch (error) {
+    trouble(error.message);
+  }
+  showChosen();
 }
 
 function trouble(words) {
@@ -67,83 +85,18 @@ function trouble(words) {
   find("trouble").hidden = !words;
 }
 
-function reason(error) {
-  return error instanceof Failure ? error.message : "The server does not answer. Is train.serve still running?";
-}
-
 // A new seed is drawn here, so that the entry and its command can repeat it.
 function seed() {
   return find("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : Number(find("seed").value);
 }
 
-function quoted(text) {
-  return `'${text.replaceAll("'", "'\\''")}'`;
-}
-
-function command(path, kind, data) {
-  const secret = token ? ` \\\n  -H "Authorization: Bearer $TRANSFUSION_TOKEN"` : "";
-  return `curl -N ${quoted(location.origin + path)} \\\n  -H 'Content-Type: ${kind}'${secret} \\\n  ${data}`;
-}
-
-// One card of the history: what was asked, what came, what can be done with it.
-class Entry {
-  constructor(title, facts, shell, again) {
-    this.root = find("entry").content.cloneNode(true).querySelector("article");
-    this.part = (selector) => this.root.querySelector(selector);
-    this.abort = new AbortController();
-    this.begun = performance.now();
-    this.part("h2").textContent = title;
-    this.part(".facts").textContent = facts;
-    this.part("pre").textContent = shell;
-    this.part(".cancel").onclick = () => this.cancel();
-    this.part(".again").onclick = again;
-    this.pictures = this.part(".pictures");
-    find("history").prepend(this.root);
-    document.body.classList.add("begun");
-    running.add(this);
-  }
-
-  say(words, share) {
-    this.part(".status").textContent = words;
-    if (share === undefined) this.part("progress").removeAttribute("value");
-    else this.part("progress").value = share;
-  }
-
-  // Hanging up would do; asking lets the server say so.
-  cancel() {
-    if (this.id) call(`/api/requests/${this.id}`, { method: "DELETE" }).catch(() => this.abort.abort());
-    else this.abort.abort();
-  }
-
-  end(words, failed = false) {
-    running.delete(this);
-    this.root.classList.add(failed ? "failed" : "ended");
-    this.say(words, 0);
-    this.part("progress").hidden = this.part(".cancel").hidden = true;
-    this.part(".again").hidden = false;
-    for (const place of this.pictures.querySelectorAll("div")) place.remove(); // of pictures that never came
-  }
-
-  // The time since it was asked, which counts waiting.
-  seconds() {
-    return `${((performance.now() - this.begun) / 1000).toFixed(1)} s`;
-  }
-
-  async follow(work) {
-    try {
-      await work();
-      if (running.has(this)) this.end("The connection ended before the answer.", true);
-    } catch (error) {
-      if (error.name === "AbortError") this.end("Cancelled.");
-      else this.end(reason(error), true);
-    }
-  }
-}
-
-function draw(request) {
+function draw(request, pictures) {
   const facts = [`seed ${request.seed}`, `${request.steps} steps`, `guidance ${request.guidance}`, request.sampler];
-  const shell = command("/api/draw", "application/json", `-d ${quoted(JSON.stringify(request))}`);
-  const entry = new Entry(request.prompt || "(no words)", facts.join(" · "), shell, () => draw(request));
+  if (request.image_guidance != null) facts.splice(3, 0, `picture guidance ${request.image_guidance}`);
+  const again = () => draw(request, pictures);
+  const shell = commandOf("/api/draw", request, pictures);
+  const entry = new Entry(request.prompt || "(no words)", facts.join(" · "), shell, again);
+  entry.give(pictures, true);
   const images = Array.from({ length: Math.min(request.n, info.limits.n) || 0 }, (_, i) => {
     const image = new Image();
     image.alt = `picture ${i + 1} of ${request.n}: not begun`;
@@ -152,18 +105,16 @@ function draw(request) {
     return { image, place };
   });
   entry.pictures.classList.toggle("one", request.n === 1);
-  entry.pictures.classList.toggle("pixels", Math.max(...info.picture) <= 96);
+  entry.part(".sides").classList.toggle("pixels", Math.max(...info.picture) <= 96);
   const show = (number, uri, alt) => {
     const { image, place } = images[number];
     image.src = uri;
     image.alt = alt;
     if (place.isConnected) place.replaceWith(image);
   };
-  const headers = { "Content-Type": "application/json" };
-  const options = { method: "POST", headers, body: JSON.stringify(request), signal: entry.abort.signal };
   entry.say("Asking…");
   entry.follow(async () => {
-    for await (const event of linesOf(await call("/api/draw", options))) {
+    for await (const event of linesOf(await call("/api/draw", asJson(request, pictures, entry)))) {
       if (event.event === "queued") {
         entry.id = event.id;
         entry.say(event.waiting ? `Waiting for ${event.waiting} before it…` : "Beginning…");
@@ -202,37 +153,56 @@ function download(image, name) {
   link.append(image);
 }
 
-function describe(file) {
-  const wanted = { seed: seed(), temperature: Number(find("temperature").value), top_p: Number(find("top_p").value) };
-  describeWith(file, wanted);
+function ofText() {
+  return { seed: seed(), temperature: Number(find("temperature").value), top_p: Number(find("top_p").value) };
 }
 
-function describeWith(file, wanted) {
+function describe(file, wanted = ofText()) {
   const path = `/api/describe?${new URLSearchParams(wanted)}`;
   const kind = file.type || "application/octet-stream";
-  const facts = `seed ${wanted.seed} · temperature ${wanted.temperature} · top p ${wanted.top_p}`;
+  const name = file.name || "A picture";
   const shell = command(path, kind, `--data-binary @${quoted(file.name || "picture.png")}`);
-  const entry = new Entry(file.name || "A picture", facts, shell, () => describeWith(file, wanted));
-  const image = new Image();
-  image.src = URL.createObjectURL(file);
-  image.alt = "the given picture";
-  image.className = "given";
-  entry.pictures.append(image);
+  const entry = read(name, wanted, shell, () => describe(file, wanted), [{ name, uri: URL.createObjectURL(file) }]);
+  const options = { method: "POST", headers: { "Content-Type": kind }, body: file, signal: entry.abort.signal };
+  entry.follow(() => write(entry, path, options));
+}
+
+function ask(question, pictures, wanted = ofText()) {
+  const request = { question, ...wanted, ...(!pictures.length && { pictures: [] }) };
+  const shell = commandOf("/api/describe", request, pictures);
+  const entry = read(question, wanted, shell, () => ask(question, pictures, wanted), pictures);
+  entry.follow(() => write(entry, "/api/describe", asJson(request, pictures, entry)));
+}
+
+function read(title, wanted, shell, again, pictures) {
+  const facts = `seed ${wanted.seed} · temperature ${wanted.temperature} · top p ${wanted.top_p}`;
+  const entry = new Entry(title || "(no words)", facts, shell, again);
+  entry.give(pictures, false);
   entry.say("Looking…");
-  entry.follow(async () => {
-    const options = { method: "POST", headers: { "Content-Type": kind }, body: file, signal: entry.abort.signal };
-    const { text } = await (await call(path, options)).json();
-    entry.part("blockquote").textContent = text || "(no words)";
-    entry.part("blockquote").hidden = false;
-    entry.end(`Done in ${entry.seconds()}.`);
-  });
+  return entry;
+}
+
+async function write(entry, path, options) {
+  const { text } = await (await call(path, options)).json();
+  entry.part("blockquote").textContent = text.trim() || "(no words)";
+  entry.part("blockquote").hidden = false;
+  entry.end(`Done in ${entry.seconds()}.`);
 }
 
 find("ask").onsubmit = (event) => {
   event.preventDefault();
   const number = (name) => Number(find(name).value);
   const request = { prompt: find("prompt").value, n: number("n"), seed: seed(), steps: number("steps") };
-  draw({ ...request, guidance: number("guidance"), sampler: find("sampler").value });
+  Object.assign(request, { guidance: number("guidance"), sampler: find("sampler").value });
+  if (!find("of_pictures").hidden) {
+    request.image_guidance = find("image_guidance").value === "" ? null : number("image_guidance");
+  }
+  draw(request, [...chosen]);
+};
+find("question").onclick = () => ask(find("prompt").value, [...chosen]);
+find("add").onchange = async () => {
+  await add(find("add").files);
+  find("add").value = "";
 };
 find("prompt").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -265,6 +235,8 @@ document.ondragleave = (event) => {
 document.ondrop = (event) => {
   event.preventDefault();
   find("drop").hidden = true;
-  if (info) for (const file of event.dataTransfer.files) describe(file);
+  if (!info) return;
+  if (event.target.closest?.("#ask")) add(event.dataTransfer.files);
+  else for (const file of event.dataTransfer.files) describe(file);
 };
 open();
