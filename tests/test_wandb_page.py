@@ -21,6 +21,7 @@ from PIL import Image
 
 from data.pictures import write_sheet
 from tests.ranks import children, is_running
+from tests.servers import until
 from train import wandb_page
 from train.checkpoints.run_folder import RunFolder
 from train.distributed.ranks import alone
@@ -66,10 +67,7 @@ def signal_service(log: MetricsLog, number: signal.Signals) -> None:
     assert idle.wait(30), "wandb's service does not start"
     for service in [pid for pid in children() if is_running(pid) and is_service(pid)]:
         os.kill(service, number)
-        deadline = time.monotonic() + 30
-        while is_running(service):
-            assert time.monotonic() < deadline, f"wandb's service outlived {number}"
-            time.sleep(0.01)
+        until(lambda service=service: not is_running(service))
 
 
 def is_service(pid: int) -> bool:
@@ -149,9 +147,7 @@ def test_online_too_what_did_not_reach_the_server_is_sent_again_and_nothing_twic
             log.write({"step": step})
             log.write({"step": step, "heldout/x/text_loss": 1 / step})
             if step == 6:
-                deadline = time.monotonic() + 30
-                while not Server.rows and time.monotonic() < deadline:
-                    time.sleep(0.05)
+                until(lambda: Server.rows)
             if step in (6, 12):
                 signal_service(log, signal.SIGTERM)
     server.shutdown()
@@ -287,24 +283,18 @@ def test_the_environment_counts_where_the_config_is_silent(tmp_path: Path, monke
     assert written("folder", LogConfig()) == ["elsewhere"] and not (tmp_path / "folder" / "wandb").exists()
 
 
-@pytest.fixture
-def silent_port() -> Iterator[int]:
-    """The port of a server that accepts connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
-        yield server.getsockname()[1]
-
-
 @pytest.mark.parametrize("server", ["no key", "closed", "silent"])
 def test_online_without_a_key_or_an_answer_training_does_not_wait_and_the_page_is_kept_offline(
     server: str,
-    silent_port: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """P13. 200 rows cost the training thread less than 10 ms of CPU time and 100 ms more than without a page."""
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent_port if server == 'silent' else 9}")
+    silent = socket.create_server(("127.0.0.1", 0), backlog=64)  # accepts connections and never answers
+    port = silent.getsockname()[1] if server == "silent" else 9
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("WANDB_API_KEY", "" if server == "no key" else "k" * 40)
     monkeypatch.setattr(wandb_page, "INIT_S", 1)
 
@@ -318,14 +308,14 @@ def test_online_without_a_key_or_an_answer_training_does_not_wait_and_the_page_i
                     log.write({"step": step, "loss": 1.5})
                 taken.append((time.monotonic() - began, time.thread_time() - cpu))
         assert steps_of(page(folder / "online")[0]) == list(range(1, 201))
-        (before, before_cpu), (wall, cpu) = taken
-        return wall - before, cpu - before_cpu
+        return taken[1][0] - taken[0][0], taken[1][1] - taken[0][1]
 
     found: list[tuple[float, float]] = []
     while not any(wall < 0.1 and cpu < 0.01 for wall, cpu in found):  # a wait of ours would be there every time,
         assert len(found) < 4, found  # those of a busy machine are not
         found.append(costs(tmp_path / str(len(found))))
     assert "the page is kept offline" in caplog.text and f"offline, in {tmp_path}" in capsys.readouterr().out
+    silent.close()
 
 
 def _fails(*_: Any, **__: Any) -> None:
