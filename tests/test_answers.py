@@ -35,7 +35,7 @@ def asked(tmp_path: Path) -> AnswersConfig:
 def answer(ranks: Ranks, run_dir: Path, config: AnswersConfig, output: Path) -> None:
     pipeline = Pipeline.load(PipelineConfig(checkpoint=str(run_dir), device="cpu", batch_size=2), ranks)
     output.mkdir(exist_ok=True)
-    write_answers(config, Inputs(pipeline, SAMPLER, 3, output, ranks, bar_of(ranks), {}))
+    write_answers(config, read_llava_questions(config), Inputs(pipeline, SAMPLER, 3, output, ranks, bar_of(ranks), {}))
 
 
 def test_answers_follow_picture_and_question_in_llavas_form(

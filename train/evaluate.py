@@ -194,7 +194,7 @@ def _parts(
     if (captioning := config.captioning).pictures is not None:
         parts["captioning"] = lambda: evaluate_captioning(captioning, inputs)
     if config.answers.questions is not None:
-        parts["answers"] = lambda: write_answers(config.answers, inputs)
+        parts["answers"] = partial(write_answers, config.answers, asked.answers, inputs)
     if (benchmark := config.benchmark) is not None:
         parts["benchmark"] = lambda: draw_benchmark(benchmark, config.benchmark_prompts, inputs)
     if (scenes := config.scenes) is not None:

@@ -67,10 +67,9 @@ def require_room(rows: list[dict[str, Any]], config: AnswersConfig, pipeline: Pi
     pipeline.room(sampler).require("answers.questions", asked, draw=False)
 
 
-def write_answers(config: AnswersConfig, inputs: Inputs) -> Part:
+def write_answers(config: AnswersConfig, rows: list[dict[str, Any]], inputs: Inputs) -> Part:
     """Answer each question after its picture, if it has one, and write answers.jsonl; give no scores. Collective."""
     pipeline, ranks = inputs.pipeline, inputs.ranks
-    rows, saved = read_llava_questions(config), pipeline.saved
     fingerprint = fingerprint_of("answers.questions", rows, ranks)
     batches = batches_of(len(rows), pipeline.batch_size)[ranks.rank :: ranks.world_size]
     mine: list[tuple[int, str]] = []
@@ -79,7 +78,7 @@ def write_answers(config: AnswersConfig, inputs: Inputs) -> Part:
             questions = [_question(pipeline, config, rows[number]) for number in batch]
             answers = pipeline.answer(questions, inputs.sampler, inputs.seed, progress.update, batch)
             mine += zip(batch, answers, strict=True)
-    found = dict(pair for part in ranks.gather(mine) for pair in part)
+    found, saved = dict(pair for part in ranks.gather(mine) for pair in part), pipeline.saved
     model_id = pipeline.weights if saved is None else f"{saved.folder.name}-{pipeline.weights}"
     lines = []
     for number, row in enumerate(rows):
